@@ -1,0 +1,1 @@
+"""The command ``ms-diffsynth``: one file a subcommand."""

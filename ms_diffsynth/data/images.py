@@ -1,0 +1,284 @@
+"""Reading pictures strictly, and going between Pillow pictures and pixels in [-1, 1].
+
+Pillow alone would turn a 16-bit gray picture white (``convert`` saturates), show the hidden colour below transparent
+pixels, leave photographs lying on their side, take the first frame of an animation, and unpack 30000 x 30000 pixels
+from a file of 100 KB. Everything read here is a defined 8-bit RGB picture, or an error that says what to do.
+"""
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms, ImageDraw, ImageFont
+
+from ..errors import DataError
+from .paths import open_regular
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MAX_PIXELS = 64_000_000  # below Pillow's own warning (89 million) and error (179 million)
+MIN_SIDE = 16
+MAX_ASPECT = 20
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """Width and height in pixels of the upright picture, from the header alone.
+
+    Raises: DataError when the file or its header breaks a rule of :func:`read_image`; damage further on shows only
+    when the picture is decoded.
+    """
+    with _opened(path) as (image, orientation):
+        return image.size if orientation < 5 else image.size[::-1]
+
+
+def read_image(path: str, mode: str | None = "RGB") -> Image.Image:
+    """Read one still picture, upright, in 8 bits.
+
+    Transparent pixels are laid over white; 16-bit gray is divided by 257; CMYK goes to sRGB through its colour profile
+    when it has one. Colour profiles of RGB pictures are ignored, as by the reference trainers.
+
+    Args: ``mode`` "RGB", "RGBA" (keeps transparency), or None (the mode of the file, for masks and palettes).
+
+    Raises: DataError for a file that is not regular, not one of ``FORMATS``, damaged, animated, of more than
+    ``MAX_PIXELS`` pixels, with a side below ``MIN_SIDE``, longer than ``MAX_ASPECT`` to 1, or in a mode without a
+    defined range (float, 32-bit, Lab).
+    """
+    with _opened(path) as (image, orientation):
+        image.load()
+        if mode == "RGB":
+            result = _to_rgb(image, path)
+        elif mode == "RGBA":
+            result = image.convert("RGBA") if image.has_transparency_data else _to_rgb(image, path).convert("RGBA")
+        else:
+            result = image.copy()
+        if orientation in _UPRIGHT:
+            result = result.transpose(_UPRIGHT[orientation])
+        # What is left would turn the picture a second time in the hands of the next reader.
+        result.info = {key: value for key, value in result.info.items() if key == "transparency" and mode is None}
+        return result
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[Image.Image, int]]:
+    """The picture with its header checked and nothing decoded, and its orientation 1 to 8."""
+    with open_regular(path) as file:
+        try:
+            image = Image.open(file, formats=FORMATS)
+            _check_header(image, path)
+            yield image, _orientation(image, file, path)
+        except DataError:
+            raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise _too_large(path, "", int(re.search(r"\d+", str(error)).group())) from None
+        except Image.UnidentifiedImageError:
+            raise DataError(
+                f"{path} is not a picture (it begins with {_beginning(file)!r}); expected {', '.join(FORMATS)}. "
+                "Convert it, or replace it"
+            ) from None
+        except Exception as error:  # Pillow's parsers raise a dozen kinds of exception on damaged bytes
+            raise DataError(
+                f"{path} cannot be decoded ({error}); the file is damaged or cut short. Replace it, or remove its row"
+            ) from error
+
+
+def _beginning(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read(12)
+
+
+def _too_large(path: str, size: str, pixels: int) -> DataError:
+    return DataError(
+        f"{path} has {size}{pixels / 1e6:.0f} million pixels; expected at most {MAX_PIXELS / 1e6:.0f} million. "
+        "Make the picture smaller"
+    )
+
+
+def _check_header(image: Image.Image, path: str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _too_large(path, f"{width}x{height} = ", width * height)
+    if min(width, height) < MIN_SIDE:
+        raise DataError(
+            f"{path} is {width}x{height} pixels; expected at least {MIN_SIDE} on each side. Replace it, or remove it"
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise DataError(
+            f"{path} is {width}x{height} pixels, longer than {MAX_ASPECT}:1. Crop it, or remove it"
+        )
+    if image.mode in ("I", "F", "LAB"):
+        raise DataError(
+            f"{path} has mode {image.mode} ({'Lab colour' if image.mode == 'LAB' else '32 bits per pixel'}), whose "
+            "range is not known; expected 8 or 16 bits, gray or RGB. Convert it to 8-bit PNG"
+        )
+    if image.format == "MPO":  # a photograph of a telephone: the others are previews or depth, the first is the picture
+        _warn_once(f"{path} holds several pictures (MPO); its main picture is used")
+    elif getattr(image, "is_animated", False):
+        raise DataError(
+            f"{path} has {image.n_frames} frames or pages; expected one still picture. Save the frame you mean as PNG"
+        )
+
+
+@lru_cache(maxsize=4096)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _orientation(image: Image.Image, file: BinaryIO, path: str) -> int:
+    """The EXIF orientation. A TIFF is turned by Pillow itself when it is loaded, and has its upright size before."""
+    if image.format == "TIFF":
+        return 1
+    if image.format == "PNG" and "exif" not in image.info and _has_late_exif(file):
+        image.load()
+    try:
+        # PngImageFile.getexif decodes the whole picture to look for EXIF behind the pixels; its base class does not.
+        tags = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
+        value = tags.get(_ORIENTATION, 1)
+        if value in range(1, 9) and (tags or not image.info.get("exif")):
+            return value
+        reason = f"orientation {value}" if tags else "no readable tags"
+    except Exception as error:  # damaged EXIF raises many kinds of exception and is no reason to lose a picture
+        reason = str(error)
+    _warn_once(f"{path} has broken EXIF data ({reason}); it is ignored and the picture is taken as it lies")
+    return 1
+
+
+def _has_late_exif(file: BinaryIO) -> bool:
+    """Whether a PNG carries its EXIF chunk behind the pixels (as exiftool writes it): skips from header to header."""
+    here = file.tell()
+    file.seek(8)
+    found = False
+    while len(header := file.read(8)) == 8 and header[4:] != b"IEND" and not found:
+        found = header[4:] == b"eXIf"
+        file.seek(int.from_bytes(header[:4], "big") + 4, io.SEEK_CUR)
+    file.seek(here)
+    return found
+
+
+def _to_rgb(image: Image.Image, path: str) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        gray = np.rint(np.asarray(image, np.float32) / 257).astype(np.uint8)  # 65535 / 257 = 255
+        return Image.fromarray(gray).convert("RGB")
+    if image.has_transparency_data:
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+    if image.mode == "CMYK" and image.info.get("icc_profile"):
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+            return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError) as error:
+            _warn_once(f"{path} has a broken colour profile ({error}); its CMYK is converted without it")
+    if image.mode in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"):
+        return image.convert("RGB")
+    raise DataError(f"{path} has mode {image.mode}; expected gray, palette, RGB or CMYK. Convert it to 8-bit PNG")
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """Pixels of an RGB picture. Returns: float32 [3, H, W] in [-1, 1], computed as x / 127.5 - 1."""
+    if image.mode != "RGB":
+        raise DataError(f"a picture of mode {image.mode} was given; expected RGB. Use convert_RGB=True, or convert it")
+    pixels = np.asarray(image).astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def to_pil(pixels: np.ndarray) -> Image.Image:
+    """The RGB picture of an array [3, H, W] in [-1, 1]; values beyond are clipped. The inverse of :func:`to_pixels`."""
+    pixels = np.asarray(pixels)
+    if pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise DataError(f"an array of shape {pixels.shape} was given; expected [3, H, W]. Pass one picture at a time")
+    pixels = pixels.astype(np.float32)
+    broken = int(np.size(pixels) - np.isfinite(pixels).sum())
+    if broken:
+        raise DataError(
+            f"{broken} of {pixels.size} pixel values are not finite; expected numbers in [-1, 1]. "
+            "Decode in float32, or use an earlier checkpoint: the weights may have diverged"
+        )
+    bytes_ = np.clip(np.rint((pixels + 1) * np.float32(127.5)), 0, 255).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(bytes_.transpose(1, 2, 0)))
+
+
+def grid(
+    rows: Sequence[Image.Image] | Sequence[Sequence[Image.Image]],
+    captions: Sequence[str] | None = None,
+    columns: int | None = None,
+    titles: Sequence[str] | None = None,
+) -> Image.Image:
+    """A contact sheet on white: pictures in rows, each row below its caption (such as "before", "after").
+
+    Args:
+        rows: rows of pictures; or one list of pictures, which is broken into rows of ``columns``.
+        captions: one for each row, above it.
+        columns: only for one list of pictures; as many as there are by default.
+        titles: one for each column (such as the prompts), below the last row, in at most three lines.
+    """
+    if rows and isinstance(rows[0], Image.Image):
+        columns = columns or len(rows)
+        rows = [rows[i:i + columns] for i in range(0, len(rows), columns)]
+    if not rows or not all(rows):
+        raise DataError("a grid was asked for with an empty row; expected at least one picture in every row. Add some")
+    across = max(len(row) for row in rows)
+    for name, texts, count in (("captions", captions, len(rows)), ("titles", titles, across)):
+        if texts is not None and len(texts) != count:
+            raise DataError(f"{len(texts)} {name} were given for a grid of {count}; expected one each. Correct {name}")
+    cell_width = max(image.width for row in rows for image in row)
+    cell_height = max(image.height for row in rows for image in row)
+    text = min(28, max(11, cell_width // 14))  # pixels, the height of the letters
+    margin, gap, font = text, max(4, text // 2), ImageFont.load_default(text)
+    band = text + gap if captions else 0
+    step = band + cell_height + (2 * gap if captions else gap)
+    feet = [_wrapped(title, cell_width, font) for title in titles or ()]
+    foot = max((foot.count("\n") + 1 for foot in feet), default=0) * (text + gap // 2)
+    bottom = margin + (len(rows) - 1) * step + band + cell_height
+    size = 2 * margin + across * (cell_width + gap) - gap, bottom + (foot and foot + gap) + margin
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, row in enumerate(rows):
+        top = margin + i * step + band
+        if captions:
+            caption = _wrapped(captions[i], sheet.width - 2 * margin, font, lines=1)
+            draw.text((margin, top - gap), caption, (60, 60, 60), font, anchor="ls")
+        for j, image in enumerate(row):
+            left = margin + j * (cell_width + gap)
+            sheet.paste(image.convert("RGB"), (
+                left + (cell_width - image.width) // 2, top + (cell_height - image.height) // 2))
+    for j, title in enumerate(feet):
+        centre = margin + j * (cell_width + gap) + cell_width // 2
+        draw.text((centre, bottom + gap), title, (110, 110, 110), font, "ma", spacing=gap // 2, align="center")
+    return sheet
+
+
+def _wrapped(text: str, room: int, font: ImageFont.FreeTypeFont, lines: int = 3) -> str:
+    """The text in at most ``lines`` lines of ``room`` pixels; what does not fit ends in three dots."""
+    result, words = [""], text.split()
+    while words:
+        longer = f"{result[-1]} {words[0]}".strip()
+        if font.getlength(longer) <= room or (not result[-1] and len(result) < lines):
+            result[-1] = longer
+            words.pop(0)
+        elif len(result) < lines:
+            result.append("")
+        else:
+            result[-1] = f"{longer}..."
+            break
+    for i, line in enumerate(result):
+        while font.getlength(line) > room and len(line) > 4:
+            line = line.removesuffix("...")[:-1].rstrip() + "..."
+        result[i] = line
+    return "\n".join(result)

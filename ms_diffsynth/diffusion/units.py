@@ -1,0 +1,175 @@
+"""Flow matching as units: where sigma comes from, the path, and the loss.
+
+The raw draws (``noise``, ``density_draw``, ``posterior_noise``) enter from the host; everything else is computed from
+them inside the compiled step.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+
+from ms_diffsynth.diffusion import density, flow, losses, weighting
+from ms_diffsynth.units import TensorUnit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What flow-matching training minimises.
+
+    Attributes:
+        weighting_scheme: one of `diffusion.weighting.SCHEMES`: which sigmas are drawn and how they are weighted.
+        density: draw sigmas by this scheme instead; None follows ``weighting_scheme``.
+        logit_mean, logit_std, mode_scale: shape of the densities ``logit_normal`` and ``mode``.
+        posterior: ``"mean"`` or ``"sample"`` of the VAE's posterior.
+        guidance_scale: the scale embedded in a guidance-distilled network while it is trained.
+        prior_loss_weight: weight of the class images; None when there are none.
+    """
+
+    weighting_scheme: str = "none"
+    density: str | None = None
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    posterior: str = "mean"
+    guidance_scale: float = 1.0
+    prior_loss_weight: float | None = None
+
+    @property
+    def density_kind(self) -> str:
+        """``"normal"`` or ``"uniform"``: what the slot ``density_draw`` holds."""
+        return density.draw_kind(self.density or self.weighting_scheme)
+
+    @property
+    def draws(self) -> tuple[str, ...]:
+        """The random slots this objective reads."""
+        return ("noise", "density_draw") + (("posterior_noise",) if self.posterior == "sample" else ())
+
+
+class SampleTimestep(TensorUnit):
+    """Turn a raw draw into an index of the training grid.
+
+    Shapes: density_draw float32 [B] (uniform in [0, 1), or normal for ``logit_normal``) -> timestep_index int32 [B].
+    """
+
+    input_params = ("density_draw",)
+    output_params = ("timestep_index",)
+
+    def __init__(self, objective: Objective, grid_size: int):
+        super().__init__()
+        self.scheme, self.mode_scale = objective.density or objective.weighting_scheme, objective.mode_scale
+        self.logit_mean, self.logit_std = objective.logit_mean, objective.logit_std
+        self.grid_size = grid_size
+
+    def construct(self, density_draw):
+        u = density.density(density_draw, self.scheme, self.logit_mean, self.logit_std, self.mode_scale)
+        return (density.timestep_index(u, self.grid_size),)
+
+
+class LookupSigma(TensorUnit):
+    """Noise level and loss weight by index, both in float32: a timestep is never searched for in the grid again.
+
+    Shapes: timestep_index int32 [B] -> sigma float32 [B], loss_weight float32 [B].
+    """
+
+    input_params = ("timestep_index",)
+    output_params = ("sigma", "loss_weight")
+
+    def __init__(self, sigmas: np.ndarray, scheme: str):
+        super().__init__()
+        self.sigmas = Tensor(sigmas, ms.float32)
+        self.weights = Tensor(weighting.table(scheme, sigmas), ms.float32)
+
+    def construct(self, timestep_index):
+        return ops.gather(self.sigmas, timestep_index, 0), ops.gather(self.weights, timestep_index, 0)
+
+
+class SampleLatents(TensorUnit):
+    """Latents from the VAE's posterior: its mean, or mean + std * posterior_noise; then shifted and scaled.
+
+    Shapes: moments float32 [B, 2C, h, w] (mean, log-variance) -> input_latents float32 [B, C, h, w].
+    """
+
+    input_params = ("moments",)
+    output_params = ("input_latents",)
+
+    def __init__(self, posterior: str, scaling_factor: float, shift_factor: float):
+        super().__init__()
+        self.is_sampled = posterior == "sample"
+        if self.is_sampled:
+            self.input_params = ("moments", "posterior_noise")
+        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
+
+    def construct(self, moments, posterior_noise=None):
+        channels = moments.shape[1] // 2
+        latents = moments[:, :channels]
+        if self.is_sampled:
+            # exp(x / 2) as a power: the CPU's exp is good to 5e-6 only, its pow to 1e-7
+            log_variance = ops.clamp(moments[:, channels:], -30.0, 20.0)
+            latents = latents + ops.pow(Tensor(np.float32(np.exp(0.5))), log_variance) * posterior_noise
+        return ((latents - self.shift_factor) * self.scaling_factor,)
+
+
+class FlowMatchPath(TensorUnit):
+    """The point on the straight path from data to noise, and the velocity there.
+
+    Shapes: input_latents, noise float32 [B, ...], sigma float32 [B] -> latents, target of the same shape.
+    """
+
+    input_params = ("input_latents", "noise", "sigma")
+    output_params = ("latents", "target")
+
+    def construct(self, input_latents, noise, sigma):
+        return flow.interpolate(input_latents, noise, sigma), flow.velocity_target(input_latents, noise)
+
+
+class EmbeddedGuidance(TensorUnit):
+    """The guidance scale a distilled network is told, the same for every sample.
+
+    Shapes: sigma float32 [B] -> guidance float32 [B].
+    """
+
+    input_params = ("sigma",)
+    output_params = ("guidance",)
+
+    def __init__(self, guidance_scale: float):
+        super().__init__()
+        self.guidance_scale = guidance_scale
+
+    def construct(self, sigma):
+        return (ops.full_like(sigma, self.guidance_scale),)
+
+
+class FlowMatchLoss(TensorUnit):
+    """Weighted mean squared error of the velocity, with or without prior preservation.
+
+    Shapes: velocity, target float [B, ...], loss_weight float32 [B] -> loss float32 scalar, sample_losses float32 [B].
+    With ``prior_loss_weight`` the first half of the batch holds instances, the second half class images.
+    """
+
+    input_params = ("velocity", "target", "loss_weight")
+    output_params = ("loss", "sample_losses")
+
+    def __init__(self, prior_loss_weight: float | None = None):
+        super().__init__()
+        self.prior_loss_weight = prior_loss_weight
+
+    def construct(self, velocity, target, loss_weight):
+        loss, sample_losses = losses.weighted_mse(velocity, target, loss_weight)
+        if self.prior_loss_weight is not None:
+            loss = losses.prior_preservation(sample_losses, self.prior_loss_weight)
+        return loss, sample_losses
+
+
+def flow_match_units(objective: Objective, sigmas: np.ndarray, denoise: TensorUnit) -> list[TensorUnit]:
+    """From ``input_latents`` and the draws to ``loss``, with the family's ``denoise`` in the middle."""
+    return [
+        SampleTimestep(objective, len(sigmas)),
+        LookupSigma(sigmas, objective.weighting_scheme),
+        FlowMatchPath(),
+        EmbeddedGuidance(objective.guidance_scale),
+        denoise,
+        FlowMatchLoss(objective.prior_loss_weight),
+    ]

@@ -1,0 +1,1 @@
+"""Cells and operations on cells: LoRA, reading and writing weights."""

@@ -1,0 +1,69 @@
+"""Parameters by the names PyTorch gives them, and weights put into cells.
+
+MindSpore's own layers name some parameters differently (``gamma``, ``beta``, ``embedding_table``) and keep 1-D
+convolutions as 2-D ones; checkpoints in diffusers and transformers format use PyTorch's names and shapes.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d)
+_RENAMED = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
+
+
+def torch_parameters(cell: nn.Cell) -> dict[str, Parameter]:
+    """Every parameter of ``cell`` under the name PyTorch gives it, in the cell's order."""
+    kinds = dict(cell.cells_and_names())
+    named = {}
+    for name, parameter in cell.parameters_and_names():
+        owner, _, last = name.rpartition(".")
+        kind = kinds.get(owner)
+        if isinstance(kind, _NORMS):
+            last = _RENAMED.get(last, last)
+        elif isinstance(kind, nn.Embedding) and last == "embedding_table":
+            last = "weight"
+        named[f"{owner}.{last}" if owner else last] = parameter
+    return named
+
+
+def torch_shapes(cell: nn.Cell) -> dict[str, tuple[int, ...]]:
+    """PyTorch name -> PyTorch shape of every parameter."""
+    flat = {f"{name}.weight" for name, c in cell.cells_and_names() if isinstance(c, (nn.Conv1d, nn.Conv1dTranspose))}
+    return {name: tuple(n for i, n in enumerate(p.shape) if not (name in flat and i == 2))
+            for name, p in torch_parameters(cell).items()}
+
+
+def assign(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]], dtype: ms.Type | None = None) -> None:
+    """Put named arrays into the parameters of ``cell``, one at a time, so that one tensor at most is held twice.
+
+    Args:
+        cell: its parameters may be uninitialised (built under ``no_init_parameters``).
+        tensors: (PyTorch name, array); names and shapes have been checked before (`io.weights.match`).
+        dtype: the dtype parameters get; None keeps each parameter's own.
+    """
+    parameters = torch_parameters(cell)
+    for name, array in tensors:
+        parameter = parameters[name]
+        wanted = dtype or parameter.dtype
+        if parameter.dtype != wanted:
+            parameter.set_dtype(wanted)
+        parameter.set_data(Tensor(np.ascontiguousarray(array).reshape(parameter.shape), wanted))
+
+
+def state_dict(cell: nn.Cell) -> dict[str, np.ndarray]:
+    """PyTorch name -> array in PyTorch's shape, copied to the host."""
+    shapes = torch_shapes(cell)
+    return {name: to_numpy(p).reshape(shapes[name]) for name, p in torch_parameters(cell).items()}
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A copy on the host; bfloat16 comes back as ml_dtypes.bfloat16. (``asnumpy`` may be a view of reused memory.)"""
+    if tensor.dtype == ms.bfloat16:
+        import ml_dtypes
+
+        return tensor.astype(ms.float32).asnumpy().astype(ml_dtypes.bfloat16)
+    return tensor.asnumpy().copy()

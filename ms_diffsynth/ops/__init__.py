@@ -1,0 +1,32 @@
+"""Kernels the CPU lacks, so that mindone's networks run unchanged on a laptop. No effect on Ascend.
+
+MindSpore's CPU back end registers no kernel for some seventy `mint` functions that nearly every network of mindone
+calls. :func:`install_cpu_kernels` puts a composition of primitives that do have one in the place of each::
+
+    from ms_diffsynth.ops import install_cpu_kernels
+
+    install_cpu_kernels()                                   # before the first import of a mindone network
+    from mindone.diffusers import FluxTransformer2DModel    # forward and backward, PyNative and compiled
+
+The replacements are plain functions, because the graph compiler parses their source; each is compared with NumPy in
+value and gradient by tests/ops.
+"""
+from __future__ import annotations
+
+import mindspore as ms
+
+__all__ = ["install_cpu_kernels"]
+
+
+def install_cpu_kernels() -> bool:
+    """Make mindone's networks run on the CPU; a second call does nothing.
+
+    Returns: True when the CPU kernels are in force after this call, False on every other device.
+    Raises: DeviceError when a mindone network was imported before the first call on a CPU.
+    """
+    if ms.get_context("device_target") != "CPU":
+        return False
+    from ms_diffsynth.ops.cpu.install import install
+
+    install()
+    return True

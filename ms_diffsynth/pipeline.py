@@ -1,0 +1,347 @@
+"""A pipeline: models, units, and the programs made of them. Inference and training run the same units.
+
+Models are loaded at first use, so a job loads exactly the models its half of the cut names.
+"""
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+from ms_diffsynth.data.images import to_pixels
+from ms_diffsynth.diffusion.schedule import Schedule
+from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.io.lora_files import load_lora
+from ms_diffsynth.io.weights import match, open_checkpoint
+from ms_diffsynth.nn.lora import fuse_lora, linear_modules
+from PIL import Image
+
+from ms_diffsynth import runtime
+from ms_diffsynth.diffusion.units import Objective, SampleLatents, flow_match_units
+from ms_diffsynth.errors import ConfigError, ProgramError, WeightError, listing, nearest
+from ms_diffsynth.nn.names import assign, torch_shapes
+from ms_diffsynth.program import Cut, Program, slot
+from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One model of a family: where it lives in a diffusers folder, and how it is built.
+
+    Attributes:
+        name: what the pipeline calls it, e.g. ``dit``.
+        folder: its folder in a diffusers-format model, e.g. ``transformer``.
+        class_name: ``_class_name`` or ``architectures[0]`` in its config.json; empty for a tokenizer.
+        build: from the config to an uninitialised cell; for a tokenizer from its folder to the tokenizer.
+        ignored: names that checkpoints may hold beyond the cell's parameters (tied weights, position buffers).
+        default_folder: used when no source is given (tokenizers that ship with the package).
+    """
+
+    name: str
+    folder: str
+    build: Callable[[Any], Any]
+    class_name: str = ""
+    ignored: tuple[str, ...] = ()
+    default_folder: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What the command line and the tests need to know of a model family.
+
+    Attributes:
+        pipeline: its pipeline class.
+        write_tiny: writes a tiny, randomly initialised model in the family's checkpoint format, from a seed.
+    """
+
+    name: str
+    pipeline: type[Pipeline]
+    write_tiny: Callable[[Path, int], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files a component is loaded from."""
+
+    folder: Path
+    files: tuple[Path, ...] = ()
+
+
+class UnitSequence(nn.Cell):
+    """The step of a cut as one cell: units called in order, wired by constant indices, so that it can be compiled.
+
+    ``construct`` takes the values of ``inputs`` as one tuple and returns those of ``outputs``.
+    """
+
+    def __init__(self, cut: Cut, pipe: Any, inputs: Sequence[str] | None = None, outputs: Sequence[str] | None = None):
+        super().__init__(auto_prefix=False)
+        self.inputs = tuple(inputs or cut.cache + cut.draws)
+        self.outputs = tuple(outputs or cut.outputs)
+        position = {name: k + 1 for k, name in enumerate(self.inputs)}  # 0 is the absent slot: the constant None
+        reads = []
+        for unit in cut.step:
+            unit.attach(pipe)
+            reads.append(tuple(position.get(slot(p), 0) for p in unit.input_params))
+            for param in unit.output_params:
+                position[param] = len(position) + 1
+        self.units = nn.CellList(list(cut.step), auto_prefix=False)
+        self.reads = tuple(reads)
+        self.returned = tuple(position[name] for name in self.outputs)
+
+    def construct(self, inputs):
+        slots = (None,) + inputs
+        for k in range(len(self.units)):
+            slots = slots + self.units[k](*[slots[i] for i in self.reads[k]])
+        return tuple([slots[i] for i in self.returned])
+
+    def positional(self, *inputs):
+        """The same with single Tensors as arguments, for compilation."""
+        return self.construct(inputs)
+
+
+class UnitRunner:
+    """Run one unit on the documents' three dictionaries and return them, updated copies.
+
+    A unit that reads something of ``inputs_posi`` (the prompt, or what was made of it) writes there, and runs again on
+    the negative side when ``cfg_scale`` is not 1; any other unit reads and writes ``inputs_shared``.
+    """
+
+    def __call__(self, unit: PipelineUnit | TensorUnit, pipe: Pipeline, inputs_shared: dict[str, Any],
+                 inputs_posi: dict[str, Any], inputs_nega: dict[str, Any]) -> tuple[dict, dict, dict]:
+        shared, posi, nega = dict(inputs_shared), dict(inputs_posi), dict(inputs_nega)
+        reads = {slot(p) for p in unit.input_params}
+        if not reads & set(posi):
+            shared.update(run_unit(unit, pipe, shared))
+            return shared, posi, nega
+        outputs = run_unit(unit, pipe, shared | posi)
+        if shared.get("cfg_scale", 1) == 1:
+            nega.update(outputs)
+        else:
+            negative = {k.removeprefix("negative_"): v for k, v in nega.items()}
+            nega.update(run_unit(unit, pipe, shared | negative))
+        posi.update(outputs)
+        return shared, posi, nega
+
+
+class Pipeline:
+    """Base of every family's pipeline. A family gives components, units and shapes; the rest is here.
+
+    Args:
+        models: loaded models and tokenizers by component name.
+        dtype: compute dtype; None takes the runtime's.
+    """
+
+    components: tuple[Component, ...] = ()
+    inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
+    division_factor = 16  # heights and widths are multiples of this many pixels
+    lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
+    lora_prefixes: dict[str, str] = {}  # model name -> its prefix in a LoRA file, as diffusers names it
+    fusible: tuple[str, ...] = ()  # units that may be compiled into the training step although they could be prepared
+
+    def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
+        self.models = dict(models or {})
+        self.sources: dict[str, Source] = {}
+        self.dtype = dtype or runtime.compute_dtype(None)
+        self.device = runtime.current().device
+        self.objective = Objective()
+        self.sigmas: np.ndarray | None = None  # the grid trained on, float32 [1000]
+        self.random = _fresh_random
+        self.unit_runner = UnitRunner()
+        self.units = self.build_units()
+        self.denoise = self.build_denoise()
+
+    # -- what a family provides ---------------------------------------------------------------------------------
+
+    def build_units(self) -> list[PipelineUnit | TensorUnit]:
+        """Units from the pipeline's inputs to conditions and ``moments``."""
+        raise TypeError(f"{type(self).__name__} has no build_units: implement it.")
+
+    def build_denoise(self) -> TensorUnit:
+        """The unit that calls the network: reads ``latents`` and ``sigma``, writes ``velocity``."""
+        raise TypeError(f"{type(self).__name__} has no build_denoise: implement it.")
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one sample's latents for an image of ``height`` x ``width`` pixels."""
+        raise TypeError(f"{type(self).__name__} has no latent_shape: implement it.")
+
+    def training_schedule(self, objective: str) -> Schedule:
+        """The grid of noise levels trained on, for the objective ``"sft"`` or ``"dreambooth"``."""
+        raise TypeError(f"{type(self).__name__} has no training_schedule: implement it.")
+
+    # -- programs ------------------------------------------------------------------------------------------------
+
+    def training_program(self, objective: Objective, sigmas: np.ndarray) -> Program:
+        """Everything from a row of the data set to ``loss``."""
+        units = [*self.units, self.sample_latents(objective.posterior), *flow_match_units(objective, sigmas, self.denoise)]
+        return Program(units, self.inputs, objective.draws)
+
+    def sampling_program(self) -> Program:
+        """From a prompt to ``velocity`` at given ``latents`` and ``sigma``."""
+        return Program([*self.units, self.denoise], (*self.inputs, "guidance"), ("latents", "sigma"))
+
+    def sample_latents(self, posterior: str) -> SampleLatents:
+        """The unit that turns the VAE's moments into latents."""
+        config = self.config("vae")
+        return SampleLatents(posterior, config["scaling_factor"], config.get("shift_factor") or 0.0)
+
+    def model_fn(self, **slots: Any) -> Tensor:
+        """The network's velocity for named slots (``latents``, ``sigma``, conditions); slots it does not read are ignored."""
+        return run_unit(self.denoise, self, slots)["velocity"]
+
+    def run(self, units: Sequence[Any], slots: dict[str, Any]) -> dict[str, Any]:
+        """Run units eagerly on named slots; returns all slots."""
+        return run_units(tuple(units), self, slots)
+
+    # -- models --------------------------------------------------------------------------------------------------
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names of the models and tokenizers this family has."""
+        return tuple(c.name for c in self.components)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self.model_names:
+            raise AttributeError(f"{type(self).__name__} has no attribute '{name}'")
+        if name not in self.models:
+            self.models[name] = self._load(name)
+        return self.models[name]
+
+    def load_models_to_device(self, model_names: Sequence[str]) -> None:
+        """Load the named models now; otherwise each is loaded at first use."""
+        for name in model_names:
+            if name not in self.model_names:
+                raise ConfigError(f"'{name}' is no model of {type(self).__name__}: it has {listing(self.model_names)}."
+                                  f"{nearest(name, self.model_names)}")
+            getattr(self, name)
+
+    def load_lora(self, module: nn.Cell, path: str | Path, alpha: float = 1.0) -> int:
+        """Fuse a LoRA file into a model's weights, ``alpha`` times its own scale; returns the number of layers.
+
+        Raises: WeightError when a key of the file fits no layer.
+        """
+        loaded = load_lora(path, modules=list(linear_modules(module)))
+        fuse_lora(module, {name: (a, b * np.float32(scale)) for name, (a, b, scale) in loaded.items()}, alpha)
+        return len(loaded)
+
+    def config(self, name: str) -> dict[str, Any]:
+        """config.json of a component, without loading its weights."""
+        if name in self.models:
+            return dict(self.models[name].config)
+        return _read_config(self._source(name).folder)
+
+    @classmethod
+    def _from_configs(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, tokenizers: dict[str, ModelConfig | None],
+                      dtype: ms.Type | None, device: str | None) -> Pipeline:
+        if device is not None and device.lower() != runtime.current().device.lower():
+            runtime.configure(runtime.current().mode, device)
+        name = None if dtype is None else runtime.dtype_name(dtype)
+        pipe = cls(dtype=runtime.compute_dtype(name))
+        if isinstance(model_configs, (str, Path)):
+            model_configs = [ModelConfig(str(model_configs))]
+        elif isinstance(model_configs, ModelConfig):
+            model_configs = [model_configs]
+        for config in model_configs:
+            pipe._add_source(config)
+        for key, config in tokenizers.items():
+            if config is not None:
+                paths = config.resolve()
+                pipe.sources[key] = Source(paths[0] if paths[0].is_dir() else paths[0].parent)
+        return pipe
+
+    def _add_source(self, config: ModelConfig) -> None:
+        """Find out which component(s) a configuration names, from config.json beside the weights."""
+        paths = [Path(p) for p in config.resolve()]
+        folder = paths[0] if paths[0].is_dir() else paths[0].parent
+        if (folder / "model_index.json").is_file() and paths[0].is_dir():
+            for component in self.components:
+                if (folder / component.folder).is_dir():
+                    self.sources[component.name] = Source(folder / component.folder)
+            return
+        class_name = _class_name(_read_config(folder))
+        names = {c.class_name: c.name for c in self.components if c.class_name}
+        if class_name not in names:
+            raise WeightError(f"{folder / 'config.json'} describes a {class_name}, but {type(self).__name__} is made of "
+                              f"{listing(names)}. Give the folder or files of one of those.")
+        self.sources[names[class_name]] = Source(folder, () if paths[0].is_dir() else tuple(paths))
+
+    def _component(self, name: str) -> Component:
+        return next(c for c in self.components if c.name == name)
+
+    def _source(self, name: str) -> Source:
+        component = self._component(name)
+        if name in self.sources:
+            return self.sources[name]
+        if component.default_folder is not None:
+            return Source(component.default_folder)
+        raise WeightError(f"the model '{name}' is needed, but no files were given for it; given: "
+                          f"{listing(self.sources) or 'none'}. Add a ModelConfig for its '{component.folder}' folder.")
+
+    def _load(self, name: str) -> Any:
+        component, source = self._component(name), self._source(name)
+        if not component.class_name:
+            return component.build(source.folder)
+        return load_component(component, source, self.dtype)
+
+    # -- pictures ------------------------------------------------------------------------------------------------
+
+    def preprocess_image(self, image: Image.Image) -> Tensor:
+        """A picture as float32 [1, 3, H, W] in [-1, 1]."""
+        return Tensor(to_pixels(image)[None])
+
+    def check_resize_height_width(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels, rounded up to the family's division factor; logged when they change."""
+        factor = self.division_factor
+        rounded = tuple(-(-side // factor) * factor for side in (height, width))
+        if rounded != (height, width):
+            logger.warning("%d x %d pixels: sides must be multiples of %d, so %d x %d is used.", height, width, factor, *rounded)
+        return rounded
+
+
+def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.Cell:
+    """Build a component's cell and fill it from its checkpoint, shard by shard; frozen and in evaluation mode.
+
+    Raises: WeightError naming missing, superfluous and mis-shaped tensors, or a missing shard.
+    """
+    from mindspore.nn.utils import no_init_parameters
+
+    with no_init_parameters():
+        cell = component.build(_read_config(source.folder))
+    checkpoint = open_checkpoint(list(source.files) or source.folder)
+    found = {k: v for k, v in checkpoint.shapes.items() if k not in component.ignored}
+    match(torch_shapes(cell), found, where=str(source.folder))
+    assign(cell, ((k, v) for k, v in checkpoint.tensors() if k in found), dtype)
+    for parameter in cell.get_parameters():
+        parameter.requires_grad = False
+    return cell.set_train(False)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightError(f"{path} is missing: expected the config.json of a diffusers or transformers model beside its "
+                          "weights. Download the whole component folder.") from None
+    except ValueError as error:
+        raise WeightError(f"{path} is not JSON ({error}): download it again.") from None
+
+
+def _class_name(config: dict[str, Any]) -> str:
+    return config.get("_class_name") or (config.get("architectures") or ["model without a class name"])[0]
+
+
+def _fresh_random(stream: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Random numbers when nobody set a seed: ``pipe.random`` is replaced by the training loop's counter-based draws."""
+    generator = np.random.default_rng()
+    if kind not in ("normal", "uniform"):
+        raise ProgramError(f"draw '{stream}' is of unknown kind '{kind}': expected normal or uniform.")
+    values = generator.standard_normal(shape) if kind == "normal" else generator.random(shape)
+    return values.astype(np.float32)

@@ -1,0 +1,1 @@
+"""Model families, one folder each: the only place that imports mindone's networks."""

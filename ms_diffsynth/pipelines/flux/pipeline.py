@@ -1,0 +1,134 @@
+"""FLUX.1: CLIP and T5 text encoders, a VAE with 16 channels, and a transformer of joint and single blocks."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from ms_diffsynth.diffusion.schedule import Schedule, diffsynth_flux, flow_match_euler, flux_sampling
+from ms_diffsynth.io.hub import ModelConfig
+
+from ms_diffsynth.pipeline import Component
+from ms_diffsynth.pipelines.flux import units
+from ms_diffsynth.pipelines.flux.denoise import Denoise
+from ms_diffsynth.pipelines.image import ImagePipeline
+
+HERE = Path(__file__).parent
+
+
+def _build_dit(config: dict[str, Any]):
+    from mindone.diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(**_arguments(config))
+
+
+def _build_vae(config: dict[str, Any]):
+    from mindone.diffusers import AutoencoderKL
+
+    return AutoencoderKL(**_arguments(config))
+
+
+def _build_clip(config: dict[str, Any]):
+    from mindone.transformers import CLIPTextModel
+    from transformers import CLIPTextConfig
+
+    return CLIPTextModel(CLIPTextConfig(**config))
+
+
+def _build_t5(config: dict[str, Any]):
+    from mindone.transformers import T5EncoderModel
+    from transformers import T5Config
+
+    return T5EncoderModel(T5Config(**config))
+
+
+def _build_clip_tokenizer(folder: Path):
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def _build_t5_tokenizer(folder: Path):
+    from transformers import T5Tokenizer
+
+    return T5Tokenizer.from_pretrained(folder)
+
+
+def _arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments from a diffusers config.json."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
+
+
+COMPONENTS = (
+    Component(name="tokenizer_1", folder="tokenizer", build=_build_clip_tokenizer, default_folder=HERE / "tokenizer_1"),
+    Component(name="tokenizer_2", folder="tokenizer_2", build=_build_t5_tokenizer, default_folder=HERE / "tokenizer_2"),
+    Component(name="text_encoder_1", folder="text_encoder", class_name="CLIPTextModel", build=_build_clip,
+              ignored=("text_model.embeddings.position_ids",)),
+    Component(name="text_encoder_2", folder="text_encoder_2", class_name="T5EncoderModel", build=_build_t5,
+              ignored=("encoder.embed_tokens.weight",)),
+    Component(name="vae", folder="vae", class_name="AutoencoderKL", build=_build_vae),
+    Component(name="dit", folder="transformer", class_name="FluxTransformer2DModel", build=_build_dit),
+)
+
+
+# The linear layers diffusers' FLUX.1 DreamBooth trainer adapts: attention and feed-forward of both block kinds.
+LORA_TARGET_MODULES = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+)
+
+
+class FluxImagePipeline(ImagePipeline):
+    """Text to image with FLUX.1, and the units its training reuses.
+
+    Attributes:
+        max_sequence_length: T5 tokens a prompt is padded or cut to (512 for dev, 256 for schnell).
+    """
+
+    components = COMPONENTS
+    lora_target_modules = LORA_TARGET_MODULES
+    lora_prefixes = {"dit": "transformer", "text_encoder_1": "text_encoder", "text_encoder_2": "text_encoder_2"}
+    fusible = ("encode_image",)
+    max_sequence_length = 512
+
+    @classmethod
+    def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
+                        tokenizer_1_config: ModelConfig | None = None, tokenizer_2_config: ModelConfig | None = None,
+                        mindspore_dtype: ms.Type | None = None, device: str | None = None) -> FluxImagePipeline:
+        """A pipeline whose models are loaded at first use.
+
+        Args:
+            model_configs: a diffusers-format folder, or a ModelConfig for each component.
+            tokenizer_1_config, tokenizer_2_config: CLIP's and T5's tokenizer; None uses those shipped with the package.
+            mindspore_dtype: compute dtype; None means bfloat16 on Ascend, float32 on the CPU.
+        """
+        return cls._from_configs(model_configs, {"tokenizer_1": tokenizer_1_config, "tokenizer_2": tokenizer_2_config},
+                                 mindspore_dtype, device)
+
+    def build_units(self) -> list:
+        return [units.TokenizePrompt(), units.EncodePrompt(), units.LoadPixels(), units.EncodeImage(self.dtype)]
+
+    def build_denoise(self) -> Denoise:
+        return Denoise(self.dtype)
+
+    def build_decode(self) -> units.Decode:
+        return units.Decode(self.dtype)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent pixel: each VAE level but the last halves the sides."""
+        return 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        factor = self.vae_scale_factor
+        return (self.config("vae")["latent_channels"], height // factor, width // factor)
+
+    def training_schedule(self, objective: str) -> Schedule:
+        return diffsynth_flux(3.0) if objective == "sft" else flow_match_euler(3.0)
+
+    def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
+        tokens = (latent_shape[1] // 2) * (latent_shape[2] // 2)
+        return flux_sampling(num_inference_steps, tokens, bool(self.config("dit")["guidance_embeds"]))

@@ -1,0 +1,114 @@
+"""What FLUX.1 encodes: the prompt by CLIP and T5, the picture by the VAE; and how latents are decoded."""
+from __future__ import annotations
+
+import logging
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from ms_diffsynth.errors import DataError
+from ms_diffsynth.units import PipelineUnit, TensorUnit
+
+logger = logging.getLogger(__name__)
+
+CLIP_TOKENS = 77
+
+
+class TokenizePrompt(PipelineUnit):
+    """The prompt as token ids, padded to a fixed length; what is cut off is logged.
+
+    Shapes: prompt str -> clip_ids int32 [1, 77], t5_ids int32 [1, pipe.max_sequence_length].
+    """
+
+    input_params = ("prompt",)
+    output_params = ("clip_ids", "t5_ids")
+    onload_model_names = ("tokenizer_1", "tokenizer_2")
+
+    def process(self, pipe, prompt):
+        return {"clip_ids": self._ids(pipe.tokenizer_1, prompt, CLIP_TOKENS, "CLIP"),
+                "t5_ids": self._ids(pipe.tokenizer_2, prompt, pipe.max_sequence_length, "T5")}
+
+    def _ids(self, tokenizer, prompt: str, length: int, name: str) -> Tensor:
+        whole = len(tokenizer(prompt).input_ids)
+        if whole > length:
+            logger.warning("prompt of %d %s tokens is cut to %d: %r", whole, name, length, prompt[:80])
+        ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="np").input_ids
+        return Tensor(ids.astype(np.int32))
+
+
+class EncodePrompt(TensorUnit):
+    """Conditions from token ids: T5's hidden states and CLIP's pooled output.
+
+    Shapes: clip_ids int32 [B, 77], t5_ids int32 [B, L] -> prompt_embeds float32 [B, L, D],
+    pooled_prompt_embeds float32 [B, P].
+    """
+
+    input_params = ("clip_ids", "t5_ids")
+    output_params = ("prompt_embeds", "pooled_prompt_embeds")
+    onload_model_names = ("text_encoder_1", "text_encoder_2")
+
+    def construct(self, clip_ids, t5_ids):
+        pooled_prompt_embeds = self.text_encoder_1(clip_ids, return_dict=False)[1]
+        prompt_embeds = self.text_encoder_2(t5_ids, return_dict=False)[0]
+        return prompt_embeds.astype(ms.float32), pooled_prompt_embeds.astype(ms.float32)
+
+
+class LoadPixels(PipelineUnit):
+    """A picture as pixels. Its sides must be multiples of the pipeline's division factor.
+
+    Shapes: input_image PIL -> pixels float32 [1, 3, H, W] in [-1, 1].
+    """
+
+    input_params = ("input_image",)
+    output_params = ("pixels",)
+
+    def process(self, pipe, input_image):
+        width, height = input_image.size
+        factor = pipe.division_factor
+        if height % factor or width % factor:
+            raise DataError(f"a picture of {width} x {height} pixels cannot be encoded: expected sides that are multiples "
+                            f"of {factor}. Use UnifiedDataset.default_image_operator, or set height and width.")
+        return {"pixels": pipe.preprocess_image(input_image)}
+
+
+class EncodeImage(TensorUnit):
+    """The VAE's posterior: mean and log-variance, not a sample, so that it can be cached.
+
+    Shapes: pixels float32 [B, 3, H, W] in [-1, 1] -> moments float32 [B, 2C, H/8, W/8].
+    """
+
+    input_params = ("pixels",)
+    output_params = ("moments",)
+    onload_model_names = ("vae",)
+
+    def __init__(self, dtype: ms.Type):
+        super().__init__()
+        self.dtype = dtype
+
+    def construct(self, pixels):
+        return (self.vae.encode(pixels.astype(self.dtype))[0].astype(ms.float32),)
+
+
+class Decode(TensorUnit):
+    """Pixels from latents.
+
+    Shapes: latents float32 [B, C, H/8, W/8] -> pixels float32 [B, 3, H, W], about [-1, 1].
+    """
+
+    input_params = ("latents",)
+    output_params = ("pixels",)
+    onload_model_names = ("vae",)
+
+    def __init__(self, dtype: ms.Type):
+        super().__init__()
+        self.dtype = dtype
+
+    def attach(self, pipe):
+        super().attach(pipe)
+        config = pipe.config("vae")
+        self.scaling_factor, self.shift_factor = config["scaling_factor"], config.get("shift_factor") or 0.0
+
+    def construct(self, latents):
+        latents = latents / self.scaling_factor + self.shift_factor
+        return (self.vae.decode(latents.astype(self.dtype), return_dict=False)[0].astype(ms.float32),)

@@ -1,0 +1,94 @@
+"""What every picture pipeline shares: sampling with a compiled step, and decoding."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+from ms_diffsynth.data.images import to_pil
+from ms_diffsynth.diffusion.guidance import classifier_free
+from ms_diffsynth.diffusion.sampler import euler
+from ms_diffsynth.train.draws import Draws
+from PIL import Image
+
+from ms_diffsynth import runtime
+from ms_diffsynth.pipeline import Pipeline, UnitSequence
+from ms_diffsynth.train.compile import Announce, CompiledStep, _log_only
+from ms_diffsynth.units import TensorUnit, run_unit
+
+
+class ImagePipeline(Pipeline):
+    """A pipeline whose latents decode to pictures."""
+
+    announce: Announce = staticmethod(_log_only)
+
+    def __call__(self, prompt: str, negative_prompt: str = "", cfg_scale: float = 1.0, embedded_guidance: float = 3.5,
+                 height: int = 1024, width: int = 1024, seed: int | None = None, num_inference_steps: int = 30,
+                 on_step: Callable[[int, int], None] | None = None) -> Image.Image:
+        """Generate one picture.
+
+        Args:
+            cfg_scale: two-branch guidance with ``negative_prompt``; 1 runs one branch.
+            embedded_guidance: the scale told to a guidance-distilled network; others ignore it.
+            height, width: pixels, rounded up to the family's division factor.
+            seed: of the initial noise; None is fresh.
+            on_step: called with (step, steps) after every step.
+        """
+        height, width = self.check_resize_height_width(height, width)
+        shape = self.latent_shape(height, width)
+        seed = int(np.random.SeedSequence().entropy % 2**63) if seed is None else seed
+        latents = Draws(seed).normal("latents", np.array([0]), shape)
+        guidance = Tensor(np.full(1, embedded_guidance, np.float32))
+        positive = self.condition(prompt, guidance=guidance)
+        negative = self.condition(negative_prompt, guidance=guidance) if cfg_scale != 1 else None
+        sigmas = self.sampling_sigmas(num_inference_steps, shape)
+        return self.generate(positive, negative, latents, sigmas, cfg_scale, on_step)[0]
+
+    def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
+        """Noise levels to integrate over: float32 [num_inference_steps + 1], decreasing, ends with 0."""
+        raise TypeError(f"{type(self).__name__} has no sampling_sigmas: implement it.")
+
+    def build_decode(self) -> TensorUnit:
+        """The unit from ``latents`` to ``pixels``."""
+        raise TypeError(f"{type(self).__name__} has no build_decode: implement it.")
+
+    def condition(self, prompt: str, **extra: Tensor) -> dict[str, Any]:
+        """Prepared slots for one prompt, by name: exactly what the sampling step reads besides its draws."""
+        cut = self.sampling_program().cut(("velocity",))
+        given = {"prompt": prompt, **extra}
+        slots = self.run(cut.prepare, {k: v for k, v in given.items() if k in cut.inputs})
+        return {name: slots[name] for name in cut.cache}
+
+    def denoiser(self, condition: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
+        """``denoise(latents, sigma) -> velocity`` under one condition; compiled once per shape in mode graph."""
+        step = self._sampling_step()
+        fixed = [condition[name] for name in self._sampling_cut.cache]
+        return lambda latents, sigma: step(*fixed, latents, sigma)[0]
+
+    def generate(self, positive: dict[str, Any], negative: dict[str, Any] | None, latents: np.ndarray,
+                 sigmas: np.ndarray, cfg_scale: float = 1.0,
+                 on_step: Callable[[int, int], None] | None = None) -> list[Image.Image]:
+        """Integrate from noise to pictures.
+
+        Args:
+            positive, negative: conditions from `condition`; ``negative`` is used when ``cfg_scale`` is not 1.
+            latents: noise, float32 [B, ...]. sigmas: float32 [n + 1], decreasing, ends with 0.
+        """
+        denoise = self.denoiser(positive)
+        if cfg_scale != 1 and negative is not None:
+            denoise = classifier_free(denoise, self.denoiser(negative), cfg_scale)
+        return self.decode(euler(denoise, Tensor(latents), sigmas, on_step))
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures from latents."""
+        pixels = run_unit(self.build_decode(), self, {"latents": latents})["pixels"].asnumpy()
+        return [to_pil(p) for p in pixels]
+
+    def _sampling_step(self) -> CompiledStep:
+        if "_step" not in self.__dict__:
+            self._sampling_cut = self.sampling_program().cut(("velocity",))
+            sequence = UnitSequence(self._sampling_cut, self)
+            self._step = CompiledStep(sequence.positional, "the sampling step", runtime.current().mode,
+                                      announce=self.announce)
+        return self._step

@@ -1,0 +1,58 @@
+"""Tiny models with random weights in the real checkpoint format, for tests and first runs."""
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mindspore import nn
+from ms_diffsynth.io.weights import save_sharded
+from ms_diffsynth.train.draws import Draws
+
+from ms_diffsynth.io.files import stage_folder
+from ms_diffsynth.nn.names import torch_shapes
+from ms_diffsynth.pipeline import Component
+
+
+def write_model(folder: Path, class_name: str, components: Sequence[Component], configs: dict[str, dict[str, Any]],
+                seed: int = 0) -> None:
+    """Write a diffusers-format model: a folder a component, and model_index.json.
+
+    Args:
+        class_name: of the pipeline, as diffusers calls it.
+        configs: config.json of every component that has weights; the others are tokenizers, copied.
+
+    Raises: OutputError when ``folder`` exists and is not empty.
+    """
+    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": "0.35.2"}
+    with stage_folder(Path(folder)) as stage:
+        for component in components:
+            target = Path(stage) / component.folder
+            if component.name not in configs:
+                shutil.copytree(component.default_folder, target)
+                settings = json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8"))
+                index[component.folder] = ["transformers", settings["tokenizer_class"]]
+                continue
+            config = configs[component.name]
+            is_encoder = "architectures" in config
+            weights = random_weights(component.build(config), Draws(seed), component.name)
+            save_sharded(target, weights, stem="model" if is_encoder else "diffusion_pytorch_model", config=config)
+            index[component.folder] = ["transformers" if is_encoder else "diffusers", component.class_name]
+        (Path(stage) / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def random_weights(cell: nn.Cell, draws: Draws, stream: str) -> dict[str, np.ndarray]:
+    """Weights for every parameter: normal with variance 1 / fan-in, ones for norms, zeros for biases."""
+    weights = {}
+    for k, (name, shape) in enumerate(torch_shapes(cell).items()):
+        if name.endswith("bias"):
+            weights[name] = np.zeros(shape, np.float32)
+        elif len(shape) == 1:
+            weights[name] = np.ones(shape, np.float32)
+        else:
+            values = draws.normal(stream, np.array([k]), shape)[0]
+            weights[name] = (values / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+    return weights

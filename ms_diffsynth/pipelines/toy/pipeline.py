@@ -1,0 +1,143 @@
+"""The toy pipeline: every kind of unit a family has, in as few lines as it takes."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+from ms_diffsynth.diffusion.schedule import Schedule, diffsynth_flux, flow_match_euler, flux_sampling
+from ms_diffsynth.io.hub import ModelConfig
+
+from ms_diffsynth.pipeline import Component
+from ms_diffsynth.pipelines.image import ImagePipeline
+from ms_diffsynth.pipelines.tiny import write_model
+from ms_diffsynth.pipelines.toy.networks import PATCH, ToyAutoencoder, ToyTextEncoder, ToyTransformer
+from ms_diffsynth.units import PipelineUnit, TensorUnit
+
+TOKENS = 16
+
+
+class TokenizePrompt(PipelineUnit):
+    """The prompt's first bytes: str -> int32 [1, 16], padded with zeros."""
+
+    input_params = ("prompt",)
+    output_params = ("ids",)
+
+    def process(self, pipe, prompt):
+        ids = np.frombuffer(prompt.encode()[:TOKENS].ljust(TOKENS, b"\0"), np.uint8)
+        return {"ids": Tensor(ids[None].astype(np.int32))}
+
+
+class EncodePrompt(TensorUnit):
+    """ids int32 [B, 16] -> prompt_embeds float32 [B, 16, D]."""
+
+    input_params = ("ids",)
+    output_params = ("prompt_embeds",)
+    onload_model_names = ("text_encoder",)
+
+    def construct(self, ids):
+        return (self.text_encoder(ids),)
+
+
+class LoadPixels(PipelineUnit):
+    """input_image PIL -> pixels float32 [1, 3, H, W] in [-1, 1]."""
+
+    input_params = ("input_image",)
+    output_params = ("pixels",)
+
+    def process(self, pipe, input_image):
+        return {"pixels": pipe.preprocess_image(input_image)}
+
+
+class EncodeImage(TensorUnit):
+    """pixels float32 [B, 3, H, W] -> moments float32 [B, 2C, H/4, W/4]."""
+
+    input_params = ("pixels",)
+    output_params = ("moments",)
+    onload_model_names = ("vae",)
+
+    def construct(self, pixels):
+        return (self.vae.encode(pixels),)
+
+
+class Denoise(TensorUnit):
+    """latents [B, C, h, w], sigma [B], prompt_embeds [B, 16, D] -> velocity [B, C, h, w]."""
+
+    input_params = ("latents", "sigma", "prompt_embeds", "guidance?")
+    output_params = ("velocity",)
+    onload_model_names = ("dit",)
+
+    def construct(self, latents, sigma, prompt_embeds, guidance=None):
+        return (self.dit(latents, sigma, prompt_embeds),)
+
+
+class Decode(TensorUnit):
+    """latents [B, C, h, w] -> pixels [B, 3, 4h, 4w]."""
+
+    input_params = ("latents",)
+    output_params = ("pixels",)
+    onload_model_names = ("vae",)
+
+    def construct(self, latents):
+        return (self.vae.decode(latents),)
+
+
+def _arguments(config: dict) -> dict:
+    return {k: v for k, v in config.items() if not k.startswith("_") and k != "architectures"}
+
+
+COMPONENTS = (
+    Component(name="text_encoder", folder="text_encoder", class_name="ToyTextEncoder",
+              build=lambda config: ToyTextEncoder(**_arguments(config))),
+    Component(name="vae", folder="vae", class_name="ToyAutoencoder",
+              build=lambda config: ToyAutoencoder(**_arguments(config))),
+    Component(name="dit", folder="transformer", class_name="ToyTransformer",
+              build=lambda config: ToyTransformer(**_arguments(config))),
+)
+
+CONFIGS = {
+    "text_encoder": {"architectures": ["ToyTextEncoder"], "hidden_size": 16},
+    "vae": {"_class_name": "ToyAutoencoder", "latent_channels": 4, "scaling_factor": 0.5, "shift_factor": 0.1},
+    "dit": {"_class_name": "ToyTransformer", "latent_channels": 4, "hidden_size": 16},
+}
+
+
+class ToyImagePipeline(ImagePipeline):
+    """Text to (very small) image."""
+
+    components = COMPONENTS
+    lora_target_modules = ("layer_1", "layer_2")
+    lora_prefixes = {"dit": "transformer"}
+    fusible = ("encode_image",)
+    division_factor = 8
+
+    @classmethod
+    def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
+                        mindspore_dtype: ms.Type | None = None, device: str | None = None) -> ToyImagePipeline:
+        """A pipeline whose models are loaded at first use; see `FluxImagePipeline.from_pretrained`."""
+        return cls._from_configs(model_configs, {}, mindspore_dtype, device)
+
+    def build_units(self) -> list:
+        return [TokenizePrompt(), EncodePrompt(), LoadPixels(), EncodeImage()]
+
+    def build_denoise(self) -> Denoise:
+        return Denoise()
+
+    def build_decode(self) -> Decode:
+        return Decode()
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        return (self.config("vae")["latent_channels"], height // PATCH, width // PATCH)
+
+    def training_schedule(self, objective: str) -> Schedule:
+        return diffsynth_flux(3.0) if objective == "sft" else flow_match_euler(3.0)
+
+    def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
+        return flux_sampling(num_inference_steps, latent_shape[1] * latent_shape[2] // 4, False)
+
+
+def write_tiny(folder: Path, seed: int = 0) -> None:
+    """Write a toy model with random weights in diffusers format into ``folder``."""
+    write_model(folder, "ToyPipeline", COMPONENTS, CONFIGS, seed)

@@ -1,0 +1,26 @@
+"""Family name -> where it is. One line a family; a family is imported when it is asked for."""
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from ms_diffsynth.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from ms_diffsynth.pipeline import Family
+
+FAMILIES = {
+    "flux": "ms_diffsynth.pipelines.flux",
+    "toy": "ms_diffsynth.pipelines.toy",
+}
+
+
+def family(name: str) -> Family:
+    """The family called ``name``.
+
+    Raises: ConfigError naming the nearest family and all of them.
+    """
+    if name not in FAMILIES:
+        raise ConfigError(f"family='{name}' is unknown: expected one of {', '.join(sorted(FAMILIES))}."
+                          f"{nearest(name, FAMILIES)}")
+    return import_module(FAMILIES[name]).FAMILY

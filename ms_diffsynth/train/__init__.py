@@ -1,0 +1,1 @@
+"""Training: the step, what compiles it, the draws, the optimizer, the loop."""

@@ -1,0 +1,138 @@
+"""What a run leaves behind: loss.csv, events.jsonl, checkpoints, sample pictures, the loss curve."""
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ms_diffsynth.data.images import grid
+from ms_diffsynth.data.plots import loss_curve
+from PIL import Image
+
+from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.io.files import append_line, write_file
+
+COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "is_skipped", "seconds")
+
+
+class ModelLogger:
+    """Writes a run's records and checkpoints into ``output_path``.
+
+    Args:
+        remove_prefix_in_ckpt: taken off the names of trained weights (``"pipe.dit."``); LoRA files have names of
+            their own.
+        enable_tensorboard_log: also write TensorBoard events (``pip install 'ms_diffsynth[logging]'``).
+    """
+
+    def __init__(self, output_path: str | Path, remove_prefix_in_ckpt: str | None = None,
+                 enable_tensorboard_log: bool = False):
+        self.output_path = Path(output_path)
+        self.remove_prefix_in_ckpt = remove_prefix_in_ckpt
+        self.num_steps = 0
+        self.metadata: dict[str, str] = {}
+        self.losses: list[tuple[int, float]] = []
+        self.samples: dict[int, list[Image.Image]] = {}
+        self.saved: list[Path] = []
+        self._is_saved_at = -1
+        self._tensorboard = _tensorboard_writer(self.output_path) if enable_tensorboard_log else None
+
+    # -- records -------------------------------------------------------------------------------------------------
+
+    def start(self, settings: dict[str, Any]) -> None:
+        """Write training_args.json and the head of loss.csv."""
+        self.output_path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
+        write_file(self.output_path / "training_args.json", text.encode())
+        write_file(self.output_path / "loss.csv", (",".join(COLUMNS) + "\n").encode())
+        write_file(self.output_path / "events.jsonl", b"")
+        self.event("start")
+
+    def event(self, event: str, **values: Any) -> None:
+        """Append one line to events.jsonl."""
+        record = {"event": event, "time": round(time.time(), 3), "step": self.num_steps} | values
+        append_line(self.output_path / "events.jsonl", json.dumps(record, allow_nan=True, default=str))
+
+    def log_step(self, record: dict[str, Any]) -> None:
+        """Append one optimizer step to loss.csv (and TensorBoard); ``record`` has the keys of COLUMNS."""
+        append_line(self.output_path / "loss.csv", ",".join(_text(record[c]) for c in COLUMNS))
+        if math.isfinite(record["loss"]):
+            self.losses.append((record["step"], record["loss"]))
+        if self._tensorboard is not None:
+            for key in ("loss", "learning_rate", "grad_norm"):
+                self._tensorboard.add_scalar(key, record[key], record["step"])
+
+    # -- checkpoints (the documents' names) ------------------------------------------------------------------------
+
+    def on_step_end(self, accelerator: Any, model: Any, save_steps: int | None = None, **_: Any) -> None:
+        """Count a step; save ``step-N.safetensors`` every ``save_steps`` steps."""
+        self.num_steps += 1
+        if save_steps and self.num_steps % save_steps == 0:
+            self.save_model(accelerator, model, f"step-{self.num_steps}.safetensors")
+
+    def on_epoch_end(self, accelerator: Any, model: Any, epoch_id: int) -> None:
+        """Save ``epoch-N.safetensors``; the first epoch is 0."""
+        self.save_model(accelerator, model, f"epoch-{epoch_id}.safetensors")
+
+    def on_training_end(self, accelerator: Any, model: Any, save_steps: int | None = None) -> None:
+        """Save the last step when no file holds it yet, and draw the loss curve."""
+        if self._is_saved_at != self.num_steps:
+            self.save_model(accelerator, model, f"step-{self.num_steps}.safetensors")
+        if accelerator.is_main_process and len(self.losses) > 1:
+            steps, losses = zip(*self.losses)
+            self.write_image("loss.png", loss_curve(np.array(steps), np.array(losses)))
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def save_model(self, accelerator: Any, model: Any, file_name: str) -> None:
+        """Save what was trained, on the first rank only."""
+        self._is_saved_at = self.num_steps
+        if accelerator.is_main_process:
+            path = self.output_path / file_name
+            model.save(path, self.remove_prefix_in_ckpt, {**self.metadata, "step": str(self.num_steps)})
+            self.saved.append(path)
+            self.event("saved", file=file_name, bytes=path.stat().st_size)
+
+    # -- pictures --------------------------------------------------------------------------------------------------
+
+    def log_samples(self, step: int, images: list[Image.Image], captions: list[str]) -> Path:
+        """Write ``samples/step-N.png`` and keep the pictures for the before/after grid."""
+        self.samples[step] = images
+        path = self.write_image(f"samples/step-{step}.png", grid([images], titles=captions or None))
+        self.event("samples", file=f"samples/step-{step}.png")
+        return path
+
+    def write_comparison(self, captions: list[str]) -> Path | None:
+        """Write ``samples/before_after.png`` from the first and the last samples; None when there is only one."""
+        if len(self.samples) < 2:
+            return None
+        first, last = min(self.samples), max(self.samples)
+        rows = [self.samples[first], self.samples[last]]
+        return self.write_image("samples/before_after.png",
+                                grid(rows, captions=[f"before (step {first})", f"after (step {last})"],
+                                     titles=captions or None))
+
+    def write_image(self, name: str, image: Image.Image) -> Path:
+        """Write a PNG below ``output_path``."""
+        path = self.output_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        write_file(path, buffer.getvalue())
+        return path
+
+
+def _text(value: Any) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else str(value)  # nine digits give a float32 back exactly
+
+
+def _tensorboard_writer(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ConfigError("enable_tensorboard_log=True, but tensorboardX is not installed: "
+                          "pip install 'ms_diffsynth[logging]', or leave it out (loss.csv is always written).") from None
+    return SummaryWriter(str(folder / "tensorboard"))

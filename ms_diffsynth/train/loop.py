@@ -1,0 +1,286 @@
+"""The training loop: prepare every row once, then one compiled step after the other."""
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+from ms_diffsynth.data.loader import Batch, Loader, collate
+from ms_diffsynth.train.draws import Draws
+from ms_diffsynth.train.optim import AdamW, LearningRate
+from PIL import Image
+
+from ms_diffsynth import runtime
+from ms_diffsynth.errors import ConfigError, TrainingError, nearest
+from ms_diffsynth.train.distributed import Accelerator
+from ms_diffsynth.train.logger import ModelLogger
+from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.train.prepared import PreparedRow, PreparedRows
+from ms_diffsynth.train.program_step import ModuleTrainStep, ProgramTrainStep
+from ms_diffsynth.train.progress import Progress
+from ms_diffsynth.train.step import StepResult
+
+MOST_SKIPPED_IN_A_ROW = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How long, how fast, how often. Every interval counts steps: one step is one optimizer update."""
+
+    learning_rate: float = 1e-5
+    weight_decay: float = 1e-2
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0
+    gradient_accumulation_steps: int = 1
+    loss_scale: float = 1.0
+    batch_size: int = 1
+    num_epochs: int | None = 1
+    max_train_steps: int | None = None
+    num_workers: int = 1
+    seed: int = 42
+    save_steps: int | None = None
+    sample_steps: int | None = None
+
+    @classmethod
+    def of(cls, given: Any, defaults: dict[str, Any]) -> TrainingOptions:
+        """Options from ``defaults``, overridden by the attributes of ``given`` (a parsed command line) where it has them."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in defaults:
+            if name not in names:
+                raise ConfigError(f"launch_training_task has no option '{name}': it has {', '.join(names)}."
+                                  f"{nearest(name, names)}")
+        values = defaults | {n: getattr(given, n) for n in names if hasattr(given, n)}
+        return cls(**values)
+
+
+def launch_training_task(accelerator: Accelerator, dataset: Any, model: DiffusionTrainingModule,
+                         model_logger: ModelLogger, learning_rate: float = 1e-5, weight_decay: float = 1e-2,
+                         num_workers: int = 1, save_steps: int | None = None, num_epochs: int | None = 1,
+                         args: Any = None, class_dataset: Any = None,
+                         sampler: Callable[[], list[Image.Image]] | None = None, sample_captions: list[str] | None = None,
+                         settings: dict[str, Any] | None = None, **options: Any) -> ModelLogger:
+    """Train ``model`` on ``dataset`` and write everything through ``model_logger``.
+
+    Args:
+        args: an object (a parsed command line) whose attributes override every other option.
+        class_dataset: class images for prior preservation; each batch is then instances followed by as many of these.
+        sampler: makes sample pictures with the current weights; called before the first step, every ``sample_steps``
+            and at the end. sample_captions: what is written under them.
+        settings: what else training_args.json should hold.
+        options: any other field of `TrainingOptions`.
+
+    Returns: the logger. Raises: TrainingError after 20 non-finite steps in a row.
+    """
+    given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "num_workers": num_workers,
+             "save_steps": save_steps, "num_epochs": num_epochs,
+             "gradient_accumulation_steps": accelerator.gradient_accumulation_steps}
+    run = _Run(accelerator, dataset, model, model_logger, TrainingOptions.of(args, given | options), class_dataset,
+               sampler, sample_captions or [])
+    given = dict(vars(args)) if hasattr(args, "__dict__") else {}
+    model_logger.start((settings or {}) | given | dataclasses.asdict(run.options) | {"mode": accelerator.mode, "device": accelerator.device})
+    run.prepare()
+    run.sample()
+    run.train()
+    return model_logger
+
+
+class _Run:
+    """The state of one call of `launch_training_task`."""
+
+    def __init__(self, accelerator: Accelerator, dataset: Any, model: DiffusionTrainingModule, logger: ModelLogger,
+                 options: TrainingOptions, class_dataset: Any, sampler: Any, captions: list[str]):
+        self.accelerator, self.model, self.logger, self.options = accelerator, model, logger, options
+        self.dataset, self.class_dataset = dataset, class_dataset
+        self.sampler, self.captions = sampler, captions
+        self.draws = Draws(options.seed)
+        self.progress = Progress(accelerator.is_main_process)
+        if hasattr(model.pipe, "announce"):
+            model.pipe.announce = self.progress.announce
+        self.is_eager = model.has_own_forward
+        self.cut = None if self.is_eager else model.training_cut()
+        self.skipped = self.skipped_in_a_row = 0
+        self._micro_losses: list[Tensor] = []
+        self._seconds = 0.0  # spent on the micro-steps of the present step, compiling excepted
+        self._recent: deque[float] = deque(maxlen=20)
+        self._pending: tuple[StepResult, list[Tensor], dict[str, Any]] | None = None
+
+    # -- before the first step -----------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Prepare the rows, then build loader, optimizer and step for the buckets they have."""
+        options = self.options
+        if not self.is_eager:
+            self.dataset = PreparedRows(self.dataset, self.model, self.cut)
+            self.class_dataset = self.class_dataset and PreparedRows(self.class_dataset, self.model, self.cut)
+            sets = [d for d in (self.dataset, self.class_dataset) if d]
+            self.progress.begin(sum(d.rows for d in sets), "preparing", "row")
+            for rows in sets:
+                rows.prepare_all(self.progress.advance)
+            self.progress.end()
+        self.loader = Loader(self.dataset, options.batch_size, seed=options.seed, class_dataset=self.class_dataset,
+                             bucket_of=getattr(self.dataset, "bucket_of", None),
+                             class_bucket_of=getattr(self.class_dataset, "bucket_of", None),
+                             num_workers=options.num_workers if self.is_eager else 0,
+                             rank=self.accelerator.process_index, world_size=self.accelerator.num_processes)
+        self.steps_per_epoch = -(-len(self.loader) // options.gradient_accumulation_steps)
+        self.total = self._total_steps()
+        self.rate = LearningRate(schedule=options.lr_scheduler, base=options.learning_rate,
+                                 warmup_steps=options.lr_warmup_steps, total_steps=self.total)
+        self.optimizer = AdamW(self.model.trainable_parameters(), learning_rate=options.learning_rate,
+                               weight_decay=options.weight_decay, eps=options.adam_epsilon,
+                               betas=(options.adam_beta1, options.adam_beta2))
+        self.step = self._build_step()
+        count = sum(int(np.prod(p.shape)) for p in self.optimizer.parameters)
+        where = "eagerly, by the module's own forward" if self.is_eager else f"in {self.accelerator.mode} mode"
+        self.progress.say(f"training {count:,} parameters in {len(self.optimizer.parameters)} tensors {where} on "
+                          f"{self.accelerator.device}: {self.total} steps, {len(self.loader)} batches per epoch")
+
+    def _total_steps(self) -> int:
+        options = self.options
+        if options.max_train_steps is None and options.num_epochs is None:
+            raise ConfigError("neither num_epochs nor max_train_steps is set: say how long to train.")
+        by_epochs = None if options.num_epochs is None else options.num_epochs * self.steps_per_epoch
+        return min(n for n in (by_epochs, options.max_train_steps) if n is not None)
+
+    def _build_step(self) -> ProgramTrainStep | ModuleTrainStep:
+        options = self.options
+        scaler = None
+        if options.loss_scale != 1:
+            from mindspore.amp import StaticLossScaler
+
+            scaler = StaticLossScaler(options.loss_scale)
+        common = {"loss_scaler": scaler, "max_grad_norm": options.max_grad_norm,
+                  "gradient_accumulation_steps": options.gradient_accumulation_steps,
+                  "gradient_accumulation_kwargs": {"length_of_dataloader": len(self.loader)}}
+        if self.is_eager:
+            return ModuleTrainStep(self.model, self.optimizer, **common)
+        return ProgramTrainStep(self.model, self.cut, self.optimizer, **common, mode=self.accelerator.mode,
+                                planned_compilations=len({self.dataset.bucket_of(i) for i in range(self.dataset.rows)}), announce=self.progress.announce)
+
+    # -- the steps -----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run all steps, save, sample, and finish."""
+        logger, options = self.logger, self.options
+        self.progress.begin(self.total, "training", "step")
+        epoch = 0
+        while logger.num_steps < self.total:
+            for batch in self.loader:
+                self._train_on(batch, epoch)
+                self._sample_when_due()
+                if logger.num_steps >= self.total:
+                    break
+            self._flush()
+            if options.save_steps is None:
+                logger.on_epoch_end(self.accelerator, self.model, epoch)
+            epoch += 1
+        self.progress.end()
+        if self.total not in self.logger.samples:
+            self.sample()
+        logger.write_comparison(self.captions)
+        logger.on_training_end(self.accelerator, self.model, options.save_steps)
+        self._finish()
+
+    def _train_on(self, batch: Batch, epoch: int) -> None:
+        logger, began, compiled = self.logger, time.perf_counter(), self.step.compile_seconds
+        rate = self.rate(logger.num_steps)
+        self.optimizer.set_learning_rate(rate)
+        result = self._eager_step(batch) if self.is_eager else self.step.step(*self._inputs(batch))
+        self._micro_losses.append(result.loss)
+        if result.is_update:
+            self._flush()  # read the step before this one: the device has had a step's time to finish it
+        self._seconds += time.perf_counter() - began - (self.step.compile_seconds - compiled)
+        if not result.is_update:
+            return
+        logger.on_step_end(self.accelerator, self.model, self.options.save_steps)
+        record = {"step": logger.num_steps, "epoch": epoch, "learning_rate": rate, "seconds": self._seconds}
+        self._pending = (result, self._micro_losses, record)
+        self._micro_losses, self._seconds = [], 0.0
+
+    def _sample_when_due(self) -> None:
+        every, step = self.options.sample_steps, self.logger.num_steps
+        if every and step % every == 0 and step not in self.logger.samples and not self._micro_losses:
+            self._flush()
+            self.sample()
+
+    def _inputs(self, batch: Batch) -> list[Tensor]:
+        """The cut's cache slots, collated, and its draws, in the order of the step's inputs."""
+        items: list[PreparedRow] = batch.items
+        slots = collate([item.slots for item in items])
+        shape = self.model.pipe.latent_shape(*items[0].size)
+        for name in self.cut.draws:
+            if name == "density_draw":
+                slots[name] = self._draw(name, self.model.pipe.objective.density_kind, batch.sample_indices, ())
+            else:
+                slots[name] = self._draw(name, "normal", batch.sample_indices, shape)
+        return [Tensor(slots[name]) for name in (*self.cut.cache, *self.cut.draws)]
+
+    def _draw(self, stream: str, kind: str, sample_indices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return (self.draws.normal if kind == "normal" else self.draws.uniform)(stream, sample_indices, shape)
+
+    def _eager_step(self, batch: Batch) -> StepResult:
+        def begin(k: int) -> None:
+            index = batch.sample_indices[k : k + 1]
+            self.model.pipe.random = lambda stream, kind, shape: self._draw(stream, kind, index, shape[1:])
+
+        return self.step.step_rows(batch.items, begin)
+
+    # -- after a step --------------------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Read the pending step's result, log it, and stop when too many in a row were not finite."""
+        if self._pending is None:
+            return
+        (result, losses, record), self._pending = self._pending, None
+        is_skipped = not bool(result.is_finite.asnumpy())
+        record |= {"loss": float(np.mean([loss.asnumpy() for loss in losses])),
+                   "grad_norm": float(result.grad_norm.asnumpy()), "is_skipped": int(is_skipped)}
+        self.logger.log_step(record)
+        shown = {"loss": f"{record['loss']:.4f}", "lr": f"{record['learning_rate']:.1e}",
+                 "samples/s": f"{self._samples_per_second(record['seconds']):.1f}"}
+        if is_skipped:
+            self.skipped += 1
+            self.logger.event("skipped", at=record["step"], loss=record["loss"], grad_norm=record["grad_norm"])
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
+        self.progress.advance(**shown, **({"skipped": str(self.skipped)} if self.skipped else {}))
+        if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            self.progress.end()
+            raise TrainingError(f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient (last: step "
+                                f"{record['step']}, loss {record['loss']}, gradient norm {record['grad_norm']}). Nothing "
+                                "was updated in them. Expected finite numbers: lower learning_rate, look for broken "
+                                "pictures or weights, and on Ascend prefer bfloat16 to float16.")
+
+    def _samples_per_second(self, seconds: float) -> float:
+        """Over the last 20 steps."""
+        self._recent.append(seconds)
+        per_step = self.options.batch_size * self.options.gradient_accumulation_steps * self.accelerator.num_processes
+        return per_step * len(self._recent) / max(sum(self._recent), 1e-9)
+
+    def sample(self) -> None:
+        """Make sample pictures with the current weights."""
+        if self.sampler is None or not self.accelerator.is_main_process:
+            return
+        path = self.logger.log_samples(self.logger.num_steps, self.sampler(), self.captions)
+        self.progress.say(f"samples: {path}")
+
+    def _finish(self) -> None:
+        logger, step = self.logger, self.step
+        peak = runtime.peak_memory_bytes() / 2**30
+        logger.event("end", compilations=step.compilations, compile_seconds=round(step.compile_seconds, 2),
+                     skipped=self.skipped, peak_memory_gib=round(peak, 2))
+        skipped = f", {self.skipped} skipped as non-finite" if self.skipped else ""
+        compiled = (f"; the step was compiled {step.compilations} time(s), {step.compile_seconds:.1f} s"
+                    if self.accelerator.mode == "graph" and not self.is_eager else "")
+        self.progress.say(f"trained {logger.num_steps} steps{skipped}{compiled}; peak memory {peak:.1f} GiB")
+        for path in [logger.saved[-1], logger.output_path / "loss.png", logger.output_path / "samples/before_after.png"]:
+            if path.exists():
+                self.progress.say(f"  {path}")

@@ -1,0 +1,83 @@
+"""One progress bar: loss, learning rate, speed, time left; and the compile phase with a timer."""
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+
+class Progress:
+    """The terminal of a training run. Lines go above the bar; without a terminal a line now and then stands for it.
+
+    Args:
+        enabled: False on every rank but the first.
+    """
+
+    every_seconds = 10.0  # between two lines when there is no terminal
+
+    def __init__(self, enabled: bool = True):
+        self.enabled = enabled
+        self.is_terminal = sys.stderr.isatty()
+        self.bar: tqdm | None = None
+        self._said = 0.0
+
+    def say(self, text: str) -> None:
+        """One line above the bar."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stderr)
+
+    def begin(self, total: int, text: str, unit: str) -> None:
+        """Start the bar of a phase."""
+        self.end()
+        self.bar = tqdm(total=total, desc=text, unit=unit, dynamic_ncols=True, mininterval=0.2, file=sys.stderr,
+                        disable=not (self.enabled and self.is_terminal))
+        self._text, self._total, self._count, self._said = text, total, 0, time.monotonic()
+
+    def advance(self, **shown: str) -> None:
+        """One more, with values to show beside the bar."""
+        if self.bar is None:
+            return
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(1)
+        self._count += 1
+        is_due = time.monotonic() - self._said >= self.every_seconds or self._count == self._total
+        if not self.is_terminal and is_due:
+            self._said = time.monotonic()
+            values = "".join(f"  {key} {value}" for key, value in shown.items())
+            self.say(f"{self._text} {self._count}/{self._total}{values}")
+
+    def end(self) -> None:
+        """Close the bar of the phase."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def announce(self, name: str, shapes: str) -> Callable[[float], None]:
+        """Show that ``name`` is being compiled, with a running timer; returns what to call when it is done."""
+        began, stop = time.perf_counter(), threading.Event()
+        bar, text = self.bar, getattr(self, "_text", "")
+        has_timer = self.enabled and self.is_terminal and bar is not None
+
+        def tick() -> None:
+            while not stop.wait(0.5):
+                bar.set_description_str(f"compiling {name} {time.perf_counter() - began:.0f} s")
+
+        thread = threading.Thread(target=tick, daemon=True)
+        if has_timer:
+            bar.set_description_str(f"compiling {name}")
+            thread.start()
+        else:
+            self.say(f"compiling {name} ...")
+
+        def done(seconds: float) -> None:
+            stop.set()
+            if has_timer:
+                thread.join()
+                bar.set_description_str(text, refresh=False)
+                bar.start_t += seconds  # the speed and the time left do not count the compilation
+            self.say(f"compiled {name} in {seconds:.1f} s")
+
+        return done

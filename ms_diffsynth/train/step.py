@@ -1,0 +1,157 @@
+"""The training step: forward, backward, accumulation, clipping, finite guard and update, compiled as one graph.
+
+`TrainStep` has the surface of mindone's class of that name (`mindone.diffusers.training_utils`, 0.5.0), so that a
+subclass written for mindone runs after changing one import. Where mindone's is wrong it differs: its defaults work;
+the reported loss is the true loss; the loss is scaled here, so forgetting ``scale_loss`` is harmless; a non-finite
+gradient never reaches a weight, whatever the scaler; the last, partial accumulation group of an epoch is divided by
+its own size; micro-step and update-step are two compiled functions chosen on the host; the gradient norm is returned.
+"""
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import ParameterTuple, Tensor, nn, ops
+from ms_diffsynth.train.optim import guarded
+
+from ms_diffsynth import runtime
+from ms_diffsynth.errors import TrainingError
+from ms_diffsynth.train import grads as gradients
+from ms_diffsynth.train.compile import Announce, CompiledStep, _log_only
+
+
+class StepResult(NamedTuple):
+    """What one call of a step gives back; Tensors stay on the device until they are read."""
+
+    loss: Tensor  # float32 scalar, unscaled
+    aux: tuple[Any, ...]  # whatever else ``forward`` returned
+    grad_norm: Tensor | None  # float32 scalar before clipping, of the averaged gradient; None at a micro-step
+    is_finite: Tensor | None  # bool scalar; False means that nothing was updated; None at a micro-step
+    is_update: bool  # whether an optimizer update was made (or skipped by the guard)
+
+
+@ms.jit_class
+class AttrJitWrapper:
+    """Settings as attributes that compiled code may read; fixed when the step is compiled.
+
+    Source: mindone 0.5.0, ``mindone.diffusers.training_utils.AttrJitWrapper``.
+    """
+
+    def __init__(self, **kwargs: Any):
+        for name in kwargs:
+            setattr(self, name, kwargs[name])
+
+
+class TrainStep(nn.Cell):
+    """One training step. Subclasses implement ``forward(self, *inputs) -> (loss, *aux)``, all Tensors.
+
+    Args:
+        model: the network that is trained; it is put into training mode.
+        optimizer: `train.optim.AdamW`, or any ``mindspore.nn.Optimizer``; its ``parameters`` are trained.
+        loss_scaler: ``mindspore.amp.StaticLossScaler`` or ``DynamicLossScaler``; None scales by 1.
+        max_grad_norm: clip the global gradient norm to this; None leaves it.
+        gradient_accumulation_steps: micro-steps per update; None means 1.
+        gradient_accumulation_kwargs: ``length_of_dataloader`` (batches per epoch) makes the last, partial group of an
+            epoch an update of its own.
+        mode: ``"graph"`` or ``"pynative"``; None takes the runtime's.
+        planned_compilations, announce: see `train.compile.CompiledStep`.
+    """
+
+    def __init__(self, model: nn.Cell, optimizer: nn.Cell, loss_scaler: Any = None, max_grad_norm: float | None = None,
+                 gradient_accumulation_steps: int | None = None,
+                 gradient_accumulation_kwargs: dict[str, Any] | None = None, *, mode: str | None = None,
+                 planned_compilations: int | None = None, announce: Announce = _log_only):
+        super().__init__(auto_prefix=False)
+        accumulation = gradient_accumulation_kwargs or {}
+        self.model = model.set_train(True)
+        self.optimizer = guarded(optimizer)
+        self.weights = ParameterTuple(optimizer.parameters)
+        if not self.weights:
+            raise TrainingError("the optimizer holds no parameters: expected at least one; name what is to be trained "
+                                "(lora_base_model or trainable_models).")
+        self.loss_scaler = loss_scaler
+        self.loss_scale = getattr(loss_scaler, "scale_value", None)
+        self.max_grad_norm = max_grad_norm
+        self.accumulation_steps = gradient_accumulation_steps or 1
+        self.length_of_dataloader = accumulation.get("length_of_dataloader") or 0
+        self.accumulators = self.weights.clone("accumulated", "zeros") if self.accumulation_steps > 1 else ()
+        self.value_and_grad = ms.value_and_grad(self._scaled_forward, None, self.weights, has_aux=True)
+        mode = mode or runtime.current().mode
+        plan = {"mode": mode, "planned": planned_compilations, "announce": announce}
+        self.compiled_steps = {"update": CompiledStep(self._update, "the training step", **plan),
+                         "micro": CompiledStep(self._accumulate, "the accumulation step", **plan)}
+        self.batches = 0  # seen in this epoch
+        self.group = 0  # micro-steps accumulated since the last update
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The loss (a scalar), and anything else the caller wants back."""
+        raise TypeError(f"{type(self).__name__} has no forward(self, *inputs): implement it; return (loss, ...).")
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """The loss itself: scaling happens in the step. Kept so that mindone's subclasses run unchanged."""
+        return loss
+
+    def draws(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """Random inputs drawn on the host and appended to ``batch``; none by default. See `train.draws`."""
+        return ()
+
+    def __call__(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """Train on one batch and return ``(loss, *aux)``, as mindone's TrainStep does."""
+        result = self.step(*batch)
+        return (result.loss, *result.aux)
+
+    def step(self, *batch: Tensor) -> StepResult:
+        """Train on one batch; an optimizer update every ``gradient_accumulation_steps`` batches."""
+        inputs = batch + self.draws(*batch)
+        self.batches += 1
+        self.group += 1
+        is_epoch_end = bool(self.length_of_dataloader) and self.batches % self.length_of_dataloader == 0
+        if self.group < self.accumulation_steps and not is_epoch_end:
+            values = self.compiled_steps["micro"](*inputs)
+            return StepResult(values[0], tuple(values[1:]), None, None, False)
+        size, self.group = Tensor(np.float32(self.group)), 0
+        values = self.compiled_steps["update"](size, *inputs)
+        return StepResult(values[0], tuple(values[3:]), values[1], values[2], True)
+
+    @property
+    def compilations(self) -> int:
+        """How often this step was compiled so far."""
+        return sum(c.compilations for c in self.compiled_steps.values())
+
+    @property
+    def compile_seconds(self) -> float:
+        """Time spent compiling so far, the first execution of each compiled function included."""
+        return sum(c.compile_seconds for c in self.compiled_steps.values())
+
+    def _scaled_forward(self, inputs):
+        outputs = self.forward(*inputs)
+        if not isinstance(outputs, tuple):
+            outputs = (outputs,)
+        loss = outputs[0].astype(ms.float32)
+        scaled = loss if self.loss_scale is None else loss * self.loss_scale
+        return (scaled, loss) + outputs[1:]
+
+    def _accumulate(self, *inputs):
+        values, grads = self.value_and_grad(inputs)
+        gradients.accumulate(self.accumulators, grads)
+        return values[1:]
+
+    def _update(self, group_size, *inputs):
+        values, grads = self.value_and_grad(inputs)
+        if self.accumulation_steps > 1:
+            grads = gradients.added(self.accumulators, grads)
+        unscale = 1.0 / group_size
+        if self.loss_scale is not None:
+            unscale = unscale / self.loss_scale
+        norm = gradients.global_norm(grads) * unscale
+        is_finite = ops.logical_and(gradients.is_finite(norm), gradients.is_finite(values[1]))
+        coefficient = unscale
+        if self.max_grad_norm is not None:
+            coefficient = unscale * gradients.clip_coefficient(norm, self.max_grad_norm)
+        self.optimizer(grads, coefficient, is_finite)
+        if self.accumulation_steps > 1:
+            gradients.reset(self.accumulators)
+        if self.loss_scaler is not None:
+            self.loss_scaler.adjust(is_finite)
+        return (values[1], norm, is_finite) + values[2:]

@@ -1,0 +1,108 @@
+"""The two kinds of unit: host work on Python objects, and tensor work that can be compiled."""
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from mindspore import nn
+
+from ms_diffsynth.errors import ProgramError
+from ms_diffsynth.program import is_optional, slot
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+class PipelineUnit:
+    """Host work: strings, pictures and tokenizers go in, anything comes out. Always in ``prepare``.
+
+    Declare slots and models as class attributes or through ``__init__`` (the documents' way), and implement
+    ``process(self, pipe, **inputs) -> dict``. ``pipe`` is a view: a model that was not declared raises.
+    """
+
+    input_params: tuple[str, ...] = ()
+    output_params: tuple[str, ...] = ()
+    onload_model_names: tuple[str, ...] = ()
+    is_host = True
+    no_grad = False
+
+    def __init__(self, input_params: tuple[str, ...] | None = None, output_params: tuple[str, ...] | None = None,
+                 onload_model_names: tuple[str, ...] | None = None, no_grad: bool | None = None):
+        self.name = _snake_case(type(self).__name__)
+        for key, value in (("input_params", input_params), ("output_params", output_params),
+                           ("onload_model_names", onload_model_names)):
+            if value is not None:
+                setattr(self, key, tuple(value))
+        if no_grad is not None:
+            self.no_grad = no_grad
+
+    def process(self, pipe: PipeView, **inputs: Any) -> dict[str, Any]:
+        """The values of ``output_params``, from the values of ``input_params`` (None where an optional one is absent)."""
+        raise TypeError(f"unit '{self.name}' has no process(self, pipe, **inputs): implement it.")
+
+
+class TensorUnit(nn.Cell):
+    """Tensor work: ``construct(self, *inputs) -> tuple``, inputs and outputs in declared order. Can be compiled.
+
+    The declared models become attributes of the cell when the unit is attached to a pipeline; they keep their
+    parameter names. ``process`` is derived, so the same unit runs eagerly in ``prepare``.
+    """
+
+    input_params: tuple[str, ...] = ()
+    output_params: tuple[str, ...] = ()
+    onload_model_names: tuple[str, ...] = ()
+    is_host = False
+    no_grad = False
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)  # models keep their own parameter names
+        self.name = _snake_case(type(self).__name__)
+
+    def attach(self, pipe: Any) -> None:
+        """Take the declared models from ``pipe``."""
+        for name in self.onload_model_names:
+            setattr(self, name, getattr(pipe, name))
+
+    def process(self, pipe: PipeView, **inputs: Any) -> dict[str, Any]:
+        """Run eagerly on named inputs and name the outputs."""
+        self.attach(pipe)
+        return dict(zip(self.output_params, self(*[inputs[slot(p)] for p in self.input_params])))
+
+
+class PipeView:
+    """A pipeline as one unit may see it: everything but the models it did not declare."""
+
+    def __init__(self, pipe: Any, unit: PipelineUnit | TensorUnit):
+        self._pipe, self._unit = pipe, unit
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._pipe.model_names and name not in self._unit.onload_model_names:
+            raise ProgramError(f"unit '{self._unit.name}' touches the model '{name}' without declaring it: add it to "
+                               f"onload_model_names={self._unit.onload_model_names!r}.")
+        return getattr(self._pipe, name)
+
+
+def run_unit(unit: PipelineUnit | TensorUnit, pipe: Any, slots: dict[str, Any]) -> dict[str, Any]:
+    """Run one unit eagerly on ``slots`` (not changed) and return what it writes.
+
+    Raises: ProgramError when an input is missing, or when it writes other slots than it declares.
+    """
+    inputs = {}
+    for param in unit.input_params:
+        if slot(param) not in slots and not is_optional(param):
+            raise ProgramError(f"unit '{unit.name}' needs '{slot(param)}', which was not given; given: {sorted(slots)}.")
+        inputs[slot(param)] = slots.get(slot(param))
+    outputs = unit.process(PipeView(pipe, unit), **inputs)
+    if set(outputs) != set(unit.output_params):
+        raise ProgramError(f"unit '{unit.name}' returned {sorted(outputs)}, but declares output_params="
+                           f"{unit.output_params!r}: make them equal.")
+    return outputs
+
+
+def run_units(units: tuple[Any, ...], pipe: Any, slots: dict[str, Any]) -> dict[str, Any]:
+    """Run units one after the other; returns ``slots`` and everything they wrote."""
+    slots = dict(slots)
+    for unit in units:
+        slots.update(run_unit(unit, pipe, slots))
+    return slots

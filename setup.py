@@ -1,0 +1,35 @@
+"""Installation of ms_diffsynth: ``pip install .`` (``pip install '.[test]'`` for the tests)."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="ms_diffsynth",
+    version="0.1.0",
+    description="MindSpore/Ascend-native training of diffusion models: pipelines made of units, one compiled step",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["ms_diffsynth", "ms_diffsynth.*"]),
+    package_data={"ms_diffsynth": ["pipelines/*/tokenizer*/*"]},
+    install_requires=[
+        "mindspore>=2.7.2,<2.11",
+        "mindone==0.5.0",
+        "numpy<2",
+        "pillow",
+        "safetensors",
+        "huggingface_hub",
+        "tqdm",
+        "pyyaml",
+        "ml_dtypes",  # mindone imports it and does not declare it
+        "jinja2",  # chat templates of the tokenizers
+    ],
+    extras_require={
+        "logging": ["tensorboardX"],
+        "test": ["pytest", "ruff"],
+    },
+    entry_points={"console_scripts": ["ms-diffsynth = ms_diffsynth.cli.main:main"]},
+)

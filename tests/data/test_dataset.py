@@ -1,0 +1,320 @@
+"""UnifiedDataset: what it returns, and every kind of bad metadata, named by row, with the remedy."""
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ms_diffsynth.data import ToFloat, ToInt, UnifiedDataset, make_buckets
+from ms_diffsynth.errors import ConfigError, DataError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures whose colour is their number."""
+    base = tmp_path / "set"
+    base.mkdir()
+    for number, size in enumerate([(40, 32), (32, 40), (64, 20)]):
+        Image.new("RGB", size, (number, number, number)).save(base / f"{number}.png")
+    return base
+
+
+def table(folder, text, name="metadata.csv", **options):
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return UnifiedDataset(str(folder), str(path), **{"data_file_keys": "image", **options})
+
+
+def refused(folder, text, *words, name="metadata.csv", **options):
+    with pytest.raises(DataError) as caught:
+        table(folder, text, name, **options)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    return str(caught.value)
+
+
+GOOD = "image,prompt\n0.png,zero\n1.png,one\n2.png,two\n"
+
+
+# ---- what it returns
+
+def test_the_documents_call(folder):
+    (folder / "metadata.csv").write_text(GOOD)
+    dataset = UnifiedDataset(
+        base_path=str(folder),
+        metadata_path=str(folder / "metadata.csv"),
+        repeat=50,
+        data_file_keys="image",
+        main_data_operator=UnifiedDataset.default_image_operator(
+            base_path=str(folder), height=512, width=512, height_division_factor=16, width_division_factor=16,
+        ),
+    )
+    assert len(dataset) == 150
+    item = dataset[4]
+    assert item["prompt"] == "one" and item["image"].size == (512, 512) and item["image"].getpixel((9, 9)) == (1, 1, 1)
+    assert dataset.rows[1] == {"image": "1.png", "prompt": "one"}
+    assert dataset[-1]["prompt"] == "two"
+    with pytest.raises(IndexError):
+        dataset[150]
+
+
+@pytest.mark.parametrize("name, text", [
+    ("m.csv", "\ufeff" + GOOD),
+    ("m.csv", GOOD.replace("\n", "\r\n\r\n")),
+    ("m.json", json.dumps([{"image": f"{i}.png", "prompt": p} for i, p in enumerate(["zero", "one", "two"])])),
+    ("m.jsonl", "\ufeff" + "\n\n".join(json.dumps({"image": f"{i}.png", "prompt": p})
+                                       for i, p in enumerate(["zero", "one", "two"]))),
+])
+def test_formats_give_the_same_rows(folder, name, text):
+    dataset = table(folder, text, name)
+    assert [row["prompt"] for row in dataset.rows] == ["zero", "one", "two"] and dataset[1]["image"] == "1.png"
+
+
+def test_quoted_cells_and_line_separators(folder):
+    dataset = table(folder, 'image,prompt\n0.png,"a, ""b""\nc"\n1.png,a\u2028b\n')
+    assert [row["prompt"] for row in dataset.rows] == ['a, "b"\nc', "a\u2028b"]
+
+
+def test_length(folder):
+    assert len(table(folder, GOOD, repeat=2)) == 6
+    limited = table(folder, GOOD, repeat=2, max_data_items=4)
+    assert len(limited) == 4 and [item["prompt"] for item in limited] == ["zero", "one", "two", "zero"]
+
+
+def test_special_operators_apply_to_every_key_they_name(folder):
+    dataset = table(folder, "image,prompt,scale,mask\n0.png,a,0.5,1.png\n", data_file_keys=("image", "mask"),
+                    special_operator_map={"scale": ToFloat(), "mask": lambda name: name.upper()})
+    assert dataset[0] == {"image": "0.png", "prompt": "a", "scale": 0.5, "mask": "1.PNG"}
+    assert dataset.rows[0]["scale"] == "0.5"
+
+
+def test_lists_of_pictures_and_nested_fields(folder):
+    rows = [{"image": ["0.png", "1.png"], "prompt": "a", "template_inputs": {"scale": 0.2}}]
+    dataset = table(folder, json.dumps(rows), "m.json",
+                    main_data_operator=UnifiedDataset.default_image_operator(str(folder)))
+    assert [image.size for image in dataset[0]["image"]] == [(32, 32), (32, 32)]
+    assert dataset[0]["template_inputs"] == {"scale": 0.2}
+
+
+def test_bucket_operator_and_header_sizes(folder):
+    buckets = make_buckets(64 * 64)
+    operator = UnifiedDataset.default_image_operator(str(folder), buckets=buckets)
+    dataset = table(folder, GOOD, main_data_operator=operator, repeat=2)
+    assert [dataset.image_size(i) for i in range(4)] == [(40, 32), (32, 40), (64, 20), (40, 32)]
+    assert {(b["image"].height, b["image"].width) for b in dataset} <= {(b.height, b.width) for b in buckets}
+    with pytest.raises(ConfigError, match="height=64 and buckets are both set"):
+        UnifiedDataset.default_image_operator(height=64, width=64, buckets=buckets)
+
+
+def test_fingerprint_follows_rows_and_bytes(folder):
+    first = table(folder, GOOD).fingerprint()
+    assert first == table(folder, GOOD).fingerprint() and len(first) == 64
+    assert first != table(folder, GOOD.replace("two", "too")).fingerprint()
+    Image.new("RGB", (40, 32), (9, 9, 9)).save(folder / "0.png")
+    assert first != table(folder, GOOD).fingerprint()
+
+
+# ---- a folder with captions
+
+def test_sidecars(folder):
+    (folder / "sub").mkdir()
+    Image.new("RGB", (20, 20)).save(folder / "sub" / "x.jpeg")
+    for name, text in (("0.txt", "zero\n"), ("1.txt", "\ufeffone"), ("2.caption", "zwei \u00fc"), ("sub/x.txt", "x")):
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "._0.png").write_bytes(b"left by another system")
+    dataset = UnifiedDataset(str(folder), main_data_operator=UnifiedDataset.default_image_operator(str(folder)))
+    assert [(row["image"], row["prompt"]) for row in dataset.rows] == [
+        ("0.png", "zero"), ("1.png", "one"), ("2.png", "zwei \u00fc"), ("sub/x.jpeg", "x")]
+    assert dataset[3]["image"].size == (16, 16)
+
+
+def test_folder_without_captions(folder):
+    assert UnifiedDataset(str(folder), captions=False).rows == [{"image": f"{i}.png"} for i in range(3)]
+
+
+def test_missing_and_bad_sidecars(folder):
+    (folder / "0.txt").write_bytes(b"ok\nf\xfcr")
+    (folder / "1.txt").write_text(" \n")
+    with pytest.raises(DataError) as caught:
+        UnifiedDataset(str(folder))
+    for word in ("3 of 3 rows", "0.txt line 2 is not UTF-8 (byte 0xfc", "row 2 (1.png)", "empty caption",
+                 "the picture 2.png has no caption file", "2.txt", "captions=False"):
+        assert word in str(caught.value)
+
+
+def test_two_sidecars(folder):
+    for name in ("0.txt", "0.caption", "1.txt", "2.txt"):
+        (folder / name).write_text("a")
+    with pytest.raises(DataError, match=r"1 of 3 rows(.|\n)*0\.png has two caption files, 0\.txt and 0\.caption\. Rem"):
+        UnifiedDataset(str(folder))
+
+
+def test_sidecar_link_out_of_the_folder(folder):
+    (folder.parent / "secret").write_text("secret")
+    (folder / "0.txt").symlink_to(folder.parent / "secret")
+    with pytest.raises(DataError, match=r"0\.txt leaves the data folder"):
+        UnifiedDataset(str(folder))
+
+
+# ---- bad rows
+
+def test_all_bad_rows_are_collected(folder):
+    rows = "".join(f"no{i}.png,a\n" for i in range(14))
+    message = refused(folder, GOOD + rows, "14 of 17 rows of", "row 4 (line 5): image='no0.png'", "row 13", "no9.png",
+                      "and 4 more", "Mend these rows")
+    assert "no10.png" not in message and "row 1 " not in message
+
+
+@pytest.mark.parametrize("cell, words", [
+    ("none.png", ["none.png does not exist", "Put the file there"]),
+    ("empty.png", ["has zero bytes", "again"]),
+    ("dot.png", ["1x1 pixels", "at least 16"]),
+    ("../out.png", ["leaves the data folder", "Move the file"]),
+    ("sub/../../out.png", ["leaves the data folder", "leads to"]),
+    ("/etc/hostname", ["leaves the data folder", "/etc/hostname"]),
+    ("link.png", ["leaves the data folder", "out.png"]),
+    ("loop.png", ["loop.png"]),
+    ("pipe.png", ["a named pipe", "regular file"]),
+    ("sub", ["a folder", "regular file"]),
+    ("http://host/a.png", ["is a URL", "Download it"]),
+    ("file:///etc/passwd", ["is a URL", "Download it"]),
+    ("~/a.png", ["does not exist"]),
+    ("page.png", ["not a picture", "<html>"]),
+])
+def test_bad_file(folder, cell, words):
+    (folder / "sub").mkdir()
+    (folder / "empty.png").touch()
+    (folder / "page.png").write_text("<html>")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    Image.new("RGB", (20, 20)).save(folder.parent / "out.png")
+    (folder / "link.png").symlink_to(folder.parent / "out.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    os.mkfifo(folder / "pipe.png")
+    refused(folder, GOOD + f"{cell},x\n", "1 of 4 rows", "row 4 (line 5)", f"image='{cell}'", *words)
+
+
+def test_links_out_are_allowed_on_request(folder):
+    Image.new("RGB", (20, 20), (7, 7, 7)).save(folder.parent / "out.png")
+    (folder / "link.png").symlink_to(folder.parent / "out.png")
+    operator = UnifiedDataset.default_image_operator(str(folder), allow_outside_base=True)
+    dataset = table(folder, "image\nlink.png\n", allow_outside_base=True, main_data_operator=operator)
+    assert dataset[0]["image"].getpixel((0, 0)) == (7, 7, 7)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", ["zero bytes"]),
+    ("image,prompt\n", ["empty data set", "no rows below the header", "Add some"]),
+    (GOOD + "0.png\n", ["row 4 (line 5)", "1 cells ['0.png']", "expected 2", "image,prompt"]),
+    (GOOD + "0.png,a,b\n", ["row 4 (line 5)", "3 cells", "quotes"]),
+    (GOOD + '0.png,"a\n', ["row 4 (line 5)", "broken CSV", "quotes in pairs"]),
+    (GOOD + "0.png,\n", ["row 4 (line 5)", "prompt=''", "empty caption", "Write one"]),
+    (GOOD + "0.png,   \n", ["row 4 (line 5)", "empty caption"]),
+    (GOOD + ",a\n", ["row 4 (line 5)", "image='' is empty", "Fill it in"]),
+    ("image,prompt,image\n0.png,a,1.png\n", ["line 1", "['image']", "repeated"]),
+    ("image, prompt\n0.png,a\n", ["line 1", "[' prompt']", "spaces"]),
+    ("picture,prompt\n0.png,a\n", ["no column image", "it has picture, prompt", "data_file_keys"]),
+    ("imagee,prompt\n0.png,a\n", ["no column image", "Did you mean 'imagee'?"]),
+    (GOOD.encode() + b"0.png,f\xfcr\n", ["line 5 is not UTF-8", "0xfc", "Save the file as UTF-8"]),
+    (GOOD.encode("utf-16"), ["line 1 is not UTF-8", "Save the file as UTF-8"]),
+    (GOOD + "0.png,a\0b\n", ["line 5 holds a NUL character"]),
+])
+def test_bad_csv(folder, text, words):
+    refused(folder, text, str(folder), *words)
+
+
+def test_a_row_that_spans_lines_keeps_line_numbers_right(folder):
+    refused(folder, 'image,prompt\n0.png,"a\nb"\n\n9.png,c\n', "row 2 (line 5)")
+
+
+@pytest.mark.parametrize("text, words", [
+    ('{"image": "0.png", "prompt": "a"}\n{"image": "1.png", "pro', ["row 2 (line 2)", "not JSON", "one whole object"]),
+    ('{"image": "0.png", "prompt": "a"}\n[1]\n', ["row 2 (line 2)", "a list, [1]", "expected an object"]),
+    ('{"image": "0.png", "prompt": "a"}\n{"image": "1.png"}\n', ["row 2 (line 2)", "no prompt, which other rows have"]),
+    ('{"image": "0.png", "prompt": "a"}\n{"prompt": "b"}\n', ["row 2 (line 2)", "no image, which other rows have"]),
+    ('{"image": null, "prompt": "a"}\n', ["image=None is empty"]),
+    ('{"image": [], "prompt": "a"}\n', ["image=[] is empty"]),
+    ('{"image": ["0.png", "9.png"], "prompt": "a"}\n', ["image='9.png'", "does not exist"]),
+    ('{"image": 3, "prompt": "a"}\n', ["image=3", "not a file name"]),
+    ('{"image": {"a": 1}, "prompt": "a"}\n', ["image={'a': 1}", "not a file name"]),
+    ('{"image": "0.png", "prompt": 3}\n', ["prompt=3 is of type int", "expected text"]),
+    ('{"image": "0.png", "prompt": null}\n', ["prompt=None is of type NoneType"]),
+    ('{"image": "0.png", "prompt": "\\ud800"}\n', ["half a pair"]),
+    ('{"image": "0.png", "prompt": "a", "scale": NaN}\n', ["NaN is not a JSON number"]),
+    ("[" * 200000 + "\n", ["row 1 (line 1)", "not JSON"]),
+    ('{"image": "0.png", "n": ' + "1" * 10000 + "}\n", ["row 1 (line 1)", "not JSON"]),
+])
+def test_bad_jsonl(folder, text, words):
+    refused(folder, text, *words, name="m.jsonl")
+
+
+@pytest.mark.parametrize("text, words", [
+    ('[{"image": "0.png"}, {"ima', ["line 1 column 23", "not JSON", "cut short"]),
+    ('{"image": "0.png"}', ["holds one dict", "expected a list", ".jsonl"]),
+    ("[]", ["empty data set"]),
+    ("[3]", ["row 1: a int, 3"]),
+    ("[" * 200000, ["not usable JSON"]),
+])
+def test_bad_json(folder, text, words):
+    refused(folder, text, *words, name="m.json")
+
+
+def test_metadata_of_another_kind_or_missing(folder):
+    refused(folder, GOOD, "ends in '.tsv'", "expected .csv, .json or .jsonl", name="m.tsv")
+    with pytest.raises(DataError, match=r"no\.csv does not exist"):
+        UnifiedDataset(str(folder), str(folder / "no.csv"))
+    with pytest.raises(DataError, match=r"is not a folder.*Correct base_path"):
+        UnifiedDataset(str(folder / "nowhere"))
+    (folder / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty data set: it has no pictures"):
+        UnifiedDataset(str(folder / "empty"))
+
+
+def test_required_columns(folder):
+    refused(folder, "image\n0.png\n", "has no column prompt", required="prompt")
+    assert len(table(folder, "image\n0.png\n")) == 1
+
+
+def test_special_files_are_only_checked_to_be_files(folder):
+    (folder / "depth.npy").write_bytes(b"x")
+    options = {"data_file_keys": "image,depth", "special_operator_map": {"depth": str.upper}}
+    assert table(folder, "image,depth\n0.png,depth.npy\n", **options)[0]["depth"] == "DEPTH.NPY"
+    refused(folder, "image,depth\n0.png,none.npy\n", "depth='none.npy'", "does not exist", **options)
+
+
+def test_impossible_settings(folder):
+    with pytest.raises(ConfigError, match="repeat=0: expected at least 1"):
+        table(folder, GOOD, repeat=0)
+    with pytest.raises(ConfigError, match="max_data_items=0: expected at least 1"):
+        table(folder, GOOD, max_data_items=0)
+    with pytest.raises(ConfigError, match="both missing"):
+        UnifiedDataset()
+
+
+# ---- what only decoding shows
+
+def test_truncated_picture_names_its_row(folder):
+    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "0.jpg")
+    (folder / "0.jpg").write_bytes((folder / "0.jpg").read_bytes()[:4000])
+    dataset = table(folder, GOOD + "0.jpg,x\n", main_data_operator=UnifiedDataset.default_image_operator(str(folder)))
+    with pytest.raises(DataError, match=r"metadata\.csv row 4 \(line 5\), image='0\.jpg'.*cut short.*Replace it"):
+        dataset[3]
+
+
+def test_file_deleted_after_the_scan(folder):
+    dataset = table(folder, GOOD, main_data_operator=UnifiedDataset.default_image_operator(str(folder)))
+    (folder / "1.png").unlink()
+    with pytest.raises(DataError, match=r"row 2 \(line 3\), image='1\.png'.*does not exist"):
+        dataset[1]
+
+
+def test_failing_operators_name_row_and_cell(folder):
+    dataset = table(folder, GOOD, special_operator_map={"prompt": ToInt()})
+    with pytest.raises(DataError, match=r"row 3 \(line 4\), prompt='two': 'two' is not an integer"):
+        dataset[2]
+    dataset = table(folder, GOOD, main_data_operator=lambda name: name.missing)
+    with pytest.raises(DataError, match=r"row 1 \(line 2\), image='0\.png': AttributeError"):
+        dataset[0]
