@@ -29,7 +29,7 @@ def resolve(base: str, value: object, allow_outside: bool = False) -> str:
     if not base or allow_outside:
         return path
     real = os.path.realpath(path)
-    if not real.startswith(os.path.realpath(base)):
+    if not real.startswith(os.path.join(os.path.realpath(base), "")):
         raise DataError(
             f"{value} leaves the data folder {base} (it leads to {real}). Move the file into the folder, "
             "or pass allow_outside_base=True if you trust this metadata"

@@ -29,11 +29,8 @@ from huggingface_hub.errors import (
 
 from ms_diffsynth.errors import ConfigError, HubError, WeightError, listing, nearest
 
-try:  # huggingface_hub >= 1 speaks through httpx, whose errors are no OSErrors; those of requests are
-    from httpx import HTTPError as _HttpxError
-except ImportError:
-    _HttpxError = OSError
-_NETWORK_ERRORS = (OSError, _HttpxError)
+# huggingface_hub < 1 raises errors of requests, which are OSErrors; 1 and 2 those of httpx, which are not
+_NETWORK_ERRORS = (OSError, HfHubHTTPError.__bases__[0])
 
 logger = logging.getLogger(__name__)
 

@@ -226,7 +226,7 @@ def test_bad_csv(folder, text, words):
 
 
 def test_a_row_that_spans_lines_keeps_line_numbers_right(folder):
-    refused(folder, 'image,prompt\n0.png,"a\nb"\n\n9.png,c\n', "row 2 (line 5)")
+    refused(folder, 'image,prompt\n0.png,"a\nb"\n\n9.png,"c\nd"\n', "row 2 (line 5)")
 
 
 @pytest.mark.parametrize("text, words", [

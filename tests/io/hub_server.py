@@ -88,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, has_body: bool) -> None:
         self.hub.requests.append((self.command, self.path, self.headers.get("Range")))
         path = unquote(self.path.partition("?")[0])
-        model = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path)
+        model = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(?:revision|tree)/(.+))?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         found = model or file
         repository = self.hub.repositories.get(found[1]) if found else None
@@ -105,6 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
         if commit not in repository.commits:
             return self._send(404, {"X-Error-Code": "RevisionNotFound"})
         files = repository.commits[commit]
+        if model and f"{found[1]}/tree/" in path:  # huggingface_hub >= 1
+            tree = [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in files.items()]
+            return self._send(200, {"Content-Type": "application/json"}, json.dumps(tree).encode())
         if model:
             body = {"id": found[1], "sha": commit, "siblings": [{"rfilename": name} for name in files]}
             return self._send(200, {"Content-Type": "application/json"}, json.dumps(body).encode())

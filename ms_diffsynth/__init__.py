@@ -1,0 +1,47 @@
+"""ms_diffsynth: training of diffusion models with MindSpore. Every public name is importable from here.
+
+Names are imported when they are first used, so that ``import ms_diffsynth`` is instant and loads no framework.
+"""
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    # units and programs
+    "PipelineUnit": "units", "TensorUnit": "units", "Program": "program", "Cut": "program",
+    # pipelines
+    "Pipeline": "pipeline", "Family": "pipeline", "Component": "pipeline", "ModelConfig": "io.hub",
+    "FluxImagePipeline": "pipelines.flux.pipeline", "TrainStepForFluxDevDB": "pipelines.flux.train_step",
+    # data
+    "UnifiedDataset": "data.dataset",
+    # training
+    "Accelerator": "train.distributed", "DistributedDataParallelKwargs": "train.distributed",
+    "DiffusionTrainingModule": "train.module", "FlowMatchSFTLoss": "train.losses", "Objective": "diffusion.units",
+    "ModelLogger": "train.logger", "launch_training_task": "train.loop",
+    "TrainStep": "train.step", "AttrJitWrapper": "train.step", "AdamW": "train.optim", "LearningRate": "train.optim",
+    "Draws": "train.draws",
+    # weights
+    "load_state_dict": "io.weights", "save_state_dict": "io.weights", "save_lora": "io.lora_files",
+    "load_lora": "io.lora_files",
+    # errors
+    "UserError": "errors", "ConfigError": "errors", "DataError": "errors", "WeightError": "errors",
+}
+
+__all__ = [*_WHERE, "StaticLossScaler"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "StaticLossScaler":
+        from mindspore.amp import StaticLossScaler
+
+        return StaticLossScaler
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ms_diffsynth' has no attribute '{name}'")
+    return getattr(import_module(f"ms_diffsynth.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

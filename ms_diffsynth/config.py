@@ -1,0 +1,430 @@
+"""The configuration of one training run: a YAML file of sections, overruled by flags, checked before anything is loaded.
+
+Every setting is one field below, with its default, its range and its help. Names are unique across the sections, so each
+is also a flag: ``--learning_rate 1e-4``. What is wrong is reported all at once, with file, line and the nearest name.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+import yaml
+
+from ms_diffsynth.errors import ConfigError, listing, nearest
+
+
+def _field(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None,
+           above: float | None = None, most: float | None = None, below: float | None = None,
+           symbol: str | None = None, commas: bool = False) -> Any:
+    """One setting. ``least <= x <= most`` and ``above < x < below``; ``commas``: a flag's text is split at commas."""
+    metadata = {"help": help, "choices": choices, "low": least if above is None else above, "is_low_open": above is not None,
+                "high": most if below is None else below, "is_high_open": below is not None, "symbol": symbol,
+                "commas": commas}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """What is trained, and from which weights."""
+
+    family: str = _field(MISSING, "model family: flux, qwen_image, flux2, ddpm_unet, toy")
+    model_paths: str | None = _field(None, "folder of a diffusers-format model, or a JSON list of paths")
+    model_id_with_origin_paths: str | None = _field(None, "owner/name:pattern of files on a hub, separated by commas")
+    tokenizer_path: str | None = _field(None, "tokenizer folder, or owner/name:tokenizer/")
+    lora_base_model: str | None = _field("dit", "model that gets the LoRA; unused when trainable_models is set")
+    lora_target_modules: str = _field("", "layers that get a LoRA, separated by commas; empty = the family's own choice")
+    lora_rank: int = _field(16, "rank of the LoRA", least=1)
+    lora_alpha: float | None = _field(None, "the LoRA is scaled by lora_alpha / lora_rank; null = lora_rank", above=0)
+    lora_checkpoint: str | None = _field(None, "LoRA file to start from")
+    trainable_models: str | None = _field(None, "models trained in full, separated by commas, such as dit or vae.decoder")
+    remove_prefix_in_ckpt: str | None = _field("pipe.dit.", "taken off the names of saved weights")
+    fuse: tuple[str, ...] = _field((), "units moved from the prepared half into the compiled step", commas=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """The pictures."""
+
+    dataset_base_path: str = _field(MISSING, "folder of the training pictures")
+    dataset_metadata_path: str | None = _field(None, "csv, json or jsonl that lists pictures and prompts")
+    dataset_repeat: int = _field(1, "how often an epoch shows each picture", least=1)
+    dataset_num_workers: int = _field(2, "threads that read pictures; 0 = none", least=0)
+    data_file_keys: str = _field("image", "metadata columns that hold file names, separated by commas")
+    instance_prompt: str | None = _field(None, "prompt of every picture that has none of its own")
+    class_base_path: str | None = _field(None, "folder of the class images of prior preservation")
+    class_metadata_path: str | None = _field(None, "metadata of the class images")
+    class_prompt: str | None = _field(None, "prompt of every class image that has none of its own")
+    height: int | None = _field(None, "height in pixels; null with width = dynamic resolution", least=1)
+    width: int | None = _field(None, "width in pixels; null with height = dynamic resolution", least=1)
+    max_pixels: int = _field(1048576, "most pixels of a picture in dynamic resolution", least=1)
+    buckets: int = _field(1, "most aspect ratios in dynamic resolution; each one is one compilation", least=1)
+    max_sequence_length: int = _field(512, "most tokens of a prompt", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSection:
+    """What is minimised."""
+
+    objective: str = _field("sft", "training objective", choices=("sft", "dreambooth"))
+    weighting_scheme: str = _field("none", "distribution and weight of the training sigmas",
+                                   choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap", "diffsynth"))
+    logit_mean: float = _field(0.0, "mean of logit_normal")
+    logit_std: float = _field(1.0, "standard deviation of logit_normal", above=0)
+    mode_scale: float = _field(1.29, "scale of mode")
+    guidance_scale: float = _field(1.0, "guidance embedded in the network during training", least=0)
+    with_prior_preservation: bool = _field(False, "also learn class images, so that the class is not forgotten")
+    prior_loss_weight: float = _field(1.0, "weight of the loss of the class images", least=0)
+    posterior: str = _field("mean", "what is taken of the VAE's posterior", choices=("mean", "sample"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSection:
+    """How it is minimised."""
+
+    learning_rate: float = _field(1e-4, "learning rate", above=0, most=0.1, symbol="lr")
+    weight_decay: float = _field(0.01, "decoupled weight decay", least=0, most=1)
+    adam_beta1: float = _field(0.9, "decay of the first moment", least=0, below=1)
+    adam_beta2: float = _field(0.999, "decay of the second moment", least=0, below=1)
+    adam_epsilon: float = _field(1e-8, "added to the root of the second moment", above=0, most=1)
+    max_grad_norm: float = _field(1.0, "gradients are scaled down to this norm", above=0)
+    lr_scheduler: str = _field("constant", "course of the learning rate", choices=("constant", "linear", "cosine"))
+    lr_warmup_steps: int = _field(0, "steps in which the learning rate rises from zero", least=0)
+    gradient_accumulation_steps: int = _field(1, "micro-steps to one step", least=1)
+    loss_scale: float = _field(1.0, "constant factor on the loss in the backward pass, for float16", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """Where and how long."""
+
+    task: str = _field("sft", "whole training, or one stage of a split one", choices=("sft", "sft:data_process", "sft:train"))
+    mode: str = _field("graph", "compiled or eager training step", choices=("graph", "pynative"))
+    device: str | None = _field(None, "null = an Ascend where there is one, else the CPU", choices=("CPU", "Ascend"))
+    dtype: str | None = _field(None, "dtype of the networks; null = what suits the device",
+                               choices=("float32", "bfloat16", "float16"))
+    seed: int = _field(42, "seed of everything random", least=0, below=2**32)
+    batch_size: int = _field(1, "pictures in a micro-step, per device", least=1)
+    num_epochs: int | None = _field(None, "end after so many epochs", least=1)
+    max_train_steps: int | None = _field(None, "end after so many steps", least=1)
+    output_path: str = _field("./models/train", "folder for checkpoints, samples and records")
+    save_steps: int | None = _field(None, "save every so many steps; null = after every epoch", least=1)
+    sample_steps: int | None = _field(None, "make sample pictures every so many steps", least=1)
+    sample_prompts: tuple[str, ...] = _field((), "prompts of the sample pictures; as a flag one prompt or a JSON list")
+    sample_seed: int = _field(0, "seed of the sample pictures", least=0, below=2**32)
+    num_inference_steps: int = _field(20, "sampling steps of the sample pictures", least=1)
+    sample_height: int | None = _field(None, "height of the sample pictures in pixels", least=1)
+    sample_width: int | None = _field(None, "width of the sample pictures in pixels", least=1)
+    enable_tensorboard_log: bool = _field(False, "also write TensorBoard events")
+    debug: bool = _field(False, "show the traceback of an error")
+    use_gradient_checkpointing: bool = _field(False, "compute activations again in the backward pass to save memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    model: ModelSection
+    data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    run: RunSection = RunSection()
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its name."""
+        return {name: getattr(getattr(self, setting.section), name) for name, setting in SETTINGS.items()}
+
+    def validate(self) -> TrainConfig:
+        """Check ranges and what settings mean together. Raises: ConfigError listing everything that is wrong."""
+        values = self.flat()
+        problems = [f"{name}={value}: {expected}." for name, value in values.items()
+                    if value is not None and (expected := SETTINGS[name].expected(value))]
+        problems += [text for condition, text in _rules(self) if condition]
+        _raise(problems)
+        return self
+
+
+def _rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
+    """(is it wrong, what to say) for every combination of settings that cannot be meant."""
+    prior = c.objective.with_prior_preservation
+    yield (c.run.num_epochs is None and c.run.max_train_steps is None and c.run.task != "sft:data_process",
+           "neither num_epochs nor max_train_steps is set: say how long to train, for example --num_epochs 1.")
+    yield (not c.model.trainable_models and not c.model.lora_base_model,
+           "neither lora_base_model nor trainable_models is set: say what to train, for example --lora_base_model dit.")
+    for section, one, other in (("data", "height", "width"), ("run", "sample_height", "sample_width")):
+        given = [getattr(getattr(c, section), name) is not None for name in (one, other)]
+        yield given[0] != given[1], f"only one of {one} and {other} is set: set both, or neither."
+    yield (c.data.height is not None and c.data.buckets > 1,
+           f"buckets={c.data.buckets} with a fixed height and width: remove these for dynamic resolution, or buckets.")
+    yield (prior and c.data.class_base_path is None,
+           "with_prior_preservation=true without class_base_path: name the folder of the class images.")
+    yield (prior and c.data.class_prompt is None and c.data.class_metadata_path is None,
+           "with_prior_preservation=true without class_prompt: give it, or class_metadata_path with a prompt column.")
+    yield (prior and c.objective.objective != "dreambooth",
+           f"with_prior_preservation=true with objective={c.objective.objective}: expected objective=dreambooth.")
+    unused = [n for n in ("class_base_path", "class_metadata_path", "class_prompt") if getattr(c.data, n) is not None]
+    yield (bool(unused) and not prior,
+           f"{listing(unused)} would not be used: set with_prior_preservation=true, or remove it.")
+    yield (c.objective.objective == "dreambooth" and not c.data.instance_prompt and not c.data.dataset_metadata_path,
+           "objective=dreambooth without instance_prompt: give it, or dataset_metadata_path with a prompt column.")
+    limit = c.run.max_train_steps
+    yield (limit is not None and c.optimizer.lr_warmup_steps > limit,
+           f"lr_warmup_steps={c.optimizer.lr_warmup_steps} exceeds max_train_steps={limit}: warm up for fewer steps.")
+
+
+# -- settings ------------------------------------------------------------------------------------------------------
+
+
+class _Wrong(Exception):
+    """The text of a value does not fit; the message says what was expected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A field of a section: ``kind`` is bool, int, float, str or tuple."""
+
+    name: str
+    section: str
+    kind: type
+    is_optional: bool
+    default: Any
+    metadata: Mapping[str, Any]
+
+    def parse(self, text: str, is_quoted: bool = False) -> Any:
+        """The value a text means. Nothing is rounded, cut off or guessed. Raises: _Wrong."""
+        if self.is_optional and not is_quoted and text in ("null", "~"):
+            return None
+        if is_quoted and self.kind not in (str, tuple):
+            raise _Wrong(f"expected {_KINDS[self.kind]}, not text in quotes")
+        value = self._convert(text)
+        if expected := self.expected(value, text):
+            raise _Wrong(expected)
+        return value
+
+    def _convert(self, text: str) -> Any:
+        if self.kind is bool:
+            if text.lower() not in ("true", "false"):
+                raise _Wrong("expected true or false")
+            return text.lower() == "true"
+        if self.kind in (int, float):
+            try:
+                return self.kind(text)
+            except ValueError:
+                raise _Wrong(f"expected {_KINDS[self.kind]}.{_whole(text) if self.kind is int else ''}".rstrip(".")) from None
+        if self.kind is tuple:
+            return _texts(text, self.metadata["commas"])
+        choices = {choice.lower(): choice for choice in self.metadata["choices"]}
+        return choices.get(text.lower(), text)
+
+    def expected(self, value: Any, text: str | None = None) -> str:
+        """What was expected when ``value`` is not allowed, else an empty string."""
+        meta = self.metadata
+        if meta["choices"] and value not in meta["choices"]:
+            hint = nearest(value, meta["choices"])
+            return f"expected one of {listing(meta['choices'], 20)}" + ("." + hint if hint else "")
+        if self.kind not in (int, float) or self._is_within(value):
+            return ""
+        symbol = meta["symbol"] or self.name
+        if meta["low"] is None and meta["high"] is None:
+            return f"expected a finite {symbol}"
+        left = "" if meta["low"] is None else f"{meta['low']:g} {'<' if meta['is_low_open'] else '<='} "
+        right = "" if meta["high"] is None else f" {'<' if meta['is_high_open'] else '<='} {meta['high']:g}"
+        return f"expected {left}{symbol}{right}" + self._other_exponent(text or "")
+
+    def _is_within(self, value: float) -> bool:
+        low, high = self.metadata["low"], self.metadata["high"]
+        return (math.isfinite(value)
+                and (low is None or value > low or (value == low and not self.metadata["is_low_open"]))
+                and (high is None or value < high or (value == high and not self.metadata["is_high_open"])))
+
+    def _other_exponent(self, text: str) -> str:
+        """1e4 where 1e-4 would do, or the reverse."""
+        base, letter, exponent = text.lower().partition("e")
+        if not letter:
+            return ""
+        other = f"{base}e{exponent[1:] if exponent.startswith('-') else '-' + exponent.lstrip('+')}"
+        try:
+            return f". Did you mean {other}?" if self._is_within(float(other)) else ""
+        except ValueError:
+            return ""
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
+
+
+def _whole(text: str) -> str:
+    """A hint for a whole number that is written as another one."""
+    try:
+        value = float(text)
+    except ValueError:
+        return ""
+    return f" Did you mean {int(value)}?" if math.isfinite(value) and value == int(value) else ""
+
+
+def _texts(text: str, has_commas: bool) -> tuple[str, ...]:
+    if text.lstrip().startswith("["):
+        try:
+            items = json.loads(text)
+        except ValueError:
+            items = [None]
+        if not all(isinstance(item, str) for item in items):
+            raise _Wrong('expected a JSON list of texts such as ["a", "b"]')
+        return tuple(items)
+    return tuple(t for part in (text.split(",") if has_commas else [text]) if (t := part.strip()))
+
+
+def _settings() -> Iterator[Setting]:
+    for section, cls in SECTIONS.items():
+        hints = typing.get_type_hints(cls)
+        for item in dataclasses.fields(cls):
+            kinds = [k for k in typing.get_args(hints[item.name]) or (hints[item.name],) if k not in (type(None), ...)]
+            kind = tuple if typing.get_origin(hints[item.name]) is tuple else kinds[0]
+            yield Setting(name=item.name, section=section, kind=kind, default=item.default, metadata=item.metadata,
+                          is_optional=type(None) in typing.get_args(hints[item.name]))
+
+
+SECTIONS: dict[str, type] = typing.get_type_hints(TrainConfig)
+SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _settings()}
+
+
+# -- file and flags ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A value as it was written, and where."""
+
+    text: str
+    place: str
+    is_quoted: bool = False
+
+
+def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[str, str] | None = None) -> TrainConfig:
+    """The configuration of a YAML file, overruled by flags (name -> text), checked.
+
+    Raises: ConfigError listing every unknown, misplaced, repeated, mistyped, impossible and missing setting.
+    """
+    problems: list[str] = []
+    given = {} if path is None else _read(path, problems.append)
+    for name, text in (overrides or {}).items():
+        if name in SETTINGS:
+            given[name] = _Given(text, f"from the flag --{name}")
+        else:
+            problems.append(f"--{name} is no flag.{nearest(name, SETTINGS)}")
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for name, setting in SETTINGS.items():
+        if name in given:
+            try:
+                values[setting.section][name] = setting.parse(given[name].text, given[name].is_quoted)
+            except _Wrong as error:
+                problems.append(f"{name}={given[name].text} {given[name].place}: {error}")
+        elif setting.default is MISSING:
+            problems.append(f"{name} is not set ({setting.metadata['help']}): set it in section '{setting.section}' of "
+                            f"the configuration, or by --{name}.")
+    _raise(problems)
+    return TrainConfig(**{section: cls(**values[section]) for section, cls in SECTIONS.items()}).validate()
+
+
+def _read(path: str | os.PathLike[str], report: Callable[[str], None]) -> dict[str, _Given]:
+    """Name -> what a file says. Nothing in it is executed or expanded."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            root = yaml.compose(file, yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): give the path of a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line} is no YAML: {getattr(error, 'problem', None) or error}. Correct the file.") from error
+    given: dict[str, _Given] = {}
+    if root is None:
+        return given
+    for section, node, place in _pairs(root, str(path), "sections", report):
+        if section in SETTINGS and section not in SECTIONS:
+            report(f"{section} {place}: it belongs into section '{SETTINGS[section].section}'.")
+        elif section not in SECTIONS:
+            report(f"{section} {place}: expected one of the sections {listing(SECTIONS)}.{nearest(section, SECTIONS)}")
+        elif not _is_null(node):
+            for name, value, where in _pairs(node, str(path), f"settings of section '{section}'", report):
+                _take(name, value, where, section, given, report)
+    return given
+
+
+def _take(name: str, node: yaml.Node, place: str, section: str, given: dict[str, _Given],
+          report: Callable[[str], None]) -> None:
+    """Note one setting of a file, or report why not."""
+    if name not in SETTINGS:
+        report(f"{name} {place} is no setting.{nearest(name, SETTINGS)}")
+    elif SETTINGS[name].section != section:
+        report(f"{name} {place}: it belongs into section '{SETTINGS[name].section}', not '{section}'.")
+    elif isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN_TAGS:
+        text = "null" if _is_null(node) else node.value
+        given[name] = _Given(text, place, is_quoted=node.style is not None)
+    elif (SETTINGS[name].kind is tuple and isinstance(node, yaml.SequenceNode)
+          and all(isinstance(item, yaml.ScalarNode) and item.tag in _PLAIN_TAGS for item in node.value)):
+        given[name] = _Given(json.dumps([item.value for item in node.value]), place)
+    else:
+        quotes = ": put it in quotes" if SETTINGS[name].kind is str and isinstance(node, yaml.SequenceNode) else ""
+        report(f"{name} {place}: expected {_KINDS[SETTINGS[name].kind]}{quotes}.")
+        given[name] = _Given(str(SETTINGS[name].default), place)
+
+
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp")}
+
+
+def _is_null(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
+
+
+def _pairs(node: yaml.Node, path: str, what: str, report: Callable[[str], None]) -> Iterator[tuple[str, yaml.Node, str]]:
+    """(key, value, place) of a mapping; keys that come twice are reported."""
+    if not isinstance(node, yaml.MappingNode):
+        report(f"{path} line {node.start_mark.line + 1}: expected {what}, each as 'name: value'.")
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in lines:
+            report(f"{name} in {path} line {line}: it is set already in line {lines[name]}. Keep one.")
+        lines[name] = line
+        yield name, value, f"in {path} line {line}"
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        head = "" if len(problems) == 1 else f"{len(problems)} settings are wrong:\n  "
+        raise ConfigError(head + "\n  ".join(p if p.endswith((".", "?")) else p + "." for p in problems))
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The resolved configuration as a file that `load_config` reads back to the same."""
+    sections = {name: {k: list(v) if isinstance(v, tuple) else v for k, v in vars(getattr(config, name)).items()}
+                for name in SECTIONS}
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` one flag for every setting, in one group a section."""
+    for section, cls in SECTIONS.items():
+        group = parser.add_argument_group(section, (cls.__doc__ or "").splitlines()[0])
+        for setting in (s for s in SETTINGS.values() if s.section == section):
+            default = "required" if setting.default is MISSING else f"default: {_shown(setting.default)}"
+            choices = f"one of {', '.join(setting.metadata['choices'])}; " if setting.metadata["choices"] else ""
+            switch = {"nargs": "?", "const": "true"} if setting.kind is bool else {}
+            group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, metavar=setting.kind.__name__.upper(),
+                               help=f"{setting.metadata['help']} ({choices}{default})".replace("%", "%%"), **switch)
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else json.dumps(value)
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, str]:
+    """The settings given as flags, for `load_config`."""
+    return {name: value for name, value in vars(args).items() if name in SETTINGS and isinstance(value, str)}
