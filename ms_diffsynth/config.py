@@ -1,7 +1,7 @@
-"""The configuration of one training run: a YAML file of sections, overruled by flags, checked before anything is loaded.
+"""The configuration of one training run: a YAML file of sections, overruled by flags, checked before anything loads.
 
-Every setting is one field below, with its default, its range and its help. Names are unique across the sections, so each
-is also a flag: ``--learning_rate 1e-4``. What is wrong is reported all at once, with file, line and the nearest name.
+Every setting is one field below, with its default, its range and its help. Names are unique across the sections, so
+each is also a flag: ``--learning_rate 1e-4``. What is wrong is reported at once, with file, line and the nearest name.
 """
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import math
+import operator
 import os
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -18,16 +19,12 @@ from typing import Any
 import yaml
 
 from ms_diffsynth.errors import ConfigError, listing, nearest
+from ms_diffsynth.io.sections import Written, read_sections
 
 
-def _field(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None,
-           above: float | None = None, most: float | None = None, below: float | None = None,
-           symbol: str | None = None, commas: bool = False) -> Any:
-    """One setting. ``least <= x <= most`` and ``above < x < below``; ``commas``: a flag's text is split at commas."""
-    metadata = {"help": help, "choices": choices, "low": least if above is None else above, "is_low_open": above is not None,
-                "high": most if below is None else below, "is_high_open": below is not None, "symbol": symbol,
-                "commas": commas}
-    return field(default=default, metadata=metadata)
+def _field(default: Any, help: str, range: str = "", choices: tuple[str, ...] = (), has_commas: bool = False) -> Any:
+    """One setting. ``range`` is read as it is shown: "0 < lr <= 0.1". ``has_commas``: a flag may list with commas."""
+    return field(default=default, metadata={"help": help, "range": range, "choices": choices, "has_commas": has_commas})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +36,14 @@ class ModelSection:
     model_id_with_origin_paths: str | None = _field(None, "owner/name:pattern of files on a hub, separated by commas")
     tokenizer_path: str | None = _field(None, "tokenizer folder, or owner/name:tokenizer/")
     lora_base_model: str | None = _field("dit", "model that gets the LoRA; unused when trainable_models is set")
-    lora_target_modules: str = _field("", "layers that get a LoRA, separated by commas; empty = the family's own choice")
-    lora_rank: int = _field(16, "rank of the LoRA", least=1)
-    lora_alpha: float | None = _field(None, "the LoRA is scaled by lora_alpha / lora_rank; null = lora_rank", above=0)
+    lora_target_modules: str = _field("", "layers that get a LoRA, with commas; empty = the family's own choice")
+    lora_rank: int = _field(16, "rank of the LoRA", "1 <= lora_rank")
+    lora_alpha: float | None = _field(None, "the LoRA is scaled by lora_alpha / lora_rank; null = lora_rank",
+                                      "0 < lora_alpha")
     lora_checkpoint: str | None = _field(None, "LoRA file to start from")
-    trainable_models: str | None = _field(None, "models trained in full, separated by commas, such as dit or vae.decoder")
+    trainable_models: str | None = _field(None, "models trained in full, with commas, such as dit or vae.decoder")
     remove_prefix_in_ckpt: str | None = _field("pipe.dit.", "taken off the names of saved weights")
-    fuse: tuple[str, ...] = _field((), "units moved from the prepared half into the compiled step", commas=True)
+    fuse: tuple[str, ...] = _field((), "units moved from the prepared half into the compiled step", has_commas=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +52,18 @@ class DataSection:
 
     dataset_base_path: str = _field(MISSING, "folder of the training pictures")
     dataset_metadata_path: str | None = _field(None, "csv, json or jsonl that lists pictures and prompts")
-    dataset_repeat: int = _field(1, "how often an epoch shows each picture", least=1)
-    dataset_num_workers: int = _field(2, "threads that read pictures; 0 = none", least=0)
+    dataset_repeat: int = _field(1, "how often an epoch shows each picture", "1 <= dataset_repeat")
+    dataset_num_workers: int = _field(2, "threads that read pictures; 0 = none", "0 <= dataset_num_workers")
     data_file_keys: str = _field("image", "metadata columns that hold file names, separated by commas")
     instance_prompt: str | None = _field(None, "prompt of every picture that has none of its own")
     class_base_path: str | None = _field(None, "folder of the class images of prior preservation")
     class_metadata_path: str | None = _field(None, "metadata of the class images")
     class_prompt: str | None = _field(None, "prompt of every class image that has none of its own")
-    height: int | None = _field(None, "height in pixels; null with width = dynamic resolution", least=1)
-    width: int | None = _field(None, "width in pixels; null with height = dynamic resolution", least=1)
-    max_pixels: int = _field(1048576, "most pixels of a picture in dynamic resolution", least=1)
-    buckets: int = _field(1, "most aspect ratios in dynamic resolution; each one is one compilation", least=1)
-    max_sequence_length: int = _field(512, "most tokens of a prompt", least=1)
+    height: int | None = _field(None, "height in pixels; null with width = dynamic resolution", "1 <= height")
+    width: int | None = _field(None, "width in pixels; null with height = dynamic resolution", "1 <= width")
+    max_pixels: int = _field(1048576, "most pixels of a picture in dynamic resolution", "1 <= max_pixels")
+    buckets: int = _field(1, "most aspect ratios in dynamic resolution; each one is one compilation", "1 <= buckets")
+    max_sequence_length: int = _field(512, "most tokens of a prompt", "1 <= max_sequence_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +74,11 @@ class ObjectiveSection:
     weighting_scheme: str = _field("none", "distribution and weight of the training sigmas",
                                    choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap", "diffsynth"))
     logit_mean: float = _field(0.0, "mean of logit_normal")
-    logit_std: float = _field(1.0, "standard deviation of logit_normal", above=0)
+    logit_std: float = _field(1.0, "standard deviation of logit_normal", "0 < logit_std")
     mode_scale: float = _field(1.29, "scale of mode")
-    guidance_scale: float = _field(1.0, "guidance embedded in the network during training", least=0)
+    guidance_scale: float = _field(1.0, "guidance embedded in the network during training", "0 <= guidance_scale")
     with_prior_preservation: bool = _field(False, "also learn class images, so that the class is not forgotten")
-    prior_loss_weight: float = _field(1.0, "weight of the loss of the class images", least=0)
+    prior_loss_weight: float = _field(1.0, "weight of the loss of the class images", "0 <= prior_loss_weight")
     posterior: str = _field("mean", "what is taken of the VAE's posterior", choices=("mean", "sample"))
 
 
@@ -88,39 +86,40 @@ class ObjectiveSection:
 class OptimizerSection:
     """How it is minimised."""
 
-    learning_rate: float = _field(1e-4, "learning rate", above=0, most=0.1, symbol="lr")
-    weight_decay: float = _field(0.01, "decoupled weight decay", least=0, most=1)
-    adam_beta1: float = _field(0.9, "decay of the first moment", least=0, below=1)
-    adam_beta2: float = _field(0.999, "decay of the second moment", least=0, below=1)
-    adam_epsilon: float = _field(1e-8, "added to the root of the second moment", above=0, most=1)
-    max_grad_norm: float = _field(1.0, "gradients are scaled down to this norm", above=0)
+    learning_rate: float = _field(1e-4, "learning rate", "0 < lr <= 0.1")
+    weight_decay: float = _field(0.01, "decoupled weight decay", "0 <= weight_decay <= 1")
+    adam_beta1: float = _field(0.9, "decay of the first moment", "0 <= adam_beta1 < 1")
+    adam_beta2: float = _field(0.999, "decay of the second moment", "0 <= adam_beta2 < 1")
+    adam_epsilon: float = _field(1e-8, "added to the root of the second moment", "0 < adam_epsilon <= 1")
+    max_grad_norm: float = _field(1.0, "gradients are scaled down to this norm", "0 < max_grad_norm")
     lr_scheduler: str = _field("constant", "course of the learning rate", choices=("constant", "linear", "cosine"))
-    lr_warmup_steps: int = _field(0, "steps in which the learning rate rises from zero", least=0)
-    gradient_accumulation_steps: int = _field(1, "micro-steps to one step", least=1)
-    loss_scale: float = _field(1.0, "constant factor on the loss in the backward pass, for float16", above=0)
+    lr_warmup_steps: int = _field(0, "steps in which the learning rate rises from zero", "0 <= lr_warmup_steps")
+    gradient_accumulation_steps: int = _field(1, "micro-steps to one step", "1 <= gradient_accumulation_steps")
+    loss_scale: float = _field(1.0, "constant factor on the loss in the backward pass, for float16", "0 < loss_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
     """Where and how long."""
 
-    task: str = _field("sft", "whole training, or one stage of a split one", choices=("sft", "sft:data_process", "sft:train"))
+    task: str = _field("sft", "whole training, or one stage of a split one",
+                       choices=("sft", "sft:data_process", "sft:train"))
     mode: str = _field("graph", "compiled or eager training step", choices=("graph", "pynative"))
     device: str | None = _field(None, "null = an Ascend where there is one, else the CPU", choices=("CPU", "Ascend"))
     dtype: str | None = _field(None, "dtype of the networks; null = what suits the device",
                                choices=("float32", "bfloat16", "float16"))
-    seed: int = _field(42, "seed of everything random", least=0, below=2**32)
-    batch_size: int = _field(1, "pictures in a micro-step, per device", least=1)
-    num_epochs: int | None = _field(None, "end after so many epochs", least=1)
-    max_train_steps: int | None = _field(None, "end after so many steps", least=1)
+    seed: int = _field(42, "seed of everything random", "0 <= seed < 4294967296")
+    batch_size: int = _field(1, "pictures in a micro-step, per device", "1 <= batch_size")
+    num_epochs: int | None = _field(None, "end after so many epochs", "1 <= num_epochs")
+    max_train_steps: int | None = _field(None, "end after so many steps", "1 <= max_train_steps")
     output_path: str = _field("./models/train", "folder for checkpoints, samples and records")
-    save_steps: int | None = _field(None, "save every so many steps; null = after every epoch", least=1)
-    sample_steps: int | None = _field(None, "make sample pictures every so many steps", least=1)
+    save_steps: int | None = _field(None, "save every so many steps; null = after every epoch", "1 <= save_steps")
+    sample_steps: int | None = _field(None, "make sample pictures every so many steps", "1 <= sample_steps")
     sample_prompts: tuple[str, ...] = _field((), "prompts of the sample pictures; as a flag one prompt or a JSON list")
-    sample_seed: int = _field(0, "seed of the sample pictures", least=0, below=2**32)
-    num_inference_steps: int = _field(20, "sampling steps of the sample pictures", least=1)
-    sample_height: int | None = _field(None, "height of the sample pictures in pixels", least=1)
-    sample_width: int | None = _field(None, "width of the sample pictures in pixels", least=1)
+    sample_seed: int = _field(0, "seed of the sample pictures", "0 <= sample_seed < 4294967296")
+    num_inference_steps: int = _field(20, "sampling steps of the sample pictures", "1 <= num_inference_steps")
+    sample_height: int | None = _field(None, "height of the sample pictures in pixels", "1 <= sample_height")
+    sample_width: int | None = _field(None, "width of the sample pictures in pixels", "1 <= sample_width")
     enable_tensorboard_log: bool = _field(False, "also write TensorBoard events")
     debug: bool = _field(False, "show the traceback of an error")
     use_gradient_checkpointing: bool = _field(False, "compute activations again in the backward pass to save memory")
@@ -196,14 +195,21 @@ class Setting:
     default: Any
     metadata: Mapping[str, Any]
 
-    def parse(self, text: str, is_quoted: bool = False) -> Any:
-        """The value a text means. Nothing is rounded, cut off or guessed. Raises: _Wrong."""
-        if self.is_optional and not is_quoted and text in ("null", "~"):
-            return None
-        if is_quoted and self.kind not in (str, tuple):
+    def parse(self, written: Written) -> Any:
+        """The value that is meant. Nothing is rounded, cut off or guessed. Raises: _Wrong."""
+        if self.kind is tuple and written.items is not None:
+            return written.items
+        if written.text is None:
+            hint = ": put it in quotes" if self.kind is str and written.items is not None else ""
+            raise _Wrong(f"expected {_KINDS[self.kind]}{hint}")
+        if written.text in ("null", "~") and not written.is_quoted:
+            if self.is_optional:
+                return None
+            raise _Wrong(f"expected {_KINDS[self.kind]}, not null")
+        if written.is_quoted and self.kind not in (str, tuple):
             raise _Wrong(f"expected {_KINDS[self.kind]}, not text in quotes")
-        value = self._convert(text)
-        if expected := self.expected(value, text):
+        value = self._convert(written.text)
+        if expected := self.expected(value, written.text):
             raise _Wrong(expected)
         return value
 
@@ -216,9 +222,9 @@ class Setting:
             try:
                 return self.kind(text)
             except ValueError:
-                raise _Wrong(f"expected {_KINDS[self.kind]}.{_whole(text) if self.kind is int else ''}".rstrip(".")) from None
+                raise _Wrong(f"expected {_KINDS[self.kind]}{_whole(text) if self.kind is int else ''}") from None
         if self.kind is tuple:
-            return _texts(text, self.metadata["commas"])
+            return _texts(text, self.metadata["has_commas"])
         choices = {choice.lower(): choice for choice in self.metadata["choices"]}
         return choices.get(text.lower(), text)
 
@@ -230,18 +236,13 @@ class Setting:
             return f"expected one of {listing(meta['choices'], 20)}" + ("." + hint if hint else "")
         if self.kind not in (int, float) or self._is_within(value):
             return ""
-        symbol = meta["symbol"] or self.name
-        if meta["low"] is None and meta["high"] is None:
-            return f"expected a finite {symbol}"
-        left = "" if meta["low"] is None else f"{meta['low']:g} {'<' if meta['is_low_open'] else '<='} "
-        right = "" if meta["high"] is None else f" {'<' if meta['is_high_open'] else '<='} {meta['high']:g}"
-        return f"expected {left}{symbol}{right}" + self._other_exponent(text or "")
+        return f"expected {meta['range'] or 'a finite number'}" + self._other_exponent(text or "")
 
     def _is_within(self, value: float) -> bool:
-        low, high = self.metadata["low"], self.metadata["high"]
-        return (math.isfinite(value)
-                and (low is None or value > low or (value == low and not self.metadata["is_low_open"]))
-                and (high is None or value < high or (value == high and not self.metadata["is_high_open"])))
+        words = self.metadata["range"].split()  # ["0", "<", "lr", "<=", "0.1"], the first three of these, or []
+        above = not words or _COMPARE[words[1]](float(words[0]), value)
+        below = len(words) < 5 or _COMPARE[words[3]](value, float(words[4]))
+        return above and below and (isinstance(value, int) or math.isfinite(value))
 
     def _other_exponent(self, text: str) -> str:
         """1e4 where 1e-4 would do, or the reverse."""
@@ -255,6 +256,7 @@ class Setting:
             return ""
 
 
+_COMPARE = {"<": operator.lt, "<=": operator.le}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
 
 
@@ -264,7 +266,7 @@ def _whole(text: str) -> str:
         value = float(text)
     except ValueError:
         return ""
-    return f" Did you mean {int(value)}?" if math.isfinite(value) and value == int(value) else ""
+    return f". Did you mean {int(value)}?" if math.isfinite(value) and value == int(value) else ""
 
 
 def _texts(text: str, has_commas: bool) -> tuple[str, ...]:
@@ -296,15 +298,6 @@ SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _settings()
 # -- file and flags ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Given:
-    """A value as it was written, and where."""
-
-    text: str
-    place: str
-    is_quoted: bool = False
-
-
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[str, str] | None = None) -> TrainConfig:
     """The configuration of a YAML file, overruled by flags (name -> text), checked.
 
@@ -314,16 +307,16 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
     given = {} if path is None else _read(path, problems.append)
     for name, text in (overrides or {}).items():
         if name in SETTINGS:
-            given[name] = _Given(text, f"from the flag --{name}")
+            given[name] = Written(text=text, place=f"from the flag --{name}")
         else:
             problems.append(f"--{name} is no flag.{nearest(name, SETTINGS)}")
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, setting in SETTINGS.items():
         if name in given:
             try:
-                values[setting.section][name] = setting.parse(given[name].text, given[name].is_quoted)
+                values[setting.section][name] = setting.parse(given[name])
             except _Wrong as error:
-                problems.append(f"{name}={given[name].text} {given[name].place}: {error}")
+                problems.append(f"{name}={given[name]} {given[name].place}: {error}")
         elif setting.default is MISSING:
             problems.append(f"{name} is not set ({setting.metadata['help']}): set it in section '{setting.section}' of "
                             f"the configuration, or by --{name}.")
@@ -331,69 +324,19 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
     return TrainConfig(**{section: cls(**values[section]) for section, cls in SECTIONS.items()}).validate()
 
 
-def _read(path: str | os.PathLike[str], report: Callable[[str], None]) -> dict[str, _Given]:
-    """Name -> what a file says. Nothing in it is executed or expanded."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            root = yaml.compose(file, yaml.SafeLoader)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): give the path of a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line} is no YAML: {getattr(error, 'problem', None) or error}. Correct the file.") from error
-    given: dict[str, _Given] = {}
-    if root is None:
-        return given
-    for section, node, place in _pairs(root, str(path), "sections", report):
-        if section in SETTINGS and section not in SECTIONS:
-            report(f"{section} {place}: it belongs into section '{SETTINGS[section].section}'.")
-        elif section not in SECTIONS:
-            report(f"{section} {place}: expected one of the sections {listing(SECTIONS)}.{nearest(section, SECTIONS)}")
-        elif not _is_null(node):
-            for name, value, where in _pairs(node, str(path), f"settings of section '{section}'", report):
-                _take(name, value, where, section, given, report)
+def _read(path: str | os.PathLike[str], report: Callable[[str], None]) -> dict[str, Written]:
+    """Name -> what a file says; what is no setting of its section goes to ``report``."""
+    given: dict[str, Written] = {}
+    for section, name, written in read_sections(path, SECTIONS, report):
+        if section is None and name in SECTIONS:
+            report(f"{name} {written.place}: expected the settings of the section '{name}' below it.")
+        elif name not in SETTINGS:
+            report(f"{name} {written.place} is no setting.{nearest(name, SETTINGS)}")
+        elif SETTINGS[name].section != section:
+            report(f"{name} {written.place}: it belongs into section '{SETTINGS[name].section}'.")
+        else:
+            given[name] = written
     return given
-
-
-def _take(name: str, node: yaml.Node, place: str, section: str, given: dict[str, _Given],
-          report: Callable[[str], None]) -> None:
-    """Note one setting of a file, or report why not."""
-    if name not in SETTINGS:
-        report(f"{name} {place} is no setting.{nearest(name, SETTINGS)}")
-    elif SETTINGS[name].section != section:
-        report(f"{name} {place}: it belongs into section '{SETTINGS[name].section}', not '{section}'.")
-    elif isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN_TAGS:
-        text = "null" if _is_null(node) else node.value
-        given[name] = _Given(text, place, is_quoted=node.style is not None)
-    elif (SETTINGS[name].kind is tuple and isinstance(node, yaml.SequenceNode)
-          and all(isinstance(item, yaml.ScalarNode) and item.tag in _PLAIN_TAGS for item in node.value)):
-        given[name] = _Given(json.dumps([item.value for item in node.value]), place)
-    else:
-        quotes = ": put it in quotes" if SETTINGS[name].kind is str and isinstance(node, yaml.SequenceNode) else ""
-        report(f"{name} {place}: expected {_KINDS[SETTINGS[name].kind]}{quotes}.")
-        given[name] = _Given(str(SETTINGS[name].default), place)
-
-
-_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp")}
-
-
-def _is_null(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
-
-
-def _pairs(node: yaml.Node, path: str, what: str, report: Callable[[str], None]) -> Iterator[tuple[str, yaml.Node, str]]:
-    """(key, value, place) of a mapping; keys that come twice are reported."""
-    if not isinstance(node, yaml.MappingNode):
-        report(f"{path} line {node.start_mark.line + 1}: expected {what}, each as 'name: value'.")
-        return
-    lines: dict[str, int] = {}
-    for key, value in node.value:
-        name, line = str(key.value), key.start_mark.line + 1
-        if name in lines:
-            report(f"{name} in {path} line {line}: it is set already in line {lines[name]}. Keep one.")
-        lines[name] = line
-        yield name, value, f"in {path} line {line}"
 
 
 def _raise(problems: list[str]) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mindspore as ms
@@ -252,14 +252,17 @@ class Pipeline:
             pipe._add_source(config)
         for key, config in tokenizers.items():
             if config is not None:
-                paths = config.resolve()
+                paths = config.resolve(runtime.model_base_path())
                 pipe.sources[key] = Source(paths[0] if paths[0].is_dir() else paths[0].parent)
         return pipe
 
     def _add_source(self, config: ModelConfig) -> None:
         """Find out which component(s) a configuration names, from config.json beside the weights."""
-        paths = [Path(p) for p in config.resolve()]
+        paths = config.resolve(runtime.model_base_path())
         folder = paths[0] if paths[0].is_dir() else paths[0].parent
+        if config.model_id and not (folder / "config.json").is_file() and not paths[0].is_dir():
+            beside = (PurePosixPath(config.origin_file_pattern or "").parent / "config.json").as_posix()
+            replace(config, origin_file_pattern=beside).resolve(runtime.model_base_path())
         if (folder / "model_index.json").is_file() and paths[0].is_dir():
             for component in self.components:
                 if (folder / component.folder).is_dir():

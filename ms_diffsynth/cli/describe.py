@@ -8,15 +8,15 @@ from typing import Any
 
 from ms_diffsynth import runtime
 from ms_diffsynth.cli.train import build_pipeline, objective_of
-from ms_diffsynth.config import add_flags, load_config, overrides_of
+from ms_diffsynth.config import SETTINGS, add_flags, load_config, overrides_of
 
 
 def add_parser(commands: Any) -> None:
     """Register the subcommand."""
-    parser = commands.add_parser("describe", help="print a run's two halves as straight-line code, loading no weights")
+    parser = commands.add_parser("describe", allow_abbrev=False, help="print a run's two halves as straight-line code, loading no weights")
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml")
     add_flags(parser)
-    parser.set_defaults(execute=execute)
+    parser.set_defaults(execute=execute, known_flags=tuple(SETTINGS))
 
 
 def execute(args: argparse.Namespace) -> int:

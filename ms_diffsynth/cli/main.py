@@ -12,7 +12,7 @@ os.environ.setdefault("GLOG_v", "3")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from ms_diffsynth.errors import UserError
+from ms_diffsynth.errors import ConfigError, UserError, nearest
 
 COMMANDS = ("train", "sample", "tiny", "parity", "describe")
 
@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line, one subcommand a file of this folder."""
     from importlib import import_module
 
-    top = argparse.ArgumentParser(prog="ms-diffsynth", description="Train and run diffusion models with MindSpore.")
+    top = argparse.ArgumentParser(prog="ms-diffsynth", allow_abbrev=False, description="Train and run diffusion models with MindSpore.")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
@@ -34,8 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("ms_diffsynth").setLevel(logging.INFO)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(arguments)
+    args, unknown = parser().parse_known_args(arguments)
     try:
+        if unknown:
+            flags = [f"--{name}" for name in vars(args)] + [f"--{name}" for name in getattr(args, "known_flags", ())]
+            raise ConfigError(f"{args.command} does not know {' '.join(unknown)}: see ms-diffsynth {args.command} --help."
+                              f"{nearest(unknown[0], flags)}")
         return args.execute(args)
     except UserError as error:
         if args.debug:

@@ -72,6 +72,19 @@ def worst(name: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], tolerance:
     return Quantity(f"{name} ({len(errors)} tensors)", errors[key], tolerance, key)
 
 
+def together(name: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], tolerance: float) -> Quantity:
+    """All tensors as one vector, in the Euclidean norm; the largest single error is shown, but does not decide.
+
+    Adam's first updates are lr g / (|g| + eps): where a gradient is near eps they magnify its last bit, so that even two
+    versions of the reference differ by 2e-3 in a single weight of the case flux (docs/parity.md).
+    """
+    single = worst(name, pairs, tolerance)
+    difference = sum(float(np.square(np.float64(a) - b).sum()) for a, b in pairs.values())
+    size = sum(float(np.square(np.float64(b)).sum()) for _, b in pairs.values())
+    return Quantity(single.name, float(np.sqrt(difference / size)), tolerance,
+                    f"largest single error {single.error:.0e} in {single.where}")
+
+
 class Case:
     """A reference case, loaded."""
 
@@ -198,12 +211,12 @@ def _training(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Q
         pairs[f"{name}.lora_B"] = (b, expected[f"train.{name}.lora_B.weight"])
     return [Quantity(f"losses of {count} steps", relative_error(losses, expected["train.losses"]), TRAINED),
             Quantity("gradient norms", relative_error(norms, expected["train.grad_norms"]), TRAINED),
-            worst(f"LoRA after {count} steps", pairs, TRAINED)]
+            together(f"LoRA after {count} steps", pairs, TRAINED)]
 
 
 def add_parser(commands: Any) -> None:
     """Register the subcommand."""
-    parser = commands.add_parser("parity", help="compare with recorded cases of the PyTorch reference implementations")
+    parser = commands.add_parser("parity", allow_abbrev=False, help="compare with recorded cases of the PyTorch reference implementations")
     parser.add_argument("cases", nargs="+", metavar="DIR", type=Path, help="folders that hold a case.json")
     parser.add_argument("--mode", choices=[*runtime.MODES, "both"], default="both", help="default: both")
     parser.set_defaults(execute=execute)

@@ -15,7 +15,7 @@ from ms_diffsynth.registry import FAMILIES, family
 
 def add_parser(commands: Any) -> None:
     """Register the subcommand."""
-    parser = commands.add_parser("sample", help="generate pictures")
+    parser = commands.add_parser("sample", allow_abbrev=False, help="generate pictures")
     parser.add_argument("family", choices=sorted(FAMILIES))
     parser.add_argument("model", type=Path, help="folder of a diffusers-format model")
     parser.add_argument("--prompt", required=True, action="append", help="may be given several times")

@@ -12,7 +12,7 @@ from ms_diffsynth.registry import FAMILIES, family
 
 def add_parser(commands: Any) -> None:
     """Register the subcommand."""
-    parser = commands.add_parser("tiny", help="write a tiny model with random weights, for first runs and tests")
+    parser = commands.add_parser("tiny", allow_abbrev=False, help="write a tiny model with random weights, for first runs and tests")
     parser.add_argument("family", choices=sorted(FAMILIES))
     parser.add_argument("folder", type=Path, help="where to write; kept as it is when it already holds a model")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")

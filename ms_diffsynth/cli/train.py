@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ms_diffsynth.config import TrainConfig, add_flags, load_config, overrides_of, to_yaml
-from ms_diffsynth.data.buckets import make_buckets
+from ms_diffsynth.config import SETTINGS, TrainConfig, add_flags, load_config, overrides_of, to_yaml
+from ms_diffsynth.data.buckets import Bucket, make_buckets
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError
@@ -28,11 +28,11 @@ from ms_diffsynth.train.module import DiffusionTrainingModule
 
 def add_parser(commands: Any) -> None:
     """Register the subcommand."""
-    parser = commands.add_parser("train", help="train from a configuration file",
+    parser = commands.add_parser("train", allow_abbrev=False, help="train from a configuration file",
                                  description="Every setting of the file is also a flag; a flag wins.")
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml")
     add_flags(parser)
-    parser.set_defaults(execute=execute)
+    parser.set_defaults(execute=execute, known_flags=tuple(SETTINGS))
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -82,10 +82,17 @@ def _dataset(config: TrainConfig, base: str, metadata: str | None, prompt: str |
     operator = UnifiedDataset.default_image_operator(
         base_path=base, max_pixels=data.max_pixels, height=data.height, width=data.width,
         height_division_factor=factor, width_division_factor=factor,
-        buckets=None if data.height else make_buckets(data.max_pixels, factor, count=data.buckets))
+        buckets=None if data.height else _buckets(data.max_pixels, factor, data.buckets))
     dataset = UnifiedDataset(base_path=base, metadata_path=metadata, repeat=repeat, data_file_keys=data.data_file_keys,
-                             main_data_operator=operator, prompt=prompt)
+                             main_data_operator=operator, captions=prompt is None)
+    if prompt is not None:
+        dataset.rows = [{"prompt": prompt} | row for row in dataset.rows]
     return dataset
+
+
+def _buckets(max_pixels: int, factor: int, count: int) -> list[Bucket]:
+    """The ``count`` buckets nearest to a square."""
+    return sorted(make_buckets(max_pixels, factor), key=lambda b: abs(np.log(b.width / b.height)))[:count]
 
 
 def build_pipeline(config: TrainConfig) -> Pipeline:

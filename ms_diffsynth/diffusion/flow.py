@@ -15,12 +15,12 @@
 
 Others call noise x_0 and data x_1, or let t = 1 mean data; not here.
 
-Source: Lipman et al. 2023 (arXiv 2210.02747) and Liu et al. 2023 (2209.03003); signs as in Esser et al. 2024 (2403.03206).
+Source: Lipman et al. 2023 (arXiv 2210.02747), Liu et al. 2023 (2209.03003); signs as in Esser et al. 2024 (2403.03206).
 """
 from __future__ import annotations
 
 import mindspore as ms
-from mindspore import Tensor, ops
+from mindspore import Tensor
 
 
 def interpolate(input_latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

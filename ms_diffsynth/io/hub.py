@@ -1,6 +1,6 @@
 """Where the files of a model are: a local path, a local copy of a repository, or the Hugging Face Hub and its cache.
 
-The token is huggingface_hub's business (``huggingface-cli login``): it is never a setting here and never in a message.
+The token is huggingface_hub's business (``hf auth login``): it is never a setting here and never in a message.
 """
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ class _Repository:
         self.host = address.hostname or self.endpoint
         if address.username or address.password:
             raise HubError(f"the endpoint of {self.host} holds a user name or a password, which would end up in logs. "
-                           "Expected the plain address; log in with 'huggingface-cli login'.")
+                           "Expected the plain address; log in with 'hf auth login'.")
 
     def snapshot(self) -> Path:
         """The folder of one commit in the cache, with every file that matches; its name is the commit."""
@@ -259,12 +259,12 @@ class _Repository:
             raise HubError(f"model_id='{self.config.model_id}' is no repository name: expected owner/name.") from error
         except GatedRepoError as error:
             raise self._error("is gated (403)", "Accept its terms on the hub's page and log in with "
-                              "'huggingface-cli login'") from error
+                              "'hf auth login'") from error
         except RevisionNotFoundError as error:
             raise self._error(f"has no revision '{self.config.revision}' (404)", "Check the revision") from error
         except RepositoryNotFoundError as error:
             raise self._error(f"does not exist or is private ({_status(error)})", "Check the name, or log in with "
-                              "'huggingface-cli login'") from error
+                              "'hf auth login'") from error
         except LocalEntryNotFoundError as error:  # the connection broke inside huggingface_hub
             raise _Unreachable(f"the connection to {self.host} failed") from error
         except EntryNotFoundError as error:
@@ -273,7 +273,7 @@ class _Repository:
             status = _status(error)
             if status is None or status == 429 or status >= 500:
                 raise _Unreachable(f"{self.host} answered {status}") from error
-            raise self._error(f"was refused ({status})", "Log in with 'huggingface-cli login', or check the "
+            raise self._error(f"was refused ({status})", "Log in with 'hf auth login', or check the "
                               "access rights") from error
         except OfflineModeIsEnabled as error:
             raise _Unreachable("HF_HUB_OFFLINE is set") from error

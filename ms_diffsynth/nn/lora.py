@@ -4,6 +4,7 @@ Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1; initialisation of peft 0
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 
 import mindspore as ms
@@ -58,7 +59,7 @@ def match_targets(model: nn.Cell, targets: Iterable[str]) -> list[str]:
     chosen = {t: [n for n in names if n == t or n.endswith("." + t)] for t in targets}
     lost = [t for t in targets if not chosen[t]]
     if lost or not targets:
-        ends = sorted({".".join(p for p in n.split(".")[-3:] if not p.isdigit() or n.split(".")[-1] == p) for n in names})
+        ends = sorted({re.sub(r"^.*?\.\d+\.", "", n, count=1) for n in names})  # the name inside its block
         near = nearest(lost[0], ends + [n.split(".")[-1] for n in names]) if lost else ""
         raise ConfigError(f"lora_target_modules: {listing(map(repr, lost)) or 'nothing given'} selects no linear layer of "
                           f"{type(model).__name__}.{near} Expected names, or ends of names, of its linear layers: "

@@ -1,8 +1,8 @@
 """Random numbers of training, drawn on the host and addressed by what they are for, never by when they are drawn.
 
 A row of noise depends on (seed, stream name, global sample index, shape) and on nothing else: not on the batch it is
-in, nor on the number of processes, nor on what was drawn before. So a resumed run, a run on more devices and a run split
-in two stages draw the same numbers. The state of the generator is the seed.
+in, nor on the number of processes, nor on what was drawn before. So a resumed run, a run on more devices and a run
+split in two stages draw the same numbers. The state of the generator is the seed.
 """
 from __future__ import annotations
 

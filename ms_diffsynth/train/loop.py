@@ -110,7 +110,7 @@ class _Run:
         self.skipped = self.skipped_in_a_row = 0
         self._micro_losses: list[Tensor] = []
         self._seconds = 0.0  # spent on the micro-steps of the present step, compiling excepted
-        self._recent: deque[float] = deque(maxlen=20)
+        self._speeds: deque[float] = deque(maxlen=20)  # samples per second of the last batches, class images included
         self._pending: tuple[StepResult, list[Tensor], dict[str, Any]] | None = None
 
     # -- before the first step -----------------------------------------------------------------------------------
@@ -199,6 +199,8 @@ class _Run:
         if result.is_update:
             self._flush()  # read the step before this one: the device has had a step's time to finish it
         self._seconds += time.perf_counter() - began - (self.step.compile_seconds - compiled)
+        if self.step.compile_seconds == compiled:
+            self._speeds.append(len(batch.indices) * self.accelerator.num_processes / (time.perf_counter() - began))
         if not result.is_update:
             return
         logger.on_step_end(self.accelerator, self.model, self.options.save_steps)
@@ -246,7 +248,7 @@ class _Run:
                    "grad_norm": float(result.grad_norm.asnumpy()), "is_skipped": int(is_skipped)}
         self.logger.log_step(record)
         shown = {"loss": f"{record['loss']:.4f}", "lr": f"{record['learning_rate']:.1e}",
-                 "samples/s": f"{self._samples_per_second(record['seconds']):.1f}"}
+                 **({"samples/s": f"{np.mean(self._speeds):.1f}"} if self._speeds else {})}
         if is_skipped:
             self.skipped += 1
             self.logger.event("skipped", at=record["step"], loss=record["loss"], grad_norm=record["grad_norm"])
@@ -258,12 +260,6 @@ class _Run:
                                 f"{record['step']}, loss {record['loss']}, gradient norm {record['grad_norm']}). Nothing "
                                 "was updated in them. Expected finite numbers: lower learning_rate, look for broken "
                                 "pictures or weights, and on Ascend prefer bfloat16 to float16.")
-
-    def _samples_per_second(self, seconds: float) -> float:
-        """Over the last 20 steps."""
-        self._recent.append(seconds)
-        per_step = self.options.batch_size * self.options.gradient_accumulation_steps * self.accelerator.num_processes
-        return per_step * len(self._recent) / max(sum(self._recent), 1e-9)
 
     def sample(self) -> None:
         """Make sample pictures with the current weights."""

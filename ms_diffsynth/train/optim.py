@@ -1,9 +1,9 @@
 """AdamW, guarded against gradients that are not finite, for compiled and eager steps; learning rates.
 
-An optimizer here is called with the gradients, one coefficient and a flag: the coefficient joins unscaling and clipping,
-and where the flag is False nothing changes. There is no branch in the graph: the coefficient, the learning rate and the
-decay become 0 and both betas 1, which leaves weights, moments and step count as they were. `guarded` gives any
-``mindspore.nn.Optimizer`` the same call.
+An optimizer here is called with the gradients, one coefficient and a flag: the coefficient joins unscaling and
+clipping, and where the flag is False nothing changes. There is no branch in the graph: the coefficient, the learning
+rate and the decay become 0 and both betas 1, which leaves weights, moments and step count as they were. (A weight of
+-0.0 may become 0.0.) `guarded` gives any ``mindspore.nn.Optimizer`` the same call.
 
 Values a compiled step reads are set with ``ops.assign``. ``Parameter.set_data`` replaces the memory, which a function
 compiled by ``ms.jit`` before goes on reading: the new value is silently ignored (MindSpore 2.10, 2026-11-21,
@@ -35,8 +35,8 @@ _scale = P.MulNoNan()  # x * y, and 0 where y is 0 even if x is NaN or infinite;
 class LearningRate:
     """The learning rate of every optimizer step, computed on the host.
 
-    Rises linearly from 0 over ``warmup_steps``, then stays (``constant``), falls linearly to 0 (``linear``) or as half a
-    cosine (``cosine``) until ``total_steps``; 0 after that.
+    Rises linearly from 0 over ``warmup_steps``, then stays (``constant``), falls linearly to 0 (``linear``) or as half
+    a cosine (``cosine``) until ``total_steps``; 0 after that.
 
     Raises: ConfigError for an unknown schedule or impossible numbers of steps.
     Source: diffusers 0.39, optimization.py, get_scheduler; step k of there is step k here, counted from 0.
@@ -199,8 +199,8 @@ def load_state(own: Mapping[str, Parameter], state: Mapping[str, Tensor | np.nda
     if shapes:
         wrong.append(f"shape: {listing(shapes)}")
     if wrong:
-        raise WeightError(f"optimizer state does not fit the optimizer: {'; '.join(wrong)}. Resume with the model, LoRA "
-                          "and optimizer settings the checkpoint was written with.")
+        raise WeightError(f"optimizer state does not fit the optimizer: {'; '.join(wrong)}. Resume with the model, "
+                          "LoRA and optimizer settings the checkpoint was written with.")
     for name, parameter in own.items():
         ops.assign(parameter, Tensor(state[name]).astype(parameter.dtype))
 

@@ -122,7 +122,7 @@ def test_refusals_name_the_remedy_and_never_the_token(hub, config, caplog, monke
     hub.add(NAME, FILES, **settings)
     with pytest.raises(HubError, match=text) as caught:
         config("vae/").resolve()
-    assert "huggingface-cli login" in str(caught.value)
+    assert "hf auth login" in str(caught.value)
     assert SECRET not in str(caught.value) + repr(caught.value.__cause__)
     assert SECRET not in "".join(r.getMessage() for r in caplog.records if r.name.startswith("ms_diffsynth"))
 

@@ -13,13 +13,16 @@ from __future__ import annotations
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P
+from mindspore.ops.auto_generate import SigmoidGrad
 from mindspore.ops.primitive import constexpr
+
+from ms_diffsynth.ops.cpu import functional
 
 _dense = P.Dense()
 _matmul, _matmul_tn = P.MatMul(), P.MatMul(transpose_a=True)
 _bmm, _bmm_tn, _bmm_nt = P.BatchMatMul(), P.BatchMatMul(transpose_a=True), P.BatchMatMul(transpose_b=True)
 _softmax = P.Softmax(-1)
-_sigmoid_grad = P.SigmoidGrad() if hasattr(P, "SigmoidGrad") else None
+_sigmoid_grad = SigmoidGrad()
 
 GELU_LINEAR = 2 * (2 / np.pi) ** 0.5  # x sigmoid(x (a + b x^2)) is the tanh form of GELU
 GELU_CUBIC = 0.044715 * GELU_LINEAR
@@ -78,18 +81,14 @@ class _GeluTanh(nn.Cell):
 
 
 class _LayerNormModulate(nn.Cell):
-    def __init__(self, eps: float):
-        super().__init__()
-        self.norm, self.eps = P.LayerNorm(-1, -1, eps), eps
-
-    def construct(self, x, scale, shift):
+    def construct(self, x, scale, shift, eps):
         size, tokens = x.shape[2], x.shape[1]
-        normal, _, variance = self.norm(x, _ones(size), _ones(size) * 0.0)
+        normal, _, variance = P.LayerNorm(-1, -1, eps)(x, _ones(size), _ones(size) * 0.0)
         factor = scale + 1.0
         y = normal * _spread(factor, tokens) + _spread(shift, tokens)
-        return y, normal, ops.rsqrt(variance + self.eps), factor
+        return y, normal, ops.rsqrt(variance + eps), factor
 
-    def bprop(self, x, scale, shift, out, dout):
+    def bprop(self, x, scale, shift, eps, out, dout):
         _, normal, rstd, factor = out
         batch, tokens, size = x.shape
         dy = dout[0]
@@ -100,7 +99,7 @@ class _LayerNormModulate(nn.Cell):
         row = _ones(batch, 1, size)
         g = dy * _bmm(rstd, factor.expand_dims(1))
         dx = g - _bmm(mean, row) - normal * _bmm(slope, row)
-        return dx, _sum_tokens(product), _sum_tokens(dy)
+        return dx, _sum_tokens(product), _sum_tokens(dy), 0.0
 
 
 class _GateAdd(nn.Cell):
@@ -114,18 +113,14 @@ class _GateAdd(nn.Cell):
 
 
 class _RMSNorm(nn.Cell):
-    def __init__(self, eps: float):
-        super().__init__()
-        self.eps = eps
-
-    def construct(self, x, weight):
+    def construct(self, x, weight, eps):
         size = x.shape[-1]
         rows = x.reshape(-1, size)
-        rstd = ops.rsqrt(_matmul(rows * rows, _mean_column(size)) + self.eps)
+        rstd = ops.rsqrt(_matmul(rows * rows, _mean_column(size)) + eps)
         factor = _matmul(rstd, weight.reshape(1, size))
         return (rows * factor).reshape(x.shape), rstd, factor
 
-    def bprop(self, x, weight, out, dout):
+    def bprop(self, x, weight, eps, out, dout):
         _, rstd, factor = out
         size = x.shape[-1]
         rows, dy = x.reshape(-1, size), dout[0].reshape(-1, size)
@@ -133,7 +128,7 @@ class _RMSNorm(nn.Cell):
         dweight = _matmul_tn(rstd, product).reshape(weight.shape)
         slope = _matmul(product, weight.reshape(size, 1)) * (rstd * rstd * rstd) * (1.0 / size)
         dx = dy * factor - rows * _matmul(slope, _ones(1, size))
-        return dx.reshape(x.shape), dweight
+        return dx.reshape(x.shape), dweight, 0.0
 
 
 class _Rotary(nn.Cell):
@@ -164,3 +159,60 @@ class _Attention(nn.Cell):
 
 
 _linear, _gelu_tanh, _gate_add, _rotary, _attention = _Linear(), _GeluTanh(), _GateAdd(), _Rotary(), _Attention()
+_layer_norm_modulate, _rms_norm = _LayerNormModulate(), _RMSNorm()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b. A frozen weight takes MindSpore's own gradient, which leaves out what nobody needs.
+
+    Shapes: x [..., in], weight [out, in], bias [out] -> [..., out].
+    """
+    if bias is None:
+        return functional.linear(x, weight, bias)
+    return _linear(x.reshape(-1, x.shape[-1]), weight, bias).reshape((*x.shape[:-1], weight.shape[0]))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh form of GELU, computed as x sigmoid(2 z). Shapes: any."""
+    return _gelu_tanh(x)[0]
+
+
+def gate_add(residual: Tensor, gate: Tensor, x: Tensor) -> Tensor:
+    """residual + gate x. Shapes: residual and x [B, S, D], gate [B, D]."""
+    return _gate_add(residual, gate, x)[0]
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[2i], x[2i+1]) of every head by their token's angles.
+
+    Shapes: x [B, H, S, D] with any even D, cos and sin [S, D]. Positions are constants: cos and sin get a zero gradient.
+    """
+    batch, heads, tokens, size = x.shape
+    ones = _ones(batch * heads, 1)
+    cos, sin = cos.reshape(1, tokens * size), sin.reshape(1, tokens * size)
+    return _rotary(x, _matmul(ones, cos).reshape(x.shape), _matmul(ones, sin).reshape(x.shape))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(q k^T scale) v without a mask; ``scale`` None means D^-1/2.
+
+    Shapes: q [B, H, S, D], k and v [B, H, S', D] -> [B, H, S, D].
+    """
+    size = q.shape[-1]
+    scale = size ** -0.5 if scale is None else scale
+    y = _attention(q.reshape(-1, q.shape[2], size) * scale, k.reshape(-1, k.shape[2], size),
+                   v.reshape(-1, v.shape[2], size))[0]
+    return y.reshape(q.shape)
+
+
+def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LayerNorm without affine, then scaled and shifted: norm(x) (1 + scale) + shift.
+
+    Shapes: x [B, S, D], scale and shift [B, D] -> [B, S, D].
+    """
+    return _layer_norm_modulate(x, scale, shift, eps)[0]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis. Shapes: x [..., D], weight [D] -> [..., D]."""
+    return _rms_norm(x, weight, eps)[0]

@@ -55,7 +55,7 @@ def install() -> None:
     ops.operations.nn_ops.FlashAttentionScore = attention.FlashAttentionScore
     adapt_imports(MINDONE)
     _installed = True
-    logger.info("CPU kernels installed: %d functions of mindspore.mint, %d cells.", replaced, len(CELLS))
+    logger.debug("CPU kernels installed: %d functions of mindspore.mint, %d cells.", replaced, len(CELLS))
 
 
 def _replace_functions() -> int:

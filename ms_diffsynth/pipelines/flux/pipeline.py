@@ -14,44 +14,51 @@ from ms_diffsynth.pipeline import Component
 from ms_diffsynth.pipelines.flux import units
 from ms_diffsynth.pipelines.flux.denoise import Denoise
 from ms_diffsynth.pipelines.image import ImagePipeline
+from ms_diffsynth.pipelines.quiet import quiet_imports
 
 HERE = Path(__file__).parent
 
 
 def _build_dit(config: dict[str, Any]):
-    from mindone.diffusers import FluxTransformer2DModel
+    with quiet_imports():
+        from mindone.diffusers import FluxTransformer2DModel
 
     return FluxTransformer2DModel(**_arguments(config))
 
 
 def _build_vae(config: dict[str, Any]):
-    from mindone.diffusers import AutoencoderKL
+    with quiet_imports():
+        from mindone.diffusers import AutoencoderKL
 
     return AutoencoderKL(**_arguments(config))
 
 
 def _build_clip(config: dict[str, Any]):
-    from mindone.transformers import CLIPTextModel
-    from transformers import CLIPTextConfig
+    with quiet_imports():
+        from mindone.transformers import CLIPTextModel
+        from transformers import CLIPTextConfig
 
     return CLIPTextModel(CLIPTextConfig(**config))
 
 
 def _build_t5(config: dict[str, Any]):
-    from mindone.transformers import T5EncoderModel
-    from transformers import T5Config
+    with quiet_imports():
+        from mindone.transformers import T5EncoderModel
+        from transformers import T5Config
 
     return T5EncoderModel(T5Config(**config))
 
 
 def _build_clip_tokenizer(folder: Path):
-    from transformers import CLIPTokenizer
+    with quiet_imports():
+        from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(folder)
 
 
 def _build_t5_tokenizer(folder: Path):
-    from transformers import T5Tokenizer
+    with quiet_imports():
+        from transformers import T5Tokenizer
 
     return T5Tokenizer.from_pretrained(folder)
 

@@ -1,0 +1,66 @@
+"""What every worker of the step benchmark shares: the network, its weights and inputs, and how it talks to the driver."""
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+# FLUX.1 with 49M parameters instead of 12B
+CONFIG = {
+    "patch_size": 1, "in_channels": 64, "num_layers": 4, "num_single_layers": 12, "attention_head_dim": 64,
+    "num_attention_heads": 6, "joint_attention_dim": 512, "pooled_projection_dim": 256,
+    "axes_dims_rope": (16, 24, 24), "guidance_embeds": True,
+}
+BATCH, SIDE, TEXT_TOKENS = 2, 16, 128  # SIDE x SIDE image tokens
+LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, (0.9, 0.999), 1e-8, 1e-2, 1.0
+
+
+def random_weight(generator: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Weights of a network in the middle of training: no zeros that would hide half of the gradients."""
+    values = generator.standard_normal(shape)
+    if len(shape) > 1:
+        values = values / np.sqrt(shape[-1])
+    else:
+        values = 1 + 0.1 * values if "norm_" in name else 0.02 * values
+    return values.astype(np.float32)
+
+
+def inputs() -> dict[str, np.ndarray]:
+    """The batch, by the names of the network's arguments, and ``target``."""
+    generator = np.random.default_rng(0)
+    image_ids = np.zeros((SIDE, SIDE, 3), np.float32)
+    image_ids[..., 1], image_ids[..., 2] = np.mgrid[:SIDE, :SIDE]
+
+    def normal(*shape):
+        return generator.standard_normal(shape).astype(np.float32)
+
+    tokens = SIDE * SIDE
+    return {
+        "hidden_states": normal(BATCH, tokens, CONFIG["in_channels"]), "timestep": np.array([0.5, 0.3], np.float32),
+        "guidance": np.ones(BATCH, np.float32), "pooled_projections": normal(BATCH, CONFIG["pooled_projection_dim"]),
+        "encoder_hidden_states": normal(BATCH, TEXT_TOKENS, CONFIG["joint_attention_dim"]),
+        "txt_ids": np.zeros((TEXT_TOKENS, 3), np.float32), "img_ids": image_ids.reshape(tokens, 3),
+        "target": normal(BATCH, tokens, CONFIG["in_channels"]),
+    }
+
+
+def serve(build: Callable[[Path], Callable[[], float]]) -> None:
+    """Build a step from the weights file in ``sys.argv[1]``, then make one step for every line that comes in.
+
+    Answers each step, the first included, with one line of JSON: loss, seconds, peak resident gigabytes.
+    """
+    answer = sys.stdout
+    sys.stdout = sys.stderr  # what libraries say does not get between the answers
+    step = build(Path(sys.argv[1]))
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        loss = step()
+        seconds = time.perf_counter() - began
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        answer.write(json.dumps({"loss": loss, "seconds": seconds, "peak_gb": peak}) + "\n")
+        answer.flush()

@@ -1,0 +1,260 @@
+"""The configuration: what is accepted, and a message with file, line and remedy for each thing that is not."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import pytest
+
+from ms_diffsynth.config import SECTIONS, SETTINGS, TrainConfig, add_flags, load_config, overrides_of, to_yaml
+from ms_diffsynth.errors import ConfigError
+
+NEEDED = {"family": "toy", "dataset_base_path": "pictures", "num_epochs": "1"}
+
+
+def write(tmp_path, text):
+    path = tmp_path / "flux_lora.yaml"
+    path.write_text(text)
+    return path
+
+
+def load(tmp_path, text, **flags):
+    return load_config(write(tmp_path, text), NEEDED | flags)
+
+
+def message(tmp_path, text="", **flags):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, **flags)
+    return str(caught.value).replace(str(tmp_path) + "/", "")
+
+
+def parsed(*words):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return overrides_of(parser.parse_args(words))
+
+
+def test_defaults():
+    config = load_config(None, NEEDED)
+    assert (config.model.family, config.data.dataset_base_path, config.run.num_epochs) == ("toy", "pictures", 1)
+    assert config.model.lora_rank == 16 and config.model.fuse == () and config.model.lora_alpha is None
+    assert config.optimizer.learning_rate == 1e-4 and config.run.seed == 42 and config.objective.posterior == "mean"
+    assert config.data.max_pixels == 1048576 and config.run.mode == "graph"
+
+
+def test_names_are_unique_and_every_setting_has_help():
+    names = [f.name for cls in SECTIONS.values() for f in dataclasses.fields(cls)]
+    assert len(names) == len(set(names)) == len(SETTINGS)
+    assert all(s.metadata["help"] for s in SETTINGS.values())
+    assert set(load_config(None, NEEDED).flat()) == set(names)
+
+
+def test_a_range_names_its_setting_and_holds_the_default():
+    for name, setting in SETTINGS.items():
+        words = setting.metadata["range"].split()
+        assert not words or words[2] in (name, "lr"), name
+        assert not isinstance(setting.default, (int, float, str)) or not setting.expected(setting.default), name
+
+
+def test_a_file_and_flags_that_win(tmp_path):
+    text = """
+model:
+  family: flux
+  fuse: [encode_image]
+optimizer:
+  learning_rate: 1e-4     # a text to YAML 1.1
+  weight_decay: 1
+run:
+  enable_tensorboard_log: True
+  max_train_steps: null
+  sample_prompts:
+    - a cat, sitting
+    - "[a dog]"
+    - no
+data:
+  instance_prompt: no
+  class_prompt: ~
+  height: 64
+  width: 64
+"""
+    config = load(tmp_path, text, learning_rate="3e-5")
+    assert config.model.family == "toy" and config.model.fuse == ("encode_image",)
+    assert config.optimizer.learning_rate == 3e-5 and config.optimizer.weight_decay == 1.0
+    assert isinstance(config.optimizer.weight_decay, float)
+    assert config.run.enable_tensorboard_log is True and config.run.max_train_steps is None
+    assert config.run.sample_prompts == ("a cat, sitting", "[a dog]", "no")
+    assert config.data.instance_prompt == "no" and config.data.class_prompt is None
+    assert load_config(write(tmp_path, text), {k: v for k, v in NEEDED.items() if k != "family"}).model.family == "flux"
+
+
+def test_a_flag_replaces_what_is_wrong_in_the_file(tmp_path):
+    assert load(tmp_path, "optimizer:\n  learning_rate: 1e4\n", learning_rate="1e-3").optimizer.learning_rate == 1e-3
+
+
+def test_the_message_of_a_value_out_of_range(tmp_path):
+    text = "\n" * 10 + "optimizer:\n  learning_rate: 1e4\n"
+    assert message(tmp_path, text) == (
+        "learning_rate=1e4 in flux_lora.yaml line 12: expected 0 < lr <= 0.1. Did you mean 1e-4?")
+    assert message(tmp_path, learning_rate="0.5") == (
+        "learning_rate=0.5 from the flag --learning_rate: expected 0 < lr <= 0.1.")
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("learning_rate", "0", "expected 0 < lr <= 0.1."), ("learning_rate", "-1e-4", "expected 0 < lr"),
+    ("learning_rate", "nan", "expected 0 < lr"), ("learning_rate", "inf", "expected 0 < lr"),
+    ("learning_rate", "fast", "expected a number."), ("learning_rate", "", "expected a number."),
+    ("learning_rate", "null", "expected a number, not null."),
+    ("logit_mean", "inf", "expected a finite number."),
+    ("lora_rank", "0", "expected 1 <= lora_rank."), ("lora_rank", "16.5", "expected a whole number."),
+    ("lora_rank", "1e2", "expected a whole number. Did you mean 100?"), ("lora_rank", "16.0", "Did you mean 16?"),
+    ("lora_rank", "0x10", "expected a whole number."), ("adam_beta1", "1", "expected 0 <= adam_beta1 < 1."),
+    ("adam_beta2", "1e0", "expected 0 <= adam_beta2 < 1."), ("seed", "-1", "expected 0 <= seed < 4294967296."),
+    ("seed", "4294967296", "expected 0 <= seed < 4294967296."),
+    ("max_train_steps", "0", "expected 1 <= max_train_steps."),
+    ("lora_alpha", "0", "expected 0 < lora_alpha."), ("weight_decay", "1.5", "expected 0 <= weight_decay <= 1."),
+    ("max_grad_norm", "0", "expected 0 < max_grad_norm."), ("guidance_scale", "-1", "expected 0 <= guidance_scale."),
+    ("debug", "yes", "expected true or false."), ("debug", "1", "expected true or false."),
+    ("mode", "eager", "expected one of graph, pynative."), ("mode", "grahp", "Did you mean 'graph'?"),
+    ("weighting_scheme", "logit", "expected one of none, logit_normal, mode, sigma_sqrt, cosmap, diffsynth"),
+    ("dtype", "fp16", "expected one of float32, bfloat16, float16."),
+    ("task", "sft:trian", "Did you mean 'sft:train'?"),
+    ("device", "GPU", "expected one of CPU, Ascend."), ("posterior", "mode", "expected one of mean, sample."),
+    ("lr_scheduler", "cosin", "Did you mean 'cosine'?"), ("objective", "dpo", "expected one of sft, dreambooth."),
+    ("sample_prompts", "[a cat]", "expected a JSON list of texts such as"),
+    ("sample_prompts", '["a", 1]', "expected a JSON list of texts such as"),
+    ("family", "null", "expected text, not null."),
+])
+def test_bad_values(tmp_path, name, text, expected):
+    found = message(tmp_path, **{name: text})
+    assert found.startswith(f"{name}={text} from the flag --{name}: expected") and expected in found
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("model:\n  lora_rank: '16'", "lora_rank=16 in flux_lora.yaml line 2: expected a whole number, not text in quotes"),
+    ("model:\n  lora_rank: [16]", "lora_rank=['16'] in flux_lora.yaml line 2: expected a whole number."),
+    ("model:\n  lora_rank:", "lora_rank=null in flux_lora.yaml line 2: expected a whole number, not null."),
+    ("model:\n  lora_rank: {a: 1}", "lora_rank=None in flux_lora.yaml line 2: expected a whole number."),
+    ("run:\n  debug: no", "debug=no in flux_lora.yaml line 2: expected true or false."),
+    ("run:\n  debug: 'true'", "expected true or false, not text in quotes."),
+    ("run:\n  sample_prompts: {a: b}", "expected a list of texts."),
+    ("run:\n  sample_prompts: [[a]]", "expected a list of texts."),
+    ("model:\n  model_paths: [a, b]", "=['a', 'b'] in flux_lora.yaml line 2: expected text: put it in quotes."),
+    ("optimizer:\n  learning_rat: 1", "learning_rat in flux_lora.yaml line 2 is no setting. Did you mean 'learning_ra"),
+    ("run:\n  learning_rate: 1", "learning_rate in flux_lora.yaml line 2: it belongs into section 'optimizer'."),
+    ("learning_rate: 1", "learning_rate in flux_lora.yaml line 1: it belongs into section 'optimizer'."),
+    ("learning_rat: 1", "learning_rat in flux_lora.yaml line 1 is no setting. Did you mean 'learning_rate'?"),
+    ("objective: sft", "objective in flux_lora.yaml line 1: expected the settings of the section 'objective' be"),
+    ("optimiser:\n  x: 1", "optimiser in flux_lora.yaml line 1: expected one of the sections model, data, objective, "
+                           "optimizer, run. Did you mean 'optimizer'?"),
+    ("run:\n  seed: 1\n  seed: 1", "seed in flux_lora.yaml line 3: it is set already in line 2. Keep one."),
+    ("run: &x\n  seed: 1\ndata:\n  <<: *x", "<< in flux_lora.yaml line 4 is no setting."),
+])
+def test_bad_files(tmp_path, line, expected):
+    assert expected in message(tmp_path, line + "\n")
+
+
+def test_nothing_is_taken_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert load(tmp_path, "data:\n  instance_prompt: ${HF_TOKEN}\n").data.instance_prompt == "${HF_TOKEN}"
+
+
+def test_unknown_flags_are_named():
+    with pytest.raises(ConfigError, match=r"--lora_ranks is no flag\. Did you mean"):
+        load_config(None, NEEDED | {"lora_ranks": "3"})
+
+
+def test_what_is_missing_and_wrong_is_reported_at_once(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, "optimizer:\n  learning_rate: 1e4\n  x: 1\n"), {"lora_rank": "0"})
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "5 settings are wrong:" and len(lines) == 6
+    assert any(line.startswith("  family is not set (model family: flux") and line.endswith("or by --family.")
+               for line in lines)
+    assert any(line.startswith("  dataset_base_path is not set") for line in lines)
+
+
+DREAM = {"objective": "dreambooth", "instance_prompt": "a cat"}
+PRIOR = DREAM | {"with_prior_preservation": "true", "class_base_path": "c", "class_prompt": "d"}
+
+
+def without(flags, name):
+    return {k: v for k, v in flags.items() if k != name}
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ({"num_epochs": "null"}, "neither num_epochs nor max_train_steps is set"),
+    ({"lora_base_model": ""}, "neither lora_base_model nor trainable_models is set"),
+    ({"lora_base_model": "null"}, "neither lora_base_model nor trainable_models is set"),
+    ({"height": "64"}, "only one of height and width is set"),
+    ({"sample_width": "64"}, "only one of sample_height and sample_width is set"),
+    ({"height": "64", "width": "64", "buckets": "3"}, "buckets=3 with a fixed height and width"),
+    (without(DREAM, "instance_prompt"), "objective=dreambooth without instance_prompt"),
+    (without(PRIOR, "class_base_path"), "with_prior_preservation=true without class_base_path"),
+    (without(PRIOR, "class_prompt"), "with_prior_preservation=true without class_prompt"),
+    (PRIOR | {"objective": "sft"}, "with_prior_preservation=true with objective=sft"),
+    (without(PRIOR, "with_prior_preservation"), "class_base_path, class_prompt would not be used"),
+    ({"lr_warmup_steps": "11", "max_train_steps": "10"}, "lr_warmup_steps=11 exceeds max_train_steps=10"),
+])
+def test_settings_that_do_not_go_together(tmp_path, flags, expected):
+    assert message(tmp_path, **flags).startswith(expected)
+
+
+@pytest.mark.parametrize("flags", [
+    DREAM, PRIOR, without(PRIOR, "class_prompt") | {"class_metadata_path": "m.csv"}, {"max_train_steps": "5"},
+    {"num_epochs": "null", "max_train_steps": "5"}, {"num_epochs": "null", "task": "sft:data_process"},
+    {"height": "64", "width": "32"}, {"buckets": "4"}, {"lora_base_model": "null", "trainable_models": "dit"},
+    {"device": "cpu", "seed": "4294967295", "sample_steps": "10"}, {"adam_beta1": "0", "weight_decay": "0"},
+])
+def test_settings_that_do(tmp_path, flags):
+    config = load(tmp_path, "", **flags)
+    assert config == load_config(write(tmp_path, to_yaml(config)))
+    assert config.run.device in (None, "CPU")
+
+
+def test_a_configuration_made_in_python_is_checked_too():
+    config = load_config(None, NEEDED)
+    wrong = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e4))
+    with pytest.raises(ConfigError, match=r"learning_rate=10000.0: expected 0 < lr <= 0.1\."):
+        wrong.validate()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.run.seed = 1
+    with pytest.raises(TypeError):
+        TrainConfig(config.model, config.data)
+
+
+NASTY = ["null", "~", "", "no", "1e-4", "010", "a: b", "# x", "[x", '["a"]', "ü 猫", "two\nlines\n", " edge ", "'\"",
+         "*a", "!!str", "x" * 300, "a b " * 60, "\t", "2026-01-01"]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_the_resolved_file_reads_back_the_same(tmp_path, text):
+    config = load_config(None, NEEDED | {"learning_rate": "1.2345678901234567e-5"})
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, instance_prompt=text),
+                                 run=dataclasses.replace(config.run, sample_prompts=(text, "b"), output_path=text))
+    assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
+def test_flags():
+    assert parsed() == {}
+    assert parsed("--debug") == {"debug": "true"}
+    assert parsed("--debug", "false", "--learning_rate", "1e-4") == {"debug": "false", "learning_rate": "1e-4"}
+    assert parsed("--logit_mean", "-0.5") == {"logit_mean": "-0.5"}
+    flags = parsed("--fuse", "encode_image, encode_prompt", "--sample_prompts", "a cat, sitting")
+    config = load_config(None, NEEDED | flags)
+    assert config.model.fuse == ("encode_image", "encode_prompt") and config.run.sample_prompts == ("a cat, sitting",)
+    config = load_config(None, NEEDED | parsed("--sample_prompts", '["a, b", "c"]', "--lora_target_modules", ""))
+    assert config.run.sample_prompts == ("a, b", "c") and config.model.lora_target_modules == ""
+
+
+def test_settings_of_the_caller_are_not_flags_of_the_run():
+    args = argparse.Namespace(debug=False, config=None, family="toy", command="train")
+    assert overrides_of(args) == {"family": "toy"}
+
+
+def test_help_shows_every_setting_with_choices_and_default():
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    text = " ".join(parser.format_help().split())
+    assert all(f"--{name} " in text for name in SETTINGS)
+    assert "learning rate (default: 0.0001)" in text and "(one of graph, pynative; default: \"graph\")" in text
+    assert "(required)" in text and "(default: null)" in text
