@@ -5,7 +5,6 @@ each is also a flag: ``--learning_rate 1e-4``. What is wrong is reported at once
 """
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -31,10 +30,11 @@ def _field(default: Any, help: str, range: str = "", choices: tuple[str, ...] = 
 class ModelSection:
     """What is trained, and from which weights."""
 
-    family: str = _field(MISSING, "model family: flux, qwen_image, flux2, ddpm_unet, toy")
+    family: str = _field(MISSING, "model family, such as flux or toy")
     model_paths: str | None = _field(None, "folder of a diffusers-format model, or a JSON list of paths")
     model_id_with_origin_paths: str | None = _field(None, "owner/name:pattern of files on a hub, separated by commas")
-    tokenizer_path: str | None = _field(None, "tokenizer folder, or owner/name:tokenizer/")
+    tokenizer_1_path: str | None = _field(None, "first tokenizer: a folder, or owner/name:tokenizer/; null = the family's")
+    tokenizer_2_path: str | None = _field(None, "second tokenizer: a folder, or owner/name:tokenizer_2/; null = the family's")
     lora_base_model: str | None = _field("dit", "model that gets the LoRA; unused when trainable_models is set")
     lora_target_modules: str = _field("", "layers that get a LoRA, with commas; empty = the family's own choice")
     lora_rank: int = _field(16, "rank of the LoRA", "1 <= lora_rank")
@@ -53,7 +53,6 @@ class DataSection:
     dataset_base_path: str = _field(MISSING, "folder of the training pictures")
     dataset_metadata_path: str | None = _field(None, "csv, json or jsonl that lists pictures and prompts")
     dataset_repeat: int = _field(1, "how often an epoch shows each picture", "1 <= dataset_repeat")
-    dataset_num_workers: int = _field(2, "threads that read pictures; 0 = none", "0 <= dataset_num_workers")
     data_file_keys: str = _field("image", "metadata columns that hold file names, separated by commas")
     instance_prompt: str | None = _field(None, "prompt of every picture that has none of its own")
     class_base_path: str | None = _field(None, "folder of the class images of prior preservation")
@@ -63,7 +62,8 @@ class DataSection:
     width: int | None = _field(None, "width in pixels; null with height = dynamic resolution", "1 <= width")
     max_pixels: int = _field(1048576, "most pixels of a picture in dynamic resolution", "1 <= max_pixels")
     buckets: int = _field(1, "most aspect ratios in dynamic resolution; each one is one compilation", "1 <= buckets")
-    max_sequence_length: int = _field(512, "most tokens of a prompt", "1 <= max_sequence_length")
+    max_sequence_length: int | None = _field(None, "text tokens a prompt is padded or cut to; null = the family's",
+                                             "1 <= max_sequence_length")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,9 @@ class ObjectiveSection:
     """What is minimised."""
 
     objective: str = _field("sft", "training objective", choices=("sft", "dreambooth"))
-    weighting_scheme: str = _field("none", "distribution and weight of the training sigmas",
-                                   choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap", "diffsynth"))
+    weighting_scheme: str | None = _field(
+        None, "distribution and weight of the training sigmas; null = diffsynth for sft, none for dreambooth",
+        choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap", "diffsynth"))
     logit_mean: float = _field(0.0, "mean of logit_normal")
     logit_std: float = _field(1.0, "standard deviation of logit_normal", "0 < logit_std")
     mode_scale: float = _field(1.29, "scale of mode")
@@ -91,7 +92,8 @@ class OptimizerSection:
     adam_beta1: float = _field(0.9, "decay of the first moment", "0 <= adam_beta1 < 1")
     adam_beta2: float = _field(0.999, "decay of the second moment", "0 <= adam_beta2 < 1")
     adam_epsilon: float = _field(1e-8, "added to the root of the second moment", "0 < adam_epsilon <= 1")
-    max_grad_norm: float = _field(1.0, "gradients are scaled down to this norm", "0 < max_grad_norm")
+    max_grad_norm: float | None = _field(1.0, "gradients are scaled down to this norm; null = left as they are",
+                                         "0 < max_grad_norm")
     lr_scheduler: str = _field("constant", "course of the learning rate", choices=("constant", "linear", "cosine"))
     lr_warmup_steps: int = _field(0, "steps in which the learning rate rises from zero", "0 <= lr_warmup_steps")
     gradient_accumulation_steps: int = _field(1, "micro-steps to one step", "1 <= gradient_accumulation_steps")
@@ -102,8 +104,6 @@ class OptimizerSection:
 class RunSection:
     """Where and how long."""
 
-    task: str = _field("sft", "whole training, or one stage of a split one",
-                       choices=("sft", "sft:data_process", "sft:train"))
     mode: str = _field("graph", "compiled or eager training step", choices=("graph", "pynative"))
     device: str | None = _field(None, "null = an Ascend where there is one, else the CPU", choices=("CPU", "Ascend"))
     dtype: str | None = _field(None, "dtype of the networks; null = what suits the device",
@@ -121,8 +121,6 @@ class RunSection:
     sample_height: int | None = _field(None, "height of the sample pictures in pixels", "1 <= sample_height")
     sample_width: int | None = _field(None, "width of the sample pictures in pixels", "1 <= sample_width")
     enable_tensorboard_log: bool = _field(False, "also write TensorBoard events")
-    debug: bool = _field(False, "show the traceback of an error")
-    use_gradient_checkpointing: bool = _field(False, "compute activations again in the backward pass to save memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +150,7 @@ class TrainConfig:
 def _rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
     """(is it wrong, what to say) for every combination of settings that cannot be meant."""
     prior = c.objective.with_prior_preservation
-    yield (c.run.num_epochs is None and c.run.max_train_steps is None and c.run.task != "sft:data_process",
+    yield (c.run.num_epochs is None and c.run.max_train_steps is None,
            "neither num_epochs nor max_train_steps is set: say how long to train, for example --num_epochs 1.")
     yield (not c.model.trainable_models and not c.model.lora_base_model,
            "neither lora_base_model nor trainable_models is set: say what to train, for example --lora_base_model dit.")
@@ -172,6 +170,10 @@ def _rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            f"{listing(unused)} would not be used: set with_prior_preservation=true, or remove it.")
     yield (c.objective.objective == "dreambooth" and not c.data.instance_prompt and not c.data.dataset_metadata_path,
            "objective=dreambooth without instance_prompt: give it, or dataset_metadata_path with a prompt column.")
+    yield (c.model.trainable_models is not None and c.model.lora_checkpoint is not None,
+           f"lora_checkpoint={c.model.lora_checkpoint} with trainable_models, which trains no LoRA: remove one of them.")
+    yield (c.run.sample_steps is not None and not c.run.sample_prompts,
+           f"sample_steps={c.run.sample_steps} without sample_prompts: say what to make pictures of.")
     limit = c.run.max_train_steps
     yield (limit is not None and c.optimizer.lr_warmup_steps > limit,
            f"lr_warmup_steps={c.optimizer.lr_warmup_steps} exceeds max_train_steps={limit}: warm up for fewer steps.")
@@ -295,7 +297,7 @@ SECTIONS: dict[str, type] = typing.get_type_hints(TrainConfig)
 SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _settings()}
 
 
-# -- file and flags ------------------------------------------------------------------------------------------------
+# -- the file -------------------------------------------------------------------------------------------------------
 
 
 def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[str, str] | None = None) -> TrainConfig:
@@ -350,24 +352,3 @@ def to_yaml(config: TrainConfig) -> str:
     sections = {name: {k: list(v) if isinstance(v, tuple) else v for k, v in vars(getattr(config, name)).items()}
                 for name in SECTIONS}
     return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=math.inf)
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Give ``parser`` one flag for every setting, in one group a section."""
-    for section, cls in SECTIONS.items():
-        group = parser.add_argument_group(section, (cls.__doc__ or "").splitlines()[0])
-        for setting in (s for s in SETTINGS.values() if s.section == section):
-            default = "required" if setting.default is MISSING else f"default: {_shown(setting.default)}"
-            choices = f"one of {', '.join(setting.metadata['choices'])}; " if setting.metadata["choices"] else ""
-            switch = {"nargs": "?", "const": "true"} if setting.kind is bool else {}
-            group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, metavar=setting.kind.__name__.upper(),
-                               help=f"{setting.metadata['help']} ({choices}{default})".replace("%", "%%"), **switch)
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else json.dumps(value)
-
-
-def overrides_of(args: argparse.Namespace) -> dict[str, str]:
-    """The settings given as flags, for `load_config`."""
-    return {name: value for name, value in vars(args).items() if name in SETTINGS and isinstance(value, str)}

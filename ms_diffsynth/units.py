@@ -38,7 +38,7 @@ class PipelineUnit:
             self.no_grad = no_grad
 
     def process(self, pipe: PipeView, **inputs: Any) -> dict[str, Any]:
-        """The values of ``output_params``, from the values of ``input_params`` (None where an optional one is absent)."""
+        """The values of ``output_params``, from those of ``input_params`` (None where an optional one is absent)."""
         raise TypeError(f"unit '{self.name}' has no process(self, pipe, **inputs): implement it.")
 
 
@@ -91,7 +91,8 @@ def run_unit(unit: PipelineUnit | TensorUnit, pipe: Any, slots: dict[str, Any]) 
     inputs = {}
     for param in unit.input_params:
         if slot(param) not in slots and not is_optional(param):
-            raise ProgramError(f"unit '{unit.name}' needs '{slot(param)}', which was not given; given: {sorted(slots)}.")
+            raise ProgramError(f"unit '{unit.name}' needs '{slot(param)}', which was not given; "
+                               f"given: {sorted(slots)}.")
         inputs[slot(param)] = slots.get(slot(param))
     outputs = unit.process(PipeView(pipe, unit), **inputs)
     if set(outputs) != set(unit.output_params):

@@ -61,8 +61,8 @@ def match_targets(model: nn.Cell, targets: Iterable[str]) -> list[str]:
     if lost or not targets:
         ends = sorted({re.sub(r"^.*?\.\d+\.", "", n, count=1) for n in names})  # the name inside its block
         near = nearest(lost[0], ends + [n.split(".")[-1] for n in names]) if lost else ""
-        raise ConfigError(f"lora_target_modules: {listing(map(repr, lost)) or 'nothing given'} selects no linear layer of "
-                          f"{type(model).__name__}.{near} Expected names, or ends of names, of its linear layers: "
+        raise ConfigError(f"lora_target_modules: {listing(map(repr, lost)) or 'nothing given'} selects no linear layer "
+                          f"of {type(model).__name__}.{near} Expected names, or ends of names, of its linear layers: "
                           f"{listing(ends, 30)}.")
     selected = {n for found in chosen.values() for n in found}
     return [n for n in names if n in selected]

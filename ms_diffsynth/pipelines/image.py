@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 from mindspore import Tensor
-from ms_diffsynth.data.images import to_pil
-from ms_diffsynth.diffusion.guidance import classifier_free
-from ms_diffsynth.diffusion.sampler import euler
-from ms_diffsynth.train.draws import Draws
 from PIL import Image
 
 from ms_diffsynth import runtime
+from ms_diffsynth.data.images import to_pil
+from ms_diffsynth.diffusion.guidance import classifier_free
+from ms_diffsynth.diffusion.sampler import euler
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.train.compile import Announce, CompiledStep, _log_only
+from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.units import TensorUnit, run_unit
 
 

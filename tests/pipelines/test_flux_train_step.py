@@ -1,4 +1,4 @@
-"""The hand-written DreamBooth step equals the fused program: five schemes, with and without prior, value and gradient."""
+"""The hand-written DreamBooth step equals the fused program: five schemes, with and without prior, and gradients."""
 from __future__ import annotations
 
 from argparse import Namespace
@@ -60,12 +60,12 @@ def both_steps(pipe, scheme, has_prior, mode):
     by_hand = TrainStepForFluxDevDB(
         vae=pipe.vae, transformer=pipe.dit, optimizer=optimizer, noise_scheduler=schedule, weight_dtype=ms.float32,
         length_of_dataloader=10, args=args, prompt_embeds=slots["prompt_embeds"][::2],
-        pooled_prompt_embeds=slots["pooled_prompt_embeds"][::2], text_ids=Tensor(np.zeros((TOKENS, 3), np.float32)),
-        mode=mode)
+        pooled_prompt_embeds=slots["pooled_prompt_embeds"][::2], mode=mode,
+        text_ids=Tensor(np.zeros((TOKENS, 3), np.float32)))
     module = DiffusionTrainingModule()
     module.pipe, module.fuse, module.trainable, module.lora_base_model = pipe, ("encode_image",), ("dit",), "dit"
-    pipe.objective = Objective(weighting_scheme=scheme, logit_mean=0.1, logit_std=1.2, mode_scale=1.29, posterior="sample",
-                               guidance_scale=3.5, prior_loss_weight=0.7 if has_prior else None)
+    pipe.objective = Objective(weighting_scheme=scheme, logit_mean=0.1, logit_std=1.2, mode_scale=1.29,
+                               posterior="sample", guidance_scale=3.5, prior_loss_weight=0.7 if has_prior else None)
     pipe.sigmas = schedule.sigmas
     cut = module.training_cut()
     assert "encode_image" in [u.name for u in cut.step]
@@ -85,7 +85,8 @@ def test_equal_values_and_gradients_eagerly(pipe, scheme, has_prior):
     assert abs(loss - wanted) <= 1e-6 * abs(wanted)
     for parameter, x, y in zip(by_hand.weights, grads, expected):
         x = x.asnumpy() / 4096  # StaticLossScaler: the raw gradient is scaled
-        np.testing.assert_allclose(x, y.asnumpy(), atol=1e-6 * np.abs(y.asnumpy()).max(), rtol=0, err_msg=parameter.name)
+        wanted = y.asnumpy()
+        np.testing.assert_allclose(x, wanted, atol=1e-6 * np.abs(wanted).max(), rtol=0, err_msg=parameter.name)
 
 
 def test_equal_when_compiled(pipe):

@@ -131,9 +131,10 @@ class _Loader(importlib.machinery.SourceFileLoader):
             setattr(module, name, value)
 
 
-# mindone imports every model it has, some 700 modules, as soon as one is asked for. Only the families' networks and what
-# they are built from are adapted: parsing the rest would take another 4 s (2026-11-21).
-_TEXT_ENCODERS = ("bert", "clip", "llama", "mistral", "mistral3", "pixtral", "qwen2", "qwen2_5_vl", "qwen2_vl", "qwen3", "t5")
+# mindone imports every model it has, some 700 modules, as soon as one is asked for. Only the families' networks and
+# what they are built from are adapted: parsing the rest would take another 3 s (2026-11-21).
+_TEXT_ENCODERS = ("bert", "clip", "llama", "mistral", "mistral3", "pixtral", "qwen2", "qwen2_5_vl", "qwen2_vl", "qwen3",
+                  "t5")
 _ADAPTED = re.compile(r"mindone\.(?:diffusers\.(?:models|schedulers|utils|pipelines\.flux)\b|models\.|utils\.|"
                       rf"transformers\.(?:[a-z_]+$|(?:integrations|generation)\b|models\.(?:{'|'.join(_TEXT_ENCODERS)})\b))")
 

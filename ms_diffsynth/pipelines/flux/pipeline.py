@@ -7,9 +7,9 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
+
 from ms_diffsynth.diffusion.schedule import Schedule, diffsynth_flux, flow_match_euler, flux_sampling
 from ms_diffsynth.io.hub import ModelConfig
-
 from ms_diffsynth.pipeline import Component
 from ms_diffsynth.pipelines.flux import units
 from ms_diffsynth.pipelines.flux.denoise import Denoise

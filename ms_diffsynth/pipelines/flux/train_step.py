@@ -10,11 +10,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.amp import StaticLossScaler
-from ms_diffsynth.train.draws import Draws
 
 from ms_diffsynth.diffusion import density, flow, losses, weighting
 from ms_diffsynth.diffusion.packing import pack, unpack
 from ms_diffsynth.pipelines.flux.denoise import image_ids
+from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.step import AttrJitWrapper, TrainStep
 
 
@@ -24,11 +24,11 @@ class TrainStepForFluxDevDB(TrainStep):
     Args:
         vae, transformer: mindone's AutoencoderKL (frozen) and FluxTransformer2DModel.
         optimizer: of what is trained, e.g. the transformer's LoRA.
-        noise_scheduler: has ``sigmas``, 1000 of them; mindone's FlowMatchEulerDiscreteScheduler, or a `Schedule`.
+        noise_scheduler: has 1000 ``sigmas``; mindone's FlowMatchEulerDiscreteScheduler, or a `Schedule`.
         weight_dtype: dtype the transformer computes in.
         length_of_dataloader: batches per epoch; the last accumulation group of an epoch may be smaller.
-        args: attributes max_grad_norm, gradient_accumulation_steps, weighting_scheme, logit_mean, logit_std, mode_scale,
-            guidance_scale, with_prior_preservation, prior_loss_weight, and optionally seed and loss_scale.
+        args: attributes max_grad_norm, gradient_accumulation_steps, weighting_scheme, logit_mean, logit_std,
+            mode_scale, guidance_scale, with_prior_preservation, prior_loss_weight, and optionally seed and loss_scale.
         prompt_embeds, pooled_prompt_embeds, text_ids: the text encoders' outputs, float [b, L, D], [b, P], [L, 3];
             b is 1 (one prompt for all), 2 (instance prompt, class prompt: each serves its half), or the batch size.
 
@@ -37,9 +37,9 @@ class TrainStepForFluxDevDB(TrainStep):
     ``step(pixel_values, posterior_noise, noise, density_draw)``. Returns ``(loss, model_pred)``.
     """
 
-    def __init__(self, vae: nn.Cell, transformer: nn.Cell, optimizer: nn.Cell, noise_scheduler: Any, weight_dtype: ms.Type,
-                 length_of_dataloader: int, args: Any, prompt_embeds: Tensor, pooled_prompt_embeds: Tensor,
-                 text_ids: Tensor, **options: Any):
+    def __init__(self, vae: nn.Cell, transformer: nn.Cell, optimizer: nn.Cell, noise_scheduler: Any,
+                 weight_dtype: ms.Type, length_of_dataloader: int, args: Any, prompt_embeds: Tensor,
+                 pooled_prompt_embeds: Tensor, text_ids: Tensor, **options: Any):
         super().__init__(
             model=transformer,
             optimizer=optimizer,

@@ -67,8 +67,9 @@ class LoadPixels(PipelineUnit):
         width, height = input_image.size
         factor = pipe.division_factor
         if height % factor or width % factor:
-            raise DataError(f"a picture of {width} x {height} pixels cannot be encoded: expected sides that are multiples "
-                            f"of {factor}. Use UnifiedDataset.default_image_operator, or set height and width.")
+            raise DataError(f"a picture of {width} x {height} pixels cannot be encoded: expected sides that are "
+                            f"multiples of {factor}. Use UnifiedDataset.default_image_operator, or set height "
+                            "and width.")
         return {"pixels": pipe.preprocess_image(input_image)}
 
 

@@ -25,7 +25,8 @@ class ToyAutoencoder(nn.Cell):
 
     def __init__(self, latent_channels: int, scaling_factor: float = 1.0, shift_factor: float = 0.0):
         super().__init__()
-        self.config = {"latent_channels": latent_channels, "scaling_factor": scaling_factor, "shift_factor": shift_factor}
+        self.config = {"latent_channels": latent_channels, "scaling_factor": scaling_factor,
+                       "shift_factor": shift_factor}
         self.encoder = mint.nn.Linear(3 * PATCH * PATCH, 2 * latent_channels)
         self.decoder = mint.nn.Linear(latent_channels, 3 * PATCH * PATCH)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
+
 from ms_diffsynth.diffusion.schedule import Schedule, diffsynth_flux, flow_match_euler, flux_sampling
 from ms_diffsynth.io.hub import ModelConfig
-
 from ms_diffsynth.pipeline import Component
 from ms_diffsynth.pipelines.image import ImagePipeline
 from ms_diffsynth.pipelines.tiny import write_model

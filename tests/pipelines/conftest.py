@@ -1,0 +1,14 @@
+"""Tiny models, written once a session."""
+from __future__ import annotations
+
+import pytest
+
+from ms_diffsynth.registry import family
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory):
+    """Folder of a tiny FLUX.1 with random weights."""
+    folder = tmp_path_factory.mktemp("models") / "flux"
+    family("flux").write_tiny(folder, 0)
+    return folder
