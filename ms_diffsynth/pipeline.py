@@ -155,7 +155,8 @@ class Pipeline:
         self.sigmas: np.ndarray | None = None  # the grid trained on, float32 [1000]
         self.random = _fresh_random
         self.unit_runner = UnitRunner()
-        self.units = self.build_units()
+        self.encode_units = self.build_units()
+        self._units: list[PipelineUnit | TensorUnit] = []
         self.denoise = self.build_denoise()
 
     # -- what a family provides ---------------------------------------------------------------------------------
@@ -180,17 +181,24 @@ class Pipeline:
 
     def training_program(self, objective: Objective, sigmas: np.ndarray) -> Program:
         """Everything from a row of the data set to ``loss``."""
-        units = [*self.units, self.sample_latents(objective.posterior), *flow_match_units(objective, sigmas, self.denoise)]
-        return Program(units, self.inputs, objective.draws)
+        units = [*self.encode_units, self.sample_latents(objective.posterior)]
+        return Program([*units, *flow_match_units(objective, sigmas, self.denoise)], self.inputs, objective.draws)
 
     def sampling_program(self) -> Program:
         """From a prompt to ``velocity`` at given ``latents`` and ``sigma``."""
-        return Program([*self.units, self.denoise], (*self.inputs, "guidance"), ("latents", "sigma"))
+        return Program([*self.encode_units, self.denoise], (*self.inputs, "guidance"), ("latents", "sigma"))
 
     def sample_latents(self, posterior: str) -> SampleLatents:
         """The unit that turns the VAE's moments into latents."""
         config = self.config("vae")
         return SampleLatents(posterior, config["scaling_factor"], config.get("shift_factor") or 0.0)
+
+    @property
+    def units(self) -> list[PipelineUnit | TensorUnit]:
+        """The documents' list, run by ``unit_runner``: from the inputs to conditions and ``input_latents``."""
+        if not self._units:
+            self._units = [*self.encode_units, self.sample_latents("mean")]
+        return self._units
 
     def model_fn(self, **slots: Any) -> Tensor:
         """The network's velocity for named slots (``latents``, ``sigma``, conditions); slots it does not read are ignored."""

@@ -4,24 +4,23 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-from ms_diffsynth import runtime
-from ms_diffsynth.cli.train import build_pipeline, objective_of
-from ms_diffsynth.config import SETTINGS, add_flags, load_config, overrides_of
+from ms_diffsynth.cli.flags import add_flags, overrides_of
+from ms_diffsynth.config import load_config
 
 
-def add_parser(commands: Any) -> None:
-    """Register the subcommand."""
-    parser = commands.add_parser("describe", allow_abbrev=False, help="print a run's two halves as straight-line code, loading no weights")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The same as of ``train``."""
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml")
     add_flags(parser)
-    parser.set_defaults(execute=execute, known_flags=tuple(SETTINGS))
 
 
 def execute(args: argparse.Namespace) -> int:
     """Print the cut of the configured run."""
     config = load_config(args.config, overrides_of(args))
+    from ms_diffsynth import runtime
+    from ms_diffsynth.cli.run import build_pipeline, objective_of
+
     runtime.configure(config.run.mode, config.run.device)
     pipe = build_pipeline(config)
     schedule = pipe.training_schedule(config.objective.objective)

@@ -6,49 +6,56 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 # MindSpore and transformers print warnings that no user of this command can act on
 os.environ.setdefault("GLOG_v", "3")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from ms_diffsynth.errors import ConfigError, UserError, nearest
+from ms_diffsynth.cli.flags import Parser, run_main
+from ms_diffsynth.errors import ConfigError, nearest
 
-COMMANDS = ("train", "sample", "tiny", "parity", "describe")
+# One file of this folder each, imported when it is asked for: MindSpore takes seconds to import, a help text must not.
+COMMANDS = {
+    "train": "train from a configuration file",
+    "sample": "generate pictures",
+    "describe": "print a run's two halves as straight-line code, loading no weights",
+    "tiny": "write a tiny model with random weights, for first runs and tests",
+    "parity": "compare with recorded cases of the PyTorch reference implementations",
+}
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line, one subcommand a file of this folder."""
-    from importlib import import_module
-
-    top = argparse.ArgumentParser(prog="ms-diffsynth", allow_abbrev=False, description="Train and run diffusion models with MindSpore.")
+def parser(command: str | None) -> Parser:
+    """The command line; only ``command`` gets its flags."""
+    top = Parser(prog="ms-diffsynth", description="Train and run diffusion models with MindSpore.")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name in COMMANDS:
-        import_module(f"ms_diffsynth.cli.{name}").add_parser(commands)
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+        if name == command:
+            module = import_module(f"ms_diffsynth.cli.{name}")
+            module.add_arguments(sub)
+            sub.set_defaults(execute=module.execute)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. A user's mistake ends with its message and exit code, without a traceback."""
+    """Run one command and return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("ms_diffsynth").setLevel(logging.INFO)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args, unknown = parser().parse_known_args(arguments)
-    try:
-        if unknown:
-            flags = [f"--{name}" for name in vars(args)] + [f"--{name}" for name in getattr(args, "known_flags", ())]
-            raise ConfigError(f"{args.command} does not know {' '.join(unknown)}: see ms-diffsynth {args.command} --help."
-                              f"{nearest(unknown[0], flags)}")
-        return args.execute(args)
-    except UserError as error:
-        if args.debug:
-            raise
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+    return run_main(lambda: _run(arguments), debug="--debug" in arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    if command is not None and command not in COMMANDS:
+        raise ConfigError(f"'{command}' is no command: expected one of {', '.join(COMMANDS)}."
+                          f"{nearest(command, COMMANDS)}")
+    args = parser(command).parse_args(arguments)
+    return args.execute(args)
 
 
 if __name__ == "__main__":

@@ -2,159 +2,23 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from ms_diffsynth.config import SETTINGS, TrainConfig, add_flags, load_config, overrides_of, to_yaml
-from ms_diffsynth.data.buckets import Bucket, make_buckets
-from ms_diffsynth.data.dataset import UnifiedDataset
-from ms_diffsynth.diffusion.units import Objective
-from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.io.files import write_file
-from ms_diffsynth.io.hub import ModelConfig, parse_model_id_with_origin_paths
-from ms_diffsynth.pipeline import Pipeline
-from ms_diffsynth.registry import family
-from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.draws import Draws
-from ms_diffsynth.train.logger import ModelLogger
-from ms_diffsynth.train.loop import launch_training_task
-from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.cli.flags import add_flags, overrides_of
+from ms_diffsynth.config import load_config
 
 
-def add_parser(commands: Any) -> None:
-    """Register the subcommand."""
-    parser = commands.add_parser("train", allow_abbrev=False, help="train from a configuration file",
-                                 description="Every setting of the file is also a flag; a flag wins.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The configuration file, and a flag for every setting in it."""
+    parser.description += " Every setting of the file is also a flag; a flag wins."
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml")
     add_flags(parser)
-    parser.set_defaults(execute=execute, known_flags=tuple(SETTINGS))
 
 
 def execute(args: argparse.Namespace) -> int:
     """Train as configured."""
-    run(load_config(args.config, overrides_of(args)))
+    config = load_config(args.config, overrides_of(args))
+    from ms_diffsynth.cli.run import run  # a mistake in the file is told before MindSpore is imported
+
+    run(config)
     return 0
-
-
-def run(config: TrainConfig) -> ModelLogger:
-    """One training run: pipeline, data, module, loop. Every script that trains by configuration ends here."""
-    accelerator = Accelerator(config.optimizer.gradient_accumulation_steps, config.run.mode, config.run.device)
-    dataset, class_dataset = build_datasets(config, family(config.model.family).pipeline.division_factor)
-    pipe = build_pipeline(config)
-    module = build_module(config, pipe)
-    logger = ModelLogger(config.run.output_path, config.model.remove_prefix_in_ckpt, config.run.enable_tensorboard_log)
-    logger.metadata = {"ms_diffsynth.family": config.model.family}
-    if accelerator.is_main_process:
-        logger.output_path.mkdir(parents=True, exist_ok=True)
-        write_file(logger.output_path / "config.yaml", to_yaml(config).encode())
-        sys.stderr.write(_summary(config, dataset, class_dataset))
-    options = {**vars_of(config.optimizer), "batch_size": config.run.batch_size, "num_epochs": config.run.num_epochs,
-               "max_train_steps": config.run.max_train_steps, "num_workers": config.data.dataset_num_workers,
-               "seed": config.run.seed, "save_steps": config.run.save_steps, "sample_steps": config.run.sample_steps}
-    sampler, captions = build_sampler(config, pipe, dataset)
-    return launch_training_task(accelerator, dataset, module, logger, **options, class_dataset=class_dataset,
-                                sampler=sampler, sample_captions=captions, settings=config.flat())
-
-
-def vars_of(section: Any) -> dict[str, Any]:
-    """The fields of a section of the configuration."""
-    return dict(vars(section))
-
-
-def build_datasets(config: TrainConfig, factor: int) -> tuple[UnifiedDataset, UnifiedDataset | None]:
-    """The training pictures, and the class images when prior preservation is on."""
-    data = config.data
-    instance = _dataset(config, data.dataset_base_path, data.dataset_metadata_path, data.instance_prompt,
-                        data.dataset_repeat, factor)
-    if not config.objective.with_prior_preservation:
-        return instance, None
-    return instance, _dataset(config, data.class_base_path, data.class_metadata_path, data.class_prompt, 1, factor)
-
-
-def _dataset(config: TrainConfig, base: str, metadata: str | None, prompt: str | None, repeat: int,
-             factor: int) -> UnifiedDataset:
-    data = config.data
-    operator = UnifiedDataset.default_image_operator(
-        base_path=base, max_pixels=data.max_pixels, height=data.height, width=data.width,
-        height_division_factor=factor, width_division_factor=factor,
-        buckets=None if data.height else _buckets(data.max_pixels, factor, data.buckets))
-    dataset = UnifiedDataset(base_path=base, metadata_path=metadata, repeat=repeat, data_file_keys=data.data_file_keys,
-                             main_data_operator=operator, captions=prompt is None)
-    if prompt is not None:
-        dataset.rows = [{"prompt": prompt} | row for row in dataset.rows]
-    return dataset
-
-
-def _buckets(max_pixels: int, factor: int, count: int) -> list[Bucket]:
-    """The ``count`` buckets nearest to a square."""
-    return sorted(make_buckets(max_pixels, factor), key=lambda b: abs(np.log(b.width / b.height)))[:count]
-
-
-def build_pipeline(config: TrainConfig) -> Pipeline:
-    """The family's pipeline on the configured weights."""
-    model = config.model
-    configs: list[ModelConfig] = []
-    if model.model_paths:
-        paths = json.loads(model.model_paths) if model.model_paths.lstrip().startswith("[") else [model.model_paths]
-        configs += [ModelConfig(path) for path in paths]
-    if model.model_id_with_origin_paths:
-        configs += parse_model_id_with_origin_paths(model.model_id_with_origin_paths)
-    if not configs:
-        raise ConfigError("neither model_paths nor model_id_with_origin_paths is set: name the folder of a diffusers-format "
-                          "model, or files on a hub.")
-    pipe = family(model.family).pipeline.from_pretrained(configs, device=config.run.device)
-    if hasattr(pipe, "max_sequence_length"):
-        pipe.max_sequence_length = config.data.max_sequence_length
-    return pipe
-
-
-def objective_of(config: TrainConfig) -> Objective:
-    """What the configured run minimises."""
-    given = config.objective
-    return Objective(
-        weighting_scheme=given.weighting_scheme, logit_mean=given.logit_mean, logit_std=given.logit_std,
-        mode_scale=given.mode_scale, posterior=given.posterior, guidance_scale=given.guidance_scale,
-        prior_loss_weight=given.prior_loss_weight if given.with_prior_preservation else None)
-
-
-def build_module(config: TrainConfig, pipe: Pipeline) -> DiffusionTrainingModule:
-    """What is trained, and how."""
-    model = config.model
-    module = DiffusionTrainingModule()
-    module.pipe, module.fuse = pipe, model.fuse
-    draws = Draws(config.run.seed)
-    module.switch_pipe_to_training_mode(
-        pipe, model.trainable_models, None if model.trainable_models else model.lora_base_model,
-        model.lora_target_modules, model.lora_rank, model.lora_alpha, model.lora_checkpoint,
-        task=config.objective.objective, objective=objective_of(config),
-        lora_uniform=lambda name, shape: draws.uniform(f"lora/{name}", np.array([0]), shape)[0])
-    return module
-
-
-def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: UnifiedDataset) -> tuple[Any, list[str]]:
-    """A function that makes one picture a prompt, always from the same seeds; None when no prompts are configured."""
-    given = config.run
-    if not given.sample_prompts:
-        return None, []
-    height = given.sample_height or config.data.height or 512
-    width = given.sample_width or config.data.width or 512
-
-    def sampler() -> list[Image.Image]:
-        return [pipe(prompt=prompt, height=height, width=width, seed=given.sample_seed + k,
-                     num_inference_steps=given.num_inference_steps) for k, prompt in enumerate(given.sample_prompts)]
-
-    return sampler, list(given.sample_prompts)
-
-
-def _summary(config: TrainConfig, dataset: UnifiedDataset, class_dataset: UnifiedDataset | None) -> str:
-    """What is about to happen, in a few lines."""
-    prior = f" and {len(class_dataset.rows)} class images" if class_dataset else ""
-    return (f"{config.model.family}: {len(dataset.rows)} pictures{prior}, batch size {config.run.batch_size}, "
-            f"objective {config.objective.objective}, output in {config.run.output_path}\n")
-
-

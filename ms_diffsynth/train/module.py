@@ -158,7 +158,7 @@ class DiffusionTrainingModule:
     def forward(self, data: dict[str, Any]) -> Tensor:
         """Loss of one row, eagerly, by the pipeline's units and FlowMatchSFTLoss."""
         shared, posi, nega = self.get_pipeline_inputs(data)
-        for unit in [*self.pipe.units, self.pipe.sample_latents("mean")]:
+        for unit in self.pipe.units:
             shared, posi, nega = self.pipe.unit_runner(unit, self.pipe, shared, posi, nega)
         return FlowMatchSFTLoss(self.pipe, **shared, **posi)
 

@@ -1,0 +1,96 @@
+"""Settings as command-line flags, and the parser of the training scripts."""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING
+from typing import Any, NoReturn
+
+from ms_diffsynth.config import SECTIONS, SETTINGS, load_config
+from ms_diffsynth.errors import ConfigError, UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises ConfigError instead of ending the process, and abbreviates nothing."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See {self.prog} --help.")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = sorted(flag for flag in self._option_string_actions if flag.startswith("--"))
+            raise ConfigError(f"{self.prog} does not know {' '.join(unknown)}.{nearest(unknown[0], flags)} "
+                              f"See {self.prog} --help.")
+        return found
+
+
+class TrainingParser(Parser):
+    """The flags of a training script: every setting of `config`, checked, and those the script adds itself."""
+
+    def __init__(self, fixed: dict[str, str], defaults: dict[str, str], **options: Any):
+        super().__init__(**options)
+        self.fixed, self.settings = fixed, defaults
+        add_flags(self, defaults, without=tuple(fixed))
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        given = super().parse_args(args, namespace)
+        config = load_config(None, self.fixed | self.settings | overrides_of(given))
+        own = {name: value for name, value in vars(given).items() if name not in SETTINGS}
+        return argparse.Namespace(**config.flat(), **own)
+
+
+def training_parser(family: str, description: str | None = None, **defaults: str) -> TrainingParser:
+    """A parser whose ``parse_args`` returns every setting by name, typed and checked; ``add_argument`` adds your own.
+
+    Args:
+        family: the model family the script is for; it is no flag.
+        defaults: settings, as text, that differ from `config`'s defaults, e.g. ``num_epochs="1"``.
+
+    Raises: ConfigError from ``parse_args``, naming what is wrong and the nearest flag.
+    """
+    return TrainingParser({"family": family}, defaults, description=description)
+
+
+def add_flags(parser: argparse.ArgumentParser, defaults: dict[str, str] | None = None,
+              without: Sequence[str] = ()) -> None:
+    """Give ``parser`` one flag for every setting, in one group a section."""
+    for section, cls in SECTIONS.items():
+        group = parser.add_argument_group(section, (cls.__doc__ or "").splitlines()[0])
+        for setting in (s for s in SETTINGS.values() if s.section == section and s.name not in without):
+            default = (defaults or {}).get(setting.name) or default_of(setting.name)
+            choices = f"one of {', '.join(setting.metadata['choices'])}; " if setting.metadata["choices"] else ""
+            switch = {"nargs": "?", "const": "true"} if setting.kind is bool else {}
+            shown = default if default == "required" else f"default: {default}"
+            group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, metavar=setting.kind.__name__.upper(),
+                               help=f"{setting.metadata['help']} ({choices}{shown})".replace("%", "%%"), **switch)
+
+
+def default_of(name: str) -> str:
+    """A setting's default as it is shown: ``required``, ``null`` or its value."""
+    value = SETTINGS[name].default
+    return "required" if value is MISSING else "null" if value is None else json.dumps(value)
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, str]:
+    """The settings given as flags, for `load_config`."""
+    return {name: value for name, value in vars(args).items() if name in SETTINGS and isinstance(value, str)}
+
+
+def run_main(function: Callable[[], int | None], debug: bool = False) -> int:
+    """Run a script's ``main`` and return its exit code; a user's mistake ends with its message, not a traceback."""
+    try:
+        return function() or 0
+    except UserError as error:
+        if debug:
+            raise
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
