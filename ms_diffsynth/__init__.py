@@ -4,8 +4,14 @@ Names are imported when they are first used, so that ``import ms_diffsynth`` is 
 """
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
+
+# MindSpore and transformers print warnings that no user of this package can act on; a value set outside wins
+os.environ.setdefault("GLOG_v", "3")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
 
@@ -23,6 +29,9 @@ _WHERE = {
     "ModelLogger": "train.logger", "launch_training_task": "train.loop",
     "TrainStep": "train.step", "AttrJitWrapper": "train.step", "AdamW": "train.optim", "LearningRate": "train.optim",
     "Draws": "train.draws",
+    # scripts
+    "training_parser": "cli.flags", "run_main": "cli.flags", "model_configs": "cli.run",
+    "buckets_near_square": "cli.run", "compute_dtype": "runtime",
     # weights
     "load_state_dict": "io.weights", "save_state_dict": "io.weights", "save_lora": "io.lora_files",
     "load_lora": "io.lora_files",

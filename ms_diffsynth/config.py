@@ -33,8 +33,8 @@ class ModelSection:
     family: str = _field(MISSING, "model family, such as flux or toy")
     model_paths: str | None = _field(None, "folder of a diffusers-format model, or a JSON list of paths")
     model_id_with_origin_paths: str | None = _field(None, "owner/name:pattern of files on a hub, separated by commas")
-    tokenizer_1_path: str | None = _field(None, "first tokenizer: a folder, or owner/name:tokenizer/; null = the family's")
-    tokenizer_2_path: str | None = _field(None, "second tokenizer: a folder, or owner/name:tokenizer_2/; null = the family's")
+    tokenizer_1_path: str | None = _field(None, "folder, or owner/name:tokenizer/; null = shipped or model's own")
+    tokenizer_2_path: str | None = _field(None, "folder, or owner/name:tokenizer_2/; null = shipped or model's own")
     lora_base_model: str | None = _field("dit", "model that gets the LoRA; unused when trainable_models is set")
     lora_target_modules: str = _field("", "layers that get a LoRA, with commas; empty = the family's own choice")
     lora_rank: int = _field(16, "rank of the LoRA", "1 <= lora_rank")
@@ -171,7 +171,7 @@ def _rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
     yield (c.objective.objective == "dreambooth" and not c.data.instance_prompt and not c.data.dataset_metadata_path,
            "objective=dreambooth without instance_prompt: give it, or dataset_metadata_path with a prompt column.")
     yield (c.model.trainable_models is not None and c.model.lora_checkpoint is not None,
-           f"lora_checkpoint={c.model.lora_checkpoint} with trainable_models, which trains no LoRA: remove one of them.")
+           f"lora_checkpoint={c.model.lora_checkpoint} with trainable_models, which trains no LoRA: remove one.")
     yield (c.run.sample_steps is not None and not c.run.sample_prompts,
            f"sample_steps={c.run.sample_steps} without sample_prompts: say what to make pictures of.")
     limit = c.run.max_train_steps

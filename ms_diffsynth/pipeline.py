@@ -14,17 +14,17 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
+from PIL import Image
+
+from ms_diffsynth import runtime
 from ms_diffsynth.data.images import to_pixels
 from ms_diffsynth.diffusion.schedule import Schedule
+from ms_diffsynth.diffusion.units import Objective, SampleLatents, flow_match_units
+from ms_diffsynth.errors import ConfigError, ProgramError, WeightError, listing, nearest
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.lora_files import load_lora
 from ms_diffsynth.io.weights import match, open_checkpoint
 from ms_diffsynth.nn.lora import fuse_lora, linear_modules
-from PIL import Image
-
-from ms_diffsynth import runtime
-from ms_diffsynth.diffusion.units import Objective, SampleLatents, flow_match_units
-from ms_diffsynth.errors import ConfigError, ProgramError, WeightError, listing, nearest
 from ms_diffsynth.nn.names import assign, torch_shapes
 from ms_diffsynth.program import Cut, Program, slot
 from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
@@ -201,7 +201,7 @@ class Pipeline:
         return self._units
 
     def model_fn(self, **slots: Any) -> Tensor:
-        """The network's velocity for named slots (``latents``, ``sigma``, conditions); slots it does not read are ignored."""
+        """The network's velocity for named slots (``latents``, ``sigma``, conditions); others are ignored."""
         return run_unit(self.denoise, self, slots)["velocity"]
 
     def run(self, units: Sequence[Any], slots: dict[str, Any]) -> dict[str, Any]:
@@ -221,6 +221,10 @@ class Pipeline:
         if name not in self.models:
             self.models[name] = self._load(name)
         return self.models[name]
+
+    def forget_compiled(self) -> None:
+        """Compile again at next use: the structure of a model has changed. (New weights need no compilation.)"""
+        return
 
     def load_models_to_device(self, model_names: Sequence[str]) -> None:
         """Load the named models now; otherwise each is loaded at first use."""
@@ -242,12 +246,14 @@ class Pipeline:
     def config(self, name: str) -> dict[str, Any]:
         """config.json of a component, without loading its weights."""
         if name in self.models:
-            return dict(self.models[name].config)
+            config = self.models[name].config
+            return config.to_dict() if hasattr(config, "to_dict") else dict(config)  # transformers has classes
         return _read_config(self._source(name).folder)
 
     @classmethod
-    def _from_configs(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, tokenizers: dict[str, ModelConfig | None],
-                      dtype: ms.Type | None, device: str | None) -> Pipeline:
+    def _from_configs(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str,
+                      tokenizers: dict[str, ModelConfig | None], dtype: ms.Type | None,
+                      device: str | None) -> Pipeline:
         if device is not None and device.lower() != runtime.current().device.lower():
             runtime.configure(runtime.current().mode, device)
         name = None if dtype is None else runtime.dtype_name(dtype)
@@ -279,8 +285,8 @@ class Pipeline:
         class_name = _class_name(_read_config(folder))
         names = {c.class_name: c.name for c in self.components if c.class_name}
         if class_name not in names:
-            raise WeightError(f"{folder / 'config.json'} describes a {class_name}, but {type(self).__name__} is made of "
-                              f"{listing(names)}. Give the folder or files of one of those.")
+            raise WeightError(f"{folder / 'config.json'} describes a {class_name}, but {type(self).__name__} is made "
+                              f"of {listing(names)}. Give the folder or files of one of those.")
         self.sources[names[class_name]] = Source(folder, () if paths[0].is_dir() else tuple(paths))
 
     def _component(self, name: str) -> Component:
@@ -312,19 +318,29 @@ class Pipeline:
         factor = self.division_factor
         rounded = tuple(-(-side // factor) * factor for side in (height, width))
         if rounded != (height, width):
-            logger.warning("%d x %d pixels: sides must be multiples of %d, so %d x %d is used.", height, width, factor, *rounded)
+            logger.warning("%d x %d pixels: sides must be multiples of %d, so %d x %d is used.", height, width, factor,
+                           *rounded)
         return rounded
 
 
 def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.Cell:
     """Build a component's cell and fill it from its checkpoint, shard by shard; frozen and in evaluation mode.
 
-    Raises: WeightError naming missing, superfluous and mis-shaped tensors, or a missing shard.
+    Raises: WeightError for the config.json of another model, or naming missing, superfluous and mis-shaped tensors, or
+        a missing shard.
     """
     from mindspore.nn.utils import no_init_parameters
 
-    with no_init_parameters():
-        cell = component.build(_read_config(source.folder))
+    config = _read_config(source.folder)
+    if _class_name(config) != component.class_name:
+        raise WeightError(f"{source.folder / 'config.json'} describes a {_class_name(config)}, but '{component.name}' "
+                          f"is a {component.class_name}. Give the folder of such a model.")
+    try:
+        with no_init_parameters():
+            cell = component.build(config)
+    except TypeError as error:
+        raise WeightError(f"no {component.class_name} can be built from {source.folder / 'config.json'} ({error}). "
+                          "Expected the settings of that class; download the file again.") from error
     checkpoint = open_checkpoint(list(source.files) or source.folder)
     found = {k: v for k, v in checkpoint.shapes.items() if k not in component.ignored}
     match(torch_shapes(cell), found, where=str(source.folder))
@@ -339,8 +355,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise WeightError(f"{path} is missing: expected the config.json of a diffusers or transformers model beside its "
-                          "weights. Download the whole component folder.") from None
+        raise WeightError(f"{path} is missing: expected the config.json of a diffusers or transformers model beside "
+                          "its weights. Download the whole component folder.") from None
     except ValueError as error:
         raise WeightError(f"{path} is not JSON ({error}): download it again.") from None
 

@@ -3,10 +3,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
+from pathlib import Path
 
 import pytest
 
-from ms_diffsynth.config import SECTIONS, SETTINGS, TrainConfig, add_flags, load_config, overrides_of, to_yaml
+from ms_diffsynth.cli.flags import add_flags, overrides_of
+from ms_diffsynth.config import SECTIONS, SETTINGS, TrainConfig, load_config, to_yaml
 from ms_diffsynth.errors import ConfigError
 
 NEEDED = {"family": "toy", "dataset_base_path": "pictures", "num_epochs": "1"}
@@ -113,11 +116,11 @@ def test_the_message_of_a_value_out_of_range(tmp_path):
     ("max_train_steps", "0", "expected 1 <= max_train_steps."),
     ("lora_alpha", "0", "expected 0 < lora_alpha."), ("weight_decay", "1.5", "expected 0 <= weight_decay <= 1."),
     ("max_grad_norm", "0", "expected 0 < max_grad_norm."), ("guidance_scale", "-1", "expected 0 <= guidance_scale."),
-    ("debug", "yes", "expected true or false."), ("debug", "1", "expected true or false."),
+    ("with_prior_preservation", "yes", "expected true or false."),
+    ("enable_tensorboard_log", "1", "expected true or false."),
     ("mode", "eager", "expected one of graph, pynative."), ("mode", "grahp", "Did you mean 'graph'?"),
     ("weighting_scheme", "logit", "expected one of none, logit_normal, mode, sigma_sqrt, cosmap, diffsynth"),
     ("dtype", "fp16", "expected one of float32, bfloat16, float16."),
-    ("task", "sft:trian", "Did you mean 'sft:train'?"),
     ("device", "GPU", "expected one of CPU, Ascend."), ("posterior", "mode", "expected one of mean, sample."),
     ("lr_scheduler", "cosin", "Did you mean 'cosine'?"), ("objective", "dpo", "expected one of sft, dreambooth."),
     ("sample_prompts", "[a cat]", "expected a JSON list of texts such as"),
@@ -134,8 +137,13 @@ def test_bad_values(tmp_path, name, text, expected):
     ("model:\n  lora_rank: [16]", "lora_rank=['16'] in flux_lora.yaml line 2: expected a whole number."),
     ("model:\n  lora_rank:", "lora_rank=null in flux_lora.yaml line 2: expected a whole number, not null."),
     ("model:\n  lora_rank: {a: 1}", "lora_rank=None in flux_lora.yaml line 2: expected a whole number."),
-    ("run:\n  debug: no", "debug=no in flux_lora.yaml line 2: expected true or false."),
-    ("run:\n  debug: 'true'", "expected true or false, not text in quotes."),
+    ("run:\n  enable_tensorboard_log: no", "enable_tensorboard_log=no in flux_lora.yaml line 2: expected true or fa"),
+    ("run:\n  enable_tensorboard_log: 'true'", "expected true or false, not text in quotes."),
+    ("model:\n  lora_checkpoint: x\n  trainable_models: dit", "lora_checkpoint=x with trainable_models"),
+    ("run:\n  sample_steps: 3", "sample_steps=3 without sample_prompts: say what to make pictures of."),
+    ("run:\n  task: sft", "task in flux_lora.yaml line 2 is no setting."),
+    ("run:\n  debug: true", "debug in flux_lora.yaml line 2 is no setting."),
+    ("model:\n  use_gradient_checkpointing: true", "use_gradient_checkpointing in flux_lora.yaml line 2 is no setting"),
     ("run:\n  sample_prompts: {a: b}", "expected a list of texts."),
     ("run:\n  sample_prompts: [[a]]", "expected a list of texts."),
     ("model:\n  model_paths: [a, b]", "=['a', 'b'] in flux_lora.yaml line 2: expected text: put it in quotes."),
@@ -168,7 +176,7 @@ def test_what_is_missing_and_wrong_is_reported_at_once(tmp_path):
         load_config(write(tmp_path, "optimizer:\n  learning_rate: 1e4\n  x: 1\n"), {"lora_rank": "0"})
     lines = str(caught.value).splitlines()
     assert lines[0] == "5 settings are wrong:" and len(lines) == 6
-    assert any(line.startswith("  family is not set (model family: flux") and line.endswith("or by --family.")
+    assert any(line.startswith("  family is not set (model family, such as flux") and line.endswith("or by --family.")
                for line in lines)
     assert any(line.startswith("  dataset_base_path is not set") for line in lines)
 
@@ -201,9 +209,10 @@ def test_settings_that_do_not_go_together(tmp_path, flags, expected):
 
 @pytest.mark.parametrize("flags", [
     DREAM, PRIOR, without(PRIOR, "class_prompt") | {"class_metadata_path": "m.csv"}, {"max_train_steps": "5"},
-    {"num_epochs": "null", "max_train_steps": "5"}, {"num_epochs": "null", "task": "sft:data_process"},
+    {"num_epochs": "null", "max_train_steps": "5"}, {"max_grad_norm": "null"}, {"weighting_scheme": "null"},
     {"height": "64", "width": "32"}, {"buckets": "4"}, {"lora_base_model": "null", "trainable_models": "dit"},
-    {"device": "cpu", "seed": "4294967295", "sample_steps": "10"}, {"adam_beta1": "0", "weight_decay": "0"},
+    {"device": "cpu", "seed": "4294967295", "sample_steps": "10", "sample_prompts": "a cat"},
+    {"adam_beta1": "0", "weight_decay": "0"},
 ])
 def test_settings_that_do(tmp_path, flags):
     config = load(tmp_path, "", **flags)
@@ -236,8 +245,9 @@ def test_the_resolved_file_reads_back_the_same(tmp_path, text):
 
 def test_flags():
     assert parsed() == {}
-    assert parsed("--debug") == {"debug": "true"}
-    assert parsed("--debug", "false", "--learning_rate", "1e-4") == {"debug": "false", "learning_rate": "1e-4"}
+    assert parsed("--enable_tensorboard_log") == {"enable_tensorboard_log": "true"}
+    assert parsed("--enable_tensorboard_log", "false", "--learning_rate", "1e-4") == {
+        "enable_tensorboard_log": "false", "learning_rate": "1e-4"}
     assert parsed("--logit_mean", "-0.5") == {"logit_mean": "-0.5"}
     flags = parsed("--fuse", "encode_image, encode_prompt", "--sample_prompts", "a cat, sitting")
     config = load_config(None, NEEDED | flags)
@@ -258,3 +268,13 @@ def test_help_shows_every_setting_with_choices_and_default():
     assert all(f"--{name} " in text for name in SETTINGS)
     assert "learning rate (default: 0.0001)" in text and "(one of graph, pynative; default: \"graph\")" in text
     assert "(required)" in text and "(default: null)" in text
+
+
+def test_the_table_of_settings_in_the_documentation_is_the_present_one():
+    docs = Path(__file__).parents[1] / "docs"
+    spec = importlib.util.spec_from_file_location("settings_table", docs / "settings_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = (docs / "configuration.md").read_text()
+    assert text == module.page(text), "run: python docs/settings_table.py"
+    assert all(f"| `{name}` |" in text for name in SETTINGS)

@@ -11,6 +11,7 @@ from ms_diffsynth.config import load_config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The same as of ``train``."""
+    parser.usage = "ms-diffsynth describe [CONFIG.yaml] [--setting value ...]"
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml")
     add_flags(parser)
 

@@ -13,7 +13,13 @@ from ms_diffsynth.errors import ConfigError, UserError, nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises ConfigError instead of ending the process, and abbreviates nothing."""
+    """An argument parser that raises ConfigError instead of ending the process, and abbreviates nothing.
+
+    Attributes:
+        inner: the parser of the subcommand that was asked for, when there is one.
+    """
+
+    inner: Parser | None = None
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
@@ -24,9 +30,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flags = sorted(flag for flag in self._option_string_actions if flag.startswith("--"))
-            raise ConfigError(f"{self.prog} does not know {' '.join(unknown)}.{nearest(unknown[0], flags)} "
-                              f"See {self.prog} --help.")
+            own = self.inner or self
+            raise ConfigError(f"{own.prog} does not know {' '.join(unknown)}."
+                              f"{nearest(unknown[0].partition('=')[0], own._option_string_actions)} "
+                              f"See {own.prog} --help.")
         return found
 
 
@@ -34,7 +41,8 @@ class TrainingParser(Parser):
     """The flags of a training script: every setting of `config`, checked, and those the script adds itself."""
 
     def __init__(self, fixed: dict[str, str], defaults: dict[str, str], **options: Any):
-        super().__init__(**options)
+        super().__init__(usage="%(prog)s --setting value ...", formatter_class=argparse.RawDescriptionHelpFormatter,
+                         **options)
         self.fixed, self.settings = fixed, defaults
         add_flags(self, defaults, without=tuple(fixed))
 
@@ -43,6 +51,9 @@ class TrainingParser(Parser):
         config = load_config(None, self.fixed | self.settings | overrides_of(given))
         own = {name: value for name, value in vars(given).items() if name not in SETTINGS}
         return argparse.Namespace(**config.flat(), **own)
+
+
+_METAVARS = {bool: "BOOL", int: "INT", float: "NUMBER", str: "TEXT", tuple: "LIST"}
 
 
 def training_parser(family: str, description: str | None = None, **defaults: str) -> TrainingParser:
@@ -67,7 +78,7 @@ def add_flags(parser: argparse.ArgumentParser, defaults: dict[str, str] | None =
             choices = f"one of {', '.join(setting.metadata['choices'])}; " if setting.metadata["choices"] else ""
             switch = {"nargs": "?", "const": "true"} if setting.kind is bool else {}
             shown = default if default == "required" else f"default: {default}"
-            group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, metavar=setting.kind.__name__.upper(),
+            group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, metavar=_METAVARS[setting.kind],
                                help=f"{setting.metadata['help']} ({choices}{shown})".replace("%", "%%"), **switch)
 
 

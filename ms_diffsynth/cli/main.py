@@ -3,15 +3,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-
-# MindSpore and transformers print warnings that no user of this command can act on
-os.environ.setdefault("GLOG_v", "3")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from ms_diffsynth.cli.flags import Parser, run_main
 from ms_diffsynth.errors import ConfigError, nearest
@@ -33,8 +27,9 @@ def parser(command: str | None) -> Parser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="the same")
         if name == command:
+            top.inner = sub
             module = import_module(f"ms_diffsynth.cli.{name}")
             module.add_arguments(sub)
             sub.set_defaults(execute=module.execute)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,12 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn
-from ms_diffsynth.diffusion.weighting import table
-from ms_diffsynth.io.weights import load_state_dict
-from ms_diffsynth.train.optim import AdamW
 
 from ms_diffsynth import runtime
 from ms_diffsynth.diffusion.units import Objective
+from ms_diffsynth.diffusion.weighting import table
 from ms_diffsynth.errors import DataError, UserError
+from ms_diffsynth.io.weights import load_state_dict
 from ms_diffsynth.nn.lora import inject_lora, lora_pairs, set_lora
 from ms_diffsynth.nn.names import torch_parameters
 from ms_diffsynth.pipeline import Pipeline, Source, UnitSequence
@@ -28,6 +28,7 @@ from ms_diffsynth.program import Cut, Program
 from ms_diffsynth.registry import family
 from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.train.optim import AdamW
 from ms_diffsynth.train.program_step import ProgramTrainStep
 
 LOSS, VALUE, GRADIENT, TRAINED = 1e-5, 1e-5, 1e-4, 1e-4  # largest relative error allowed, float32
@@ -58,8 +59,8 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference over the largest expected element; NaN counts as infinite."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     if found.shape != expected.shape:
-        raise DataError(f"shape {found.shape} was computed where the reference holds {expected.shape}: the case and the "
-                        "pipeline disagree about a size.")
+        raise DataError(f"shape {found.shape} was computed where the reference holds {expected.shape}: the case and "
+                        "the pipeline disagree about a size.")
     scale = np.abs(expected).max(initial=0.0)
     error = np.abs(found - expected).max(initial=0.0) / (scale if scale > 0 else 1.0)
     return float(error) if np.isfinite(error) else float("inf")
@@ -75,12 +76,12 @@ def worst(name: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], tolerance:
 def together(name: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], tolerance: float) -> Quantity:
     """All tensors as one vector, in the Euclidean norm; the largest single error is shown, but does not decide.
 
-    Adam's first updates are lr g / (|g| + eps): where a gradient is near eps they magnify its last bit, so that even two
-    versions of the reference differ by 2e-3 in a single weight of the case flux (docs/parity.md).
+    Adam's first updates are lr g / (|g| + eps): where a gradient is near eps they magnify its last bit, so that even
+    two versions of the reference differ by 2e-3 in a single weight of the case flux (docs/parity.md).
     """
     single = worst(name, pairs, tolerance)
-    difference = sum(float(np.square(np.float64(a) - b).sum()) for a, b in pairs.values())
-    size = sum(float(np.square(np.float64(b)).sum()) for _, b in pairs.values())
+    difference = sum(np.square(np.asarray(a, np.float64) - b).sum() for a, b in pairs.values())
+    size = sum(np.square(np.asarray(b, np.float64)).sum() for _, b in pairs.values())
     return Quantity(single.name, float(np.sqrt(difference / size)), tolerance,
                     f"largest single error {single.error:.0e} in {single.where}")
 
@@ -95,9 +96,11 @@ class Case:
         except FileNotFoundError:
             raise DataError(f"{folder} is no reference case: it has no case.json. Give a folder such as "
                             "tests/golden/flux.") from None
+        except ValueError as error:
+            raise DataError(f"{folder / 'case.json'} is not JSON ({error}): copy the case again.") from None
         if self.info.get("objective") not in OBJECTIVES:
-            raise DataError(f"{folder / 'case.json'}: objective {self.info.get('objective')!r} cannot be run; expected one "
-                            f"of {', '.join(OBJECTIVES)}.")
+            raise DataError(f"{folder / 'case.json'}: objective {self.info.get('objective')!r} cannot be run; expected "
+                            f"one of {', '.join(OBJECTIVES)}.")
         self.inputs = load_state_dict(folder / "inputs.safetensors")
         self.expected = load_state_dict(folder / "expected.safetensors")
 
@@ -123,7 +126,8 @@ class Case:
         slots = {name: self.inputs[name] for name in sorted(names)}
         if "density_normal" in self.inputs:  # one evaluation, from the density's raw draw
             return slots | {"noise": self.inputs["noise"], "density_draw": self.inputs["density_normal"]}
-        return slots | {"noise": self.inputs["noise"][k], "timestep_index": self.inputs["timestep_index"][k].astype(np.int32)}
+        index = self.inputs["timestep_index"][k].astype(np.int32)
+        return slots | {"noise": self.inputs["noise"][k], "timestep_index": index}
 
 
 def check_case(folder: Path, mode: str) -> list[Quantity]:
@@ -214,12 +218,11 @@ def _training(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Q
             together(f"LoRA after {count} steps", pairs, TRAINED)]
 
 
-def add_parser(commands: Any) -> None:
-    """Register the subcommand."""
-    parser = commands.add_parser("parity", allow_abbrev=False, help="compare with recorded cases of the PyTorch reference implementations")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The cases, and the modes to run them in."""
     parser.add_argument("cases", nargs="+", metavar="DIR", type=Path, help="folders that hold a case.json")
-    parser.add_argument("--mode", choices=[*runtime.MODES, "both"], default="both", help="default: both")
-    parser.set_defaults(execute=execute)
+    parser.add_argument("--mode", choices=[*runtime.MODES, "both"], default="both",
+                        help="graph, pynative or both (default: both)")
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -236,12 +239,10 @@ def execute(args: argparse.Namespace) -> int:
             for quantity in quantities:
                 _say(str(quantity))
             failures += sum(not q.passes for q in quantities)
-    _say("all quantities are within tolerance" if not failures else f"{failures} quantities are out of tolerance")
-    return 0 if not failures else 1
+    _say(f"{failures} quantities are out of tolerance" if failures else "all quantities are within tolerance")
+    return 1 if failures else 0
 
 
 def _say(text: str) -> None:
-    import sys
-
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

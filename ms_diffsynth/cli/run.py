@@ -95,7 +95,8 @@ def model_configs(model_paths: str | None, model_id_with_origin_paths: str | Non
         try:
             paths = json.loads(model_paths) if model_paths.lstrip().startswith("[") else [model_paths]
         except ValueError as error:
-            raise ConfigError(f"model_paths={model_paths}: {error}. Expected a path, or a JSON list of paths.") from None
+            raise ConfigError(f"model_paths={model_paths} is no JSON ({error}): expected a path, or a JSON list of "
+                              "paths.") from None
     configs = [ModelConfig(path) for path in paths]
     if model_id_with_origin_paths:
         configs += parse_model_id_with_origin_paths(model_id_with_origin_paths)
@@ -154,8 +155,9 @@ def build_sampler(config: TrainConfig, pipe: Pipeline) -> tuple[Any, list[str]]:
     given = config.run
     if not given.sample_prompts:
         return None, []
-    height = given.sample_height or config.data.height or 512
-    width = given.sample_width or config.data.width or 512
+    square = buckets_near_square(config.data.max_pixels, pipe.division_factor, 1)[0]
+    height = given.sample_height or config.data.height or square.height
+    width = given.sample_width or config.data.width or square.width
 
     def sampler() -> list[Image.Image]:
         return [pipe(prompt=prompt, height=height, width=width, seed=given.sample_seed + k,

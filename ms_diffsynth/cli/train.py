@@ -10,6 +10,7 @@ from ms_diffsynth.config import load_config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The configuration file, and a flag for every setting in it."""
+    parser.usage = "ms-diffsynth train [CONFIG.yaml] [--setting value ...]"
     parser.description += " Every setting of the file is also a flag; a flag wins."
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml")
     add_flags(parser)

@@ -12,6 +12,7 @@ from ms_diffsynth import runtime
 from ms_diffsynth.data.images import to_pil
 from ms_diffsynth.diffusion.guidance import classifier_free
 from ms_diffsynth.diffusion.sampler import euler
+from ms_diffsynth.errors import ProgramError, listing
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.train.compile import Announce, CompiledStep, _log_only
 from ms_diffsynth.train.draws import Draws
@@ -58,6 +59,9 @@ class ImagePipeline(Pipeline):
         cut = self.sampling_program().cut(("velocity",))
         given = {"prompt": prompt, **extra}
         slots = self.run(cut.prepare, {k: v for k, v in given.items() if k in cut.inputs})
+        lost = [name for name in cut.cache if name not in slots]
+        if lost:
+            raise ProgramError(f"condition() needs {listing(lost)}: pass {listing(n + '=Tensor' for n in lost)}.")
         return {name: slots[name] for name in cut.cache}
 
     def denoiser(self, condition: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -90,5 +94,8 @@ class ImagePipeline(Pipeline):
             self._sampling_cut = self.sampling_program().cut(("velocity",))
             sequence = UnitSequence(self._sampling_cut, self)
             self._step = CompiledStep(sequence.positional, "the sampling step", runtime.current().mode,
-                                      announce=self.announce)
+                                      announce=lambda name, shapes: self.announce(name, shapes))
         return self._step
+
+    def forget_compiled(self) -> None:
+        self.__dict__.pop("_step", None)

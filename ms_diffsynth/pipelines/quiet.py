@@ -11,12 +11,11 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
     """Hide what is printed and warned inside; exceptions pass."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # not one logger's level: transformers sets its own while it is imported
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(level)

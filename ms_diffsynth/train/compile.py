@@ -14,7 +14,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor
 
-from ms_diffsynth.errors import TrainingError
+from ms_diffsynth.errors import TrainingError, listing
 
 try:  # MindSpore 2.10 moved the module
     from mindspore.graph.api import ms_compile_cache
@@ -46,7 +46,8 @@ class CompiledStep:
         compilations: how often MindSpore compiled so far, counted in its own cache.
         compile_seconds: time spent in calls that compiled, their first execution included.
 
-    Raises: TrainingError from a call that compiles once more than planned, or again for shapes it has seen.
+    Raises: TrainingError from a call that compiles once more than planned, or again for shapes it has seen, or with an
+        argument that is no Tensor.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, mode: str, planned: int | None = None,
@@ -59,6 +60,10 @@ class CompiledStep:
     def __call__(self, *tensors: Tensor) -> Any:
         if self.mode != "graph":
             return self._function(*tensors)
+        odd = [f"argument {k} is a {type(t).__name__}" for k, t in enumerate(tensors) if not isinstance(t, Tensor)]
+        if odd:
+            raise TrainingError(f"{self.name} takes single Tensors only, but {listing(odd)}: anything else would be a "
+                                "constant, compiled in again whenever it changes. Wrap it in a Tensor.")
         shapes = tuple((t.shape, str(t.dtype)) for t in tensors)
         if shapes not in self._seen:
             return self._first_call(shapes, tensors)
@@ -66,21 +71,21 @@ class CompiledStep:
         result = self._function(*tensors)
         if len(ms_compile_cache) > before:
             self.compilations += 1
-            raise TrainingError(f"{self.name} was compiled again for shapes it had been compiled for: {shapes}. A value "
-                                "that should be a Tensor enters the step as a Python constant, or a cell was changed "
-                                "after compilation; set it before the first step.")
+            raise TrainingError(f"{self.name} was compiled again for shapes it had been compiled for: {shapes}. A "
+                                "value that should be a Tensor enters the step as a Python constant, or a cell was "
+                                "changed after compilation; set it before the first step.")
         return result
 
     def _first_call(self, shapes: tuple, tensors: tuple[Tensor, ...]) -> Any:
         if self.planned is not None and self.compilations >= self.planned:
-            raise TrainingError(f"{self.name} would be compiled a {self.compilations + 1}th time, for {shapes}, but "
-                                f"{self.planned} compilations were planned from the buckets: a batch has a shape that "
-                                "no bucket allows.")
-        self._seen.add(shapes)
+            raise TrainingError(f"{self.name} would be compiled once more (compilation {self.compilations + 1}), for "
+                                f"{shapes}, but {self.planned} were planned from the buckets: a batch has a shape that "
+                                "no bucket allows. Crop or resize the pictures to the sizes of the buckets.")
         done = self.announce(self.name, " ".join("x".join(map(str, s)) or "scalar" for s, _ in shapes))
         began, before = time.perf_counter(), len(ms_compile_cache)
         result = self._function(*tensors)
         seconds = time.perf_counter() - began
+        self._seen.add(shapes)
         self.compilations += len(ms_compile_cache) - before
         self.compile_seconds += seconds
         done(seconds)

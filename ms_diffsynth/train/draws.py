@@ -51,6 +51,8 @@ class Draws:
 
     def _rows(self, stream: str, sample_indices: np.ndarray, shape: tuple[int, ...],
               fill: Callable[[np.random.Generator, np.ndarray], object]) -> np.ndarray:
+        if len(sample_indices) and min(sample_indices) < 0:
+            raise ValueError(f"sample index {min(sample_indices)}: expected at least 0.")
         rows = np.empty((len(sample_indices), int(np.prod(shape, dtype=np.int64))), np.float32)
         for row, index in zip(rows, sample_indices):
             fill(self._generator(stream, int(index), _SAMPLES), row)

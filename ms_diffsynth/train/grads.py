@@ -66,7 +66,8 @@ def reset(accumulators: tuple[Parameter, ...]) -> tuple[bool, ...]:
 
 
 def _squares_by_dot(grad):
-    # on the CPU a matrix product sums 10 to 20 times faster than ReduceSum (MindSpore 2.10, 2026-11-21)
+    # 9 to 28 ms for 10M elements on a CPU, where the product and its ReduceSum take 34 to 44 (MindSpore 2.10,
+    # 2026-11-21). Not P.L2Loss: as fast, but its sum of 10M squares is 2 % off
     row = grad.astype(ms.float32).reshape((1, -1))
     return _dot(row, row).reshape(())
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ms_diffsynth.data.images import grid
-from ms_diffsynth.data.plots import loss_curve
 from PIL import Image
 
+from ms_diffsynth.data.images import grid
+from ms_diffsynth.data.plots import loss_curve
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.io.files import append_line, write_file
 
@@ -26,6 +26,9 @@ class ModelLogger:
         remove_prefix_in_ckpt: taken off the names of trained weights (``"pipe.dit."``); LoRA files have names of
             their own.
         enable_tensorboard_log: also write TensorBoard events (``pip install 'ms_diffsynth[logging]'``).
+
+    Attributes:
+        is_writing: False on every rank but the first; the training loop sets it.
     """
 
     def __init__(self, output_path: str | Path, remove_prefix_in_ckpt: str | None = None,
@@ -37,27 +40,38 @@ class ModelLogger:
         self.losses: list[tuple[int, float]] = []
         self.samples: dict[int, list[Image.Image]] = {}
         self.saved: list[Path] = []
-        self._is_saved_at = -1
-        self._tensorboard = _tensorboard_writer(self.output_path) if enable_tensorboard_log else None
+        self.is_writing = True
+        self._saved_at = -1
+        self._summary_writer = _tensorboard_class() if enable_tensorboard_log else None
+        self._tensorboard: Any = None
 
     # -- records -------------------------------------------------------------------------------------------------
 
     def start(self, settings: dict[str, Any]) -> None:
         """Write training_args.json and the head of loss.csv."""
+        if not self.is_writing:
+            return
         self.output_path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
         write_file(self.output_path / "training_args.json", text.encode())
         write_file(self.output_path / "loss.csv", (",".join(COLUMNS) + "\n").encode())
         write_file(self.output_path / "events.jsonl", b"")
+        if self._summary_writer is not None:
+            self._tensorboard = self._summary_writer(str(self.output_path / "tensorboard"))
         self.event("start")
 
     def event(self, event: str, **values: Any) -> None:
-        """Append one line to events.jsonl."""
+        """Append one line to events.jsonl. JSON has no NaN and no infinity: they become the strings "nan" and "inf"."""
+        if not self.is_writing:
+            return
         record = {"event": event, "time": round(time.time(), 3), "step": self.num_steps} | values
-        append_line(self.output_path / "events.jsonl", json.dumps(record, allow_nan=True, default=str))
+        record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        append_line(self.output_path / "events.jsonl", json.dumps(record, allow_nan=False, default=str))
 
     def log_step(self, record: dict[str, Any]) -> None:
         """Append one optimizer step to loss.csv (and TensorBoard); ``record`` has the keys of COLUMNS."""
+        if not self.is_writing:
+            return
         append_line(self.output_path / "loss.csv", ",".join(_text(record[c]) for c in COLUMNS))
         if math.isfinite(record["loss"]):
             self.losses.append((record["step"], record["loss"]))
@@ -79,7 +93,7 @@ class ModelLogger:
 
     def on_training_end(self, accelerator: Any, model: Any, save_steps: int | None = None) -> None:
         """Save the last step when no file holds it yet, and draw the loss curve."""
-        if self._is_saved_at != self.num_steps:
+        if self._saved_at != self.num_steps:
             self.save_model(accelerator, model, f"step-{self.num_steps}.safetensors")
         if accelerator.is_main_process and len(self.losses) > 1:
             steps, losses = zip(*self.losses)
@@ -89,7 +103,7 @@ class ModelLogger:
 
     def save_model(self, accelerator: Any, model: Any, file_name: str) -> None:
         """Save what was trained, on the first rank only."""
-        self._is_saved_at = self.num_steps
+        self._saved_at = self.num_steps
         if accelerator.is_main_process:
             path = self.output_path / file_name
             model.save(path, self.remove_prefix_in_ckpt, {**self.metadata, "step": str(self.num_steps)})
@@ -129,10 +143,10 @@ def _text(value: Any) -> str:
     return f"{value:.9g}" if isinstance(value, float) else str(value)  # nine digits give a float32 back exactly
 
 
-def _tensorboard_writer(folder: Path) -> Any:
+def _tensorboard_class() -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise ConfigError("enable_tensorboard_log=True, but tensorboardX is not installed: "
-                          "pip install 'ms_diffsynth[logging]', or leave it out (loss.csv is always written).") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+        raise ConfigError("enable_tensorboard_log=True, but tensorboardX is not installed: pip install "
+                          "'ms_diffsynth[logging]', or leave it out (loss.csv is always written).") from None
+    return SummaryWriter

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 from mindspore import Tensor
-from ms_diffsynth.data.loader import Batch, Loader, collate
-from ms_diffsynth.train.draws import Draws
-from ms_diffsynth.train.optim import AdamW, LearningRate
 from PIL import Image
 
 from ms_diffsynth import runtime
-from ms_diffsynth.errors import ConfigError, TrainingError, nearest
+from ms_diffsynth.data.loader import Batch, Loader, collate
+from ms_diffsynth.errors import ConfigError, DeviceError, TrainingError, UserError, nearest
 from ms_diffsynth.train.distributed import Accelerator
+from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.train.optim import AdamW, LearningRate
 from ms_diffsynth.train.prepared import PreparedRow, PreparedRows
 from ms_diffsynth.train.program_step import ModuleTrainStep, ProgramTrainStep
 from ms_diffsynth.train.progress import Progress
@@ -52,7 +52,7 @@ class TrainingOptions:
 
     @classmethod
     def of(cls, given: Any, defaults: dict[str, Any]) -> TrainingOptions:
-        """Options from ``defaults``, overridden by the attributes of ``given`` (a parsed command line) where it has them."""
+        """Options from ``defaults``, overridden by the attributes that ``given`` (a parsed command line) has."""
         names = [f.name for f in dataclasses.fields(cls)]
         for name in defaults:
             if name not in names:
@@ -66,8 +66,9 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
                          model_logger: ModelLogger, learning_rate: float = 1e-5, weight_decay: float = 1e-2,
                          num_workers: int = 1, save_steps: int | None = None, num_epochs: int | None = 1,
                          args: Any = None, class_dataset: Any = None,
-                         sampler: Callable[[], list[Image.Image]] | None = None, sample_captions: list[str] | None = None,
-                         settings: dict[str, Any] | None = None, **options: Any) -> ModelLogger:
+                         sampler: Callable[[], list[Image.Image]] | None = None,
+                         sample_captions: list[str] | None = None, settings: dict[str, Any] | None = None,
+                         **options: Any) -> ModelLogger:
     """Train ``model`` on ``dataset`` and write everything through ``model_logger``.
 
     Args:
@@ -78,7 +79,8 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
         settings: what else training_args.json should hold.
         options: any other field of `TrainingOptions`.
 
-    Returns: the logger. Raises: TrainingError after 20 non-finite steps in a row.
+    Returns: the logger. Raises: TrainingError after 20 non-finite steps in a row; ConfigError for impossible options;
+        DeviceError for more than one process.
     """
     given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "num_workers": num_workers,
              "save_steps": save_steps, "num_epochs": num_epochs,
@@ -86,10 +88,18 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     run = _Run(accelerator, dataset, model, model_logger, TrainingOptions.of(args, given | options), class_dataset,
                sampler, sample_captions or [])
     given = dict(vars(args)) if hasattr(args, "__dict__") else {}
-    model_logger.start((settings or {}) | given | dataclasses.asdict(run.options) | {"mode": accelerator.mode, "device": accelerator.device})
-    run.prepare()
-    run.sample()
-    run.train()
+    model_logger.is_writing = accelerator.is_main_process
+    model_logger.start((settings or {}) | given | dataclasses.asdict(run.options)
+                       | {"mode": accelerator.mode, "device": accelerator.device})
+    try:
+        run.prepare()
+        run.sample()
+        run.train()
+    except UserError as error:
+        model_logger.event("stopped", reason=str(error))
+        raise
+    finally:
+        run.progress.end()
     return model_logger
 
 
@@ -101,6 +111,7 @@ class _Run:
         self.accelerator, self.model, self.logger, self.options = accelerator, model, logger, options
         self.dataset, self.class_dataset = dataset, class_dataset
         self.sampler, self.captions = sampler, captions
+        self._check()
         self.draws = Draws(options.seed)
         self.progress = Progress(accelerator.is_main_process)
         if hasattr(model.pipe, "announce"):
@@ -114,6 +125,26 @@ class _Run:
         self._pending: tuple[StepResult, list[Tensor], dict[str, Any]] | None = None
 
     # -- before the first step -----------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        """Refuse what would run, but not as asked."""
+        options, weight = self.options, self.model.pipe.objective.prior_loss_weight
+        for name in ("batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps", "loss_scale"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: expected at least 1.")
+        if options.max_train_steps is None and options.num_epochs is None:
+            raise ConfigError("neither num_epochs nor max_train_steps is set: say how long to train.")
+        if self.class_dataset is None and weight is not None:
+            raise ConfigError(f"prior_loss_weight={weight}, but there are no class images: half of every batch would "
+                              "be taken for them. Give class_dataset, or set prior_loss_weight to None.")
+        if self.class_dataset is not None and weight is None:
+            raise ConfigError("class_dataset is given, but the objective has no prior_loss_weight: the class images "
+                              "would be trained on like any other. Set Objective(prior_loss_weight=1.0), or leave them "
+                              "out.")
+        if self.accelerator.num_processes > 1:
+            raise DeviceError(f"{self.accelerator.num_processes} processes were started, but gradients are not "
+                              "averaged over processes: each would train a model of its own. Start one process.")
 
     def prepare(self) -> None:
         """Prepare the rows, then build loader, optimizer and step for the buckets they have."""
@@ -146,8 +177,6 @@ class _Run:
 
     def _total_steps(self) -> int:
         options = self.options
-        if options.max_train_steps is None and options.num_epochs is None:
-            raise ConfigError("neither num_epochs nor max_train_steps is set: say how long to train.")
         by_epochs = None if options.num_epochs is None else options.num_epochs * self.steps_per_epoch
         return min(n for n in (by_epochs, options.max_train_steps) if n is not None)
 
@@ -164,7 +193,8 @@ class _Run:
         if self.is_eager:
             return ModuleTrainStep(self.model, self.optimizer, **common)
         return ProgramTrainStep(self.model, self.cut, self.optimizer, **common, mode=self.accelerator.mode,
-                                planned_compilations=len({self.dataset.bucket_of(i) for i in range(self.dataset.rows)}), announce=self.progress.announce)
+                                planned_compilations=len({self.dataset.bucket_of(i) for i in range(self.dataset.rows)}),
+                                announce=self.progress.announce)
 
     # -- the steps -----------------------------------------------------------------------------------------------
 
@@ -174,13 +204,15 @@ class _Run:
         self.progress.begin(self.total, "training", "step")
         epoch = 0
         while logger.num_steps < self.total:
+            batches = 0
             for batch in self.loader:
                 self._train_on(batch, epoch)
                 self._sample_when_due()
+                batches += 1
                 if logger.num_steps >= self.total:
                     break
             self._flush()
-            if options.save_steps is None:
+            if options.save_steps is None and batches == len(self.loader):  # part of an epoch is saved as step-N
                 logger.on_epoch_end(self.accelerator, self.model, epoch)
             epoch += 1
         self.progress.end()
@@ -255,11 +287,10 @@ class _Run:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
         self.progress.advance(**shown, **({"skipped": str(self.skipped)} if self.skipped else {}))
         if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
-            self.progress.end()
             raise TrainingError(f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient (last: step "
-                                f"{record['step']}, loss {record['loss']}, gradient norm {record['grad_norm']}). Nothing "
-                                "was updated in them. Expected finite numbers: lower learning_rate, look for broken "
-                                "pictures or weights, and on Ascend prefer bfloat16 to float16.")
+                                f"{record['step']}, loss {record['loss']}, gradient norm {record['grad_norm']}). "
+                                "Nothing was updated in them. Expected finite numbers: lower learning_rate, look for "
+                                "broken pictures or weights, and on Ascend prefer bfloat16 to float16.")
 
     def sample(self) -> None:
         """Make sample pictures with the current weights."""
@@ -277,6 +308,7 @@ class _Run:
         compiled = (f"; the step was compiled {step.compilations} time(s), {step.compile_seconds:.1f} s"
                     if self.accelerator.mode == "graph" and not self.is_eager else "")
         self.progress.say(f"trained {logger.num_steps} steps{skipped}{compiled}; peak memory {peak:.1f} GiB")
-        for path in [logger.saved[-1], logger.output_path / "loss.png", logger.output_path / "samples/before_after.png"]:
+        folder = logger.output_path
+        for path in [*logger.saved[-1:], folder / "loss.png", folder / "samples/before_after.png"]:
             if path.exists():
                 self.progress.say(f"  {path}")

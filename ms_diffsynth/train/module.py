@@ -6,20 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mindspore import Parameter, Tensor
-from ms_diffsynth.io.lora_files import load_lora, save_lora
-from ms_diffsynth.io.weights import save_state_dict
+from mindspore import Parameter, Tensor, nn
 
 from ms_diffsynth.diffusion.units import Objective
-from ms_diffsynth.errors import ConfigError, TrainingError, listing, nearest
-from ms_diffsynth.nn.lora import (
-    Uniform,
-    inject_lora,
-    lora_modules,
-    lora_pairs,
-    lora_parameters,
-    set_lora,
-)
+from ms_diffsynth.errors import ConfigError, DataError, TrainingError, listing, nearest
+from ms_diffsynth.io.lora_files import load_lora, save_lora
+from ms_diffsynth.io.weights import save_state_dict
+from ms_diffsynth.nn.lora import Uniform, inject_lora, lora_modules, lora_pairs, lora_parameters, set_lora
 from ms_diffsynth.nn.names import to_numpy, torch_parameters
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
@@ -60,23 +53,34 @@ class DiffusionTrainingModule:
             lora_target_modules: names, or ends of names, of its linear layers; empty takes the family's choice.
             lora_checkpoint: a LoRA file to go on from.
             objective: what is minimised; None means DiffSynth-Studio's supervised objective.
+
+        Raises: ConfigError for names that are not there, for nothing to train, or for a model to be trained both ways.
         """
         self.task, kind = task, task.split(":")[0]
         names = [n.strip() for n in (trainable_models or "").split(",") if n.strip()]
         if not names and not lora_base_model:
-            raise ConfigError("nothing would be trained: set lora_base_model (e.g. dit) or trainable_models (e.g. dit).")
+            raise ConfigError("nothing would be trained: set lora_base_model or trainable_models, e.g. to dit.")
         for name in [*names, *([lora_base_model] if lora_base_model else [])]:
             root = name.split(".")[0]
             if root not in pipe.model_names or root.startswith("tokenizer"):
                 raise ConfigError(f"'{name}' cannot be trained: {type(pipe).__name__} has the models "
                                   f"{listing(n for n in pipe.model_names if not n.startswith('tokenizer'))}."
                                   f"{nearest(root, pipe.model_names)}")
+        if lora_base_model in names:
+            raise ConfigError(f"'{lora_base_model}' is in trainable_models and is lora_base_model: expected one of the "
+                              "two. Train it whole, or train a LoRA on it.")
+        for model in pipe.models.values():
+            if isinstance(model, nn.Cell):
+                for parameter in model.get_parameters():
+                    parameter.requires_grad = False
+        pipe.forget_compiled()  # what was compiled before has no LoRA in it
         pipe.objective = objective or Objective(weighting_scheme="diffsynth")
         pipe.sigmas = pipe.training_schedule(kind).sigmas
         if lora_base_model:
             targets = lora_target_modules.split(",") if isinstance(lora_target_modules, str) else lora_target_modules
+            targets = [t for t in targets if t] or pipe.lora_target_modules
             model = getattr(pipe, lora_base_model)
-            inject_lora(model, [t for t in targets if t] or pipe.lora_target_modules, lora_rank, lora_alpha, lora_uniform)
+            inject_lora(model, targets, lora_rank, lora_alpha, lora_uniform)
             if lora_checkpoint:
                 self._resume_lora(model, lora_checkpoint)
         for name in names:
@@ -89,12 +93,14 @@ class DiffusionTrainingModule:
         cells = lora_modules(model)
         loaded = load_lora(path, modules=list(cells))
         # a file's scale is folded into B; ours is alpha / rank, applied at run time
-        set_lora(model, {n: (a, b * (scale / cells[n].scale) if n in cells else b) for n, (a, b, scale) in loaded.items()})
+        set_lora(model, {n: (a, b * (scale / cells[n].scale) if n in cells else b)
+                         for n, (a, b, scale) in loaded.items()})
 
     @staticmethod
     def _parameters_under(pipe: Pipeline, name: str) -> list[Parameter]:
         root, _, inner = name.partition(".")
-        found = {n: p for n, p in torch_parameters(getattr(pipe, root)).items() if not inner or n.startswith(inner + ".")}
+        found = {n: p for n, p in torch_parameters(getattr(pipe, root)).items()
+                 if not inner or n == inner or n.startswith(inner + ".")}
         if not found:
             tops = sorted({n.split(".")[0] for n in torch_parameters(getattr(pipe, root))})
             raise ConfigError(f"trainable_models='{name}' names no weights: '{root}' has {listing(tops)}."
@@ -144,7 +150,14 @@ class DiffusionTrainingModule:
     # -- from data to loss ---------------------------------------------------------------------------------------
 
     def get_pipeline_inputs(self, data: dict[str, Any]) -> tuple[dict, dict, dict]:
-        """A row of the data set as the documents' three dictionaries."""
+        """A row of the data set as the documents' three dictionaries.
+
+        Raises: DataError for a row without a picture or a prompt.
+        """
+        lost = [name for name in ("image", "prompt") if data.get(name) is None]
+        if lost:
+            raise DataError(f"a row has no {' and no '.join(map(repr, lost))}: it has {listing(sorted(data))}. "
+                            "Expected the columns 'image' and 'prompt'; rename yours, or override get_pipeline_inputs.")
         shared = {"input_image": data["image"], "height": data["image"].size[1], "width": data["image"].size[0],
                   "cfg_scale": 1}
         return shared, {"prompt": data["prompt"]}, {"negative_prompt": ""}

@@ -1,6 +1,7 @@
 """The prepared half of every row, computed once and kept: exactly the slots that cross the cut."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ import numpy as np
 
 from ms_diffsynth.program import Cut
 from ms_diffsynth.train.module import DiffusionTrainingModule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,11 @@ class PreparedRows:
 
     def __init__(self, dataset: Any, module: DiffusionTrainingModule, cut: Cut, limit_bytes: int = 8 << 30):
         self.dataset, self.module, self.cut, self.limit_bytes = dataset, module, cut, limit_bytes
-        self.rows = len(getattr(dataset, "rows", dataset))
+        self.rows = min(len(getattr(dataset, "rows", dataset)), len(dataset))
         self._kept: dict[int, PreparedRow] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
         self.kept_bytes = 0
+        self._is_full = False
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -49,11 +53,15 @@ class PreparedRows:
         if self.kept_bytes + size <= self.limit_bytes:
             self._kept[row] = prepared
             self.kept_bytes += size
+        elif not self._is_full:
+            self._is_full = True
+            logger.warning("prepared rows fill %.1f GiB: row %d and others beyond that are prepared again at every "
+                           "use, which runs the encoders in each step.", self.limit_bytes / 2**30, row)
         return prepared
 
     def prepare_all(self, on_row: Callable[[], None]) -> None:
         """Prepare every row, calling ``on_row`` after each."""
-        for row in range(min(self.rows, len(self.dataset))):
+        for row in range(self.rows):
             self[row]
             on_row()
 

@@ -35,7 +35,8 @@ class ProgramTrainStep(TrainStep):
 class ModuleTrainStep(TrainStep):
     """Train on ``module.forward(row)``, differentiated eagerly: the documents' scripts, which see Python objects.
 
-    ``step_rows(rows, begin)`` averages the loss over a batch of rows; ``begin(k)`` is called before row ``k``.
+    ``step_rows(rows, begin)`` averages the loss over a batch of rows; ``begin(k)`` is called before row ``k``. With
+    prior preservation the second half of the rows are class images, and their mean is weighted.
     """
 
     def __init__(self, module: DiffusionTrainingModule, optimizer: nn.Cell, **options: Any):
@@ -54,4 +55,9 @@ class ModuleTrainStep(TrainStep):
         for k, row in enumerate(self._rows):
             self._begin(k)
             losses.append(self.module.forward(row).astype(ms.float32))
-        return sum(losses[1:], losses[0]) / count
+        weight = self.module.pipe.objective.prior_loss_weight
+        if weight is None:
+            return sum(losses[1:], losses[0]) / count
+        half = len(losses) // 2
+        instances, images = losses[:half], losses[half:]
+        return (sum(instances[1:], instances[0]) + weight * sum(images[1:], images[0])) / (count / 2)

@@ -17,12 +17,14 @@ class Progress:
     """
 
     every_seconds = 10.0  # between two lines when there is no terminal
+    timer_seconds = 0.5  # between two updates of the timer of a compilation
 
     def __init__(self, enabled: bool = True):
         self.enabled = enabled
         self.is_terminal = sys.stderr.isatty()
         self.bar: tqdm | None = None
         self._said = 0.0
+        self._stop = threading.Event()  # of the timer of the compilation that runs
 
     def say(self, text: str) -> None:
         """One line above the bar."""
@@ -50,7 +52,8 @@ class Progress:
             self.say(f"{self._text} {self._count}/{self._total}{values}")
 
     def end(self) -> None:
-        """Close the bar of the phase."""
+        """Close the bar of the phase, and stop the timer of a compilation that failed."""
+        self._stop.set()
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -58,11 +61,12 @@ class Progress:
     def announce(self, name: str, shapes: str) -> Callable[[float], None]:
         """Show that ``name`` is being compiled, with a running timer; returns what to call when it is done."""
         began, stop = time.perf_counter(), threading.Event()
+        self._stop = stop
         bar, text = self.bar, getattr(self, "_text", "")
         has_timer = self.enabled and self.is_terminal and bar is not None
 
         def tick() -> None:
-            while not stop.wait(0.5):
+            while not stop.wait(self.timer_seconds):
                 bar.set_description_str(f"compiling {name} {time.perf_counter() - began:.0f} s")
 
         thread = threading.Thread(target=tick, daemon=True)

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import mindspore as ms
 import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
-from ms_diffsynth.train.optim import guarded
 
 from ms_diffsynth import runtime
-from ms_diffsynth.errors import TrainingError
+from ms_diffsynth.errors import TrainingError, nearest
 from ms_diffsynth.train import grads as gradients
 from ms_diffsynth.train.compile import Announce, CompiledStep, _log_only
+from ms_diffsynth.train.optim import guarded
+
+ACCUMULATION_SETTINGS = ("length_of_dataloader", "sync_with_dataloader")
 
 
 class StepResult(NamedTuple):
@@ -53,9 +55,13 @@ class TrainStep(nn.Cell):
         max_grad_norm: clip the global gradient norm to this; None leaves it.
         gradient_accumulation_steps: micro-steps per update; None means 1.
         gradient_accumulation_kwargs: ``length_of_dataloader`` (batches per epoch) makes the last, partial group of an
-            epoch an update of its own.
+            epoch an update of its own, unless ``sync_with_dataloader`` is False.
         mode: ``"graph"`` or ``"pynative"``; None takes the runtime's.
         planned_compilations, announce: see `train.compile.CompiledStep`.
+
+    Settings are read when the step is compiled; changing an attribute after the first call has no effect in mode graph.
+
+    Raises: TrainingError when nothing would be trained, or for impossible settings.
     """
 
     def __init__(self, model: nn.Cell, optimizer: nn.Cell, loss_scaler: Any = None, max_grad_norm: float | None = None,
@@ -64,23 +70,22 @@ class TrainStep(nn.Cell):
                  planned_compilations: int | None = None, announce: Announce = _log_only):
         super().__init__(auto_prefix=False)
         accumulation = gradient_accumulation_kwargs or {}
+        _check(optimizer, max_grad_norm, gradient_accumulation_steps, accumulation)
         self.model = model.set_train(True)
         self.optimizer = guarded(optimizer)
         self.weights = ParameterTuple(optimizer.parameters)
-        if not self.weights:
-            raise TrainingError("the optimizer holds no parameters: expected at least one; name what is to be trained "
-                                "(lora_base_model or trainable_models).")
         self.loss_scaler = loss_scaler
         self.loss_scale = getattr(loss_scaler, "scale_value", None)
         self.max_grad_norm = max_grad_norm
         self.accumulation_steps = gradient_accumulation_steps or 1
-        self.length_of_dataloader = accumulation.get("length_of_dataloader") or 0
+        is_synced = accumulation.get("sync_with_dataloader", True)
+        self.length_of_dataloader = (accumulation.get("length_of_dataloader") or 0) if is_synced else 0
         self.accumulators = self.weights.clone("accumulated", "zeros") if self.accumulation_steps > 1 else ()
         self.value_and_grad = ms.value_and_grad(self._scaled_forward, None, self.weights, has_aux=True)
         mode = mode or runtime.current().mode
         plan = {"mode": mode, "planned": planned_compilations, "announce": announce}
         self.compiled_steps = {"update": CompiledStep(self._update, "the training step", **plan),
-                         "micro": CompiledStep(self._accumulate, "the accumulation step", **plan)}
+                               "micro": CompiledStep(self._accumulate, "the accumulation step", **plan)}
         self.batches = 0  # seen in this epoch
         self.group = 0  # micro-steps accumulated since the last update
 
@@ -155,3 +160,21 @@ class TrainStep(nn.Cell):
         if self.loss_scaler is not None:
             self.loss_scaler.adjust(is_finite)
         return (values[1], norm, is_finite) + values[2:]
+
+
+def _check(optimizer: nn.Cell, max_grad_norm: float | None, accumulation_steps: int | None,
+           accumulation: dict[str, Any]) -> None:
+    wrong = []
+    if not optimizer.parameters:
+        wrong.append("the optimizer holds no parameters: expected at least one; name what is to be trained "
+                     "(lora_base_model or trainable_models).")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        wrong.append(f"max_grad_norm={max_grad_norm}: expected a number above 0. Try 1.0, or None for no clipping.")
+    if accumulation_steps is not None and accumulation_steps < 1:
+        wrong.append(f"gradient_accumulation_steps={accumulation_steps}: expected at least 1.")
+    for name in accumulation:
+        if name not in ACCUMULATION_SETTINGS:
+            wrong.append(f"gradient_accumulation_kwargs has no '{name}': it has {', '.join(ACCUMULATION_SETTINGS)}."
+                         f"{nearest(name, ACCUMULATION_SETTINGS)}")
+    if wrong:
+        raise TrainingError("\n".join(wrong))

@@ -85,7 +85,7 @@ def test_a_component_at_a_time_by_path_or_glob(tiny_flux):
                                               ModelConfig(str(tiny_flux / "vae" / "*.safetensors"))])
     assert set(pipe.sources) == {"dit", "vae"}
     assert pipe.latent_shape(64, 48) == (16, 8, 6)
-    with pytest.raises(WeightError, match="'text_encoder_1' is needed, but no files.*'text_encoder' folder"):
+    with pytest.raises(WeightError, match=r"'text_encoder_1' is needed, but no files.*'text_encoder' folder"):
         pipe.text_encoder_1  # noqa: B018
 
 

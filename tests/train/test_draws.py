@@ -82,5 +82,5 @@ def test_seeds_that_do_not_fit_and_samples_that_do_not_exist():
     for seed in (-1, 2**64):
         with pytest.raises(ConfigError, match="seed="):
             Draws(seed)
-    with pytest.raises(OverflowError):
+    with pytest.raises(ValueError, match="sample index -1"):
         draw("normal", indices=[-1])

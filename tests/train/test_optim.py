@@ -37,8 +37,8 @@ from ms_diffsynth.train import grads
 from ms_diffsynth.train.optim import AdamW, Guarded, LearningRate, guarded
 
 MODES = ("pynative", "graph")
-SETTINGS = {"default": dict(learning_rate=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2),
-            "other": dict(learning_rate=1e-3, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.1)}
+SETTINGS = {"default": {"learning_rate": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
+            "other": {"learning_rate": 1e-3, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.1}}
 BAD = (np.nan, np.inf, -np.inf)
 
 
@@ -122,7 +122,7 @@ def test_follows_torch_for_a_hundred_clipped_steps_of_changing_learning_rate(ref
 def test_follows_the_algorithm_in_float64(betas):
     rng = np.random.default_rng(1)
     start, gradients = rng.standard_normal((2, 3)), rng.standard_normal((30, 2, 3)).astype(np.float32)
-    settings = dict(learning_rate=1e-2, betas=betas, eps=1e-8, weight_decay=1e-2)
+    settings = {"learning_rate": 1e-2, "betas": betas, "eps": 1e-8, "weight_decay": 1e-2}
     optimizer = AdamW(weights(start), **settings)
     for g, wanted in zip(gradients, adamw_float64(start, gradients, **settings)):
         optimizer((Tensor(g),))
@@ -257,7 +257,8 @@ def test_state_that_does_not_fit_is_refused_whole():
     before = contents(optimizer)
     with pytest.raises(WeightError) as error:
         optimizer.load_state_tensors(state)
-    for part in ("missing: moment1.block.0.weight", "superfluous: moment9.x", "moment2.block.1.weight (7,), expected (2,)"):
+    for part in ("missing: moment1.block.0.weight", "superfluous: moment9.x",
+                 "moment2.block.1.weight (7,), expected (2,)"):
         assert part in str(error.value)
     for old, new in zip(before, contents(optimizer)):
         assert np.array_equal(old, new)
@@ -327,8 +328,9 @@ def test_learning_rates():
 
 
 @pytest.mark.parametrize("settings, part", [
-    (dict(schedule="cosin", total_steps=5), "Did you mean 'cosine'?"), (dict(base=math.nan), "learning_rate=nan"),
-    (dict(warmup_steps=-1), "lr_warmup_steps=-1"), (dict(schedule="linear", warmup_steps=9, total_steps=9), "steps=9")])
+    ({"schedule": "cosin", "total_steps": 5}, "Did you mean 'cosine'?"), ({"base": math.nan}, "learning_rate=nan"),
+    ({"warmup_steps": -1}, "lr_warmup_steps=-1"),
+    ({"schedule": "linear", "warmup_steps": 9, "total_steps": 9}, "total steps=9")])
 def test_impossible_learning_rates(settings, part):
     with pytest.raises(ConfigError) as error:
         LearningRate(**settings)

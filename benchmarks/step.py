@@ -1,0 +1,120 @@
+"""One FLUX training step of 49M parameters on the CPU: ms_diffsynth, mindone and PyTorch, measured in turn.
+
+    python benchmarks/step.py --torch_python TORCH_ENV/bin/python --rounds 10 --json step.json
+
+Every contender is a process of its own that loads the same weights and the same batch. The driver asks one after the
+other for one step and stops the others meanwhile, so that only one computes and the machine's drift hits all alike.
+See README.md beside this file.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+KINDS = {"graph": "ms_diffsynth, compiled", "pynative": "ms_diffsynth, PyNative",
+         "mindone": "mindone TrainStep, compiled", "torch": "PyTorch, eager"}
+WARM_UP = 2  # steps not counted: the first compiles, the second still allocates
+
+
+class Worker:
+    """A contender: a process that makes one step per line it is sent, and is stopped in between."""
+
+    def __init__(self, kind: str, weights: Path, torch_python: str | None, log: Path):
+        self.kind, self.answers, self.log = kind, [], log
+        command = ([torch_python, str(HERE / "worker_torch.py"), str(weights)] if kind == "torch"
+                   else [sys.executable, str(HERE / "worker_ms.py"), str(weights), kind])
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
+        if kind == "torch":  # the two environments share no packages
+            environment.pop("PYTHONPATH")
+        with open(log, "wb") as errors:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                                            env=environment, cwd=weights.parent, text=True)
+
+    def step(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the worker '{self.kind}' ended:\n{self.log.read_text()[-3000:]}")
+        self.answers.append(json.loads(line))
+        self.process.send_signal(signal.SIGSTOP)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def result(self) -> dict:
+        measured = [a["seconds"] for a in self.answers[WARM_UP:]]
+        return {"first_seconds": self.answers[0]["seconds"], "step_seconds": measured,
+                "median": statistics.median(measured), "min": min(measured), "max": max(measured),
+                "peak_gb": self.answers[-1]["peak_gb"], "losses": [a["loss"] for a in self.answers]}
+
+
+def measure(kinds: list[str], rounds: int, torch_python: str | None) -> dict[str, dict]:
+    """One result per contender. They start one after the other, because compiling takes the most memory."""
+    workers = []
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.safetensors"
+        try:
+            subprocess.run([sys.executable, str(HERE / "worker_ms.py"), str(weights), "write"], check=True,
+                           stderr=subprocess.DEVNULL, cwd=folder,
+                           env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])))
+            for kind in kinds:
+                workers.append(Worker(kind, weights, torch_python, Path(folder) / f"{kind}.log"))
+                for _ in range(WARM_UP):
+                    workers[-1].step()
+                print(f"{kind}: first step after {workers[-1].answers[0]['seconds']:.1f} s", file=sys.stderr)
+            for _ in range(rounds):
+                for worker in workers:
+                    worker.step()
+        finally:
+            for worker in workers:
+                worker.end()
+    return {worker.kind: worker.result() for worker in workers}
+
+
+def table(results: dict[str, dict]) -> str:
+    reference = results.get("torch")
+    rows = ["| | step, median (min to max) s | ratio to PyTorch: median, of minima | first step s | peak GB "
+            "| loss: first, last |", "|---|---|---|---|---|---|"]
+    for kind, r in results.items():
+        ratio = "-"
+        if reference:
+            # the ratio within each round, so that drift cancels
+            pairs = [a / b for a, b in zip(r["step_seconds"], reference["step_seconds"])]
+            ratio = f"{statistics.median(pairs):.2f}, {r['min'] / reference['min']:.2f}"
+        rows.append(f"| {KINDS[kind]} | {r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f}) | {ratio} "
+                    f"| {r['first_seconds']:.1f} | {r['peak_gb']:.1f} "
+                    f"| {r['losses'][0]:.6f}, {r['losses'][-1]:.6f} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10, help="steps measured for each")
+    parser.add_argument("--only", nargs="+", choices=list(KINDS), default=None, help="contenders (default: all)")
+    parser.add_argument("--torch_python", help="python of an environment with torch, diffusers and safetensors")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    arguments = parser.parse_args()
+    kinds = arguments.only or [k for k in KINDS if k != "torch" or arguments.torch_python]
+    if "torch" in kinds and not arguments.torch_python:
+        parser.error("torch needs --torch_python: the python of an environment with torch, diffusers and safetensors")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds}: expected at least 1")
+    results = measure(kinds, arguments.rounds, arguments.torch_python)
+    print(table(results))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Commands, flags and exit codes."""
+from __future__ import annotations
+
+import pytest
+
+from ms_diffsynth.cli.flags import run_main, training_parser
+from ms_diffsynth.cli.main import COMMANDS, main
+from ms_diffsynth.errors import ConfigError, WeightError
+
+
+@pytest.mark.parametrize("words, expected", [
+    (["trian"], "'trian' is no command: expected one of train, sample, describe, tiny, parity. Did you mean 'train'?"),
+    ([], "COMMAND"),
+    (["train", "--learning_rat", "1"],
+     "train does not know --learning_rat. Did you mean '--learning_rate'? See ms-diffsynth train --help."),
+    (["train", "--learning_rat=1"], "Did you mean '--learning_rate'?"),
+    (["train", "--learning"], "Did you mean '--learning_rate'?"),
+    (["describe", "--lora_ranks", "4"], "describe does not know --lora_ranks. Did you mean '--lora_rank'?"),
+    (["sample", "toy", "m", "--prompt", "a", "--promt", "b"], "does not know --promt b. Did you mean '--prompt'?"),
+    (["sample", "toy"], "the following arguments are required: MODEL, --prompt. See ms-diffsynth sample --help."),
+    (["sample", "toy", "m", "--prompt", "a", "--height", "tall"], "argument --height: invalid int value: 'tall'."),
+    (["tiny", "flx", "m"], "family='flx' is unknown: expected one of flux, toy. Did you mean 'flux'?"),
+    (["tiny", "toy"], "the following arguments are required: DIR."),
+    (["parity"], "the following arguments are required: DIR."),
+    (["parity", "x", "--mode", "eager"], "argument --mode: invalid choice: 'eager'"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_what_cannot_be_meant(run, words, expected):
+    code, out, err = run(*words)
+    assert code == 64 and out == "" and err.startswith("ConfigError: ") and expected in err
+    assert len(err.splitlines()) == 1
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ConfigError):
+        main(["train", "--learning_rate", "1", "--debug"])
+    with pytest.raises(ConfigError):
+        main(["--debug", "train", "--learning_rate", "1"])
+
+
+def test_a_help_text_and_a_config_error_import_no_framework(python):
+    code = ("import sys\nfrom ms_diffsynth.cli.main import main\n"
+            "assert main(['train', '--learning_rate', '1']) == 64\n"
+            "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+            "sys.exit(int('mindspore' in sys.modules))")
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert all(f"    {name} " in done.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_has_a_help_text(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0 and f"ms-diffsynth {command}" in capsys.readouterr().out
+
+
+def test_run_main(capsys):
+    def fail(error):
+        def function():
+            raise error
+        return function
+
+    assert run_main(lambda: None) == 0 and run_main(lambda: 3) == 3
+    assert run_main(fail(WeightError("w"))) == 66 and capsys.readouterr().err == "WeightError: w\n"
+    assert run_main(fail(KeyboardInterrupt())) == 130
+    with pytest.raises(WeightError):
+        run_main(fail(WeightError("w")), debug=True)
+    with pytest.raises(ZeroDivisionError):  # our own mistakes are not hidden
+        run_main(fail(ZeroDivisionError()))
+
+
+def test_the_parser_of_training_scripts():
+    parser = training_parser("flux", num_epochs="1", output_path="./models")
+    parser.add_argument("--mine", type=int, default=3)
+    args = parser.parse_args(["--dataset_base_path", "pictures", "--learning_rate", "1e-3", "--mine", "4"])
+    assert (args.family, args.num_epochs, args.output_path, args.mine) == ("flux", 1, "./models", 4)
+    assert args.learning_rate == 1e-3 and args.lora_rank == 16 and args.sample_prompts == ()
+    assert parser.parse_args(["--dataset_base_path", "p", "--num_epochs", "7"]).num_epochs == 7
+    for words, expected in (["--dataset_base_path", "p", "--family", "toy"], "does not know --family"), \
+                           (["--dataset_base_path", "p", "--lora_rank", "0"], "lora_rank=0 from the flag"), \
+                           ([], "dataset_base_path is not set"), (["--learning_rat", "1"], "'--learning_rate'"):
+        with pytest.raises(ConfigError, match=expected):
+            parser.parse_args(words)
+    assert "--num_epochs INT" in parser.format_help() and "(default: 1)" in parser.format_help()

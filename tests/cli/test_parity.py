@@ -1,0 +1,63 @@
+"""``ms-diffsynth parity``: passes on the reference cases, and fails on everything else."""
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ms_diffsynth.cli.parity import Quantity, relative_error, together
+from ms_diffsynth.errors import DataError
+from ms_diffsynth.io.weights import load_state_dict, save_state_dict
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = ("flux", "flux_dreambooth_cosmap")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_cases_pass_eagerly(run, case):
+    code, out, _ = run("parity", GOLDEN / case, "--mode", "pynative")
+    assert code == 0 and "FAIL" not in out and out.endswith("all quantities are within tolerance\n")
+    assert all(f"ok   {name}" in out for name in ("loss", "gradients", "velocity", "input latents", "sigma grid"))
+    assert ("LoRA after 5 steps" in out) == (case == "flux")
+
+
+@pytest.mark.slow
+def test_the_reference_cases_pass_compiled(run):
+    code, out, _ = run("parity", *[GOLDEN / case for case in CASES], "--mode", "graph")
+    assert code == 0 and "FAIL" not in out
+
+
+def test_a_wrong_number_fails(run, tmp_path):
+    folder = shutil.copytree(GOLDEN / "flux_dreambooth_cosmap", tmp_path / "case")
+    expected = {k: np.array(v) for k, v in load_state_dict(folder / "expected.safetensors").items()}
+    expected["loss"] = np.asarray(expected["loss"] * np.float32(1.001))
+    (folder / "expected.safetensors").unlink()
+    save_state_dict(folder / "expected.safetensors", expected)
+    code, out, _ = run("parity", folder, "--mode", "pynative")
+    assert code == 1 and "  FAIL loss  " in out and out.count("FAIL") == 1
+    assert out.endswith("1 quantities are out of tolerance\n")
+
+
+@pytest.mark.parametrize("text, expected", [
+    (None, "is no reference case: it has no case.json"),
+    ('{"objective": "ddpm"}', "objective 'ddpm' cannot be run; expected one of flow_match_sft, flux_dreambooth."),
+    ("{", "case.json is not JSON"),
+])
+def test_a_folder_that_is_no_case(run, tmp_path, text, expected):
+    if text:
+        (tmp_path / "case.json").write_text(text)
+    code, out, err = run("parity", tmp_path, "--mode", "pynative")
+    assert code == 65 and expected in err and "tolerance" not in out
+
+
+def test_how_errors_are_counted():
+    one = np.ones(3, np.float32)
+    assert relative_error(one * 2, one * 4) == 0.5 and relative_error(np.zeros(3), np.zeros(3)) == 0
+    assert relative_error(one * np.nan, one) == float("inf")
+    assert not Quantity("x", float("nan"), 1.0).passes and "FAIL" in str(Quantity("x", 2.0, 1.0))
+    with pytest.raises(DataError):
+        relative_error(one, np.ones(4))
+    pairs = {"a": (np.array([1.0, 0.0]), np.array([1.0, 0.0])), "b": (np.array([0.0]), np.array([2.0]))}
+    assert together("x", pairs, 1e-4).error == pytest.approx(2 / np.sqrt(5))

@@ -1,0 +1,73 @@
+"""``ms-diffsynth sample``."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ms_diffsynth.io.lora_files import save_lora
+
+SMALL = ("--height", 16, "--width", 24, "--num_inference_steps", 2)
+
+
+def picture(path):
+    return np.asarray(Image.open(path))
+
+
+def lora(path, **modules):
+    """A LoRA file with the given (in, out) sizes."""
+    draw = np.random.default_rng(0).standard_normal
+    save_lora(path, {name: (draw((2, i)).astype(np.float32), draw((o, 2)).astype(np.float32))
+                     for name, (i, o) in modules.items()}, alpha=2)
+    return path
+
+
+def test_one_picture_a_prompt_the_same_every_time(run, toy_model):
+    words = ("sample", "toy", toy_model, "--prompt", "a", "--prompt", "b", "--seed", 5, *SMALL)
+    code, out, _ = run(*words)
+    assert code == 0 and out.splitlines() == ["samples/000-seed5.png", "samples/001-seed6.png"]
+    assert picture("samples/000-seed5.png").shape == (16, 24, 3)
+    assert run(*words, "--output", "again", "--mode", "pynative")[0] == 0
+    difference = picture("samples/001-seed6.png").astype(int) - picture("again/001-seed6.png")
+    assert np.abs(difference).max() <= 1  # graph and eager round to the same byte, or the next one
+
+
+def test_a_lora_changes_the_picture_by_its_scale(run, tmp_path, toy_model):
+    path = lora(tmp_path / "l.safetensors", layer_1=(16, 16))
+    words = ("sample", "toy", toy_model, "--prompt", "a", *SMALL, "--mode", "pynative", "--output")
+    assert run(*words, "none")[0] == 0
+    code, _, err = run(*words, "one", "--lora", path)
+    assert code == 0 and f"{path}: fused into 1 layers" in err
+    assert run(*words, "zero", "--lora", path, "--lora_scale", 0)[0] == 0
+    none, one, zero = (picture(f"{name}/000-seed0.png") for name in ("none", "one", "zero"))
+    assert (none == zero).all() and (none != one).any()
+
+
+@pytest.mark.parametrize("words, code, expected", [
+    (["--num_inference_steps", 0], 64, "num_inference_steps=0: expected at least 1"),
+    (["--height", 0, "--seed", -1], 64, "height=0: expected at least 1; seed=-1: expected at least 0."),
+    (["--mode", "grahp"], 64, "mode='grahp': expected one of graph, pynative. Did you mean 'graph'?"),
+    (["--device", "GPU"], 64, "device='GPU': expected one of CPU, Ascend."),
+    (["--lora", "absent.safetensors"], 64, "lora=absent.safetensors: no such file."),
+    (["--max_sequence_length", 8], 64, "max_sequence_length=8: prompts of the family toy have one fixed length."),
+    (["--output", "taken"], 74, "output=taken is a file"),
+])
+def test_bad_flags(run, toy_model, tmp_path, words, code, expected):
+    (tmp_path / "taken").write_text("")
+    found, _, err = run("sample", "toy", toy_model, "--prompt", "a", *words)
+    assert found == code and expected in err and not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize("modules, expected", [
+    ({"layer_3": (16, 16)}, "layer_3 is no module of the model. Did you mean"),
+    ({"layer_1": (16, 20)}, "1 of 1 LoRA modules do not fit ToyTransformer: layer_1"),
+])
+def test_a_lora_that_does_not_fit(run, tmp_path, toy_model, modules, expected):
+    path = lora(tmp_path / "l.safetensors", **modules)
+    code, _, err = run("sample", "toy", toy_model, "--prompt", "a", "--lora", path)
+    assert code == 66 and expected in err.replace("transformer.", "") and not (tmp_path / "samples").exists()
+
+
+def test_a_model_that_is_not_there(run, tmp_path):
+    code, _, err = run("sample", "toy", tmp_path / "absent", "--prompt", "a")
+    assert code == 66 and "absent does not exist" in err

@@ -1,0 +1,171 @@
+"""``ms-diffsynth train`` and ``describe``: what a run leaves behind, and that a mistake leaves nothing."""
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ms_diffsynth.cli.run as run_module
+from ms_diffsynth.config import SECTIONS, SETTINGS, load_config
+from ms_diffsynth.io.lora_files import load_lora
+from ms_diffsynth.io.weights import load_state_dict
+
+EAGER = ("--mode", "pynative", "--max_train_steps", 1, "--sample_prompts", "[]")
+
+
+def test_a_whole_run(run, config):
+    code, out, err = run("train", config)
+    assert code == 0 and out == ""
+    files = sorted(str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file())
+    assert files == ["config.yaml", "events.jsonl", "loss.csv", "loss.png", "samples/before_after.png",
+                     "samples/step-0.png", "samples/step-4.png", "step-2.safetensors", "step-4.safetensors",
+                     "training_args.json"]
+    rows = list(csv.DictReader(open("out/loss.csv")))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert all(np.isfinite(float(row["loss"])) and row["is_skipped"] == "0" for row in rows)
+    assert set(load_lora("out/step-4.safetensors")) == {"layer_1", "layer_2"}
+    assert all(name.startswith("transformer.layer_") for name in load_state_dict("out/step-4.safetensors"))
+    assert load_config("out/config.yaml") == load_config(config)
+    settings = json.loads(Path("out/training_args.json").read_text())
+    assert settings["learning_rate"] == 0.01 and settings["family"] == "toy" and settings["mode"] == "graph"
+    assert len({Image.open(f"out/{name}").size for name in files if name.startswith("samples/step")}) == 1
+    assert "toy: 3 pictures, batch size 2, objective sft, output in out" in err and "compiled the training step" in err
+
+
+def test_graph_and_pynative_give_the_same_losses(run, config):
+    losses = {}
+    for mode in ("graph", "pynative"):
+        assert run("train", config, "--mode", mode, "--output_path", mode, "--sample_prompts", "[]")[0] == 0
+        losses[mode] = [float(row["loss"]) for row in csv.DictReader(open(f"{mode}/loss.csv"))]
+    np.testing.assert_allclose(losses["graph"], losses["pynative"], rtol=1e-6)
+
+
+def test_the_resolved_configuration_repeats_the_run(run, config):
+    assert run("train", config, "--mode", "pynative", "--sample_prompts", "[]", "--seed", 3)[0] == 0
+    assert run("train", "out/config.yaml", "--output_path", "again")[0] == 0
+    assert Path("out/loss.csv").read_text().splitlines()[0] == Path("again/loss.csv").read_text().splitlines()[0]
+    first, second = (load_state_dict(f"{folder}/step-4.safetensors") for folder in ("out", "again"))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("line, code, expected", [
+    ("model:\n  lora_ranks: 4", 64, "lora_ranks in bad.yaml line 2 is no setting. Did you mean 'lora_rank'?"),
+    ("model:\n  lora_rank: four", 64, "lora_rank=four in bad.yaml line 2: expected a whole number."),
+    ("optimizer:\n  learning_rate: 1e4", 64, "expected 0 < lr <= 0.1. Did you mean 1e-4?"),
+    ("run:\n  mode: grahp", 64, "expected one of graph, pynative. Did you mean 'graph'?"),
+    ("modle:\n  x: 1", 64, "Did you mean 'model'?"),
+])
+def test_a_bad_file(run, tmp_path, line, code, expected):
+    (tmp_path / "bad.yaml").write_text(line + "\n")
+    found, _, err = run("train", tmp_path / "bad.yaml", "--family", "toy", "--dataset_base_path", ".",
+                        "--num_epochs", 1, "--output_path", "out")
+    assert found == code and expected in err.replace(f"{tmp_path}/", "") and not Path("out").exists()
+
+
+@pytest.mark.parametrize("words, code, expected", [
+    (["--family", "flxu"], 64, "family='flxu' is unknown: expected one of flux, toy. Did you mean 'flux'?"),
+    (["--model_paths", "absent"], 66, "absent does not exist"),
+    (["--model_paths", "[absent"], 64, "model_paths=[absent is no JSON"),
+    (["--model_paths", "null"], 64, "neither model_paths nor model_id_with_origin_paths is set"),
+    (["--model_id_with_origin_paths", "no-colon"], 64, "'no-colon' is not of the form owner/name:pattern"),
+    (["--lora_target_modules", "layer_3"], 64, "'layer_3' selects no linear layer of ToyTransformer. Did you mean"),
+    (["--lora_base_model", "unet"], 64, "'unet' cannot be trained: ToyImagePipeline has the models"),
+    (["--trainable_models", "dit.layer_9"], 64, "names no weights"),
+    (["--fuse", "encode_imag"], 64, "Did you mean 'encode_image'?"),
+    (["--tokenizer_1_path", "tokens"], 64, "the family toy has no tokenizer_1"),
+    (["--max_sequence_length", 8], 64, "prompts of the family toy have one fixed length"),
+    (["--dataset_metadata_path", "absent.csv"], 65, "absent.csv"),
+    (["--data_file_keys", "imgae"], 65, "has no column imgae; it has image, prompt. Did you mean 'image'?"),
+    (["--lora_checkpoint", "absent.safetensors"], 66, "absent.safetensors"),
+    (["--sample_prompts", "[]", "--sample_steps", 2], 64, "sample_steps=2 without sample_prompts"),
+    (["--trainable_models", "dit", "--lora_checkpoint", "x"], 64, "lora_checkpoint=x with trainable_models"),
+], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")
+def test_a_mistake_leaves_nothing_behind(run, config, words, code, expected):
+    found, _, err = run("train", config, *words)
+    assert found == code and expected in err and not Path("out").exists()
+
+
+def test_a_metadata_file_without_prompts(run, config, tmp_path, pictures):
+    (tmp_path / "m.csv").write_text("image\nred.png\nblue.png\n")
+    words = ("train", config, "--dataset_metadata_path", tmp_path / "m.csv", *EAGER)
+    code, _, err = run(*words)
+    assert code == 65 and "has no column prompt" in err and not Path("out").exists()
+    assert run(*words, "--instance_prompt", "a square")[0] == 0
+
+
+def test_broken_weights_are_told_before_anything_is_written(run, config, tmp_path, toy_model):
+    folder = shutil.copytree(toy_model, tmp_path / "broken")
+    file = next((folder / "vae").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-8])
+    code, _, err = run("train", config, "--model_paths", folder)
+    assert code == 66 and "vae" in err and not Path("out").exists()
+
+
+@pytest.mark.parametrize("command", [["train", "toy.yaml"], ["sample", "toy", "m", "--prompt", "a"]])
+def test_a_device_that_is_not_there(config, python, command):
+    """In a process of its own: the device target can be set once."""
+    done = python("-m", "ms_diffsynth.cli.main", *command, "--device", "Ascend")
+    assert done.returncode == 69, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("DeviceError: device='Ascend' cannot be used on this machine: Mind")
+    assert done.stderr.rstrip().endswith("or run with --device CPU.")
+    assert "Traceback" not in done.stderr and not Path("out").exists()
+
+
+def test_class_images(run, config, pictures):
+    code, _, err = run("train", config, *EAGER, "--objective", "dreambooth", "--with_prior_preservation",
+                       "--class_base_path", pictures, "--class_prompt", "a square", "--posterior", "sample")
+    assert code == 0 and "3 pictures and 3 class images" in err
+
+
+def test_going_on_from_a_lora(run, config):
+    assert run("train", config, *EAGER)[0] == 0
+    words = ("--lora_checkpoint", "out/step-1.safetensors", "--output_path", "more", "--learning_rate", "1e-9")
+    assert run("train", config, *EAGER, *words)[0] == 0
+    first, second = (load_state_dict(f"{folder}/step-1.safetensors") for folder in ("out", "more"))
+    assert all(np.allclose(first[name], second[name], atol=1e-6) for name in first)
+    assert any(value.any() for name, value in first.items() if "lora_B" in name)
+
+
+def test_training_in_full_without_clipping_on_sidecars_in_a_bucket(run, config, toy_model, caplog):
+    """Settings that a LoRA run leaves alone, each seen in what it changes."""
+    code, _, _ = run("train", config, *EAGER, "--trainable_models", "dit", "--max_grad_norm", "null", "--max_pixels",
+                       1024, "--dtype", "bfloat16", "--dataset_metadata_path", "null", "--height", "null",
+                       "--width", "null")
+    assert code == 0 and "dtype=bfloat16: the CPU has no bfloat16 matrix product" in caplog.text
+    trained = load_state_dict("out/step-1.safetensors")
+    assert set(trained) == set(load_state_dict(next((toy_model / "transformer").glob("*.safetensors"))))
+
+
+def test_the_scheme_follows_the_objective():
+    base = {"family": "toy", "dataset_base_path": "d", "num_epochs": "1", "instance_prompt": "a"}
+    for flags, expected in (({}, "diffsynth"), ({"objective": "dreambooth"}, "none"),
+                            ({"weighting_scheme": "cosmap"}, "cosmap")):
+        assert run_module.objective_of(load_config(None, base | flags)).weighting_scheme == expected
+
+
+def test_every_setting_is_read():
+    """A setting nobody reads would be obeyed by nobody. Those of the optimizer are handed on as a whole."""
+    source = Path(run_module.__file__).read_text()
+    handed_on = [name for name, setting in SETTINGS.items() if setting.section == "optimizer"]
+    by_name = {"tokenizer_1_path", "tokenizer_2_path"}  # read as f"{name}_path"
+    assert "vars(config.optimizer)" in source
+    from ms_diffsynth.train.loop import TrainingOptions
+
+    assert set(handed_on) <= set(TrainingOptions.__dataclass_fields__)
+    unread = [n for n in SETTINGS if n not in handed_on and n not in by_name and not re.search(rf"\.{n}\b", source)]
+    assert not unread, f"{unread} of {list(SECTIONS)}"
+
+
+def test_describe(run, config):
+    code, out, err = run("describe", config)
+    assert code == 0 and err == "" and not Path("out").exists()
+    assert out.startswith("def prepare(prompt, input_image):\n") and "prepare loads: text_encoder, vae\n" in out
+    assert out.endswith("step loads: dit\n")
+    code, fused, _ = run("describe", config, "--fuse", "encode_image")
+    assert code == 0 and fused.endswith("step loads: dit, vae\n")

@@ -1,0 +1,116 @@
+"""The units of flow matching against NumPy in float64, and chained."""
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from ms_diffsynth.diffusion import density, weighting
+from ms_diffsynth.diffusion.schedule import diffsynth_flux, flow_match_euler
+from ms_diffsynth.diffusion.units import (
+    EmbeddedGuidance,
+    FlowMatchLoss,
+    FlowMatchPath,
+    LookupSigma,
+    Objective,
+    SampleLatents,
+    SampleTimestep,
+    flow_match_units,
+)
+from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.units import TensorUnit, run_units
+
+SHAPE = (3, 2, 4, 4)
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_the_objective_says_which_draws_it_needs():
+    assert Objective().draws == ("noise", "density_draw") and Objective().density_kind == "uniform"
+    sampled = Objective(posterior="sample", weighting_scheme="cosmap", density="logit_normal")
+    assert sampled.draws[-1] == "posterior_noise" and sampled.density_kind == "normal"
+    with pytest.raises(ConfigError, match="Did you mean 'cosmap'"):
+        _ = Objective(weighting_scheme="cosmab").density_kind
+
+
+def test_a_draw_becomes_an_index_of_the_grid():
+    unit = SampleTimestep(Objective(weighting_scheme="none"), 1000)
+    index, = unit(Tensor(np.float32([0, 0.0005, 0.5, 0.9995, 1 - 2**-24])))
+    assert index.dtype == ms.int32 and index.asnumpy().tolist() == [0, 0, 500, 999, 999]
+    for scheme in density.SCHEMES:
+        draw = random(500) if density.draw_kind(scheme) == "normal" else np.random.default_rng(1).random(500)
+        index, = SampleTimestep(Objective(weighting_scheme=scheme), 1000)(Tensor(draw.astype(np.float32)))
+        assert 0 <= index.asnumpy().min() and index.asnumpy().max() <= 999 and len(set(index.asnumpy().tolist())) > 100
+    # the density may be another than the weighting's
+    unit = SampleTimestep(Objective(weighting_scheme="cosmap", density="logit_normal", logit_mean=50.0), 10)
+    assert unit(Tensor(np.float32([0.0])))[0].asnumpy().tolist() == [9]
+
+
+@pytest.mark.parametrize("schedule", [diffsynth_flux(3.0), flow_match_euler(3.0)])
+@pytest.mark.parametrize("scheme", weighting.SCHEMES)
+def test_sigma_and_weight_are_looked_up_to_the_last_bit(schedule, scheme):
+    indices = np.int32([0, 1, 499, 998, 999])
+    sigma, weight = LookupSigma(schedule.sigmas, scheme)(Tensor(indices))
+    assert sigma.dtype == weight.dtype == ms.float32
+    assert np.array_equal(sigma.asnumpy(), schedule.sigmas[indices])
+    assert np.array_equal(weight.asnumpy(), weighting.table(scheme, schedule.sigmas)[indices])
+    assert sigma.asnumpy()[0] > 0.99 and np.all(np.diff(sigma.asnumpy()) < 0)  # index 0 is the noisy end
+
+
+def test_latents_from_moments():
+    moments, noise = random(3, 4, 4, 4), random(*SHAPE, seed=1)
+    moments[0, 2:, 0, 0], moments[1, 2:, 0, 0] = -1e3, 1e3  # limited to -30 and 20, as diffusers does
+    mean, log_variance = moments[:, :2].astype(np.float64), np.clip(moments[:, 2:].astype(np.float64), -30, 20)
+    found, = SampleLatents("mean", 0.5, 0.1)(Tensor(moments))
+    np.testing.assert_allclose(found.asnumpy(), (mean - 0.1) * 0.5, rtol=0, atol=5e-7)
+    unit = SampleLatents("sample", 0.5, 0.1)
+    assert unit.input_params == ("moments", "posterior_noise")
+    found, = unit(Tensor(moments), Tensor(noise))
+    wanted = (mean + np.exp(log_variance / 2) * noise - 0.1) * 0.5
+    np.testing.assert_allclose(found.asnumpy(), wanted, rtol=2e-6, atol=1e-6)
+
+
+def test_each_sample_has_a_point_of_its_own_on_the_path():
+    x, noise, sigma = random(*SHAPE), random(*SHAPE, seed=1), np.float32([0.0, 0.25, 1.0])
+    latents, target = FlowMatchPath()(Tensor(x), Tensor(noise), Tensor(sigma))
+    assert np.array_equal(latents.asnumpy()[0], x[0]) and np.array_equal(latents.asnumpy()[2], noise[2])
+    np.testing.assert_allclose(latents.asnumpy()[1], 0.75 * x[1] + 0.25 * noise[1], rtol=0, atol=3e-7)
+    np.testing.assert_allclose(target.asnumpy(), noise - x, rtol=0, atol=3e-7)
+    guidance, = EmbeddedGuidance(3.5)(Tensor(sigma))
+    assert guidance.dtype == ms.float32 and guidance.asnumpy().tolist() == [3.5] * 3
+
+
+def test_the_loss_weights_samples_and_class_images():
+    velocity, target, weight = random(4, 2, 4, 4), random(4, 2, 4, 4, seed=1), np.float32([1, 0, 3, 10])
+    errors = weight * ((velocity.astype(np.float64) - target) ** 2).mean((1, 2, 3))
+    inputs = Tensor(velocity), Tensor(target), Tensor(weight)
+    loss, each = FlowMatchLoss()(*inputs)
+    assert float(loss.asnumpy()) == pytest.approx(errors.mean(), rel=1e-6)
+    np.testing.assert_allclose(each.asnumpy(), errors, rtol=1e-6)
+    loss, each = FlowMatchLoss(0.5)(*inputs)
+    assert float(loss.asnumpy()) == pytest.approx(errors[:2].mean() + 0.5 * errors[2:].mean(), rel=1e-6)
+    np.testing.assert_allclose(each.asnumpy(), errors, rtol=1e-6)
+
+
+class PredictsTarget(TensorUnit):
+    """The velocity from latents, for data that is zero: noise = latents / sigma."""
+
+    input_params, output_params = ("latents", "sigma", "guidance?"), ("velocity",)
+
+    def construct(self, latents, sigma, guidance):
+        return (latents / sigma.reshape(-1, 1, 1, 1) + guidance.reshape(-1, 1, 1, 1) - 2.0,)
+
+
+def test_the_chain_is_exact_where_the_network_is():
+    objective = Objective(weighting_scheme="cosmap", guidance_scale=2.0)
+    sigmas = flow_match_euler(3.0).sigmas
+    units = flow_match_units(objective, sigmas, PredictsTarget())
+    slots = {"input_latents": Tensor(np.zeros(SHAPE, np.float32)), "noise": Tensor(random(*SHAPE)),
+             "density_draw": Tensor(np.float32([0.1, 0.5, 0.9]))}
+    slots = run_units(tuple(units), None, slots)
+    assert np.array_equal(slots["sigma"].asnumpy(), sigmas[[100, 500, 900]])
+    assert float(slots["loss"].asnumpy()) < 1e-11
+    assert slots["loss_weight"].asnumpy().std() > 0

@@ -1,0 +1,86 @@
+"""The fast CPU cells equal their formulas in NumPy float64, in value and gradient, in PyNative and compiled."""
+from __future__ import annotations
+
+import math
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+from reference import Case, check
+
+from ms_diffsynth.ops.cpu import fast
+
+EPS = 1e-3  # large enough to be seen in the result
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+
+
+def layer_norm_modulate(x, scale, shift):
+    centred = x - x.mean(-1, keepdims=True)
+    normal = centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + EPS)
+    return normal * (1 + scale[:, None]) + shift[:, None]
+
+
+def rms_norm(x, weight):
+    return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + EPS) * weight
+
+
+def rotary(x, cos, sin):
+    swapped = np.empty_like(x)
+    swapped[..., 0::2], swapped[..., 1::2] = -x[..., 1::2], x[..., 0::2]
+    return x * cos + swapped * sin
+
+
+def attention(q, k, v, scale):
+    scores = np.einsum("bhqd,bhkd->bhqk", q, k) * scale
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdims=True), v)
+
+
+ANGLES = np.random.default_rng(3).uniform(0, 6, (3, 6))
+COS, SIN = Tensor(np.cos(ANGLES), ms.float32), Tensor(np.sin(ANGLES), ms.float32)
+
+
+def rotated(x):
+    return fast.rotary(x, COS, SIN)
+
+
+CASES = [
+    Case(name="linear", function=fast.linear, reference=lambda x, w, b: x @ w.T + b, inputs=[(2, 3, 4), (5, 4), (5,)]),
+    Case(name="linear of rows", function=fast.linear, reference=lambda x, w, b: x @ w.T + b,
+         inputs=[(2, 4), (3, 4), (3,)]),
+    Case(name="gelu", function=fast.gelu_tanh, reference=gelu, inputs=[np.linspace(-6, 6, 20, dtype=np.float32)]),
+    Case(name="gate", function=fast.gate_add, reference=lambda r, g, x: r + g[:, None] * x,
+         inputs=[(2, 3, 4), (2, 4), (2, 3, 4)]),
+    Case(name="layer norm", function=fast.layer_norm_modulate, reference=layer_norm_modulate,
+         inputs=[(2, 3, 8), (2, 8), (2, 8)], settings={"eps": EPS}),
+    Case(name="rms norm", function=fast.rms_norm, reference=rms_norm, inputs=[(2, 3, 2, 4), (4,)],
+         settings={"eps": EPS}),
+    Case(name="rotary", function=rotated, reference=lambda x: rotary(x, np.cos(ANGLES), np.sin(ANGLES)),
+         inputs=[(2, 2, 3, 6)]),
+    Case(name="attention", function=fast.attention, reference=lambda q, k, v: attention(q, k, v, 0.5),
+         inputs=[(2, 2, 3, 4)] * 3),
+    Case(name="cross attention, scaled", function=fast.attention,
+         reference=lambda q, k, v: attention(q, k, v, 0.7), inputs=[(1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4)],
+         settings={"scale": 0.7}),
+]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["pynative", "compiled"])
+@pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
+def test_equals_numpy(case, compiled):
+    check(case, compiled)
+
+
+def test_positions_get_no_gradient():
+    x = Tensor(np.ones((1, 1, 3, 6), np.float32))
+    gradients = ms.grad(lambda c, s: fast.rotary(x, c, s).sum(), (0, 1))(COS, SIN)
+    assert all((g.asnumpy() == 0).all() for g in gradients)
+
+
+def test_linear_without_bias():
+    x, weight = np.arange(6, dtype=np.float32).reshape(1, 2, 3), np.ones((4, 3), np.float32)
+    np.testing.assert_array_equal(fast.linear(Tensor(x), Tensor(weight), None).asnumpy(), x @ weight.T)

@@ -1,0 +1,326 @@
+"""What every family must hold, for each family of the registry; those that take long to compile are marked slow."""
+from __future__ import annotations
+
+import json
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+from PIL import Image
+
+from ms_diffsynth.diffusion.units import Objective
+from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.io.weights import load_state_dict, save_sharded
+from ms_diffsynth.nn.lora import lora_pairs, set_lora
+from ms_diffsynth.nn.names import state_dict
+from ms_diffsynth.registry import FAMILIES, family
+from ms_diffsynth.train.compile import CompiledStep
+from ms_diffsynth.train.draws import Draws
+from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.train.optim import AdamW
+from ms_diffsynth.train.program_step import ProgramTrainStep
+
+QUICK = ("toy",)
+SIDE = 32  # pixels
+FLOAT = ms.float32
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    written = {}
+
+    def folder(name):
+        if name not in written:
+            written[name] = tmp_path_factory.mktemp("models") / name
+            family(name).write_tiny(written[name], 0)
+        return written[name]
+
+    return folder
+
+
+@pytest.fixture(params=[pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FAMILIES])
+def name(request):
+    return request.param
+
+
+def pipeline(folder, name):
+    pipe = family(name).pipeline.from_pretrained(str(folder))
+    if hasattr(pipe, "max_sequence_length"):
+        pipe.max_sequence_length = 16
+    return pipe
+
+
+@pytest.fixture
+def pipe(folders, name):
+    return pipeline(folders(name), name)
+
+
+def row(seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    return {"image": Image.fromarray(pixels), "prompt": ("a red cat", "two small dogs by the sea")[seed % 2]}
+
+
+def draws_of(pipe, objective, count=1):
+    """Random slots for ``count`` samples."""
+    draws, indices = Draws(7), np.arange(count)
+    kinds = {"density_draw": (objective.density_kind, ())}
+    slots = {}
+    for slot in objective.draws:
+        kind, shape = kinds.get(slot, ("normal", pipe.latent_shape(SIDE, SIDE)))
+        slots[slot] = (draws.normal if kind == "normal" else draws.uniform)(slot, indices, shape)
+    return slots
+
+
+def lora_module(pipe, fuse=(), is_moved=True, **objective):
+    """A module that trains a LoRA on the network, moved away from its start, where B is zero."""
+    module = DiffusionTrainingModule()
+    module.pipe, module.fuse = pipe, fuse
+    module.switch_pipe_to_training_mode(pipe, lora_base_model="dit", lora_rank=2, lora_alpha=3.0,
+                                        objective=Objective(weighting_scheme="diffsynth", **objective))
+    if is_moved:
+        move_lora(pipe)
+    return module
+
+
+def move_lora(pipe, size=0.3):
+    rng = np.random.default_rng(3)
+    set_lora(pipe.dit, {n: tuple((size * rng.standard_normal(a.shape)).astype(np.float32) for a in pair)
+                        for n, pair in lora_pairs(pipe.dit).items()})
+
+
+def step_of(module, mode="pynative"):
+    cut = module.training_cut()
+    optimizer = AdamW(module.trainable_parameters(), learning_rate=1e-2)
+    return cut, ProgramTrainStep(module, cut, optimizer, mode=mode)
+
+
+def inputs_of(module, cut, count=1):
+    """The inputs of a step, for a batch of ``count`` rows."""
+    rows = [module.prepare(row(k), cut) for k in range(count)]
+    slots = {n: np.stack([r[n] for r in rows]) for n in cut.cache} | draws_of(module.pipe, module.pipe.objective, count)
+    return [Tensor(slots[n]) for n in (*cut.cache, *cut.draws)]
+
+
+def loss_and_gradients(step, inputs):
+    values, gradients = step.value_and_grad(tuple(inputs))
+    return values[1].asnumpy(), [g.asnumpy() for g in gradients]
+
+
+def assert_close(found, wanted, tolerance, what="", size=None):
+    """Within ``tolerance`` of the largest wanted number, or of ``size``."""
+    assert found.shape == wanted.shape, what
+    size = np.abs(wanted).max() if size is None else size
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * max(size, 1e-20), err_msg=what)
+
+
+def largest(arrays):
+    return max((np.abs(a).max() for a in arrays), default=0.0)
+
+
+# -- programs and units ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_programs_build(folders, name):
+    pipe = pipeline(folders(name), name)
+    objective = Objective(posterior="sample")
+    cut = pipe.training_program(objective, pipe.training_schedule("sft").sigmas).cut(("loss",), ("dit",))
+    assert cut.models("step") == ("dit",) and "dit" not in cut.models("prepare")
+    assert set(cut.draws) == set(objective.draws) and "moments" in cut.cache
+    assert all(not unit.is_host for unit in cut.step)
+    assert pipe.sampling_program().cut(("velocity",)).draws == ("latents", "sigma")
+    for fused in pipe.fusible:
+        program = pipe.training_program(objective, pipe.training_schedule("dreambooth").sigmas)
+        assert fused in [u.name for u in program.cut(("loss",), ("dit",), (fused,)).step]
+    assert not any(m in pipe.models for m in pipe.model_names), "building a program loads no model"
+
+
+class Projected(nn.Cell):
+    """A unit and one number made of all its float outputs, to differentiate."""
+
+    def __init__(self, unit, outputs):
+        super().__init__(auto_prefix=False)
+        rng = np.random.default_rng(11)
+        self.unit = unit
+        self.floats = tuple(k for k, o in enumerate(outputs) if o.dtype == FLOAT)
+        self.directions = tuple(Tensor(rng.standard_normal(o.shape).astype(np.float32)) for o in outputs)
+
+    def construct(self, *inputs):
+        outputs = self.unit(*inputs)
+        total = Tensor(0.0, FLOAT)
+        for k in self.floats:
+            total = total + (outputs[k] * self.directions[k]).sum()
+        return total, outputs
+
+
+def value_and_gradients(unit, inputs, outputs, mode):
+    """Outputs, and gradients for all float inputs and all weights of the unit's models."""
+    cell = Projected(unit, outputs)
+    weights = ms.ParameterTuple([p for p in unit.get_parameters() if p.dtype == FLOAT])
+    positions = tuple(k for k, x in enumerate(inputs) if x.dtype == FLOAT)
+
+    def run(*x):
+        return unit(*x)
+
+    if not cell.floats or not (positions or weights):
+        return CompiledStep(run, unit.name, mode)(*inputs), []
+    function = ms.value_and_grad(cell, positions or None, weights or None, has_aux=True)
+
+    def both(*x):
+        values, gradients = function(*x)
+        return values, gradients
+
+    values, gradients = CompiledStep(both, unit.name, mode)(*inputs)
+    if positions and weights:
+        gradients = (*gradients[0], *gradients[1])
+    return values[1], list(gradients) if isinstance(gradients, (tuple, list)) else [gradients]
+
+
+def test_every_tensor_unit_is_the_same_eager_and_compiled_in_value_and_gradient(pipe):
+    objective = Objective(weighting_scheme="cosmap", posterior="sample", prior_loss_weight=None)
+    program = pipe.training_program(objective, pipe.training_schedule("sft").sigmas)
+    slots = {"prompt": row()["prompt"], "input_image": row()["image"], "height": SIDE, "width": SIDE}
+    slots |= {k: Tensor(v) for k, v in draws_of(pipe, objective).items()}
+    seen = set()
+    for unit in program.units:
+        before = dict(slots)
+        slots = pipe.run([unit], slots)
+        if unit.is_host:
+            continue
+        seen.add(unit.name)
+        unit.attach(pipe)
+        for parameter in unit.get_parameters():
+            parameter.requires_grad = True
+        inputs = [before[p.removesuffix("?")] for p in unit.input_params]
+        outputs = [slots[p] for p in unit.output_params]
+        eager, eager_gradients = value_and_gradients(unit, inputs, outputs, "pynative")
+        compiled, compiled_gradients = value_and_gradients(unit, inputs, outputs, "graph")
+        for a, b, slot in zip(eager, compiled, unit.output_params):
+            assert_close(b.asnumpy(), a.asnumpy(), 2e-6, f"{unit.name}.{slot}")
+        assert len(eager_gradients) == len(compiled_gradients)
+        eager_gradients = [g.asnumpy() for g in eager_gradients]
+        compiled_gradients = [g.asnumpy() for g in compiled_gradients]
+        # of the unit's largest gradient: some are sums that cancel to 0 (a bias of keys under a softmax)
+        size = largest(eager_gradients)
+        for k, (a, b) in enumerate(zip(eager_gradients, compiled_gradients)):
+            assert_close(b, a, 1e-5, f"gradient {k} of {unit.name}", size)
+        assert not unit.onload_model_names or size > 0, f"{unit.name} has no gradient"
+    assert {"encode_prompt", "encode_image", "denoise", "flow_match_loss"} <= seen
+
+
+# -- the split, the batch, the two ways ------------------------------------------------------------------------------
+
+
+def test_split_equals_single_stage(folders, name):
+    results = []
+    for fuse in ((), ("encode_image",)):
+        module = lora_module(pipeline(folders(name), name), fuse, posterior="sample")
+        cut, step = step_of(module)
+        assert ("moments" in cut.cache) == (not fuse) and ("pixels" in cut.cache) == bool(fuse)
+        results.append(loss_and_gradients(step, inputs_of(module, cut)))
+    (loss, gradients), (fused_loss, fused_gradients) = results
+    assert loss == fused_loss  # bit for bit
+    assert all(np.array_equal(a, b) for a, b in zip(gradients, fused_gradients))
+    assert largest(gradients) > 0
+
+
+def test_a_batch_of_two_is_two_batches_of_one(pipe):
+    module = lora_module(pipe)
+    cut, step = step_of(module)
+    both = inputs_of(module, cut, 2)
+    singles = [loss_and_gradients(step, [x[k:k + 1] for x in both]) for k in range(2)]
+    loss, gradients = loss_and_gradients(step, both)
+    assert singles[0][0] != pytest.approx(singles[1][0], rel=1e-3), "the two rows and their sigmas differ"
+    assert loss == pytest.approx((singles[0][0] + singles[1][0]) / 2, rel=1e-6)
+    for g, a, b in zip(gradients, singles[0][1], singles[1][1]):
+        assert_close(g, (a + b) / 2, 5e-6, size=largest(gradients))  # sums over twice as many tokens, in float32
+
+
+@pytest.mark.parametrize("posterior", ["mean", "sample"])
+def test_the_documents_forward_gives_the_loss_of_the_compiled_step(pipe, posterior):
+    module = lora_module(pipe, posterior=posterior)
+    given = draws_of(pipe, pipe.objective)
+    pipe.random = lambda stream, kind, shape: given[stream].reshape(shape)
+    eager = float(module.forward(row()).asnumpy())
+    cut, step = step_of(module, "graph")
+    assert float(step(*inputs_of(module, cut))[0].asnumpy()) == pytest.approx(eager, rel=2e-6)
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_component_survives_saving_and_loading(folders, name, pipe, tmp_path):
+    sources = []
+    for component in pipe.components:
+        if not component.class_name:
+            continue
+        weights = state_dict(getattr(pipe, component.name))
+        saved = load_state_dict(folders(name) / component.folder)
+        for key, value in weights.items():
+            assert np.array_equal(value, saved[key]), key
+        # shards of 100 kB, so that a model is in several
+        config = json.loads((folders(name) / component.folder / "config.json").read_text())
+        assert {k for k in config if k not in ("_class_name", "architectures")} <= set(pipe.config(component.name))
+        save_sharded(tmp_path / component.name, weights, max_shard_bytes=100_000, config=config)
+        sources.append(ModelConfig(str(tmp_path / component.name)))
+    again = family(name).pipeline.from_pretrained(sources)
+    for component in pipe.components:
+        if component.class_name:
+            wanted = state_dict(getattr(pipe, component.name))
+            for key, value in state_dict(getattr(again, component.name)).items():
+                assert np.array_equal(value, wanted[key]), key
+
+
+def test_a_saved_lora_gives_the_same_velocity_in_a_fresh_pipeline(folders, name, pipe, tmp_path):
+    module = lora_module(pipe)
+    cut = module.training_cut()
+    inputs = dict(zip((*cut.cache, *cut.draws), inputs_of(module, cut)))
+    slots = {k: v for k, v in inputs.items() if k not in ("moments", *cut.draws)}
+    slots |= {"latents": inputs["noise"], "sigma": Tensor(np.float32([0.7])), "guidance": Tensor(np.float32([3.5]))}
+    module.save(tmp_path / "lora.safetensors")
+    fresh = pipeline(folders(name), name)
+    plain = fresh.model_fn(**slots).asnumpy()
+    count = fresh.load_lora(fresh.dit, tmp_path / "lora.safetensors")
+    assert count == len(lora_pairs(pipe.dit))
+    wanted = pipe.model_fn(**slots).asnumpy()
+    assert_close(fresh.model_fn(**slots).asnumpy(), wanted, 1e-5)  # W + s B A is rounded once more when fused
+    assert np.abs(wanted - plain).max() > 1e-2 * np.abs(wanted).max()
+    resumed = DiffusionTrainingModule()
+    resumed.pipe = pipeline(folders(name), name)
+    resumed.switch_pipe_to_training_mode(resumed.pipe, lora_base_model="dit", lora_rank=2, lora_alpha=1.0,
+                                         lora_checkpoint=tmp_path / "lora.safetensors")
+    assert_close(resumed.pipe.model_fn(**slots).asnumpy(), wanted, 1e-5)  # though its scale is another
+
+
+# -- sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_depends_on_the_seed_and_on_the_weights_of_the_moment(pipe):
+    def sample(seed=1, **options):
+        picture = pipe(prompt="a red cat", height=SIDE, width=SIDE, seed=seed, num_inference_steps=2, **options)
+        return np.asarray(picture).astype(int)
+
+    first = sample()
+    assert first.shape == (SIDE, SIDE, 3)
+    assert np.array_equal(first, sample()) and not np.array_equal(first, sample(seed=2))
+    assert pipe._step.compilations == 1
+    module = lora_module(pipe, is_moved=False)
+    # the LoRA adds zero, but compiled anew another order of sums may move a rounding to a pixel
+    assert np.abs(first - sample()).max() <= 1
+    cut, step = step_of(module, "graph")
+    for k in range(3):
+        step(*inputs_of(module, cut))
+        if k == 0:
+            trained = sample()
+    assert not np.array_equal(trained, sample()), "the compiled sampling step does not see what was trained"
+    move_lora(pipe)
+    assert not np.array_equal(first, sample())
+    assert pipe._step.compilations == 1
+    plain = pipe.condition("a red cat", guidance=Tensor(np.float32([3.5])))
+    other = pipe.condition("x", guidance=Tensor(np.float32([3.5])))
+    latents = ops.zeros((1, *pipe.latent_shape(SIDE, SIDE)), FLOAT)
+    sigma = Tensor(np.float32([0.5]))
+    assert not np.array_equal(pipe.denoiser(plain)(latents, sigma).asnumpy(),
+                              pipe.denoiser(other)(latents, sigma).asnumpy())
+    assert pipe._step.compilations == 1

@@ -1,0 +1,98 @@
+"""README.md does what it says: every command and every snippet is run, or listed here as needing more than a CPU."""
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ms_diffsynth import runtime
+from ms_diffsynth.cli.main import main
+from ms_diffsynth.config import load_config
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+LINES = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
+SETUP = {  # run by whoever installs, and by .ci/run
+    "python3 -m venv .venv", ".venv/bin/pip install -e .", ".venv/bin/pip install -e '.[test]'", ".venv/bin/ruff check .",
+    ".venv/bin/pytest"}
+NEEDS_ASCEND = {".venv/bin/ms-diffsynth train examples/flux/dreambooth_dev_910b.yaml"}
+NEEDS_AN_OLD_MINDSPORE = {
+    "python3 -m venv .venv-oldest", ".venv-oldest/bin/pip install -e '.[test]' 'mindspore==2.7.2'",
+    ".venv-oldest/bin/pytest"}
+TRAIN = ".venv/bin/ms-diffsynth train examples/flux/tiny_dreambooth.yaml"
+OURS = [c for c in COMMANDS if c not in SETUP | NEEDS_ASCEND | NEEDS_AN_OLD_MINDSPORE]
+SMALL = ["--max_train_steps", "2", "--lr_warmup_steps", "1", "--mode", "pynative", "--height", "32", "--width", "32",
+         "--num_inference_steps", "1"]
+
+
+@pytest.fixture(autouse=True)
+def checkout(tmp_path):
+    """The commands are given in the top folder; here it is one that holds the examples and may be written to."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    yield
+    runtime.configure("graph", "CPU")
+
+
+def test_it_begins_with_two_commands_that_do_all_the_set_up():
+    first, second = LINES[:2]
+    assert first == (f"python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/ms-diffsynth tiny flux "
+                     f"models/flux-tiny && {TRAIN}")
+    assert second == "python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/ruff check . && .venv/bin/pytest"
+    assert len(TEXT[: TEXT.index("```bash")].splitlines()) < 12
+
+
+def test_ci_runs_the_test_command_word_for_word():
+    path = ROOT / ".ci/run"
+    assert LINES[1] in path.read_text().splitlines() and os.access(path, os.X_OK)
+
+
+def test_every_command_is_known():
+    assert OURS and all(shlex.split(c)[0] == ".venv/bin/ms-diffsynth" for c in OURS)
+    assert SETUP | NEEDS_ASCEND | NEEDS_AN_OLD_MINDSPORE <= set(COMMANDS)
+    assert {kind for kind, _ in BLOCKS} == {"bash", "python", "text"}
+    for command in NEEDS_ASCEND:
+        load_config(ROOT / shlex.split(command)[-1])
+
+
+def run(command: str, *more: str) -> int:
+    return main([*shlex.split(command)[1:], *more])
+
+
+def test_its_commands_and_snippets_run_in_their_order(capsys):
+    """With two eager steps of 32 x 32 pixels instead of 72 compiled ones of 128 x 128."""
+    code = {"text": [block for kind, block in BLOCKS if kind == "text"],
+            "python": [block for kind, block in BLOCKS if kind == "python"]}
+    for command in OURS:
+        small = SMALL if command == TRAIN else ["--mode", "pynative"] if " sample " in command else []
+        capsys.readouterr()
+        assert run(command, *small) == 0, command
+        if " describe " in command:
+            assert code["text"] == [capsys.readouterr().out]
+    for snippet in code["python"]:
+        snippet = snippet.replace("step-72", "step-2").replace("128", "32").replace("num_inference_steps=8",
+                                                                                  "num_inference_steps=1")
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert Path("cat.png").is_file() and list(Path("samples").iterdir())
+
+
+@pytest.mark.slow
+def test_the_main_job_leaves_the_files_it_names_and_learns():
+    assert all(run(command) == 0 for command in OURS[:2])
+    folder = Path(load_config("examples/flux/tiny_dreambooth.yaml").run.output_path)
+    assert f"`{folder}/`" in TEXT
+    table = TEXT[TEXT.index("| file | what |") : TEXT.index("Once in the run")]
+    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`([^`]+\.\w+)`", row.split("|")[1])}
+    assert {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} == named
+    losses = [float(line.split(",")[2]) for line in (folder / "loss.csv").read_text().splitlines()[1:]]
+    assert len(losses) >= 60 and sum(losses[-5:]) < 0.55 * sum(losses[:5])
+
+
+def test_every_link_leads_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name} links to {target}"

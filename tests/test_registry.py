@@ -1,0 +1,23 @@
+"""Families by name."""
+from __future__ import annotations
+
+import pytest
+
+from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.pipeline import Pipeline
+from ms_diffsynth.registry import FAMILIES, family
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_name_leads_to_a_family_of_that_name(name):
+    found = family(name)
+    assert found.name == name and issubclass(found.pipeline, Pipeline)
+    names = [c.name for c in found.pipeline.components]
+    assert len(set(names)) == len(names) and {"dit", "vae"} <= set(names)
+    assert set(found.pipeline.lora_prefixes) <= set(names) and found.pipeline.lora_target_modules
+    assert callable(found.write_tiny) and hasattr(found.pipeline, "from_pretrained")
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"family='fluks' is unknown: expected one of .*\. Did you mean 'flux'"):
+        family("fluks")

@@ -1,0 +1,69 @@
+"""Prepared rows: each once, the same for repeats, within a limit of memory."""
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ms_diffsynth.train.prepared import PreparedRows
+
+
+class Module:
+    def __init__(self):
+        self.calls = []
+
+    def prepare(self, data, cut):
+        self.calls.append(data["prompt"])
+        return {"moments": np.full(4, data["prompt"], np.float32)}
+
+
+class Dataset:
+    """Three rows, repeated as `UnifiedDataset` does."""
+
+    def __init__(self, length=6):
+        self.rows = [{"prompt": k, "image": Image.new("RGB", (8 * (k + 1), 16))} for k in range(3)]
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return self.rows[index % 3]
+
+
+def test_each_row_is_prepared_once_however_often_it_comes():
+    module, ticks = Module(), []
+    rows = PreparedRows(Dataset(), module, None)
+    rows.prepare_all(lambda: ticks.append(1))
+    assert module.calls == [0, 1, 2] and len(ticks) == rows.rows == 3 and len(rows) == 6
+    for index in range(6):
+        assert rows[index].slots["moments"].tolist() == [index % 3] * 4
+        assert rows[index].size == rows.bucket_of(index) == (16, 8 * (index % 3 + 1))  # height, width
+    assert module.calls == [0, 1, 2] and rows.kept_bytes == 3 * 16
+
+
+def test_fewer_items_than_rows():
+    module = Module()
+    rows = PreparedRows(Dataset(length=2), module, None)
+    rows.prepare_all(lambda: None)
+    assert module.calls == [0, 1] and rows.rows == 2
+
+
+def test_a_plain_list_is_a_data_set():
+    rows = PreparedRows(Dataset().rows[:2], Module(), None)
+    assert len(rows) == rows.rows == 2 and rows[1].slots["moments"][0] == 1
+
+
+@pytest.mark.parametrize("limit, again", [(32, [2, 2]), (0, [0, 1, 2, 0, 1, 2])])
+def test_rows_beyond_the_limit_are_prepared_again_and_that_is_said_once(caplog, limit, again):
+    module = Module()
+    rows = PreparedRows(Dataset(), module, None, limit_bytes=limit)
+    with caplog.at_level(logging.WARNING):
+        rows.prepare_all(lambda: None)
+        for index in range(6):
+            assert rows[index].slots["moments"][0] == index % 3
+            rows.bucket_of(index)
+    assert module.calls[3:] == again and rows.kept_bytes <= limit
+    assert len(caplog.records) == 1 and "prepared again at every use" in caplog.text
