@@ -137,6 +137,10 @@ class Pipeline:
     Args:
         models: loaded models and tokenizers by component name.
         dtype: compute dtype; None takes the runtime's.
+
+    Attributes:
+        units: from the inputs to conditions and ``input_latents``, in order. Every program is made of this list: a unit
+            added to it is part of training and sampling.
     """
 
     components: tuple[Component, ...] = ()
@@ -155,8 +159,7 @@ class Pipeline:
         self.sigmas: np.ndarray | None = None  # the grid trained on, float32 [1000]
         self.random = _fresh_random
         self.unit_runner = UnitRunner()
-        self.encode_units = self.build_units()
-        self._units: list[PipelineUnit | TensorUnit] = []
+        self.units = [*self.build_units(), SampleLatents("mean")]
         self.denoise = self.build_denoise()
 
     # -- what a family provides ---------------------------------------------------------------------------------
@@ -180,25 +183,13 @@ class Pipeline:
     # -- programs ------------------------------------------------------------------------------------------------
 
     def training_program(self, objective: Objective, sigmas: np.ndarray) -> Program:
-        """Everything from a row of the data set to ``loss``."""
-        units = [*self.encode_units, self.sample_latents(objective.posterior)]
+        """Everything from a row of the data set to ``loss``: ``units``, then the objective around ``denoise``."""
+        units = [SampleLatents(objective.posterior) if isinstance(u, SampleLatents) else u for u in self.units]
         return Program([*units, *flow_match_units(objective, sigmas, self.denoise)], self.inputs, objective.draws)
 
     def sampling_program(self) -> Program:
         """From a prompt to ``velocity`` at given ``latents`` and ``sigma``."""
-        return Program([*self.encode_units, self.denoise], (*self.inputs, "guidance"), ("latents", "sigma"))
-
-    def sample_latents(self, posterior: str) -> SampleLatents:
-        """The unit that turns the VAE's moments into latents."""
-        config = self.config("vae")
-        return SampleLatents(posterior, config["scaling_factor"], config.get("shift_factor") or 0.0)
-
-    @property
-    def units(self) -> list[PipelineUnit | TensorUnit]:
-        """The documents' list, run by ``unit_runner``: from the inputs to conditions and ``input_latents``."""
-        if not self._units:
-            self._units = [*self.encode_units, self.sample_latents("mean")]
-        return self._units
+        return Program([*self.units, self.denoise], (*self.inputs, "guidance"), ("latents", "sigma"))
 
     def model_fn(self, **slots: Any) -> Tensor:
         """The network's velocity for named slots (``latents``, ``sigma``, conditions); others are ignored."""

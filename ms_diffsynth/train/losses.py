@@ -6,7 +6,7 @@ from typing import Any
 
 from mindspore import Tensor
 
-from ms_diffsynth.diffusion.units import flow_match_units
+from ms_diffsynth.diffusion.units import SampleLatents, flow_match_units
 from ms_diffsynth.errors import ProgramError
 from ms_diffsynth.pipeline import Pipeline
 
@@ -47,4 +47,4 @@ def _latents(pipe: Pipeline, inputs: dict[str, Any]) -> Tensor:
         raise ProgramError("the objective has posterior='sample', for which FlowMatchSFTLoss needs 'moments', which no "
                            f"unit wrote. Pass them, or use posterior='mean'. Given: {sorted(inputs)}.")
     noise = Tensor(pipe.random("posterior_noise", "normal", tuple(latents.shape)))
-    return pipe.run([pipe.sample_latents("sample")], {"moments": moments, "posterior_noise": noise})["input_latents"]
+    return pipe.run([SampleLatents("sample")], {"moments": moments, "posterior_noise": noise})["input_latents"]

@@ -13,6 +13,12 @@ from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.step import StepResult, TrainStep
 
 
+def _trained(module: DiffusionTrainingModule) -> nn.CellList:
+    """The models that learn, as one cell. In evaluation mode: T5's dropout would be a draw inside the step."""
+    roots = dict.fromkeys(name.split(".")[0] for name in module.trainable)
+    return nn.CellList([getattr(module.pipe, root) for root in roots], auto_prefix=False)
+
+
 class ProgramTrainStep(TrainStep):
     """Train on the compiled half of a cut. Inputs: the cut's cache slots, then its draws, in the cut's order.
 
@@ -23,9 +29,8 @@ class ProgramTrainStep(TrainStep):
     """
 
     def __init__(self, module: DiffusionTrainingModule, cut: Cut, optimizer: nn.Cell, **options: Any):
-        roots = dict.fromkeys(name.split(".")[0] for name in module.trainable)
-        trained = nn.CellList([getattr(module.pipe, root) for root in roots], auto_prefix=False)
-        super().__init__(trained, optimizer, **options)
+        super().__init__(_trained(module), optimizer, **options)
+        self.model.set_train(False)
         self.sequence = UnitSequence(cut, module.pipe)
 
     def forward(self, *inputs):
@@ -40,9 +45,8 @@ class ModuleTrainStep(TrainStep):
     """
 
     def __init__(self, module: DiffusionTrainingModule, optimizer: nn.Cell, **options: Any):
-        roots = dict.fromkeys(name.split(".")[0] for name in module.trainable)
-        trained = nn.CellList([getattr(module.pipe, root) for root in roots], auto_prefix=False)
-        super().__init__(trained, optimizer, mode="pynative", **options)
+        super().__init__(_trained(module), optimizer, mode="pynative", **options)
+        self.model.set_train(False)
         self.module = module
 
     def step_rows(self, rows: list[dict[str, Any]], begin: Any) -> StepResult:
