@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -50,19 +49,6 @@ def inputs() -> dict[str, np.ndarray]:
     }
 
 
-def spread_threads() -> None:
-    """The main thread on the first core, every other thread of this process on the rest; for all workers alike.
-
-    A thread that waits for another spins. When the scheduler puts both on one core, because someone else uses the other,
-    every kernel waits for a time slice of 3 ms: a step then takes two to four times as long, by chance.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        return
-    for thread in map(int, os.listdir("/proc/self/task")):
-        os.sched_setaffinity(thread, cores[:1] if thread == os.getpid() else cores[1:])
-
-
 def serve(build: Callable[[Path], Callable[[], float]]) -> None:
     """Build a step from the weights file in ``sys.argv[1]``, then make one step for every line that comes in.
 
@@ -71,12 +57,10 @@ def serve(build: Callable[[Path], Callable[[], float]]) -> None:
     answer = sys.stdout
     sys.stdout = sys.stderr  # what libraries say does not get between the answers
     step = build(Path(sys.argv[1]))
-    for count, _ in enumerate(sys.stdin):
+    for _ in sys.stdin:
         began = time.perf_counter()
         loss = step()
         seconds = time.perf_counter() - began
-        if count == 0 and not os.environ.get("FREE_THREADS"):
-            spread_threads()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         answer.write(json.dumps({"loss": loss, "seconds": seconds, "peak_gb": peak}) + "\n")
         answer.flush()

@@ -24,6 +24,12 @@ KINDS = {"graph": "ms_diffsynth, compiled", "pynative": "ms_diffsynth, PyNative"
 WARM_UP = 2  # steps not counted: the first compiles, the second still allocates
 
 
+def environment(is_torch: bool = False) -> dict[str, str]:
+    """This process's, with the package on the path; PyTorch's environment shares no packages with ours."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return variables if is_torch else {**variables, "PYTHONPATH": str(HERE.parent)}
+
+
 class Worker:
     """A contender: a process that makes one step per line it is sent, and is stopped in between."""
 
@@ -31,12 +37,9 @@ class Worker:
         self.kind, self.answers, self.log = kind, [], log
         command = ([torch_python, str(HERE / "worker_torch.py"), str(weights)] if kind == "torch"
                    else [sys.executable, str(HERE / "worker_ms.py"), str(weights), kind])
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
-        if kind == "torch":  # the two environments share no packages
-            environment.pop("PYTHONPATH")
         with open(log, "wb") as errors:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                                            env=environment, cwd=weights.parent, text=True)
+                                            env=environment(kind == "torch"), cwd=weights.parent, text=True)
 
     def step(self) -> None:
         self.process.send_signal(signal.SIGCONT)
@@ -67,7 +70,7 @@ def measure(kinds: list[str], rounds: int, torch_python: str | None) -> dict[str
         try:
             subprocess.run([sys.executable, str(HERE / "worker_ms.py"), str(weights), "write"], check=True,
                            stderr=subprocess.DEVNULL, cwd=folder,
-                           env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])))
+                           env=environment())
             for kind in kinds:
                 workers.append(Worker(kind, weights, torch_python, Path(folder) / f"{kind}.log"))
                 for _ in range(WARM_UP):

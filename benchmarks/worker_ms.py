@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("GLOG_v", "3")
+# the main thread makes the step itself; else it hands it to another and spins until it is done, which takes one core
+os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
 
 import common
 import mindspore as ms

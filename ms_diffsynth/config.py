@@ -97,7 +97,7 @@ class OptimizerSection:
     lr_scheduler: str = _field("constant", "course of the learning rate", choices=("constant", "linear", "cosine"))
     lr_warmup_steps: int = _field(0, "steps in which the learning rate rises from zero", "0 <= lr_warmup_steps")
     gradient_accumulation_steps: int = _field(1, "micro-steps to one step", "1 <= gradient_accumulation_steps")
-    loss_scale: float = _field(1.0, "constant factor on the loss in the backward pass, for float16", "0 < loss_scale")
+    loss_scale: float = _field(1.0, "constant factor on the loss in the backward pass, for float16", "1 <= loss_scale")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,8 +70,8 @@ def _set_device(device: str | None) -> str:
     except (RuntimeError, ValueError) as error:
         cause = str(error).strip().splitlines()[0].rstrip(". ")
         raise DeviceError(f"device='{wanted}' cannot be used on this machine: MindSpore {ms.__version__} says: "
-                          f"{cause}. Expected an Ascend driver, firmware and CANN that fit this MindSpore. Install them (see "
-                          "docs/install.md), or run with --device CPU.") from error
+                          f"{cause}. Expected an Ascend driver, firmware and CANN that fit this MindSpore. "
+                          "Install them (see docs/install.md), or run with --device CPU.") from error
     return wanted
 
 

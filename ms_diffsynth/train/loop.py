@@ -120,8 +120,8 @@ class _Run:
         self.cut = None if self.is_eager else model.training_cut()
         self.skipped = self.skipped_in_a_row = 0
         self._micro_losses: list[Tensor] = []
-        self._seconds = 0.0  # spent on the micro-steps of the present step, compiling excepted
-        self._speeds: deque[float] = deque(maxlen=20)  # samples per second of the last batches, class images included
+        self._recent: deque[tuple[int, float]] = deque(maxlen=20)  # rows and seconds of the last steps
+        self._clock, self._rows = (0.0, 0.0), 0  # when the present step began, and what was compiled until then
         self._pending: tuple[StepResult, list[Tensor], dict[str, Any]] | None = None
 
     # -- before the first step -----------------------------------------------------------------------------------
@@ -223,22 +223,32 @@ class _Run:
         self._finish()
 
     def _train_on(self, batch: Batch, epoch: int) -> None:
-        logger, began, compiled = self.logger, time.perf_counter(), self.step.compile_seconds
+        logger = self.logger
+        if not self._micro_losses:
+            self._end_step_clock()
+            self._clock, self._rows = (time.perf_counter(), self.step.compile_seconds), 0
         rate = self.rate(logger.num_steps)
         self.optimizer.set_learning_rate(rate)
         result = self._eager_step(batch) if self.is_eager else self.step.step(*self._inputs(batch))
         self._micro_losses.append(result.loss)
-        if result.is_update:
-            self._flush()  # read the step before this one: the device has had a step's time to finish it
-        self._seconds += time.perf_counter() - began - (self.step.compile_seconds - compiled)
-        if self.step.compile_seconds == compiled:
-            self._speeds.append(len(batch.indices) * self.accelerator.num_processes / (time.perf_counter() - began))
+        self._rows += len(batch.indices) * self.accelerator.num_processes
         if not result.is_update:
             return
+        self._flush()  # read the step before this one: the device has had a step's time to finish it
         logger.on_step_end(self.accelerator, self.model, self.options.save_steps)
-        record = {"step": logger.num_steps, "epoch": epoch, "learning_rate": rate, "seconds": self._seconds}
+        record = {"step": logger.num_steps, "epoch": epoch, "learning_rate": rate}
         self._pending = (result, self._micro_losses, record)
-        self._micro_losses, self._seconds = [], 0.0
+        self._micro_losses = []
+
+    def _end_step_clock(self) -> None:
+        """Note how long the pending step took: from its begin to the next one's, compilations excepted."""
+        if self._pending is None or "seconds" in self._pending[2]:
+            return
+        began, compiled = self._clock
+        compiling = self.step.compile_seconds - compiled
+        self._pending[2]["seconds"] = seconds = max(time.perf_counter() - began - compiling, 0.0)
+        if not compiling:
+            self._recent.append((self._rows, seconds))
 
     def _sample_when_due(self) -> None:
         every, step = self.options.sample_steps, self.logger.num_steps
@@ -274,13 +284,16 @@ class _Run:
         """Read the pending step's result, log it, and stop when too many in a row were not finite."""
         if self._pending is None:
             return
-        (result, losses, record), self._pending = self._pending, None
+        result, losses, record = self._pending
         is_skipped = not bool(result.is_finite.asnumpy())
+        self._end_step_clock()
+        self._pending = None
         record |= {"loss": float(np.mean([loss.asnumpy() for loss in losses])),
                    "grad_norm": float(result.grad_norm.asnumpy()), "is_skipped": int(is_skipped)}
         self.logger.log_step(record)
+        rows, seconds = (sum(values) for values in zip((0, 0.0), *self._recent))
         shown = {"loss": f"{record['loss']:.4f}", "lr": f"{record['learning_rate']:.1e}",
-                 **({"samples/s": f"{np.mean(self._speeds):.1f}"} if self._speeds else {})}
+                 **({"samples/s": f"{rows / seconds:.1f}"} if seconds else {})}
         if is_skipped:
             self.skipped += 1
             self.logger.event("skipped", at=record["step"], loss=record["loss"], grad_norm=record["grad_norm"])

@@ -24,6 +24,7 @@ class Progress:
         self.is_terminal = sys.stderr.isatty()
         self.bar: tqdm | None = None
         self._said = 0.0
+        self._text = ""
         self._stop = threading.Event()  # of the timer of the compilation that runs
 
     def say(self, text: str) -> None:
@@ -62,8 +63,10 @@ class Progress:
         """Show that ``name`` is being compiled, with a running timer; returns what to call when it is done."""
         began, stop = time.perf_counter(), threading.Event()
         self._stop = stop
-        bar, text = self.bar, getattr(self, "_text", "")
-        has_timer = self.enabled and self.is_terminal and bar is not None
+        has_timer = self.enabled and self.is_terminal
+        bar, text = self.bar, self._text
+        if bar is None:  # between two phases: a line of its own, gone when it is done
+            bar = tqdm(bar_format="{desc}", leave=False, disable=not has_timer, file=sys.stderr)
 
         def tick() -> None:
             while not stop.wait(self.timer_seconds):
@@ -82,6 +85,9 @@ class Progress:
                 thread.join()
                 bar.set_description_str(text, refresh=False)
                 bar.start_t += seconds  # the speed and the time left do not count the compilation
+                bar.last_print_t = bar._time()
+                if bar is not self.bar:
+                    bar.close()
             self.say(f"compiled {name} in {seconds:.1f} s")
 
         return done

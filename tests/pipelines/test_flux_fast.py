@@ -42,7 +42,7 @@ def network(head_dim=16, guided=True):
         num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=AXES[head_dim],
         guidance_embeds=guided)
     for seed, parameter in enumerate(dit.get_parameters()):
-        weight = draw(seed, *parameter.shape) * (0.3 if parameter.ndim > 1 else 0.1)
+        weight = draw(seed, *parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1)
         parameter.set_data(Tensor(weight + 1 if ".norm_" in parameter.name and parameter.ndim == 1 else weight))
     return dit
 

@@ -90,7 +90,7 @@ class _LayerNormModulate(nn.Cell):
 
     def bprop(self, x, scale, shift, eps, out, dout):
         _, normal, rstd, factor = out
-        batch, tokens, size = x.shape
+        batch, _, size = x.shape
         dy = dout[0]
         product = dy * normal
         column = factor.expand_dims(2) * (1.0 / size)
@@ -185,7 +185,7 @@ def gate_add(residual: Tensor, gate: Tensor, x: Tensor) -> Tensor:
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x[2i], x[2i+1]) of every head by their token's angles.
 
-    Shapes: x [B, H, S, D] with any even D, cos and sin [S, D]. Positions are constants: cos and sin get a zero gradient.
+    Shapes: x [B, H, S, D] with any even D, cos and sin [S, D], which get a zero gradient: positions are constants.
     """
     batch, heads, tokens, size = x.shape
     ones = _ones(batch * heads, 1)

@@ -124,6 +124,14 @@ class FluxImagePipeline(ImagePipeline):
     def build_decode(self) -> units.Decode:
         return units.Decode(self.dtype)
 
+    def _load(self, name: str) -> Any:
+        model = super()._load(name)
+        if name == "dit" and self.device == "CPU":
+            from ms_diffsynth.pipelines.flux.fast import use_fast_cells  # imports mindone's networks
+
+            use_fast_cells(model)
+        return model
+
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent pixel: each VAE level but the last halves the sides."""
