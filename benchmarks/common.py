@@ -1,4 +1,4 @@
-"""What every worker of the step benchmark shares: the network, its weights and inputs, and how it talks to the driver."""
+"""What every worker of the step benchmark shares: the network, its weights and inputs, and how it answers the driver."""
 from __future__ import annotations
 
 import json

@@ -3,12 +3,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
+from hub_server import HubServer
 from mindspore import Tensor
 from PIL import Image
 
@@ -18,9 +17,6 @@ from ms_diffsynth.errors import DataError, WeightError
 from ms_diffsynth.io.weights import load_state_dict, save_sharded
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipelines.flux.denoise import image_ids
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "io"))
-from hub_server import HubServer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
