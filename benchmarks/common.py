@@ -1,4 +1,4 @@
-"""What every worker of the step benchmark shares: the network, its weights and inputs, and how it answers the driver."""
+"""What the workers of the step benchmark share: network, weights, inputs, and how they answer the driver."""
 from __future__ import annotations
 
 import json
