@@ -48,8 +48,8 @@ def configure(mode: str = "graph", device: str | None = None) -> Runtime:
         raise ConfigError(f"device='{device}': expected one of {', '.join(DEVICES)}.{nearest(device, DEVICES)}")
     target = _set_device(device)
     if target == "CPU":
-        # Read when MindSpore first runs something. Without it the main thread hands a compiled step to another thread and
-        # spins until it is done, on one of two cores: 0.32 s a step of the tiny FLUX run instead of 0.11 (2026-11-21).
+        # Read when MindSpore first runs something. Without it the main thread hands a compiled step to another thread
+        # and spins on a core until it is done: 0.32 s a step of the tiny FLUX run instead of 0.11 (2026-11-21).
         os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
     if _current is None or _current.device != target:
         ms.set_context(mode=ms.PYNATIVE_MODE)
