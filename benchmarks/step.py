@@ -68,9 +68,10 @@ def measure(kinds: list[str], rounds: int, torch_python: str | None) -> dict[str
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.safetensors"
         try:
-            subprocess.run([sys.executable, str(HERE / "worker_ms.py"), str(weights), "write"], check=True,
-                           stderr=subprocess.DEVNULL, cwd=folder,
-                           env=environment())
+            written = subprocess.run([sys.executable, str(HERE / "worker_ms.py"), str(weights), "write"], cwd=folder,
+                                     env=environment(), capture_output=True, text=True)
+            if written.returncode:
+                raise SystemExit(f"the weights cannot be written:\n{written.stderr[-3000:]}")
             for kind in kinds:
                 workers.append(Worker(kind, weights, torch_python, Path(folder) / f"{kind}.log"))
                 for _ in range(WARM_UP):
