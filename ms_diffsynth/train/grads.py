@@ -6,6 +6,7 @@ finite guard are one coefficient, applied once by the optimizer (`optim`).
 from __future__ import annotations
 
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, Tensor, ops
 from mindspore.ops import constexpr
 from mindspore.ops import operations as P
@@ -21,6 +22,11 @@ _assign_add = P.AssignAdd()
 @constexpr
 def _is_cpu() -> bool:
     return runtime.current().device == "CPU"
+
+
+@constexpr
+def _identity(size: int) -> Tensor:
+    return Tensor(np.eye(size, dtype=np.float32))
 
 
 def global_norm(grads: tuple[Tensor, ...]) -> Tensor:
@@ -66,10 +72,13 @@ def reset(accumulators: tuple[Parameter, ...]) -> tuple[bool, ...]:
 
 
 def _squares_by_dot(grad):
-    # 9 to 28 ms for 10M elements on a CPU, where the product and its ReduceSum take 34 to 44 (MindSpore 2.10,
-    # 2026-11-21). Not P.L2Loss: as fast, but its sum of 10M squares is 2 % off
-    row = grad.astype(ms.float32).reshape((1, -1))
-    return _dot(row, row).reshape(())
+    # A product with itself: the diagonal of its Gram matrix of 16 rows sums to the same as one long row's, and for
+    # 590k elements the product takes 0.7 ms instead of 2.2; the product and its ReduceSum take 2.3 and P.L2Loss is 2 %
+    # off at 10M elements (MindSpore 2.10 on 2 cores, 2026-11-21). |G_ij| <= max G_ii: nothing overflows before the
+    # diagonal does.
+    rows = 16 if grad.size % 16 == 0 else 1
+    matrix = grad.astype(ms.float32).reshape((rows, -1))
+    return ops.sum(_dot(matrix, matrix) * _identity(rows))
 
 
 def _squares_by_sum(grad):

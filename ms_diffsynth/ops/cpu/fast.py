@@ -21,8 +21,8 @@ from mindspore.ops.primitive import constexpr
 
 from ms_diffsynth.ops.cpu import functional
 
-_dense = P.Dense()
-_matmul, _matmul_tn = P.MatMul(), P.MatMul(transpose_a=True)
+_matmul, _matmul_tn, _matmul_nt = P.MatMul(), P.MatMul(transpose_a=True), P.MatMul(transpose_b=True)
+_bias_add = P.BiasAdd()
 _bmm, _bmm_tn, _bmm_nt = P.BatchMatMul(), P.BatchMatMul(transpose_a=True), P.BatchMatMul(transpose_b=True)
 _softmax = P.Softmax(-1)
 _sigmoid_grad = SigmoidGrad()
@@ -63,7 +63,7 @@ def _sum_tokens(x):
 
 class _Linear(nn.Cell):
     def construct(self, x, weight, bias):
-        return _dense(x, weight, bias)
+        return _bias_add(_matmul_nt(x, weight), bias)  # Dense adds by broadcasting: half as fast
 
     def bprop(self, x, weight, bias, out, dout):
         dbias = _matmul(_ones(1, dout.shape[0]), dout).reshape(bias.shape)
