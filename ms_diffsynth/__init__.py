@@ -19,14 +19,17 @@ _WHERE = {
     # units and programs
     "PipelineUnit": "units", "TensorUnit": "units", "Program": "program", "Cut": "program",
     # pipelines
-    "Pipeline": "pipeline", "Family": "pipeline", "Component": "pipeline", "ModelConfig": "io.hub",
+    "Pipeline": "pipeline", "Family": "pipeline", "Component": "components", "ModelConfig": "io.hub",
     "FluxImagePipeline": "pipelines.flux.pipeline", "TrainStepForFluxDevDB": "pipelines.flux.train_step",
+    "QwenImagePipeline": "pipelines.qwen_image.pipeline",
+    "gradient_checkpoint_forward": "nn.recompute",
     # data
     "UnifiedDataset": "data.dataset",
     # training
     "Accelerator": "train.distributed", "DistributedDataParallelKwargs": "train.distributed",
     "DiffusionTrainingModule": "train.module", "FlowMatchSFTLoss": "train.losses", "Objective": "diffusion.units",
     "ModelLogger": "train.logger", "launch_training_task": "train.loop",
+    "launch_data_process_task": "train.split",
     "TrainStep": "train.step", "AttrJitWrapper": "train.step", "AdamW": "train.optim", "LearningRate": "train.optim",
     "Draws": "train.draws",
     # scripts
@@ -37,6 +40,7 @@ _WHERE = {
     "load_lora": "io.lora_files",
     # errors
     "UserError": "errors", "ConfigError": "errors", "DataError": "errors", "WeightError": "errors",
+    "CacheError": "errors",
 }
 
 __all__ = [*_WHERE, "StaticLossScaler"]

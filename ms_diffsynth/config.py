@@ -43,6 +43,9 @@ class ModelSection:
     lora_checkpoint: str | None = _field(None, "LoRA file to start from")
     trainable_models: str | None = _field(None, "models trained in full, with commas, such as dit or vae.decoder")
     remove_prefix_in_ckpt: str | None = _field("pipe.dit.", "taken off the names of saved weights")
+    fp8_models: str | None = _field(None, "frozen models whose linear layers are stored in 8 bits, with commas")
+    use_gradient_checkpointing: bool = _field(False, "compute blocks again in backward: less memory, more time")
+    use_gradient_checkpointing_offload: bool = _field(False, "also keep their inputs on the host; mode pynative")
     fuse: tuple[str, ...] = _field((), "units moved from the prepared half into the compiled step", has_commas=True)
 
 
@@ -62,6 +65,8 @@ class DataSection:
     width: int | None = _field(None, "width in pixels; null with height = dynamic resolution", "1 <= width")
     max_pixels: int = _field(1048576, "most pixels of a picture in dynamic resolution", "1 <= max_pixels")
     buckets: int = _field(1, "most aspect ratios in dynamic resolution; each one is one compilation", "1 <= buckets")
+    cache_dir: str | None = _field(None, "folder of the cache of split training; null = none, but the output_path of "
+                                   "task ...:data_process and the dataset_base_path of task ...:train")
     max_sequence_length: int | None = _field(None, "text tokens a prompt is padded or cut to; null = the family's",
                                              "1 <= max_sequence_length")
 
@@ -70,7 +75,8 @@ class DataSection:
 class ObjectiveSection:
     """What is minimised."""
 
-    objective: str = _field("sft", "training objective", choices=("sft", "dreambooth"))
+    task: str = _field("sft", "training objective, or with :data_process or :train one stage of it", choices=(
+        "sft", "dreambooth", "sft:data_process", "sft:train", "dreambooth:data_process", "dreambooth:train"))
     weighting_scheme: str | None = _field(
         None, "distribution and weight of the training sigmas; null = diffsynth for sft, none for dreambooth",
         choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap", "diffsynth"))
@@ -150,7 +156,8 @@ class TrainConfig:
 def _rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
     """(is it wrong, what to say) for every combination of settings that cannot be meant."""
     prior = c.objective.with_prior_preservation
-    yield (c.run.num_epochs is None and c.run.max_train_steps is None,
+    kind, _, stage = c.objective.task.partition(":")
+    yield (c.run.num_epochs is None and c.run.max_train_steps is None and stage != "data_process",
            "neither num_epochs nor max_train_steps is set: say how long to train, for example --num_epochs 1.")
     yield (not c.model.trainable_models and not c.model.lora_base_model,
            "neither lora_base_model nor trainable_models is set: say what to train, for example --lora_base_model dit.")
@@ -163,17 +170,21 @@ def _rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            "with_prior_preservation=true without class_base_path: name the folder of the class images.")
     yield (prior and c.data.class_prompt is None and c.data.class_metadata_path is None,
            "with_prior_preservation=true without class_prompt: give it, or class_metadata_path with a prompt column.")
-    yield (prior and c.objective.objective != "dreambooth",
-           f"with_prior_preservation=true with objective={c.objective.objective}: expected objective=dreambooth.")
+    yield (prior and kind != "dreambooth",
+           f"with_prior_preservation=true with task={c.objective.task}: expected task=dreambooth.")
     unused = [n for n in ("class_base_path", "class_metadata_path", "class_prompt") if getattr(c.data, n) is not None]
     yield (bool(unused) and not prior,
            f"{listing(unused)} would not be used: set with_prior_preservation=true, or remove it.")
-    yield (c.objective.objective == "dreambooth" and not c.data.instance_prompt and not c.data.dataset_metadata_path,
-           "objective=dreambooth without instance_prompt: give it, or dataset_metadata_path with a prompt column.")
+    yield (kind == "dreambooth" and not c.data.instance_prompt and not c.data.dataset_metadata_path
+           and stage != "train",
+           "task=dreambooth without instance_prompt: give it, or dataset_metadata_path with a prompt column.")
     yield (c.model.trainable_models is not None and c.model.lora_checkpoint is not None,
            f"lora_checkpoint={c.model.lora_checkpoint} with trainable_models, which trains no LoRA: remove one.")
     yield (c.run.sample_steps is not None and not c.run.sample_prompts,
            f"sample_steps={c.run.sample_steps} without sample_prompts: say what to make pictures of.")
+    yield (c.model.use_gradient_checkpointing_offload and c.run.mode == "graph",
+           "use_gradient_checkpointing_offload=true in mode graph: MindSpore cannot move what a compiled step keeps to "
+           "the host. Expected --mode pynative, or use_gradient_checkpointing without offload.")
     limit = c.run.max_train_steps
     yield (limit is not None and c.optimizer.lr_warmup_steps > limit,
            f"lr_warmup_steps={c.optimizer.lr_warmup_steps} exceeds max_train_steps={limit}: warm up for fewer steps.")

@@ -53,6 +53,12 @@ class DeviceError(UserError):
     exit_code = 69
 
 
+class CacheError(UserError):
+    """A cache of split training is incomplete, damaged, or was made by another configuration."""
+
+    exit_code = 78
+
+
 class OutputError(UserError):
     """Results cannot be written: no space, no permission, the path is taken."""
 

@@ -4,7 +4,6 @@ Models are loaded at first use, so a job loads exactly the models its half of th
 """
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,40 +16,19 @@ from mindspore import Tensor, nn
 from PIL import Image
 
 from ms_diffsynth import runtime
+from ms_diffsynth.components import Component, Source, class_name_of, files_digest, load_component, read_config
 from ms_diffsynth.data.images import to_pixels
 from ms_diffsynth.diffusion.schedule import Schedule
 from ms_diffsynth.diffusion.units import Objective, SampleLatents, flow_match_units
 from ms_diffsynth.errors import ConfigError, ProgramError, WeightError, listing, nearest
+from ms_diffsynth.io.files import sha256_of
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.lora_files import load_lora
-from ms_diffsynth.io.weights import match, open_checkpoint
 from ms_diffsynth.nn.lora import fuse_lora, linear_modules
-from ms_diffsynth.nn.names import assign, torch_shapes
 from ms_diffsynth.program import Cut, Program, slot
 from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Component:
-    """One model of a family: where it lives in a diffusers folder, and how it is built.
-
-    Attributes:
-        name: what the pipeline calls it, e.g. ``dit``.
-        folder: its folder in a diffusers-format model, e.g. ``transformer``.
-        class_name: ``_class_name`` or ``architectures[0]`` in its config.json; empty for a tokenizer.
-        build: from the config to an uninitialised cell; for a tokenizer from its folder to the tokenizer.
-        ignored: names that checkpoints may hold beyond the cell's parameters (tied weights, position buffers).
-        default_folder: used when no source is given (tokenizers that ship with the package).
-    """
-
-    name: str
-    folder: str
-    build: Callable[[Any], Any]
-    class_name: str = ""
-    ignored: tuple[str, ...] = ()
-    default_folder: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +43,6 @@ class Family:
     name: str
     pipeline: type[Pipeline]
     write_tiny: Callable[[Path, int], None]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Files a component is loaded from."""
-
-    folder: Path
-    files: tuple[Path, ...] = ()
 
 
 class UnitSequence(nn.Cell):
@@ -149,16 +119,22 @@ class Pipeline:
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
     lora_prefixes: dict[str, str] = {}  # model name -> its prefix in a LoRA file, as diffusers names it
     fusible: tuple[str, ...] = ()  # units that may be compiled into the training step although they could be prepared
+    prepare_settings: tuple[str, ...] = ()  # attributes that shape what is prepared; a cache must have the same
+    padded_slots: tuple[str, ...] = ()  # prepared slots [B, L, ...] of varying L, padded with zeros outside prepare
+    prompt_lengths: tuple[int, ...] = ()  # the lengths they are padded to; each is one compilation
 
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
         self.models = dict(models or {})
         self.sources: dict[str, Source] = {}
+        self.given_as: dict[str, str] = {}  # "owner/name:pattern" -> the model it turned out to be
         self.dtype = dtype or runtime.compute_dtype(None)
         self.device = runtime.current().device
         self.objective = Objective()
         self.sigmas: np.ndarray | None = None  # the grid trained on, float32 [1000]
         self.random = _fresh_random
         self.unit_runner = UnitRunner()
+        self.known_configs: dict[str, dict[str, Any]] = {}  # of models whose files are not here: a cache brings them
+        self.weight_changes: dict[str, list[str]] = {}  # model name -> what was done to its weights after loading
         self.units = [*self.build_units(), SampleLatents("mean")]
         self.denoise = self.build_denoise()
 
@@ -232,6 +208,9 @@ class Pipeline:
         """
         loaded = load_lora(path, modules=list(linear_modules(module)))
         fuse_lora(module, {name: (a, b * np.float32(scale)) for name, (a, b, scale) in loaded.items()}, alpha)
+        for name, model in self.models.items():
+            if model is module:
+                self.weight_changes.setdefault(name, []).append(f"LoRA {sha256_of(path)} x {alpha}")
         return len(loaded)
 
     def config(self, name: str) -> dict[str, Any]:
@@ -239,7 +218,9 @@ class Pipeline:
         if name in self.models:
             config = self.models[name].config
             return config.to_dict() if hasattr(config, "to_dict") else dict(config)  # transformers has classes
-        return _read_config(self._source(name).folder)
+        if name not in self.sources and name in self.known_configs:
+            return self.known_configs[name]
+        return read_config(self._source(name).folder)
 
     @classmethod
     def _from_configs(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str,
@@ -273,12 +254,20 @@ class Pipeline:
                 if (folder / component.folder).is_dir():
                     self.sources[component.name] = Source(folder / component.folder)
             return
-        class_name = _class_name(_read_config(folder))
+        class_name = class_name_of(read_config(folder))
         names = {c.class_name: c.name for c in self.components if c.class_name}
         if class_name not in names:
             raise WeightError(f"{folder / 'config.json'} describes a {class_name}, but {type(self).__name__} is made "
                               f"of {listing(names)}. Give the folder or files of one of those.")
         self.sources[names[class_name]] = Source(folder, () if paths[0].is_dir() else tuple(paths))
+        if config.model_id:
+            self.given_as[f"{config.model_id}:{config.origin_file_pattern}"] = names[class_name]
+
+    def weights_digest(self, name: str) -> str | None:
+        """SHA-256 over a model's or tokenizer's files and what was done to its weights; None without files."""
+        if name not in self.sources and self._component(name).default_folder is None:
+            return None
+        return files_digest(self._source(name), self.weight_changes.get(name, []))
 
     def _component(self, name: str) -> Component:
         return next(c for c in self.components if c.name == name)
@@ -312,48 +301,6 @@ class Pipeline:
             logger.warning("%d x %d pixels: sides must be multiples of %d, so %d x %d is used.", height, width, factor,
                            *rounded)
         return rounded
-
-
-def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.Cell:
-    """Build a component's cell and fill it from its checkpoint, shard by shard; frozen and in evaluation mode.
-
-    Raises: WeightError for the config.json of another model, or naming missing, superfluous and mis-shaped tensors, or
-        a missing shard.
-    """
-    from mindspore.nn.utils import no_init_parameters
-
-    config = _read_config(source.folder)
-    if _class_name(config) != component.class_name:
-        raise WeightError(f"{source.folder / 'config.json'} describes a {_class_name(config)}, but '{component.name}' "
-                          f"is a {component.class_name}. Give the folder of such a model.")
-    try:
-        with no_init_parameters():
-            cell = component.build(config)
-    except TypeError as error:
-        raise WeightError(f"no {component.class_name} can be built from {source.folder / 'config.json'} ({error}). "
-                          "Expected the settings of that class; download the file again.") from error
-    checkpoint = open_checkpoint(list(source.files) or source.folder)
-    found = {k: v for k, v in checkpoint.shapes.items() if k not in component.ignored}
-    match(torch_shapes(cell), found, where=str(source.folder))
-    assign(cell, ((k, v) for k, v in checkpoint.tensors() if k in found), dtype)
-    for parameter in cell.get_parameters():
-        parameter.requires_grad = False
-    return cell.set_train(False)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightError(f"{path} is missing: expected the config.json of a diffusers or transformers model beside "
-                          "its weights. Download the whole component folder.") from None
-    except ValueError as error:
-        raise WeightError(f"{path} is not JSON ({error}): download it again.") from None
-
-
-def _class_name(config: dict[str, Any]) -> str:
-    return config.get("_class_name") or (config.get("architectures") or ["model without a class name"])[0]
 
 
 def _fresh_random(stream: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -104,7 +104,7 @@ class Program:
             fuse: names of units to pull into the compiled step although they could be prepared.
 
         Raises: ProgramError for an output nobody writes, an unknown name in ``fuse``, a host unit that would have to
-            be compiled, or a trainable model that the outputs do not depend on.
+            be compiled, or a trainable model that the outputs do not depend on, or whose gradient cannot reach them.
         """
         outputs, trainable, fuse = tuple(outputs), tuple(trainable), tuple(fuse)
         needed = self._needed(outputs)
@@ -124,6 +124,7 @@ class Program:
         known = set(self.inputs) | {p for u in prepare for p in u.output_params}
         cache = [s for s in reads if s not in written and s in known]
         taken = [slot(p) for u in prepare for p in u.input_params] + cache
+        self._check_gradients(needed, roots, outputs)
         return Cut(prepare=tuple(prepare), step=tuple(step), outputs=outputs, cache=tuple(cache),
                    inputs=tuple(s for s in self.inputs if s in taken),
                    draws=tuple(s for s in self.draws if s in reads))
@@ -155,10 +156,29 @@ class Program:
             if name not in names:
                 raise ProgramError(f"fuse names '{name}', which this program does not need; it has {names}."
                                    f"{nearest(name, names)}")
-        reached = {m for u in needed if not u.no_grad for m in u.onload_model_names}
-        for root in sorted(roots - reached):
+        touched = {m for u in needed for m in u.onload_model_names}
+        for root in sorted(roots - touched):
             raise ProgramError(f"'{root}' is to be trained, but the outputs do not depend on it; they depend on "
-                               f"{sorted(reached)}.{nearest(root, reached)}")
+                               f"{sorted(touched)}.{nearest(root, touched)}")
+
+    def _check_gradients(self, needed: list[Unit], roots: set[str], outputs: tuple[str, ...]) -> None:
+        """Every trained model needs a path of units that pass gradients, from one that holds it to an output.
+
+        Host units need no mention: one that depends on a trained model has been refused by then.
+        """
+        live, reached, stops = set(outputs), set(), []
+        for unit in reversed(needed):
+            if not live & set(unit.output_params):
+                continue
+            if unit.no_grad:
+                stops.insert(0, unit.name)
+            else:
+                reached |= set(unit.onload_model_names)
+                live |= {slot(p) for p in unit.input_params}
+        for root in sorted(roots - reached):
+            raise ProgramError(f"'{root}' is to be trained, but its gradient cannot reach {', '.join(outputs)}: it "
+                               f"stops at {', '.join(stops)}, declared no_grad. Expected a path of units that pass "
+                               f"gradients: take no_grad off, or train what a gradient reaches: {sorted(reached)}.")
 
 
 def _reason_for_step(unit: Unit, hot: set[str], roots: set[str], fuse: tuple[str, ...]) -> str:

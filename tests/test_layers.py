@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Every layer may import those before it. A file that is no layer of its own belongs to its folder.
 LAYERS = ["errors", "program", "data", "io", "config", "registry", "ops", "runtime", "nn", "units", "diffusion",
-          "pipeline", "train", "pipelines", "cli"]
+          "components", "pipeline", "train", "pipelines", "cli"]
 NO_MINDSPORE = {"errors", "program", "data", "io", "config", "registry"}
 ALLOWED = {("ops", "runtime"), ("registry", "pipeline")}  # a guard that asks for the device; a name for type checkers
 COMPILES = {"train/compile.py", "runtime.py"}

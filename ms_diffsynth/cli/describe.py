@@ -24,7 +24,7 @@ def execute(args: argparse.Namespace) -> int:
 
     runtime.configure(config.run.mode, config.run.device)
     pipe = build_pipeline(config)
-    schedule = pipe.training_schedule(config.objective.objective)
+    schedule = pipe.training_schedule(config.objective.task.split(":")[0])
     trainable = [n for n in (config.model.trainable_models or config.model.lora_base_model).split(",") if n]
     program = pipe.training_program(objective_of(config), schedule.sigmas)
     cut = program.cut(("loss",), trainable, ("sample_latents", *config.model.fuse))

@@ -14,6 +14,7 @@ from ms_diffsynth.errors import ConfigError, nearest
 COMMANDS = {
     "train": "train from a configuration file",
     "sample": "generate pictures",
+    "cache": "look into a cache of split training, or remove what it no longer needs",
     "describe": "print a run's two halves as straight-line code, loading no weights",
     "tiny": "write a tiny model with random weights, for first runs and tests",
     "parity": "compare with recorded cases of the PyTorch reference implementations",

@@ -109,7 +109,7 @@ class Case:
         info = self.info
         return Objective(weighting_scheme=info["loss_weighting"], density=info.get("density"),
                          logit_mean=info.get("logit_mean", 0.0), logit_std=info.get("logit_std", 1.0),
-                         posterior=info["posterior"], guidance_scale=info["guidance_scale"],
+                         posterior=info["posterior"], guidance_scale=info.get("guidance_scale", 1.0),
                          prior_loss_weight=info["prior_loss_weight"] if info.get("with_prior_preservation") else None)
 
     def pipeline(self) -> Pipeline:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=1024, help="pixels (default: 1024)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones add 1 (default: 0)")
     parser.add_argument("--num_inference_steps", type=int, default=30, help="sampling steps (default: 30)")
-    parser.add_argument("--cfg_scale", type=float, default=1.0, help="two-branch guidance (default: 1, off)")
+    parser.add_argument("--cfg_scale", type=float, help="two-branch guidance, 1 is off (default: the family's)")
     parser.add_argument("--embedded_guidance", type=float, default=3.5,
                         help="told to guidance-distilled models (default: 3.5)")
     parser.add_argument("--max_sequence_length", type=int, help="text tokens a prompt is padded or cut to")

@@ -18,6 +18,7 @@ from .operators import (
     RouteByType,
     SequentialProcess,
     ToAbsolutePath,
+    describe,
 )
 from .paths import open_regular, resolve
 
@@ -75,11 +76,14 @@ class UnifiedDataset:
         self.special_operator_map = dict(special_operator_map or {})
         self.allow_outside_base = allow_outside_base
         self.required = _names(required)
+        self._sizes: dict[str, tuple[int, int]] = {}
+        if metadata_path is None and os.path.isfile(os.path.join(self.base_path, "cache.json")):
+            self.rows = []  # a cache of split training: launch_training_task reads it for task sft:train
+            return
         if metadata_path is None:
             self.table = read_folder(self.base_path, captions)
         else:
             self.table = read_metadata(os.fspath(metadata_path))
-        self._sizes: dict[str, tuple[int, int]] = {}
         self.check()
         self.rows: list[dict] = self.table.rows
 
@@ -124,12 +128,38 @@ class UnifiedDataset:
         digest = hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode())
         names = {value for row in self.rows for key in self.data_file_keys for value in _as_list(row[key])}
         for name in sorted(names):
-            content = hashlib.sha256()
-            with open_regular(resolve(self.base_path, name, self.allow_outside_base)) as file:
-                while block := file.read(1 << 20):
-                    content.update(block)
-            digest.update(content.digest())
+            digest.update(self._file_digest(name).encode())
         return digest.hexdigest()
+
+    def content(self, index: int, fields: Sequence[str] | None = None) -> dict[str, Any]:
+        """What row ``index`` is made of: its cells, and the SHA-256 of the files in place of their names.
+
+        Two rows with the same content give the same item, whatever their files are called. ``fields``: only these.
+        """
+        row = self.rows[index % len(self.rows)]
+        found = {}
+        for key in row if fields is None else [f for f in fields if f in row]:
+            is_file = key in self.data_file_keys
+            found[key] = [self._file_digest(v) for v in _as_list(row[key])] if is_file else row[key]
+        return found
+
+    def operators(self) -> dict[str, Any]:
+        """What is done to the cells, by column, as a JSON value."""
+        special = {key: describe(operator) for key, operator in self.special_operator_map.items()}
+        return {**dict.fromkeys(self.data_file_keys, describe(self.main_data_operator)), **special}
+
+    def label(self, index: int) -> str:
+        """What to call row ``index`` in a message."""
+        row = self.rows[index % len(self.rows)]
+        names = [str(v) for key in self.data_file_keys for v in _as_list(row.get(key))]
+        return ", ".join(names) or f"row {index + 1}"
+
+    def _file_digest(self, name: str) -> str:
+        content = hashlib.sha256()
+        with open_regular(resolve(self.base_path, name, self.allow_outside_base)) as file:
+            while block := file.read(1 << 20):
+                content.update(block)
+        return content.hexdigest()
 
     def check(self) -> None:
         """Look at every row and the header of every picture. Raises: one DataError with the first ten bad rows."""

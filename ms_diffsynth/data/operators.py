@@ -198,3 +198,31 @@ class RouteByExtensionName(DataProcessingOperator):
                 return operator(data)
         known = ", ".join(name for names, _ in self.operator_map for name in names)
         raise DataError(f"{data} has the extension '{extension}'; expected one of {known}. Convert or rename the file")
+
+
+def describe(value: Any) -> Any:
+    """An operator as a JSON value: its settings by the name of its class, so that equal ones are described the same.
+
+    Steps of a pipeline stand beside each other; a function is its qualified name. Where the data lie (``base_path``) is
+    left out, and so is the route of lists when it does to each element what is done to a single one.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [describe(element) for element in value]
+    if isinstance(value, dict):
+        return {str(key): describe(element) for key, element in value.items()}
+    if hasattr(value, "__qualname__"):  # a class or a function
+        return value.__qualname__
+    if isinstance(value, DataProcessingPipeline):
+        steps = [describe(operator) for operator in value.operators]
+        names = [name for step in steps if isinstance(step, dict) for name in step]
+        is_plain = len(set(names)) == len(steps) == len(names)
+        return {name: settings for step in steps for name, settings in step.items()} if is_plain else steps
+    if isinstance(value, RouteByType):
+        first = value.operator_map[0][1] if value.operator_map else None
+        routes = [(kind, operator) for kind, operator in value.operator_map
+                  if not (kind is list and isinstance(operator, SequentialProcess) and operator.operator is first)]
+        return describe(first) if len(routes) == 1 else [[describe(kind), describe(op)] for kind, op in routes]
+    settings = {key: describe(element) for key, element in sorted(vars(value).items()) if key != "base_path"}
+    return {type(value).__qualname__: settings}

@@ -105,7 +105,12 @@ class SampleLatents(TensorUnit):
 
     def attach(self, pipe):
         config = pipe.config("vae")
-        self.scaling_factor, self.shift_factor = config["scaling_factor"], config.get("shift_factor") or 0.0
+        if config.get("latents_mean") is not None:  # a shift and a scale for each channel
+            mean, std = (np.array(config[name], np.float32).reshape(1, -1, 1, 1)
+                         for name in ("latents_mean", "latents_std"))
+            self.scaling_factor, self.shift_factor = Tensor(1 / std), Tensor(mean)
+        else:
+            self.scaling_factor, self.shift_factor = config["scaling_factor"], config.get("shift_factor") or 0.0
 
     def construct(self, moments, posterior_noise=None):
         channels = moments.shape[1] // 2

@@ -130,9 +130,13 @@ def set_lora(model: nn.Cell, pairs: dict[str, tuple[np.ndarray, np.ndarray]]) ->
 def fuse_lora(model: nn.Cell, pairs: dict[str, tuple[np.ndarray, np.ndarray]], scale: float = 1.0) -> None:
     """Add ``scale`` * B A to the weights, computed in float32 and rounded once.
 
-    Raises: WeightError for a module that the model does not have, or a shape that does not fit.
+    Raises: WeightError for a module that the model does not have, a shape that does not fit, or weights in 8 bits.
     """
     modules = linear_modules(model)
+    stored = [n for n in pairs if n in modules and hasattr(modules[n], "weight_scale")]
+    if stored:
+        raise WeightError(f"a LoRA cannot be added to weights that are stored in 8 bits: {listing(stored)}. Load the "
+                          "LoRA first, then store the model in 8 bits (fp8_models).")
     wrong = [n for n, (a, b) in pairs.items()
              if n not in modules or (b.shape[0], a.shape[1]) != tuple(modules[n].weight.shape)]
     if wrong or not pairs:

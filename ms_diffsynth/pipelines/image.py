@@ -23,14 +23,16 @@ class ImagePipeline(Pipeline):
     """A pipeline whose latents decode to pictures."""
 
     announce: Announce = staticmethod(_log_only)
+    default_cfg_scale = 1.0
+    guidance_rule = staticmethod(classifier_free)  # how the two branches of cfg_scale become one velocity
 
-    def __call__(self, prompt: str, negative_prompt: str = "", cfg_scale: float = 1.0, embedded_guidance: float = 3.5,
-                 height: int = 1024, width: int = 1024, seed: int | None = None, num_inference_steps: int = 30,
-                 on_step: Callable[[int, int], None] | None = None) -> Image.Image:
+    def __call__(self, prompt: str, negative_prompt: str = "", cfg_scale: float | None = None,
+                 embedded_guidance: float = 3.5, height: int = 1024, width: int = 1024, seed: int | None = None,
+                 num_inference_steps: int = 30, on_step: Callable[[int, int], None] | None = None) -> Image.Image:
         """Generate one picture.
 
         Args:
-            cfg_scale: two-branch guidance with ``negative_prompt``; 1 runs one branch.
+            cfg_scale: two-branch guidance with ``negative_prompt``; 1 runs one branch, None is the family's choice.
             embedded_guidance: the scale told to a guidance-distilled network; others ignore it.
             height, width: pixels, rounded up to the family's division factor.
             seed: of the initial noise; None is fresh.
@@ -38,6 +40,7 @@ class ImagePipeline(Pipeline):
         """
         height, width = self.check_resize_height_width(height, width)
         shape = self.latent_shape(height, width)
+        cfg_scale = self.default_cfg_scale if cfg_scale is None else cfg_scale
         seed = int(np.random.SeedSequence().entropy % 2**63) if seed is None else seed
         latents = Draws(seed).normal("latents", np.array([0]), shape)
         guidance = Tensor(np.full(1, embedded_guidance, np.float32))
@@ -81,7 +84,7 @@ class ImagePipeline(Pipeline):
         """
         denoise = self.denoiser(positive)
         if cfg_scale != 1 and negative is not None:
-            denoise = classifier_free(denoise, self.denoiser(negative), cfg_scale)
+            denoise = self.guidance_rule(denoise, self.denoiser(negative), cfg_scale)
         return self.decode(euler(denoise, Tensor(latents), sigmas, on_step))
 
     def decode(self, latents: Tensor) -> list[Image.Image]:

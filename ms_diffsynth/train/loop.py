@@ -20,9 +20,10 @@ from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import AdamW, LearningRate
-from ms_diffsynth.train.prepared import PreparedRow, PreparedRows
+from ms_diffsynth.train.prepared import CachedRows, PreparedRow, PreparedRows
 from ms_diffsynth.train.program_step import ModuleTrainStep, ProgramTrainStep
 from ms_diffsynth.train.progress import Progress
+from ms_diffsynth.train.split import describe_loaded, open_cache, stage_of
 from ms_diffsynth.train.step import StepResult
 
 MOST_SKIPPED_IN_A_ROW = 20
@@ -85,6 +86,7 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "num_workers": num_workers,
              "save_steps": save_steps, "num_epochs": num_epochs,
              "gradient_accumulation_steps": accelerator.gradient_accumulation_steps}
+    dataset, class_dataset = _from_cache(model, dataset, class_dataset, args)
     run = _Run(accelerator, dataset, model, model_logger, TrainingOptions.of(args, given | options), class_dataset,
                sampler, sample_captions or [])
     given = dict(vars(args)) if hasattr(args, "__dict__") else {}
@@ -103,6 +105,20 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     return model_logger
 
 
+def _from_cache(model: DiffusionTrainingModule, dataset: Any, class_dataset: Any, args: Any) -> tuple[Any, Any]:
+    """The data sets themselves, or for stage two of split training the rows of the cache that ``dataset`` stands for.
+
+    Raises: CacheError when it is none that this job may train on; ConfigError for a module that trains eagerly.
+    """
+    if stage_of(model.task) != "train" or isinstance(dataset, PreparedRows):
+        return dataset, class_dataset
+    if model.has_own_forward:
+        raise ConfigError(f"task='{model.task}' with {type(model).__name__}.forward: a cache holds what the compiled "
+                          "step needs, and an own forward takes raw rows. Remove forward, or train with task='sft'.")
+    folder = getattr(args, "cache_dir", None) or dataset.base_path
+    return open_cache(folder, model, model.training_cut(), repeat=getattr(dataset, "repeat", 1))
+
+
 class _Run:
     """The state of one call of `launch_training_task`."""
 
@@ -112,12 +128,12 @@ class _Run:
         self.dataset, self.class_dataset = dataset, class_dataset
         self.sampler, self.captions = sampler, captions
         self._check()
+        self.is_eager = model.has_own_forward
+        self.cut = None if self.is_eager else model.training_cut()
         self.draws = Draws(options.seed)
         self.progress = Progress(accelerator.is_main_process)
         if hasattr(model.pipe, "announce"):
             model.pipe.announce = self.progress.announce
-        self.is_eager = model.has_own_forward
-        self.cut = None if self.is_eager else model.training_cut()
         self.skipped = self.skipped_in_a_row = 0
         self._micro_losses: list[Tensor] = []
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)  # rows and seconds of the last steps
@@ -150,10 +166,11 @@ class _Run:
         """Prepare the rows, then build loader, optimizer and step for the buckets they have."""
         options = self.options
         if not self.is_eager:
-            self.dataset = PreparedRows(self.dataset, self.model, self.cut)
-            self.class_dataset = self.class_dataset and PreparedRows(self.class_dataset, self.model, self.cut)
-            sets = [d for d in (self.dataset, self.class_dataset) if d]
-            self.progress.begin(sum(d.rows for d in sets), "preparing", "row")
+            sets = [d if isinstance(d, PreparedRows) else PreparedRows(d, self.model, self.cut)
+                    for d in (self.dataset, self.class_dataset) if d is not None]
+            self.dataset, self.class_dataset = sets[0], sets[1] if len(sets) > 1 else None
+            is_cached = isinstance(self.dataset, CachedRows)
+            self.progress.begin(sum(d.rows for d in sets), "reading" if is_cached else "preparing", "row")
             for rows in sets:
                 rows.prepare_all(self.progress.advance)
             self.progress.end()
@@ -320,7 +337,8 @@ class _Run:
         skipped = f", {self.skipped} skipped as non-finite" if self.skipped else ""
         compiled = (f"; the step was compiled {step.compilations} time(s), {step.compile_seconds:.1f} s"
                     if self.accelerator.mode == "graph" and not self.is_eager else "")
-        self.progress.say(f"trained {logger.num_steps} steps{skipped}{compiled}; peak memory {peak:.1f} GiB")
+        self.progress.say(f"trained {logger.num_steps} steps{skipped}{compiled}; peak memory {peak:.1f} GiB; loaded: "
+                          f"{describe_loaded(self.model.pipe)}")
         folder = logger.output_path
         for path in [*logger.saved[-1:], folder / "loss.png", folder / "samples/before_after.png"]:
             if path.exists():

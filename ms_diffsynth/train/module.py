@@ -14,6 +14,8 @@ from ms_diffsynth.io.lora_files import load_lora, save_lora
 from ms_diffsynth.io.weights import save_state_dict
 from ms_diffsynth.nn.lora import Uniform, inject_lora, lora_modules, lora_pairs, lora_parameters, set_lora
 from ms_diffsynth.nn.names import to_numpy, torch_parameters
+from ms_diffsynth.nn.quant import store_models_8bit
+from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
 from ms_diffsynth.train.losses import FlowMatchSFTLoss
@@ -37,6 +39,7 @@ class DiffusionTrainingModule:
     def __init__(self):
         self.trainable: tuple[str, ...] = ()
         self.task = "sft"
+        self.use_gradient_checkpointing = self.use_gradient_checkpointing_offload = False
 
     # -- set up --------------------------------------------------------------------------------------------------
 
@@ -44,7 +47,10 @@ class DiffusionTrainingModule:
                                      lora_base_model: str | None = None, lora_target_modules: str | Sequence[str] = "",
                                      lora_rank: int = 32, lora_alpha: float | None = None,
                                      lora_checkpoint: str | Path | None = None, task: str = "sft",
-                                     objective: Objective | None = None, lora_uniform: Uniform | None = None) -> None:
+                                     objective: Objective | None = None, lora_uniform: Uniform | None = None,
+                                     use_gradient_checkpointing: bool = False,
+                                     use_gradient_checkpointing_offload: bool = False,
+                                     fp8_models: str | None = None) -> None:
         """Freeze everything, then make trainable what is named.
 
         Args:
@@ -52,11 +58,43 @@ class DiffusionTrainingModule:
             lora_base_model: the model that gets a LoRA; its own weights stay frozen.
             lora_target_modules: names, or ends of names, of its linear layers; empty takes the family's choice.
             lora_checkpoint: a LoRA file to go on from.
+            task: ``sft`` or ``dreambooth``; with ``:data_process`` or ``:train`` one stage of split training.
             objective: what is minimised; None means DiffSynth-Studio's supervised objective.
+            use_gradient_checkpointing, use_gradient_checkpointing_offload: recompute the blocks of what gradients pass
+                through; offload keeps their inputs on the host (eager only). See `nn.recompute`.
+            fp8_models: frozen models stored in 8 bits, by name or as ``owner/name:pattern``. See `nn.quant`.
 
         Raises: ConfigError for names that are not there, for nothing to train, or for a model to be trained both ways.
         """
-        self.task, kind = task, task.split(":")[0]
+        self.task, (kind, _, stage) = task, task.partition(":")
+        names = self._checked_names(pipe, trainable_models, lora_base_model)
+        for model in pipe.models.values():
+            if isinstance(model, nn.Cell):
+                for parameter in model.get_parameters():
+                    parameter.requires_grad = False
+        pipe.forget_compiled()  # what was compiled before has no LoRA in it
+        pipe.objective = objective or Objective(weighting_scheme="diffsynth")
+        pipe.sigmas = pipe.training_schedule(kind).sigmas
+        self.lora_base_model = lora_base_model
+        self.trainable = (*names, *([lora_base_model] if lora_base_model else []))
+        if stage == "data_process":  # nothing is trained, so what would be is not loaded
+            self._store_frozen(fp8_models, ("prepare",))
+            return
+        if lora_base_model:
+            targets = lora_target_modules.split(",") if isinstance(lora_target_modules, str) else lora_target_modules
+            targets = [t for t in targets if t] or pipe.lora_target_modules
+            model = getattr(pipe, lora_base_model)
+            inject_lora(model, targets, lora_rank, lora_alpha, lora_uniform)
+            if lora_checkpoint:
+                self._resume_lora(model, lora_checkpoint)
+        for name in names:
+            for parameter in self._parameters_under(pipe, name):
+                parameter.requires_grad = True
+        self._store_frozen(fp8_models, ("step",) if stage == "train" else ("prepare", "step"))
+        self._recompute(use_gradient_checkpointing, use_gradient_checkpointing_offload)
+
+    @staticmethod
+    def _checked_names(pipe: Pipeline, trainable_models: str | None, lora_base_model: str | None) -> list[str]:
         names = [n.strip() for n in (trainable_models or "").split(",") if n.strip()]
         if not names and not lora_base_model:
             raise ConfigError("nothing would be trained: set lora_base_model or trainable_models, e.g. to dit.")
@@ -69,25 +107,24 @@ class DiffusionTrainingModule:
         if lora_base_model in names:
             raise ConfigError(f"'{lora_base_model}' is in trainable_models and is lora_base_model: expected one of the "
                               "two. Train it whole, or train a LoRA on it.")
-        for model in pipe.models.values():
-            if isinstance(model, nn.Cell):
-                for parameter in model.get_parameters():
-                    parameter.requires_grad = False
-        pipe.forget_compiled()  # what was compiled before has no LoRA in it
-        pipe.objective = objective or Objective(weighting_scheme="diffsynth")
-        pipe.sigmas = pipe.training_schedule(kind).sigmas
-        if lora_base_model:
-            targets = lora_target_modules.split(",") if isinstance(lora_target_modules, str) else lora_target_modules
-            targets = [t for t in targets if t] or pipe.lora_target_modules
-            model = getattr(pipe, lora_base_model)
-            inject_lora(model, targets, lora_rank, lora_alpha, lora_uniform)
-            if lora_checkpoint:
-                self._resume_lora(model, lora_checkpoint)
-        for name in names:
-            for parameter in self._parameters_under(pipe, name):
-                parameter.requires_grad = True
-        self.lora_base_model = lora_base_model
-        self.trainable = (*names, *([lora_base_model] if lora_base_model else []))
+        return names
+
+    def _recompute(self, is_on: bool, is_offloaded: bool) -> None:
+        """Let the networks that gradients pass through compute their blocks again in backward."""
+        self.use_gradient_checkpointing, self.use_gradient_checkpointing_offload = is_on, is_offloaded
+        if is_on or is_offloaded:
+            for name in dict.fromkeys(("dit", *(n.split(".")[0] for n in self.trainable))):
+                if name in self.training_cut().models("step"):
+                    use_recompute(getattr(self.pipe, name), offload=is_offloaded)
+
+    def _store_frozen(self, fp8_models: str | None, stages: tuple[str, ...]) -> None:
+        """Put the named models that these stages use into 8 bits; what is prepared by them depends on it."""
+        given = [self.pipe.given_as.get(n.strip(), n.strip()) for n in (fp8_models or "").split(",") if n.strip()]
+        cut = self.training_cut() if given else None
+        store_models_8bit(self.pipe, ",".join(given), {m for stage in stages for m in cut.models(stage)} if cut else ())
+        for name in given:
+            if "8 bits" not in self.pipe.weight_changes.setdefault(name, []):
+                self.pipe.weight_changes[name].append("8 bits")
 
     def _resume_lora(self, model: Any, path: str | Path) -> None:
         cells = lora_modules(model)
@@ -161,6 +198,12 @@ class DiffusionTrainingModule:
         shared = {"input_image": data["image"], "height": data["image"].size[1], "width": data["image"].size[0],
                   "cfg_scale": 1}
         return shared, {"prompt": data["prompt"]}, {"negative_prompt": ""}
+
+    @property
+    def row_fields(self) -> list[str] | None:
+        """The fields of a row that shape what is prepared of it; None for all, when `get_pipeline_inputs` is yours."""
+        is_own = type(self).get_pipeline_inputs is not DiffusionTrainingModule.get_pipeline_inputs
+        return None if is_own else ["image", "prompt"]
 
     def prepare(self, data: dict[str, Any], cut: Cut) -> dict[str, np.ndarray]:
         """Run the prepared half on one row: the slots that cross the cut, each without its batch axis."""

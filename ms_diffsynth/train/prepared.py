@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ms_diffsynth.errors import DataError
+from ms_diffsynth.io.cache import Cache
+from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
 from ms_diffsynth.train.module import DiffusionTrainingModule
 
@@ -20,6 +23,7 @@ class PreparedRow:
 
     slots: dict[str, np.ndarray]  # without batch axis
     size: tuple[int, int]  # height, width of the picture, pixels
+    bucket: tuple[int, ...]  # rows of one bucket may share a batch: height, width and, where it varies, text length
 
 
 class PreparedRows:
@@ -35,7 +39,7 @@ class PreparedRows:
         self.dataset, self.module, self.cut, self.limit_bytes = dataset, module, cut, limit_bytes
         self.rows = min(len(getattr(dataset, "rows", dataset)), len(dataset))
         self._kept: dict[int, PreparedRow] = {}
-        self._sizes: dict[int, tuple[int, int]] = {}
+        self._buckets: dict[int, tuple[int, ...]] = {}
         self.kept_bytes = 0
         self._is_full = False
 
@@ -46,9 +50,8 @@ class PreparedRows:
         row = index % self.rows
         if row in self._kept:
             return self._kept[row]
-        data = self.dataset[row]
-        prepared = PreparedRow(self.module.prepare(data, self.cut), (data["image"].size[1], data["image"].size[0]))
-        self._sizes[row] = prepared.size
+        prepared = in_bucket(*self._make(row), self.module.pipe)
+        self._buckets[row] = prepared.bucket
         size = sum(a.nbytes for a in prepared.slots.values())
         if self.kept_bytes + size <= self.limit_bytes:
             self._kept[row] = prepared
@@ -56,7 +59,7 @@ class PreparedRows:
         elif not self._is_full:
             self._is_full = True
             logger.warning("prepared rows fill %.1f GiB: row %d and others beyond that are prepared again at every "
-                           "use, which runs the encoders in each step.", self.limit_bytes / 2**30, row)
+                           "use.", self.limit_bytes / 2**30, row)
         return prepared
 
     def prepare_all(self, on_row: Callable[[], None]) -> None:
@@ -65,9 +68,54 @@ class PreparedRows:
             self[row]
             on_row()
 
-    def bucket_of(self, index: int) -> tuple[int, int]:
-        """Height and width of a row's picture: rows of one bucket may share a batch."""
+    def bucket_of(self, index: int) -> tuple[int, ...]:
+        """The bucket of a row; see `PreparedRow`."""
         row = index % self.rows
-        if row not in self._sizes:
+        if row not in self._buckets:
             self[row]
-        return self._sizes[row]
+        return self._buckets[row]
+
+    def _make(self, row: int) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+        data = self.dataset[row]
+        return self.module.prepare(data, self.cut), picture_size(data)
+
+
+class CachedRows(PreparedRows):
+    """The same, read from a cache instead of prepared; no model of the prepared half is needed.
+
+    Args:
+        cache: checked by `io.cache.Cache.check`. name: ``"instance"`` or ``"class"``.
+        repeat: how many times an epoch goes through the rows.
+    """
+
+    def __init__(self, cache: Cache, name: str, module: DiffusionTrainingModule, repeat: int = 1,
+                 limit_bytes: int = 8 << 30):
+        self.cache, self.planned = cache, cache.rows(name)
+        super().__init__(range(len(self.planned) * repeat), module, None, limit_bytes)
+        self.rows = len(self.planned)
+
+    def _make(self, row: int) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+        return self.cache.read(self.planned[row].key, self.planned[row].label)
+
+
+def picture_size(data: dict[str, Any]) -> tuple[int, int]:
+    """Height and width in pixels of a row's picture."""
+    return data["image"].size[1], data["image"].size[0]
+
+
+def in_bucket(slots: dict[str, np.ndarray], size: tuple[int, int], pipe: Pipeline) -> PreparedRow:
+    """A row as the step takes it: the slots of varying length padded with zeros to the next length there is.
+
+    Raises: DataError when a row is longer than the longest.
+    """
+    names = [name for name in pipe.padded_slots if name in slots]
+    if not names:
+        return PreparedRow(slots, size, size)
+    length = max(len(slots[name]) for name in names)
+    fitting = [n for n in sorted(pipe.prompt_lengths) if n >= length]
+    if not fitting:
+        raise DataError(f"a prompt of {length} tokens is longer than the longest of prompt_lengths="
+                        f"{pipe.prompt_lengths}: shorten it, or add a length.")
+    padded = {name: np.pad(slots[name], [(0, fitting[0] - len(slots[name]))] + [(0, 0)] * (slots[name].ndim - 1))
+              for name in names}
+    return PreparedRow(slots | padded, size, (*size, fitting[0]))

@@ -35,7 +35,7 @@ def test_a_whole_run(run, config):
     settings = json.loads(Path("out/training_args.json").read_text())
     assert settings["learning_rate"] == 0.01 and settings["family"] == "toy" and settings["mode"] == "graph"
     assert len({Image.open(f"out/{name}").size for name in files if name.startswith("samples/step")}) == 1
-    assert "toy: 3 pictures, batch size 2, objective sft, output in out" in err and "compiled the training step" in err
+    assert "toy: 3 pictures, batch size 2, task sft, output in out" in err and "compiled the training step" in err
 
 
 def test_graph_and_pynative_give_the_same_losses(run, config):
@@ -69,7 +69,7 @@ def test_a_bad_file(run, tmp_path, line, code, expected):
 
 
 @pytest.mark.parametrize("words, code, expected", [
-    (["--family", "flxu"], 64, "family='flxu' is unknown: expected one of flux, toy. Did you mean 'flux'?"),
+    (["--family", "flxu"], 64, "family='flxu' is unknown: expected one of flux, qwen_image, toy. Did you mean 'flux'?"),
     (["--model_paths", "absent"], 66, "absent does not exist"),
     (["--model_paths", "[absent"], 64, "model_paths=[absent is no JSON"),
     (["--model_paths", "null"], 64, "neither model_paths nor model_id_with_origin_paths is set"),
@@ -118,7 +118,7 @@ def test_a_device_that_is_not_there(config, python, command):
 
 
 def test_class_images(run, config, pictures):
-    code, _, err = run("train", config, *EAGER, "--objective", "dreambooth", "--with_prior_preservation",
+    code, _, err = run("train", config, *EAGER, "--task", "dreambooth", "--with_prior_preservation",
                        "--class_base_path", pictures, "--class_prompt", "a square", "--posterior", "sample")
     assert code == 0 and "3 pictures and 3 class images" in err
 
@@ -144,7 +144,7 @@ def test_training_in_full_without_clipping_on_sidecars_in_a_bucket(run, config, 
 
 def test_the_scheme_follows_the_objective():
     base = {"family": "toy", "dataset_base_path": "d", "num_epochs": "1", "instance_prompt": "a"}
-    for flags, expected in (({}, "diffsynth"), ({"objective": "dreambooth"}, "none"),
+    for flags, expected in (({}, "diffsynth"), ({"task": "dreambooth"}, "none"),
                             ({"weighting_scheme": "cosmap"}, "cosmap")):
         assert run_module.objective_of(load_config(None, base | flags)).weighting_scheme == expected
 

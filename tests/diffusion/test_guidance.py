@@ -6,7 +6,8 @@ import pytest
 from mindspore import Tensor
 
 from ms_diffsynth import runtime
-from ms_diffsynth.diffusion.guidance import classifier_free
+from ms_diffsynth.diffusion.guidance import classifier_free, classifier_free_with_norms
+from ms_diffsynth.diffusion.packing import pack
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,3 +32,16 @@ def test_without_guidance_the_negative_branch_is_not_run():
 
     x, s = Tensor(normal(1, 2)), Tensor(np.ones(1, np.float32))
     assert np.array_equal(classifier_free(lambda x, s: x * 3, never, 1.0)(x, s).asnumpy(), 3 * x.asnumpy())
+
+
+def test_every_patch_keeps_the_norm_of_its_positive_branch():
+    x, s = Tensor(normal(2, 3, 4, 6)), Tensor(np.ones(2, np.float32))
+    positive, negative = (lambda x, s: x * 3), (lambda x, s: x * x)
+    plain = pack(classifier_free(positive, negative, 4.0)(x, s)).asnumpy()
+    found = pack(classifier_free_with_norms(positive, negative, 4.0)(x, s)).asnumpy()
+    norms = np.linalg.norm(pack(x * 3).asnumpy(), axis=-1, keepdims=True)
+    wanted = plain / np.linalg.norm(plain, axis=-1, keepdims=True) * norms
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert classifier_free_with_norms(positive, negative, 1.0) is positive
+    zero = classifier_free_with_norms(lambda x, s: x * 0, lambda x, s: x * 0, 4.0)(x, s).asnumpy()
+    assert not zero.any() and np.isfinite(zero).all()

@@ -73,6 +73,18 @@ def test_latents_from_moments():
     np.testing.assert_allclose(found.asnumpy(), wanted, rtol=2e-6, atol=1e-6)
 
 
+def test_latents_may_have_a_shift_and_a_scale_for_each_channel():
+    class Pipe:
+        def config(self, name):
+            return {"vae": {"latents_mean": [1.0, -2.0], "latents_std": [2.0, 0.5]}}[name]
+
+    unit, moments = SampleLatents("mean"), random(3, 4, 4, 4)
+    unit.attach(Pipe())
+    found, = unit(Tensor(moments))
+    wanted = np.stack([(moments[:, 0] - 1) / 2, (moments[:, 1] + 2) / 0.5], 1)
+    np.testing.assert_allclose(found.asnumpy(), wanted, rtol=0, atol=2e-6)
+
+
 def test_each_sample_has_a_point_of_its_own_on_the_path():
     x, noise, sigma = random(*SHAPE), random(*SHAPE, seed=1), np.float32([0.0, 0.25, 1.0])
     latents, target = FlowMatchPath()(Tensor(x), Tensor(noise), Tensor(sigma))

@@ -19,6 +19,7 @@ from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import AdamW
+from ms_diffsynth.train.prepared import in_bucket
 from ms_diffsynth.train.program_step import ProgramTrainStep
 
 QUICK = ("toy",)
@@ -97,7 +98,7 @@ def step_of(module, mode="pynative"):
 
 def inputs_of(module, cut, count=1):
     """The inputs of a step, for a batch of ``count`` rows."""
-    rows = [module.prepare(row(k), cut) for k in range(count)]
+    rows = [in_bucket(module.prepare(row(k), cut), (SIDE, SIDE), module.pipe).slots for k in range(count)]
     slots = {n: np.stack([r[n] for r in rows]) for n in cut.cache} | draws_of(module.pipe, module.pipe.objective, count)
     return [Tensor(slots[n]) for n in (*cut.cache, *cut.draws)]
 

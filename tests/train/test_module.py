@@ -80,7 +80,7 @@ def test_a_tokenizer_cannot_be_trained():
 def test_a_model_the_loss_does_not_depend_on_is_named(module):
     module.switch_pipe_to_training_mode(module.pipe, trainable_models="text_encoder")
     module.pipe.units[1].no_grad = True
-    with pytest.raises(ProgramError, match="'text_encoder' is to be trained, but the outputs do not depend on it"):
+    with pytest.raises(ProgramError, match="'text_encoder' is to be trained, but its gradient cannot reach loss"):
         module.training_cut()
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from ms_diffsynth.train.prepared import PreparedRows
 
 class Module:
     def __init__(self):
-        self.calls = []
+        self.calls, self.pipe = [], SimpleNamespace(padded_slots=(), prompt_lengths=())
 
     def prepare(self, data, cut):
         self.calls.append(data["prompt"])

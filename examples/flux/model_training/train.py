@@ -22,6 +22,7 @@ from ms_diffsynth import (
     UnifiedDataset,
     buckets_near_square,
     compute_dtype,
+    launch_data_process_task,
     launch_training_task,
     model_configs,
     run_main,
@@ -45,6 +46,7 @@ class FluxTrainingModule(DiffusionTrainingModule):
             mindspore_dtype=compute_dtype(args.dtype),
         )
         self.pipe.max_sequence_length = args.max_sequence_length or 512
+        default_scheme = "none" if args.task.startswith("dreambooth") else "diffsynth"
         self.fuse = args.fuse  # ("encode_image",) compiles the VAE into the step
         self.switch_pipe_to_training_mode(
             self.pipe,
@@ -54,9 +56,12 @@ class FluxTrainingModule(DiffusionTrainingModule):
             lora_rank=args.lora_rank,
             lora_alpha=args.lora_alpha,
             lora_checkpoint=args.lora_checkpoint,
-            task=args.objective,
+            task=args.task,
+            fp8_models=args.fp8_models,
+            use_gradient_checkpointing=args.use_gradient_checkpointing,
+            use_gradient_checkpointing_offload=args.use_gradient_checkpointing_offload,
             objective=Objective(
-                weighting_scheme=args.weighting_scheme or {"sft": "diffsynth", "dreambooth": "none"}[args.objective],
+                weighting_scheme=args.weighting_scheme or default_scheme,
                 logit_mean=args.logit_mean,
                 logit_std=args.logit_std,
                 mode_scale=args.mode_scale,
@@ -108,6 +113,9 @@ def main():
             for k, prompt in enumerate(args.sample_prompts)
         ]
 
+    if args.task.endswith(":data_process"):  # stage one of split training: the cache that sft:train reads
+        launch_data_process_task(accelerator, pictures, model, model_logger, class_dataset=class_images, args=args)
+        return
     launch_training_task(
         accelerator, pictures, model, model_logger, class_dataset=class_images, args=args,
         sampler=sampler if args.sample_prompts else None, sample_captions=list(args.sample_prompts),

@@ -99,6 +99,7 @@ class FluxImagePipeline(ImagePipeline):
     lora_target_modules = LORA_TARGET_MODULES
     lora_prefixes = {"dit": "transformer", "text_encoder_1": "text_encoder", "text_encoder_2": "text_encoder_2"}
     fusible = ("encode_image",)
+    prepare_settings = ("max_sequence_length",)
     max_sequence_length = 512
 
     @classmethod

@@ -1,0 +1,122 @@
+"""Recompute (gradient checkpointing): a block keeps its inputs and computes the rest again in backward.
+
+A property of the cells, set before the step is compiled and after LoRA was injected. Two forms of MindSpore 2.10 were
+not good enough (2026-11-21, a FLUX.1 of four blocks with LoRA):
+
+- ``cell.recompute()`` with its default ``use_reentrant=True`` collects the trainable parameters when it is called: in
+  PyNative a LoRA injected later gets no gradient and nothing says so. With the default ``early_stop=True`` of the other
+  form an exception ends the second forward, and a cell with a ``bprop`` of its own does not survive that.
+- ``ms.recompute`` in compiled code adds up gradients in another order: equal to 1e-6 only.
+
+``cell.recompute(use_reentrant=False, early_stop=False)`` is equal bit for bit, eager and compiled. What a ``bprop``
+written in Python keeps from forward (`ops.cpu.fast`) stays kept in compiled code: it is no operator to run again.
+"""
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn
+from mindspore.ops.primitive import constexpr
+
+from ms_diffsynth import runtime
+from ms_diffsynth.errors import ConfigError, DeviceError, listing, nearest
+from ms_diffsynth.nn.names import to_numpy
+
+# MindSpore before 2.8 has one form only, and 2.8 no early stop
+_KNOWN = inspect.signature(ms.recompute).parameters
+_OPTIONS = {name: False for name in ("use_reentrant", "early_stop") if name in _KNOWN}
+
+
+def use_recompute(model: nn.Cell, blocks: Sequence[str] | None = None, offload: bool = False) -> int:
+    """Recompute the repeated blocks of ``model`` in backward; gradients stay the same bit for bit.
+
+    Call it after `inject_lora`, before compilation; a second call leaves blocks that recompute already as they are.
+
+    Args:
+        blocks: names of cells; a CellList means each of its cells. None takes every CellList that is in no other.
+        offload: also keep the inputs of the blocks in the memory of the host. In mode ``"pynative"`` only.
+
+    Returns: the number of blocks that recompute.
+    Raises: ConfigError for a name that is no cell of the model, or a model without CellLists; DeviceError when
+        ``offload`` cannot be had.
+    """
+    if offload:
+        _can_offload()
+    cells = dict(model.cells_and_names())
+    lists = [name for name, cell in cells.items() if isinstance(cell, nn.CellList)]
+    outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    wrong = [name for name in blocks or () if name not in cells]
+    if wrong or not (outer if blocks is None else blocks):
+        raise ConfigError(f"recompute: {listing(map(repr, wrong)) or 'no blocks'} found in {type(model).__name__}."
+                          f"{nearest(wrong[0], cells) if wrong else ''} Expected names of its cells, e.g. its lists "
+                          f"{listing(outer) or '(it has none)'}. Name some, or turn use_gradient_checkpointing "
+                          "off for this model.")
+    chosen: list[nn.Cell] = []
+    for name in outer if blocks is None else blocks:
+        chosen += list(cells[name]) if isinstance(cells[name], nn.CellList) else [cells[name]]
+    for block in chosen:
+        if not getattr(block, "is_recomputed", False):
+            if offload:
+                block.construct = partial(_offloaded_forward, block.construct)
+            else:
+                block.recompute(**_OPTIONS)
+            block.is_recomputed = True
+    return len(chosen)
+
+
+def gradient_checkpoint_forward(model: nn.Cell, use_gradient_checkpointing: bool,
+                                use_gradient_checkpointing_offload: bool, *args: Any, **kwargs: Any) -> Any:
+    """``model(*args, **kwargs)``, recomputed in backward when asked. Usable in eager and in compiled model code.
+
+    A block that `use_recompute` has marked is called as it is: it recomputes already. Any other is recomputed from
+    here: equal bit for bit in PyNative, to 1e-6 in a compiled step (gradients are added in another order).
+
+    Args:
+        use_gradient_checkpointing_offload: also keep the inputs on the host; eager code only.
+
+    Raises: DeviceError for offload in a compiled step.
+    """
+    is_recomputed = getattr(model, "is_recomputed", False)
+    if use_gradient_checkpointing_offload and not is_recomputed and _can_offload():
+        return _offloaded_forward(model.construct, *args, **kwargs)
+    if use_gradient_checkpointing and not is_recomputed:
+        return ms.recompute(model, *args, **_OPTIONS, **kwargs)
+    return model(*args, **kwargs)
+
+
+@constexpr
+def _can_offload() -> bool:
+    """True, or the error; a constant in compiled code.
+
+    MindSpore's own ``Cell.offload`` does not fit a compiled step: it marks primitives that are attributes of cells, of
+    which networks built on mint have none, and asks for mode GRAPH_MODE with lazy_inline (2.7 to 2.10).
+    """
+    if runtime.current().mode == "graph":
+        raise DeviceError("use_gradient_checkpointing_offload is on in mode graph: MindSpore cannot move what a "
+                          "compiled step of this network keeps to the host. Expected mode pynative; or set "
+                          "use_gradient_checkpointing instead, which keeps the inputs of the blocks on the device.")
+    if not hasattr(ms, "saved_tensors_hooks"):
+        raise DeviceError(f"use_gradient_checkpointing_offload is on with MindSpore {ms.__version__}: expected one "
+                          "with saved_tensors_hooks, e.g. 2.10. Install it, or set use_gradient_checkpointing instead.")
+    return True
+
+
+def _offloaded_forward(construct: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # MindSpore 2.10 hands positional Tensors to the hooks, keyword arguments and tuples stay on the device
+    given = inspect.signature(construct).bind(*args, **kwargs)
+    given.apply_defaults()
+    with ms.saved_tensors_hooks(_to_host, _to_device):
+        return ms.recompute(construct, *given.args, **_OPTIONS, **given.kwargs)
+
+
+def _to_host(tensor: Tensor) -> tuple[np.ndarray, ms.Type]:
+    return to_numpy(tensor), tensor.dtype
+
+
+def _to_device(kept: tuple[np.ndarray, ms.Type]) -> Tensor:
+    return Tensor(kept[0], kept[1])

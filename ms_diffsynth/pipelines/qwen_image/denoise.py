@@ -1,0 +1,48 @@
+"""How Qwen-Image's transformer is called: latents are packed into tokens, and the velocity is unpacked again."""
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Tensor, ops
+
+from ms_diffsynth.diffusion.packing import pack, unpack
+from ms_diffsynth.pipelines.qwen_image.rotary import image_table
+from ms_diffsynth.units import TensorUnit
+
+
+class Denoise(TensorUnit):
+    """Velocity at noisy latents.
+
+    Shapes: latents float [B, C, H, W], sigma float32 [B], prompt_embeds [B, L, D], prompt_mask float32 [B, L] (1 for
+    text, 0 for padding; absent: all text) -> velocity float32 [B, C, H, W]. The network computes in ``dtype``.
+    """
+
+    input_params = ("latents", "sigma", "prompt_embeds", "prompt_mask?")
+    output_params = ("velocity",)
+    onload_model_names = ("dit",)
+
+    def __init__(self, dtype: ms.Type):
+        super().__init__()
+        self.dtype = dtype
+        self.axes = ()
+
+    def attach(self, pipe):
+        super().attach(pipe)
+        self.axes = tuple(pipe.config("dit")["axes_dims_rope"])
+
+    def construct(self, latents, sigma, prompt_embeds, prompt_mask=None):
+        height, width = latents.shape[2], latents.shape[3]
+        table = image_table(prompt_embeds.shape[1], height // 2, width // 2, self.axes)
+        mask = None if prompt_mask is None else attention_mask(prompt_mask, (height // 2) * (width // 2))
+        tokens = self.dit(pack(latents).astype(self.dtype), sigma, prompt_embeds.astype(self.dtype), table, mask)
+        return (unpack(tokens, height, width).astype(ms.float32),)
+
+
+def attention_mask(prompt_mask: Tensor, image_tokens: int) -> Tensor:
+    """1 where a token is attended to: all of the picture, and text that is no padding. float32 [B, 1, 1, L + N].
+
+    Queries of padding attend like any other; nothing reads what becomes of them. Float, because the gradients of what
+    is handed to several cells are added, and there is no sum of bools.
+    """
+    batch = prompt_mask.shape[0]
+    keys = ops.cat((prompt_mask, ops.ones((batch, image_tokens), prompt_mask.dtype)), 1)
+    return keys.reshape(batch, 1, 1, -1)

@@ -1,0 +1,155 @@
+"""Qwen-Image: a language model as text encoder, a film VAE used on one frame, and a transformer of two streams."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from ms_diffsynth.diffusion.guidance import classifier_free_with_norms
+from ms_diffsynth.diffusion.schedule import (
+    DynamicShift,
+    ExponentialShift,
+    Grid,
+    Schedule,
+    TerminalStretch,
+    flow_match_euler,
+    linspace,
+    to_one_nth,
+)
+from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.nn.names import to_numpy
+from ms_diffsynth.pipeline import Component
+from ms_diffsynth.pipelines.flux.units import LoadPixels
+from ms_diffsynth.pipelines.image import ImagePipeline
+from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.pipelines.qwen_image import units
+from ms_diffsynth.pipelines.qwen_image.denoise import Denoise
+from ms_diffsynth.train.prepared import in_bucket
+
+HERE = Path(__file__).parent
+# settings newer diffusers write into config.json; with these values the network is the one mindone 0.5.0 knows
+LATER_SETTINGS = {"use_additional_t_cond": False, "use_layer3d_rope": False, "zero_cond_t": False, "input_channels": 3}
+
+_LATER = list(LATER_SETTINGS.items())
+
+
+def _build_dit(config: dict[str, Any]):
+    from ms_diffsynth.pipelines.qwen_image.transformer import build_transformer  # imports mindone's networks
+
+    return build_transformer(_arguments(config))
+
+
+def _build_vae(config: dict[str, Any]):
+    with quiet_imports():
+        from mindone.diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(**_arguments(config))
+
+
+def _build_text_encoder(config: dict[str, Any]):
+    from ms_diffsynth.pipelines.qwen_image.text_encoder import QwenTextEncoder  # imports mindone's networks
+
+    return QwenTextEncoder(config)
+
+
+def _build_tokenizer(folder: Path):
+    with quiet_imports():
+        from transformers import Qwen2Tokenizer
+
+    return Qwen2Tokenizer.from_pretrained(folder)
+
+
+def _arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments from a diffusers config.json. A later setting that is on reaches mindone, which refuses."""
+    return {k: v for k, v in config.items() if not k.startswith("_") and (k, v) not in _LATER}
+
+
+COMPONENTS = (
+    Component(name="tokenizer", folder="tokenizer", build=_build_tokenizer, default_folder=HERE / "tokenizer"),
+    Component(name="text_encoder", folder="text_encoder", class_name="Qwen2_5_VLForConditionalGeneration",
+              build=_build_text_encoder, ignored=("visual.", "lm_head.")),
+    Component(name="vae", folder="vae", class_name="AutoencoderKLQwenImage", build=_build_vae),
+    Component(name="dit", folder="transformer", class_name="QwenImageTransformer2DModel", build=_build_dit),
+)
+
+# What DiffSynth-Studio's Qwen-Image LoRA script adapts
+LORA_TARGET_MODULES = (
+    "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out",
+    "img_mlp.net.2", "img_mod.1", "txt_mlp.net.2", "txt_mod.1",
+)
+
+
+def one_to_zero(n: int) -> np.ndarray:
+    """n even steps from 1 down towards 0, which is not reached: DiffSynth-Studio's spacing for Qwen-Image."""
+    return linspace(1.0, 0.0, n + 1)[:-1]
+
+
+# Source: DiffSynth-Studio 2.1.12, FlowMatchScheduler(template="Qwen-Image"); Qwen-Image's scheduler_config.json
+SCHEDULE = Schedule(
+    training=Grid(one_to_zero, (ExponentialShift(0.8), TerminalStretch(0.02))),
+    inference=Grid(to_one_nth, (DynamicShift(base_seq_len=256, max_seq_len=8192, base_mu=0.5, max_mu=0.9),
+                                TerminalStretch(0.02))),
+)
+
+
+class QwenImagePipeline(ImagePipeline):
+    """Text to image with Qwen-Image, and the units its training reuses.
+
+    Attributes:
+        max_sequence_length: tokens of a prompt and of the template's end (5) that are kept; at most 1024.
+    """
+
+    components = COMPONENTS
+    lora_target_modules = LORA_TARGET_MODULES
+    lora_prefixes = {"dit": "transformer", "text_encoder": "text_encoder"}
+    fusible = ("encode_image",)
+    prepare_settings = ("max_sequence_length",)
+    padded_slots = ("prompt_ids", "prompt_embeds", "prompt_mask")
+    prompt_lengths = (64, 128, 256, 512, 1024)
+    max_sequence_length = 1024
+    default_cfg_scale = 4.0
+    guidance_rule = staticmethod(classifier_free_with_norms)
+
+    @classmethod
+    def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
+                        tokenizer_config: ModelConfig | None = None, mindspore_dtype: ms.Type | None = None,
+                        device: str | None = None) -> QwenImagePipeline:
+        """A pipeline whose models are loaded at first use.
+
+        Args:
+            model_configs: a diffusers-format folder, or a ModelConfig for each component.
+            tokenizer_config: Qwen2.5-VL's tokenizer; None uses the one shipped with the package.
+            mindspore_dtype: compute dtype; None means bfloat16 on Ascend, float32 on the CPU.
+        """
+        return cls._from_configs(model_configs, {"tokenizer": tokenizer_config}, mindspore_dtype, device)
+
+    def build_units(self) -> list:
+        return [units.TokenizePrompt(), units.EncodePrompt(), LoadPixels(), units.EncodeImage(self.dtype)]
+
+    def build_denoise(self) -> Denoise:
+        return Denoise(self.dtype)
+
+    def build_decode(self) -> units.Decode:
+        return units.Decode(self.dtype)
+
+    def condition(self, prompt: str, **extra: Tensor) -> dict[str, Any]:
+        """As `ImagePipeline.condition`, with the text padded to one of ``prompt_lengths``: few compilations."""
+        slots = super().condition(prompt, **extra)
+        row = in_bucket({n: to_numpy(slots[n])[0] for n in self.padded_slots if n in slots}, (0, 0), self)
+        return slots | {name: Tensor(value[None]) for name, value in row.slots.items()}
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        config = self.config("vae")
+        factor = 2 ** len(config["temperal_downsample"])  # the config's spelling
+        return (config["z_dim"], height // factor, width // factor)
+
+    def training_schedule(self, objective: str) -> Schedule:
+        # diffusers' DreamBooth script takes the scheduler's grid, which dynamic shifting leaves unshifted
+        return SCHEDULE if objective == "sft" else flow_match_euler(1.0)
+
+    def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
+        return SCHEDULE.sampling(num_inference_steps, (latent_shape[1] // 2) * (latent_shape[2] // 2))

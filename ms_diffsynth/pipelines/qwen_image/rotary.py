@@ -1,0 +1,67 @@
+"""Rotary positions by real cosines and sines, made on the host in NumPy.
+
+mindone 0.5.0 multiplies complex numbers inside ``ms._no_grad()``: that neither compiles nor lets a gradient through to
+queries and keys.
+
+Shape legend: B batch, S tokens of text and picture together, H heads, D channels of a head, L text tokens.
+"""
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+
+THETA = 10000.0  # of the transformer; the text encoder has its own
+
+
+def frequencies(channels: int, theta: float) -> np.ndarray:
+    """theta^(-2 i / channels) for each pair of channels: float32 [channels / 2], rounded as PyTorch rounds it."""
+    exponents = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)
+    return np.float32(1) / np.power(np.float32(theta), exponents)
+
+
+def image_angles(text_tokens: int, height: int, width: int, axes: tuple[int, ...]) -> np.ndarray:
+    """Angle of every token and pair of channels, text first: float32 [S, D / 2]; sides in tokens.
+
+    The picture is centred: rows count from -ceil(height / 2), columns likewise, and the frame is 0. Text goes on where
+    the picture ends, on all three axes at once: token l is at max(height // 2, width // 2) + l.
+
+    Source: diffusers 0.35, QwenEmbedRope with scale_rope (use_layer3d_rope is another one).
+    """
+    text = max(height // 2, width // 2) + np.arange(text_tokens)
+    row, column = np.arange(height) - (height - height // 2), np.arange(width) - (width - width // 2)
+    rows, columns = (grid.ravel() for grid in np.meshgrid(row, column, indexing="ij"))
+    places = (np.concatenate([text, 0 * rows]), np.concatenate([text, rows]), np.concatenate([text, columns]))
+    return np.concatenate([np.outer(place.astype(np.float32), frequencies(channels, THETA))
+                           for place, channels in zip(places, axes)], 1)
+
+
+@ops.constexpr
+def image_table(text_tokens: int, height: int, width: int, axes: tuple[int, ...]) -> Tensor:
+    """Cosines and sines of `image_angles`, a constant: float32 [2, 1, S, 1, D / 2]."""
+    angles = image_angles(text_tokens, height, width, axes)
+    return Tensor(np.stack([np.cos(angles), np.sin(angles)])[:, None, :, None].astype(np.float32))
+
+
+@ops.constexpr
+def text_table(tokens: int, channels: int, theta: float) -> Tensor:
+    """Cosines and sines of a language model's positions 0, 1, ...: float32 [2, tokens, channels / 2]."""
+    angles = np.outer(np.arange(tokens, dtype=np.float32), frequencies(channels, theta))
+    return Tensor(np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32))
+
+
+def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
+    """Turn channels (0, 1), (2, 3), ... by their angles, in float32: x [B, S, H, D], from `image_table`."""
+    pairs = x.astype(ms.float32).reshape(x.shape[0], x.shape[1], x.shape[2], -1, 2)
+    real, imaginary = pairs[..., 0], pairs[..., 1]
+    turned = ops.stack((real * table[0] - imaginary * table[1], real * table[1] + imaginary * table[0]), -1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
+    """Turn channels (i, i + D / 2) by their angles, in float32: x [B, H, L, D], from `text_table`."""
+    half = x.shape[-1] // 2
+    wide = x.astype(ms.float32)
+    real, imaginary = wide[..., :half], wide[..., half:]
+    turned = ops.cat((real * table[0] - imaginary * table[1], real * table[1] + imaginary * table[0]), -1)
+    return turned.astype(x.dtype)
