@@ -21,6 +21,7 @@ _WHERE = {
     # pipelines
     "Pipeline": "pipeline", "Family": "pipeline", "Component": "components", "ModelConfig": "io.hub",
     "FluxImagePipeline": "pipelines.flux.pipeline", "TrainStepForFluxDevDB": "pipelines.flux.train_step",
+    "Flux2ImagePipeline": "pipelines.flux2.pipeline",
     "QwenImagePipeline": "pipelines.qwen_image.pipeline",
     "gradient_checkpoint_forward": "nn.recompute",
     # data
@@ -34,6 +35,7 @@ _WHERE = {
     "Draws": "train.draws",
     # scripts
     "training_parser": "cli.flags", "run_main": "cli.flags", "model_configs": "cli.run",
+    "tokenizer_configs": "cli.run",
     "buckets_near_square": "cli.run", "compute_dtype": "runtime",
     # weights
     "load_state_dict": "io.weights", "save_state_dict": "io.weights", "save_lora": "io.lora_files",

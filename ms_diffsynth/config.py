@@ -33,6 +33,7 @@ class ModelSection:
     family: str = _field(MISSING, "model family, such as flux or toy")
     model_paths: str | None = _field(None, "folder of a diffusers-format model, or a JSON list of paths")
     model_id_with_origin_paths: str | None = _field(None, "owner/name:pattern of files on a hub, separated by commas")
+    tokenizer_path: str | None = _field(None, "folder, or owner/name:tokenizer/; null = shipped or model's own")
     tokenizer_1_path: str | None = _field(None, "folder, or owner/name:tokenizer/; null = shipped or model's own")
     tokenizer_2_path: str | None = _field(None, "folder, or owner/name:tokenizer_2/; null = shipped or model's own")
     lora_base_model: str | None = _field("dit", "model that gets the LoRA; unused when trainable_models is set")

@@ -14,7 +14,7 @@ from ms_diffsynth.data.buckets import Bucket, make_buckets
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.units import Objective
-from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.errors import ConfigError, listing
 from ms_diffsynth.io.files import write_file
 from ms_diffsynth.io.hub import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
 from ms_diffsynth.pipeline import Pipeline
@@ -152,18 +152,28 @@ def model_configs(model_paths: str | None, model_id_with_origin_paths: str | Non
     return configs
 
 
+def tokenizer_configs(settings: Any, pipeline: type[Pipeline]) -> dict[str, ModelConfig]:
+    """The ``tokenizer..._config`` arguments of ``from_pretrained`` that the ``tokenizer..._path`` settings name.
+
+    Raises: ConfigError for a tokenizer the pipeline does not have.
+    """
+    own = [c.name for c in pipeline.components if c.name.startswith("tokenizer")]
+    found = {}
+    for name in ("tokenizer", "tokenizer_1", "tokenizer_2"):
+        if text := getattr(settings, f"{name}_path"):
+            if name not in own:
+                raise ConfigError(f"{name}_path={text}: {pipeline.__name__} has no {name}; it has "
+                                  f"{listing(own) or 'none at all'}. Remove the setting.")
+            found[f"{name}_config"] = parse_path_or_model_id(text)
+    return found
+
+
 def build_pipeline(config: TrainConfig) -> Pipeline:
     """The family's pipeline on the configured weights."""
     model, cls = config.model, family(config.model.family).pipeline
-    known = {component.name for component in cls.components}
-    tokenizers = {}
-    for name in ("tokenizer_1", "tokenizer_2"):
-        if text := getattr(model, f"{name}_path"):
-            if name not in known:
-                raise ConfigError(f"{name}_path={text}: the family {model.family} has no {name}. Remove it.")
-            tokenizers[f"{name}_config"] = parse_path_or_model_id(text)
-    pipe = cls.from_pretrained(model_configs(model.model_paths, model.model_id_with_origin_paths), **tokenizers,
-                               mindspore_dtype=runtime.compute_dtype(config.run.dtype), device=config.run.device)
+    pipe = cls.from_pretrained(model_configs(model.model_paths, model.model_id_with_origin_paths),
+                               **tokenizer_configs(model, cls), device=config.run.device,
+                               mindspore_dtype=runtime.compute_dtype(config.run.dtype))
     if config.data.max_sequence_length is not None:
         if not hasattr(pipe, "max_sequence_length"):
             raise ConfigError(f"max_sequence_length={config.data.max_sequence_length}: prompts of the family "

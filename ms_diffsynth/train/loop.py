@@ -23,7 +23,7 @@ from ms_diffsynth.train.optim import AdamW, LearningRate
 from ms_diffsynth.train.prepared import CachedRows, PreparedRow, PreparedRows
 from ms_diffsynth.train.program_step import ModuleTrainStep, ProgramTrainStep
 from ms_diffsynth.train.progress import Progress
-from ms_diffsynth.train.split import describe_loaded, open_cache, stage_of
+from ms_diffsynth.train.split import describe_loaded, launch_data_process_task, open_cache, stage_of
 from ms_diffsynth.train.step import StepResult
 
 MOST_SKIPPED_IN_A_ROW = 20
@@ -86,7 +86,7 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "num_workers": num_workers,
              "save_steps": save_steps, "num_epochs": num_epochs,
              "gradient_accumulation_steps": accelerator.gradient_accumulation_steps}
-    dataset, class_dataset = _from_cache(model, dataset, class_dataset, args)
+    dataset, class_dataset = _from_cache(accelerator, model, model_logger, dataset, class_dataset, args)
     run = _Run(accelerator, dataset, model, model_logger, TrainingOptions.of(args, given | options), class_dataset,
                sampler, sample_captions or [])
     given = dict(vars(args)) if hasattr(args, "__dict__") else {}
@@ -105,18 +105,26 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     return model_logger
 
 
-def _from_cache(model: DiffusionTrainingModule, dataset: Any, class_dataset: Any, args: Any) -> tuple[Any, Any]:
-    """The data sets themselves, or for stage two of split training the rows of the cache that ``dataset`` stands for.
+def _from_cache(accelerator: Accelerator, model: DiffusionTrainingModule, model_logger: ModelLogger, dataset: Any,
+                class_dataset: Any, args: Any) -> tuple[Any, Any]:
+    """The data sets themselves, or the rows of a cache: for stage two of split training, or when ``args.cache_dir`` is
+    given; then what it does not hold yet is prepared first.
 
     Raises: CacheError when it is none that this job may train on; ConfigError for a module that trains eagerly.
     """
-    if stage_of(model.task) != "train" or isinstance(dataset, PreparedRows):
+    stage, folder = stage_of(model.task), getattr(args, "cache_dir", None)
+    if isinstance(dataset, PreparedRows) or not (folder or stage == "train"):
         return dataset, class_dataset
     if model.has_own_forward:
-        raise ConfigError(f"task='{model.task}' with {type(model).__name__}.forward: a cache holds what the compiled "
-                          "step needs, and an own forward takes raw rows. Remove forward, or train with task='sft'.")
-    folder = getattr(args, "cache_dir", None) or dataset.base_path
-    return open_cache(folder, model, model.training_cut(), repeat=getattr(dataset, "repeat", 1))
+        raise ConfigError(f"{type(model).__name__}.forward with {f'cache_dir={folder}' if folder else model.task}: a "
+                          "cache holds what the compiled step needs, and an own forward takes raw rows. Remove "
+                          "forward, or train with task='sft' and no cache_dir.")
+    cut = model.training_cut()
+    if stage != "train":
+        launch_data_process_task(accelerator, dataset, model, model_logger, class_dataset, folder)
+        for name in set(cut.models("prepare")) - set(cut.models("step")):
+            model.pipe.models.pop(name, None)
+    return open_cache(folder or dataset.base_path, model, cut, repeat=getattr(dataset, "repeat", 1))
 
 
 class _Run:

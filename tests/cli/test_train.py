@@ -78,7 +78,7 @@ def test_a_bad_file(run, tmp_path, line, code, expected):
     (["--lora_base_model", "unet"], 64, "'unet' cannot be trained: ToyImagePipeline has the models"),
     (["--trainable_models", "dit.layer_9"], 64, "names no weights"),
     (["--fuse", "encode_imag"], 64, "Did you mean 'encode_image'?"),
-    (["--tokenizer_1_path", "tokens"], 64, "the family toy has no tokenizer_1"),
+    (["--tokenizer_1_path", "tokens"], 64, "ToyImagePipeline has no tokenizer_1; it has none at all"),
     (["--max_sequence_length", 8], 64, "prompts of the family toy have one fixed length"),
     (["--dataset_metadata_path", "absent.csv"], 65, "absent.csv"),
     (["--data_file_keys", "imgae"], 65, "has no column imgae; it has image, prompt. Did you mean 'image'?"),
@@ -153,7 +153,7 @@ def test_every_setting_is_read():
     """A setting nobody reads would be obeyed by nobody. Those of the optimizer are handed on as a whole."""
     source = Path(run_module.__file__).read_text()
     handed_on = [name for name, setting in SETTINGS.items() if setting.section == "optimizer"]
-    by_name = {"tokenizer_1_path", "tokenizer_2_path"}  # read as f"{name}_path"
+    by_name = {"tokenizer_path", "tokenizer_1_path", "tokenizer_2_path"}  # read as f"{name}_path"
     assert "vars(config.optimizer)" in source
     from ms_diffsynth.train.loop import TrainingOptions
 

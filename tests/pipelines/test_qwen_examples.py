@@ -68,13 +68,13 @@ def settings_read(script):
 
 def test_the_full_script_honours_the_flags_of_that_of_flux():
     flux = ROOT / "examples/flux/model_training/train.py"
-    assert settings_read(FULL) == settings_read(flux) | {"tokenizer_path"}
+    assert settings_read(FULL) == settings_read(flux)
 
 
 def test_two_tokenizers_are_refused(monkeypatch, capsys):
     code = run_full(monkeypatch, "--model_paths", "models/Qwen/Qwen-Image", "--dataset_base_path", CAT,
                     "--dataset_metadata_path", CAT / "metadata.csv", "--num_epochs", 1, "--tokenizer_1_path", "x")
-    assert code == 64 and "Qwen-Image has one tokenizer: expected --tokenizer_path" in capsys.readouterr().err
+    assert code == 64 and "QwenImagePipeline has no tokenizer_1; it has tokenizer. Remove the setting." in capsys.readouterr().err
 
 
 def test_both_scripts_give_the_same_loss_for_the_same_draws(monkeypatch):
@@ -84,7 +84,6 @@ def test_both_scripts_give_the_same_loss_for_the_same_draws(monkeypatch):
     words = ["--model_paths", "models/Qwen/Qwen-Image", "--dataset_base_path", str(CAT), "--dataset_metadata_path",
              str(CAT / "metadata.csv"), "--lora_rank", "32", "--lora_target_modules", TARGETS, "--num_epochs", "1"]
     parser = namespace["training_parser"]("qwen_image")
-    parser.add_argument("--tokenizer_path")
     full = namespace["QwenImageTrainingModule"](parser.parse_args(words))
     assert simple.has_own_forward and not full.has_own_forward
     rng = np.random.default_rng(3)  # away from its start, where a LoRA adds nothing

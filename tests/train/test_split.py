@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,13 +216,24 @@ def test_stage_two_needs_no_files_of_the_encoders(folder, tmp_path, caplog):
     assert "this stage does not need text_encoder, vae: not loaded." in caplog.text
 
 
+def test_one_call_does_both_stages(folder, tmp_path):
+    dataset = pictures(tmp_path / "data", repeat=2)
+    train(tmp_path / "one", Module(folder), dataset)
+    for prepared in (3, 0):
+        module = Module(folder)
+        out = tmp_path / f"both {prepared}"
+        train(out, module, dataset, args=SimpleNamespace(cache_dir=str(tmp_path / "cache")))
+        assert without_seconds(out) == without_seconds(tmp_path / "one")
+        assert module.prepared == prepared and list(module.pipe.models) == ["dit"]
+
+
 def test_an_own_forward_cannot_train_from_a_cache(folder, tmp_path):
     class Own(Module):
         def forward(self, data):
             return None
 
     cache = process(tmp_path / "cache", Own(folder, "sft:data_process"), pictures(tmp_path / "data"))
-    with pytest.raises(ConfigError, match=r"Own\.forward: a cache holds what the compiled step needs"):
+    with pytest.raises(ConfigError, match=r"Own\.forward with sft:train: a cache holds what the compiled step"):
         train(tmp_path / "out", Own(folder, "sft:train"), UnifiedDataset(str(cache.folder)))
 
 

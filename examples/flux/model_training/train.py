@@ -16,7 +16,6 @@ from ms_diffsynth import (
     Accelerator,
     DiffusionTrainingModule,
     FluxImagePipeline,
-    ModelConfig,
     ModelLogger,
     Objective,
     UnifiedDataset,
@@ -26,6 +25,7 @@ from ms_diffsynth import (
     launch_training_task,
     model_configs,
     run_main,
+    tokenizer_configs,
     training_parser,
 )
 
@@ -41,8 +41,7 @@ class FluxTrainingModule(DiffusionTrainingModule):
         super().__init__()
         self.pipe = FluxImagePipeline.from_pretrained(
             model_configs(args.model_paths, args.model_id_with_origin_paths),
-            tokenizer_1_config=ModelConfig(args.tokenizer_1_path) if args.tokenizer_1_path else None,
-            tokenizer_2_config=ModelConfig(args.tokenizer_2_path) if args.tokenizer_2_path else None,
+            **tokenizer_configs(args, FluxImagePipeline),
             mindspore_dtype=compute_dtype(args.dtype),
         )
         self.pipe.max_sequence_length = args.max_sequence_length or 512

@@ -14,9 +14,7 @@ import sys
 
 from ms_diffsynth import (
     Accelerator,
-    ConfigError,
     DiffusionTrainingModule,
-    ModelConfig,
     ModelLogger,
     Objective,
     QwenImagePipeline,
@@ -27,6 +25,7 @@ from ms_diffsynth import (
     launch_training_task,
     model_configs,
     run_main,
+    tokenizer_configs,
     training_parser,
 )
 
@@ -42,7 +41,7 @@ class QwenImageTrainingModule(DiffusionTrainingModule):
         super().__init__()
         self.pipe = QwenImagePipeline.from_pretrained(
             model_configs(args.model_paths, args.model_id_with_origin_paths),
-            tokenizer_config=ModelConfig(args.tokenizer_path) if args.tokenizer_path else None,
+            **tokenizer_configs(args, QwenImagePipeline),
             mindspore_dtype=compute_dtype(args.dtype),
         )
         self.pipe.max_sequence_length = args.max_sequence_length or 1024
@@ -94,11 +93,7 @@ def dataset(args, base_path, metadata_path, prompt, repeat=1):
 
 def main():
     parser = training_parser("qwen_image", __doc__)
-    parser.add_argument("--tokenizer_path", help="folder of Qwen2.5-VL's tokenizer (default: the one shipped)")
     args = parser.parse_args()
-    if args.tokenizer_1_path or args.tokenizer_2_path:
-        raise ConfigError("Qwen-Image has one tokenizer: expected --tokenizer_path instead of --tokenizer_1_path and "
-                          "--tokenizer_2_path.")
     accelerator = Accelerator(args.gradient_accumulation_steps, args.mode, args.device)
     pictures = dataset(
         args, args.dataset_base_path, args.dataset_metadata_path, args.instance_prompt, args.dataset_repeat)
