@@ -5,8 +5,10 @@ import itertools
 
 import numpy as np
 import pytest
-from mindspore import mint
+from mindspore import Tensor, mint
 from reference import Case, check
+
+from ms_diffsynth.ops.cpu import spatial
 
 F = mint.nn.functional
 
@@ -82,6 +84,11 @@ CASES = [
          settings={"groups": 2, "dilation": 2}, reference=lambda x, w: conv2d(x, w, dilation=2, groups=2)),
     Case(name="conv2d same", function=F.conv2d, inputs=[IMAGE, (2, 2, 2, 3)], settings={"padding": "same"},
          reference=lambda x, w: conv2d(x, w, padding=((0, 1), 1))),
+    Case(name="conv2d 1x1", function=F.conv2d, inputs=[IMAGE, (3, 2, 1, 1)], reference=conv2d),
+    Case(name="conv2d 1x1 stride", function=F.conv2d, inputs=[IMAGE, (3, 2, 1, 1)], settings={"stride": 2},
+         reference=lambda x, w: conv2d(x, w, stride=2)),
+    Case(name="conv2d dilation", function=F.conv2d, inputs=[IMAGE, (2, 2, 2, 2)],
+         settings={"dilation": 2, "padding": 1}, reference=lambda x, w: conv2d(x, w, dilation=2, padding=(1, 1))),
     Case(name="conv2d of one image", function=F.conv2d, inputs=[(2, 3, 3), (1, 2, 2, 2)],
          reference=lambda x, w: conv2d(x[None], w)[0]),
     Case(name="conv1d", function=F.conv1d, inputs=[(2, 2, 5), (2, 2, 3), (2,)], settings={"stride": 2, "padding": 1},
@@ -146,3 +153,11 @@ def test_resizing_that_would_differ_from_pytorch_is_refused(settings):
 def test_an_unknown_padding_mode_is_named():
     with pytest.raises(ValueError, match="mode='mirror'"):
         F.pad(mint.ones(IMAGE), (1, 1), mode="mirror")
+
+
+def test_a_picture_too_large_for_columns_is_convolved_all_the_same(monkeypatch):
+    x, w = (Tensor(np.random.default_rng(k).standard_normal(shape).astype(np.float32))
+            for k, shape in enumerate([(2, 3, 8, 6), (4, 3, 3, 3)]))
+    by_product = F.conv2d(x, w, padding=1).asnumpy()
+    monkeypatch.setattr(spatial, "_MOST_COLUMNS", 0)
+    np.testing.assert_allclose(F.conv2d(x, w, padding=1).asnumpy(), by_product, atol=2e-5)
