@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "flux": "ms_diffsynth.pipelines.flux",
+    "flux2": "ms_diffsynth.pipelines.flux2",
     "qwen_image": "ms_diffsynth.pipelines.qwen_image",
     "toy": "ms_diffsynth.pipelines.toy",
 }

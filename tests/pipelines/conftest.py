@@ -25,6 +25,14 @@ def tiny_qwen(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_flux2(tmp_path_factory):
+    """Folder of a tiny FLUX.2 klein with random weights."""
+    folder = tmp_path_factory.mktemp("models") / "flux2"
+    family("flux2").write_tiny(folder, 0)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def golden():
     """Folder of the recorded numbers."""
     return Path(__file__).parents[1] / "golden"
