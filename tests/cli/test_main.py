@@ -20,7 +20,8 @@ from ms_diffsynth.errors import ConfigError, WeightError
     (["sample", "toy", "m", "--prompt", "a", "--promt", "b"], "does not know --promt b. Did you mean '--prompt'?"),
     (["sample", "toy"], "the following arguments are required: MODEL, --prompt. See ms-diffsynth sample --help."),
     (["sample", "toy", "m", "--prompt", "a", "--height", "tall"], "argument --height: invalid int value: 'tall'."),
-    (["tiny", "flx", "m"], "family='flx' is unknown: expected one of flux, qwen_image, toy. Did you mean 'flux'?"),
+    (["tiny", "flx", "m"], "family='flx' is unknown: expected one of flux, flux2, qwen_image, toy. "
+                         "Did you mean 'flux'?"),
     (["tiny", "toy"], "the following arguments are required: DIR."),
     (["parity"], "the following arguments are required: DIR."),
     (["parity", "x", "--mode", "eager"], "argument --mode: invalid choice: 'eager'"),

@@ -12,7 +12,7 @@ from ms_diffsynth.errors import DataError
 from ms_diffsynth.io.weights import load_state_dict, save_state_dict
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = ("flux", "flux_dreambooth_cosmap", "qwen_image")
+CASES = ("flux", "flux_dreambooth_cosmap", "flux2_klein", "qwen_image")
 
 
 @pytest.mark.parametrize("case", CASES)

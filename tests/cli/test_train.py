@@ -69,7 +69,8 @@ def test_a_bad_file(run, tmp_path, line, code, expected):
 
 
 @pytest.mark.parametrize("words, code, expected", [
-    (["--family", "flxu"], 64, "family='flxu' is unknown: expected one of flux, qwen_image, toy. Did you mean 'flux'?"),
+    (["--family", "flxu"], 64, "family='flxu' is unknown: expected one of flux, flux2, qwen_image, toy. Did you mean "
+     "'flux'?"),
     (["--model_paths", "absent"], 66, "absent does not exist"),
     (["--model_paths", "[absent"], 64, "model_paths=[absent is no JSON"),
     (["--model_paths", "null"], 64, "neither model_paths nor model_id_with_origin_paths is set"),

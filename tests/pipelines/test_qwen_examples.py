@@ -74,7 +74,8 @@ def test_the_full_script_honours_the_flags_of_that_of_flux():
 def test_two_tokenizers_are_refused(monkeypatch, capsys):
     code = run_full(monkeypatch, "--model_paths", "models/Qwen/Qwen-Image", "--dataset_base_path", CAT,
                     "--dataset_metadata_path", CAT / "metadata.csv", "--num_epochs", 1, "--tokenizer_1_path", "x")
-    assert code == 64 and "QwenImagePipeline has no tokenizer_1; it has tokenizer. Remove the setting." in capsys.readouterr().err
+    assert code == 64
+    assert "QwenImagePipeline has no tokenizer_1; it has tokenizer. Remove the setting." in capsys.readouterr().err
 
 
 def test_both_scripts_give_the_same_loss_for_the_same_draws(monkeypatch):

@@ -1,0 +1,65 @@
+"""How FLUX.2's transformer is called: latents are its tokens as they are, edit pictures follow them."""
+from __future__ import annotations
+
+import mindspore as ms
+from mindspore import Tensor, ops
+
+from ms_diffsynth.pipelines.flux2.rotary import picture_table
+from ms_diffsynth.units import TensorUnit
+
+
+class Denoise(TensorUnit):
+    """Velocity at noisy latents. ``guidance`` is used by a guidance-distilled network (dev) only.
+
+    Shapes: latents float [B, C, H, W], sigma float32 [B], prompt_embeds [B, L, D], guidance float32 [B], and with
+    `read_edit_images` edit_latents [B, M, C], edit_table float32 [B, 2, M, D / 2] -> velocity float32 [B, C, H, W]. The
+    network computes in ``dtype``.
+    """
+
+    input_params = ("latents", "sigma", "prompt_embeds", "guidance?")
+    output_params = ("velocity",)
+    onload_model_names = ("dit",)
+
+    def __init__(self, dtype: ms.Type):
+        super().__init__()
+        self.dtype = dtype
+        self.is_guided, self.axes, self.theta = False, (), 0.0
+
+    def read_edit_images(self) -> None:
+        """From now on take the slots of edit pictures where there are any."""
+        self.input_params = (*type(self).input_params, "edit_latents?", "edit_table?")
+
+    def attach(self, pipe):
+        super().attach(pipe)
+        config = pipe.config("dit")
+        self.is_guided = bool(config.get("guidance_embeds", True))
+        self.axes, self.theta = tuple(config["axes_dims_rope"]), float(config["rope_theta"])
+
+    def construct(self, latents, sigma, prompt_embeds, guidance=None, edit_latents=None, edit_table=None):
+        height, width = latents.shape[2], latents.shape[3]
+        if not self.is_guided:
+            guidance = None
+        tokens = to_tokens(latents)
+        table = picture_table(prompt_embeds.shape[1], height, width, self.axes, self.theta)
+        if edit_latents is not None:
+            tokens = ops.cat((tokens, edit_latents.astype(tokens.dtype)), 1)
+            table = joined(table, edit_table)
+        velocity = self.dit(tokens.astype(self.dtype), sigma, guidance, prompt_embeds.astype(self.dtype), table)
+        return (from_tokens(velocity[:, :height * width], height, width).astype(ms.float32),)
+
+
+def to_tokens(latents: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, H W, C]: the 2x2 patches lie in the channels already."""
+    return latents.reshape(latents.shape[0], latents.shape[1], -1).swapaxes(1, 2)
+
+
+def from_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Inverse of `to_tokens`."""
+    return tokens.swapaxes(1, 2).reshape(tokens.shape[0], tokens.shape[2], height, width)
+
+
+def joined(table: Tensor, edit_table: Tensor) -> Tensor:
+    """Tables of text and picture [2, 1, S, 1, D / 2] and of edit pictures [B, 2, M, D / 2], one after the other."""
+    batch = edit_table.shape[0]
+    shape = (table.shape[0], batch, table.shape[2], table.shape[3], table.shape[4])
+    return ops.cat((ops.broadcast_to(table, shape), edit_table.swapaxes(0, 1).expand_dims(3)), 2)

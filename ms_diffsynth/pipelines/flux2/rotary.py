@@ -1,0 +1,54 @@
+"""Positions of FLUX.2's tokens, made on the host in float64 and rounded once to float32.
+
+A position is (t, row, column, l): the picture has t = 0, the k-th edit picture t = 10 k, and text only l. mindone 0.5.0
+makes the tables inside the network, in float64, which an NPU does not have.
+
+Shape legend: B batch, L text tokens, N image tokens, M edit tokens, D channels of a head.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from mindspore import Tensor, ops
+
+EDIT_STEP = 10  # between one picture and the next, on the axis t
+
+
+def text_places(tokens: int) -> np.ndarray:
+    """(0, 0, 0, l) for every token: float64 [L, 4]."""
+    places = np.zeros((tokens, 4))
+    places[:, 3] = np.arange(tokens)
+    return places
+
+
+def image_places(height: int, width: int, t: int = 0) -> np.ndarray:
+    """(t, row, column, 0) for every token, row by row; sides in tokens: float64 [height * width, 4]."""
+    places = np.zeros((height, width, 4))
+    places[..., 0] = t
+    places[..., 1] = np.arange(height)[:, None]
+    places[..., 2] = np.arange(width)[None, :]
+    return places.reshape(-1, 4)
+
+
+def table(places: np.ndarray, axes: Sequence[int], theta: float) -> np.ndarray:
+    """Cosines and sines, one for each pair of channels: places [S, 4] -> float32 [2, S, D / 2].
+
+    Source: diffusers 0.36, Flux2PosEmbed; theta^(-2 i / channels) for every axis.
+    """
+    angles = np.concatenate([np.outer(place, theta ** (-np.arange(0, channels, 2) / channels))
+                             for place, channels in zip(places.T, axes)], 1)
+    return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+
+
+def edit_table(sides: Sequence[tuple[int, int]], axes: Sequence[int], theta: float) -> np.ndarray:
+    """The table of edit pictures one after the other, their sides in tokens: float32 [2, M, D / 2]."""
+    places = [image_places(*side, t=EDIT_STEP * (k + 1)) for k, side in enumerate(sides)]
+    return table(np.concatenate(places), axes, theta)
+
+
+@ops.constexpr
+def picture_table(text_tokens: int, height: int, width: int, axes: tuple[int, ...], theta: float) -> Tensor:
+    """The table of text and picture, a constant, as `rotate_pairs` takes it: float32 [2, 1, L + N, 1, D / 2]."""
+    places = np.concatenate([text_places(text_tokens), image_places(height, width)])
+    return Tensor(table(places, axes, theta)[:, None, :, None])

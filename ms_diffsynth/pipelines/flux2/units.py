@@ -1,0 +1,176 @@
+"""What FLUX.2 encodes: the prompt by Qwen3, pictures by the VAE; and how latents are decoded.
+
+The VAE's latents [B, c, H/8, W/8] are kept in 2x2 patches, [B, C, H/16, W/16] with C = 4 c, and normalised with the
+running mean and variance of the VAE's batch norm, which is never called.
+"""
+from __future__ import annotations
+
+import logging
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from PIL import Image
+
+from ms_diffsynth.data.operators import ImageCropAndResize
+from ms_diffsynth.errors import DataError, WeightError
+from ms_diffsynth.pipelines.flux2.denoise import to_tokens
+from ms_diffsynth.pipelines.flux2.rotary import edit_table
+from ms_diffsynth.units import PipelineUnit, TensorUnit
+
+logger = logging.getLogger(__name__)
+
+# Qwen3's chat template with enable_thinking=False, as both diffusers 0.37 and DiffSynth-Studio 2.1.12 apply it
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+BEFORE = (151644, 872, 198)
+BEHIND = (151645, 198, 151644, 77091, 198, 151667, 271, 151668, 271)
+
+
+class TokenizePrompt(PipelineUnit):
+    """The prompt in its template as token ids, padded to a fixed length; what is cut off is logged.
+
+    Shapes: prompt str -> prompt_ids int32 [1, L], prompt_mask float32 [1, L] (1 for text, 0 for padding behind it); L
+    is pipe.max_sequence_length.
+    """
+
+    input_params = ("prompt",)
+    output_params = ("prompt_ids", "prompt_mask")
+    onload_model_names = ("tokenizer",)
+
+    def process(self, pipe, prompt):
+        ids, length = pipe.tokenizer(TEMPLATE.format(prompt)).input_ids, pipe.max_sequence_length
+        if tuple(ids[:len(BEFORE)]) != BEFORE or tuple(ids[-len(BEHIND):]) != BEHIND:
+            raise WeightError(f"the tokenizer turns Qwen3's chat template into {ids[:3]} ... {ids[-9:]}, expected "
+                              f"{list(BEFORE)} ... {list(BEHIND)}: another model's. Give the tokenizer/ folder of "
+                              "FLUX.2-klein.")
+        if len(ids) > length:
+            logger.warning("prompt of %d tokens, template included, is cut to %d: %r", len(ids), length, prompt[:80])
+        padded = np.full((1, length), pipe.tokenizer.pad_token_id, np.int32)
+        padded[0, :len(ids)] = ids[:length]
+        mask = np.arange(length) < len(ids)
+        return {"prompt_ids": Tensor(padded), "prompt_mask": Tensor(mask[None].astype(np.float32))}
+
+
+class EncodePrompt(TensorUnit):
+    """Hidden states of three layers of the text encoder, side by side. Those of padding are kept: FLUX.2 reads them.
+
+    Shapes: prompt_ids int32 [B, L], prompt_mask float32 [B, L] -> prompt_embeds float32 [B, L, 3 D].
+    """
+
+    input_params = ("prompt_ids", "prompt_mask")
+    output_params = ("prompt_embeds",)
+    onload_model_names = ("text_encoder",)
+
+    def construct(self, prompt_ids, prompt_mask):
+        return (self.text_encoder(prompt_ids, prompt_mask).astype(ms.float32),)
+
+
+class EncodeImage(TensorUnit):
+    """The VAE's posterior in 2x2 patches, already normalised: mean and log-variance, not a sample, to be cached.
+
+    Shapes: pixels float32 [B, 3, H, W] in [-1, 1] -> moments float32 [B, 2C, H/16, W/16].
+    """
+
+    input_params = ("pixels",)
+    output_params = ("moments",)
+    onload_model_names = ("vae",)
+
+    def __init__(self, dtype: ms.Type):
+        super().__init__()
+        self.dtype = dtype
+
+    def attach(self, pipe):
+        super().attach(pipe)
+        self.eps = float(pipe.config("vae")["batch_norm_eps"])
+
+    def construct(self, pixels):
+        return (normalised_moments(self.vae, pixels, self.dtype, self.eps),)
+
+
+class EncodeEditImage(PipelineUnit):
+    """Pictures to be edited, as tokens beside those of the picture, and where they lie (`rotary.edit_table`).
+
+    Each is made smaller when it has more than ``max_pixels``, and cut to multiples of the division factor, around its
+    middle; they may differ in size. Their latents are the posterior's mean.
+
+    Shapes: edit_image PIL or a list of them -> edit_latents float32 [1, M, C], edit_table float32 [1, 2, M, D / 2].
+    """
+
+    input_params = ("edit_image",)
+    output_params = ("edit_latents", "edit_table")
+    onload_model_names = ("vae",)
+    max_pixels = 1024 * 1024
+
+    def process(self, pipe, edit_image):
+        images = edit_image if isinstance(edit_image, (list, tuple)) else [edit_image]
+        if not images or not all(isinstance(image, Image.Image) for image in images):
+            raise DataError(f"edit_image={edit_image!r}: expected a picture or a list of pictures. In a data set name "
+                            "the column in data_file_keys, so that it is read.")
+        factor, config = pipe.division_factor, pipe.config("dit")
+        shrink = ImageCropAndResize(None, None, self.max_pixels, factor, factor)
+        eps = float(pipe.config("vae")["batch_norm_eps"])
+        moments = [normalised_moments(pipe.vae, pipe.preprocess_image(shrink(image.convert("RGB"))), pipe.dtype, eps)
+                   for image in images]
+        latents = [m[:, :m.shape[1] // 2] for m in moments]
+        table = edit_table([x.shape[2:] for x in latents], config["axes_dims_rope"], config["rope_theta"])
+        return {"edit_latents": ops.cat([to_tokens(x) for x in latents], 1), "edit_table": Tensor(table[None])}
+
+
+class Decode(TensorUnit):
+    """Pixels from latents.
+
+    Shapes: latents float32 [B, C, H/16, W/16] -> pixels float32 [B, 3, H, W], about [-1, 1].
+    """
+
+    input_params = ("latents",)
+    output_params = ("pixels",)
+    onload_model_names = ("vae",)
+
+    def __init__(self, dtype: ms.Type):
+        super().__init__()
+        self.dtype = dtype
+
+    def attach(self, pipe):
+        super().attach(pipe)
+        self.eps = float(pipe.config("vae")["batch_norm_eps"])
+
+    def construct(self, latents):
+        mean, variance = statistics(self.vae, self.eps)
+        latents = from_patches(latents * ops.sqrt(variance) + mean).astype(self.dtype)
+        if self.vae.post_quant_conv is not None:
+            latents = self.vae.post_quant_conv(latents)
+        return (self.vae.decoder(latents).astype(ms.float32),)
+
+
+def normalised_moments(vae: nn.Cell, pixels: Tensor, dtype: ms.Type, eps: float) -> Tensor:
+    """Mean and log-variance of (z - m) / s, where m and s^2 are the statistics of the VAE's batch norm.
+
+    A shift and a scale of z: the mean becomes (mean - m) / s, the log-variance loses log s^2. The log-variance is
+    clamped before, as diffusers does.
+    """
+    moments = vae.encoder(pixels.astype(dtype))
+    if vae.quant_conv is not None:
+        moments = vae.quant_conv(moments)
+    mean, log_variance = ops.chunk(moments.astype(ms.float32), 2, 1)
+    shift, variance = statistics(vae, eps)
+    log_variance = to_patches(ops.clamp(log_variance, -30.0, 20.0)) - ops.log(variance)
+    return ops.cat(((to_patches(mean) - shift) / ops.sqrt(variance), log_variance), 1)
+
+
+def statistics(vae: nn.Cell, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each of the C channels of latents, float32 [1, C, 1, 1]."""
+    mean, variance = vae.bn.running_mean, vae.bn.running_var
+    return (mean.astype(ms.float32).reshape(1, -1, 1, 1),
+            variance.astype(ms.float32).reshape(1, -1, 1, 1) + eps)
+
+
+def to_patches(z: Tensor) -> Tensor:
+    """2x2 patches into channels: [B, c, H, W] -> [B, 4c, H/2, W/2]. Source: diffusers 0.36, _patchify_latents."""
+    b, c, h, w = z.shape
+    return ops.transpose(z.reshape(b, c, h // 2, 2, w // 2, 2), (0, 1, 3, 5, 2, 4)).reshape(b, 4 * c, h // 2, w // 2)
+
+
+def from_patches(z: Tensor) -> Tensor:
+    """Inverse of `to_patches`."""
+    b, c, h, w = z.shape
+    return ops.transpose(z.reshape(b, c // 4, 2, 2, h, w), (0, 1, 4, 2, 5, 3)).reshape(b, c // 4, 2 * h, 2 * w)
