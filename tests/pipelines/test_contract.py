@@ -16,11 +16,14 @@ from ms_diffsynth.nn.lora import lora_pairs, set_lora
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.registry import FAMILIES, family
 from ms_diffsynth.train.compile import CompiledStep
+from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.draws import Draws
+from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import AdamW
 from ms_diffsynth.train.prepared import in_bucket
 from ms_diffsynth.train.program_step import ProgramTrainStep
+from ms_diffsynth.train.split import launch_data_process_task, open_cache
 
 QUICK = ("toy",)
 SIDE = 32  # pixels
@@ -224,6 +227,26 @@ def test_split_equals_single_stage(folders, name):
     assert loss == fused_loss  # bit for bit
     assert all(np.array_equal(a, b) for a, b in zip(gradients, fused_gradients))
     assert largest(gradients) > 0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_cache_gives_what_prepare_gave(folders, name, tmp_path):
+    modules = []
+    for stage in ("data_process", "train"):
+        module = DiffusionTrainingModule()
+        module.pipe = pipeline(folders(name), name)
+        module.switch_pipe_to_training_mode(module.pipe, lora_base_model="dit", lora_rank=2, task=f"sft:{stage}")
+        modules.append(module)
+    first, second = modules
+    cache = launch_data_process_task(Accelerator(1, "graph", "CPU"), [row(0), row(1)], first, ModelLogger(tmp_path))
+    rows, _ = open_cache(cache.folder, second, second.training_cut())
+    for k in range(2):
+        wanted = in_bucket(first.prepare(row(k), first.training_cut()), (SIDE, SIDE), first.pipe)
+        assert rows[k].bucket == wanted.bucket and rows[k].slots.keys() == wanted.slots.keys()
+        assert all(np.array_equal(rows[k].slots[n], wanted.slots[n]) for n in wanted.slots)
+    assert "dit" not in first.pipe.models and set(second.pipe.models) == {"dit"}
+    shape = second.pipe.latent_shape(SIDE, SIDE)  # from the configs the cache brings
+    assert shape == first.pipe.latent_shape(SIDE, SIDE)
 
 
 def test_a_batch_of_two_is_two_batches_of_one(pipe):
