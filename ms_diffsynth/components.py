@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,8 @@ def class_name_of(config: dict[str, Any]) -> str:
     return config.get("_class_name") or (config.get("architectures") or ["model without a class name"])[0]
 
 
-def files_digest(source: Source, changes: Sequence[str] = ()) -> str:
-    """SHA-256 over the files of a component, its config.json included, and over what was done to its weights.
+def files_digest(source: Source) -> str:
+    """SHA-256 over the files of a component, its config.json included.
 
     The hub's cache names large files by their SHA-256 already; they are not read again.
     """
@@ -99,6 +99,4 @@ def files_digest(source: Source, changes: Sequence[str] = ()) -> str:
         blob = file.resolve()
         is_named = blob.parent.name == "blobs" and len(blob.name) == 64
         digest.update(f"{file.name} {blob.name if is_named else sha256_of(file)}\n".encode())
-    for change in changes:
-        digest.update(change.encode())
     return digest.hexdigest()

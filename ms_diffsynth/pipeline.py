@@ -4,6 +4,7 @@ Models are loaded at first use, so a job loads exactly the models its half of th
 """
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -133,6 +134,7 @@ class Pipeline:
         self.sigmas: np.ndarray | None = None  # the grid trained on, float32 [1000]
         self.random = _fresh_random
         self.unit_runner = UnitRunner()
+        self._digests: dict[Source, str] = {}  # of the files of each model: ten gigabytes are read once
         self.known_configs: dict[str, dict[str, Any]] = {}  # of models whose files are not here: a cache brings them
         self.weight_changes: dict[str, list[str]] = {}  # model name -> what was done to its weights after loading
         self.units = [*self.build_units(), SampleLatents("mean")]
@@ -267,7 +269,11 @@ class Pipeline:
         """SHA-256 over a model's or tokenizer's files and what was done to its weights; None without files."""
         if name not in self.sources and self._component(name).default_folder is None:
             return None
-        return files_digest(self._source(name), self.weight_changes.get(name, []))
+        source = self._source(name)
+        if source not in self._digests:
+            self._digests[source] = files_digest(source)
+        changes = self.weight_changes.get(name, [])
+        return hashlib.sha256("\n".join([self._digests[source], *changes]).encode()).hexdigest()
 
     def _component(self, name: str) -> Component:
         return next(c for c in self.components if c.name == name)

@@ -39,11 +39,6 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def is_cache(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds a cache, complete or not."""
-    return (Path(folder) / MANIFEST).is_file()
-
-
 def differences(cached: Any, wanted: Any, place: str = "") -> list[str]:
     """Fields of ``wanted`` that are different in ``cached``, as ``place: value, expected value``; others are not seen.
 

@@ -94,7 +94,7 @@ def _can_offload() -> bool:
     """True, or the error; a constant in compiled code.
 
     MindSpore's own ``Cell.offload`` does not fit a compiled step: it marks primitives that are attributes of cells, of
-    which networks built on mint have none, and asks for mode GRAPH_MODE with lazy_inline (2.7 to 2.10).
+    which networks built on mint have none, and asks for lazy_inline in a process of graph mode (2.7 to 2.10).
     """
     if runtime.current().mode == "graph":
         raise DeviceError("use_gradient_checkpointing_offload is on in mode graph: MindSpore cannot move what a "

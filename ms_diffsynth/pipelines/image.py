@@ -28,7 +28,8 @@ class ImagePipeline(Pipeline):
 
     def __call__(self, prompt: str, negative_prompt: str = "", cfg_scale: float | None = None,
                  embedded_guidance: float = 3.5, height: int = 1024, width: int = 1024, seed: int | None = None,
-                 num_inference_steps: int = 30, on_step: Callable[[int, int], None] | None = None) -> Image.Image:
+                 num_inference_steps: int = 30, on_step: Callable[[int, int], None] | None = None,
+                 **inputs: Any) -> Image.Image:
         """Generate one picture.
 
         Args:
@@ -37,15 +38,16 @@ class ImagePipeline(Pipeline):
             height, width: pixels, rounded up to the family's division factor.
             seed: of the initial noise; None is fresh.
             on_step: called with (step, steps) after every step.
+            inputs: further inputs of the family's sampling program.
         """
         height, width = self.check_resize_height_width(height, width)
         shape = self.latent_shape(height, width)
         cfg_scale = self.default_cfg_scale if cfg_scale is None else cfg_scale
         seed = int(np.random.SeedSequence().entropy % 2**63) if seed is None else seed
         latents = Draws(seed).normal("latents", np.array([0]), shape)
-        guidance = Tensor(np.full(1, embedded_guidance, np.float32))
-        positive = self.condition(prompt, guidance=guidance)
-        negative = self.condition(negative_prompt, guidance=guidance) if cfg_scale != 1 else None
+        inputs["guidance"] = Tensor(np.full(1, embedded_guidance, np.float32))
+        positive = self.condition(prompt, **inputs)
+        negative = self.condition(negative_prompt, **inputs) if cfg_scale != 1 else None
         sigmas = self.sampling_sigmas(num_inference_steps, shape)
         return self.generate(positive, negative, latents, sigmas, cfg_scale, on_step)[0]
 
@@ -57,7 +59,7 @@ class ImagePipeline(Pipeline):
         """The unit from ``latents`` to ``pixels``."""
         raise TypeError(f"{type(self).__name__} has no build_decode: implement it.")
 
-    def condition(self, prompt: str, **extra: Tensor) -> dict[str, Any]:
+    def condition(self, prompt: str, **extra: Any) -> dict[str, Any]:
         """Prepared slots for one prompt, by name: exactly what the sampling step reads besides its draws."""
         cut = self.sampling_program().cut(("velocity",))
         given = {"prompt": prompt, **extra}

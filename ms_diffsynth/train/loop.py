@@ -134,12 +134,16 @@ class _Run:
                  options: TrainingOptions, class_dataset: Any, sampler: Any, captions: list[str]):
         self.accelerator, self.model, self.logger, self.options = accelerator, model, logger, options
         self.dataset, self.class_dataset = dataset, class_dataset
-        self.sampler, self.captions = sampler, captions
+        is_stage_two = stage_of(model.task) == "train"  # what samples need besides the network is not loaded
+        self.sampler, self.captions = None if is_stage_two else sampler, captions
         self._check()
         self.is_eager = model.has_own_forward
         self.cut = None if self.is_eager else model.training_cut()
         self.draws = Draws(options.seed)
         self.progress = Progress(accelerator.is_main_process)
+        if is_stage_two and sampler is not None:
+            self.progress.say("sample pictures need the models that this stage does not load: make them afterwards "
+                              "with ms-diffsynth sample")
         if hasattr(model.pipe, "announce"):
             model.pipe.announce = self.progress.announce
         self.skipped = self.skipped_in_a_row = 0

@@ -120,8 +120,10 @@ class DiffusionTrainingModule:
     def _store_frozen(self, fp8_models: str | None, stages: tuple[str, ...]) -> None:
         """Put the named models that these stages use into 8 bits; what is prepared by them depends on it."""
         given = [self.pipe.given_as.get(n.strip(), n.strip()) for n in (fp8_models or "").split(",") if n.strip()]
-        cut = self.training_cut() if given else None
-        store_models_8bit(self.pipe, ",".join(given), {m for stage in stages for m in cut.models(stage)} if cut else ())
+        if not given:
+            return
+        cut = self.training_cut()
+        store_models_8bit(self.pipe, ",".join(given), {m for stage in stages for m in cut.models(stage)})
         for name in given:
             if "8 bits" not in self.pipe.weight_changes.setdefault(name, []):
                 self.pipe.weight_changes[name].append("8 bits")

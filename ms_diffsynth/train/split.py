@@ -6,8 +6,8 @@ cut's own list of slots, so it follows whatever is trained: with a trained text 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import logging
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +20,7 @@ from PIL import Image
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, listing
 from ms_diffsynth.io.cache import Cache, PlannedRow, digest_of
+from ms_diffsynth.io.files import sha256_of
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
 from ms_diffsynth.train.distributed import Accelerator
@@ -43,7 +44,7 @@ def fingerprint(module: DiffusionTrainingModule, cut: Cut, pictures: Mapping[str
     found = {
         "pipeline": type(pipe).__name__,
         "slots": list(cut.cache),
-        "units": {unit.name: _source_digest(type(unit)) for unit in cut.prepare},
+        "units": {unit.name: _code_digest(type(unit)) for unit in cut.prepare},
         "models": {name: digest for name, digest in models.items() if digest is not None},
         "dtype": runtime.dtype_name(pipe.dtype),
         "settings": {name: getattr(pipe, name) for name in pipe.prepare_settings},
@@ -73,7 +74,6 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
     rows = {name: [_plan(stamp, data, index, model.row_fields) for index in range(_rows_of(data))]
             for name, data in sets.items()}
     configs = {name: pipe.config(name) for name in cut.models("prepare") if pipe._component(name).class_name}
-    configs |= {c.name: pipe.config(c.name) for c in pipe.components if c.class_name and c.name in pipe.sources}
     cache = Cache(folder)
     changed = cache.begin(shaped_by, configs, rows)
     progress = Progress(accelerator.is_main_process)
@@ -182,8 +182,17 @@ def _content(value: Any) -> Any:
     return value
 
 
-def _source_digest(cls: type) -> str:
-    try:
-        return hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()[:16]
-    except (OSError, TypeError):
-        return cls.__qualname__  # typed into a console
+def _code_digest(cls: type) -> str:
+    """A digest of the code a unit runs: its file and those of its bases; of a family, the whole folder.
+
+    A unit calls helpers and networks beside it, and constants such as a chat template stand outside its class.
+    """
+    files: set[Path] = set()
+    for base in cls.__mro__:
+        file = Path(getattr(sys.modules.get(base.__module__), "__file__", None) or "")
+        if file.suffix == ".py" and base.__module__.split(".")[0] not in ("mindspore", "builtins"):
+            files |= set(file.parent.glob("*.py")) if ".pipelines." in base.__module__ else {file}
+    digest = hashlib.sha256(cls.__qualname__.encode())
+    for file in sorted(files):
+        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()[:16]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ms_diffsynth.errors import CacheError, OutputError
-from ms_diffsynth.io.cache import Cache, PlannedRow, differences, digest_of, is_cache
+from ms_diffsynth.io.cache import Cache, PlannedRow, differences, digest_of
 
 SLOTS = {"moments": np.arange(24, dtype=np.float32).reshape(2, 3, 4), "ids": np.array([3, 1, 2], np.int32)}
 FINGERPRINT = {"pipeline": "Toy", "dtype": "float32", "models": {"vae": "a" * 64, "text": "b" * 64},
@@ -28,7 +28,7 @@ def cache(tmp_path):
 def test_what_is_written_is_read_back(cache):
     again = Cache(cache.folder)
     again.check(FINGERPRINT)
-    assert is_cache(cache.folder) and again.rows("instance") == ROWS["instance"] and again.rows("class") == []
+    assert again.rows("instance") == ROWS["instance"] and again.rows("class") == []
     assert again.manifest["configs"] == {"vae": {"channels": 4}} and again.unused() == []
     for k, row in enumerate(again.rows("instance")):
         slots, size = again.read(row.key)

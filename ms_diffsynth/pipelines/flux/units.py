@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Tensor
 
 from ms_diffsynth.errors import DataError
+from ms_diffsynth.pipelines import vae_units
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 logger = logging.getLogger(__name__)
@@ -73,37 +74,21 @@ class LoadPixels(PipelineUnit):
         return {"pixels": pipe.preprocess_image(input_image)}
 
 
-class EncodeImage(TensorUnit):
+class EncodeImage(vae_units.EncodeImage):
     """The VAE's posterior: mean and log-variance, not a sample, so that it can be cached.
 
     Shapes: pixels float32 [B, 3, H, W] in [-1, 1] -> moments float32 [B, 2C, H/8, W/8].
     """
 
-    input_params = ("pixels",)
-    output_params = ("moments",)
-    onload_model_names = ("vae",)
-
-    def __init__(self, dtype: ms.Type):
-        super().__init__()
-        self.dtype = dtype
-
     def construct(self, pixels):
         return (self.vae.encode(pixels.astype(self.dtype))[0].astype(ms.float32),)
 
 
-class Decode(TensorUnit):
+class Decode(vae_units.Decode):
     """Pixels from latents.
 
     Shapes: latents float32 [B, C, H/8, W/8] -> pixels float32 [B, 3, H, W], about [-1, 1].
     """
-
-    input_params = ("latents",)
-    output_params = ("pixels",)
-    onload_model_names = ("vae",)
-
-    def __init__(self, dtype: ms.Type):
-        super().__init__()
-        self.dtype = dtype
 
     def attach(self, pipe):
         super().attach(pipe)

@@ -1,7 +1,7 @@
 """FLUX.2: Qwen3 as text encoder (klein), a VAE with 32 channels in 2x2 patches, and a transformer."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from ms_diffsynth.pipelines.flux2.denoise import Denoise
 from ms_diffsynth.pipelines.image import ImagePipeline
 from ms_diffsynth.pipelines.quiet import quiet_imports
 from ms_diffsynth.program import Program
-from ms_diffsynth.train.draws import Draws
 
 # Qwen2.5's vocabulary is Qwen3's without these four, which come right behind it
 QWEN_TOKENIZER = Path(__file__).parents[1] / "qwen_image" / "tokenizer"
@@ -127,10 +126,8 @@ class Flux2ImagePipeline(ImagePipeline):
         super().__init__(models, dtype)
         self.is_editing = False  # whether sampling reads edit_image
 
-    def __call__(self, prompt: str, negative_prompt: str = "", cfg_scale: float | None = None,
-                 embedded_guidance: float = 4.0, height: int = 1024, width: int = 1024, seed: int | None = None,
-                 num_inference_steps: int = 30, on_step: Callable[[int, int], None] | None = None,
-                 edit_image: Image.Image | Sequence[Image.Image] | None = None) -> Image.Image:
+    def __call__(self, prompt: str, *, embedded_guidance: float = 4.0,
+                 edit_image: Image.Image | Sequence[Image.Image] | None = None, **options: Any) -> Image.Image:
         """Generate one picture; arguments as `ImagePipeline.__call__`, and:
 
         Args:
@@ -140,16 +137,7 @@ class Flux2ImagePipeline(ImagePipeline):
             self.is_editing = edit_image is not None
             self.denoise.read_edit_images()
             self.forget_compiled()
-        height, width = self.check_resize_height_width(height, width)
-        shape = self.latent_shape(height, width)
-        cfg_scale = self.default_cfg_scale if cfg_scale is None else cfg_scale
-        seed = int(np.random.SeedSequence().entropy % 2**63) if seed is None else seed
-        latents = Draws(seed).normal("latents", np.array([0]), shape)
-        given = {"guidance": Tensor(np.full(1, embedded_guidance, np.float32)), "edit_image": edit_image}
-        positive = self.condition(prompt, **given)
-        negative = self.condition(negative_prompt, **given) if cfg_scale != 1 else None
-        sigmas = self.sampling_sigmas(num_inference_steps, shape)
-        return self.generate(positive, negative, latents, sigmas, cfg_scale, on_step)[0]
+        return super().__call__(prompt, embedded_guidance=embedded_guidance, edit_image=edit_image, **options)
 
     def use_edit_image(self) -> None:
         """Train on pictures to be edited: ``edit_image`` becomes an input beside ``input_image``.

@@ -9,28 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from mindspore import Tensor, nn, ops
 
-from ms_diffsynth.ops import install_cpu_kernels
+from ms_diffsynth.pipelines.language_model import attend, causal_mask, heads
 from ms_diffsynth.pipelines.quiet import quiet_imports
-from ms_diffsynth.pipelines.qwen_image.rotary import rotate_halves, text_table
-
-install_cpu_kernels()  # a network of mindone is adapted while it is imported
+from ms_diffsynth.pipelines.qwen_image.rotary import text_table
 
 with quiet_imports():
-    from mindone.diffusers.models import layers_compat
     from mindone.transformers.models.qwen3 import modeling_qwen3 as mindone
     from transformers import Qwen3Config
-
-
-@ops.constexpr
-def causal_mask(tokens: int) -> Tensor:
-    """1 where a token may look: at itself and those before it. float32 [1, 1, T, T].
-
-    Float, because the gradients of what is handed to several cells are added, and there is no sum of bools.
-    """
-    return Tensor(np.tril(np.ones((1, 1, tokens, tokens), np.float32)))
 
 
 class Qwen3Layer(mindone.Qwen3DecoderLayer):
@@ -43,16 +30,9 @@ class Qwen3Layer(mindone.Qwen3DecoderLayer):
 
 
 def attention(attn: nn.Cell, x: Tensor, table: Tensor, mask: Tensor) -> Tensor:
-    """Attention in which G heads share a key head. Source: mindone 0.5.0, Qwen3Attention."""
-    batch, tokens, size = x.shape[0], x.shape[1], attn.head_dim
-    q = rotate_halves(attn.q_norm(attn.q_proj(x).reshape(batch, tokens, -1, size)).swapaxes(1, 2), table)
-    k = rotate_halves(attn.k_norm(attn.k_proj(x).reshape(batch, tokens, -1, size)).swapaxes(1, 2), table)
-    v = attn.v_proj(x).reshape(batch, tokens, -1, size).swapaxes(1, 2)
-    shape = (batch, k.shape[1], q.shape[1] // k.shape[1], tokens, size)
-    k = ops.broadcast_to(k.expand_dims(2), shape).reshape(q.shape)
-    v = ops.broadcast_to(v.expand_dims(2), shape).reshape(q.shape)
-    out = layers_compat.scaled_dot_product_attention(q, k, v, mask > 0.5)
-    return attn.o_proj(out.swapaxes(1, 2).reshape(batch, tokens, -1).astype(x.dtype))
+    """x [B, T, W] -> the same shape; see `language_model.attend`."""
+    q, k = attn.q_norm(heads(attn.q_proj(x), attn.head_dim)), attn.k_norm(heads(attn.k_proj(x), attn.head_dim))
+    return attend(attn, q, k, heads(attn.v_proj(x), attn.head_dim), table, mask)
 
 
 class Qwen3Layers(mindone.Qwen3Model):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ms_diffsynth.data.operators import ImageCropAndResize
 from ms_diffsynth.errors import DataError, WeightError
+from ms_diffsynth.pipelines import vae_units
 from ms_diffsynth.pipelines.flux2.denoise import to_tokens
 from ms_diffsynth.pipelines.flux2.rotary import edit_table
 from ms_diffsynth.units import PipelineUnit, TensorUnit
@@ -65,19 +66,11 @@ class EncodePrompt(TensorUnit):
         return (self.text_encoder(prompt_ids, prompt_mask).astype(ms.float32),)
 
 
-class EncodeImage(TensorUnit):
+class EncodeImage(vae_units.EncodeImage):
     """The VAE's posterior in 2x2 patches, already normalised: mean and log-variance, not a sample, to be cached.
 
     Shapes: pixels float32 [B, 3, H, W] in [-1, 1] -> moments float32 [B, 2C, H/16, W/16].
     """
-
-    input_params = ("pixels",)
-    output_params = ("moments",)
-    onload_model_names = ("vae",)
-
-    def __init__(self, dtype: ms.Type):
-        super().__init__()
-        self.dtype = dtype
 
     def attach(self, pipe):
         super().attach(pipe)
@@ -116,19 +109,11 @@ class EncodeEditImage(PipelineUnit):
         return {"edit_latents": ops.cat([to_tokens(x) for x in latents], 1), "edit_table": Tensor(table[None])}
 
 
-class Decode(TensorUnit):
+class Decode(vae_units.Decode):
     """Pixels from latents.
 
     Shapes: latents float32 [B, C, H/16, W/16] -> pixels float32 [B, 3, H, W], about [-1, 1].
     """
-
-    input_params = ("latents",)
-    output_params = ("pixels",)
-    onload_model_names = ("vae",)
-
-    def __init__(self, dtype: ms.Type):
-        super().__init__()
-        self.dtype = dtype
 
     def attach(self, pipe):
         super().attach(pipe)
