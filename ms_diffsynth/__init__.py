@@ -23,26 +23,33 @@ _WHERE = {
     "FluxImagePipeline": "pipelines.flux.pipeline", "TrainStepForFluxDevDB": "pipelines.flux.train_step",
     "Flux2ImagePipeline": "pipelines.flux2.pipeline",
     "QwenImagePipeline": "pipelines.qwen_image.pipeline",
+    "UnconditionalImagePipeline": "pipelines.ddpm_unet.pipeline",
     "gradient_checkpoint_forward": "nn.recompute",
     # data
     "UnifiedDataset": "data.dataset",
     # training
     "Accelerator": "train.distributed", "DistributedDataParallelKwargs": "train.distributed",
     "DiffusionTrainingModule": "train.module", "FlowMatchSFTLoss": "train.losses", "Objective": "diffusion.units",
+    "DDPMObjective": "diffusion.ddpm", "NoiseSchedule": "diffusion.ddpm",
     "ModelLogger": "train.logger", "launch_training_task": "train.loop",
     "launch_data_process_task": "train.split",
     "TrainStep": "train.step", "AttrJitWrapper": "train.step", "AdamW": "train.optim", "LearningRate": "train.optim",
     "Draws": "train.draws",
+    # evaluation
+    "Evaluator": "evaluate.report", "Evaluation": "evaluate.report",
     # scripts
-    "training_parser": "cli.flags", "run_main": "cli.flags", "model_configs": "cli.run",
-    "tokenizer_configs": "cli.run",
-    "buckets_near_square": "cli.run", "compute_dtype": "runtime",
+    "training_parser": "cli.flags", "run_main": "cli.flags", "model_configs": "cli.run", "tokenizer_configs": "cli.run",
+    "build_datasets": "cli.run", "training_mode": "cli.run", "template_settings": "cli.run",
+    "build_sampler": "cli.run", "compute_dtype": "runtime",
     # weights
     "load_state_dict": "io.weights", "save_state_dict": "io.weights", "save_lora": "io.lora_files",
     "load_lora": "io.lora_files",
+    # templates
+    "TemplatePipeline": "template.pipeline", "load_template_model": "template.loading",
+    "attach_template": "template.units", "pack_template": "template.package", "no_grad": "template.loading",
     # errors
     "UserError": "errors", "ConfigError": "errors", "DataError": "errors", "WeightError": "errors",
-    "CacheError": "errors",
+    "CacheError": "errors", "TemplateError": "errors", "UntrustedCodeError": "errors",
 }
 
 __all__ = [*_WHERE, "StaticLossScaler"]

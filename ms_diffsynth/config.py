@@ -6,9 +6,7 @@ each is also a flag: ``--learning_rate 1e-4``. What is wrong is reported at once
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import operator
 import os
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +16,24 @@ from typing import Any
 import yaml
 
 from ms_diffsynth.errors import ConfigError, listing, nearest
+from ms_diffsynth.io.redact import redact
 from ms_diffsynth.io.sections import Written, read_sections
+from ms_diffsynth.io.settings import Setting, Wrong, without_secrets
+
+TOKEN_FLAGS = ("hub_token", "token")  # known, so that they are refused before anybody repeats their value
+NO_TOKEN = ("a token is never a flag and never a setting: it would stay in files, in the shell's history and in the "
+            "list of processes. Log in with 'hf auth login', or set HF_TOKEN (for ModelScope: MODELSCOPE_API_TOKEN), "
+            "and replace the token that was written here.")
 
 
-def _field(default: Any, help: str, range: str = "", choices: tuple[str, ...] = (), has_commas: bool = False) -> Any:
+EXTRA_INPUTS = ("edit_image", "template_inputs")
+
+
+def _field(default: Any, help: str, range: str = "", choices: tuple[str, ...] = (), has_commas: bool = False,
+           is_flag_only: bool = False) -> Any:
     """One setting. ``range`` is read as it is shown: "0 < lr <= 0.1". ``has_commas``: a flag may list with commas."""
-    return field(default=default, metadata={"help": help, "range": range, "choices": choices, "has_commas": has_commas})
+    return field(default=default, metadata={"help": help, "range": range, "choices": choices, "has_commas": has_commas,
+                                            "is_flag_only": is_flag_only})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +57,10 @@ class ModelSection:
     fp8_models: str | None = _field(None, "frozen models whose linear layers are stored in 8 bits, with commas")
     use_gradient_checkpointing: bool = _field(False, "compute blocks again in backward: less memory, more time")
     use_gradient_checkpointing_offload: bool = _field(False, "also keep their inputs on the host; mode pynative")
+    template_model_id_or_path: str | None = _field(None, "folder of a template, or owner/name: of one on a hub")
+    trust_template_code: bool = _field(False, "run the template's model.py, which is code; a flag only",
+                                       is_flag_only=True)
+    trust_template_sha256: str | None = _field(None, "run it only with this SHA-256; a flag only", is_flag_only=True)
     fuse: tuple[str, ...] = _field((), "units moved from the prepared half into the compiled step", has_commas=True)
 
 
@@ -58,6 +72,7 @@ class DataSection:
     dataset_metadata_path: str | None = _field(None, "csv, json or jsonl that lists pictures and prompts")
     dataset_repeat: int = _field(1, "how often an epoch shows each picture", "1 <= dataset_repeat")
     data_file_keys: str = _field("image", "metadata columns that hold file names, separated by commas")
+    extra_inputs: str | None = _field(None, "further columns to train on, with commas: edit_image, template_inputs")
     instance_prompt: str | None = _field(None, "prompt of every picture that has none of its own")
     class_base_path: str | None = _field(None, "folder of the class images of prior preservation")
     class_metadata_path: str | None = _field(None, "metadata of the class images")
@@ -87,6 +102,12 @@ class ObjectiveSection:
     guidance_scale: float = _field(1.0, "guidance embedded in the network during training", "0 <= guidance_scale")
     with_prior_preservation: bool = _field(False, "also learn class images, so that the class is not forgotten")
     prior_loss_weight: float = _field(1.0, "weight of the loss of the class images", "0 <= prior_loss_weight")
+    prediction_type: str | None = _field(
+        None, "ddpm_unet: what the network learns to give; null = what its scheduler_config.json says",
+        choices=("epsilon", "v_prediction", "sample"))
+    snr_gamma: float | None = _field(None, "ddpm_unet: gamma of the min-SNR loss weights, such as 5; null = none",
+                                     "0 < snr_gamma")
+    random_flip: bool = _field(False, "ddpm_unet: mirror pictures at random, anew at every step")
     posterior: str = _field("mean", "what is taken of the VAE's posterior", choices=("mean", "sample"))
 
 
@@ -104,6 +125,8 @@ class OptimizerSection:
     lr_scheduler: str = _field("constant", "course of the learning rate", choices=("constant", "linear", "cosine"))
     lr_warmup_steps: int = _field(0, "steps in which the learning rate rises from zero", "0 <= lr_warmup_steps")
     gradient_accumulation_steps: int = _field(1, "micro-steps to one step", "1 <= gradient_accumulation_steps")
+    use_ema: bool = _field(False, "keep a moving average of the trained weights, for samples and a file of its own")
+    ema_decay: float = _field(0.9999, "decay of the moving average, after its warm-up", "0 <= ema_decay < 1")
     loss_scale: float = _field(1.0, "constant factor on the loss in the backward pass, for float16", "1 <= loss_scale")
 
 
@@ -121,13 +144,21 @@ class RunSection:
     max_train_steps: int | None = _field(None, "end after so many steps", "1 <= max_train_steps")
     output_path: str = _field("./models/train", "folder for checkpoints, samples and records")
     save_steps: int | None = _field(None, "save every so many steps; null = after every epoch", "1 <= save_steps")
+    sample_count: int = _field(16, "ddpm_unet: how many sample pictures", "0 <= sample_count")
     sample_steps: int | None = _field(None, "make sample pictures every so many steps", "1 <= sample_steps")
     sample_prompts: tuple[str, ...] = _field((), "prompts of the sample pictures; as a flag one prompt or a JSON list")
+    sample_template_inputs: str | None = _field(None, "template inputs of the sample pictures: a JSON object for all, "
+                                                "or a JSON list of one each")
     sample_seed: int = _field(0, "seed of the sample pictures", "0 <= sample_seed < 4294967296")
     num_inference_steps: int = _field(20, "sampling steps of the sample pictures", "1 <= num_inference_steps")
     sample_height: int | None = _field(None, "height of the sample pictures in pixels", "1 <= sample_height")
     sample_width: int | None = _field(None, "width of the sample pictures in pixels", "1 <= sample_width")
     enable_tensorboard_log: bool = _field(False, "also write TensorBoard events")
+    push_to_hub: bool = _field(False, "publish after every save, without holding up training")
+    hub_model_id: str | None = _field(None, "where: owner/name; made when it does not exist")
+    hub_private_repo: bool = _field(True, "only you may see it; a repository that is public is refused")
+    hub: str = _field("huggingface", "which hub; the token comes from its login or from the environment",
+                      choices=("huggingface", "modelscope"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,118 +212,34 @@ def _rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            "task=dreambooth without instance_prompt: give it, or dataset_metadata_path with a prompt column.")
     yield (c.model.trainable_models is not None and c.model.lora_checkpoint is not None,
            f"lora_checkpoint={c.model.lora_checkpoint} with trainable_models, which trains no LoRA: remove one.")
-    yield (c.run.sample_steps is not None and not c.run.sample_prompts,
+    extra = [n.strip() for n in (c.data.extra_inputs or "").split(",") if n.strip()]
+    odd = [name for name in extra if name not in EXTRA_INPUTS]
+    yield (bool(odd), f"extra_inputs names {', '.join(map(repr, odd))}: expected some of {', '.join(EXTRA_INPUTS)}."
+           f"{nearest(odd[0], EXTRA_INPUTS) if odd else ''}")
+    yield (c.model.template_model_id_or_path is not None and "template_inputs" not in extra,
+           f"template_model_id_or_path={c.model.template_model_id_or_path} without its input: set "
+           "extra_inputs=template_inputs.")
+    yield (c.model.template_model_id_or_path is None and "template_inputs" in extra,
+           "extra_inputs names template_inputs without a template: set template_model_id_or_path.")
+    yield (c.run.sample_template_inputs is not None and c.model.template_model_id_or_path is None,
+           "sample_template_inputs without a template: set template_model_id_or_path, or remove it.")
+    yield (c.run.sample_steps is not None and not c.run.sample_prompts and c.model.family != "ddpm_unet",
            f"sample_steps={c.run.sample_steps} without sample_prompts: say what to make pictures of.")
     yield (c.model.use_gradient_checkpointing_offload and c.run.mode == "graph",
            "use_gradient_checkpointing_offload=true in mode graph: MindSpore cannot move what a compiled step keeps to "
            "the host. Expected --mode pynative, or use_gradient_checkpointing without offload.")
+    yield (c.run.push_to_hub and not c.run.hub_model_id,
+           "push_to_hub=true without hub_model_id: say where, for example --hub_model_id me/my-lora.")
+    yield (c.run.push_to_hub and stage == "data_process",
+           f"push_to_hub=true with task={c.objective.task}, which trains nothing to publish: remove it.")
+    unsent = [n for n in ("hub_model_id", "hub_private_repo", "hub") if getattr(c.run, n) != SETTINGS[n].default]
+    yield bool(unsent) and not c.run.push_to_hub, f"{listing(unsent)} would not be used: set push_to_hub=true."
     limit = c.run.max_train_steps
     yield (limit is not None and c.optimizer.lr_warmup_steps > limit,
            f"lr_warmup_steps={c.optimizer.lr_warmup_steps} exceeds max_train_steps={limit}: warm up for fewer steps.")
 
 
-# -- settings ------------------------------------------------------------------------------------------------------
-
-
-class _Wrong(Exception):
-    """The text of a value does not fit; the message says what was expected."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """A field of a section: ``kind`` is bool, int, float, str or tuple."""
-
-    name: str
-    section: str
-    kind: type
-    is_optional: bool
-    default: Any
-    metadata: Mapping[str, Any]
-
-    def parse(self, written: Written) -> Any:
-        """The value that is meant. Nothing is rounded, cut off or guessed. Raises: _Wrong."""
-        if self.kind is tuple and written.items is not None:
-            return written.items
-        if written.text is None:
-            hint = ": put it in quotes" if self.kind is str and written.items is not None else ""
-            raise _Wrong(f"expected {_KINDS[self.kind]}{hint}")
-        if written.text in ("null", "~") and not written.is_quoted:
-            if self.is_optional:
-                return None
-            raise _Wrong(f"expected {_KINDS[self.kind]}, not null")
-        if written.is_quoted and self.kind not in (str, tuple):
-            raise _Wrong(f"expected {_KINDS[self.kind]}, not text in quotes")
-        value = self._convert(written.text)
-        if expected := self.expected(value, written.text):
-            raise _Wrong(expected)
-        return value
-
-    def _convert(self, text: str) -> Any:
-        if self.kind is bool:
-            if text.lower() not in ("true", "false"):
-                raise _Wrong("expected true or false")
-            return text.lower() == "true"
-        if self.kind in (int, float):
-            try:
-                return self.kind(text)
-            except ValueError:
-                raise _Wrong(f"expected {_KINDS[self.kind]}{_whole(text) if self.kind is int else ''}") from None
-        if self.kind is tuple:
-            return _texts(text, self.metadata["has_commas"])
-        choices = {choice.lower(): choice for choice in self.metadata["choices"]}
-        return choices.get(text.lower(), text)
-
-    def expected(self, value: Any, text: str | None = None) -> str:
-        """What was expected when ``value`` is not allowed, else an empty string."""
-        meta = self.metadata
-        if meta["choices"] and value not in meta["choices"]:
-            hint = nearest(value, meta["choices"])
-            return f"expected one of {listing(meta['choices'], 20)}" + ("." + hint if hint else "")
-        if self.kind not in (int, float) or self._is_within(value):
-            return ""
-        return f"expected {meta['range'] or 'a finite number'}" + self._other_exponent(text or "")
-
-    def _is_within(self, value: float) -> bool:
-        words = self.metadata["range"].split()  # ["0", "<", "lr", "<=", "0.1"], the first three of these, or []
-        above = not words or _COMPARE[words[1]](float(words[0]), value)
-        below = len(words) < 5 or _COMPARE[words[3]](value, float(words[4]))
-        return above and below and (isinstance(value, int) or math.isfinite(value))
-
-    def _other_exponent(self, text: str) -> str:
-        """1e4 where 1e-4 would do, or the reverse."""
-        base, letter, exponent = text.lower().partition("e")
-        if not letter:
-            return ""
-        other = f"{base}e{exponent[1:] if exponent.startswith('-') else '-' + exponent.lstrip('+')}"
-        try:
-            return f". Did you mean {other}?" if self._is_within(float(other)) else ""
-        except ValueError:
-            return ""
-
-
-_COMPARE = {"<": operator.lt, "<=": operator.le}
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
-
-
-def _whole(text: str) -> str:
-    """A hint for a whole number that is written as another one."""
-    try:
-        value = float(text)
-    except ValueError:
-        return ""
-    return f". Did you mean {int(value)}?" if math.isfinite(value) and value == int(value) else ""
-
-
-def _texts(text: str, has_commas: bool) -> tuple[str, ...]:
-    if text.lstrip().startswith("["):
-        try:
-            items = json.loads(text)
-        except ValueError:
-            items = [None]
-        if not all(isinstance(item, str) for item in items):
-            raise _Wrong('expected a JSON list of texts such as ["a", "b"]')
-        return tuple(items)
-    return tuple(t for part in (text.split(",") if has_commas else [text]) if (t := part.strip()))
+# -- the settings by name ----------------------------------------------------------------------------------------------
 
 
 def _settings() -> Iterator[Setting]:
@@ -329,7 +276,7 @@ def load_config(path: str | os.PathLike[str] | None = None, overrides: Mapping[s
         if name in given:
             try:
                 values[setting.section][name] = setting.parse(given[name])
-            except _Wrong as error:
+            except Wrong as error:
                 problems.append(f"{name}={given[name]} {given[name].place}: {error}")
         elif setting.default is MISSING:
             problems.append(f"{name} is not set ({setting.metadata['help']}): set it in section '{setting.section}' of "
@@ -344,10 +291,14 @@ def _read(path: str | os.PathLike[str], report: Callable[[str], None]) -> dict[s
     for section, name, written in read_sections(path, SECTIONS, report):
         if section is None and name in SECTIONS:
             report(f"{name} {written.place}: expected the settings of the section '{name}' below it.")
+        elif name in TOKEN_FLAGS:
+            report(f"{name} {written.place}: {NO_TOKEN}")
         elif name not in SETTINGS:
             report(f"{name} {written.place} is no setting.{nearest(name, SETTINGS)}")
         elif SETTINGS[name].section != section:
             report(f"{name} {written.place}: it belongs into section '{SETTINGS[name].section}'.")
+        elif SETTINGS[name].metadata["is_flag_only"]:
+            report(f"{name} {written.place}: a file cannot vouch for code. Pass --{name} when you start the run.")
         else:
             given[name] = written
     return given
@@ -356,11 +307,12 @@ def _read(path: str | os.PathLike[str], report: Callable[[str], None]) -> dict[s
 def _raise(problems: list[str]) -> None:
     if problems:
         head = "" if len(problems) == 1 else f"{len(problems)} settings are wrong:\n  "
-        raise ConfigError(head + "\n  ".join(p if p.endswith((".", "?")) else p + "." for p in problems))
+        raise ConfigError(redact(head + "\n  ".join(p if p.endswith((".", "?")) else p + "." for p in problems)))
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The resolved configuration as a file that `load_config` reads back to the same."""
-    sections = {name: {k: list(v) if isinstance(v, tuple) else v for k, v in vars(getattr(config, name)).items()}
-                for name in SECTIONS}
-    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=math.inf)
+    """The resolved configuration as a file that `load_config` reads back to the same, but for what is a flag only, and
+    for secrets."""
+    sections = {name: {k: list(v) if isinstance(v, tuple) else v for k, v in vars(getattr(config, name)).items()
+                       if not SETTINGS[k].metadata["is_flag_only"]} for name in SECTIONS}
+    return yaml.safe_dump(without_secrets(sections), sort_keys=False, allow_unicode=True, width=math.inf)

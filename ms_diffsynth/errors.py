@@ -41,6 +41,18 @@ class WeightError(UserError):
     exit_code = 66
 
 
+class TemplateError(UserError):
+    """A template cannot be used: no model.py, not of the documented form, or its code failed."""
+
+    exit_code = 65
+
+
+class UntrustedCodeError(TemplateError):
+    """Code of a template that nobody vouched for, or that is not the code somebody vouched for."""
+
+    exit_code = 77
+
+
 class HubError(UserError):
     """A file cannot be had from, or sent to, a model hub."""
 
@@ -55,6 +67,12 @@ class DeviceError(UserError):
 
 class CacheError(UserError):
     """A cache of split training is incomplete, damaged, or was made by another configuration."""
+
+    exit_code = 78
+
+
+class CheckpointError(UserError):
+    """A checkpoint is incomplete, damaged, of a newer format, or was made by another configuration or data set."""
 
     exit_code = 78
 

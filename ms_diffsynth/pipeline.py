@@ -117,6 +117,7 @@ class Pipeline:
     components: tuple[Component, ...] = ()
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
     division_factor = 16  # heights and widths are multiples of this many pixels
+    objective_class: type = Objective  # what it is trained for; its fields are settings
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
     lora_prefixes: dict[str, str] = {}  # model name -> its prefix in a LoRA file, as diffusers names it
     fusible: tuple[str, ...] = ()  # units that may be compiled into the training step although they could be prepared
@@ -137,14 +138,21 @@ class Pipeline:
         self._digests: dict[Source, str] = {}  # of the files of each model: ten gigabytes are read once
         self.known_configs: dict[str, dict[str, Any]] = {}  # of models whose files are not here: a cache brings them
         self.weight_changes: dict[str, list[str]] = {}  # model name -> what was done to its weights after loading
-        self.units = [*self.build_units(), SampleLatents("mean")]
+        self.units = self.build_units()
+        if any("moments" in unit.output_params for unit in self.units):  # no VAE, no posterior
+            self.units.append(SampleLatents("mean"))
+        self.optional_units = self.build_optional_units()
         self.denoise = self.build_denoise()
 
     # -- what a family provides ---------------------------------------------------------------------------------
 
     def build_units(self) -> list[PipelineUnit | TensorUnit]:
-        """Units from the pipeline's inputs to conditions and ``moments``."""
+        """Units from the pipeline's inputs to conditions and ``moments``; without a VAE, ``input_latents``."""
         raise TypeError(f"{type(self).__name__} has no build_units: implement it.")
+
+    def build_optional_units(self) -> dict[str, list[PipelineUnit | TensorUnit]]:
+        """Units that run only with a further input, by its name; see `use_input`."""
+        return {}
 
     def build_denoise(self) -> TensorUnit:
         """The unit that calls the network: reads ``latents`` and ``sigma``, writes ``velocity``."""
@@ -160,24 +168,59 @@ class Pipeline:
 
     # -- programs ------------------------------------------------------------------------------------------------
 
+    def objective_for(self, objective: Objective | None) -> Objective:
+        """What is minimised when ``objective`` is asked for; None is DiffSynth-Studio's supervised objective."""
+        return objective or Objective(weighting_scheme="diffsynth")
+
+    def objective_units(self, objective: Objective, sigmas: np.ndarray) -> list[TensorUnit]:
+        """From ``input_latents`` and the draws to ``loss``, around ``denoise``; by flow matching here."""
+        return flow_match_units(objective, sigmas, self.denoise)
+
     def training_program(self, objective: Objective, sigmas: np.ndarray) -> Program:
         """Everything from a row of the data set to ``loss``: ``units``, then the objective around ``denoise``."""
         units = [SampleLatents(objective.posterior) if isinstance(u, SampleLatents) else u for u in self.units]
-        return Program([*units, *flow_match_units(objective, sigmas, self.denoise)], self.inputs, objective.draws)
+        return Program([*units, *self.objective_units(objective, sigmas)], self.inputs, objective.draws)
 
-    def sampling_program(self) -> Program:
-        """From a prompt to ``velocity`` at given ``latents`` and ``sigma``."""
-        return Program([*self.units, self.denoise], (*self.inputs, "guidance"), ("latents", "sigma"))
+    def sampling_program(self, extra: Sequence[str] = ()) -> Program:
+        """From a prompt, and the ``extra`` inputs, to ``velocity`` at given ``latents`` and ``sigma``."""
+        optional = {id(unit) for units in self.optional_units.values() for unit in units}
+        units = [unit for name in extra for unit in self.optional_units[name]]
+        units += [unit for unit in self.units if id(unit) not in optional]
+        return Program([*units, self.denoise], (*type(self).inputs, *extra, "guidance"), ("latents", "sigma"))
+
+    def use_input(self, name: str) -> None:
+        """Train on a further input: its units join ``units``. Sampling reads it whenever it is given, trained or not.
+
+        Raises: ConfigError for an input the pipeline does not have.
+        """
+        if name not in self.optional_units:
+            hint = " Set template_model_id_or_path." if name == "template_inputs" else ""
+            raise ConfigError(f"extra_inputs names '{name}': {type(self).__name__} has "
+                              f"{listing(self.optional_units) or 'no further inputs'}."
+                              f"{hint or nearest(name, self.optional_units)}")
+        if name not in self.inputs:
+            self.inputs = (*self.inputs, name)
+            self.units[:0] = self.optional_units[name]
 
     def model_fn(self, **slots: Any) -> Tensor:
         """The network's velocity for named slots (``latents``, ``sigma``, conditions); others are ignored."""
-        return run_unit(self.denoise, self, slots)["velocity"]
+        return run_unit(self.denoise, self, slots)[self.denoise.output_params[0]]
 
     def run(self, units: Sequence[Any], slots: dict[str, Any]) -> dict[str, Any]:
         """Run units eagerly on named slots; returns all slots."""
         return run_units(tuple(units), self, slots)
 
     # -- models --------------------------------------------------------------------------------------------------
+
+    @property
+    def always_fused(self) -> tuple[str, ...]:
+        """Names of the units that run in the training step, whatever is trained."""
+        return tuple(unit.name for unit in self.units if unit.is_always_fused)
+
+    @property
+    def network(self) -> str:
+        """Name of the model that ``denoise`` calls."""
+        return self.denoise.onload_model_names[0]
 
     @property
     def model_names(self) -> tuple[str, ...]:

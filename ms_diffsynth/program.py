@@ -61,9 +61,10 @@ class Cut:
             taken = self.inputs if stage == "prepare" else self.cache + self.draws
             lines.append(f"def {stage}({', '.join(taken)}):" + (f"  # fresh draws: {', '.join(self.draws)}"
                                                                 if stage == "step" and self.draws else ""))
+            known = {*taken, *(p for unit in getattr(self, stage) for p in unit.output_params)}
             for unit in getattr(self, stage):
                 models = f"  # {', '.join(unit.onload_model_names)}" if unit.onload_model_names else ""
-                reads = ", ".join(slot(p) for p in unit.input_params)
+                reads = ", ".join(slot(p) for p in unit.input_params if slot(p) in known)
                 lines.append(f"    {', '.join(unit.output_params)} = {unit.name}({reads}){models}")
             lines.append(f"    return {', '.join(self.cache if stage == 'prepare' else self.outputs)}")
         return "\n".join(lines)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ms_diffsynth.pipeline import Family
 
 FAMILIES = {
+    "ddpm_unet": "ms_diffsynth.pipelines.ddpm_unet",
     "flux": "ms_diffsynth.pipelines.flux",
     "flux2": "ms_diffsynth.pipelines.flux2",
     "qwen_image": "ms_diffsynth.pipelines.qwen_image",

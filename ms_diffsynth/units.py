@@ -25,6 +25,7 @@ class PipelineUnit:
     output_params: tuple[str, ...] = ()
     onload_model_names: tuple[str, ...] = ()
     is_host = True
+    is_always_fused = False
     no_grad = False
 
     def __init__(self, input_params: tuple[str, ...] | None = None, output_params: tuple[str, ...] | None = None,
@@ -53,6 +54,7 @@ class TensorUnit(nn.Cell):
     output_params: tuple[str, ...] = ()
     onload_model_names: tuple[str, ...] = ()
     is_host = False
+    is_always_fused = False  # True: it runs in the training step although it could be prepared
     no_grad = False
 
     def __init__(self):

@@ -7,15 +7,20 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ms_diffsynth import runtime
+from ms_diffsynth.cli import run as run_module
+from ms_diffsynth.cli.main import main
 from ms_diffsynth.config import SETTINGS, load_config
+from ms_diffsynth.io.weights import load_state_dict
 from ms_diffsynth.registry import family
 from ms_diffsynth.train.loop import TrainingOptions
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").rglob("*.yaml"))
+SCRIPTS = sorted((ROOT / "examples").glob("*/model_training/train.py"))
 SCRIPT = ROOT / "examples/flux/model_training/train.py"
 CAT = ROOT / "examples/data/dreambooth_cat_fluent"
 
@@ -57,14 +62,28 @@ def test_the_memory_of_the_real_thing_adds_up():
     assert f"{transformer / 1e9:.2f}e9" in text and f"{lora / 1e6:.1f}e6" in text and f"{t5 / 1e9:.2f}e9" in text
 
 
-def test_the_script_honours_every_flag_and_imports_public_names_only():
-    tree = ast.parse(SCRIPT.read_text())
-    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+def settings_read(script):
+    """Names of the settings that a script reads, itself or by the functions of cli/run.py that it calls."""
+    tree = ast.parse(Path(run_module.__file__).read_text())
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    found, todo = set(), [ast.parse(script.read_text())]
+    while todo:
+        for node in ast.walk(todo.pop()):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in ("args", "settings"):
+                found.add(node.attr)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) in functions:
+                todo.append(functions.pop(node.func.id))
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_script_honours_every_flag_and_imports_public_names_only(script):
+    modules = {node.module for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom)}
     assert modules == {"__future__", "ms_diffsynth"}
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name) and node.value.id == "args"}
-    by_library = {"cache_dir", "tokenizer_path", "tokenizer_1_path", "tokenizer_2_path"}  # it takes them from args
-    assert set(SETTINGS) - read - set(TrainingOptions.__dataclass_fields__) - by_library == {"family"}
+    by_library = {"cache_dir", "tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "push_to_hub", "hub_model_id",
+                  "hub_private_repo", "hub"}  # it takes them from args
+    by_library |= {name for name, setting in SETTINGS.items() if setting.section == "objective"}  # `objective_of`
+    assert not set(SETTINGS) - settings_read(script) - set(TrainingOptions.__dataclass_fields__) - by_library
 
 
 def run_script(monkeypatch, *words):
@@ -75,14 +94,45 @@ def run_script(monkeypatch, *words):
     return end.value.code
 
 
-def test_the_script_trains(monkeypatch, tmp_path):
-    family("flux").write_tiny(tmp_path / "model", 0)
-    code = run_script(
-        monkeypatch, "--model_paths", tmp_path / "model", "--dataset_base_path", CAT, "--dataset_metadata_path",
-        CAT / "metadata.csv", "--max_sequence_length", 8, "--height", 32, "--width", 32, "--max_train_steps", 2,
-        "--mode", "pynative", "--lora_rank", 2, "--lora_target_modules", "to_q,to_k", "--sample_prompts", "a cat",
-        "--num_inference_steps", 1, "--output_path", "out")
-    assert code == 0 and Path("out/step-2.safetensors").is_file() and Path("out/samples/before_after.png").is_file()
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """Flags of a run of two steps on a tiny FLUX.1."""
+    folder = tmp_path_factory.mktemp("models") / "flux"
+    family("flux").write_tiny(folder, 0)
+    return ["--model_paths", folder, "--dataset_base_path", CAT, "--dataset_metadata_path", CAT / "metadata.csv",
+            "--max_sequence_length", 8, "--height", 32, "--width", 32, "--max_train_steps", 2, "--mode", "pynative",
+            "--lora_rank", 2, "--lora_target_modules", "to_q,to_k", "--num_inference_steps", 1]
+
+
+def same_run(one, two):
+    """Whether two runs had the same losses and trained the same weights, to the bit."""
+    losses = [[line.rsplit(",", 1)[0] for line in Path(out, "loss.csv").read_text().splitlines()] for out in (one, two)]
+    first, second = (load_state_dict(Path(out, "step-2.safetensors")) for out in (one, two))
+    return losses[0] == losses[1] and first.keys() == second.keys() and all(
+        np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_the_script_does_what_the_command_line_does(monkeypatch, flags):
+    assert run_script(monkeypatch, *flags, "--sample_prompts", "a cat", "--output_path", "out") == 0
+    assert Path("out/samples/before_after.png").is_file()
+    assert main(["train", "--family", "flux", *map(str, flags), "--output_path", "command"]) == 0
+    assert same_run("out", "command")
+
+
+def test_the_script_trains_in_two_stages(monkeypatch, flags, capsys):
+    """On a cache made by the command line; one of other pictures is refused, by the script as by the command line."""
+    command = ["train", "--family", "flux", *map(str, flags)]
+    assert main([*command, "--task", "sft:data_process", "--output_path", "cache"]) == 0
+    stage_two = ("--task", "sft:train", "--dataset_base_path", "cache")
+    assert run_script(monkeypatch, *flags, *stage_two, "--sample_prompts", "a cat", "--output_path", "out") == 0
+    assert capsys.readouterr().err.count("sample pictures need the models that this stage does not load") == 1
+    assert run_script(monkeypatch, *flags, "--cache_dir", "cache", "--output_path", "both") == 0
+    assert same_run("out", "both") and "0 prepared, 9 there already" in capsys.readouterr().err
+    other = [*stage_two, "--height", "48", "--output_path", "none"]
+    assert run_script(monkeypatch, *flags, *other) == main([*command, *other]) == 78
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == second and "pictures.instance.image.ImageCropAndResize.height: 32, expected 48" in first
+    assert not Path("none").exists()
 
 
 @pytest.mark.parametrize("words, code, expected", [

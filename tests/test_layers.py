@@ -13,10 +13,11 @@ PACKAGE = Path(ms_diffsynth.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Every layer may import those before it. A file that is no layer of its own belongs to its folder.
-LAYERS = ["errors", "program", "data", "io", "config", "registry", "ops", "runtime", "nn", "units", "diffusion",
-          "components", "pipeline", "train", "pipelines", "cli"]
+LAYERS = ["errors", "program", "data", "io", "config", "registry", "ops", "runtime", "nn", "evaluate", "units",
+          "diffusion", "components", "pipeline", "template", "train", "pipelines", "cli"]
 NO_MINDSPORE = {"errors", "program", "data", "io", "config", "registry"}
 ALLOWED = {("ops", "runtime"), ("registry", "pipeline")}  # a guard that asks for the device; a name for type checkers
+EXECUTES = "template/code.py"  # runs a template's model.py, once its user trusts it
 COMPILES = {"train/compile.py", "runtime.py"}
 
 
@@ -69,7 +70,8 @@ def test_house_rules(path):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, "bare except"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in ("print", "eval", "exec"), f"{node.func.id} in line {node.lineno}"
+            allowed = ("exec",) if name(path) == EXECUTES else ()
+            assert node.func.id in allowed or node.func.id not in ("print", "eval", "exec"), f"line {node.lineno}"
     if name(path) not in COMPILES:
         code = re.sub(r'""".*?"""|#[^\n]*|"[^"\n]*"', "", text, flags=re.DOTALL)
         found = re.search(r"ms\.jit\(|@ms\.jit\b|set_context\(|GRAPH_MODE", code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from ms_diffsynth.cli.flags import add_flags, overrides_of
 from ms_diffsynth.config import load_config
@@ -26,8 +27,8 @@ def execute(args: argparse.Namespace) -> int:
     pipe = build_pipeline(config)
     schedule = pipe.training_schedule(config.objective.task.split(":")[0])
     trainable = [n for n in (config.model.trainable_models or config.model.lora_base_model).split(",") if n]
-    program = pipe.training_program(objective_of(config), schedule.sigmas)
-    cut = program.cut(("loss",), trainable, ("sample_latents", *config.model.fuse))
+    program = pipe.training_program(objective_of(SimpleNamespace(**config.flat())), schedule.sigmas)
+    cut = program.cut(("loss",), trainable, (*pipe.always_fused, *config.model.fuse))
     sys.stdout.write(cut.describe() + "\n")
     for stage in ("prepare", "step"):
         sys.stdout.write(f"{stage} loads: {', '.join(cut.models(stage)) or 'nothing'}\n")

@@ -3,13 +3,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING
+from types import TracebackType
 from typing import Any, NoReturn
 
-from ms_diffsynth.config import SECTIONS, SETTINGS, load_config
+from ms_diffsynth.config import NO_TOKEN, SECTIONS, SETTINGS, TOKEN_FLAGS, load_config
 from ms_diffsynth.errors import ConfigError, UserError, nearest
+from ms_diffsynth.io.redact import RedactFilter, redact
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,16 +29,23 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}. See {self.prog} --help.")
+        raise ConfigError(redact(f"{message}. See {self.prog} --help."))
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             own = self.inner or self
-            raise ConfigError(f"{own.prog} does not know {' '.join(unknown)}."
-                              f"{nearest(unknown[0].partition('=')[0], own._option_string_actions)} "
-                              f"See {own.prog} --help.")
+            known = [flag for flag, action in own._option_string_actions.items() if not isinstance(action, NoToken)]
+            raise ConfigError(redact(f"{own.prog} does not know {' '.join(unknown)}.")
+                              + f"{nearest(unknown[0].partition('=')[0], known)} See {own.prog} --help.")
         return found
+
+
+class NoToken(argparse.Action):
+    """A flag that is there to be refused before anybody repeats its value."""
+
+    def __call__(self, *_: object) -> NoReturn:
+        raise ConfigError(f"{self.option_strings[0]}: {NO_TOKEN}")
 
 
 class TrainingParser(Parser):
@@ -45,6 +56,8 @@ class TrainingParser(Parser):
                          **options)
         self.fixed, self.settings = fixed, defaults
         add_flags(self, defaults, without=tuple(fixed))
+        self.add_argument("--find_unused_parameters", action="store_true",
+                          help="no effect: weights without a gradient get zeros (DiffSynth-Studio's commands pass it)")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         given = super().parse_args(args, namespace)
@@ -70,7 +83,9 @@ def training_parser(family: str, description: str | None = None, **defaults: str
 
 def add_flags(parser: argparse.ArgumentParser, defaults: dict[str, str] | None = None,
               without: Sequence[str] = ()) -> None:
-    """Give ``parser`` one flag for every setting, in one group a section."""
+    """Give ``parser`` one flag for every setting, in one group a section, and refuse tokens."""
+    for name in TOKEN_FLAGS:
+        parser.add_argument(f"--{name}", action=NoToken, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(section, (cls.__doc__ or "").splitlines()[0])
         for setting in (s for s in SETTINGS.values() if s.section == section and s.name not in without):
@@ -94,14 +109,30 @@ def overrides_of(args: argparse.Namespace) -> dict[str, str]:
 
 
 def run_main(function: Callable[[], int | None], debug: bool = False) -> int:
-    """Run a script's ``main`` and return its exit code; a user's mistake ends with its message, not a traceback."""
+    """Run a script's ``main`` and return its exit code; a user's mistake ends with its message, not a traceback.
+
+    From then on no secret is in what is logged, nor in the traceback that ends the process.
+    """
+    _redact_output()
     try:
         return function() or 0
     except UserError as error:
         if debug:
             raise
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.stderr.write(redact(f"{type(error).__name__}: {error}\n"))
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
+
+
+def _redact_output() -> None:
+    sys.excepthook = _show_redacted
+    own = logging.getLogger("huggingface_hub").handlers  # it does not hand its records on
+    for handler in (*logging.getLogger().handlers, *own, logging.lastResort):
+        if not any(isinstance(f, RedactFilter) for f in handler.filters):
+            handler.addFilter(RedactFilter())
+
+
+def _show_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))

@@ -16,6 +16,9 @@ COMMANDS = {
     "sample": "generate pictures",
     "cache": "look into a cache of split training, or remove what it no longer needs",
     "describe": "print a run's two halves as straight-line code, loading no weights",
+    "evaluate": "compare generated pictures with real ones, and look for copies",
+    "push": "publish a folder on a hub",
+    "template": "look at a template's code, or pack a trained one to share it",
     "tiny": "write a tiny model with random weights, for first runs and tests",
     "parity": "compare with recorded cases of the PyTorch reference implementations",
 }

@@ -14,26 +14,31 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, ParameterTuple, Tensor, nn
 
 from ms_diffsynth import runtime
+from ms_diffsynth.components import Component, Source
+from ms_diffsynth.diffusion.ddpm import DDPMObjective
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.diffusion.weighting import table
 from ms_diffsynth.errors import DataError, UserError
 from ms_diffsynth.io.weights import load_state_dict
 from ms_diffsynth.nn.lora import inject_lora, lora_pairs, set_lora
-from ms_diffsynth.nn.names import torch_parameters
-from ms_diffsynth.pipeline import Pipeline, Source, UnitSequence
-from ms_diffsynth.program import Cut, Program
+from ms_diffsynth.nn.names import state_dict, torch_parameters
+from ms_diffsynth.pipeline import Pipeline, UnitSequence
+from ms_diffsynth.program import Cut, Program, is_optional, slot
 from ms_diffsynth.registry import family
 from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import AdamW
 from ms_diffsynth.train.program_step import ProgramTrainStep
+from ms_diffsynth.units import TensorUnit
 
 LOSS, VALUE, GRADIENT, TRAINED = 1e-5, 1e-5, 1e-4, 1e-4  # largest relative error allowed, float32
-OBJECTIVES = {"flow_match_sft": "sft", "flux_dreambooth": "dreambooth"}
-OBSERVED = ("loss", "sample_losses", "input_latents", "latents", "velocity")
+OBJECTIVES = {"flow_match_sft": "sft", "flux_dreambooth": "dreambooth", "ddpm_epsilon": "sft"}
+# what a case records under another name than the slot's
+INPUTS = {"images": "input_latents"}
+EXPECTED = {"noisy_latents": "latents", "noisy": "latents", "noisy_images": "latents", "noise_pred": "prediction"}
 
 
 @dataclass(frozen=True)
@@ -55,20 +60,27 @@ class Quantity:
         return f"  {verdict} {self.name:<28} {self.error:9.1e}  <= {self.tolerance:.0e}{where}"
 
 
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference over the largest expected element; NaN counts as infinite."""
+def relative_error(found: np.ndarray, expected: np.ndarray, scale: float | None = None) -> float:
+    """Largest difference over ``scale``, None for the largest expected element; NaN counts as infinite."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     if found.shape != expected.shape:
         raise DataError(f"shape {found.shape} was computed where the reference holds {expected.shape}: the case and "
                         "the pipeline disagree about a size.")
-    scale = np.abs(expected).max(initial=0.0)
+    scale = np.abs(expected).max(initial=0.0) if scale is None else scale
     error = np.abs(found - expected).max(initial=0.0) / (scale if scale > 0 else 1.0)
     return float(error) if np.isfinite(error) else float("inf")
 
 
 def worst(name: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], tolerance: float) -> Quantity:
-    """The worst of many tensors, each relative to its own largest element."""
-    errors = {key: relative_error(*pair) for key, pair in pairs.items()}
+    """The worst of many tensors, each relative to its own largest element.
+
+    A tensor a million times smaller than the largest is a sum that cancels to zero, such as the gradient for a bias of
+    keys under a softmax: what is left of it is rounding, and measured against the largest.
+    """
+    sizes = {key: np.abs(expected).max(initial=0.0) for key, (_, expected) in pairs.items()}
+    largest = max(sizes.values())
+    errors = {key: relative_error(*pair, largest if sizes[key] < 1e-6 * largest else None)
+              for key, pair in pairs.items()}
     key = max(errors, key=errors.get)
     return Quantity(f"{name} ({len(errors)} tensors)", errors[key], tolerance, key)
 
@@ -101,15 +113,28 @@ class Case:
         if self.info.get("objective") not in OBJECTIVES:
             raise DataError(f"{folder / 'case.json'}: objective {self.info.get('objective')!r} cannot be run; expected "
                             f"one of {', '.join(OBJECTIVES)}.")
-        self.inputs = load_state_dict(folder / "inputs.safetensors")
-        self.expected = load_state_dict(folder / "expected.safetensors")
+        self.inputs = self._as_latents(load_state_dict(folder / "inputs.safetensors"))
+        self.expected = self._as_latents(load_state_dict(folder / "expected.safetensors"))
+        self.stride = self.info.get("row_stride", 1)  # of what is recorded of every matrix
+
+    def _as_latents(self, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Tokens [B, N, C], as DiffSynth-Studio records them, as latents [B, C, H, W]."""
+        sides = (self.info.get("height", 0) // 16, self.info.get("width", 0) // 16)
+        return {name.removesuffix("_tokens"): array.swapaxes(1, 2).reshape(*array.shape[::2], *sides)
+                if name.endswith("_tokens") else array for name, array in tensors.items()}
+
+    def rows(self, array: np.ndarray) -> np.ndarray:
+        """What the case records of a gradient or of a network's weight; see tests/golden/thin.py."""
+        return array[:: self.stride] if array.ndim > 1 else array
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> Objective | DDPMObjective:
         info = self.info
+        if info["objective"] == "ddpm_epsilon":
+            return DDPMObjective(prediction_type="epsilon")
         return Objective(weighting_scheme=info["loss_weighting"], density=info.get("density"),
                          logit_mean=info.get("logit_mean", 0.0), logit_std=info.get("logit_std", 1.0),
-                         posterior=info["posterior"], guidance_scale=info.get("guidance_scale", 1.0),
+                         posterior=info.get("posterior", "mean"), guidance_scale=info.get("guidance_scale", 1.0),
                          prior_loss_weight=info["prior_loss_weight"] if info.get("with_prior_preservation") else None)
 
     def pipeline(self) -> Pipeline:
@@ -122,8 +147,10 @@ class Case:
 
     def given(self, k: int) -> dict[str, np.ndarray]:
         """Slots that the case fixes at evaluation ``k``; draws are recorded for each evaluation."""
-        names = {"pixels", "prompt_embeds", "pooled_prompt_embeds", "posterior_noise"} & set(self.inputs)
-        slots = {name: self.inputs[name] for name in sorted(names)}
+        names = {"images", "pixels", "prompt_embeds", "pooled_prompt_embeds", "posterior_noise"} & set(self.inputs)
+        slots = {INPUTS.get(name, name): self.inputs[name] for name in sorted(names)}
+        if "template_kv_cache" in self.info:  # one evaluation; its latents are given
+            return slots | {name: self.inputs[name] for name in ("input_latents", "noise", "timestep_index")}
         if "density_normal" in self.inputs:  # one evaluation, from the density's raw draw
             return slots | {"noise": self.inputs["noise"], "density_draw": self.inputs["density_normal"]}
         index = self.inputs["timestep_index"][k].astype(np.int32)
@@ -135,14 +162,19 @@ def check_case(folder: Path, mode: str) -> list[Quantity]:
     case = Case(Path(folder))
     pipe, objective = case.pipeline(), case.objective
     schedule = pipe.training_schedule(OBJECTIVES[case.info["objective"]])
-    grid = case.inputs["grid.sigmas"]
-    quantities = [Quantity("sigma grid", relative_error(schedule.sigmas, grid), 1e-6)]
+    quantities = []
+    if "grid.sigmas" in case.inputs:
+        grid = case.inputs["grid.sigmas"]
+        quantities.append(Quantity("sigma grid", relative_error(schedule.sigmas, grid), 1e-6))
     if "grid.weights" in case.inputs:
         weights = table(objective.weighting_scheme, schedule.sigmas)
         quantities.append(Quantity("loss weights", relative_error(weights, case.inputs["grid.weights"]), LOSS))
+    if "template_kv_cache" in case.info:
+        pipe.components = (*pipe.components, Component(name="template_model", folder="", build=None))
+        pipe.models["template_model"] = RecordedKeys(case.inputs)
     program = _program(case, pipe, objective, schedule.sigmas)
     quantities += _first_evaluation(case, pipe, program, mode)
-    if "lora" in case.info:
+    if "optimizer" in case.info:
         quantities += _training(case, pipe, program, mode)
     return quantities
 
@@ -152,8 +184,14 @@ def _program(case: Case, pipe: Pipeline, objective: Objective, sigmas: np.ndarra
     given = case.given(0)
     draws = [name for name in given if name in ("noise", "timestep_index", "density_draw", "posterior_noise")]
     whole = pipe.training_program(objective, sigmas)
-    units = [u for u in whole.units if not set(u.output_params) & set(given)]
-    return Program([u for u in units if "prompt" not in u.input_params], [n for n in given if n not in draws], draws)
+    template = [ReadRecordedKeys()] if "template_model" in pipe.models else []
+    units, known = [], set(given)
+    for unit in (*template, *whole.units):
+        is_runnable = all(is_optional(param) or slot(param) in known for param in unit.input_params)
+        if is_runnable and not set(unit.output_params) & set(given):
+            units.append(unit)
+            known |= set(unit.output_params)
+    return Program(units, [n for n in given if n not in draws], draws)
 
 
 def _tensors(case: Case, pipe: Pipeline, cut: Cut, k: int) -> list[Tensor]:
@@ -164,21 +202,54 @@ def _tensors(case: Case, pipe: Pipeline, cut: Cut, k: int) -> list[Tensor]:
 
 def _first_evaluation(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Quantity]:
     """Values and every gradient of the network with the base weights alone."""
-    cut = program.cut(OBSERVED, ("dit",), (*pipe.fusible, "sample_latents"))
-    parameters = torch_parameters(pipe.dit)
+    expected = {EXPECTED.get(name, name): name for name in case.expected}  # slot -> its name in the case
+    observed = [s for s in ("input_latents", "latents", *pipe.denoise.output_params) if s not in program.inputs]
+    fused = [unit.name for unit in program.units if unit.is_always_fused or unit.name in pipe.fusible]
+    cut = program.cut(("loss", "sample_losses", *observed), (pipe.network,), fused)
+    parameters = {name: p for model in (pipe.network, "template_model") if model in cut.models("step")
+                  for name, p in torch_parameters(getattr(pipe, model)).items()}
     for parameter in parameters.values():
         parameter.requires_grad = True
     step = CompiledStep(_Gradients(UnitSequence(cut, pipe), list(parameters.values())).run, "the gradients", mode)
     values = step(*_tensors(case, pipe, cut, 0))
-    slots = dict(zip(OBSERVED, [v.asnumpy() for v in values[: len(OBSERVED)]]))
-    slots["noisy_latents"] = slots.pop("latents")
-    found = dict(zip(parameters, [v.asnumpy() for v in values[len(OBSERVED) :]]))
-    expected = case.expected
-    quantities = [Quantity(name.replace("_", " "), relative_error(slots[name], expected[name]), VALUE)
-                  for name in ("input_latents", "noisy_latents", "velocity")]
-    quantities.append(Quantity("loss", relative_error(slots["loss"], expected["loss"]), LOSS))
-    pairs = {n: (g.reshape(expected[f"grad.{n}"].shape), expected[f"grad.{n}"]) for n, g in found.items()}
+    slots = dict(zip(cut.outputs, [v.asnumpy() for v in values[: len(cut.outputs)]]))
+    found = dict(zip(parameters, [v.asnumpy() for v in values[len(cut.outputs) :]]))
+    quantities = [Quantity(expected[slot].replace("_", " "), relative_error(slots[slot], case.expected[expected[slot]]),
+                           VALUE) for slot in observed]
+    quantities.append(Quantity("loss", relative_error(slots["loss"], case.expected["loss"]), LOSS))
+    recorded = {name: case.expected[f"grad.{name}"] for name in found}
+    pairs = {name: (case.rows(gradient).reshape(recorded[name].shape), recorded[name])
+             for name, gradient in found.items()}
     return [*quantities, worst("gradients", pairs, GRADIENT)]
+
+
+class RecordedKeys(nn.Cell):
+    """A template whose keys and values are what it learns: those a case records, by their names there."""
+
+    def __init__(self, inputs: dict[str, np.ndarray]):
+        super().__init__()
+        names = sorted(name for name in inputs if name.startswith("kv_cache."))
+        self.blocks = tuple(dict.fromkeys(name.split(".")[1] for name in names))
+        self.tensors = ParameterTuple([Parameter(Tensor(inputs[f"kv_cache.{block}.{side}"]),
+                                                 name=f"kv_cache.{block}.{side}")
+                                       for block in self.blocks for side in "kv"])
+
+    def construct(self):
+        kv_cache = {}
+        for k in range(len(self.blocks)):
+            kv_cache[self.blocks[k]] = (self.tensors[2 * k], self.tensors[2 * k + 1])
+        return {"kv_cache": kv_cache}
+
+
+class ReadRecordedKeys(TensorUnit):
+    """The template cache of a case."""
+
+    output_params = ("template_cache",)
+    onload_model_names = ("template_model",)
+    is_always_fused = True
+
+    def construct(self):
+        return (self.template_model(),)
 
 
 class _Gradients(nn.Cell):
@@ -194,28 +265,36 @@ class _Gradients(nn.Cell):
 
 
 def _training(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Quantity]:
-    """The recorded optimizer steps on the case's LoRA."""
-    lora, settings, expected = case.info["lora"], case.info["optimizer"], case.expected
-    inject_lora(pipe.dit, lora["target_modules"], lora["rank"], lora["alpha"])
-    set_lora(pipe.dit, {n: (case.inputs[f"lora.{n}.lora_A.weight"], case.inputs[f"lora.{n}.lora_B.weight"])
-                        for n in lora["target_modules"]})
+    """The recorded optimizer steps, on the case's LoRA or, where it has none, on every weight of the network."""
+    settings, expected, network = case.info["optimizer"], case.expected, getattr(pipe, pipe.network)
     module = DiffusionTrainingModule()
-    module.pipe, module.trainable, module.lora_base_model = pipe, ("dit",), "dit"
-    cut = program.cut(("loss", "sample_losses"), ("dit",), ("sample_latents",))
+    module.pipe, module.trainable = pipe, (pipe.network,)
+    module.lora_base_model = pipe.network if "lora" in case.info else None
+    if "lora" in case.info:
+        lora = case.info["lora"]
+        inject_lora(network, lora["target_modules"], lora["rank"], lora["alpha"])
+        set_lora(network, {n: (case.inputs[f"lora.{n}.lora_A.weight"], case.inputs[f"lora.{n}.lora_B.weight"])
+                           for n in lora["target_modules"]})
+    fused = [unit.name for unit in program.units if unit.is_always_fused]
+    cut = program.cut(("loss", "sample_losses"), (pipe.network,), fused)
     optimizer = AdamW(module.trainable_parameters(), learning_rate=settings["lr"], betas=tuple(settings["betas"]),
                       eps=settings["eps"], weight_decay=settings["weight_decay"])
     step = ProgramTrainStep(module, cut, optimizer, max_grad_norm=settings["max_grad_norm"], mode=mode)
     count = len(expected["train.losses"])
     results = [step.step(*_tensors(case, pipe, cut, k + 1)) for k in range(count)]
     losses = np.array([r.loss.asnumpy() for r in results])
-    norms = np.array([r.grad_norm.asnumpy() for r in results])
-    pairs = {}
-    for name, (a, b) in lora_pairs(pipe.dit).items():
-        pairs[f"{name}.lora_A"] = (a, expected[f"train.{name}.lora_A.weight"])
-        pairs[f"{name}.lora_B"] = (b, expected[f"train.{name}.lora_B.weight"])
-    return [Quantity(f"losses of {count} steps", relative_error(losses, expected["train.losses"]), TRAINED),
-            Quantity("gradient norms", relative_error(norms, expected["train.grad_norms"]), TRAINED),
-            together(f"LoRA after {count} steps", pairs, TRAINED)]
+    quantities = [Quantity(f"losses of {count} steps", relative_error(losses, expected["train.losses"]), TRAINED)]
+    if "train.grad_norms" in expected:
+        norms = np.array([r.grad_norm.asnumpy() for r in results])
+        quantities.append(Quantity("gradient norms", relative_error(norms, expected["train.grad_norms"]), TRAINED))
+    if "lora" in case.info:
+        weights = {f"{name}.lora_{letter}.weight": array for name, pair in lora_pairs(network).items()
+                   for letter, array in zip("AB", pair)}
+    else:
+        weights = {name: case.rows(array) for name, array in state_dict(network).items()}
+    pairs = {name: (array, expected[f"train.{name}"]) for name, array in weights.items()}
+    trained = "LoRA" if "lora" in case.info else "weights"
+    return [*quantities, together(f"{trained} after {count} steps", pairs, TRAINED)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,30 +1,41 @@
-"""One training run from a configuration: pipeline, data, module, logger, sampler, loop."""
+"""One training run from a configuration: pipeline, data, module, logger, sampler, loop.
+
+The command line and the scripts in `examples/` build a run from the same functions. These take *settings*: an object
+with every setting of `config` as an attribute, as ``training_parser(...).parse_args()`` returns one.
+"""
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ms_diffsynth import runtime
-from ms_diffsynth.config import TrainConfig, to_yaml
+from ms_diffsynth.config import SETTINGS, TrainConfig, to_yaml
 from ms_diffsynth.data.buckets import Bucket, make_buckets
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, listing
+from ms_diffsynth.io.cache import Cache
 from ms_diffsynth.io.files import write_file
 from ms_diffsynth.io.hub import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
+from ms_diffsynth.io.redact import redact
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
+from ms_diffsynth.template.units import trained_template_cache
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.loop import launch_training_task
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.prepared import CachedRows
+from ms_diffsynth.train.publish import check_token
 from ms_diffsynth.train.split import launch_data_process_task, open_cache, stage_of
 
 SCHEMES = {"sft": "diffsynth", "dreambooth": "none"}  # each objective's own weighting_scheme
@@ -32,95 +43,100 @@ SCHEMES = {"sft": "diffsynth", "dreambooth": "none"}  # each objective's own wei
 
 def run(config: TrainConfig) -> ModelLogger:
     """Train as configured. Nothing is written before data, settings and weights are known to be sound."""
-    stage, cache_dir = stage_of(config.objective.task), config.data.cache_dir
-    accelerator = Accelerator(config.optimizer.gradient_accumulation_steps, config.run.mode, config.run.device)
-    factor = family(config.model.family).pipeline.division_factor
-    sets = (None, None) if stage == "train" else build_datasets(config, factor)
+    settings = SimpleNamespace(**config.flat())
+    stage, cache_dir = stage_of(settings.task), settings.cache_dir
+    accelerator = Accelerator(settings.gradient_accumulation_steps, settings.mode, settings.device)
+    check_token(accelerator, settings)
+    sets = build_datasets(settings, family(settings.family).pipeline.division_factor)
     pipe = build_pipeline(config)
-    records = ModelLogger(config.run.output_path, config.model.remove_prefix_in_ckpt, config.run.enable_tensorboard_log)
-    records.metadata = {"ms_diffsynth.family": config.model.family}
+    records = ModelLogger(settings.output_path, settings.remove_prefix_in_ckpt, settings.enable_tensorboard_log)
+    records.metadata = {"ms_diffsynth.family": settings.family}
     if stage == "data_process" or (cache_dir and not stage):
-        _process_data(config, pipe, accelerator, records, sets)
+        module = build_module(settings, pipe, f"{settings.task.partition(':')[0]}:data_process")
+        launch_data_process_task(accelerator, sets[0], module, records, sets[1], cache_dir)
+        pipe.models.clear()  # both stages are never in memory together
     if stage == "data_process":
         return records
-    module = build_module(config, pipe)
+    module = build_module(settings, pipe, settings.task)
     cut = module.training_cut()
     if stage == "train" or cache_dir:
-        pictures = {name: operators(config, base, factor) for name, base in _bases(config).items()}
-        sets = open_cache(cache_dir or config.data.dataset_base_path, module, cut, pictures, config.data.dataset_repeat)
+        sets = open_cache(cache_dir or sets[0].base_path, module, cut, repeat=settings.dataset_repeat)
     else:
         pipe.load_models_to_device(cut.models("prepare"))
     pipe.load_models_to_device(cut.models("step"))
-    _write_config(config, accelerator, records, sets)
-    options = {**vars(config.optimizer), "batch_size": config.run.batch_size, "num_epochs": config.run.num_epochs,
-               "max_train_steps": config.run.max_train_steps, "seed": config.run.seed,
-               "save_steps": config.run.save_steps, "sample_steps": config.run.sample_steps}
-    sampler, captions = build_sampler(config, pipe) if stage != "train" else (None, [])
-    return launch_training_task(accelerator, sets[0], module, records, **options, class_dataset=sets[1],
-                                sampler=sampler, sample_captions=captions, settings=config.flat())
-
-
-def _process_data(config: TrainConfig, pipe: Pipeline, accelerator: Accelerator, records: ModelLogger,
-                  sets: tuple[UnifiedDataset, UnifiedDataset | None]) -> None:
-    """Stage one; afterwards its models are let go, so that both stages never are in memory together."""
-    kind = config.objective.task.partition(":")[0]
-    module = build_module(config, pipe, f"{kind}:data_process")
-    launch_data_process_task(accelerator, sets[0], module, records, sets[1], config.data.cache_dir)
-    pipe.models.clear()
-
-
-def _write_config(config: TrainConfig, accelerator: Accelerator, records: ModelLogger, sets: tuple[Any, Any]) -> None:
     if accelerator.is_main_process:
         records.output_path.mkdir(parents=True, exist_ok=True)
         write_file(records.output_path / "config.yaml", to_yaml(config).encode())
-        sys.stderr.write(_summary(config, *sets))
-        if stage_of(config.objective.task) == "train" and config.run.sample_prompts:
-            sys.stderr.write("sample pictures need the models that this stage does not load: make them afterwards with "
-                             "ms-diffsynth sample\n")
+        sys.stderr.write(redact(_summary(settings, *sets)))
+    sampler, captions = build_sampler(settings, pipe)
+    return launch_training_task(accelerator, sets[0], module, records, class_dataset=sets[1], args=settings,
+                                sampler=sampler, sample_captions=captions)
+
+
+def _summary(settings: Any, dataset: Any, class_dataset: Any) -> str:
+    """What is about to happen, in one line."""
+    prior = f" and {_count(class_dataset)} class images" if class_dataset else ""
+    return (f"{settings.family}: {_count(dataset)} pictures{prior}, batch size {settings.batch_size}, "
+            f"task {settings.task}, output in {settings.output_path}\n")
+
+
+def _count(dataset: UnifiedDataset | CachedRows) -> int:
+    return dataset.rows if isinstance(dataset, CachedRows) else len(dataset.rows)
 
 
 # -- data ----------------------------------------------------------------------------------------------------------
 
 
-def build_datasets(config: TrainConfig, factor: int) -> tuple[UnifiedDataset, UnifiedDataset | None]:
-    """The training pictures, and the class images when prior preservation is on."""
-    data = config.data
-    instance = _dataset(config, data.dataset_base_path, data.dataset_metadata_path, data.instance_prompt,
-                        data.dataset_repeat, factor)
-    if not config.objective.with_prior_preservation:
+def build_datasets(settings: Any, factor: int) -> tuple[UnifiedDataset, UnifiedDataset | None]:
+    """The training pictures, and the class images when prior preservation is on.
+
+    In stage two of split training (task ``...:train``) the first names the folder of the cache, whose pictures must be
+    made as these would be, and the second is None: `launch_training_task` reads both from there.
+
+    Args:
+        factor: heights and widths are multiples of this many pixels; a pipeline's ``division_factor``.
+
+    Raises: DataError for a bad row; CacheError for another cache.
+    """
+    has_classes = settings.with_prior_preservation
+    if stage_of(settings.task) == "train":
+        folder = settings.cache_dir or settings.dataset_base_path
+        names = ("instance", "class") if has_classes else ("instance",)
+        Cache(folder).check({"pictures": dict.fromkeys(names, _operators(settings, factor))})
+        return UnifiedDataset(folder, repeat=settings.dataset_repeat), None
+    instance = _dataset(settings, factor, settings.dataset_base_path, settings.dataset_metadata_path,
+                        settings.instance_prompt, settings.dataset_repeat)
+    if not has_classes:
         return instance, None
-    return instance, _dataset(config, data.class_base_path, data.class_metadata_path, data.class_prompt, 1, factor)
+    return instance, _dataset(settings, factor, settings.class_base_path, settings.class_metadata_path,
+                              settings.class_prompt)
 
 
-def _dataset(config: TrainConfig, base: str, metadata: str | None, prompt: str | None, repeat: int,
-             factor: int) -> UnifiedDataset:
-    data, operator = config.data, _operator(config, base, factor)
-    dataset = UnifiedDataset(base_path=base, metadata_path=metadata, repeat=repeat, data_file_keys=data.data_file_keys,
-                             main_data_operator=operator, captions=prompt is None,
-                             required=() if prompt is not None else ("prompt",))
+def _dataset(settings: Any, factor: int, base: str, metadata: str | None, prompt: str | None,
+             repeat: int = 1) -> UnifiedDataset:
+    """Pictures and prompts; ``prompt`` serves every picture that has none of its own."""
+    extra = [name for name in (settings.extra_inputs or "").split(",") if name]
+    needs_prompts = prompt is None and "prompt" in family(settings.family).pipeline.inputs
+    dataset = UnifiedDataset(base_path=base, metadata_path=metadata, repeat=repeat,
+                             data_file_keys=settings.data_file_keys,
+                             main_data_operator=_operator(settings, factor, base), captions=needs_prompts,
+                             required=[*extra, *(["prompt"] if needs_prompts else [])])
     if prompt is not None:
         dataset.rows = [{"prompt": prompt} | row for row in dataset.rows]
     return dataset
 
 
-def _operator(config: TrainConfig, base: str, factor: int) -> DataProcessingOperator:
-    data = config.data
+def _operator(settings: Any, factor: int, base: str) -> DataProcessingOperator:
+    buckets = None if settings.height else buckets_near_square(settings.max_pixels, factor, settings.buckets)
     return UnifiedDataset.default_image_operator(
-        base_path=base, max_pixels=data.max_pixels, height=data.height, width=data.width,
-        height_division_factor=factor, width_division_factor=factor,
-        buckets=None if data.height else buckets_near_square(data.max_pixels, factor, data.buckets))
+        base_path=base, max_pixels=settings.max_pixels, height=settings.height, width=settings.width,
+        height_division_factor=factor, width_division_factor=factor, buckets=buckets)
 
 
-def operators(config: TrainConfig, base: str, factor: int) -> dict[str, Any]:
-    """What the configured data sets do to their pictures, without looking at any; see `UnifiedDataset.operators`."""
-    columns = [key.strip() for key in config.data.data_file_keys.split(",")]
-    return dict.fromkeys(columns, describe(_operator(config, base, factor)))
-
-
-def _bases(config: TrainConfig) -> dict[str, str]:
-    """Data set name -> its folder, for the data sets that are configured."""
-    prior = {"class": config.data.class_base_path or ""} if config.objective.with_prior_preservation else {}
-    return {"instance": config.data.dataset_base_path or ""} | prior
+def _operators(settings: Any, factor: int) -> dict[str, Any]:
+    """What the data sets would do to their pictures, wherever these lie; see `UnifiedDataset.operators`."""
+    columns = [key.strip() for key in settings.data_file_keys.split(",")]
+    return dict.fromkeys(columns, describe(_operator(settings, factor, "")))
 
 
 def buckets_near_square(max_pixels: int, factor: int, count: int) -> list[Bucket]:
@@ -182,54 +198,102 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
     return pipe
 
 
-def objective_of(config: TrainConfig) -> Objective:
-    """What the configured run minimises."""
-    given = config.objective
-    return Objective(
-        weighting_scheme=given.weighting_scheme or SCHEMES[given.task.split(":")[0]], logit_mean=given.logit_mean,
-        logit_std=given.logit_std, mode_scale=given.mode_scale, posterior=given.posterior,
-        guidance_scale=given.guidance_scale,
-        prior_loss_weight=given.prior_loss_weight if given.with_prior_preservation else None)
+def objective_of(settings: Any) -> Any:
+    """What the configured run minimises: the family's kind of objective.
+
+    Raises: ConfigError for a setting of another kind of objective.
+    """
+    cls = family(settings.family).pipeline.objective_class
+    given = {f.name: getattr(settings, f.name) for f in fields(cls) if hasattr(settings, f.name)}
+    known = {*given, "task"}
+    if cls is Objective:
+        known.add("with_prior_preservation")
+        given["weighting_scheme"] = settings.weighting_scheme or SCHEMES[settings.task.split(":")[0]]
+        given["prior_loss_weight"] = settings.prior_loss_weight if settings.with_prior_preservation else None
+    odd = [f"{name}={getattr(settings, name)}" for name, setting in SETTINGS.items() if setting.section == "objective"
+           and name not in known and getattr(settings, name) != setting.default]
+    if odd:
+        raise ConfigError(f"{listing(odd)}: the family {settings.family} has no such setting. Remove it.")
+    return cls(**given)
 
 
-def build_module(config: TrainConfig, pipe: Pipeline, task: str | None = None) -> DiffusionTrainingModule:
-    """What is trained, and how; ``task`` None takes the configured one."""
-    model = config.model
+def training_mode(settings: Any) -> dict[str, Any]:
+    """The arguments of `DiffusionTrainingModule.switch_pipe_to_training_mode`: what is trained, and how.
+
+    A LoRA starts from the seed of the run, so that a script and the command line start from the same one.
+    """
+    draws = Draws(settings.seed)
+    return {
+        "trainable_models": settings.trainable_models,
+        "lora_base_model": None if settings.trainable_models else settings.lora_base_model,
+        "lora_target_modules": settings.lora_target_modules,
+        "lora_rank": settings.lora_rank,
+        "lora_alpha": settings.lora_alpha,
+        "lora_checkpoint": settings.lora_checkpoint,
+        "lora_uniform": lambda name, shape: draws.uniform(f"lora/{name}", np.array([0]), shape)[0],
+        "task": settings.task,
+        "objective": objective_of(settings),
+        "fp8_models": settings.fp8_models,
+        "extra_inputs": settings.extra_inputs,
+        "use_gradient_checkpointing": settings.use_gradient_checkpointing,
+        "use_gradient_checkpointing_offload": settings.use_gradient_checkpointing_offload,
+    }
+
+
+def template_settings(settings: Any) -> dict[str, Any]:
+    """The arguments of `DiffusionTrainingModule.load_training_template_model`."""
+    return {
+        "path_or_model_id": settings.template_model_id_or_path,
+        "trust_template_code": settings.trust_template_code,
+        "trust_template_sha256": settings.trust_template_sha256,
+        "use_gradient_checkpointing": settings.use_gradient_checkpointing,
+        "use_gradient_checkpointing_offload": settings.use_gradient_checkpointing_offload,
+    }
+
+
+def build_module(settings: Any, pipe: Pipeline, task: str) -> DiffusionTrainingModule:
+    """What is trained, and how, in one stage of the run."""
     module = DiffusionTrainingModule()
-    module.pipe, module.fuse = pipe, model.fuse
-    draws = Draws(config.run.seed)
-    module.switch_pipe_to_training_mode(
-        pipe, model.trainable_models, None if model.trainable_models else model.lora_base_model,
-        model.lora_target_modules, model.lora_rank, model.lora_alpha, model.lora_checkpoint,
-        task=task or config.objective.task, objective=objective_of(config), fp8_models=model.fp8_models,
-        use_gradient_checkpointing=model.use_gradient_checkpointing,
-        use_gradient_checkpointing_offload=model.use_gradient_checkpointing_offload,
-        lora_uniform=lambda name, shape: draws.uniform(f"lora/{name}", np.array([0]), shape)[0])
+    module.pipe, module.fuse = pipe, settings.fuse
+    module.load_training_template_model(pipe, **template_settings(settings))
+    module.switch_pipe_to_training_mode(pipe, **training_mode(settings) | {"task": task})
     return module
 
 
-def build_sampler(config: TrainConfig, pipe: Pipeline) -> tuple[Any, list[str]]:
-    """A function that makes one picture a prompt, always from the same seeds; None when no prompts are configured."""
-    given = config.run
-    if not given.sample_prompts:
+def build_sampler(settings: Any, pipe: Pipeline) -> tuple[Callable[[], list[Image.Image]] | None, list[str]]:
+    """A function that makes one picture a prompt, always from the same seeds, and the prompts; None without prompts.
+
+    For a family without prompts it makes ``sample_count`` pictures.
+    """
+    prompts = list(settings.sample_prompts)
+    if "prompt" not in pipe.inputs and settings.sample_count:
+        return lambda: pipe(batch_size=settings.sample_count, seed=settings.sample_seed, height=settings.sample_height,
+                            width=settings.sample_width, num_inference_steps=settings.num_inference_steps), []
+    if not prompts:
         return None, []
-    square = buckets_near_square(config.data.max_pixels, pipe.division_factor, 1)[0]
-    height = given.sample_height or config.data.height or square.height
-    width = given.sample_width or config.data.width or square.width
+    square = buckets_near_square(settings.max_pixels, pipe.division_factor, 1)[0]
+    height = settings.sample_height or settings.height or square.height
+    width = settings.sample_width or settings.width or square.width
+    inputs = _sample_template_inputs(settings.sample_template_inputs, len(prompts))
 
     def sampler() -> list[Image.Image]:
-        return [pipe(prompt=prompt, height=height, width=width, seed=given.sample_seed + k,
-                     num_inference_steps=given.num_inference_steps) for k, prompt in enumerate(given.sample_prompts)]
+        caches = [trained_template_cache(pipe, given) for given in inputs] if inputs else [None] * len(prompts)
+        return [pipe(prompt=prompt, height=height, width=width, seed=settings.sample_seed + k,
+                     num_inference_steps=settings.num_inference_steps, **({"template_cache": cache} if cache else {}))
+                for k, (prompt, cache) in enumerate(zip(prompts, caches))]
 
-    return sampler, list(given.sample_prompts)
-
-
-def _summary(config: TrainConfig, dataset: Any, class_dataset: Any) -> str:
-    """What is about to happen, in one line."""
-    prior = f" and {_count(class_dataset)} class images" if class_dataset else ""
-    return (f"{config.model.family}: {_count(dataset)} pictures{prior}, batch size {config.run.batch_size}, "
-            f"task {config.objective.task}, output in {config.run.output_path}\n")
+    return sampler, prompts
 
 
-def _count(dataset: UnifiedDataset | CachedRows) -> int:
-    return dataset.rows if isinstance(dataset, CachedRows) else len(dataset.rows)
+def _sample_template_inputs(text: str | None, count: int) -> list[dict[str, Any]]:
+    if not text:
+        return []
+    try:
+        given = json.loads(text)
+    except ValueError:
+        given = None
+    given = [given] * count if isinstance(given, dict) else given
+    if not isinstance(given, list) or len(given) != count or not all(isinstance(item, dict) for item in given):
+        raise ConfigError(f"sample_template_inputs={text}: expected a JSON object such as {{\"scale\": 0.5}}, or a "
+                          f"list of {count}, one for each of sample_prompts.")
+    return given

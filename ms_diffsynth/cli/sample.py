@@ -3,9 +3,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from ms_diffsynth.cli.template import add_trust_flags
 from ms_diffsynth.errors import ConfigError, OutputError
 from ms_diffsynth.registry import FAMILIES, family
 
@@ -18,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative_prompt", default="", help="what cfg_scale leads away from")
     parser.add_argument("--lora", type=Path, help="LoRA file to fuse into the transformer")
     parser.add_argument("--lora_scale", type=float, default=1.0, help="factor on the LoRA (default: 1)")
+    parser.add_argument("--template", action="append", default=[],
+                        help="folder of a template, or owner/name: on a hub; several times for several")
+    parser.add_argument("--template_inputs", metavar="JSON",
+                        help='JSON list of template inputs, e.g. [{"scale": 0.5}]; "model_id" counts the templates')
+    parser.add_argument("--negative_template_inputs", metavar="JSON", help="the same, for the negative prompt")
+    add_trust_flags(parser)
     parser.add_argument("--height", type=int, default=1024, help="pixels (default: 1024)")
     parser.add_argument("--width", type=int, default=1024, help="pixels (default: 1024)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones add 1 (default: 0)")
@@ -47,16 +58,45 @@ def execute(args: argparse.Namespace) -> int:
     if args.lora:
         fused = pipe.load_lora(pipe.dit, args.lora, args.lora_scale)
         sys.stderr.write(f"{args.lora}: fused into {fused} layers\n")
+    generate, inputs = _with_templates(args, pipe)
     for k, prompt in enumerate(args.prompt):
-        image = pipe(prompt=prompt, negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale, height=args.height,
-                     width=args.width, seed=args.seed + k, num_inference_steps=args.num_inference_steps,
-                     embedded_guidance=args.embedded_guidance)
+        image = generate(prompt=prompt, negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale,
+                         height=args.height, width=args.width, seed=args.seed + k,
+                         num_inference_steps=args.num_inference_steps, embedded_guidance=args.embedded_guidance,
+                         **inputs)
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         path = args.output / f"{k:03d}-seed{args.seed + k}.png"
         write_file(path, buffer.getvalue())
         sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _with_templates(args: argparse.Namespace, pipe: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What to call for a picture, and the arguments templates add."""
+    names = ("template_inputs", "negative_template_inputs")
+    if not args.template:
+        given = [name for name in names if getattr(args, name)]
+        if given:
+            raise ConfigError(f"{given[0]} without --template: name the template it is for.")
+        return pipe, {}
+    from ms_diffsynth.template import TemplatePipeline
+
+    hashes = args.trust_template_sha256.split(",") if args.trust_template_sha256 else None
+    templates = TemplatePipeline.from_pretrained(args.template, trust_template_code=args.trust_template_code,
+                                                 trust_template_sha256=hashes)
+    inputs = {name: _entries(name, getattr(args, name)) for name in names if getattr(args, name)}
+    return partial(templates, pipe), inputs
+
+
+def _entries(name: str, text: str) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(text)
+    except ValueError:
+        entries = None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(f"{name}={text}: expected a JSON list of objects, such as [{{\"scale\": 0.5}}].")
+    return entries
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -141,6 +141,8 @@ class UnifiedDataset:
         for key in row if fields is None else [f for f in fields if f in row]:
             is_file = key in self.data_file_keys
             found[key] = [self._file_digest(v) for v in _as_list(row[key])] if is_file else row[key]
+            if isinstance(row[key], dict):  # a data processor of a template may read the files it names
+                found[key] = row[key] | {k: _digest(v) for k, v in row[key].items() if _is_file(v)}
         return found
 
     def operators(self) -> dict[str, Any]:
@@ -155,11 +157,7 @@ class UnifiedDataset:
         return ", ".join(names) or f"row {index + 1}"
 
     def _file_digest(self, name: str) -> str:
-        content = hashlib.sha256()
-        with open_regular(resolve(self.base_path, name, self.allow_outside_base)) as file:
-            while block := file.read(1 << 20):
-                content.update(block)
-        return content.hexdigest()
+        return _digest(resolve(self.base_path, name, self.allow_outside_base))
 
     def check(self) -> None:
         """Look at every row and the header of every picture. Raises: one DataError with the first ten bad rows."""
@@ -189,6 +187,9 @@ class UnifiedDataset:
             problems.append(f"no {listing(lacking)}, which other rows have. Add it")
         if "prompt" in row:
             problems += _caption_problems(row["prompt"])
+        if not isinstance(row.get("template_inputs", {}), dict):
+            problems.append(f"template_inputs={row['template_inputs']!r}: expected an object such as "
+                            '{"scale": 0.2}. Write the metadata as .json or .jsonl')
         for key in self.data_file_keys:
             values = _as_list(row.get(key))
             if key in row and (not values or None in values or "" in values):
@@ -233,6 +234,18 @@ class UnifiedDataset:
             height, width, max_pixels, height_division_factor, width_division_factor)
         load = ToAbsolutePath(base_path, allow_outside_base) >> LoadImage(convert_RGB, convert_RGBA) >> resize
         return RouteByType([(str, load), (list, SequentialProcess(load))])
+
+
+def _digest(path: str) -> str:
+    content = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
+
+
+def _is_file(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) < 4096 and "\0" not in value and os.path.isfile(value)
 
 
 def _names(keys: str | Sequence[str]) -> tuple[str, ...]:

@@ -47,6 +47,11 @@ class Objective:
         """The random slots this objective reads."""
         return ("noise", "density_draw") + (("posterior_noise",) if self.posterior == "sample" else ())
 
+    @property
+    def scalar_draws(self) -> dict[str, str]:
+        """Those that are one number a sample, and their kind; the others are normal, in the shape of the latents."""
+        return {"density_draw": self.density_kind}
+
 
 class SampleTimestep(TensorUnit):
     """Turn a raw draw into an index of the training grid.
@@ -95,6 +100,7 @@ class SampleLatents(TensorUnit):
 
     input_params = ("moments",)
     output_params = ("input_latents",)
+    is_always_fused = True  # so that the moments are cached, not a sample
 
     def __init__(self, posterior: str, scaling_factor: float = 1.0, shift_factor: float = 0.0):
         super().__init__()

@@ -87,7 +87,7 @@ def write_file(path: str | os.PathLike[str], data: Data, *, calls: Calls = CALLS
     with _explained(path, needed, calls):
         _make_folder(path.parent, calls)
         _check_space(path.parent, needed, calls)
-        stage = path.parent / _stage_name()
+        stage = _beside(path, "tmp")
         try:
             _write_new(stage, buffers, calls)
             calls.rename(stage, path)
@@ -127,33 +127,56 @@ class Stage(os.PathLike):
 
 
 @contextlib.contextmanager
-def stage_folder(path: str | os.PathLike[str], *, replace: bool = False, calls: Calls = CALLS) -> Iterator[Stage]:
+def stage_folder(path: str | os.PathLike[str], *, replace: bool = False, needed: int = 0,
+                 calls: Calls = CALLS) -> Iterator[Stage]:
     """Write a folder as one: it appears at ``path``, complete and durable, when the block ends without an error.
 
     Args:
         replace: swap an existing folder for the new one; without it, one that is not empty is refused. Where the file
             system cannot swap in one step, the old folder is moved aside first and moved back on an error.
+        needed: bytes that will be written, where that is known: refused before the first when they do not fit.
 
-    Raises: OutputError; nothing is left behind.
+    Raises: OutputError; nothing is left behind, unless the last fsync failed: then nobody knows which of the two
+        folders the disk has under which name, and both stay.
     """
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise OutputError(f"{path} exists and is not a folder. Choose another output folder.")
     if not replace and path.is_dir() and any(path.iterdir()):
         raise OutputError(f"{path} exists and is not empty. Choose another output folder or move this one away.")
-    stage = path.parent / _stage_name()
+    stage, is_placed = _beside(path, "tmp"), False
     try:
-        with _explained(path, 0, calls):
+        with _explained(path, needed, calls):
             _make_folder(path.parent, calls)
+            _check_space(path.parent, needed, calls)
             calls.mkdir(stage)
         yield Stage(stage, path, calls)
         with _explained(path, 0, calls):
             _sync_tree(stage, calls)
             _put_in_place(stage, path, calls)
+            is_placed = True
+            _sync(path.parent, calls)
     except BaseException:
-        _discard(stage, calls.rmtree)
+        if not is_placed:
+            _discard(stage, calls.rmtree)
         raise
     _discard(stage, calls.rmtree)  # after an exchange, the old folder
+
+
+def remove_folder(path: str | os.PathLike[str], *, calls: Calls = CALLS) -> bool:
+    """Remove a folder so that ``path`` is whole or gone at every moment. What cannot be removed is a warning.
+
+    Returns: whether ``path`` is gone.
+    """
+    path = Path(path)
+    trash = _beside(path, "trash")
+    try:
+        calls.rename(path, trash)
+        _sync(path.parent, calls)  # else a file of it could be gone for good, and the rename be lost
+        calls.rmtree(trash)
+    except OSError as error:
+        logger.warning("%s could not be removed (%s): remove it by hand.", trash if trash.exists() else path, error)
+    return not path.exists()
 
 
 def append_line(path: str | os.PathLike[str], line: str, *, calls: Calls = CALLS) -> None:
@@ -197,8 +220,9 @@ def _buffers(data: Data) -> list[memoryview]:
     return [memoryview(part).cast("B") for part in parts]
 
 
-def _stage_name() -> str:
-    return f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+def _beside(path: Path, kind: str) -> Path:
+    """A new hidden name in the folder of ``path`` that tells its owner; `io.lock` removes those of dead ones."""
+    return path.parent / f".{kind}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _make_folder(folder: Path, calls: Calls) -> None:
@@ -257,7 +281,6 @@ def _put_in_place(stage: Path, path: Path, calls: Calls) -> None:
             if error.errno not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
                 raise
             _swap_in_two_steps(stage, path, calls)
-    _sync(path.parent, calls)
 
 
 def _swap_in_two_steps(stage: Path, path: Path, calls: Calls) -> None:
@@ -268,6 +291,7 @@ def _swap_in_two_steps(stage: Path, path: Path, calls: Calls) -> None:
     except OSError:
         calls.rename(aside, path)
         raise
+    _sync(path.parent, calls)  # else the next rename could be kept and that of the new one be lost: both would be gone
     calls.rename(aside, stage)  # where the caller removes it
 
 

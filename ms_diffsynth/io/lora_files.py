@@ -19,7 +19,7 @@ from ms_diffsynth.errors import WeightError, listing, nearest
 from ms_diffsynth.io.weights import Checkpoint, native, save_state_dict
 
 ADAPTER_METADATA = "lora_adapter_metadata"
-PREFIXES = ("transformer.", "diffusion_model.")
+PREFIXES = ("transformer.", "unet.", "diffusion_model.")
 KOHYA = "lora_unet_"
 _KEY = re.compile(r"(?P<stem>.+)\.(?:(?P<part>lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight|(?P<alpha>alpha))")
 _SIDES = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B"}
@@ -61,8 +61,8 @@ def save_lora(path: str | os.PathLike[str], pairs: Mapping[str, Pair], alpha: fl
 def load_lora(path: str | os.PathLike[str], modules: Iterable[str] | None = None) -> dict[str, Scaled]:
     """Read a LoRA file as module -> (A [r, in], B [out, r], scale); the weight change is scale * B @ A.
 
-    Accepts names with ``transformer.``, ``diffusion_model.`` or no prefix, with or without ``.default``, with lora_A /
-    lora_B or lora_down / lora_up and ``.alpha``; and kohya's ``lora_unet_`` names where ``modules`` tells
+    Accepts names with ``transformer.``, ``unet.``, ``diffusion_model.`` or no prefix, with or without ``.default``,
+    with lora_A / lora_B or lora_down / lora_up and ``.alpha``; and kohya's ``lora_unet_`` names where ``modules`` tells
     what they mean.
 
     Args:

@@ -5,11 +5,13 @@ convolutions as 2-D ones; checkpoints in diffusers and transformers format use P
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
+
+from ms_diffsynth.errors import WeightError, listing
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d)
 _RENAMED = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
@@ -58,6 +60,25 @@ def state_dict(cell: nn.Cell) -> dict[str, np.ndarray]:
     """PyTorch name -> array in PyTorch's shape, copied to the host."""
     shapes = torch_shapes(cell)
     return {name: to_numpy(p).reshape(shapes[name]) for name, p in torch_parameters(cell).items()}
+
+
+def load_state(own: Mapping[str, Parameter], state: Mapping[str, Tensor | np.ndarray]) -> None:
+    """Assign ``state`` to the Parameters of the same names, in place.
+
+    Raises: WeightError that lists every missing, superfluous or misshapen tensor; nothing is assigned then.
+    """
+    wrong = [f"missing: {listing(sorted(own.keys() - state.keys()))}"] if own.keys() - state.keys() else []
+    if state.keys() - own.keys():
+        wrong.append(f"superfluous: {listing(sorted(state.keys() - own.keys()))}")
+    shapes = [f"{name} {tuple(state[name].shape)}, expected {tuple(p.shape)}" for name, p in own.items()
+              if name in state and tuple(state[name].shape) != tuple(p.shape)]
+    if shapes:
+        wrong.append(f"shape: {listing(shapes)}")
+    if wrong:
+        raise WeightError(f"saved state does not fit what it is loaded into: {'; '.join(wrong)}. Resume with the "
+                          "model, LoRA and optimizer settings the checkpoint was written with.")
+    for name, parameter in own.items():
+        ops.assign(parameter, Tensor(state[name]).astype(parameter.dtype))
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 from PIL import Image
@@ -12,8 +13,10 @@ from ms_diffsynth import runtime
 from ms_diffsynth.data.images import to_pil
 from ms_diffsynth.diffusion.guidance import classifier_free
 from ms_diffsynth.diffusion.sampler import euler
-from ms_diffsynth.errors import ProgramError, listing
+from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
+from ms_diffsynth.program import Program
+from ms_diffsynth.template.cache import JoinTemplateCache, TemplateCache, to_slots
 from ms_diffsynth.train.compile import Announce, CompiledStep, _log_only
 from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.units import TensorUnit, run_unit
@@ -25,6 +28,10 @@ class ImagePipeline(Pipeline):
     announce: Announce = staticmethod(_log_only)
     default_cfg_scale = 1.0
     guidance_rule = staticmethod(classifier_free)  # how the two branches of cfg_scale become one velocity
+
+    def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
+        super().__init__(models, dtype)
+        self._steps: dict[tuple[str, ...], CompiledStep] = {}
 
     def __call__(self, prompt: str, negative_prompt: str = "", cfg_scale: float | None = None,
                  embedded_guidance: float = 3.5, height: int = 1024, width: int = 1024, seed: int | None = None,
@@ -38,18 +45,30 @@ class ImagePipeline(Pipeline):
             height, width: pixels, rounded up to the family's division factor.
             seed: of the initial noise; None is fresh.
             on_step: called with (step, steps) after every step.
-            inputs: further inputs of the family's sampling program.
+            inputs: further inputs of the family; ``template_cache``; with ``negative_`` in front, those of the branch
+                of the negative prompt, instead of the same.
+
+        Raises: ConfigError for an input the family does not have.
         """
+        self._check_inputs(inputs)
         height, width = self.check_resize_height_width(height, width)
         shape = self.latent_shape(height, width)
         cfg_scale = self.default_cfg_scale if cfg_scale is None else cfg_scale
         seed = int(np.random.SeedSequence().entropy % 2**63) if seed is None else seed
         latents = Draws(seed).normal("latents", np.array([0]), shape)
         inputs["guidance"] = Tensor(np.full(1, embedded_guidance, np.float32))
-        positive = self.condition(prompt, **inputs)
-        negative = self.condition(negative_prompt, **inputs) if cfg_scale != 1 else None
+        positive = self.condition(prompt, **_positive(inputs))
+        negative = self.condition(negative_prompt, **_negative(inputs)) if cfg_scale != 1 else None
         sigmas = self.sampling_sigmas(num_inference_steps, shape)
         return self.generate(positive, negative, latents, sigmas, cfg_scale, on_step)[0]
+
+    def _check_inputs(self, inputs: dict[str, Any]) -> None:
+        takes_templates = "template_cache?" in self.denoise.input_params
+        known = [*self.optional_units, *(["template_cache"] if takes_templates else [])]
+        odd = [name for name in inputs if name.removeprefix("negative_") not in known]
+        if odd:
+            raise ConfigError(f"{type(self).__name__} has no input {listing(odd)}; it has prompt, negative_prompt, "
+                              f"{listing([*_OPTIONS, *known], 20)}.{nearest(odd[0], [*_OPTIONS, *known])}")
 
     def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
         """Noise levels to integrate over: float32 [num_inference_steps + 1], decreasing, ends with 0."""
@@ -59,21 +78,20 @@ class ImagePipeline(Pipeline):
         """The unit from ``latents`` to ``pixels``."""
         raise TypeError(f"{type(self).__name__} has no build_decode: implement it.")
 
-    def condition(self, prompt: str, **extra: Any) -> dict[str, Any]:
+    def condition(self, prompt: str, template_cache: TemplateCache | None = None, **extra: Any) -> dict[str, Any]:
         """Prepared slots for one prompt, by name: exactly what the sampling step reads besides its draws."""
-        cut = self.sampling_program().cut(("velocity",))
-        given = {"prompt": prompt, **extra}
+        given = {"prompt": prompt, **{name: value for name, value in extra.items() if value is not None}}
+        cut = self.sampling_program([name for name in given if name in self.optional_units]).cut(("velocity",))
         slots = self.run(cut.prepare, {k: v for k, v in given.items() if k in cut.inputs})
         lost = [name for name in cut.cache if name not in slots]
         if lost:
             raise ProgramError(f"condition() needs {listing(lost)}: pass {listing(n + '=Tensor' for n in lost)}.")
-        return {name: slots[name] for name in cut.cache}
+        return {name: slots[name] for name in cut.cache} | to_slots(template_cache or {})
 
     def denoiser(self, condition: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
         """``denoise(latents, sigma) -> velocity`` under one condition; compiled once per shape in mode graph."""
-        step = self._sampling_step()
-        fixed = [condition[name] for name in self._sampling_cut.cache]
-        return lambda latents, sigma: step(*fixed, latents, sigma)[0]
+        step = self._sampling_step(tuple(condition))
+        return lambda latents, sigma: step(*condition.values(), latents, sigma)[0]
 
     def generate(self, positive: dict[str, Any], negative: dict[str, Any] | None, latents: np.ndarray,
                  sigmas: np.ndarray, cfg_scale: float = 1.0,
@@ -94,13 +112,30 @@ class ImagePipeline(Pipeline):
         pixels = run_unit(self.build_decode(), self, {"latents": latents})["pixels"].asnumpy()
         return [to_pil(p) for p in pixels]
 
-    def _sampling_step(self) -> CompiledStep:
-        if "_step" not in self.__dict__:
-            self._sampling_cut = self.sampling_program().cut(("velocity",))
-            sequence = UnitSequence(self._sampling_cut, self)
-            self._step = CompiledStep(sequence.positional, "the sampling step", runtime.current().mode,
-                                      announce=lambda name, shapes: self.announce(name, shapes))
-        return self._step
+    def _sampling_step(self, slots: tuple[str, ...]) -> CompiledStep:
+        """The step that reads these slots; a branch with a template and one without are two."""
+        if slots not in self._steps:
+            join = JoinTemplateCache(slots)
+            units = [join, self.denoise] if join.input_params else [self.denoise]
+            fuse = [unit.name for unit in units if unit.is_always_fused]
+            cut = Program(units, slots, ("latents", "sigma")).cut(("velocity",), fuse=fuse)
+            sequence = UnitSequence(cut, self, inputs=(*slots, "latents", "sigma"))
+            self._steps[slots] = CompiledStep(sequence.positional, "the sampling step", runtime.current().mode,
+                                              announce=lambda name, shapes: self.announce(name, shapes))
+        return self._steps[slots]
 
     def forget_compiled(self) -> None:
-        self.__dict__.pop("_step", None)
+        self._steps.clear()
+
+
+_OPTIONS = ("cfg_scale", "embedded_guidance", "height", "width", "seed", "num_inference_steps", "on_step")
+
+
+def _positive(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if not name.startswith("negative_")}
+
+
+def _negative(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of the negative branch: a template is of one branch only, everything else of both."""
+    own = {name.removeprefix("negative_"): value for name, value in inputs.items() if name.startswith("negative_")}
+    return {name: value for name, value in _positive(inputs).items() if name != "template_cache"} | own

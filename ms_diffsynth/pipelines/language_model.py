@@ -2,16 +2,20 @@
 
 mindone's own are made for generation (caches, keyword arguments that are popped).
 
-Shape legend: B batch, T tokens, H heads, K key heads, G = H / K, D channels of a head.
+Shape legend: B batch, T tokens, W channels, H heads, K key heads, G = H / K, D channels of a head.
 """
 from __future__ import annotations
+
+import copy
+from typing import Any
 
 import numpy as np
 from mindspore import Tensor, nn, ops
 
+from ms_diffsynth.errors import WeightError
 from ms_diffsynth.ops import install_cpu_kernels
 from ms_diffsynth.pipelines.quiet import quiet_imports
-from ms_diffsynth.pipelines.qwen_image.rotary import rotate_halves
+from ms_diffsynth.pipelines.qwen_image.rotary import rotate_halves, text_table
 
 install_cpu_kernels()  # a network of mindone is adapted while it is imported
 
@@ -26,6 +30,22 @@ def causal_mask(tokens: int) -> Tensor:
     Float, because the gradients of what is handed to several cells are added, and there is no sum of bools.
     """
     return Tensor(np.tril(np.ones((1, 1, tokens, tokens), np.float32)))
+
+
+def where_to_look(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each token looks, when nobody looks at padding, and which tokens look at anything.
+
+    Padding in front of the text has nothing to look at: its attention is to be zero, as PyTorch's is. What a kernel
+    makes of a row without keys differs between devices, so such a row looks at what is before it, and the second
+    result is multiplied with its attention.
+
+    Shapes: mask float32 [B, T], 1 for text -> float32 [B, 1, T, T], float32 [B, T, 1].
+    """
+    batch, tokens = mask.shape
+    causal = causal_mask(tokens)
+    looks = causal * mask.reshape(batch, 1, 1, tokens)
+    sees = (looks.sum(-1, keepdims=True) > 0.5).astype(looks.dtype)
+    return looks + causal * (1 - sees), sees.reshape(batch, tokens, 1)
 
 
 def heads(x: Tensor, size: int) -> Tensor:
@@ -47,3 +67,45 @@ def attend(attn: nn.Cell, q: Tensor, k: Tensor, v: Tensor, table: Tensor, mask: 
     v = ops.broadcast_to(v.expand_dims(2), shape).reshape(q.shape)
     out = layers_compat.scaled_dot_product_attention(q, k, v, mask > 0.5)
     return attn.o_proj(out.swapaxes(1, 2).reshape(batch, tokens, -1).astype(dtype))
+
+
+class LowerLayers:
+    """Mixed into a language model of mindone: its hidden states at a quarter, a half and three quarters of the layers.
+
+    The upper quarter, the last norm and the head over the vocabulary take no part, so they are not built. Layers are
+    given the class ``layer_class``, whose ``construct(x, table, looks, sees)`` is made for this.
+
+    Attributes:
+        taken: the three counts of layers.
+    """
+
+    layer_class: type
+
+    def __init__(self, config: Any):
+        count = config.num_hidden_layers
+        if count % 4:
+            raise WeightError(f"a language model of num_hidden_layers={count}: it is read at a quarter, a half and "
+                              "three quarters of its layers, so a multiple of 4 is expected. Give the text_encoder/ "
+                              "folder of a FLUX.2.")
+        lower = copy.deepcopy(config)
+        lower.num_hidden_layers = 3 * count // 4
+        super().__init__(lower)
+        self.taken = (count // 4, count // 2, 3 * count // 4)
+        rope = getattr(config, "rope_parameters", None) or {}  # where transformers 5 writes rope_theta
+        self.theta, self.head_dim = float(rope.get("rope_theta", config.rope_theta)), config.head_dim
+        del self.rotary_emb
+        del self.norm
+        for layer in self.layers:
+            layer.__class__ = self.layer_class
+
+    def construct(self, ids, mask):
+        """ids int32 [B, T], mask float32 [B, T], 1 for text -> [B, T, 3 W]."""
+        table = text_table(ids.shape[1], self.head_dim, self.theta)
+        looks, sees = where_to_look(mask)
+        x, kept = self.embed_tokens(ids), ()
+        sees = sees.astype(x.dtype)
+        for k in range(len(self.layers)):
+            x = self.layers[k](x, table, looks, sees)
+            if k + 1 in self.taken:
+                kept = kept + (x,)
+        return ops.cat(kept, -1)

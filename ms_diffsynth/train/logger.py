@@ -4,7 +4,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ from ms_diffsynth.data.images import grid
 from ms_diffsynth.data.plots import loss_curve
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.io.files import append_line, write_file
+from ms_diffsynth.io.redact import redact
+from ms_diffsynth.io.settings import without_secrets
+from ms_diffsynth.nn.ema import EMA
 
 COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "is_skipped", "seconds")
 
 
 class ModelLogger:
-    """Writes a run's records and checkpoints into ``output_path``.
+    """Writes a run's records and checkpoints into ``output_path``; no token and no password is in any of them.
 
     Args:
         remove_prefix_in_ckpt: taken off the names of trained weights (``"pipe.dit."``); LoRA files have names of
@@ -29,6 +34,9 @@ class ModelLogger:
 
     Attributes:
         is_writing: False on every rank but the first; the training loop sets it.
+        settings: what training_args.json holds.
+        ema: the moving average of what is trained; the loop sets it.
+        after_save: called when a checkpoint is in place; `train.publish` sets it.
     """
 
     def __init__(self, output_path: str | Path, remove_prefix_in_ckpt: str | None = None,
@@ -37,10 +45,14 @@ class ModelLogger:
         self.remove_prefix_in_ckpt = remove_prefix_in_ckpt
         self.num_steps = 0
         self.metadata: dict[str, str] = {}
+        self.settings: dict[str, Any] = {}
         self.losses: list[tuple[int, float]] = []
         self.samples: dict[int, list[Image.Image]] = {}
         self.saved: list[Path] = []
         self.is_writing = True
+        self.after_save: Callable[[], None] | None = None
+        self.ema: EMA | None = None
+        self._events = threading.Lock()  # an upload tells of itself from a thread of its own
         self._saved_at = -1
         self._summary_writer = _tensorboard_class() if enable_tensorboard_log else None
         self._tensorboard: Any = None
@@ -52,7 +64,8 @@ class ModelLogger:
         if not self.is_writing:
             return
         self.output_path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(settings, indent=2, sort_keys=True, default=str) + "\n"
+        self.settings = without_secrets(settings)
+        text = json.dumps(self.settings, indent=2, sort_keys=True) + "\n"
         write_file(self.output_path / "training_args.json", text.encode())
         write_file(self.output_path / "loss.csv", (",".join(COLUMNS) + "\n").encode())
         write_file(self.output_path / "events.jsonl", b"")
@@ -66,7 +79,8 @@ class ModelLogger:
             return
         record = {"event": event, "time": round(time.time(), 3), "step": self.num_steps} | values
         record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        append_line(self.output_path / "events.jsonl", json.dumps(record, allow_nan=False, default=str))
+        with self._events:
+            append_line(self.output_path / "events.jsonl", json.dumps(without_secrets(record), allow_nan=False))
 
     def log_step(self, record: dict[str, Any]) -> None:
         """Append one optimizer step to loss.csv (and TensorBoard); ``record`` has the keys of COLUMNS."""
@@ -102,20 +116,30 @@ class ModelLogger:
             self._tensorboard.close()
 
     def save_model(self, accelerator: Any, model: Any, file_name: str) -> None:
-        """Save what was trained, on the first rank only."""
+        """Save what was trained, on the first rank only; with a moving average also ``<name>-ema.safetensors``."""
         self._saved_at = self.num_steps
         if accelerator.is_main_process:
-            path = self.output_path / file_name
-            model.save(path, self.remove_prefix_in_ckpt, {**self.metadata, "step": str(self.num_steps)})
-            self.saved.append(path)
-            self.event("saved", file=file_name, bytes=path.stat().st_size)
+            self._save(model, file_name)
+            if self.ema is not None:
+                with self.ema.applied():
+                    self._save(model, file_name.replace(".safetensors", "-ema.safetensors"))
+            if self.after_save is not None:
+                self.after_save()
+
+    def _save(self, model: Any, file_name: str) -> None:
+        path = self.output_path / file_name
+        metadata = without_secrets({**self.metadata, "step": str(self.num_steps)})
+        model.save(path, self.remove_prefix_in_ckpt, metadata)
+        self.saved.append(path)
+        self.event("saved", file=file_name, bytes=path.stat().st_size)
 
     # -- pictures --------------------------------------------------------------------------------------------------
 
     def log_samples(self, step: int, images: list[Image.Image], captions: list[str]) -> Path:
         """Write ``samples/step-N.png`` and keep the pictures for the before/after grid."""
         self.samples[step] = images
-        path = self.write_image(f"samples/step-{step}.png", grid([images], titles=captions or None))
+        columns = len(images) if captions else math.ceil(math.sqrt(len(images)))
+        path = self.write_image(f"samples/step-{step}.png", grid(images, columns=columns, titles=_titles(captions)))
         self.event("samples", file=f"samples/step-{step}.png")
         return path
 
@@ -127,7 +151,7 @@ class ModelLogger:
         rows = [self.samples[first], self.samples[last]]
         return self.write_image("samples/before_after.png",
                                 grid(rows, captions=[f"before (step {first})", f"after (step {last})"],
-                                     titles=captions or None))
+                                     titles=_titles(captions)))
 
     def write_image(self, name: str, image: Image.Image) -> Path:
         """Write a PNG below ``output_path``."""
@@ -137,6 +161,10 @@ class ModelLogger:
         image.save(buffer, format="PNG")
         write_file(path, buffer.getvalue())
         return path
+
+
+def _titles(captions: list[str]) -> list[str] | None:
+    return [redact(caption) for caption in captions] or None
 
 
 def _text(value: Any) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from PIL import Image
 from ms_diffsynth import runtime
 from ms_diffsynth.data.loader import Batch, Loader, collate
 from ms_diffsynth.errors import ConfigError, DeviceError, TrainingError, UserError, nearest
+from ms_diffsynth.io.redact import redact
+from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import ModelLogger
@@ -23,6 +26,7 @@ from ms_diffsynth.train.optim import AdamW, LearningRate
 from ms_diffsynth.train.prepared import CachedRows, PreparedRow, PreparedRows
 from ms_diffsynth.train.program_step import ModuleTrainStep, ProgramTrainStep
 from ms_diffsynth.train.progress import Progress
+from ms_diffsynth.train.publish import check_token, publishing
 from ms_diffsynth.train.split import describe_loaded, launch_data_process_task, open_cache, stage_of
 from ms_diffsynth.train.step import StepResult
 
@@ -42,6 +46,8 @@ class TrainingOptions:
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 0
     gradient_accumulation_steps: int = 1
+    use_ema: bool = False
+    ema_decay: float = 0.9999
     loss_scale: float = 1.0
     batch_size: int = 1
     num_epochs: int | None = 1
@@ -81,11 +87,12 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
         options: any other field of `TrainingOptions`.
 
     Returns: the logger. Raises: TrainingError after 20 non-finite steps in a row; ConfigError for impossible options;
-        DeviceError for more than one process.
+        DeviceError for more than one process; HubError for ``args.push_to_hub`` without a token.
     """
     given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "num_workers": num_workers,
              "save_steps": save_steps, "num_epochs": num_epochs,
              "gradient_accumulation_steps": accelerator.gradient_accumulation_steps}
+    check_token(accelerator, args)
     dataset, class_dataset = _from_cache(accelerator, model, model_logger, dataset, class_dataset, args)
     run = _Run(accelerator, dataset, model, model_logger, TrainingOptions.of(args, given | options), class_dataset,
                sampler, sample_captions or [])
@@ -93,15 +100,16 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     model_logger.is_writing = accelerator.is_main_process
     model_logger.start((settings or {}) | given | dataclasses.asdict(run.options)
                        | {"mode": accelerator.mode, "device": accelerator.device})
-    try:
-        run.prepare()
-        run.sample()
-        run.train()
-    except UserError as error:
-        model_logger.event("stopped", reason=str(error))
-        raise
-    finally:
-        run.progress.end()
+    with publishing(accelerator, model, model_logger, dataset, args):
+        try:
+            run.prepare()
+            run.sample()
+            run.train()
+        except UserError as error:
+            model_logger.event("stopped", reason=str(error))
+            raise
+        finally:
+            run.progress.end()
     return model_logger
 
 
@@ -216,7 +224,9 @@ class _Run:
             from mindspore.amp import StaticLossScaler
 
             scaler = StaticLossScaler(options.loss_scale)
-        common = {"loss_scaler": scaler, "max_grad_norm": options.max_grad_norm,
+        self.ema = EMA(self.optimizer.parameters, options.ema_decay) if options.use_ema else None
+        self.logger.ema = self.ema
+        common = {"loss_scaler": scaler, "max_grad_norm": options.max_grad_norm, "ema": self.ema,
                   "gradient_accumulation_steps": options.gradient_accumulation_steps,
                   "gradient_accumulation_kwargs": {"length_of_dataloader": len(self.loader)}}
         if self.is_eager:
@@ -290,11 +300,10 @@ class _Run:
         items: list[PreparedRow] = batch.items
         slots = collate([item.slots for item in items])
         shape = self.model.pipe.latent_shape(*items[0].size)
+        scalars = self.model.pipe.objective.scalar_draws
         for name in self.cut.draws:
-            if name == "density_draw":
-                slots[name] = self._draw(name, self.model.pipe.objective.density_kind, batch.sample_indices, ())
-            else:
-                slots[name] = self._draw(name, "normal", batch.sample_indices, shape)
+            slots[name] = self._draw(name, scalars.get(name, "normal"), batch.sample_indices,
+                                     () if name in scalars else shape)
         return [Tensor(slots[name]) for name in (*self.cut.cache, *self.cut.draws)]
 
     def _draw(self, stream: str, kind: str, sample_indices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -335,11 +344,13 @@ class _Run:
                                 "broken pictures or weights, and on Ascend prefer bfloat16 to float16.")
 
     def sample(self) -> None:
-        """Make sample pictures with the current weights."""
+        """Make sample pictures with the current weights, or with their moving average."""
         if self.sampler is None or not self.accelerator.is_main_process:
             return
-        path = self.logger.log_samples(self.logger.num_steps, self.sampler(), self.captions)
-        self.progress.say(f"samples: {path}")
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            images = self.sampler()
+        path = self.logger.log_samples(self.logger.num_steps, images, self.captions)
+        self.progress.say(redact(f"samples: {path}"))
 
     def _finish(self) -> None:
         logger, step = self.logger, self.step
@@ -354,4 +365,4 @@ class _Run:
         folder = logger.output_path
         for path in [*logger.saved[-1:], folder / "loss.png", folder / "samples/before_after.png"]:
             if path.exists():
-                self.progress.say(f"  {path}")
+                self.progress.say(redact(f"  {path}"))

@@ -6,13 +6,14 @@ from typing import Any
 
 from mindspore import Tensor
 
-from ms_diffsynth.diffusion.units import SampleLatents, flow_match_units
+from ms_diffsynth.diffusion.units import SampleLatents
 from ms_diffsynth.errors import ProgramError
 from ms_diffsynth.pipeline import Pipeline
 
 
 def FlowMatchSFTLoss(pipe: Pipeline, **inputs: Any) -> Tensor:
-    """Flow-matching loss of one prepared sample or batch, by the same units the compiled step runs.
+    """Loss of one prepared sample or batch, by the same units the compiled step runs: flow matching, or what else the
+    family's objective is.
 
     Args:
         inputs: the slots that ``pipe.units`` wrote; ``input_latents`` (with posterior "sample" also ``moments``) and
@@ -27,11 +28,13 @@ def FlowMatchSFTLoss(pipe: Pipeline, **inputs: Any) -> Tensor:
         raise ProgramError("FlowMatchSFTLoss needs a grid of noise levels, but the pipeline has none: call "
                            "switch_pipe_to_training_mode first.")
     latents = _latents(pipe, inputs)
-    drawn = {
-        "noise": Tensor(pipe.random("noise", "normal", tuple(latents.shape))),
-        "density_draw": Tensor(pipe.random("density_draw", pipe.objective.density_kind, tuple(latents.shape[:1]))),
-    }
-    units = flow_match_units(replace(pipe.objective, prior_loss_weight=None), pipe.sigmas, pipe.denoise)
+    objective, shape = pipe.objective, tuple(latents.shape)
+    scalars = objective.scalar_draws
+    drawn = {name: Tensor(pipe.random(name, scalars.get(name, "normal"), shape[:1] if name in scalars else shape))
+             for name in objective.draws if name != "posterior_noise"}  # `_latents` has drawn that one
+    if objective.prior_loss_weight is not None:
+        objective = replace(objective, prior_loss_weight=None)
+    units = pipe.objective_units(objective, pipe.sigmas)
     return pipe.run(units, inputs | drawn | {"input_latents": latents})["loss"]
 
 

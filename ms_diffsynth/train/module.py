@@ -10,6 +10,7 @@ from mindspore import Parameter, Tensor, nn
 
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, TrainingError, listing, nearest
+from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.lora_files import load_lora, save_lora
 from ms_diffsynth.io.weights import save_state_dict
 from ms_diffsynth.nn.lora import Uniform, inject_lora, lora_modules, lora_pairs, lora_parameters, set_lora
@@ -18,6 +19,7 @@ from ms_diffsynth.nn.quant import store_models_8bit
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
+from ms_diffsynth.template.units import attach_template
 from ms_diffsynth.train.losses import FlowMatchSFTLoss
 
 
@@ -50,7 +52,7 @@ class DiffusionTrainingModule:
                                      objective: Objective | None = None, lora_uniform: Uniform | None = None,
                                      use_gradient_checkpointing: bool = False,
                                      use_gradient_checkpointing_offload: bool = False,
-                                     fp8_models: str | None = None) -> None:
+                                     fp8_models: str | None = None, extra_inputs: str | None = None) -> None:
         """Freeze everything, then make trainable what is named.
 
         Args:
@@ -59,10 +61,12 @@ class DiffusionTrainingModule:
             lora_target_modules: names, or ends of names, of its linear layers; empty takes the family's choice.
             lora_checkpoint: a LoRA file to go on from.
             task: ``sft`` or ``dreambooth``; with ``:data_process`` or ``:train`` one stage of split training.
-            objective: what is minimised; None means DiffSynth-Studio's supervised objective.
+            objective: what is minimised; None is the family's own, DiffSynth-Studio's supervised objective for most.
             use_gradient_checkpointing, use_gradient_checkpointing_offload: recompute the blocks of what gradients pass
                 through; offload keeps their inputs on the host (eager only). See `nn.recompute`.
             fp8_models: frozen models stored in 8 bits, by name or as ``owner/name:pattern``. See `nn.quant`.
+            extra_inputs: columns of the data set that are inputs too, with commas, such as
+                ``edit_image,template_inputs``.
 
         Raises: ConfigError for names that are not there, for nothing to train, or for a model to be trained both ways.
         """
@@ -72,8 +76,10 @@ class DiffusionTrainingModule:
             if isinstance(model, nn.Cell):
                 for parameter in model.get_parameters():
                     parameter.requires_grad = False
+        for name in (n.strip() for n in (extra_inputs or "").split(",") if n.strip()):
+            pipe.use_input(name)
         pipe.forget_compiled()  # what was compiled before has no LoRA in it
-        pipe.objective = objective or Objective(weighting_scheme="diffsynth")
+        pipe.objective = pipe.objective_for(objective)
         pipe.sigmas = pipe.training_schedule(kind).sigmas
         self.lora_base_model = lora_base_model
         self.trainable = (*names, *([lora_base_model] if lora_base_model else []))
@@ -92,6 +98,21 @@ class DiffusionTrainingModule:
                 parameter.requires_grad = True
         self._store_frozen(fp8_models, ("step",) if stage == "train" else ("prepare", "step"))
         self._recompute(use_gradient_checkpointing, use_gradient_checkpointing_offload)
+
+    def load_training_template_model(self, pipe: Pipeline, path_or_model_id: str | ModelConfig | None,
+                                     use_gradient_checkpointing: bool = False,
+                                     use_gradient_checkpointing_offload: bool = False,
+                                     trust_template_code: bool = False,
+                                     trust_template_sha256: str | None = None) -> None:
+        """Give ``pipe`` the model ``template_model``; nothing for None. Call it before `switch_pipe_to_training_mode`.
+
+        See `template.units.attach_template`. ``extra_inputs`` must name ``template_inputs``.
+        """
+        if path_or_model_id:
+            attach_template(pipe, path_or_model_id, trust_template_code=trust_template_code,
+                            trust_template_sha256=trust_template_sha256,
+                            use_gradient_checkpointing=use_gradient_checkpointing,
+                            use_gradient_checkpointing_offload=use_gradient_checkpointing_offload)
 
     @staticmethod
     def _checked_names(pipe: Pipeline, trainable_models: str | None, lora_base_model: str | None) -> list[str]:
@@ -113,8 +134,9 @@ class DiffusionTrainingModule:
         """Let the networks that gradients pass through compute their blocks again in backward."""
         self.use_gradient_checkpointing, self.use_gradient_checkpointing_offload = is_on, is_offloaded
         if is_on or is_offloaded:
-            for name in dict.fromkeys(("dit", *(n.split(".")[0] for n in self.trainable))):
-                if name in self.training_cut().models("step"):
+            for name in dict.fromkeys((self.pipe.network, *(n.split(".")[0] for n in self.trainable))):
+                is_template = name == "template_model"  # its forward does it by itself
+                if name in self.training_cut().models("step") and not is_template:
                     use_recompute(getattr(self.pipe, name), offload=is_offloaded)
 
     def _store_frozen(self, fp8_models: str | None, stages: tuple[str, ...]) -> None:
@@ -164,7 +186,7 @@ class DiffusionTrainingModule:
     def training_cut(self) -> Cut:
         """The training program of the pipeline, cut for what is trained."""
         program = self.pipe.training_program(self.pipe.objective, self.pipe.sigmas)
-        return program.cut(("loss", "sample_losses"), self.trainable, ("sample_latents", *self.fuse))
+        return program.cut(("loss", "sample_losses"), self.trainable, (*self.pipe.always_fused, *self.fuse))
 
     def export_trainable_state_dict(self, remove_prefix: str | None = None) -> dict[str, np.ndarray]:
         """Trained weights by name, ``pipe.<model>.<weight>`` with ``remove_prefix`` taken off."""
@@ -191,27 +213,39 @@ class DiffusionTrainingModule:
     def get_pipeline_inputs(self, data: dict[str, Any]) -> tuple[dict, dict, dict]:
         """A row of the data set as the documents' three dictionaries.
 
-        Raises: DataError for a row without a picture or a prompt.
+        Raises: DataError for a row without a picture, or without a prompt where the family takes one.
         """
-        lost = [name for name in ("image", "prompt") if data.get(name) is None]
+        lost = [name for name in self._columns if data.get(name) is None]
         if lost:
             raise DataError(f"a row has no {' and no '.join(map(repr, lost))}: it has {listing(sorted(data))}. "
-                            "Expected the columns 'image' and 'prompt'; rename yours, or override get_pipeline_inputs.")
+                            f"Expected the columns {' and '.join(map(repr, self._columns))}; rename yours, or override "
+                            "get_pipeline_inputs.")
         shared = {"input_image": data["image"], "height": data["image"].size[1], "width": data["image"].size[0],
-                  "cfg_scale": 1}
+                  "cfg_scale": 1, **{name: data[name] for name in self._extra_inputs}}
+        if "prompt" not in self._columns:
+            return shared, {}, {}
         return shared, {"prompt": data["prompt"]}, {"negative_prompt": ""}
+
+    @property
+    def _columns(self) -> list[str]:
+        """The columns `get_pipeline_inputs` reads: those the pipeline has an input for."""
+        return ["image", *(["prompt"] if "prompt" in self.pipe.inputs else []), *self._extra_inputs]
+
+    @property
+    def _extra_inputs(self) -> list[str]:
+        return [name for name in self.pipe.inputs if name in self.pipe.optional_units]
 
     @property
     def row_fields(self) -> list[str] | None:
         """The fields of a row that shape what is prepared of it; None for all, when `get_pipeline_inputs` is yours."""
         is_own = type(self).get_pipeline_inputs is not DiffusionTrainingModule.get_pipeline_inputs
-        return None if is_own else ["image", "prompt"]
+        return None if is_own else self._columns
 
     def prepare(self, data: dict[str, Any], cut: Cut) -> dict[str, np.ndarray]:
         """Run the prepared half on one row: the slots that cross the cut, each without its batch axis."""
         shared, posi, _ = self.get_pipeline_inputs(data)
         slots = self.pipe.run(cut.prepare, {k: v for k, v in (shared | posi).items() if k in cut.inputs})
-        return {name: to_numpy(slots[name])[0] for name in cut.cache}
+        return {name: to_numpy(slots[name])[0, ...] for name in cut.cache}  # an array, of a number too
 
     def forward(self, data: dict[str, Any]) -> Tensor:
         """Loss of one row, eagerly, by the pipeline's units and FlowMatchSFTLoss."""

@@ -20,7 +20,8 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.ops import operations as P
 
-from ms_diffsynth.errors import ConfigError, TrainingError, WeightError, listing, nearest
+from ms_diffsynth.errors import ConfigError, TrainingError, listing, nearest
+from ms_diffsynth.nn.names import load_state
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -187,25 +188,6 @@ class Guarded(nn.Cell):
 def guarded(optimizer: nn.Cell) -> AdamW | Guarded:
     """The optimizer, with the call ``(gradients, coefficient, is_finite)``."""
     return optimizer if isinstance(optimizer, (AdamW, Guarded)) else Guarded(optimizer)
-
-
-def load_state(own: Mapping[str, Parameter], state: Mapping[str, Tensor | np.ndarray]) -> None:
-    """Assign ``state`` to the Parameters of the same names, in place.
-
-    Raises: WeightError that lists every missing, superfluous or misshapen tensor; nothing is assigned then.
-    """
-    wrong = [f"missing: {listing(sorted(own.keys() - state.keys()))}"] if own.keys() - state.keys() else []
-    if state.keys() - own.keys():
-        wrong.append(f"superfluous: {listing(sorted(state.keys() - own.keys()))}")
-    shapes = [f"{name} {tuple(state[name].shape)}, expected {tuple(p.shape)}" for name, p in own.items()
-              if name in state and tuple(state[name].shape) != tuple(p.shape)]
-    if shapes:
-        wrong.append(f"shape: {listing(shapes)}")
-    if wrong:
-        raise WeightError(f"optimizer state does not fit the optimizer: {'; '.join(wrong)}. Resume with the model, "
-                          "LoRA and optimizer settings the checkpoint was written with.")
-    for name, parameter in own.items():
-        ops.assign(parameter, Tensor(state[name]).astype(parameter.dtype))
 
 
 def _check(parameters: list[Parameter], learning_rate: float, betas: tuple[float, float], eps: float,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_diffsynth.errors import DataError
+from ms_diffsynth.errors import DataError, UserError
 from ms_diffsynth.io.cache import Cache
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
@@ -76,8 +76,7 @@ class PreparedRows:
         return self._buckets[row]
 
     def _make(self, row: int) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
-        data = self.dataset[row]
-        return self.module.prepare(data, self.cut), picture_size(data)
+        return prepare_row(self.dataset, row, self.module, self.cut)
 
 
 class CachedRows(PreparedRows):
@@ -96,6 +95,17 @@ class CachedRows(PreparedRows):
 
     def _make(self, row: int) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
         return self.cache.read(self.planned[row].key, self.planned[row].label)
+
+
+def prepare_row(dataset: Any, row: int, module: DiffusionTrainingModule,
+                cut: Cut) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+    """The prepared slots of a row and its size. Raises: what preparing raises, with the name of the row in front."""
+    data = dataset[row]
+    try:
+        return module.prepare(data, cut), picture_size(data)
+    except UserError as error:
+        label = dataset.label(row) if hasattr(dataset, "label") else f"row {row + 1}"
+        raise type(error)(f"{label}: {error}") from error
 
 
 def picture_size(data: dict[str, Any]) -> tuple[int, int]:

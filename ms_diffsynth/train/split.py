@@ -26,7 +26,7 @@ from ms_diffsynth.program import Cut
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.prepared import CachedRows, picture_size
+from ms_diffsynth.train.prepared import CachedRows, prepare_row
 from ms_diffsynth.train.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -92,9 +92,8 @@ def _fill(cache: Cache, rows: dict[str, list[PlannedRow]], sets: dict[str, Any],
     progress.begin(len(todo), "caching", "row")
     for key, (name, index) in todo.items():
         if not cache.holds(key):
-            data = sets[name][index]
-            slots = model.prepare(data, cut)
-            cache.write(key, slots, picture_size(data))
+            slots, picture = prepare_row(sets[name], index, model, cut)
+            cache.write(key, slots, picture)
             written += 1
             size += sum(array.nbytes for array in slots.values())
         progress.advance()

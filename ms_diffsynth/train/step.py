@@ -16,6 +16,7 @@ from mindspore import ParameterTuple, Tensor, nn, ops
 
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import TrainingError, nearest
+from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.train import grads as gradients
 from ms_diffsynth.train.compile import Announce, CompiledStep, _log_only
 from ms_diffsynth.train.optim import guarded
@@ -56,6 +57,7 @@ class TrainStep(nn.Cell):
         gradient_accumulation_steps: micro-steps per update; None means 1.
         gradient_accumulation_kwargs: ``length_of_dataloader`` (batches per epoch) makes the last, partial group of an
             epoch an update of its own, unless ``sync_with_dataloader`` is False.
+        ema: follows the weights after every update.
         mode: ``"graph"`` or ``"pynative"``; None takes the runtime's.
         planned_compilations, announce: see `train.compile.CompiledStep`.
 
@@ -66,13 +68,14 @@ class TrainStep(nn.Cell):
 
     def __init__(self, model: nn.Cell, optimizer: nn.Cell, loss_scaler: Any = None, max_grad_norm: float | None = None,
                  gradient_accumulation_steps: int | None = None,
-                 gradient_accumulation_kwargs: dict[str, Any] | None = None, *, mode: str | None = None,
-                 planned_compilations: int | None = None, announce: Announce = _log_only):
+                 gradient_accumulation_kwargs: dict[str, Any] | None = None, *, ema: EMA | None = None,
+                 mode: str | None = None, planned_compilations: int | None = None, announce: Announce = _log_only):
         super().__init__(auto_prefix=False)
         accumulation = gradient_accumulation_kwargs or {}
         _check(optimizer, max_grad_norm, gradient_accumulation_steps, accumulation)
         self.model = model.set_train(True)
         self.optimizer = guarded(optimizer)
+        self.ema = ema
         self.weights = ParameterTuple(optimizer.parameters)
         self.loss_scaler = loss_scaler
         self.loss_scale = getattr(loss_scaler, "scale_value", None)
@@ -155,6 +158,8 @@ class TrainStep(nn.Cell):
         if self.max_grad_norm is not None:
             coefficient = unscale * gradients.clip_coefficient(norm, self.max_grad_norm)
         self.optimizer(grads, coefficient, is_finite)
+        if self.ema is not None:
+            self.ema(is_finite)
         if self.accumulation_steps > 1:
             gradients.reset(self.accumulators)
         if self.loss_scaler is not None:

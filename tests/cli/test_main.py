@@ -9,8 +9,7 @@ from ms_diffsynth.errors import ConfigError, WeightError
 
 
 @pytest.mark.parametrize("words, expected", [
-    (["trian"], "'trian' is no command: expected one of train, sample, cache, describe, tiny, parity. Did you mean "
-                "'train'?"),
+    (["trian"], f"'trian' is no command: expected one of {', '.join(COMMANDS)}. Did you mean 'train'?"),
     ([], "COMMAND"),
     (["train", "--learning_rat", "1"],
      "train does not know --learning_rat. Did you mean '--learning_rate'? See ms-diffsynth train --help."),
@@ -20,7 +19,7 @@ from ms_diffsynth.errors import ConfigError, WeightError
     (["sample", "toy", "m", "--prompt", "a", "--promt", "b"], "does not know --promt b. Did you mean '--prompt'?"),
     (["sample", "toy"], "the following arguments are required: MODEL, --prompt. See ms-diffsynth sample --help."),
     (["sample", "toy", "m", "--prompt", "a", "--height", "tall"], "argument --height: invalid int value: 'tall'."),
-    (["tiny", "flx", "m"], "family='flx' is unknown: expected one of flux, flux2, qwen_image, toy. "
+    (["tiny", "flx", "m"], "family='flx' is unknown: expected one of ddpm_unet, flux, flux2, qwen_image, toy. "
                          "Did you mean 'flux'?"),
     (["tiny", "toy"], "the following arguments are required: DIR."),
     (["parity"], "the following arguments are required: DIR."),

@@ -6,15 +6,20 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import ms_diffsynth.cli.run as run_module
-from ms_diffsynth.config import SECTIONS, SETTINGS, load_config
+import ms_diffsynth.train.publish as publish_module
+from ms_diffsynth.config import SETTINGS, load_config
+from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.io.lora_files import load_lora
 from ms_diffsynth.io.weights import load_state_dict
+from ms_diffsynth.registry import FAMILIES
+from ms_diffsynth.train.loop import TrainingOptions
 
 EAGER = ("--mode", "pynative", "--max_train_steps", 1, "--sample_prompts", "[]")
 
@@ -69,7 +74,7 @@ def test_a_bad_file(run, tmp_path, line, code, expected):
 
 
 @pytest.mark.parametrize("words, code, expected", [
-    (["--family", "flxu"], 64, "family='flxu' is unknown: expected one of flux, flux2, qwen_image, toy. Did you mean "
+    (["--family", "flxu"], 64, f"family='flxu' is unknown: expected one of {', '.join(sorted(FAMILIES))}. Did you mean "
      "'flux'?"),
     (["--model_paths", "absent"], 66, "absent does not exist"),
     (["--model_paths", "[absent"], 64, "model_paths=[absent is no JSON"),
@@ -147,20 +152,39 @@ def test_the_scheme_follows_the_objective():
     base = {"family": "toy", "dataset_base_path": "d", "num_epochs": "1", "instance_prompt": "a"}
     for flags, expected in (({}, "diffsynth"), ({"task": "dreambooth"}, "none"),
                             ({"weighting_scheme": "cosmap"}, "cosmap")):
-        assert run_module.objective_of(load_config(None, base | flags)).weighting_scheme == expected
+        settings = SimpleNamespace(**load_config(None, base | flags).flat())
+        assert run_module.objective_of(settings).weighting_scheme == expected
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ({"family": "toy", "snr_gamma": "5"}, r"snr_gamma=5\.0: the family toy has no such setting\."),
+    ({"family": "ddpm_unet", "weighting_scheme": "cosmap", "posterior": "sample"},
+     r"weighting_scheme=cosmap, posterior=sample: the family ddpm_unet has no such setting\."),
+])
+def test_a_setting_of_another_objective_is_refused(flags, expected):
+    config = load_config(None, {"dataset_base_path": "d", "num_epochs": "1", "instance_prompt": "a"} | flags)
+    with pytest.raises(ConfigError, match=expected):
+        run_module.objective_of(SimpleNamespace(**config.flat()))
+
+
+def test_a_lora_starts_from_the_seed_of_the_run():
+    def start(seed):
+        settings = load_config(None, {"family": "toy", "dataset_base_path": "d", "num_epochs": "1", "seed": seed})
+        return run_module.training_mode(SimpleNamespace(**settings.flat()))["lora_uniform"]("layer_1", (2, 3))
+
+    assert np.array_equal(start("7"), start("7")) and not np.array_equal(start("7"), start("8"))
 
 
 def test_every_setting_is_read():
-    """A setting nobody reads would be obeyed by nobody. Those of the optimizer are handed on as a whole."""
+    """A setting nobody reads would be obeyed by nobody. The options of the loop are handed on as a whole."""
     source = Path(run_module.__file__).read_text()
-    handed_on = [name for name, setting in SETTINGS.items() if setting.section == "optimizer"]
+    assert "args=settings" in source
+    source += Path(publish_module.__file__).read_text()
+    handed_on = set(TrainingOptions.__dataclass_fields__)
     by_name = {"tokenizer_path", "tokenizer_1_path", "tokenizer_2_path"}  # read as f"{name}_path"
-    assert "vars(config.optimizer)" in source
-    from ms_diffsynth.train.loop import TrainingOptions
-
-    assert set(handed_on) <= set(TrainingOptions.__dataclass_fields__)
-    unread = [n for n in SETTINGS if n not in handed_on and n not in by_name and not re.search(rf"\.{n}\b", source)]
-    assert not unread, f"{unread} of {list(SECTIONS)}"
+    by_name |= {name for name, s in SETTINGS.items() if s.section == "objective"}  # by `objective_of`, as fields
+    unread = [n for n in SETTINGS if n not in handed_on | by_name and not re.search(rf"\.{n}\b", source)]
+    assert not unread
 
 
 def test_describe(run, config):

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 from typing import Any
 
 from ms_diffsynth.io.files import Calls
@@ -15,7 +16,8 @@ class Killed(BaseException):
 
 
 class FaultyCalls(Calls):
-    """The real calls, but the ``at``-th one fails: ``fault`` is an errno, or "kill", which ends every later call too.
+    """The real calls, but the ``at``-th one fails: ``fault`` is an errno; "kill", which ends every later call too; or
+    "short", which is no failure: a write takes half of what it was given.
 
     Args:
         at: number of the call that fails, from 0; None for none.
@@ -35,7 +37,9 @@ class FaultyCalls(Calls):
         if self.is_dead:
             raise Killed
         self.made.append(name)
-        if len(self.made) - 1 == self.at:
+        if len(self.made) - 1 == self.at and self.fault == "short":
+            args = (args[0], args[1][:max(1, len(args[1]) // 2)]) if name == "write" else args
+        elif len(self.made) - 1 == self.at:
             if self.fault == "kill":
                 self._half(name, args)
                 self.is_dead = True
@@ -54,3 +58,6 @@ class FaultyCalls(Calls):
             os.write(args[0], args[1][:len(args[1]) // 2])
         if name == "close":  # Linux releases the descriptor even when close fails
             os.close(args[0])
+        if name == "rmtree":  # a removal that fails has removed a part
+            for path in [p for p in Path(args[0]).rglob("*") if p.is_file()][:1]:
+                path.unlink()

@@ -10,7 +10,7 @@ import pytest
 from faults import FaultyCalls, Killed
 
 from ms_diffsynth.errors import OutputError
-from ms_diffsynth.io.files import CALLS, append_line, sha256_of, stage_folder, write_file
+from ms_diffsynth.io.files import CALLS, append_line, remove_folder, sha256_of, stage_folder, write_file
 
 OLD, NEW = b"old" * 1000, b"new content" * 700
 FAULTS = (errno.ENOSPC, errno.EIO, "kill")
@@ -148,7 +148,9 @@ def test_stage_folder_is_old_or_new_whatever_call_fails(tmp_path, fault, is_new,
         old = {} if is_new else OLD_FOLDER
         assert (tree(path) if path.exists() else {}) in (old, NEW_FOLDER), calls.made
         has_failed_to_remove = "rmtree" in calls.made[at:at + 1]
-        if fault != "kill" and not has_failed_to_remove:
+        if "exchange" in calls.made[:at]:  # in place, and perhaps not on the disk: both are needed
+            assert has_failed_to_remove or OLD_FOLDER in [tree(p) for p in path.parent.iterdir()], calls.made
+        elif fault != "kill" and not has_failed_to_remove:
             assert not [n for n in leftovers(path.parent) if n.startswith(".tmp")], calls.made
 
 
@@ -177,6 +179,36 @@ def test_stage_folder_refuses_what_is_there(tmp_path):
     save_folder(tmp_path / "empty", replace=False)
     assert tree(tmp_path / "empty") == NEW_FOLDER
     assert tree(tmp_path / "out") == {"f": OLD}
+
+
+def test_stage_folder_checks_the_space_that_is_asked_for(tmp_path):
+    calls = FaultyCalls()
+    calls.free = lambda folder: 100
+    with (pytest.raises(OutputError, match=r"out cannot be written: ENOSPC .*; 101 bytes needed, 100 bytes free\."),
+          stage_folder(tmp_path / "out", needed=101, calls=calls)):
+        pass
+    assert calls.made == [] and list(tmp_path.iterdir()) == []
+    with stage_folder(tmp_path / "out", needed=100, calls=calls):
+        pass
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_remove_folder_leaves_it_whole_or_gone(tmp_path, caplog, fault):
+    names = ["rename", "open", "fsync", "close", "rmtree"]
+    for at in range(len(names) + 1):
+        path = tmp_path / f"{at}" / "out"
+        save_folder(path)
+        calls = FaultyCalls(at, fault)
+        caplog.clear()
+        try:
+            assert remove_folder(path, calls=calls) is not path.exists()
+            assert len(caplog.messages) == (at < len(names)), f"fault {fault} in call {at}"
+        except Killed:
+            pass
+        assert "rmtree" not in calls.made or at >= names.index("rmtree"), f"fault {fault} in call {at}"
+        assert path.exists() == (at == 0), f"fault {fault} in call {at}"
+        assert at or tree(path) == NEW_FOLDER
+        assert leftovers(path.parent) == [] or 0 < at < len(names)
 
 
 def test_stage_folder_is_removed_when_the_block_fails(tmp_path):

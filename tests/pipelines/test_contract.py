@@ -9,6 +9,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 from PIL import Image
 
+from ms_diffsynth.diffusion.ddpm import DDPMObjective
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.weights import load_state_dict, save_sharded
@@ -26,6 +27,7 @@ from ms_diffsynth.train.program_step import ProgramTrainStep
 from ms_diffsynth.train.split import launch_data_process_task, open_cache
 
 QUICK = ("toy",)
+WITH_VAE = tuple(n for n in FAMILIES if n != "ddpm_unet")
 SIDE = 32  # pixels
 FLOAT = ms.float32
 
@@ -43,7 +45,11 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=[pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in FAMILIES])
+def each(names):
+    return [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in names]
+
+
+@pytest.fixture(params=each(FAMILIES))
 def name(request):
     return request.param
 
@@ -65,10 +71,17 @@ def row(seed=0):
     return {"image": Image.fromarray(pixels), "prompt": ("a red cat", "two small dogs by the sea")[seed % 2]}
 
 
+def objective_of(pipe, **flow_matching):
+    """Of the family's kind, with all its draws and weights."""
+    if isinstance(pipe.objective, DDPMObjective):
+        return DDPMObjective(snr_gamma=5.0, random_flip=True)
+    return Objective(**flow_matching)
+
+
 def draws_of(pipe, objective, count=1):
     """Random slots for ``count`` samples."""
     draws, indices = Draws(7), np.arange(count)
-    kinds = {"density_draw": (objective.density_kind, ())}
+    kinds = {slot: (kind, ()) for slot, kind in objective.scalar_draws.items()}
     slots = {}
     for slot in objective.draws:
         kind, shape = kinds.get(slot, ("normal", pipe.latent_shape(SIDE, SIDE)))
@@ -80,17 +93,17 @@ def lora_module(pipe, fuse=(), is_moved=True, **objective):
     """A module that trains a LoRA on the network, moved away from its start, where B is zero."""
     module = DiffusionTrainingModule()
     module.pipe, module.fuse = pipe, fuse
-    module.switch_pipe_to_training_mode(pipe, lora_base_model="dit", lora_rank=2, lora_alpha=3.0,
-                                        objective=Objective(weighting_scheme="diffsynth", **objective))
+    module.switch_pipe_to_training_mode(pipe, lora_base_model=pipe.network, lora_rank=2, lora_alpha=3.0,
+                                        objective=objective_of(pipe, weighting_scheme="diffsynth", **objective))
     if is_moved:
         move_lora(pipe)
     return module
 
 
 def move_lora(pipe, size=0.3):
-    rng = np.random.default_rng(3)
-    set_lora(pipe.dit, {n: tuple((size * rng.standard_normal(a.shape)).astype(np.float32) for a in pair)
-                        for n, pair in lora_pairs(pipe.dit).items()})
+    rng, network = np.random.default_rng(3), getattr(pipe, pipe.network)
+    set_lora(network, {n: tuple((size * rng.standard_normal(a.shape)).astype(np.float32) for a in pair)
+                       for n, pair in lora_pairs(network).items()})
 
 
 def step_of(module, mode="pynative"):
@@ -128,15 +141,17 @@ def largest(arrays):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_programs_build(folders, name):
     pipe = pipeline(folders(name), name)
-    objective = Objective(posterior="sample")
-    cut = pipe.training_program(objective, pipe.training_schedule("sft").sigmas).cut(("loss",), ("dit",))
-    assert cut.models("step") == ("dit",) and "dit" not in cut.models("prepare")
-    assert set(cut.draws) == set(objective.draws) and "moments" in cut.cache
+    objective = objective_of(pipe, posterior="sample")
+    cut = pipe.training_program(objective, pipe.training_schedule("sft").sigmas).cut(("loss",), (pipe.network,))
+    assert cut.models("step") == (pipe.network,) and pipe.network not in cut.models("prepare")
+    assert set(cut.draws) == set(objective.draws) and ("moments" if name in WITH_VAE else "input_latents") in cut.cache
     assert all(not unit.is_host for unit in cut.step)
-    assert pipe.sampling_program().cut(("velocity",)).draws == ("latents", "sigma")
+    noisy, level = pipe.denoise.input_params[:2]
+    assert pipe.sampling_program().cut(pipe.denoise.output_params).draws == (noisy, level)
+    assert (noisy, level) == ("latents", "sigma" if name in WITH_VAE else "timestep_index")
     for fused in pipe.fusible:
         program = pipe.training_program(objective, pipe.training_schedule("dreambooth").sigmas)
-        assert fused in [u.name for u in program.cut(("loss",), ("dit",), (fused,)).step]
+        assert fused in [u.name for u in program.cut(("loss",), (pipe.network,), (fused,)).step]
     assert not any(m in pipe.models for m in pipe.model_names), "building a program loads no model"
 
 
@@ -181,8 +196,8 @@ def value_and_gradients(unit, inputs, outputs, mode):
     return values[1], list(gradients) if isinstance(gradients, (tuple, list)) else [gradients]
 
 
-def test_every_tensor_unit_is_the_same_eager_and_compiled_in_value_and_gradient(pipe):
-    objective = Objective(weighting_scheme="cosmap", posterior="sample", prior_loss_weight=None)
+def test_every_tensor_unit_is_the_same_eager_and_compiled_in_value_and_gradient(pipe, name):
+    objective = objective_of(pipe, weighting_scheme="cosmap", posterior="sample", prior_loss_weight=None)
     program = pipe.training_program(objective, pipe.training_schedule("sft").sigmas)
     slots = {"prompt": row()["prompt"], "input_image": row()["image"], "height": SIDE, "width": SIDE}
     slots |= {k: Tensor(v) for k, v in draws_of(pipe, objective).items()}
@@ -210,12 +225,14 @@ def test_every_tensor_unit_is_the_same_eager_and_compiled_in_value_and_gradient(
         for k, (a, b) in enumerate(zip(eager_gradients, compiled_gradients)):
             assert_close(b, a, 1e-5, f"gradient {k} of {unit.name}", size)
         assert not unit.onload_model_names or size > 0, f"{unit.name} has no gradient"
-    assert {"encode_prompt", "encode_image", "denoise", "flow_match_loss"} <= seen
+    assert ({"encode_prompt", "encode_image", "denoise", "flow_match_loss"} if name in WITH_VAE else
+            {"random_flip", "lookup_noise", "add_noise", "denoise", "prediction_loss"}) <= seen
 
 
 # -- the split, the batch, the two ways ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", each(WITH_VAE))
 def test_split_equals_single_stage(folders, name):
     results = []
     for fuse in ((), ("encode_image",)):
@@ -235,7 +252,8 @@ def test_the_cache_gives_what_prepare_gave(folders, name, tmp_path):
     for stage in ("data_process", "train"):
         module = DiffusionTrainingModule()
         module.pipe = pipeline(folders(name), name)
-        module.switch_pipe_to_training_mode(module.pipe, lora_base_model="dit", lora_rank=2, task=f"sft:{stage}")
+        module.switch_pipe_to_training_mode(module.pipe, lora_base_model=module.pipe.network, lora_rank=2,
+                                            task=f"sft:{stage}")
         modules.append(module)
     first, second = modules
     cache = launch_data_process_task(Accelerator(1, "graph", "CPU"), [row(0), row(1)], first, ModelLogger(tmp_path))
@@ -244,7 +262,7 @@ def test_the_cache_gives_what_prepare_gave(folders, name, tmp_path):
         wanted = in_bucket(first.prepare(row(k), first.training_cut()), (SIDE, SIDE), first.pipe)
         assert rows[k].bucket == wanted.bucket and rows[k].slots.keys() == wanted.slots.keys()
         assert all(np.array_equal(rows[k].slots[n], wanted.slots[n]) for n in wanted.slots)
-    assert "dit" not in first.pipe.models and set(second.pipe.models) == {"dit"}
+    assert first.pipe.network not in first.pipe.models and set(second.pipe.models) == {second.pipe.network}
     shape = second.pipe.latent_shape(SIDE, SIDE)  # from the configs the cache brings
     assert shape == first.pipe.latent_shape(SIDE, SIDE)
 
@@ -301,18 +319,19 @@ def test_a_saved_lora_gives_the_same_velocity_in_a_fresh_pipeline(folders, name,
     cut = module.training_cut()
     inputs = dict(zip((*cut.cache, *cut.draws), inputs_of(module, cut)))
     slots = {k: v for k, v in inputs.items() if k not in ("moments", *cut.draws)}
-    slots |= {"latents": inputs["noise"], "sigma": Tensor(np.float32([0.7])), "guidance": Tensor(np.float32([3.5]))}
+    slots |= {"latents": inputs["noise"], "sigma": Tensor(np.float32([0.7])), "guidance": Tensor(np.float32([3.5])),
+              "timestep_index": Tensor(np.int32([700]))}
     module.save(tmp_path / "lora.safetensors")
     fresh = pipeline(folders(name), name)
     plain = fresh.model_fn(**slots).asnumpy()
-    count = fresh.load_lora(fresh.dit, tmp_path / "lora.safetensors")
-    assert count == len(lora_pairs(pipe.dit))
+    count = fresh.load_lora(getattr(fresh, fresh.network), tmp_path / "lora.safetensors")
+    assert count == len(lora_pairs(getattr(pipe, pipe.network)))
     wanted = pipe.model_fn(**slots).asnumpy()
     assert_close(fresh.model_fn(**slots).asnumpy(), wanted, 1e-5)  # W + s B A is rounded once more when fused
     assert np.abs(wanted - plain).max() > 1e-2 * np.abs(wanted).max()
     resumed = DiffusionTrainingModule()
     resumed.pipe = pipeline(folders(name), name)
-    resumed.switch_pipe_to_training_mode(resumed.pipe, lora_base_model="dit", lora_rank=2, lora_alpha=1.0,
+    resumed.switch_pipe_to_training_mode(resumed.pipe, lora_base_model=pipe.network, lora_rank=2, lora_alpha=1.0,
                                          lora_checkpoint=tmp_path / "lora.safetensors")
     assert_close(resumed.pipe.model_fn(**slots).asnumpy(), wanted, 1e-5)  # though its scale is another
 
@@ -320,15 +339,22 @@ def test_a_saved_lora_gives_the_same_velocity_in_a_fresh_pipeline(folders, name,
 # -- sampling --------------------------------------------------------------------------------------------------------
 
 
+def compilations(pipe):
+    """How often the sampling step was compiled since it was forgotten."""
+    steps = [pipe._step] if "_step" in vars(pipe) else pipe._steps.values()
+    return sum(step.compilations for step in steps)
+
+
 def test_sampling_depends_on_the_seed_and_on_the_weights_of_the_moment(pipe):
-    def sample(seed=1, **options):
-        picture = pipe(prompt="a red cat", height=SIDE, width=SIDE, seed=seed, num_inference_steps=2, **options)
+    def sample(seed=1):
+        options = {"height": SIDE, "width": SIDE, "seed": seed, "num_inference_steps": 2}
+        picture = pipe(prompt="a red cat", **options) if "prompt" in pipe.inputs else pipe(**options)[0]
         return np.asarray(picture).astype(int)
 
     first = sample()
     assert first.shape == (SIDE, SIDE, 3)
     assert np.array_equal(first, sample()) and not np.array_equal(first, sample(seed=2))
-    assert pipe._step.compilations == 1
+    assert compilations(pipe) == 1
     module = lora_module(pipe, is_moved=False)
     # the LoRA adds zero, but compiled anew another order of sums may move a rounding to a pixel
     assert np.abs(first - sample()).max() <= 1
@@ -340,11 +366,16 @@ def test_sampling_depends_on_the_seed_and_on_the_weights_of_the_moment(pipe):
     assert not np.array_equal(trained, sample()), "the compiled sampling step does not see what was trained"
     move_lora(pipe)
     assert not np.array_equal(first, sample())
-    assert pipe._step.compilations == 1
+    assert compilations(pipe) == 1
+
+
+@pytest.mark.parametrize("name", each(WITH_VAE))
+def test_sampling_depends_on_the_condition_and_compiles_once(folders, name):
+    pipe = pipeline(folders(name), name)
     plain = pipe.condition("a red cat", guidance=Tensor(np.float32([3.5])))
     other = pipe.condition("x", guidance=Tensor(np.float32([3.5])))
     latents = ops.zeros((1, *pipe.latent_shape(SIDE, SIDE)), FLOAT)
     sigma = Tensor(np.float32([0.5]))
     assert not np.array_equal(pipe.denoiser(plain)(latents, sigma).asnumpy(),
                               pipe.denoiser(other)(latents, sigma).asnumpy())
-    assert pipe._step.compilations == 1
+    assert compilations(pipe) == 1

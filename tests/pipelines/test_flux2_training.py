@@ -22,16 +22,12 @@ class EditingModule(DiffusionTrainingModule):
         super().__init__()
         self.pipe = Flux2ImagePipeline.from_pretrained(str(folder))
         self.pipe.max_sequence_length = 24
-        self.pipe.use_edit_image()
         self.pipe.random = lambda stream, kind, shape: DRAWS[stream].reshape(shape)
-        self.switch_pipe_to_training_mode(self.pipe, lora_base_model="dit", lora_rank=2, **how)
+        self.switch_pipe_to_training_mode(self.pipe, lora_base_model="dit", lora_rank=2,
+                                          extra_inputs="edit_image", **how)
         rng = np.random.default_rng(3)  # away from its start, where a LoRA adds nothing
         set_lora(self.pipe.dit, {n: tuple((0.1 * rng.standard_normal(x.shape)).astype(np.float32) for x in pair)
                                  for n, pair in lora_pairs(self.pipe.dit).items()})
-
-    def get_pipeline_inputs(self, data):
-        shared, positive, negative = super().get_pipeline_inputs(data)
-        return shared | {"edit_image": data["edit_image"]}, positive, negative
 
 
 def row(seed=1):
@@ -89,4 +85,4 @@ def test_sampling_without_an_edit_picture_leaves_training_on_them(tiny_flux2):
     module.pipe("a cat", height=32, width=32, seed=0, num_inference_steps=1)
     module.pipe("a cat", height=32, width=32, seed=0, num_inference_steps=1, edit_image=row()["edit_image"])
     assert float(module.forward(row()).asnumpy()) == before
-    assert {"edit_latents", "edit_table"} <= set(module.training_cut().cache)
+    assert {"edit_latents", "edit_places"} <= set(module.training_cut().cache)

@@ -1,20 +1,23 @@
-"""use_gradient_checkpointing and fp8_models through a whole training run of the tiny FLUX.1."""
+"""use_gradient_checkpointing, fp8_models and split training through whole runs of the tiny FLUX.1."""
 from __future__ import annotations
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ms_diffsynth import runtime
-from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.data.dataset import UnifiedDataset
+from ms_diffsynth.errors import CacheError, ConfigError
+from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.registry import family
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.loop import launch_training_task
 from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.split import launch_data_process_task, loaded_bytes
+from ms_diffsynth.train.split import launch_data_process_task, loaded_bytes, open_cache
 
 ROWS = [{"image": Image.fromarray(np.random.default_rng(k).integers(0, 256, (32, 32, 3), np.uint8)),
          "prompt": f"picture {k}"} for k in range(2)]
@@ -26,9 +29,9 @@ def runtime_restored():
     runtime.configure("graph", "CPU")
 
 
-def module(folder, task="sft", **how):
+def module(folder, task="sft", name="flux", tokenizers=None, **how):
     made = DiffusionTrainingModule()
-    made.pipe = family("flux").pipeline.from_pretrained(str(folder))
+    made.pipe = family(name).pipeline.from_pretrained(str(folder), **(tokenizers or {}))
     made.pipe.max_sequence_length = 16
     made.switch_pipe_to_training_mode(made.pipe, task=task, **({"lora_base_model": "dit", "lora_rank": 2} | how))
     return made
@@ -55,14 +58,38 @@ def test_recompute_changes_no_bit_and_eight_bits_little(tiny_flux, tmp_path):
     assert loaded_bytes(made.pipe)["dit"] < 0.5 * full
 
 
-def test_eight_bits_of_an_encoder_shape_the_cache(tiny_flux, tmp_path):
-    def cache(**how):
-        return launch_data_process_task(Accelerator(1, "pynative", "CPU"), ROWS,
-                                        module(tiny_flux, "sft:data_process", **how), ModelLogger(tmp_path / "cache"))
+def cache(path, folder, **how):
+    return launch_data_process_task(Accelerator(1, "pynative", "CPU"), ROWS, module(folder, "sft:data_process", **how),
+                                    ModelLogger(path))
 
-    models = cache().manifest["fingerprint"]["models"]
-    stored = cache(fp8_models="text_encoder_2,dit").manifest["fingerprint"]["models"]
+
+def test_eight_bits_of_an_encoder_shape_the_cache(tiny_flux, tmp_path):
+    models = cache(tmp_path, tiny_flux).manifest["fingerprint"]["models"]
+    stored = cache(tmp_path, tiny_flux, fp8_models="text_encoder_2,dit").manifest["fingerprint"]["models"]
     assert [name for name in models if models[name] != stored[name]] == ["text_encoder_2"]
+
+
+def test_stage_two_refuses_a_cache_of_another_tokenizer_or_family(tiny_flux, tmp_path):
+    def is_refused(folder, says, **how):
+        with pytest.raises(CacheError, match=says):
+            launch_training_task(Accelerator(1, "pynative", "CPU"), UnifiedDataset(str(folder)),
+                                 module(tiny_flux, "sft:train", **how), ModelLogger(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+    made = cache(tmp_path / "cache", tiny_flux)
+    shipped = {c.name: c.default_folder for c in family("flux").pipeline.components if c.default_folder}
+    tokenizers = {f"{name}_config": ModelConfig(str(shutil.copytree(folder, tmp_path / name)))
+                  for name, folder in shipped.items()}
+    same = module(tiny_flux, "sft:train", tokenizers=tokenizers)
+    assert open_cache(made.folder, same, same.training_cut())[0].rows == len(ROWS)
+    for name in shipped:
+        with open(tmp_path / name / "special_tokens_map.json", "a") as file:
+            file.write("\n")
+        is_refused(made.folder, rf"configuration: models\.{name}: .*expected", tokenizers=tokenizers)
+        tokenizers.pop(f"{name}_config")
+    family("toy").write_tiny(tmp_path / "toy", 0)
+    toy = cache(tmp_path / "cache of toy", tmp_path / "toy", name="toy")
+    is_refused(toy.folder, 'pipeline: "ToyImagePipeline", expected "FluxImagePipeline"')
 
 
 @pytest.mark.parametrize("how, says", [

@@ -1,7 +1,6 @@
 """The two training scripts of Qwen-Image, and the memory its configuration promises."""
 from __future__ import annotations
 
-import ast
 import re
 import runpy
 import sys
@@ -59,16 +58,6 @@ def test_the_full_script_trains_on_batches_of_different_prompts(monkeypatch):
         CAT / "metadata.csv", "--height", 32, "--width", 32, "--max_train_steps", 2, "--batch_size", 3, "--mode",
         "pynative", "--lora_rank", 2, "--sample_prompts", "a cat", "--num_inference_steps", 1, "--output_path", "out")
     assert code == 0 and Path("out/step-2.safetensors").is_file() and Path("out/samples/before_after.png").is_file()
-
-
-def settings_read(script):
-    return {node.attr for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name) and node.value.id == "args"}
-
-
-def test_the_full_script_honours_the_flags_of_that_of_flux():
-    flux = ROOT / "examples/flux/model_training/train.py"
-    assert settings_read(FULL) == settings_read(flux)
 
 
 def test_two_tokenizers_are_refused(monkeypatch, capsys):

@@ -91,6 +91,31 @@ def test_pictures_before_and_after(tmp_path):
     assert path == tmp_path / "samples/before_after.png" and Image.open(path).height > 32
 
 
+def test_a_save_is_complete_when_it_is_told(tmp_path):
+    logger, told = ModelLogger(tmp_path), []
+    logger.start({})
+    logger.after_save = lambda: told.append([path.name for path in logger.saved if path.is_file()])
+    for _ in range(2):
+        logger.on_step_end(MAIN, Model(), save_steps=1)
+    assert told == [["step-1.safetensors"], ["step-1.safetensors", "step-2.safetensors"]]
+
+
+def test_secrets_are_in_no_record_and_in_no_picture(tmp_path):
+    token, pictures = "hf_abcdefghijklmnop0123", [Image.new("RGB", (256, 16))]
+    logger, model = ModelLogger(tmp_path), Model()
+    model.save = lambda path, prefix, metadata: path.write_text(str(metadata))
+    logger.metadata = {"note": token}
+    logger.start({"prompt": f"a {token}", "my_api_key": "swordfish", "steps": 3, "path": tmp_path / token})
+    assert json.loads((tmp_path / "training_args.json").read_text()) == logger.settings == {
+        "prompt": "a [redacted]", "my_api_key": "[redacted]", "steps": 3, "path": f"{tmp_path}/[redacted]"}
+    logger.event("stopped", reason=token)
+    logger.on_step_end(MAIN, model, save_steps=1)
+    assert all(token not in path.read_text() for path in tmp_path.iterdir())
+    with_token, hidden = (logger.log_samples(k, pictures, [text]).read_bytes() for k, text in enumerate(
+        (token, "[redacted]")))
+    assert with_token == hidden != logger.log_samples(2, pictures, ["another"]).read_bytes()
+
+
 def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ConfigError, match=r"tensorboardX is not installed: pip install 'ms_diffsynth\[logging\]'"):

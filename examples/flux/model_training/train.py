@@ -17,15 +17,16 @@ from ms_diffsynth import (
     DiffusionTrainingModule,
     FluxImagePipeline,
     ModelLogger,
-    Objective,
-    UnifiedDataset,
-    buckets_near_square,
+    build_datasets,
+    build_sampler,
     compute_dtype,
     launch_data_process_task,
     launch_training_task,
     model_configs,
     run_main,
+    template_settings,
     tokenizer_configs,
+    training_mode,
     training_parser,
 )
 
@@ -45,80 +46,23 @@ class FluxTrainingModule(DiffusionTrainingModule):
             mindspore_dtype=compute_dtype(args.dtype),
         )
         self.pipe.max_sequence_length = args.max_sequence_length or 512
-        default_scheme = "none" if args.task.startswith("dreambooth") else "diffsynth"
         self.fuse = args.fuse  # ("encode_image",) compiles the VAE into the step
-        self.switch_pipe_to_training_mode(
-            self.pipe,
-            trainable_models=args.trainable_models,
-            lora_base_model=None if args.trainable_models else args.lora_base_model,
-            lora_target_modules=args.lora_target_modules,
-            lora_rank=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            lora_checkpoint=args.lora_checkpoint,
-            task=args.task,
-            fp8_models=args.fp8_models,
-            use_gradient_checkpointing=args.use_gradient_checkpointing,
-            use_gradient_checkpointing_offload=args.use_gradient_checkpointing_offload,
-            objective=Objective(
-                weighting_scheme=args.weighting_scheme or default_scheme,
-                logit_mean=args.logit_mean,
-                logit_std=args.logit_std,
-                mode_scale=args.mode_scale,
-                posterior=args.posterior,
-                guidance_scale=args.guidance_scale,
-                prior_loss_weight=args.prior_loss_weight if args.with_prior_preservation else None,
-            ),
-        )
-
-
-def dataset(args, base_path, metadata_path, prompt, repeat=1):
-    """Pictures and prompts; ``prompt`` serves every picture that has none of its own."""
-    factor = FluxImagePipeline.division_factor
-    buckets = None if args.height else buckets_near_square(args.max_pixels, factor, args.buckets)
-    data = UnifiedDataset(
-        base_path=base_path,
-        metadata_path=metadata_path,
-        repeat=repeat,
-        data_file_keys=args.data_file_keys,
-        main_data_operator=UnifiedDataset.default_image_operator(
-            base_path=base_path, max_pixels=args.max_pixels, height=args.height, width=args.width, buckets=buckets,
-        ),
-        captions=prompt is None,
-        required="prompt" if prompt is None else (),
-    )
-    if prompt is not None:
-        data.rows = [{"prompt": prompt} | row for row in data.rows]
-    return data
+        self.load_training_template_model(self.pipe, **template_settings(args))
+        self.switch_pipe_to_training_mode(self.pipe, **training_mode(args))
 
 
 def main():
     parser = training_parser("flux", __doc__)  # add your own flags with parser.add_argument
     args = parser.parse_args()
     accelerator = Accelerator(args.gradient_accumulation_steps, args.mode, args.device)
-    pictures = dataset(
-        args, args.dataset_base_path, args.dataset_metadata_path, args.instance_prompt, args.dataset_repeat)
-    class_images = None
-    if args.with_prior_preservation:
-        class_images = dataset(args, args.class_base_path, args.class_metadata_path, args.class_prompt)
+    dataset, class_dataset = build_datasets(args, FluxImagePipeline.division_factor)
     model = FluxTrainingModule(args)
     model_logger = ModelLogger(args.output_path, args.remove_prefix_in_ckpt, args.enable_tensorboard_log)
-
-    def sampler():
-        """Sample pictures with the present weights, always from the same seeds."""
-        return [
-            model.pipe(prompt=prompt, height=args.sample_height or args.height or 512,
-                       width=args.sample_width or args.width or 512, seed=args.sample_seed + k,
-                       num_inference_steps=args.num_inference_steps)
-            for k, prompt in enumerate(args.sample_prompts)
-        ]
-
-    if args.task.endswith(":data_process"):  # stage one of split training: the cache that sft:train reads
-        launch_data_process_task(accelerator, pictures, model, model_logger, class_dataset=class_images, args=args)
-        return
-    launch_training_task(
-        accelerator, pictures, model, model_logger, class_dataset=class_images, args=args,
-        sampler=sampler if args.sample_prompts else None, sample_captions=list(args.sample_prompts),
-    )
+    sampler, captions = build_sampler(args, model.pipe)
+    # stage one of split training writes the cache that the task ...:train reads; every other task trains
+    launch = launch_data_process_task if args.task.endswith(":data_process") else launch_training_task
+    launch(accelerator, dataset, model, model_logger, class_dataset=class_dataset, args=args,
+           sampler=sampler, sample_captions=captions)
 
 
 if __name__ == "__main__":

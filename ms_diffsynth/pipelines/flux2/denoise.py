@@ -4,19 +4,21 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from ms_diffsynth.pipelines.flux2.rotary import picture_table
+from ms_diffsynth.pipelines.flux2.rotary import edit_table, picture_table
+from ms_diffsynth.pipelines.flux2.template import by_block, with_text
 from ms_diffsynth.units import TensorUnit
 
 
 class Denoise(TensorUnit):
     """Velocity at noisy latents. ``guidance`` is used by a guidance-distilled network (dev) only.
 
-    Shapes: latents float [B, C, H, W], sigma float32 [B], prompt_embeds [B, L, D], guidance float32 [B], and with
-    `read_edit_images` edit_latents [B, M, C], edit_table float32 [B, 2, M, D / 2] -> velocity float32 [B, C, H, W]. The
-    network computes in ``dtype``.
+    Shapes: latents float [B, C, H, W], sigma float32 [B], prompt_embeds [B, L, D], guidance float32 [B], edit_latents
+    [B, M, C], edit_places int32 [B, M, 4], template_cache as in `template.cache` -> velocity float32
+    [B, C, H, W]. The network computes in ``dtype``.
     """
 
-    input_params = ("latents", "sigma", "prompt_embeds", "guidance?")
+    input_params = ("latents", "sigma", "prompt_embeds", "guidance?", "edit_latents?", "edit_places?",
+                    "template_cache?")
     output_params = ("velocity",)
     onload_model_names = ("dit",)
 
@@ -25,26 +27,32 @@ class Denoise(TensorUnit):
         self.dtype = dtype
         self.is_guided, self.axes, self.theta = False, (), 0.0
 
-    def read_edit_images(self) -> None:
-        """From now on take the slots of edit pictures where there are any."""
-        self.input_params = (*type(self).input_params, "edit_latents?", "edit_table?")
-
     def attach(self, pipe):
         super().attach(pipe)
         config = pipe.config("dit")
         self.is_guided = bool(config.get("guidance_embeds", True))
         self.axes, self.theta = tuple(config["axes_dims_rope"]), float(config["rope_theta"])
+        self.head = (int(config["num_attention_heads"]), int(config["attention_head_dim"]))
+        self.blocks = tuple(f"{kind}_{i}" for kind, count in (("double", config["num_layers"]),
+                                                              ("single", config["num_single_layers"]))
+                            for i in range(count))
 
-    def construct(self, latents, sigma, prompt_embeds, guidance=None, edit_latents=None, edit_table=None):
+    def construct(self, latents, sigma, prompt_embeds, guidance=None, edit_latents=None, edit_places=None,
+                  template_cache=None):
         height, width = latents.shape[2], latents.shape[3]
         if not self.is_guided:
             guidance = None
+        template = {}
+        if template_cache is not None:
+            template = by_block(template_cache, self.blocks, latents.shape[0], self.head, self.dtype)
+            prompt_embeds = with_text(prompt_embeds, template_cache)
         tokens = to_tokens(latents)
         table = picture_table(prompt_embeds.shape[1], height, width, self.axes, self.theta)
         if edit_latents is not None:
             tokens = ops.cat((tokens, edit_latents.astype(tokens.dtype)), 1)
-            table = joined(table, edit_table)
-        velocity = self.dit(tokens.astype(self.dtype), sigma, guidance, prompt_embeds.astype(self.dtype), table)
+            table = joined(table, edit_table(edit_places, self.axes, self.theta))
+        velocity = self.dit(tokens.astype(self.dtype), sigma, guidance, prompt_embeds.astype(self.dtype), table,
+                            template)
         return (from_tokens(velocity[:, :height * width], height, width).astype(ms.float32),)
 
 
@@ -58,8 +66,7 @@ def from_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
     return tokens.swapaxes(1, 2).reshape(tokens.shape[0], tokens.shape[2], height, width)
 
 
-def joined(table: Tensor, edit_table: Tensor) -> Tensor:
-    """Tables of text and picture [2, 1, S, 1, D / 2] and of edit pictures [B, 2, M, D / 2], one after the other."""
-    batch = edit_table.shape[0]
-    shape = (table.shape[0], batch, table.shape[2], table.shape[3], table.shape[4])
-    return ops.cat((ops.broadcast_to(table, shape), edit_table.swapaxes(0, 1).expand_dims(3)), 2)
+def joined(table: Tensor, other: Tensor) -> Tensor:
+    """The table of text and picture [2, 1, S, 1, D / 2], and of edit pictures [2, B, M, 1, D / 2] behind it."""
+    shape = (table.shape[0], other.shape[1]) + table.shape[2:]
+    return ops.cat((ops.broadcast_to(table, shape), other), 2)

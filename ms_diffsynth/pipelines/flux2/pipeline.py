@@ -1,7 +1,8 @@
-"""FLUX.2: Qwen3 as text encoder (klein), a VAE with 32 channels in 2x2 patches, and a transformer."""
+"""FLUX.2: Qwen3 (klein) or Mistral (dev) as text encoder, a VAE with 32 channels in 2x2 patches, and a transformer."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +11,30 @@ import numpy as np
 from mindspore import Tensor
 from PIL import Image
 
-from ms_diffsynth.components import class_name_of, read_config
+from ms_diffsynth.components import class_name_of, load_component, read_config
 from ms_diffsynth.diffusion.schedule import ExponentialShift, Grid, Schedule, flow_match_euler, to_one_nth
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.io.weights import open_checkpoint
 from ms_diffsynth.pipeline import Component
 from ms_diffsynth.pipelines.flux.units import LoadPixels
 from ms_diffsynth.pipelines.flux2 import units
 from ms_diffsynth.pipelines.flux2.denoise import Denoise
 from ms_diffsynth.pipelines.image import ImagePipeline
 from ms_diffsynth.pipelines.quiet import quiet_imports
-from ms_diffsynth.program import Program
 
 # Qwen2.5's vocabulary is Qwen3's without these four, which come right behind it
 QWEN_TOKENIZER = Path(__file__).parents[1] / "qwen_image" / "tokenizer"
 LATER_TOKENS = ("<tool_response>", "</tool_response>", "<think>", "</think>")
 UNUSED_LAYERS = tuple(f"model.layers.{k}." for k in range(27, 36))  # of Qwen3's 36: klein stops at three quarters
+# how the names of a Mistral3 begin since transformers 4.52; FLUX.2-dev's files have those of before
+RENAMED, OWN_NAMES = "model.language_model.", "language_model.model."
+UNUSED_OF_DEV = (
+    *(f"{model}{part}." for model in (OWN_NAMES, RENAMED)
+      for part in ("norm", *(f"layers.{k}" for k in range(30, 40)))),  # of Mistral's 40 layers
+    "language_model.lm_head.", "vision_tower.", "multi_modal_projector.",
+    "lm_head.", "model.vision_tower.", "model.multi_modal_projector.",
+)
 
 
 def _build_dit(config: dict[str, Any]):
@@ -58,6 +67,32 @@ def _build_tokenizer(folder: Path):
     return tokenizer
 
 
+def _build_dev_text_encoder(config: dict[str, Any]):
+    from ms_diffsynth.pipelines.flux2.text_encoder import MistralTextEncoder  # imports mindone's networks
+
+    return MistralTextEncoder(config)
+
+
+def _build_renamed_text_encoder(config: dict[str, Any]):
+    from ms_diffsynth.pipelines.flux2.text_encoder import RenamedMistralTextEncoder
+
+    return RenamedMistralTextEncoder(config)
+
+
+def _build_dev_tokenizer(folder: Path):
+    with quiet_imports():
+        from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        raise WeightError(f"{folder} has no tokenizer.json: expected the whole tokenizer/ folder of FLUX.2-dev. "
+                          "Download it again, or name it as tokenizer_config.")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        raise WeightError(f"{folder} has no chat template: expected FLUX.2-dev's chat_template.jinja beside "
+                          "tokenizer.json. Download the whole tokenizer/ folder.")
+    return tokenizer
+
+
 def _arguments(config: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments from a diffusers config.json. A later setting that is on reaches mindone, which refuses."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
@@ -72,6 +107,12 @@ COMPONENTS = (
               ignored=("bn.num_batches_tracked",)),
     Component(name="dit", folder="transformer", class_name="Flux2Transformer2DModel", build=_build_dit),
 )
+
+# FLUX.2-dev's: its tokenizer has 17 MB and comes with the model
+DEV_TEXT_ENCODER = Component(name="text_encoder", folder="text_encoder", class_name="Mistral3ForConditionalGeneration",
+                             build=_build_dev_text_encoder, ignored=UNUSED_OF_DEV)
+DEV_COMPONENTS = (Component(name="tokenizer", folder="tokenizer", build=_build_dev_tokenizer), DEV_TEXT_ENCODER,
+                  *COMPONENTS[2:])
 
 # What DiffSynth-Studio's FLUX.2 klein LoRA script adapts; attn.to_out is that of the single blocks
 LORA_TARGET_MODULES = (
@@ -117,37 +158,20 @@ class Flux2ImagePipeline(ImagePipeline):
 
         Args:
             model_configs: a diffusers-format folder, or a ModelConfig for each component.
-            tokenizer_config: Qwen3's tokenizer; None uses the one shipped with the package.
+            tokenizer_config: the tokenizer; None uses the one of the folder, or for klein the one shipped with the
+                package.
             mindspore_dtype: compute dtype; None means bfloat16 on Ascend, float32 on the CPU.
         """
         return cls._from_configs(model_configs, {"tokenizer": tokenizer_config}, mindspore_dtype, device)
 
-    def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
-        super().__init__(models, dtype)
-        self.is_editing = False  # whether sampling reads edit_image
-
-    def __call__(self, prompt: str, *, embedded_guidance: float = 4.0,
-                 edit_image: Image.Image | Sequence[Image.Image] | None = None, **options: Any) -> Image.Image:
+    def __call__(self, prompt: str, *, embedded_guidance: float = 4.0, **options: Any) -> Image.Image:
         """Generate one picture; arguments as `ImagePipeline.__call__`, and:
 
         Args:
             edit_image: a picture, or several, that the prompt speaks of; their sizes are free.
+            template_cache: what templates say; see `TemplatePipeline`.
         """
-        if self.is_editing != (edit_image is not None):
-            self.is_editing = edit_image is not None
-            self.denoise.read_edit_images()
-            self.forget_compiled()
-        return super().__call__(prompt, embedded_guidance=embedded_guidance, edit_image=edit_image, **options)
-
-    def use_edit_image(self) -> None:
-        """Train on pictures to be edited: ``edit_image`` becomes an input beside ``input_image``.
-
-        Sampling reads it whenever it is given, trained or not.
-        """
-        self.denoise.read_edit_images()
-        if "edit_image" not in self.inputs:
-            self.inputs = (*self.inputs, "edit_image")
-            self.units.insert(-1, units.EncodeEditImage())  # before the latents are sampled
+        return super().__call__(prompt, embedded_guidance=embedded_guidance, **options)
 
     def build_units(self) -> list:
         return [units.TokenizePrompt(), units.EncodePrompt(), LoadPixels(), units.EncodeImage(self.dtype)]
@@ -158,16 +182,12 @@ class Flux2ImagePipeline(ImagePipeline):
     def build_decode(self) -> units.Decode:
         return units.Decode(self.dtype)
 
-    def sampling_program(self) -> Program:
-        edit = [units.EncodeEditImage()] if self.is_editing else []
-        others = [u for u in self.units if not isinstance(u, units.EncodeEditImage)]
-        inputs = dict.fromkeys((*self.inputs, "edit_image", "guidance"))
-        return Program([*others, *edit, self.denoise], inputs, ("latents", "sigma"))
+    def build_optional_units(self) -> dict[str, list]:
+        return {"edit_image": [units.EncodeEditImage()]}
 
-    def model_fn(self, **slots: Any) -> Tensor:
-        if "edit_latents" in slots:
-            self.denoise.read_edit_images()
-        return super().model_fn(**slots)
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """``prompt_embeds`` of a text, float32 [1, L, 3 D]: for templates that read text."""
+        return self.run(self.build_units()[:2], {"prompt": prompt})["prompt_embeds"]
 
     def config(self, name: str) -> dict[str, Any]:
         """As `Pipeline.config`; the VAE's unit normalises by itself, so that nothing is left to scale."""
@@ -186,12 +206,21 @@ class Flux2ImagePipeline(ImagePipeline):
     def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
         return SCHEDULE.sampling(num_inference_steps, latent_shape[1] * latent_shape[2])
 
+    def _add_source(self, config: ModelConfig) -> None:
+        """As `Pipeline._add_source`; the files of dev's text encoder make this a pipeline of dev's components."""
+        self.components = (*COMPONENTS, DEV_TEXT_ENCODER)
+        super()._add_source(config)
+        self.components = COMPONENTS
+        if "text_encoder" in self.sources:
+            config = self.sources["text_encoder"].folder / "config.json"
+            if config.is_file() and class_name_of(read_config(config.parent)) == DEV_TEXT_ENCODER.class_name:
+                self.components = DEV_COMPONENTS
+
     def _load(self, name: str) -> Any:
-        if name in ("tokenizer", "text_encoder") and "text_encoder" in self.sources:
-            folder = self.sources["text_encoder"].folder
-            class_name = class_name_of(read_config(folder))
-            if class_name.startswith("Mistral3"):
-                raise WeightError(f"{folder / 'config.json'} describes a {class_name}, the text encoder of FLUX.2-dev, "
-                                  "which is not implemented: expected klein's Qwen3ForCausalLM. Use FLUX.2-klein, or "
-                                  "encode the prompts elsewhere and give prompt_embeds to model_fn.")
-        return super()._load(name)
+        component = self._component(name)
+        if component is not DEV_TEXT_ENCODER:
+            return super()._load(name)
+        source = self._source(name)
+        if any(key.startswith(RENAMED) for key in open_checkpoint(list(source.files) or source.folder).entries):
+            component = replace(component, build=_build_renamed_text_encoder)
+        return load_component(component, source, self.dtype)

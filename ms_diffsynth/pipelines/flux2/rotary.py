@@ -12,7 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 from mindspore import Tensor, ops
 
+from ms_diffsynth.errors import DataError, listing
+
 EDIT_STEP = 10  # between one picture and the next, on the axis t
+PLACES = 1024  # a side of 16384 pixels; or a hundred pictures
 
 
 def text_places(tokens: int) -> np.ndarray:
@@ -41,10 +44,30 @@ def table(places: np.ndarray, axes: Sequence[int], theta: float) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
 
 
-def edit_table(sides: Sequence[tuple[int, int]], axes: Sequence[int], theta: float) -> np.ndarray:
-    """The table of edit pictures one after the other, their sides in tokens: float32 [2, M, D / 2]."""
-    places = [image_places(*side, t=EDIT_STEP * (k + 1)) for k, side in enumerate(sides)]
-    return table(np.concatenate(places), axes, theta)
+def edit_places(sides: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The positions of edit pictures one after the other, their sides in tokens: int32 [M, 4].
+
+    Raises: DataError for more pictures, or longer sides, than there are places.
+    """
+    places = np.concatenate([image_places(*side, t=EDIT_STEP * (k + 1)) for k, side in enumerate(sides)])
+    if places.max() >= PLACES:
+        raise DataError(f"edit pictures of {listing(sides)} tokens reach position {int(places.max())}: expected less "
+                        f"than {PLACES} on every axis. Give fewer or smaller ones.")
+    return places.astype(np.int32)
+
+
+@ops.constexpr
+def axis_tables(axes: tuple[int, ...], theta: float) -> tuple[Tensor, ...]:
+    """For each axis cosines and sines of the places 0, 1, ...: float32 [2, PLACES, channels / 2], constants."""
+    line = np.arange(PLACES, dtype=np.float64)[:, None]
+    return tuple(Tensor(table(line, (channels,), theta)) for channels in axes)
+
+
+def edit_table(places: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
+    """The table of edit pictures, looked up: places int32 [B, M, 4] -> float32 [2, B, M, 1, D / 2]."""
+    tables = axis_tables(axes, theta)
+    parts = [ops.gather(tables[k], places[:, :, k], 1) for k in range(len(axes))]
+    return ops.cat(parts, -1).expand_dims(3)
 
 
 @ops.constexpr

@@ -1,4 +1,4 @@
-"""What FLUX.2 encodes: the prompt by Qwen3, pictures by the VAE; and how latents are decoded.
+"""What FLUX.2 encodes: the prompt by Qwen3 or Mistral, pictures by the VAE; and how latents are decoded.
 
 The VAE's latents [B, c, H/8, W/8] are kept in 2x2 patches, [B, C, H/16, W/16] with C = 4 c, and normalised with the
 running mean and variance of the VAE's batch norm, which is never called.
@@ -12,26 +12,25 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from PIL import Image
 
+from ms_diffsynth.components import class_name_of
 from ms_diffsynth.data.operators import ImageCropAndResize
-from ms_diffsynth.errors import DataError, WeightError
+from ms_diffsynth.errors import DataError
 from ms_diffsynth.pipelines import vae_units
 from ms_diffsynth.pipelines.flux2.denoise import to_tokens
-from ms_diffsynth.pipelines.flux2.rotary import edit_table
+from ms_diffsynth.pipelines.flux2.prompt import dev_ids, klein_ids
+from ms_diffsynth.pipelines.flux2.rotary import edit_places
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 logger = logging.getLogger(__name__)
 
-# Qwen3's chat template with enable_thinking=False, as both diffusers 0.37 and DiffSynth-Studio 2.1.12 apply it
-TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-BEFORE = (151644, 872, 198)
-BEHIND = (151645, 198, 151644, 77091, 198, 151667, 271, 151668, 271)
-
 
 class TokenizePrompt(PipelineUnit):
-    """The prompt in its template as token ids, padded to a fixed length; what is cut off is logged.
+    """The prompt in the template of the text encoder as token ids, padded to a fixed length; a cut is logged.
 
-    Shapes: prompt str -> prompt_ids int32 [1, L], prompt_mask float32 [1, L] (1 for text, 0 for padding behind it); L
-    is pipe.max_sequence_length.
+    Padding is where the tokenizer wants it: behind Qwen3's text, in front of Mistral's.
+
+    Shapes: prompt str -> prompt_ids int32 [1, L], prompt_mask float32 [1, L] (1 for text, 0 for padding); L is
+    pipe.max_sequence_length.
     """
 
     input_params = ("prompt",)
@@ -39,17 +38,17 @@ class TokenizePrompt(PipelineUnit):
     onload_model_names = ("tokenizer",)
 
     def process(self, pipe, prompt):
-        ids, length = pipe.tokenizer(TEMPLATE.format(prompt)).input_ids, pipe.max_sequence_length
-        if tuple(ids[:len(BEFORE)]) != BEFORE or tuple(ids[-len(BEHIND):]) != BEHIND:
-            raise WeightError(f"the tokenizer turns Qwen3's chat template into {ids[:3]} ... {ids[-9:]}, expected "
-                              f"{list(BEFORE)} ... {list(BEHIND)}: another model's. Give the tokenizer/ folder of "
-                              "FLUX.2-klein.")
+        tokenizer, length = pipe.tokenizer, pipe.max_sequence_length
+        is_dev = class_name_of(pipe.config("text_encoder")).startswith("Mistral3")
+        ids = (dev_ids if is_dev else klein_ids)(tokenizer, prompt)
         if len(ids) > length:
             logger.warning("prompt of %d tokens, template included, is cut to %d: %r", len(ids), length, prompt[:80])
-        padded = np.full((1, length), pipe.tokenizer.pad_token_id, np.int32)
-        padded[0, :len(ids)] = ids[:length]
-        mask = np.arange(length) < len(ids)
-        return {"prompt_ids": Tensor(padded), "prompt_mask": Tensor(mask[None].astype(np.float32))}
+        ids = ids[:length]
+        start = length - len(ids) if tokenizer.padding_side == "left" else 0
+        padded, mask = np.full((1, length), tokenizer.pad_token_id, np.int32), np.zeros((1, length), np.float32)
+        padded[0, start:start + len(ids)] = ids
+        mask[0, start:start + len(ids)] = 1
+        return {"prompt_ids": Tensor(padded), "prompt_mask": Tensor(mask)}
 
 
 class EncodePrompt(TensorUnit):
@@ -81,16 +80,16 @@ class EncodeImage(vae_units.EncodeImage):
 
 
 class EncodeEditImage(PipelineUnit):
-    """Pictures to be edited, as tokens beside those of the picture, and where they lie (`rotary.edit_table`).
+    """Pictures to be edited, as tokens beside those of the picture, and where they lie.
 
     Each is made smaller when it has more than ``max_pixels``, and cut to multiples of the division factor, around its
     middle; they may differ in size. Their latents are the posterior's mean.
 
-    Shapes: edit_image PIL or a list of them -> edit_latents float32 [1, M, C], edit_table float32 [1, 2, M, D / 2].
+    Shapes: edit_image PIL or a list of them -> edit_latents float32 [1, M, C], edit_places int32 [1, M, 4].
     """
 
     input_params = ("edit_image",)
-    output_params = ("edit_latents", "edit_table")
+    output_params = ("edit_latents", "edit_places")
     onload_model_names = ("vae",)
     max_pixels = 1024 * 1024
 
@@ -99,14 +98,14 @@ class EncodeEditImage(PipelineUnit):
         if not images or not all(isinstance(image, Image.Image) for image in images):
             raise DataError(f"edit_image={edit_image!r}: expected a picture or a list of pictures. In a data set name "
                             "the column in data_file_keys, so that it is read.")
-        factor, config = pipe.division_factor, pipe.config("dit")
+        factor = pipe.division_factor
         shrink = ImageCropAndResize(None, None, self.max_pixels, factor, factor)
         eps = float(pipe.config("vae")["batch_norm_eps"])
         moments = [normalised_moments(pipe.vae, pipe.preprocess_image(shrink(image.convert("RGB"))), pipe.dtype, eps)
                    for image in images]
         latents = [m[:, :m.shape[1] // 2] for m in moments]
-        table = edit_table([x.shape[2:] for x in latents], config["axes_dims_rope"], config["rope_theta"])
-        return {"edit_latents": ops.cat([to_tokens(x) for x in latents], 1), "edit_table": Tensor(table[None])}
+        return {"edit_latents": ops.cat([to_tokens(x) for x in latents], 1),
+                "edit_places": Tensor(edit_places([x.shape[2:] for x in latents])[None])}
 
 
 class Decode(vae_units.Decode):

@@ -1,0 +1,349 @@
+"""Denoising diffusion (DDPM): the forward process, what a network may predict of it, the loss, and two samplers.
+
+    alphas_cumprod    a_t, the share of the picture's variance that is left at timestep t; falls from t = 0 on
+    signal_scale      sqrt(a_t)
+    sigma             sqrt(1 - a_t); **t = 999 is nearly pure noise**
+    latents           sqrt(a_t) x + sqrt(1 - a_t) n, of the clean picture x and the noise n
+    prediction        what the network gives: n (epsilon), x (sample) or sqrt(a_t) n - sqrt(1 - a_t) x (v_prediction)
+
+Source: Ho et al. 2020 (2006.11239), Song et al. 2021 (2010.02502), Salimans and Ho 2022 (2202.00512, v). Numbers are
+those of DDPMScheduler and DDIMScheduler of diffusers 0.39, whose settings a `NoiseSchedule` has.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+
+from ms_diffsynth.diffusion import losses
+from ms_diffsynth.diffusion.schedule import linspace
+from ms_diffsynth.diffusion.units import Objective, SampleTimestep
+from ms_diffsynth.errors import ConfigError, listing, nearest
+from ms_diffsynth.units import TensorUnit
+
+CHOICES = {
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "variance_type": ("fixed_small", "fixed_large"),
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+}
+# settings of diffusers' two schedulers at the only value that is computed here; the last two serve the first
+FIXED = {"thresholding": False, "rescale_betas_zero_snr": False, "trained_betas": None, "set_alpha_to_one": True}
+UNUSED = ("dynamic_thresholding_ratio", "sample_max_value")
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # (latents [B, ...], timestep_index int32 [B]) -> prediction [B, ...]
+Noise = Callable[[int], Tensor]  # number of the sampling step -> noise [B, ...]
+
+
+# -- the forward process ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """How noise is added and taken away; every field is diffusers' setting of that name, with its default.
+
+    Raises: ConfigError for a value that is none of ``CHOICES``.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    prediction_type: str = "epsilon"
+    variance_type: str = "fixed_small"
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+
+    def __post_init__(self):
+        _check_choices({name: getattr(self, name) for name in CHOICES})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """The schedule of a ``scheduler_config.json`` of a DDPMScheduler or a DDIMScheduler.
+
+        Raises: ConfigError for another class, and listing every setting that would not be obeyed.
+        """
+        kind = config.get("_class_name")
+        if kind not in ("DDPMScheduler", "DDIMScheduler"):
+            raise ConfigError(f"scheduler_config.json describes a {kind}: expected a DDPMScheduler or a DDIMScheduler. "
+                              "Give the noise schedule the network was trained with in that form.")
+        given = {name: value for name, value in config.items() if not name.startswith("_") and name not in UNUSED}
+        names = [f.name for f in fields(cls)]
+        wrong = [f"{n}={v}" for n, v in given.items()
+                 if n not in names and (v != FIXED[n] if n in FIXED else v not in (None, False))]
+        if wrong:
+            raise ConfigError(f"scheduler_config.json sets {listing(wrong)}, which is not computed here: expected "
+                              f"{listing(f'{n}={v}' for n, v in FIXED.items())}, and nothing beside {listing(names)}.")
+        return cls(**{name: value for name, value in given.items() if name in names})
+
+    def to_config(self) -> dict[str, Any]:
+        """A ``scheduler_config.json`` that diffusers reads."""
+        return {"_class_name": "DDPMScheduler", "_diffusers_version": "0.35.2", **asdict(self)}
+
+    @cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """a_t, float32 [num_train_timesteps], read-only: products in float64 of float32 factors, as PyTorch's."""
+        n = self.num_train_timesteps
+        if self.beta_schedule == "linear":
+            betas = linspace(self.beta_start, self.beta_end, n)
+        elif self.beta_schedule == "scaled_linear":
+            betas = linspace(self.beta_start**0.5, self.beta_end**0.5, n) ** 2
+        else:  # Nichol and Dhariwal 2021 (2102.09672), equation 17
+            left = [math.cos((k / n + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(n + 1)]
+            betas = np.array([min(1 - left[k + 1] / left[k], 0.999) for k in range(n)], np.float32)
+        products = np.cumprod((np.float32(1) - betas).astype(np.float64)).astype(np.float32)
+        products.setflags(write=False)
+        return products
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """sqrt(1 - a_t), float32 [num_train_timesteps], rising."""
+        return np.sqrt(np.float32(1) - self.alphas_cumprod)
+
+    def timesteps(self, num_inference_steps: int) -> np.ndarray:
+        """The timesteps of sampling, int64 [n], falling. Source: Lin et al. 2023 (2305.08891), table 2.
+
+        Raises: ConfigError for more steps than there are timesteps, or for none.
+        """
+        n, total = num_inference_steps, self.num_train_timesteps
+        if not 1 <= n <= total:
+            raise ConfigError(f"num_inference_steps={n}: expected 1 to {total}, the timesteps of training.")
+        if self.timestep_spacing == "linspace":
+            return np.linspace(0, total - 1, n).round()[::-1].astype(np.int64)
+        if self.timestep_spacing == "trailing":
+            return np.round(np.arange(total, 0, -total / n)).astype(np.int64) - 1
+        return np.arange(n)[::-1] * (total // n) + self.steps_offset
+
+    def loss_weights(self, snr_gamma: float | None) -> np.ndarray:
+        """The loss weight of every timestep, float32 [num_train_timesteps]: 1, or the min-SNR weight.
+
+        With snr = a / (1 - a): min(snr, gamma) weighs the error of the picture; the errors of epsilon and of v are
+        that one times snr and snr + 1, so their weights are divided by these.
+
+        Source: Hang et al. 2023 (2303.09556), section 3.4 and equation 8.
+        """
+        if snr_gamma is None:
+            return np.ones(self.num_train_timesteps, np.float32)
+        a = self.alphas_cumprod.astype(np.float64)
+        snr = a / (1 - a)
+        per_error = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[self.prediction_type]
+        return (np.minimum(snr, snr_gamma) / per_error).astype(np.float32)
+
+
+def _check_choices(values: Mapping[str, str]) -> None:
+    wrong = [f"{n}='{v}': expected one of {', '.join(CHOICES[n])}.{nearest(v, CHOICES[n])}"
+             for n, v in values.items() if v not in CHOICES[n]]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPMObjective:
+    """What DDPM training minimises. Timesteps are drawn uniformly.
+
+    Attributes:
+        prediction_type: what the network learns to give; None is what its scheduler_config.json says.
+        snr_gamma: gamma of the min-SNR weights, 5 in the paper; None weighs all timesteps alike.
+        random_flip: mirror every picture left to right with probability 1/2, anew at every step.
+    """
+
+    prediction_type: str | None = None
+    snr_gamma: float | None = None
+    random_flip: bool = False
+
+    # of every objective (`diffusion.units.Objective`); pixels have no posterior, and unnamed pictures no class
+    posterior = "mean"
+    prior_loss_weight = None
+
+    def __post_init__(self):
+        if self.prediction_type is not None:
+            _check_choices({"prediction_type": self.prediction_type})
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise ConfigError(f"snr_gamma={self.snr_gamma}: expected a number above 0. Try 5, or None for no weights.")
+
+    @property
+    def draws(self) -> tuple[str, ...]:
+        """The random slots this objective reads."""
+        return ("noise", "density_draw") + (("flip_draw",) if self.random_flip else ())
+
+    @property
+    def scalar_draws(self) -> dict[str, str]:
+        """Those that are one number a sample, and their kind; the others are normal, in the shape of the latents."""
+        return {"density_draw": "uniform", "flip_draw": "uniform"}
+
+
+class RandomFlip(TensorUnit):
+    """Pictures mirrored left to right where the draw is below 1/2.
+
+    Shapes: input_latents float32 [B, 3, H, W], flip_draw float32 [B] in [0, 1) -> flipped_latents float32 [B, 3, H, W].
+    """
+
+    input_params = ("input_latents", "flip_draw")
+    output_params = ("flipped_latents",)
+
+    def construct(self, input_latents, flip_draw):
+        is_flipped = (flip_draw < 0.5).reshape((-1, 1, 1, 1))
+        return (ops.select(is_flipped.broadcast_to(input_latents.shape), ops.flip(input_latents, (3,)), input_latents),)
+
+
+class LookupNoise(TensorUnit):
+    """Scales of picture and noise, and the loss weight, by timestep.
+
+    Shapes: timestep_index int32 [B] -> signal_scale, sigma, loss_weight float32 [B].
+    """
+
+    input_params = ("timestep_index",)
+    output_params = ("signal_scale", "sigma", "loss_weight")
+
+    def __init__(self, schedule: NoiseSchedule, snr_gamma: float | None = None):
+        super().__init__()
+        self.signal_scales = Tensor(np.sqrt(schedule.alphas_cumprod))
+        self.sigmas = Tensor(schedule.sigmas)
+        self.weights = Tensor(schedule.loss_weights(snr_gamma))
+
+    def construct(self, timestep_index):
+        return (ops.gather(self.signal_scales, timestep_index, 0), ops.gather(self.sigmas, timestep_index, 0),
+                ops.gather(self.weights, timestep_index, 0))
+
+
+class AddNoise(TensorUnit):
+    """The noisy latents, and what the network is to predict of them.
+
+    Shapes: input_latents (or flipped_latents), noise float32 [B, ...], signal_scale, sigma float32 [B]
+    -> latents, target float32 [B, ...].
+    """
+
+    output_params = ("latents", "target")
+
+    def __init__(self, prediction_type: str, picture: str = "input_latents"):
+        super().__init__()
+        self.input_params = (picture, "noise", "signal_scale", "sigma")
+        self.prediction_type = prediction_type
+
+    def construct(self, picture, noise, signal_scale, sigma):
+        a = signal_scale.reshape((-1, 1, 1, 1))
+        s = sigma.reshape((-1, 1, 1, 1))
+        target = noise
+        if self.prediction_type == "sample":
+            target = picture
+        elif self.prediction_type == "v_prediction":
+            target = a * noise - s * picture
+        return a * picture + s * noise, target
+
+
+class PredictionLoss(TensorUnit):
+    """Weighted mean squared error of the prediction.
+
+    Shapes: prediction, target float [B, ...], loss_weight float32 [B] -> loss float32 scalar, sample_losses [B].
+    """
+
+    input_params = ("prediction", "target", "loss_weight")
+    output_params = ("loss", "sample_losses")
+
+    def construct(self, prediction, target, loss_weight):
+        return losses.weighted_mse(prediction, target, loss_weight)
+
+
+def ddpm_units(objective: DDPMObjective, schedule: NoiseSchedule, denoise: TensorUnit) -> list[TensorUnit]:
+    """From ``input_latents`` and the draws to ``loss``, with the family's ``denoise`` in the middle.
+
+    ``schedule.prediction_type`` is what is predicted; that of the objective has been put there before.
+    """
+    picture = "flipped_latents" if objective.random_flip else "input_latents"
+    return [
+        *([RandomFlip()] if objective.random_flip else []),
+        SampleTimestep(Objective(), schedule.num_train_timesteps),
+        LookupNoise(schedule, objective.snr_gamma),
+        AddNoise(schedule.prediction_type, picture),
+        denoise,
+        PredictionLoss(),
+    ]
+
+
+# -- sampling --------------------------------------------------------------------------------------------------------
+
+
+def ddpm(predict: Predict, latents: Tensor, schedule: NoiseSchedule, num_inference_steps: int, noise: Noise,
+         on_step: Callable[[int, int], None] | None = None) -> Tensor:
+    """Ancestral sampling: each step draws from the posterior of the one before, given the predicted picture.
+
+    Shapes: latents float32 [B, ...], standard normal -> float32 [B, ...], a picture in about [-1, 1].
+
+    Args:
+        noise: called for every step but one that starts at t = 0.
+        on_step: called after every step with (steps done, steps in all).
+    Source: Ho et al. 2020, equation 7; diffusers 0.39, DDPMScheduler.step.
+    """
+    timesteps = schedule.timesteps(num_inference_steps)
+    for k, t in enumerate(timesteps):
+        a = schedule.alphas_cumprod[t]
+        a_next = schedule.alphas_cumprod[timesteps[k + 1]] if k + 1 < len(timesteps) else _one
+        picture, _ = _picture_and_noise(schedule, predict(latents, _batch(latents, t)), latents, a)
+        step = a / a_next  # alpha of this step, which may pass over several timesteps
+        latents = (float(np.sqrt(a_next) * (_one - step) / (_one - a)) * picture
+                   + float(np.sqrt(step) * (_one - a_next) / (_one - a)) * latents)
+        if t > 0:
+            variance = _one - step
+            if schedule.variance_type == "fixed_small":
+                variance = max((_one - a_next) / (_one - a) * variance, np.float32(1e-20))
+            latents = latents + float(np.sqrt(variance)) * noise(k)
+        if on_step is not None:
+            on_step(k + 1, len(timesteps))
+    return latents
+
+
+def ddim(predict: Predict, latents: Tensor, schedule: NoiseSchedule, num_inference_steps: int, eta: float = 0.0,
+         noise: Noise | None = None, on_step: Callable[[int, int], None] | None = None) -> Tensor:
+    """Deterministic sampling with ``eta`` 0; with 1 as much noise is added at every step as by `ddpm`.
+
+    Shapes, Args: as `ddpm`; ``noise`` is needed where ``eta`` is not 0.
+    Source: Song et al. 2021, equation 12; diffusers 0.39, DDIMScheduler.step.
+    """
+    timesteps, stride = schedule.timesteps(num_inference_steps), schedule.num_train_timesteps // num_inference_steps
+    for k, t in enumerate(timesteps):
+        a = schedule.alphas_cumprod[t]
+        a_next = schedule.alphas_cumprod[t - stride] if t >= stride else _one
+        picture, predicted = _picture_and_noise(schedule, predict(latents, _batch(latents, t)), latents, a)
+        deviation = np.float32(eta) * np.sqrt((_one - a_next) / (_one - a) * (_one - a / a_next))
+        latents = (float(np.sqrt(a_next)) * picture
+                   + float(np.sqrt(_one - a_next - deviation**2)) * predicted)
+        if eta > 0:
+            latents = latents + float(deviation) * noise(k)
+        if on_step is not None:
+            on_step(k + 1, len(timesteps))
+    return latents
+
+
+_one = np.float32(1)
+
+
+def _batch(latents: Tensor, t: int) -> Tensor:
+    return Tensor(np.full(latents.shape[0], t, np.int32))
+
+
+def _picture_and_noise(schedule: NoiseSchedule, prediction: Tensor, latents: Tensor,
+                       a: np.float32) -> tuple[Tensor, Tensor]:
+    """The clean picture, clipped, and the noise that a prediction stands for."""
+    prediction = prediction.astype(ms.float32)
+    signal_scale, sigma = float(np.sqrt(a)), float(np.sqrt(_one - a))
+    if schedule.prediction_type == "epsilon":
+        picture, noise = (latents - sigma * prediction) / signal_scale, prediction
+    elif schedule.prediction_type == "sample":
+        picture, noise = prediction, (latents - signal_scale * prediction) / sigma
+    else:
+        picture = signal_scale * latents - sigma * prediction
+        noise = signal_scale * prediction + sigma * latents
+    if schedule.clip_sample:
+        picture = ops.clamp(picture, -schedule.clip_sample_range, schedule.clip_sample_range)
+    return picture, noise

@@ -1,0 +1,7 @@
+"""How good generated pictures are, and whether they are copies. docs/evaluation.md says what the numbers mean."""
+from __future__ import annotations
+
+from ms_diffsynth.evaluate.kid import Estimate
+from ms_diffsynth.evaluate.report import Evaluation, Evaluator, evaluate
+
+__all__ = ["Estimate", "Evaluation", "Evaluator", "evaluate"]

@@ -1,0 +1,72 @@
+"""An exponential moving average of trained weights: less noise in them, better samples."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore.ops import operations as P
+
+from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.nn.names import load_state, to_numpy
+
+_each = ops.HyperMap()
+_assign = P.Assign()
+
+
+class EMA(nn.Cell):
+    """The average a of weights p after t = 0, 1, ... updates, called in the step right after the optimizer.
+
+        a += max(1 - decay, 9 / (10 + t)) (p - a)
+
+    The second term is the warm-up: the decay (1 + t) / (10 + t), so that the first, random weights are soon forgotten.
+
+    Args:
+        parameters: what is averaged, distinct names. decay: after the warm-up; 0 <= decay < 1.
+
+    Raises: ConfigError for another decay.
+    Source: diffusers 0.35, training_utils.EMAModel with its default warm-up.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter], decay: float = 0.9999):
+        super().__init__(auto_prefix=False)
+        if not 0 <= decay < 1:
+            raise ConfigError(f"ema_decay={decay}: expected 0 <= ema_decay < 1. Typical values are 0.999 and 0.9999.")
+        self.parameters = ParameterTuple(parameters)
+        self.average = self.parameters.clone("ema", "same")
+        self.step = Parameter(Tensor(0, ms.int32), name="ema.step", requires_grad=False)
+        self.least, self.zero = Tensor(1 - decay, ms.float32), Tensor(0.0, ms.float32)
+
+    def construct(self, is_finite):
+        """Follow the weights, unless ``is_finite`` (a bool scalar) is False."""
+        warm_up = 9.0 / (10.0 + self.step.astype(ms.float32))
+        rate = ops.select(is_finite, ops.maximum(self.least, warm_up), self.zero)
+        followed = _each(ops.partial(_follow, rate), self.average, self.parameters)
+        _assign(self.step, ops.select(is_finite, self.step + 1, self.step + 0))
+        return followed
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The weights are the averaged ones inside the block, and afterwards what they were, bit for bit."""
+        kept = [to_numpy(p) for p in self.parameters]
+        for parameter, average in zip(self.parameters, self.average):
+            ops.assign(parameter, average.astype(parameter.dtype))
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.parameters, kept):
+                ops.assign(parameter, Tensor(value, parameter.dtype))
+
+    def state_tensors(self) -> dict[str, Parameter]:
+        """What a checkpoint must hold, by name: the averages and the count of updates."""
+        return {p.name: p for p in (*self.average, self.step)}
+
+    def load_state_tensors(self, state: Mapping[str, Tensor | np.ndarray]) -> None:
+        """Restore what `state_tensors` gave. Raises: WeightError for missing or superfluous names, or other shapes."""
+        load_state(self.state_tensors(), state)
+
+
+def _follow(rate, average, parameter):
+    return ops.depend(True, _assign(average, average + rate * (parameter.astype(average.dtype) - average)))

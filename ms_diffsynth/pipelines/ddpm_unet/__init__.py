@@ -1,0 +1,8 @@
+"""Unconditional pictures: a UNet on pixels, trained and sampled by denoising diffusion."""
+from __future__ import annotations
+
+from ms_diffsynth.pipeline import Family
+from ms_diffsynth.pipelines.ddpm_unet.pipeline import UnconditionalImagePipeline
+from ms_diffsynth.pipelines.ddpm_unet.tiny import write_tiny
+
+FAMILY = Family(name="ddpm_unet", pipeline=UnconditionalImagePipeline, write_tiny=write_tiny)

@@ -1,0 +1,253 @@
+"""Pictures without a prompt: mindone's UNet2DModel on pixels, with DDPM's noise schedule."""
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+from PIL import Image
+
+from ms_diffsynth import runtime
+from ms_diffsynth.data.images import to_pil
+from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule, ddim, ddpm, ddpm_units
+from ms_diffsynth.diffusion.units import Objective
+from ms_diffsynth.errors import ConfigError, WeightError, nearest
+from ms_diffsynth.io.files import sha256_of, stage_folder
+from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.io.weights import load_state_dict, match, save_sharded
+from ms_diffsynth.nn.lora import lora_modules
+from ms_diffsynth.nn.names import assign, state_dict, torch_shapes
+from ms_diffsynth.pipeline import Component, Pipeline, UnitSequence
+from ms_diffsynth.pipelines.ddpm_unet.units import Denoise, LoadPixels
+from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.program import Program
+from ms_diffsynth.train.compile import Announce, CompiledStep, _log_only
+from ms_diffsynth.train.draws import Draws
+from ms_diffsynth.units import TensorUnit
+
+logger = logging.getLogger(__name__)
+
+SCHEDULER_FILE = "scheduler_config.json"
+SAMPLERS = {"ddim": 50, "ddpm": 1000}  # and how many steps each takes when nobody says
+
+
+def build_unet(config: dict[str, Any]):
+    """The network of a ``config.json``, its weights still to come.
+
+    Raises: WeightError for a network that needs labels, predicts variances, or has other than three channels.
+    """
+    wrong = [f"{n}={config[n]}" for n in ("class_embed_type", "num_class_embeds") if config.get(n) is not None]
+    wrong += [f"{n}={config[n]}" for n in ("in_channels", "out_channels") if config.get(n, 3) != 3]
+    if wrong:
+        raise WeightError(f"this UNet2DModel has {', '.join(wrong)}: expected one without classes, of three channels "
+                          "in and out (RGB). Give the folder of such a network.")
+    with quiet_imports():
+        from mindone.diffusers import UNet2DModel
+
+    return UNet2DModel(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k[0] != "_"})
+
+
+COMPONENTS = (Component(name="unet", folder="unet", class_name="UNet2DModel", build=build_unet),)
+
+
+class UnconditionalImagePipeline(Pipeline):
+    """Random pictures of the kind the network was trained on, and the units its training reuses.
+
+    Args:
+        models: ``{"unet": ...}`` for a network that comes from no folder.
+        noise_schedule: None takes the one of the model's folder, else DDPM's own.
+    """
+
+    components = COMPONENTS
+    inputs = ("input_image",)
+    division_factor = 8
+    objective_class = DDPMObjective
+    lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_prefixes = {"unet": "unet"}
+    announce: Announce = staticmethod(_log_only)
+
+    def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None,
+                 noise_schedule: NoiseSchedule | None = None):
+        super().__init__(models, dtype)
+        self.objective = DDPMObjective()
+        self.scheduler_file: Path | None = None
+        self._schedule = noise_schedule
+
+    @classmethod
+    def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
+                        mindspore_dtype: ms.Type | None = None,
+                        device: str | None = None) -> UnconditionalImagePipeline:
+        """A pipeline whose network is loaded at first use.
+
+        Args:
+            model_configs: a diffusers-format folder; or ModelConfigs of the network and of its scheduler_config.json.
+            mindspore_dtype: compute dtype; None means bfloat16 on Ascend, float32 on the CPU.
+        """
+        return cls._from_configs(model_configs, {}, mindspore_dtype, device)
+
+    # -- what a family provides ----------------------------------------------------------------------------------
+
+    def build_units(self) -> list:
+        return [LoadPixels()]
+
+    def build_denoise(self) -> Denoise:
+        return Denoise(self.dtype)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        factor = 2 ** (len(self.config("unet")["block_out_channels"]) - 1)
+        if height % factor or width % factor:
+            raise ConfigError(f"{height} x {width} pixels: this network halves the sides {factor.bit_length() - 1} "
+                              f"times, so they must be multiples of {factor}. Set height and width to such.")
+        return (3, height, width)
+
+    def training_schedule(self, objective: str) -> NoiseSchedule:
+        return self.noise_schedule
+
+    def objective_for(self, objective: DDPMObjective | Objective | None) -> DDPMObjective:
+        if objective is None:
+            return DDPMObjective()
+        if not isinstance(objective, DDPMObjective):
+            raise ConfigError(f"{objective} is an objective of flow matching, but {type(self).__name__} is trained by "
+                              "denoising diffusion: expected a DDPMObjective, or None. Leave out weighting_scheme and "
+                              "the settings that belong to it.")
+        return objective
+
+    def objective_units(self, objective: DDPMObjective | Objective, sigmas: np.ndarray) -> list[TensorUnit]:
+        objective = self.objective_for(objective)
+        return ddpm_units(objective, self._schedule_for(objective), self.denoise)
+
+    def sampling_program(self, extra: Sequence[str] = ()) -> Program:
+        return Program([self.denoise], (), ("latents", "timestep_index"))
+
+    # -- the noise schedule --------------------------------------------------------------------------------------
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """How noise is added and taken away, and what the network predicts: the objective decides that."""
+        return self._schedule_for(self.objective)
+
+    def _schedule_for(self, objective: DDPMObjective) -> NoiseSchedule:
+        if self._schedule is None:
+            self._schedule = self._read_schedule()
+        kind = objective.prediction_type
+        return self._schedule if kind is None else replace(self._schedule, prediction_type=kind)
+
+    def _read_schedule(self) -> NoiseSchedule:
+        if "unet" not in self.sources:
+            return NoiseSchedule()
+        folder = self.sources["unet"].folder
+        beside = (folder.parent / "scheduler" / SCHEDULER_FILE, folder / SCHEDULER_FILE)
+        for file in (self.scheduler_file, *beside):
+            if file is not None and file.is_file():
+                return NoiseSchedule.from_config(json.loads(file.read_text(encoding="utf-8")))
+        logger.warning("no %s in %s or %s: DDPM's own schedule is taken (1000 timesteps, linear betas, epsilon). Give "
+                       "a ModelConfig of the file where the network had another.", SCHEDULER_FILE, beside[0].parent,
+                       folder)
+        return NoiseSchedule()
+
+    def _add_source(self, config: ModelConfig) -> None:
+        paths = config.resolve(runtime.model_base_path())
+        if paths[0].name == SCHEDULER_FILE:
+            self.scheduler_file = paths[0]
+        else:
+            super()._add_source(config)
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    def __call__(self, batch_size: int = 1, seed: int | None = None, num_inference_steps: int | None = None,
+                 sampler: str = "ddim", eta: float = 0.0, height: int | None = None, width: int | None = None,
+                 on_step: Callable[[int, int], None] | None = None) -> list[Image.Image]:
+        """Generate pictures. The noise of picture k does not depend on the batch size.
+
+        Args:
+            seed: of all noise; None is fresh.
+            num_inference_steps: None is 50 for ddim, 1000 for ddpm.
+            sampler: ``"ddim"``, deterministic from the first noise on unless ``eta`` says otherwise, or ``"ddpm"``.
+            eta: of ddim, 0 to 1: how much noise is added on the way.
+            height, width: pixels; None is the size the network was made for.
+            on_step: called with (step, steps) after every step.
+        """
+        side = self.config("unet").get("sample_size") or 32
+        sides = side if isinstance(side, (list, tuple)) else (side, side)
+        shape = self.latent_shape(height or sides[0], width or sides[1])
+        draws = Draws(int(np.random.SeedSequence().entropy % 2**63) if seed is None else seed)
+        samples = np.arange(batch_size)
+        return self.generate(draws.normal("latents", samples, shape), num_inference_steps, sampler, eta,
+                             lambda k: draws.normal(f"sampling step {k}", samples, shape), on_step)
+
+    def generate(self, latents: np.ndarray, num_inference_steps: int | None = None, sampler: str = "ddim",
+                 eta: float = 0.0, noise: Callable[[int], np.ndarray] | None = None,
+                 on_step: Callable[[int, int], None] | None = None) -> list[Image.Image]:
+        """Go from noise to pictures.
+
+        Args:
+            latents: float32 [B, 3, H, W], standard normal.
+            noise: what sampling step k adds, of the same shape; ddpm needs it, and ddim where ``eta`` is not 0.
+
+        Raises: ConfigError for an unknown sampler, or ``eta`` outside 0 to 1, or with ddpm.
+        """
+        if sampler not in SAMPLERS:
+            raise ConfigError(f"sampler='{sampler}': expected one of {', '.join(SAMPLERS)}."
+                              f"{nearest(sampler, SAMPLERS)}")
+        if not 0 <= eta <= 1 or (eta and sampler == "ddpm"):
+            raise ConfigError(f"eta={eta} with sampler='{sampler}': expected 0 to 1 for ddim, and 0 for ddpm, which "
+                              "adds all noise by itself.")
+        steps = num_inference_steps or SAMPLERS[sampler]
+        start, step = Tensor(latents), self._sampling_step()
+        arguments = (lambda x, t: step(x, t)[0], start, self.noise_schedule, steps)
+        if sampler == "ddpm":
+            pixels = ddpm(*arguments, lambda k: Tensor(noise(k)), on_step)
+        else:
+            pixels = ddim(*arguments, eta, lambda k: Tensor(noise(k)), on_step)
+        return [to_pil(p) for p in pixels.asnumpy()]
+
+    def _sampling_step(self) -> CompiledStep:
+        """The network, compiled once per shape in mode graph."""
+        if "_step" not in self.__dict__:
+            sequence = UnitSequence(self.sampling_program().cut(self.denoise.output_params), self)
+            self._step = CompiledStep(sequence.positional, "the sampling step", runtime.current().mode,
+                                      announce=lambda name, shapes: self.announce(name, shapes))
+        return self._step
+
+    def forget_compiled(self) -> None:
+        self.__dict__.pop("_step", None)
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def load_weights(self, path: str | Path) -> None:
+        """Put weights that training saved (``step-N.safetensors``) into the network.
+
+        Raises: WeightError naming what is missing, superfluous or of another shape.
+        """
+        weights = {name.removeprefix("pipe.unet."): array for name, array in load_state_dict(path).items()}
+        match(torch_shapes(self.unet), {name: array.shape for name, array in weights.items()}, where=str(path))
+        assign(self.unet, weights.items(), self.dtype)
+        self.weight_changes.setdefault("unet", []).append(f"weights {sha256_of(path)}")
+        self.forget_compiled()
+
+    def save_pretrained(self, folder: str | Path, replace: bool = False) -> None:
+        """Write a folder that `from_pretrained` and diffusers' DDPMPipeline load: network and noise schedule.
+
+        Args:
+            replace: put it in the place of what ``folder`` holds.
+
+        Raises: OutputError, also for a folder that is not empty without ``replace``; WeightError for a network that
+            carries a LoRA.
+        """
+        if lora_modules(self.unet):
+            raise WeightError("the network carries a LoRA, which this format has no place for: save the LoRA by "
+                              "itself (DiffusionTrainingModule.save), and fuse it by load_lora into a fresh pipeline.")
+        config = {"_class_name": "UNet2DModel", **{k: v for k, v in self.config("unet").items() if k[0] != "_"}}
+        index = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.35.2",
+                 "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+        with stage_folder(folder, replace=replace) as stage:
+            save_sharded(Path(stage) / "unet", state_dict(self.unet), config=config)
+            for name, content in (("model_index.json", index),
+                                  (f"scheduler/{SCHEDULER_FILE}", self.noise_schedule.to_config())):
+                stage.write(name, (json.dumps(content, indent=2) + "\n").encode())

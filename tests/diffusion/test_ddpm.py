@@ -1,0 +1,216 @@
+"""DDPM: diffusers' schedules and samplers number by number; identities of predictions, weights and samplers."""
+from __future__ import annotations
+
+import hashlib
+import json
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor
+
+from ms_diffsynth.diffusion.ddpm import (
+    AddNoise,
+    DDPMObjective,
+    LookupNoise,
+    NoiseSchedule,
+    RandomFlip,
+    ddim,
+    ddpm,
+    ddpm_units,
+)
+from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.train.compile import CompiledStep
+from ms_diffsynth.units import TensorUnit
+
+COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+START = np.linspace(-1.5, 1.5, 4, dtype=np.float32).reshape(1, 1, 2, 2)
+
+
+def noise(k):
+    values = [np.sin(7 * k + 1), np.cos(3 * k), np.sin(k), -np.cos(5 * k)]
+    return Tensor(np.array(values, np.float32).reshape(1, 1, 2, 2))
+
+
+def predict(latents, timestep):
+    return 0.6 * latents + float(0.1 * timestep.asnumpy()[0] / 1000)
+
+
+# -- the schedule ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings, digest, first, last", [
+    ({}, "b5555536933367c4", 0.9998999834060669, 4.035830352222547e-05),
+    (COSINE, "f32ff0b43921c312", 0.9999586939811707, 2.4287349909002387e-09),
+    ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "b0c6833c866f3aae",
+     0.9991499781608582, 0.00466009508818388),
+])
+def test_alphas_cumprod_are_those_of_diffusers_to_the_bit(settings, digest, first, last):
+    found = NoiseSchedule(**settings).alphas_cumprod
+    assert found.dtype == np.float32 and (found[0], found[-1]) == (np.float32(first), np.float32(last))
+    assert hashlib.sha256(found.tobytes()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("settings, n, expected", [
+    ({}, 4, [750, 500, 250, 0]),
+    ({"steps_offset": 1}, 3, [667, 334, 1]),
+    ({"timestep_spacing": "linspace"}, 6, [999, 799, 599, 400, 200, 0]),
+    ({"timestep_spacing": "trailing"}, 7, [999, 856, 713, 570, 428, 285, 142]),
+])
+def test_timesteps_of_sampling(settings, n, expected):
+    assert NoiseSchedule(**settings).timesteps(n).tolist() == expected
+
+
+@pytest.mark.parametrize("n", [0, 1001])
+def test_more_steps_than_timesteps(n):
+    with pytest.raises(ConfigError, match=f"num_inference_steps={n}: expected 1 to 1000"):
+        NoiseSchedule().timesteps(n)
+
+
+def test_a_configuration_goes_out_and_comes_back():
+    schedule = NoiseSchedule(**COSINE, prediction_type="v_prediction", clip_sample=False, num_train_timesteps=500)
+    config = json.loads(json.dumps(schedule.to_config()))
+    assert config["_class_name"] == "DDPMScheduler" and NoiseSchedule.from_config(config) == schedule
+    # as diffusers 0.39 writes one of DDIM, all at what is computed here
+    config |= {"_class_name": "DDIMScheduler", "thresholding": False, "trained_betas": None, "set_alpha_to_one": True,
+               "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0, "rescale_betas_zero_snr": False,
+               "a_setting_that_is_off": False}
+    assert NoiseSchedule.from_config(config) == schedule
+
+
+@pytest.mark.parametrize("change, expected", [
+    ({"thresholding": True, "set_alpha_to_one": False}, "sets thresholding=True, set_alpha_to_one=False, which is not"),
+    ({"trained_betas": [0.1]}, "trained_betas="), ({"a_new_setting": 3}, "a_new_setting=3"),
+    ({"_class_name": "PNDMScheduler"}, "describes a PNDMScheduler"),
+    ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid': expected one of linear"),
+    ({"prediction_type": "v_predicton"}, "Did you mean 'v_prediction'"),
+    ({"variance_type": "learned"}, "variance_type='learned': expected one of fixed_small, fixed_large"),
+])
+def test_a_configuration_that_would_not_be_obeyed(change, expected):
+    with pytest.raises(ConfigError, match=expected):
+        NoiseSchedule.from_config({"_class_name": "DDPMScheduler"} | change)
+
+
+# -- samplers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler, steps, settings, options, expected", [
+    (ddpm, 10, {}, {}, [-0.640034199, -0.115613192, -0.168173656, 0.0346936472]),
+    (ddpm, 1000, {**COSINE, "variance_type": "fixed_large"}, {},
+     [-0.159426272, -0.168357402, -0.157854274, -0.158992156]),
+    (ddpm, 7, {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}, {},
+     [-0.361825466, -0.118194357, -0.355001271, -0.275073111]),
+    (ddpm, 6, {"prediction_type": "sample", "timestep_spacing": "linspace", "clip_sample": False}, {},
+     [0.297303557, -0.036356546, 0.341008961, 0.280788898]),
+    (ddim, 10, {}, {}, [-0.578609347, -0.384611398, 0.585148931, 0.774420738]),
+    (ddim, 9, {"clip_sample_range": 0.8, "steps_offset": 1}, {"eta": 1.0},
+     [-0.548195839, 0.037493933, -0.337320179, -0.125331938]),
+    (ddim, 7, {"prediction_type": "v_prediction", "timestep_spacing": "trailing", **COSINE}, {"eta": 0.5},
+     [-0.156819537, -0.0953966156, 0.12457341, 0.143877327]),
+    (ddim, 6, {"prediction_type": "sample", "timestep_spacing": "linspace"}, {},
+     [-0.689382911, -0.211602628, 0.266177684, 0.702006102]),
+])
+def test_samplers_give_the_numbers_of_diffusers(sampler, steps, settings, options, expected):
+    """diffusers 0.39, the scheduler's step with this noise and this prediction (torch 2.13, CPU)."""
+    seen = []
+    found = sampler(predict, Tensor(START), NoiseSchedule(**settings), steps, noise=noise,
+                    on_step=lambda k, n: seen.append((k, n)), **options)
+    np.testing.assert_allclose(found.asnumpy().ravel(), expected, rtol=0, atol=2e-6)
+    assert seen == [(k + 1, steps) for k in range(steps)]
+
+
+@pytest.mark.parametrize("sampler", [ddpm, ddim])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_perfect_prediction_leads_to_the_picture(sampler, kind):
+    schedule = NoiseSchedule(prediction_type=kind)
+    picture = np.float32([[0.5, -0.25], [1.0, -1.0]]).reshape(1, 1, 2, 2)
+
+    def perfect(latents, timestep):
+        t = timestep.asnumpy()[0]
+        a, s = np.sqrt(schedule.alphas_cumprod[t]), schedule.sigmas[t]
+        n = (latents.asnumpy() - a * picture) / s
+        return Tensor({"epsilon": n, "v_prediction": a * n - s * picture, "sample": picture}[kind])
+
+    found = sampler(perfect, Tensor(START), schedule, 5, noise=noise).asnumpy()
+    np.testing.assert_allclose(found, picture, rtol=0, atol=2e-4)  # at t = 800 an error of n is divided by 0.04
+
+
+def test_ddim_with_all_its_noise_is_ddpm():
+    schedule = NoiseSchedule(clip_sample=False)
+    wanted = ddpm(predict, Tensor(START), schedule, 20, noise=noise).asnumpy()
+    np.testing.assert_allclose(ddim(predict, Tensor(START), schedule, 20, 1.0, noise).asnumpy(), wanted, atol=1e-5)
+    assert np.abs(ddim(predict, Tensor(START), schedule, 20, 0.0).asnumpy() - wanted).max() > 0.1
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+class Chain(TensorUnit):
+    """Lookup and path as one compiled function."""
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.lookup, self.path = LookupNoise(schedule, 5.0), AddNoise(schedule.prediction_type)
+
+    def construct(self, picture, noise, timestep_index):
+        a, s, weight = self.lookup(timestep_index)
+        return self.path(picture, noise, a, s) + (weight,)
+
+
+@pytest.mark.parametrize("mode", ["graph", "pynative"])
+@pytest.mark.parametrize("kind, target", [
+    ("epsilon", [1.0, -2.0, 0.5]), ("sample", [0.5, -0.25, 1.0]),
+    ("v_prediction", [0.9949495792388916, -0.31776243448257446, -0.9968034029006958]),
+])
+def test_noisy_latents_and_targets_are_those_of_diffusers(mode, kind, target):
+    """diffusers 0.39: DDPMScheduler.add_noise and get_velocity."""
+    picture, n = (Tensor(np.float32(v).reshape(3, 1, 1, 1)) for v in ([0.5, -0.25, 1.0], [1.0, -2.0, 0.5]))
+    step = CompiledStep(Chain(NoiseSchedule(prediction_type=kind)), "the chain", mode)
+    latents, found, weights = step(picture, n, Tensor([0, 500, 999], ms.int32))
+    expected = [0.5099758505821228, -1.990358591079712, 0.5063427090644836]
+    np.testing.assert_allclose(latents.asnumpy().ravel(), expected, rtol=2e-7)
+    np.testing.assert_allclose(found.asnumpy().ravel(), target, rtol=2e-7)
+    np.testing.assert_array_equal(weights.asnumpy(),
+                                  NoiseSchedule(prediction_type=kind).loss_weights(5.0)[[0, 500, 999]])
+
+
+def test_min_snr_weights():
+    """Whatever is predicted, an error of the picture counts min(snr, gamma) times its square."""
+    a = NoiseSchedule().alphas_cumprod.astype(np.float64)
+    snr = a / (1 - a)
+    error = 0.1  # of the picture; the noise is then wrong by sqrt(snr) of it, and v by both together
+    errors = {"sample": error, "epsilon": error * np.sqrt(snr),
+              "v_prediction": np.sqrt(a) * error * np.sqrt(snr) + np.sqrt(1 - a) * error}
+    for kind, e in errors.items():
+        weights = NoiseSchedule(prediction_type=kind).loss_weights(5.0)
+        np.testing.assert_allclose(weights * e**2, np.minimum(snr, 5.0) * error**2, rtol=1e-6)
+        assert np.all(NoiseSchedule(prediction_type=kind).loss_weights(None) == 1)
+    weights = NoiseSchedule().loss_weights(5.0)
+    assert weights[999] == 1 and weights[0] == pytest.approx(5.0 / snr[0])
+
+
+@pytest.mark.parametrize("mode", ["graph", "pynative"])
+def test_pictures_are_mirrored_where_the_draw_is_below_one_half(mode):
+    pictures = np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2)
+    step = CompiledStep(RandomFlip(), "the flip", mode)
+    found = step(Tensor(pictures), Tensor(np.float32([0.49, 0.5])))[0].asnumpy()
+    assert np.array_equal(found[0], pictures[0, :, :, ::-1]) and np.array_equal(found[1], pictures[1])
+
+
+def test_what_an_objective_draws_and_runs():
+    plain, mirrored = DDPMObjective(), DDPMObjective(random_flip=True, snr_gamma=5.0)
+    assert plain.draws == ("noise", "density_draw") and mirrored.draws == (*plain.draws, "flip_draw")
+    denoise = TensorUnit()
+    names = [u.name for u in ddpm_units(mirrored, NoiseSchedule(), denoise)]
+    assert names == ["random_flip", "sample_timestep", "lookup_noise", "add_noise", "tensor_unit", "prediction_loss"]
+    assert [u.name for u in ddpm_units(plain, NoiseSchedule(), denoise)] == names[1:]
+    assert set(mirrored.draws) - {"noise"} <= set(mirrored.scalar_draws)
+
+
+@pytest.mark.parametrize("wrong, expected", [
+    ({"prediction_type": "noise"}, "prediction_type='noise': expected one of epsilon, v_prediction, sample"),
+    ({"snr_gamma": 0.0}, "snr_gamma=0.0: expected a number above 0. Try 5"),
+])
+def test_an_objective_that_cannot_be(wrong, expected):
+    with pytest.raises(ConfigError, match=expected):
+        DDPMObjective(**wrong)

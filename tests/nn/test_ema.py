@@ -1,0 +1,97 @@
+"""The moving average of weights: its formula, with the step, in both modes."""
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, mint, nn
+
+from ms_diffsynth import runtime
+from ms_diffsynth.errors import ConfigError, WeightError
+from ms_diffsynth.nn.ema import EMA
+from ms_diffsynth.train.optim import AdamW
+from ms_diffsynth.train.step import TrainStep
+
+
+class Step(TrainStep):
+    def forward(self, x):
+        return (((self.model(x) - 1) ** 2).mean(),)
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    yield
+    runtime.configure("graph", "CPU")
+
+
+def build(mode, decay=0.9):
+    runtime.configure(mode, "CPU")
+    ms.set_seed(3)
+    model = mint.nn.Linear(4, 2)
+    ema = EMA(model.trainable_params(), decay)
+    return model, ema, Step(model, AdamW(model.trainable_params(), learning_rate=0.05), ema=ema, mode=mode)
+
+
+def inputs(k):
+    return Tensor(np.random.default_rng(k).standard_normal((3, 4)).astype(np.float32))
+
+
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+def test_the_average_follows_the_weights_of_every_update(mode):
+    model, ema, step = build(mode)
+    expected = model.weight.asnumpy().astype(np.float64)
+    for t in range(30):
+        step.step(inputs(t))
+        expected += max(1 - 0.9, 9 / (10 + t)) * (model.weight.asnumpy() - expected)
+    np.testing.assert_allclose(ema.average[0].asnumpy(), expected, rtol=2e-6)
+    assert int(ema.step.asnumpy()) == 30 and np.abs(expected - model.weight.asnumpy()).max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+def test_a_skipped_step_does_not_count(mode):
+    _, ema, step = build(mode)
+    step.step(inputs(0))
+    before = {name: p.asnumpy().copy() for name, p in ema.state_tensors().items()}
+    assert not bool(step.step(Tensor(np.full((3, 4), np.inf, np.float32))).is_finite.asnumpy())
+    for name, p in ema.state_tensors().items():
+        np.testing.assert_array_equal(p.asnumpy(), before[name])
+
+
+def test_the_compiled_step_reads_the_weights_again_after_the_average_was_applied():
+    model, ema, step = build("graph")
+    other_model, _, other = build("graph")
+    for t in range(5):
+        loss, expected = step.step(inputs(t)).loss, other.step(inputs(t)).loss
+        before = model.weight.asnumpy().copy()
+        with ema.applied():
+            np.testing.assert_array_equal(model.weight.asnumpy(), ema.average[0].asnumpy())
+        np.testing.assert_array_equal(model.weight.asnumpy(), before)
+        assert float(loss.asnumpy()) == float(expected.asnumpy())
+    np.testing.assert_array_equal(model.weight.asnumpy(), other_model.weight.asnumpy())
+
+
+def test_the_weights_come_back_after_an_error():
+    model, ema, step = build("pynative")
+    step.step(inputs(0))
+    before = model.weight.asnumpy().copy()
+    with pytest.raises(KeyError), ema.applied():
+        raise KeyError
+    np.testing.assert_array_equal(model.weight.asnumpy(), before)
+
+
+def test_state_goes_out_and_in():
+    _, ema, step = build("pynative")
+    step.step(inputs(0))
+    saved = {name: p.asnumpy().copy() for name, p in ema.state_tensors().items()}
+    _, fresh, _ = build("pynative")
+    fresh.load_state_tensors(saved)
+    for name, p in fresh.state_tensors().items():
+        np.testing.assert_array_equal(p.asnumpy(), saved[name])
+    with pytest.raises(WeightError, match=r"missing: ema\.step"):
+        fresh.load_state_tensors({k: v for k, v in saved.items() if k != "ema.step"})
+
+
+@pytest.mark.parametrize("decay", [1, 1.5, -0.1])
+def test_a_decay_that_is_none(decay):
+    with pytest.raises(ConfigError, match=f"ema_decay={decay}: expected 0 <= ema_decay < 1"):
+        EMA(nn.Dense(1, 1).trainable_params(), decay)

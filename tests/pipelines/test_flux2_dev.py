@@ -1,0 +1,367 @@
+"""FLUX.2-dev: its text encoder, its prompt, its two ways of naming weights, a picture and a training step."""
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+import yaml
+from mindspore import Tensor, mint
+from PIL import Image
+
+from ms_diffsynth import DiffusionTrainingModule, Flux2ImagePipeline, runtime
+from ms_diffsynth.errors import WeightError
+from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.io.weights import load_state_dict, save_sharded
+from ms_diffsynth.pipelines.flux2.pipeline import DEV_COMPONENTS
+from ms_diffsynth.pipelines.flux2.prompt import SYSTEM_MESSAGE
+from ms_diffsynth.pipelines.flux2.tiny import CONFIGS
+from ms_diffsynth.pipelines.tiny import write_model
+from ms_diffsynth.train.compile import CompiledStep
+from ms_diffsynth.train.draws import Draws
+from ms_diffsynth.train.optim import AdamW
+from ms_diffsynth.train.prepared import in_bucket
+from ms_diffsynth.train.program_step import ProgramTrainStep
+from ms_diffsynth.units import run_unit
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "a red cat by the sea"
+PAD = 11
+# the first twenty tokens of Mistral's tokenizers since v7, in their order
+SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+           "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
+           "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
+# what Mistral-Small-3.1's chat template does with one system and one user message
+CHAT_TEMPLATE = """{{- bos_token }}
+{{- '[SYSTEM_PROMPT]' + messages[0]['content'][0]['text'] + '[/SYSTEM_PROMPT]' }}
+{%- for message in messages[1:] %}
+    {{- '[INST]' }}
+    {%- for block in message['content'] %}
+        {{- block['text'] }}
+    {%- endfor %}
+    {{- '[/INST]' }}
+{%- endfor %}"""
+TEXT_CONFIG = {
+    "model_type": "mistral", "vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_act": "silu",
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 1e9, "sliding_window": None}
+DEV_CONFIGS = CONFIGS | {
+    "text_encoder": {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
+                     "image_token_index": 10, "text_config": TEXT_CONFIG, "vision_config": {"model_type": "pixtral"}},
+    "dit": CONFIGS["dit"] | {"guidance_embeds": True}}
+
+
+def write_tokenizer(folder):
+    """Byte-level BPE, as Mistral's, that learnt its merges from the system message."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator([SYSTEM_MESSAGE], trainers.BpeTrainer(
+        vocab_size=TEXT_CONFIG["vocab_size"], special_tokens=list(SPECIAL), initial_alphabet=alphabet))
+    LlamaTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", legacy=False,
+                       chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager():
+    runtime.configure("pynative", "CPU")
+    yield
+    runtime.configure("graph", "CPU")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny FLUX.2-dev with random weights."""
+    root = tmp_path_factory.mktemp("models")
+    write_tokenizer(root / "tokenizer")
+    tokenizer = replace(DEV_COMPONENTS[0], default_folder=root / "tokenizer")
+    write_model(root / "dev", "Flux2Pipeline", (tokenizer, *DEV_COMPONENTS[1:]), DEV_CONFIGS)
+    return root / "dev"
+
+
+def pipeline(folder, **how):
+    pipe = Flux2ImagePipeline.from_pretrained(folder if isinstance(folder, list) else str(folder), **how)
+    pipe.max_sequence_length = 128
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return pipeline(folder)
+
+
+def relative(found, wanted):
+    found, wanted = (x.asnumpy() if isinstance(x, Tensor) else x for x in (found, wanted))
+    assert found.shape == wanted.shape
+    return np.abs(found - wanted).max() / np.abs(wanted).max()
+
+
+# -- the prompt ------------------------------------------------------------------------------------------------------
+
+
+def test_the_prompt_stands_behind_its_padding_in_mistrals_template(pipe):
+    slots = run_unit(pipe.units[0], pipe, {"prompt": "a photo [IMG]of sks dog"})
+    ids, mask = (slots[name].asnumpy()[0] for name in ("prompt_ids", "prompt_mask"))
+    start = int((mask == 0).sum())
+    assert 0 < start < 100 and ids.shape == mask.shape == (128,) and (np.diff(mask) >= 0).all()
+    assert (ids[:start] == PAD).all() and ids[start:start + 2].tolist() == [1, 17] and ids[-1] == 4
+    assert pipe.tokenizer.decode(ids[start:]) == (
+        "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses focusing "
+        "on object relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT]"
+        "[INST]a photo of sks dog[/INST]")
+
+
+def test_a_long_prompt_loses_its_end_and_it_is_said(pipe, caplog):
+    whole = run_unit(pipe.units[0], pipe, {"prompt": PROMPT})
+    short = pipeline_with(pipe, max_sequence_length=20)
+    with caplog.at_level("WARNING"):
+        slots = run_unit(pipe.units[0], short, {"prompt": PROMPT})
+    assert slots["prompt_mask"].asnumpy().tolist() == [[1.0] * 20]
+    text = whole["prompt_ids"].asnumpy()[whole["prompt_mask"].asnumpy() == 1]
+    np.testing.assert_array_equal(slots["prompt_ids"].asnumpy()[0], text[:20])
+    assert f"prompt of {len(text)} tokens, template included, is cut to 20" in caplog.text
+
+
+def pipeline_with(pipe, **settings):
+    other = Flux2ImagePipeline(models=pipe.models, dtype=ms.float32)
+    other.sources = pipe.sources
+    for name, value in settings.items():
+        setattr(other, name, value)
+    return other
+
+
+# -- the text encoder ------------------------------------------------------------------------------------------------
+
+
+def padded(side, seed=0):
+    """Random text of 15 tokens among 24."""
+    rng = np.random.default_rng(seed)
+    ids, mask = rng.integers(20, 384, (1, 24)).astype(np.int32), np.ones((1, 24), np.float32)
+    empty = slice(0, 9) if side == "left" else slice(15, 24)
+    ids[:, empty], mask[:, empty] = PAD, 0
+    return Tensor(ids), Tensor(mask)
+
+
+def states_of_mindone(encoder, ids, mask):
+    """After each layer, by mindone's own ``construct``."""
+    from mindone.transformers.models.mistral import modeling_mistral as mindone
+    from transformers import MistralConfig
+
+    whole = mindone.MistralModel._from_config(MistralConfig(**TEXT_CONFIG)).set_train(False)
+    given = dict(encoder.language_model.model.parameters_and_names())
+    for name, parameter in whole.parameters_and_names():
+        if name in given:
+            parameter.set_data(given[name])
+    return whole(ids, attention_mask=mask.astype(ms.int32), output_hidden_states=True, use_cache=False).hidden_states
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_text_encoder_is_mindones_own_at_a_quarter_a_half_and_three_quarters(pipe, side):
+    ids, mask = padded(side)
+    found = run_unit(pipe.units[1], pipe, {"prompt_ids": ids, "prompt_mask": mask})["prompt_embeds"]
+    states = states_of_mindone(pipe.text_encoder, ids, mask)
+    wanted = mint.cat((states[1], states[2], states[3]), -1)
+    text = slice(9, None) if side == "left" else slice(None)  # what padding in front looks at is another test
+    assert found.shape == (1, 24, 96) and relative(found[:, text], wanted[:, text]) < 2e-6
+
+
+def test_more_padding_in_front_changes_nothing(pipe):
+    """Rotary positions count from each other."""
+    ids, mask = (x.asnumpy() for x in padded("left"))
+    longer = [np.concatenate([np.full((1, 5), value, x.dtype), x], 1) for value, x in ((PAD, ids), (0, mask))]
+    moved = pipe.text_encoder(*(Tensor(x) for x in longer))
+    assert relative(moved[:, 5:], pipe.text_encoder(Tensor(ids), Tensor(mask))) < 5e-6
+
+
+def test_padding_in_front_of_the_text_attends_to_nothing(pipe):
+    """As PyTorch's attention, which gives zeros where every key is masked: only the MLPs are left."""
+    ids, mask = padded("left")
+    model = pipe.text_encoder.language_model.model
+    x, kept = model.embed_tokens(ids[:, :1]), []
+    for layer in model.layers:
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        kept.append(x)
+    found = pipe.text_encoder(ids, mask)
+    assert relative(found[:, :9], mint.cat(kept, -1).broadcast_to((1, 9, 96))) < 2e-6
+    np.testing.assert_array_equal(pipe.text_encoder(*padded("left", seed=1))[:, :9].asnumpy(), found[:, :9].asnumpy())
+
+
+def test_the_text_encoder_is_the_same_eager_and_compiled_in_value_and_gradient(folder):
+    pipe = pipeline(folder)
+    unit, (ids, mask) = pipe.units[1], padded("left")
+    unit.attach(pipe)
+    weights = ms.ParameterTuple(list(unit.get_parameters()))
+    for weight in weights:
+        weight.requires_grad = True
+    direction = Tensor(np.random.default_rng(2).standard_normal((1, 24, 96)).astype(np.float32))
+
+    def projected(ids, mask):
+        embeds = unit(ids, mask)[0]
+        return (embeds * direction).sum(), embeds
+
+    function = ms.value_and_grad(projected, None, weights, has_aux=True)
+
+    def both(ids, mask):
+        values, gradients = function(ids, mask)
+        return values[1], gradients
+
+    (wanted, slow), (found, fast) = (CompiledStep(both, "encode_prompt", mode)(ids, mask)
+                                     for mode in ("pynative", "graph"))
+    assert relative(found, wanted) < 2e-6
+    size = max(np.abs(g.asnumpy()).max() for g in slow)
+    assert len(slow) == len(fast) == 1 + 3 * 9
+    for weight, a, b in zip(weights, slow, fast):
+        assert np.abs(a.asnumpy()).max() > 0, weight.name
+        assert np.abs(a.asnumpy() - b.asnumpy()).max() < 1e-5 * size, weight.name
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+def whole_checkpoint(folder, target, renamed=False, **config):
+    """The text encoder as FLUX.2-dev's files have it: with the head, the last norm, upper layers and the tower."""
+    weights = dict(load_state_dict(folder / "text_encoder/model.safetensors"))
+    layer = {n.replace("layers.0.", "layers.39."): v for n, v in weights.items() if "layers.0." in n}
+    other = ("language_model.model.norm.weight", "language_model.lm_head.weight", "vision_tower.patch_conv.weight",
+             "vision_tower.transformer.layers.0.attention.k_proj.weight", "multi_modal_projector.linear_1.weight")
+    weights |= layer | {name: np.zeros(3, np.float32) for name in other}
+    if renamed:
+        for old, new in (("language_model.lm_head", "lm_head"), ("language_model.model", "model.language_model"),
+                         ("vision_tower", "model.vision_tower"), ("multi_modal", "model.multi_modal")):
+            weights = {name.replace(old, new): value for name, value in weights.items()}
+    save_sharded(target, weights, stem="model", max_shard_bytes=30_000, config=DEV_CONFIGS["text_encoder"] | config)
+    return target
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_both_namings_of_the_weights_are_read_and_the_rest_is_not_loaded(folder, pipe, tmp_path, renamed):
+    path = whole_checkpoint(folder, tmp_path / "text_encoder", renamed)
+    loaded = pipeline([ModelConfig(str(path))])
+    slots = dict(zip(("prompt_ids", "prompt_mask"), padded("left")))
+    np.testing.assert_array_equal(*(run_unit(p.units[1], p, slots)["prompt_embeds"].asnumpy() for p in (loaded, pipe)))
+    names = [name for name, _ in loaded.text_encoder.parameters_and_names()]
+    start = "model.language_model." if renamed else "language_model.model."
+    assert len(names) == 1 + 3 * 9 and all(name.startswith(start) for name in names)
+
+
+def test_what_is_no_part_of_it_is_an_error(folder, tmp_path):
+    path = shutil.copytree(folder / "text_encoder", tmp_path / "text_encoder")
+    weights = dict(load_state_dict(path / "model.safetensors")) | {"more.weight": np.zeros(3, np.float32)}
+    shutil.rmtree(path)
+    save_sharded(path, weights, stem="model", config=DEV_CONFIGS["text_encoder"])
+    with pytest.raises(WeightError, match=r"1 superfluous: more\.weight"):
+        pipeline([ModelConfig(str(path))]).text_encoder  # noqa: B018
+    pruned = whole_checkpoint(folder, tmp_path / "pruned", text_config=TEXT_CONFIG | {"num_hidden_layers": 30})
+    with pytest.raises(WeightError, match=r"num_hidden_layers=30: .* a multiple of 4 is expected"):
+        pipeline([ModelConfig(str(pruned))]).text_encoder  # noqa: B018
+
+
+def test_rope_theta_is_found_where_a_newer_transformers_writes_it(folder, pipe, tmp_path):
+    text = {k: v for k, v in TEXT_CONFIG.items() if k != "rope_theta"} | {"rope_parameters": {"rope_theta": 1e9}}
+    path = whole_checkpoint(folder, tmp_path / "text_encoder", text_config=text)
+    assert pipeline([ModelConfig(str(path))]).text_encoder.language_model.model.theta == 1e9
+
+
+def test_the_tokenizer_comes_with_the_model(folder, pipe, tmp_path):
+    parts = [ModelConfig(str(folder / name)) for name in ("text_encoder", "vae", "transformer")]
+    with pytest.raises(WeightError, match="'tokenizer' is needed, but no files were given"):
+        pipeline(parts).encode_prompt("a cat")
+    given = pipeline(parts, tokenizer_config=ModelConfig(str(folder / "tokenizer")))
+    found, wanted = (p.encode_prompt(PROMPT).asnumpy() for p in (given, pipe))
+    np.testing.assert_array_equal(found, wanted)
+    bare = shutil.copytree(folder / "tokenizer", tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(WeightError, match=r"no chat template: .* Download the whole tokenizer/ folder"):
+        pipeline(parts, tokenizer_config=ModelConfig(str(bare))).encode_prompt("a cat")
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(WeightError, match=r"no tokenizer\.json"):
+        pipeline(parts, tokenizer_config=ModelConfig(str(bare))).encode_prompt("a cat")
+
+
+def test_another_models_tokenizer_is_refused(folder, tmp_path):
+    copy = shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    (copy / "chat_template.jinja").write_text("{{- messages[1]['content'][0]['text'] }}")
+    parts = [ModelConfig(str(folder / name)) for name in ("text_encoder", "vae", "transformer")]
+    with pytest.raises(WeightError, match=r"another model's\. Give the tokenizer/ folder of FLUX\.2-dev"):
+        pipeline(parts, tokenizer_config=ModelConfig(str(copy))).encode_prompt("a cat")
+
+
+def test_klein_keeps_its_own_components(tiny_flux2):
+    klein = Flux2ImagePipeline.from_pretrained(str(tiny_flux2))
+    assert [c.class_name for c in klein.components][:2] == ["", "Qwen3ForCausalLM"]
+    assert len(klein.model_names) == len(set(klein.model_names)) == 4
+
+
+# -- end to end ------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_depend_on_prompt_and_embedded_guidance(pipe):
+    def image(prompt="a cat", **given):
+        return np.asarray(pipe(prompt=prompt, height=32, width=48, seed=1, num_inference_steps=2, **given), np.int16)
+
+    base = image()
+    assert base.shape == (32, 48, 3) and (image("a dog") != base).any()
+    assert (image(embedded_guidance=1.0) != base).any()
+    np.testing.assert_array_equal(image(), base)
+
+
+DRAWS = {"noise": Draws(5).normal("noise", np.array([0]), (128, 2, 3)),
+         "density_draw": Draws(5).uniform("density_draw", np.array([0]), ())}
+
+
+def loss_and_norm(folder, mode):
+    """Of one training step of a LoRA."""
+    module = DiffusionTrainingModule()
+    module.pipe = pipeline(folder)
+    module.switch_pipe_to_training_mode(module.pipe, lora_base_model="dit", lora_rank=2)
+    cut = module.training_cut()
+    assert "guidance" not in cut.cache and cut.models("step") == ("dit",)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))
+    row = module.prepare({"image": picture, "prompt": PROMPT}, cut)
+    slots = {n: v[None] for n, v in in_bucket(row, (32, 48), module.pipe).slots.items()} | DRAWS
+    step = ProgramTrainStep(module, cut, AdamW(module.trainable_parameters(), learning_rate=1e-3), mode=mode)
+    result = step.step(*[Tensor(slots[n]) for n in (*cut.cache, *cut.draws)])
+    return float(result.loss.asnumpy()), float(result.grad_norm.asnumpy())
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    return loss_and_norm(folder, "pynative")
+
+
+def test_a_training_step_has_a_loss_and_a_gradient(plain):
+    assert np.isfinite(plain[0]) and plain[1] > 0
+
+
+@pytest.mark.slow
+def test_a_training_step_is_the_same_eager_and_compiled(folder, plain):
+    assert loss_and_norm(folder, "graph") == pytest.approx(plain, rel=1e-5)
+
+
+# -- the example -----------------------------------------------------------------------------------------------------
+
+
+def test_the_memory_of_the_real_thing_adds_up():
+    """The head's terms, from the sizes of FLUX.2-dev and of Mistral Small 3's language model, in GiB."""
+    width, text, feed = 6144, 5120, 32768
+    linear = 8 * 26 * width * width + 48 * 13 * width * width + (6 + 6 + 3) * width * width
+    linear += 2 * (256 + width) * width + 128 * width + 3 * text * width + 2 * width * width + width * 128
+    transformer = linear + 8 * 4 * 128 + 48 * 2 * 128
+    layer = 2 * text * 32 * 128 + 2 * text * 8 * 128 + 3 * text * feed + 2 * text
+    encoder = 131072 * text + 30 * layer
+    lora = 16 * width * (8 * (8 * 2 + 2 * 7 + 2 * 4) + 48 * (10 + 5))
+    token = (4096 + 512) * width * 2  # bytes of one tensor of activations
+    terms = [encoder * 2, transformer, lora * 16, (8 + 48) * token, 40 * token, 9 * width * width * 2]
+    page = (ROOT / "examples/flux2/dev_lora_910b.yaml").read_text()
+    shown = [float(number) for number in re.findall(r" ([\d.]+) GiB$", page, re.MULTILINE)]
+    assert shown == [round(term / 2**30, 1) for term in (*terms, sum(terms[1:]))]
+    assert all(part in page for part in (f"{transformer / 1e9:.2f}e9", f"{encoder / 1e9:.2f}e9", f"{lora / 1e6:.1f}e6"))
+    model, data = yaml.safe_load(page)["model"], yaml.safe_load(page)["data"]
+    assert model["fp8_models"] == "dit" and model["use_gradient_checkpointing"] and data["cache_dir"]
