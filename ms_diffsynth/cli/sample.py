@@ -5,10 +5,12 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from ms_diffsynth.cli.template import add_trust_flags
 from ms_diffsynth.errors import ConfigError, OutputError
@@ -19,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, prompts, and how to sample."""
     parser.add_argument("family", metavar="FAMILY", help=f"one of {', '.join(sorted(FAMILIES))}")
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a diffusers-format model")
-    parser.add_argument("--prompt", required=True, action="append", help="may be given several times")
+    parser.add_argument("--prompt", action="append", help="may be given several times")
+    parser.add_argument("--count", type=int, default=16, help="how many, of a family without prompts (default: 16)")
+    parser.add_argument("--weights", type=Path, help="weights that training saved, of a family without prompts")
     parser.add_argument("--negative_prompt", default="", help="what cfg_scale leads away from")
     parser.add_argument("--lora", type=Path, help="LoRA file to fuse into the transformer")
     parser.add_argument("--lora_scale", type=float, default=1.0, help="factor on the LoRA (default: 1)")
@@ -29,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='JSON list of template inputs, e.g. [{"scale": 0.5}]; "model_id" counts the templates')
     parser.add_argument("--negative_template_inputs", metavar="JSON", help="the same, for the negative prompt")
     add_trust_flags(parser)
-    parser.add_argument("--height", type=int, default=1024, help="pixels (default: 1024)")
-    parser.add_argument("--width", type=int, default=1024, help="pixels (default: 1024)")
+    parser.add_argument("--height", type=int, help="pixels (default: 1024, or the network's own)")
+    parser.add_argument("--width", type=int, help="pixels (default: 1024, or the network's own)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones add 1 (default: 0)")
     parser.add_argument("--num_inference_steps", type=int, default=30, help="sampling steps (default: 30)")
     parser.add_argument("--cfg_scale", type=float, help="two-branch guidance, 1 is off (default: the family's)")
@@ -43,13 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Generate one picture a prompt."""
+    """Generate the pictures, and write each when it is there."""
     _check(args)
     from ms_diffsynth import runtime
     from ms_diffsynth.io.files import write_file
 
     runtime.configure(args.mode, args.device)
-    pipe = family(args.family).pipeline.from_pretrained(str(args.model), device=args.device)
+    cls = family(args.family).pipeline
+    _check_inputs(args, "prompt" in cls.inputs)
+    pipe = cls.from_pretrained(str(args.model), device=args.device)
     if args.max_sequence_length:
         if not hasattr(pipe, "max_sequence_length"):
             raise ConfigError(f"max_sequence_length={args.max_sequence_length}: prompts of the family {args.family} "
@@ -58,18 +64,32 @@ def execute(args: argparse.Namespace) -> int:
     if args.lora:
         fused = pipe.load_lora(pipe.dit, args.lora, args.lora_scale)
         sys.stderr.write(f"{args.lora}: fused into {fused} layers\n")
-    generate, inputs = _with_templates(args, pipe)
-    for k, prompt in enumerate(args.prompt):
-        image = generate(prompt=prompt, negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale,
-                         height=args.height, width=args.width, seed=args.seed + k,
-                         num_inference_steps=args.num_inference_steps, embedded_guidance=args.embedded_guidance,
-                         **inputs)
+    images = _with_prompts(args, pipe) if args.prompt else _without_prompts(args, pipe)
+    for k, image in enumerate(images):
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
-        path = args.output / f"{k:03d}-seed{args.seed + k}.png"
+        path = args.output / f"{k:03d}-seed{args.seed + k if args.prompt else args.seed}.png"
         write_file(path, buffer.getvalue())
         sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _with_prompts(args: argparse.Namespace, pipe: Any) -> Iterator[Image.Image]:
+    """One picture a prompt."""
+    generate, inputs = _with_templates(args, pipe)
+    for k, prompt in enumerate(args.prompt):
+        yield generate(prompt=prompt, negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale,
+                       height=args.height or 1024, width=args.width or 1024, seed=args.seed + k,
+                       num_inference_steps=args.num_inference_steps, embedded_guidance=args.embedded_guidance,
+                       **inputs)
+
+
+def _without_prompts(args: argparse.Namespace, pipe: Any) -> list[Image.Image]:
+    """``--count`` pictures from one seed."""
+    if args.weights:
+        pipe.load_weights(args.weights)
+    return pipe(batch_size=args.count, seed=args.seed, num_inference_steps=args.num_inference_steps,
+                height=args.height, width=args.width)
 
 
 def _with_templates(args: argparse.Namespace, pipe: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -103,11 +123,19 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused before MindSpore is imported."""
     problems = [f"{name}={getattr(args, name)}: expected at least {least}"
                 for name, least in (("num_inference_steps", 1), ("height", 1), ("width", 1), ("seed", 0),
-                                    ("max_sequence_length", 1))
+                                    ("max_sequence_length", 1), ("count", 1))
                 if getattr(args, name) is not None and getattr(args, name) < least]
-    if args.lora and not args.lora.is_file():
-        problems.append(f"lora={args.lora}: no such file")
+    problems += [f"{name}={path}: no such file" for name in ("lora", "weights")
+                 if (path := getattr(args, name)) and not path.is_file()]
     if problems:
         raise ConfigError("; ".join(problems) + ".")
     if args.output.exists() and not args.output.is_dir():
         raise OutputError(f"output={args.output} is a file: expected a folder. Choose another one.")
+
+
+def _check_inputs(args: argparse.Namespace, takes_prompts: bool) -> None:
+    if takes_prompts and not args.prompt:
+        raise ConfigError(f"no prompt: pictures of the family {args.family} follow one. Give --prompt.")
+    unused = [n for n in (("weights",) if takes_prompts else ("prompt", "lora", "template")) if getattr(args, n)]
+    if unused:
+        raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from ms_diffsynth.io.lora_files import save_lora
+from ms_diffsynth.io.weights import load_state_dict, save_state_dict
 
 SMALL = ("--height", 16, "--width", 24, "--num_inference_steps", 2)
 
@@ -71,3 +72,23 @@ def test_a_lora_that_does_not_fit(run, tmp_path, toy_model, modules, expected):
 def test_a_model_that_is_not_there(run, tmp_path):
     code, _, err = run("sample", "toy", tmp_path / "absent", "--prompt", "a")
     assert code == 66 and "absent does not exist" in err
+
+
+def test_a_family_without_prompts(run, tmp_path):
+    assert run("tiny", "ddpm_unet", "ddpm")[0] == 0
+    words = ("sample", "ddpm_unet", "ddpm", "--num_inference_steps", 2, "--mode", "pynative")
+    code, out, _ = run(*words, "--count", 2, "--seed", 5)
+    assert code == 0 and out.splitlines() == ["samples/000-seed5.png", "samples/001-seed5.png"]
+    assert picture("samples/000-seed5.png").shape == (32, 32, 3)
+    weights = next((tmp_path / "ddpm/unet").glob("*.safetensors"))
+    changed = {name: array * np.float32(1.5) for name, array in load_state_dict(weights).items()}
+    save_state_dict(tmp_path / "w.safetensors", changed)
+    assert run(*words, "--count", 1, "--seed", 5, "--weights", "w.safetensors", "--output", "other")[0] == 0
+    assert (picture("other/000-seed5.png") != picture("samples/000-seed5.png")).any()
+    code, _, err = run(*words, "--prompt", "a cat")
+    assert code == 64 and "prompt: the family ddpm_unet has no use for it. Remove it." in err
+
+
+def test_a_family_with_prompts_wants_one(run, toy_model):
+    code, _, err = run("sample", "toy", toy_model)
+    assert code == 64 and "no prompt: pictures of the family toy follow one. Give --prompt." in err

@@ -104,7 +104,8 @@ def test_base_gives_latents_a_mean_of_0_and_a_variance_of_1_and_inserts_what_was
     encode = [unit for unit in pipe.units if unit.name in ("load_pixels", "encode_image")]
     latents = np.concatenate([pipe.run(encode, {"input_image": Image.open(pictures / f"{k}.png")})["moments"].asnumpy()
                               for k in range(2)])[:, :128]
-    assert np.abs(latents.mean((0, 2, 3))).max() < 1e-4 and np.abs(latents.std((0, 2, 3)) - 1).max() < 1e-3
+    assert np.abs(latents.mean((0, 2, 3))).max() < 1e-4
+    assert np.abs(latents.std((0, 2, 3)) - 1).max() < 2e-3  # the batch norm adds 1e-4 to variances, here 0.03 at least
     save_state_dict(tmp_path / "step-1.safetensors", {"proj_out.weight": np.full((128, 96), 7, np.float32)})
     base.insert(tmp_path / "new", tmp_path / "step-1.safetensors", tmp_path / "base")
     dit = state_dict(Flux2ImagePipeline.from_pretrained(str(tmp_path / "base")).dit)
@@ -119,13 +120,14 @@ def test_effect_measures_a_run(tiny_flux2, metadata, tmp_path):
     assert main(["train", str(TEMPLATES / "brightness.yaml"), "--trust_template_code", "--mode", "pynative",
                  "--model_paths", str(tiny_flux2), "--template_model_id_or_path", str(TEMPLATES / "brightness"),
                  "--dataset_base_path", str(TILES), "--dataset_metadata_path", str(metadata), "--height", "32",
-                 "--width", "32", "--batch_size", "2", "--max_train_steps", "2", "--output_path", "run"]) == 0
-    right, wrong = effect.losses(Path("run"), str(metadata), True, times=2)
-    assert right.shape == wrong.shape == (2, 2) and np.isfinite(right).all() and (right != wrong).all()
-    rows = [json.loads(line) for line in metadata.read_text().splitlines()]
-    (tmp_path / "same.jsonl").write_text("".join(json.dumps(row | {"template_inputs": {"scale": 0.5}}) + "\n"
-                                                 for row in rows))
-    right, wrong = effect.losses(Path("run"), str(tmp_path / "same.jsonl"), True, times=1)
+                 "--width", "32", "--batch_size", "2", "--max_train_steps", "2", "--lr_warmup_steps", "0",
+                 "--output_path", "run"]) == 0
+    right, wrong, without = effect.losses(Path("run"), str(metadata), True, times=2)
+    assert right.shape == (2, 2) and np.isfinite(right).all() and (right != wrong).all() and (right != without).all()
+    alike = tmp_path / "alike.jsonl"
+    alike.write_text("".join(json.dumps(json.loads(line) | {"template_inputs": {"scale": 0.5}}) + "\n"
+                             for line in metadata.read_text().splitlines()))
+    right, wrong, _ = effect.losses(Path("run"), str(alike), True, times=1)
     assert np.array_equal(right, wrong)
 
 
@@ -133,7 +135,7 @@ def test_effect_measures_a_run(tiny_flux2, metadata, tmp_path):
 def test_effect_fails_without_an_effect(better, monkeypatch, capsys):
     effect = script("effect")
     right = np.random.default_rng(0).random((3, 4)).astype(np.float32)
-    monkeypatch.setattr(effect, "losses", lambda *args: (right, right + (0.5 if better else -0.5)))
+    monkeypatch.setattr(effect, "losses", lambda *args: np.stack([right, right + (0.5 if better else -0.5), right]))
     monkeypatch.setattr("sys.argv", ["effect.py", "runs/a", "runs/b"])
     assert effect.main() == (0 if better else 1)
     assert capsys.readouterr().out.count("0.5000") == 3

@@ -21,6 +21,7 @@ from ms_diffsynth import DiffusionTrainingModule, TemplatePipeline, attach_templ
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.errors import TemplateError, UntrustedCodeError, UserError, WeightError
 from ms_diffsynth.io.weights import save_state_dict
+from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.template import loading
 from ms_diffsynth.template.code import LARGEST, read_code, run_code, with_weight_path
 from ms_diffsynth.template.package import pack_template
@@ -391,3 +392,21 @@ def test_no_name():
 def test_weights_that_cannot_be(template, plain_source, path, message):
     with pytest.raises((TemplateError, WeightError), match=message):
         load_template_model(template(plain_source + f"\nTEMPLATE_MODEL_PATH = {path}\n"), **TRUST)
+
+
+def test_links_may_lead_through_the_folder_but_not_out_of_it(template, plain_source, tmp_path):
+    folder, weights = template(plain_source + '\nTEMPLATE_MODEL_PATH = "model.safetensors"\n'), template(name="outside")
+    model = state_dict(load_template_model(weights, **TRUST))
+    for place in (folder / "inside.safetensors", weights / "outside.safetensors"):
+        save_state_dict(place, model)
+    link = folder / "model.safetensors"
+    link.symlink_to(folder / "inside.safetensors")
+    assert state_dict(load_template_model(folder, **TRUST)).keys() == model.keys()
+    link.unlink()
+    link.symlink_to(weights / "outside.safetensors")
+    with pytest.raises(TemplateError, match="leads out of the template's folder"):
+        load_template_model(folder, **TRUST)
+    (folder / "linked").symlink_to(weights)
+    (folder / "model.py").write_text(plain_source + '\nTEMPLATE_MODEL_PATH = "linked/outside.safetensors"\n')
+    with pytest.raises(TemplateError, match="leads out of the template's folder"):
+        load_template_model(folder, **TRUST)

@@ -264,6 +264,20 @@ def test_both_stages_give_the_bits_of_one(toy, template, row, tmp_path, what, mo
     assert set(second.pipe.models) == {"template_model", "dit"}
 
 
+def test_around_a_frozen_template_something_else_is_trained(toy, template, row, tmp_path):
+    """forward stays in the step then too: the cache of split training holds no dict."""
+    how, data = {"lora_base_model": "dit", "lora_rank": 2}, rows_of(row)
+    one = train(tmp_path / "one", Module(toy(), template(), None, **how), data, max_train_steps=3)
+    first = Module(toy(), template(), None, "sft:data_process", **how)
+    cache = process(tmp_path / "cache", first, data)
+    assert set(cache.read(cache.keys()[0])[0]) == {"template.value", "moments", "prompt_embeds"}
+    second = Module(toy(), template(), None, "sft:train", **how)
+    two = train(tmp_path / "two", second, UnifiedDataset(str(cache.folder)), max_train_steps=3)
+    assert losses(tmp_path / "one") == losses(tmp_path / "two") and all("lora" in n for n in
+                                                                       load_state_dict(two.saved[-1]))
+    assert one.saved[-1].read_bytes()[-64:] == two.saved[-1].read_bytes()[-64:]
+
+
 COUNTING = '''
 CALLS = {"process_inputs": 0, "processor": 0, "forward": []}
 

@@ -8,52 +8,64 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from mindspore import Tensor
 
-from ms_diffsynth import Draws, load_state_dict, run_main
+from ms_diffsynth import ConfigError, Draws, load_state_dict, run_main
 from ms_diffsynth.cli.run import build_datasets, build_module, build_pipeline
 from ms_diffsynth.config import load_config
 from ms_diffsynth.data.loader import collate
 from ms_diffsynth.nn.names import assign
-from ms_diffsynth.pipeline import UnitSequence
+from ms_diffsynth.pipeline import Pipeline, UnitSequence
+from ms_diffsynth.program import Cut
 
 HELD_OUT = "examples/data/photo_tiles64/heldout.jsonl"
 
 
-def losses(run: Path, metadata: str, trust_template_code: bool, times: int = 8,
-           seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The training objective of a run on every row of ``metadata``, with the right and with a wrong condition.
+def losses(run: Path, metadata: str, trust_template_code: bool, times: int = 8, seed: int = 0) -> np.ndarray:
+    """The training objective of a run on every row of ``metadata``: under the right condition, a wrong one, and none.
 
-    Each picture is seen ``times`` times, with another noise, noise level and wrong condition each time; both losses are
-    under the same ones. The wrong condition is that of another picture, and each condition is used once.
+    Each picture is seen ``times`` times, with another noise, noise level and wrong condition each time; the three
+    losses are under the same ones. A wrong condition is another picture's, and each is used once. None: the base model
+    without the template.
 
-    Returns: two arrays float32 [times, rows].
+    Returns: float32 [3, times, rows].
     """
     config = load_config(run / "config.yaml", {"dataset_metadata_path": metadata,
                                                "trust_template_code": str(trust_template_code).lower()})
     settings, pipe = SimpleNamespace(**config.flat()), build_pipeline(config)
     module = build_module(settings, pipe, settings.task)
-    checkpoint = max(run.glob("step-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
-    assign(pipe.template_model, load_state_dict(checkpoint).items())
-    cut = module.training_cut()
+    checkpoints = sorted(run.glob("step-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
+    if not checkpoints:
+        raise ConfigError(f"{run} holds no step-*.safetensors: expected the output_path of a run with save_steps.")
+    assign(pipe.template_model, load_state_dict(checkpoints[-1]).items())
+    cut, loss_with = loss_of(pipe)
     dataset, _ = build_datasets(settings, pipe.division_factor)
     slots = collate([module.prepare(dataset[k], cut) for k in range(len(dataset))])
-    step = UnitSequence(cut, pipe, outputs=("sample_losses",))
-    draws, rows, shape = Draws(seed), len(dataset), pipe.latent_shape(settings.height, settings.width)
-    right, wrong = [], []
+    pipe.units = [unit for unit in pipe.units if unit not in pipe.optional_units["template_inputs"]]
+    _, loss_without = loss_of(pipe)
+    draws, rows, found = Draws(seed), len(dataset), []
+    scalars, shape = pipe.objective.scalar_draws, pipe.latent_shape(settings.height, settings.width)
     for k in range(times):
         samples = np.arange(k * rows, (k + 1) * rows)
-        fresh = {"noise": draws.normal("noise", samples, shape),
-                 "density_draw": draws.uniform("density_draw", samples)}
+        fresh = {name: getattr(draws, scalars.get(name, "normal"))(name, samples, () if name in scalars else shape)
+                 for name in cut.draws}
         other = derangement(draws.permutation("conditions", k, rows))
         shuffled = {name: value[other] for name, value in slots.items() if name.startswith("template.")}
-        for found, given in ((right, slots | fresh), (wrong, slots | fresh | shuffled)):
-            found.append(step(tuple(Tensor(given[name]) for name in step.inputs))[0].asnumpy())
-    return np.stack(right), np.stack(wrong)
+        found.append([loss_with(slots | fresh), loss_with(slots | fresh | shuffled), loss_without(slots | fresh)])
+    return np.swapaxes(found, 0, 1)
+
+
+def loss_of(pipe: Pipeline) -> tuple[Cut, Callable[[dict[str, np.ndarray]], np.ndarray]]:
+    """The pipeline's training program cut for its loss, and that loss as a function of the slots it needs."""
+    program = pipe.training_program(pipe.objective, pipe.sigmas)
+    cut = program.cut(("sample_losses",), fuse=pipe.always_fused)
+    step = UnitSequence(cut, pipe)
+    return cut, lambda slots: step(tuple(Tensor(slots[name]) for name in step.inputs))[0].asnumpy()
 
 
 def derangement(order: np.ndarray) -> np.ndarray:
@@ -70,18 +82,22 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=8, help="how often each picture is seen (default: 8)")
     parser.add_argument("--trust_template_code", action="store_true", help="run the template's model.py, which is code")
     args = parser.parse_args()
-    print(f"{'run':24} {'right':>8} {'shuffled':>8} {'difference':>10} {'error':>7}")
-    means = []
+    print(f"{'run':20} {'right':>8} {'shuffled':>8} {'without':>8} {'difference':>10} {'error':>7}")
+    table = []
     for run in args.runs:
-        right, wrong = losses(run, args.metadata, args.trust_template_code, args.times)
-        paired = (wrong - right).mean(0)  # of each picture, so that the error is that over pictures
-        error = paired.std(ddof=1) / len(paired) ** 0.5
-        means.append((right.mean(), wrong.mean(), paired.mean()))
-        print(f"{run.name:24} {right.mean():8.4f} {wrong.mean():8.4f} {paired.mean():10.4f} {error:7.4f}", flush=True)
-    if len(means) > 1:
-        average, spread = np.mean(means, 0), np.std([m[2] for m in means], ddof=1) / len(means) ** 0.5
-        print(f"{'mean':24} {average[0]:8.4f} {average[1]:8.4f} {average[2]:10.4f} {spread:7.4f}")
-    return int(min(m[2] for m in means) <= 0)
+        found = losses(run, args.metadata, args.trust_template_code, args.times)
+        paired = (found[1] - found[0]).mean(0)  # of each picture: the error is that over pictures
+        table.append((*found.mean((1, 2)), paired.mean()))
+        show(run.name, table[-1], paired)
+    if len(table) > 1:  # the error is that over runs
+        show("mean", np.mean(table, 0), np.array([row[3] for row in table]))
+    return int(min(row[3] for row in table) <= 0)
+
+
+def show(name: str, row: Sequence[float], differences: np.ndarray) -> None:
+    """One line: the three losses, shuffled less right, and the standard error of that."""
+    error = differences.std(ddof=1) / len(differences) ** 0.5
+    print(f"{name:20} {row[0]:8.4f} {row[1]:8.4f} {row[2]:8.4f} {row[3]:10.4f} {error:7.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""FLUX.2 (klein, and dev with prompts encoded elsewhere)."""
+"""FLUX.2: klein and dev."""
 from __future__ import annotations
 
 from ms_diffsynth.pipeline import Family

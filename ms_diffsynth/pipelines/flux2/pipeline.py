@@ -27,7 +27,7 @@ from ms_diffsynth.pipelines.quiet import quiet_imports
 QWEN_TOKENIZER = Path(__file__).parents[1] / "qwen_image" / "tokenizer"
 LATER_TOKENS = ("<tool_response>", "</tool_response>", "<think>", "</think>")
 UNUSED_LAYERS = tuple(f"model.layers.{k}." for k in range(27, 36))  # of Qwen3's 36: klein stops at three quarters
-# how the names of a Mistral3 begin since transformers 4.52; FLUX.2-dev's files have those of before
+# how the names of a Mistral3 begin inside transformers since 4.52; FLUX.2-dev's files have those of before
 RENAMED, OWN_NAMES = "model.language_model.", "language_model.model."
 UNUSED_OF_DEV = (
     *(f"{model}{part}." for model in (OWN_NAMES, RENAMED)
@@ -108,7 +108,7 @@ COMPONENTS = (
     Component(name="dit", folder="transformer", class_name="Flux2Transformer2DModel", build=_build_dit),
 )
 
-# FLUX.2-dev's: its tokenizer has 17 MB and comes with the model
+# FLUX.2-dev's: its tokenizer does not ship with the package
 DEV_TEXT_ENCODER = Component(name="text_encoder", folder="text_encoder", class_name="Mistral3ForConditionalGeneration",
                              build=_build_dev_text_encoder, ignored=UNUSED_OF_DEV)
 DEV_COMPONENTS = (Component(name="tokenizer", folder="tokenizer", build=_build_dev_tokenizer), DEV_TEXT_ENCODER,

@@ -89,7 +89,7 @@ class MistralTextEncoder(nn.Cell):
 
 
 class RenamedMistralTextEncoder(MistralTextEncoder):
-    """The same for files with the names that transformers gives since 4.52: ``model.language_model.layers``."""
+    """The same for files with the names inside transformers since 4.52: ``model.language_model.layers``."""
 
     path = ("model", "language_model")
 
