@@ -63,8 +63,8 @@ class ImagePipeline(Pipeline):
         return self.generate(positive, negative, latents, sigmas, cfg_scale, on_step)[0]
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
-        takes_templates = "template_cache?" in self.denoise.input_params
-        known = [*self.optional_units, *(["template_cache"] if takes_templates else [])]
+        known = [name for name in self.optional_units if name != "template_inputs"]  # TemplatePipeline takes those
+        known += ["template_cache"] if "template_cache?" in self.denoise.input_params else []
         odd = [name for name in inputs if name.removeprefix("negative_") not in known]
         if odd:
             raise ConfigError(f"{type(self).__name__} has no input {listing(odd)}; it has prompt, negative_prompt, "

@@ -158,7 +158,7 @@ def weight_files(code: TemplateCode, module: types.ModuleType) -> list[Path]:
         raise TemplateError(f"{code.path}: {PATH_NAME}={named!r}: expected None, a file name or a list of file names.")
     files = [code.folder / name for name in names]
     for name, file in zip(names, files):
-        if Path(name).is_absolute() or ".." in Path(name).parts or not _is_inside(file, code.folder):
+        if Path(name).is_absolute() or ".." in Path(name).parts or not is_inside(file, code.folder):
             raise TemplateError(f"{code.path}: {PATH_NAME} names '{name}', which leads out of the template's folder. "
                                 "Expected a safetensors file inside it.")
         if file.suffix != ".safetensors":
@@ -171,7 +171,7 @@ def weight_files(code: TemplateCode, module: types.ModuleType) -> list[Path]:
     return files
 
 
-def _is_inside(file: Path, folder: Path) -> bool:
+def is_inside(file: Path, folder: Path) -> bool:
     """Whether a file lies in a folder; the hub's cache keeps links from a snapshot to its own blobs."""
     target, home = file.resolve(), folder.resolve()
     if target.is_relative_to(home):

@@ -10,7 +10,7 @@ from ms_diffsynth.io.files import stage_folder, write_file
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.weights import load_state_dict, save_state_dict
 from ms_diffsynth.nn.names import state_dict
-from ms_diffsynth.template.code import with_weight_path
+from ms_diffsynth.template.code import is_inside, with_weight_path
 from ms_diffsynth.template.loading import open_template
 
 WEIGHTS = "model.safetensors"
@@ -18,7 +18,8 @@ WEIGHTS = "model.safetensors"
 
 def pack_template(template: str | Path | ModelConfig, checkpoint: str | Path, output: str | Path, *,
                   trust_template_code: bool = False, trust_template_sha256: str | None = None) -> Path:
-    """Write ``output`` with ``model.py`` and ``model.safetensors``, which `load_template_model` then loads.
+    """Write ``output`` with ``model.py`` and ``model.safetensors``, which `load_template_model` then loads, and the json,
+    txt, md and yaml files beside the code.
 
     The weights are those training began with, and over them the trained ones of ``checkpoint``, which may hold a part
     of them only (``template_model.mlp``). The documents' snippet updates the other way round and ships the untrained
@@ -36,9 +37,17 @@ def pack_template(template: str | Path | ModelConfig, checkpoint: str | Path, ou
     _check(trained, weights, checkpoint)
     output = Path(output)
     with stage_folder(output) as stage:
+        for file in _beside(opened.code.folder):
+            stage.write(file.name, file.read_bytes())
         write_file(Path(stage) / "model.py", with_weight_path(opened.code, WEIGHTS))
         save_state_dict(Path(stage) / WEIGHTS, weights | trained)
     return output
+
+
+def _beside(folder: Path) -> list[Path]:
+    """Files that a template's code may read, such as a config.json; no weights, nothing hidden."""
+    return sorted(f for f in folder.iterdir() if f.suffix in (".json", ".txt", ".md", ".yaml") and f.is_file()
+                  and is_inside(f, folder) and not f.name.startswith("."))
 
 
 def _check(trained: dict[str, np.ndarray], weights: dict[str, np.ndarray], checkpoint: str | Path) -> None:

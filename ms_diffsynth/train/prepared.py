@@ -23,7 +23,7 @@ class PreparedRow:
 
     slots: dict[str, np.ndarray]  # without batch axis
     size: tuple[int, int]  # height, width of the picture, pixels
-    bucket: tuple[int, ...]  # rows of one bucket may share a batch: height, width and, where it varies, text length
+    bucket: tuple[int, ...]  # rows of one bucket may share a batch; see `in_bucket`
 
 
 class PreparedRows:
@@ -116,11 +116,15 @@ def picture_size(data: dict[str, Any]) -> tuple[int, int]:
 def in_bucket(slots: dict[str, np.ndarray], size: tuple[int, int], pipe: Pipeline) -> PreparedRow:
     """A row as the step takes it: the slots of varying length padded with zeros to the next length there is.
 
+    Rows of one size share a batch when further inputs (edit pictures, a template's values) have the same shapes too.
+
     Raises: DataError when a row is longer than the longest.
     """
+    further = {name for units in pipe.optional_units.values() for unit in units for name in unit.output_params}
+    shapes = [side for name in sorted(further & set(slots)) for side in slots[name].shape]
     names = [name for name in pipe.padded_slots if name in slots]
     if not names:
-        return PreparedRow(slots, size, size)
+        return PreparedRow(slots, size, (*size, *shapes))
     length = max(len(slots[name]) for name in names)
     fitting = [n for n in sorted(pipe.prompt_lengths) if n >= length]
     if not fitting:
@@ -128,4 +132,4 @@ def in_bucket(slots: dict[str, np.ndarray], size: tuple[int, int], pipe: Pipelin
                         f"{pipe.prompt_lengths}: shorten it, or add a length.")
     padded = {name: np.pad(slots[name], [(0, fitting[0] - len(slots[name]))] + [(0, 0)] * (slots[name].ndim - 1))
               for name in names}
-    return PreparedRow(slots | padded, size, (*size, fitting[0]))
+    return PreparedRow(slots | padded, size, (*size, fitting[0], *shapes))

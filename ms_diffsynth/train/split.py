@@ -182,7 +182,7 @@ def _content(value: Any) -> Any:
 
 
 def _code_digest(cls: type) -> str:
-    """A digest of the code a unit runs: its file and those of its bases; of a family, the whole folder.
+    """A digest of the code a unit runs: its file and those of its bases; of a family or of templates, the whole folder.
 
     A unit calls helpers and networks beside it, and constants such as a chat template stand outside its class.
     """
@@ -190,7 +190,8 @@ def _code_digest(cls: type) -> str:
     for base in cls.__mro__:
         file = Path(getattr(sys.modules.get(base.__module__), "__file__", None) or "")
         if file.suffix == ".py" and base.__module__.split(".")[0] not in ("mindspore", "builtins"):
-            files |= set(file.parent.glob("*.py")) if ".pipelines." in base.__module__ else {file}
+            is_folder = base.__module__.startswith(("ms_diffsynth.pipelines.", "ms_diffsynth.template."))
+            files |= set(file.parent.glob("*.py")) if is_folder else {file}
     digest = hashlib.sha256(cls.__qualname__.encode())
     for file in sorted(files):
         digest.update(f"{file.name} {sha256_of(file)}\n".encode())

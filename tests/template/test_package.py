@@ -114,3 +114,15 @@ def test_the_path_of_the_weights_is_set_and_all_else_stays(tmp_path, source, wan
     names = {}
     exec(compile(found, "model.py", "exec"), names)
     assert names["TEMPLATE_MODEL_PATH"] == "w.safetensors" and ast.parse(found)
+
+
+def test_what_the_code_may_read_is_packed_too(template, tmp_path):
+    folder = template()
+    (folder / "config.json").write_text("{}")
+    (folder / "old.safetensors").write_bytes(b"")
+    (folder / ".env").write_text("HF_TOKEN=x")
+    (tmp_path / "secret.json").write_text("{}")
+    (folder / "link.json").symlink_to(tmp_path / "secret.json")
+    save_state_dict(tmp_path / "c.safetensors", state_dict(load_template_model(folder, trust_template_code=True)))
+    packed = pack_template(folder, tmp_path / "c.safetensors", tmp_path / "packed", trust_template_code=True)
+    assert sorted(f.name for f in packed.iterdir()) == ["config.json", "model.py", "model.safetensors"]

@@ -6,13 +6,14 @@ import sys
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, mint, nn, ops
 
 from ms_diffsynth import DiffusionTrainingModule, Flux2ImagePipeline, UnifiedDataset, attach_template
 from ms_diffsynth.errors import ConfigError, DataError, TemplateError
 from ms_diffsynth.io.weights import load_state_dict
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipelines.flux2.template import by_block, with_text
+from ms_diffsynth.pipelines.flux2.transformer import linear
 from ms_diffsynth.template.cache import check_cache
 from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.train.distributed import Accelerator
@@ -225,6 +226,25 @@ class Wrong(nn.Cell):
 def test_a_cache_that_cannot_enter_is_an_error_that_says_why(mode, kind, message):
     with pytest.raises(TemplateError, match=message):
         CompiledStep(Wrong(kind).construct, "the step", mode)(Tensor(np.ones((2, 5, 3, 4), np.float32)))
+
+
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+def test_a_lora_of_the_wrong_width_is_an_error_that_names_the_layer(mode):
+    layer = Linear(mint.nn.Linear(4, 6))
+    good = CompiledStep(layer.construct, "the step", mode)
+    x = Tensor(np.ones((2, 5, 4), np.float32))
+    assert good(x, Tensor(np.ones((3, 4), np.float32)), Tensor(np.ones((6, 3), np.float32)))[0].shape == (2, 5, 6)
+    with pytest.raises(TemplateError, match=r"lora of a layer attn\.to_q has the shapes \[3, 5\] and \[6, 3\]: exp"):
+        good(x, Tensor(np.ones((3, 5), np.float32)), Tensor(np.ones((6, 3), np.float32)))
+
+
+class Linear(nn.Cell):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def construct(self, x, a, b):
+        return (linear(self.layer, x, {"attn.to_q": (a, b)}, "attn.to_q"),)
 
 
 # -- the toy pipeline ------------------------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ms_diffsynth.train.prepared import PreparedRows
+from ms_diffsynth.errors import DataError, TemplateError
+from ms_diffsynth.train.prepared import PreparedRows, in_bucket
 
 
 class Module:
     def __init__(self):
-        self.calls, self.pipe = [], SimpleNamespace(padded_slots=(), prompt_lengths=())
+        self.calls, self.pipe = [], SimpleNamespace(padded_slots=(), prompt_lengths=(), optional_units={})
 
     def prepare(self, data, cut):
         self.calls.append(data["prompt"])
@@ -68,3 +69,22 @@ def test_rows_beyond_the_limit_are_prepared_again_and_that_is_said_once(caplog, 
             rows.bucket_of(index)
     assert module.calls[3:] == again and rows.kept_bytes <= limit
     assert len(caplog.records) == 1 and "prepared again at every use" in caplog.text
+
+
+def test_rows_whose_further_inputs_differ_in_shape_are_in_different_buckets():
+    pipe = SimpleNamespace(padded_slots=("text",), prompt_lengths=(4, 8),
+                           optional_units={"template_inputs": [SimpleNamespace(output_params=("template.x",))]})
+
+    def bucket(text, x):
+        return in_bucket({"text": np.zeros((text, 2)), "template.x": np.zeros((x, 3))}, (16, 8), pipe).bucket
+
+    assert bucket(3, 5) == bucket(4, 5) == (16, 8, 4, 5, 3) and bucket(3, 6) == (16, 8, 4, 6, 3)
+    with pytest.raises(DataError, match="a prompt of 9 tokens is longer than the longest"):
+        bucket(9, 5)
+
+
+def test_the_row_that_cannot_be_prepared_is_named():
+    module = Module()
+    module.prepare = lambda data, cut: (_ for _ in ()).throw(TemplateError("no scale"))
+    with pytest.raises(TemplateError, match="row 2: no scale"):
+        PreparedRows(Dataset(), module, None)[1]

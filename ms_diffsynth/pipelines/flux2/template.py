@@ -113,6 +113,14 @@ def check_ranks(name: str, a: tuple[int, ...], b: tuple[int, ...], batch: int) -
 
 
 @constexpr
+def check_widths(name: str, a: tuple[int, ...], b: tuple[int, ...], x: tuple[int, ...], y: tuple[int, ...]) -> bool:
+    if (a[-1], b[-2]) != (x[-1], y[-1]):
+        raise TemplateError(f"the template's lora of a layer {name} has the shapes {list(a)} and {list(b)}: expected A "
+                            f"[rank, {x[-1]}] and B [{y[-1]}, rank].")
+    return True
+
+
+@constexpr
 def check_text(text: tuple[int, ...], prompt: tuple[int, ...]) -> bool:
     if len(text) != 3 or text[0] not in (1, prompt[0]) or text[2] != prompt[2]:
         raise TemplateError(f"the template's text_embedding has the shape {list(text)}: expected [{prompt[0]}, tokens, "

@@ -12,6 +12,7 @@ import mindspore as ms
 from mindspore import Tensor, mint, nn, ops
 
 from ms_diffsynth.ops import install_cpu_kernels
+from ms_diffsynth.pipelines.flux2.template import check_widths
 from ms_diffsynth.pipelines.quiet import quiet_imports
 from ms_diffsynth.pipelines.qwen_image.rotary import rotate_pairs
 
@@ -110,7 +111,7 @@ def feed_forward(ff: nn.Cell, x: Tensor, template: dict, name: str) -> Tensor:
 def linear(layer: nn.Cell, x: Tensor, template: dict, name: str) -> Tensor:
     """A linear layer, with the LoRA a template has for it: x [B, S, in] -> [B, S, out]."""
     y = layer(x)
-    if name in template:
+    if name in template and check_widths(name, template[name][0].shape, template[name][1].shape, x.shape, y.shape):
         a, b = template[name]
         y = y + ops.matmul(ops.matmul(x, a.swapaxes(-1, -2)), b.swapaxes(-1, -2))
     return y

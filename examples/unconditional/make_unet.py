@@ -1,0 +1,27 @@
+"""Write an untrained UNet for pictures of 32 pixels, 1.1 million parameters, from which smileys.yaml trains.
+
+    python examples/unconditional/make_unet.py models/ddpm-smileys
+"""
+from __future__ import annotations
+
+import sys
+
+from ms_diffsynth import Draws, UnconditionalImagePipeline, runtime
+from ms_diffsynth.nn.names import assign
+from ms_diffsynth.pipelines.ddpm_unet.pipeline import build_unet
+from ms_diffsynth.pipelines.tiny import random_weights
+
+CONFIG = {  # every field is one of diffusers' UNet2DModel
+    "sample_size": 32,
+    "layers_per_block": 1,
+    "block_out_channels": [32, 64, 64],
+    "norm_num_groups": 8,
+    "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+}
+
+if __name__ == "__main__":
+    runtime.configure("graph")
+    unet = build_unet(CONFIG)
+    assign(unet, random_weights(unet, Draws(0), "unet").items())
+    UnconditionalImagePipeline({"unet": unet}).save_pretrained(sys.argv[1])
