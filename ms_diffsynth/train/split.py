@@ -5,6 +5,7 @@ cut's own list of slots, so it follows whatever is trained: with a trained text 
 """
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import sys
@@ -181,6 +182,7 @@ def _content(value: Any) -> Any:
     return value
 
 
+@functools.cache  # what a process runs is what it imported, whatever the files hold later
 def _code_digest(cls: type) -> str:
     """A digest of the code a unit runs: its file and those of its bases; of a family or of templates, the whole folder.
 
