@@ -89,7 +89,7 @@ def test_branch_reruns_only_what_depends_on_the_prompt():
 def test_describe_is_straight_line_code():
     text = training().cut(("loss",), ("dit",)).describe()
     assert "def prepare(prompt, input_image):" in text
-    assert "    velocity = denoise(latents, sigma, prompt_embeds, control)  # dit" in text
+    assert "    velocity = denoise(latents, sigma, prompt_embeds)  # dit" in text  # nobody writes its optional input
     assert text.endswith("    return loss")
 
 

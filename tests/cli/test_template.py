@@ -78,6 +78,23 @@ def test_split_training_gives_the_same_file(run, model, data):
     assert Path("single/epoch-0.safetensors").read_bytes() == Path("split/epoch-0.safetensors").read_bytes()
 
 
+def test_a_template_for_editing_over_a_base_in_eight_bits(run, model, data):
+    rows = [json.loads(line) | {"edit_image": "0.png"} for line in (data / "metadata.jsonl").read_text().splitlines()]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    editing = {"extra_inputs": "edit_image,template_inputs", "data_file_keys": "image,edit_image"}
+    base = load_state_dict(model / "transformer")
+    for name, more in (("plain", {}), ("stored", {"fp8_models": "dit,text_encoder"})):
+        assert run("train", *flags(model, data, output_path=name, **editing, **more), TRUST)[0] == 0
+    plain, stored = (load_state_dict(f"{name}/epoch-0.safetensors") for name in ("plain", "stored"))
+    assert plain.keys() == stored.keys() and not set(plain) & set(base)  # the base is no part of what is saved
+    change = sum(np.square(stored[n] - plain[n]).sum() for n in plain) / sum(np.square(a).sum() for a in plain.values())
+    assert 0 < change < 1e-3
+    stage_two = {"dataset_base_path": "cache", "dataset_metadata_path": "null", "task": "sft:train"}
+    assert run("train", *flags(model, data, output_path="cache", task="sft:data_process", **editing), TRUST)[0] == 0
+    assert run("train", *flags(model, data, output_path="split", **editing, **stage_two), TRUST)[0] == 0
+    assert Path("split/epoch-0.safetensors").read_bytes() == Path("plain/epoch-0.safetensors").read_bytes()
+
+
 def test_nothing_runs_without_the_flag(run, model, data):
     code, _, err = run("train", *flags(model, data, output_path="out"))
     digest = hashlib.sha256((BRIGHTNESS / "model.py").read_bytes()).hexdigest()
