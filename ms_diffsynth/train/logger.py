@@ -1,12 +1,9 @@
 """What a run leaves behind: loss.csv, events.jsonl, checkpoints, sample pictures, the loss curve."""
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,13 +15,11 @@ from PIL import Image
 
 from ms_diffsynth.data.images import grid
 from ms_diffsynth.data.plots import loss_curve
-from ms_diffsynth.errors import ConfigError, OutputError
+from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.io.files import append_line, write_file
 from ms_diffsynth.io.redact import redact
 from ms_diffsynth.io.settings import without_secrets
 from ms_diffsynth.nn.ema import EMA
-
-logger = logging.getLogger(__name__)
 
 COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "is_skipped", "seconds")
 
@@ -40,8 +35,6 @@ class ModelLogger:
     Attributes:
         is_writing: False on every rank but the first; the training loop sets it.
         settings: what training_args.json holds.
-        files: further files, written by `start`: name -> content.
-        saved: files of weights, in the order they were written. saved_at: the step of the last one; -1 before.
         ema: the moving average of what is trained; the loop sets it.
         after_save: called when a checkpoint is in place; `train.publish` sets it.
     """
@@ -53,44 +46,32 @@ class ModelLogger:
         self.num_steps = 0
         self.metadata: dict[str, str] = {}
         self.settings: dict[str, Any] = {}
-        self.files: dict[str, bytes] = {}
         self.losses: list[tuple[int, float]] = []
         self.samples: dict[int, list[Image.Image]] = {}
         self.saved: list[Path] = []
-        self.saved_at = -1
         self.is_writing = True
         self.after_save: Callable[[], None] | None = None
         self.ema: EMA | None = None
         self._events = threading.Lock()  # an upload tells of itself from a thread of its own
+        self._saved_at = -1
         self._summary_writer = _tensorboard_class() if enable_tensorboard_log else None
         self._tensorboard: Any = None
 
     # -- records -------------------------------------------------------------------------------------------------
 
-    def start(self, settings: dict[str, Any], after: int = 0, run_folder: Path | None = None) -> None:
-        """Write training_args.json, and the head of loss.csv.
-
-        Args:
-            after: go on after this step of the run in ``run_folder``, which may be this one. loss.csv then holds that
-                run's rows up to the step; events.jsonl is gone on with.
-        """
+    def start(self, settings: dict[str, Any]) -> None:
+        """Write training_args.json and the head of loss.csv."""
         if not self.is_writing:
             return
         self.output_path.mkdir(parents=True, exist_ok=True)
-        self.settings, self.num_steps = without_secrets(settings), after
+        self.settings = without_secrets(settings)
         text = json.dumps(self.settings, indent=2, sort_keys=True) + "\n"
-        for name, content in {**self.files, "training_args.json": text.encode()}.items():
-            write_file(self.output_path / name, content)
-        rows = _rows_until(run_folder / "loss.csv", after) if after else []
-        write_file(self.output_path / "loss.csv", "".join(f"{row}\n" for row in (",".join(COLUMNS), *rows)).encode())
-        self.losses = [(int(step), float(loss)) for step, _, loss, *_ in (row.split(",") for row in rows)
-                       if math.isfinite(float(loss))]
-        if not after:
-            write_file(self.output_path / "events.jsonl", b"")
+        write_file(self.output_path / "training_args.json", text.encode())
+        write_file(self.output_path / "loss.csv", (",".join(COLUMNS) + "\n").encode())
+        write_file(self.output_path / "events.jsonl", b"")
         if self._summary_writer is not None:
-            without = {"purge_step": after + 1} if after else {}  # what was written after the checkpoint
-            self._tensorboard = self._summary_writer(str(self.output_path / "tensorboard"), **without)
-        self.event("resumed" if after else "start")
+            self._tensorboard = self._summary_writer(str(self.output_path / "tensorboard"))
+        self.event("start")
 
     def event(self, event: str, **values: Any) -> None:
         """Append one line to events.jsonl. JSON has no NaN and no infinity: they become the strings "nan" and "inf"."""
@@ -112,15 +93,6 @@ class ModelLogger:
             for key in ("loss", "learning_rate", "grad_norm"):
                 self._tensorboard.add_scalar(key, record[key], record["step"])
 
-    def sync(self) -> None:
-        """Make loss.csv outlive a loss of power, so that no checkpoint is ahead of it. Raises: OutputError."""
-        try:
-            with open(self.output_path / "loss.csv", "rb") as file:
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise OutputError(f"{self.output_path / 'loss.csv'} cannot be synced: {error.strerror}. Check the disk, or "
-                              "choose another output folder.") from error
-
     # -- checkpoints (the documents' names) ------------------------------------------------------------------------
 
     def on_step_end(self, accelerator: Any, model: Any, save_steps: int | None = None, **_: Any) -> None:
@@ -135,7 +107,7 @@ class ModelLogger:
 
     def on_training_end(self, accelerator: Any, model: Any, save_steps: int | None = None) -> None:
         """Save the last step when no file holds it yet, and draw the loss curve."""
-        if self.saved_at != self.num_steps:
+        if self._saved_at != self.num_steps:
             self.save_model(accelerator, model, f"step-{self.num_steps}.safetensors")
         if accelerator.is_main_process and len(self.losses) > 1:
             steps, losses = zip(*self.losses)
@@ -145,7 +117,7 @@ class ModelLogger:
 
     def save_model(self, accelerator: Any, model: Any, file_name: str) -> None:
         """Save what was trained, on the first rank only; with a moving average also ``<name>-ema.safetensors``."""
-        self.saved_at = self.num_steps
+        self._saved_at = self.num_steps
         if accelerator.is_main_process:
             self._save(model, file_name)
             if self.ema is not None:
@@ -193,19 +165,6 @@ class ModelLogger:
 
 def _titles(captions: list[str]) -> list[str] | None:
     return [redact(caption) for caption in captions] or None
-
-
-def _rows_until(file: Path, step: int) -> list[str]:
-    """The rows of a loss.csv up to a step; a row that was torn is none. Their number is checked."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in file.read_text(errors="replace").splitlines():
-            number, *values = line.split(",")
-            if len(values) == len(COLUMNS) - 1 and number.isdigit() and int(number) <= step:
-                rows.append(line)
-    if len(rows) != step:
-        logger.warning("%s has the rows of %d of %d steps: the others are lost.", file, len(rows), step)
-    return rows
 
 
 def _text(value: Any) -> str:
