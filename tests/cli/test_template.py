@@ -70,6 +70,7 @@ def test_trained_packed_and_sampled(run, model, data):
     assert (picture("with/000-seed0.png") != picture("without/000-seed0.png")).any()
 
 
+@pytest.mark.slow
 def test_split_training_gives_the_same_file(run, model, data):
     assert run("train", *flags(model, data, output_path="single"), TRUST)[0] == 0
     assert run("train", *flags(model, data, output_path="cache", task="sft:data_process"), TRUST)[0] == 0
@@ -78,6 +79,7 @@ def test_split_training_gives_the_same_file(run, model, data):
     assert Path("single/epoch-0.safetensors").read_bytes() == Path("split/epoch-0.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_template_for_editing_over_a_base_in_eight_bits(run, model, data):
     rows = [json.loads(line) | {"edit_image": "0.png"} for line in (data / "metadata.jsonl").read_text().splitlines()]
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
