@@ -133,6 +133,7 @@ def test_rows_need_no_prompt_but_a_picture(folder):
         module.get_pipeline_inputs({"prompt": "a face"})
 
 
+@pytest.mark.slow
 def test_training_by_the_loop_learns_and_its_weights_load_into_a_fresh_pipeline(folder, tmp_path, eager):
     module = module_on(folder, random_flip=True, snr_gamma=5.0, prediction_type="v_prediction")
     assert module.training_cut().draws == ("noise", "density_draw", "flip_draw")
