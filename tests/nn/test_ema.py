@@ -5,10 +5,12 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, mint, nn
+from mindspore.nn.utils import no_init_parameters
 
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.nn.ema import EMA
+from ms_diffsynth.nn.names import assign
 from ms_diffsynth.train.optim import AdamW
 from ms_diffsynth.train.step import TrainStep
 
@@ -68,6 +70,17 @@ def test_the_compiled_step_reads_the_weights_again_after_the_average_was_applied
         np.testing.assert_array_equal(model.weight.asnumpy(), before)
         assert float(loss.asnumpy()) == float(expected.asnumpy())
     np.testing.assert_array_equal(model.weight.asnumpy(), other_model.weight.asnumpy())
+
+
+def test_the_average_begins_at_weights_that_were_loaded():
+    runtime.configure("pynative", "CPU")
+    with no_init_parameters():
+        model = mint.nn.Linear(4, 2)
+    weights = {"weight": np.full((2, 4), 0.25, np.float32), "bias": np.full(2, 0.5, np.float32)}
+    assign(model, weights.items())
+    found = EMA(list(model.get_parameters())).average
+    np.testing.assert_array_equal(found[0].asnumpy(), weights["weight"])
+    np.testing.assert_array_equal(found[1].asnumpy(), weights["bias"])
 
 
 def test_the_weights_come_back_after_an_error():
