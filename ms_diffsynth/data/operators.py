@@ -19,7 +19,7 @@ class DataProcessingOperator:
     """A function of one cell. Subclasses define ``__call__``; ``a >> b`` does a, then b."""
 
     def __call__(self, data: Any) -> Any:
-        raise NotImplementedError(f"{type(self).__name__} does not define __call__(self, data)")
+        raise TypeError(f"{type(self).__name__} does not define __call__(self, data): implement it.")
 
     def __rshift__(self, other: Callable[[Any], Any]) -> DataProcessingPipeline:
         return DataProcessingPipeline([*_steps(self), *_steps(other)])

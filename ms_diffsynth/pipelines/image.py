@@ -1,7 +1,7 @@
 """What every picture pipeline shares: sampling with a compiled step, and decoding."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mindspore as ms
@@ -14,6 +14,7 @@ from ms_diffsynth.data.images import to_pil
 from ms_diffsynth.diffusion.guidance import classifier_free
 from ms_diffsynth.diffusion.sampler import euler
 from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest
+from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Program
 from ms_diffsynth.template.cache import JoinTemplateCache, TemplateCache, to_slots
@@ -32,6 +33,19 @@ class ImagePipeline(Pipeline):
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
         super().__init__(models, dtype)
         self._steps: dict[tuple[str, ...], CompiledStep] = {}
+
+    @classmethod
+    def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
+                        tokenizer_config: ModelConfig | None = None, mindspore_dtype: ms.Type | None = None,
+                        device: str | None = None) -> ImagePipeline:
+        """A pipeline whose models are loaded at first use.
+
+        Args:
+            model_configs: a diffusers-format folder, or a ModelConfig for each component.
+            tokenizer_config: the tokenizer; None uses the model's own, or the one shipped with the package.
+            mindspore_dtype: compute dtype; None means bfloat16 on Ascend, float32 on the CPU.
+        """
+        return cls._from_configs(model_configs, {"tokenizer": tokenizer_config}, mindspore_dtype, device)
 
     def __call__(self, prompt: str, negative_prompt: str = "", cfg_scale: float | None = None,
                  embedded_guidance: float = 3.5, height: int = 1024, width: int = 1024, seed: int | None = None,

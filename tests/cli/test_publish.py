@@ -226,13 +226,13 @@ def test_what_was_trained_is_named(options, expected):
 
 
 def test_a_base_model_of_this_machine_is_not_named():
-    text = card(model_id_with_origin_paths=None, model_paths="/home/me/flux")
-    assert "a model that is not on a hub" in text and "/home/me" not in text
+    text = card(model_id_with_origin_paths=None, model_paths="/data/me/flux")
+    assert "a model that is not on a hub" in text and "/data/me" not in text
 
 
 @pytest.mark.parametrize("changes, words", [
     ({}, ['template_inputs=[inputs]', 'pack_template("path/to', '"black-forest-labs/FLUX.2-klein-base-4B"']),
-    ({"model_paths": "/home/me/flux2", "model_id_with_origin_paths": None}, ['from_pretrained("path/to/the/base/mod']),
+    ({"model_paths": "/data/me/flux2", "model_id_with_origin_paths": None}, ['from_pretrained("path/to/the/base/mod']),
     ({"hub": "modelscope", "template_model_id_or_path": "me/template:", "sample_prompts": ("a ``` cat",),
       "sample_template_inputs": '[{"scale": 0.5}]'}, ["model_file_download", '"me/template:"', "{'scale': 0.5}"]),
 ], ids=["hub", "folder", "modelscope"])

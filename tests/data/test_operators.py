@@ -128,5 +128,5 @@ def test_impossible_sizes():
 
 
 def test_an_operator_without_call_says_so():
-    with pytest.raises(NotImplementedError, match="DataProcessingOperator does not define __call__"):
+    with pytest.raises(TypeError, match="DataProcessingOperator does not define __call__"):
         DataProcessingOperator()(1)

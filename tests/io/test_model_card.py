@@ -17,7 +17,7 @@ def card(**changes):
     values = {"model_id": "me/cat-lora", "family": "flux", "trained": "lora", "weights": "step-72.safetensors",
               "base_model": DEV, "instance_prompt": "a 3d render of sks cat", "steps": 72, "seed": 42,
               "prompts": ("a cat", "a dog"), "samples": ("samples/a.png", "samples/b.png"),
-              "dataset": "/home/me/pictures/cats", "settings": {"learning_rate": 1e-4, "unset": None},
+              "dataset": "/data/me/pictures/cats", "settings": {"learning_rate": 1e-4, "unset": None},
               "command": ("ms-diffsynth", "train", "run.yaml", "--lora_rank", "16"),
               "versions": {"mindspore": "2.10.0"}}
     return model_card(Card(**(values | changes)))
@@ -117,7 +117,7 @@ def test_another_family_and_other_weights():
     assert "text\\_encoder\\_1 for" in text and 'load_state_dict("step-72.safetensors")' in text
 
 
-@pytest.mark.parametrize("base", ["x) [evil](https://e.example", "/home/me/flux", "a/b/c", "flux-tiny"])
+@pytest.mark.parametrize("base", ["x) [evil](https://e.example", "/data/me/flux", "a/b/c", "flux-tiny"])
 def test_a_base_model_that_is_no_name_is_not_told(base, tmp_path):
     text = card(base_model=base)
     assert base not in text and "base_model" not in head(text, tmp_path)
@@ -133,9 +133,9 @@ def test_how_it_was_trained():
 
 
 def test_folders_of_this_machine_are_not_told():
-    text = card(settings={"output_path": "/home/alice/My Runs/x", "model_paths": '["/home/alice/flux", "~/b/vae"]',
+    text = card(settings={"output_path": "/data/alice/My Runs/x", "model_paths": '["/data/alice/flux", "~/b/vae"]',
                           "url": "https://host/a/b", "relative": "runs/x", "prompt": "either/or"},
-                command=("/home/alice/.venv/bin/ms-diffsynth", "train", "--output_path=/home/alice/My Runs/x"))
+                command=("/data/alice/.venv/bin/ms-diffsynth", "train", "--output_path=/data/alice/My Runs/x"))
     assert "alice" not in text and "My Runs" not in text and "~" not in text
     got = yaml.safe_load(blocks(text, "yaml")[0])
     assert got == {"output_path": "x", "model_paths": '["flux", "vae"]', "url": "https://host/a/b",

@@ -4,103 +4,38 @@ from __future__ import annotations
 import base64
 import io
 import logging
-import os
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from huggingface_hub import constants, utils
-from upload_server import MODELSCOPE_TOKEN, SIGNATURE, TOKEN, ModelScopeServer, UploadServer
+from huggingface_hub import constants
+from published_run import KEPT, NAME, expected, held, staging, without_a_login, write_run
+from upload_server import SIGNATURE, TOKEN, UploadServer
 
-import ms_diffsynth
 from ms_diffsynth.cli.main import parser
 from ms_diffsynth.errors import ConfigError, HubError
-from ms_diffsynth.io import publish as publish_module
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.publish import ATTEMPTS, LONGEST_WAIT, BackgroundUpload, choose, connect, publish
 from ms_diffsynth.io.weights import load_state_dict, save_state_dict
 
-NAME = "writer/model"
 COMMIT, PUT = f"POST /api/models/{NAME}/commit", "PUT /lfs/"
-PUBLIC = {
-    "README.md": b"---\nlicense: apache-2.0\n---\n# model\n", "samples/step-2.png": b"\x89PNG picture",
-    "transformer/config.json": b'{"_class_name": "X"}', "model.py": b"TEMPLATE_MODEL = object\n",
-    "tokenizer/tokenizer.json": b'{"secret": 123456}', "tokenizer/special_tokens_map.json": b"{}",
-}
-KEPT = {
-    ".env": b"kept-1", "secrets.json": b"kept-2", "optimizer.safetensors": b"kept-3", "state.json": b"kept-4",
-    ".cache/huggingface/token": b"kept-5", "transformer/optimizer_state.safetensors": b"kept-6", "loss.csv": b"kept-7",
-    "transformer/.hidden.json": b"kept-8", "events.jsonl": b"kept-9", "config.yaml": b"kept-10",
-    "train.log": b"kept-11",
-    "token.safetensors": b"kept-12", "step-2/optimizer.safetensors": b"kept-13", "key.pem": b"kept-14",
-}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """The folder of a run: what may be seen, and what may not."""
-    folder = tmp_path / "run"
-    for name, data in {**PUBLIC, **KEPT}.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    save_state_dict(folder / "step-2.safetensors", {"a": np.arange(50_000, dtype=np.float32)})
-    save_state_dict(folder / "transformer/diffusion_pytorch_model.safetensors", {"b": np.ones(3, np.float32)})
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "config.json").write_bytes(b"kept-15")
-    (folder / "config.json").symlink_to(outside / "config.json")
-    (folder / "vae").symlink_to(outside)
-    return folder
+    return write_run(tmp_path)
 
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch, tmp_path):
-    """No waiting, no login, no network but this machine's; what would have been waited."""
-    found: list[float] = []
-    monkeypatch.setattr(publish_module, "time", SimpleNamespace(sleep=found.append))
-    monkeypatch.setattr(utils._http, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
-    monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "no-login"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("MODELSCOPE_API_TOKEN", MODELSCOPE_TOKEN)
-    if hasattr(utils, "reset_sessions"):  # huggingface_hub < 1 decides when it makes a session
-        utils.reset_sessions()
-    return found
+    return without_a_login(monkeypatch, tmp_path)
 
 
 @pytest.fixture
 def hub():
     with UploadServer() as server:
         yield server
-
-
-@pytest.fixture
-def modelscope():
-    pytest.importorskip("modelscope_hub", reason="pip install 'ms_diffsynth[modelscope]'")
-    with ModelScopeServer() as server:
-        yield server
-
-
-def expected(folder):
-    weights = ["step-2.safetensors", "transformer/diffusion_pytorch_model.safetensors"]
-    return PUBLIC | {name: (folder / name).read_bytes() for name in weights}
-
-
-def held(server, name=NAME):
-    return {n: data for n, data in server.files(name).items() if n != ".gitattributes"}
-
-
-def staging(folder):
-    return [path.name for path in folder.iterdir() if path.name.startswith(".upload")]
 
 
 # -- what is sent --------------------------------------------------------------------------------------------------
@@ -301,12 +236,6 @@ def test_without_a_token(monkeypatch):
         connect("huggingface", "https://huggingface.co")
 
 
-def test_without_modelscopes_client(monkeypatch):
-    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
-    with pytest.raises(HubError, match=r"needs its client: pip install 'ms_diffsynth\[modelscope\]'"):
-        connect("modelscope")
-
-
 # -- during training -----------------------------------------------------------------------------------------------
 
 
@@ -376,79 +305,6 @@ def test_what_is_wrong_at_the_start_is_told_at_the_start(monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="there is no token"):
         BackgroundUpload(NAME)
-
-
-# -- ModelScope ----------------------------------------------------------------------------------------------------
-
-
-def test_modelscope_round_trip(modelscope, folder, tmp_path):
-    from modelscope_hub import HubApi, HubConfig
-
-    url = publish(folder, NAME, hub="modelscope", endpoint=modelscope.endpoint, message="two steps")
-    assert url == f"{modelscope.endpoint}/models/{NAME}"
-    assert modelscope.visibility[NAME] == 1 and modelscope.licences[NAME] == "apache-2.0"
-    assert modelscope.messages == ["two steps"] and held(modelscope) == expected(folder)
-    got = HubApi(config=HubConfig(endpoint=modelscope.endpoint)).download_repo(
-        NAME, "model", local_dir=tmp_path / "models" / NAME)
-    config = ModelConfig(model_id=NAME, origin_file_pattern="*.safetensors", local_model_path=tmp_path / "models")
-    assert load_state_dict(config.resolve()[0])["a"][-1] == 49_999
-    assert {n: (Path(got) / n).read_bytes() for n in expected(folder)} == expected(folder)
-
-
-def test_modelscope_says_other_than_apache_of_an_unknown_licence(modelscope, folder):
-    (folder / "README.md").write_text("# no licence named")
-    publish(folder, NAME, hub="modelscope", endpoint=modelscope.endpoint)
-    assert modelscope.licences[NAME] == "Other"
-
-
-@pytest.mark.parametrize("fault, waited", [
-    ({"where": "POST /api/v1/repos/models/writer/model/commit", "status": 503, "times": 2}, [1, 2]),
-    ({"where": "POST /api/v1/models", "status": 429, "headers": {"Retry-After": "7"}}, [7]),
-    ({"where": "PUT /lfs/", "is_cut": True}, [1]),
-    ({"where": "PUT /lfs/", "status": 503}, [1]),
-    ({"where": "POST", "seconds": 0.1, "times": 9}, []),
-])
-def test_modelscope_faults_that_pass(modelscope, folder, waits, fault, waited):
-    modelscope.fail(**fault)
-    publish(folder, NAME, hub="modelscope", endpoint=modelscope.endpoint)
-    assert held(modelscope) == expected(folder) and len(modelscope.messages) == 1
-    assert waits == waited
-
-
-@pytest.mark.parametrize("status, message", [
-    (401, r"was refused by 127\.0\.0\.1 \(401\)\. Set MODELSCOPE_API_TOKEN"), (403, r"\(403\)\. Give the token"),
-    (500, r"failed in 5 attempts: 127\.0\.0\.1 answered 500")])
-def test_modelscope_faults_that_stay(modelscope, folder, status, message):
-    modelscope.fail("POST /api/v1/models", status=status, times=99, body=b'{"Message": "no %s"}' % TOKEN.encode())
-    with pytest.raises(HubError, match=message) as caught:
-        publish(folder, NAME, hub="modelscope", endpoint=modelscope.endpoint)
-    assert TOKEN not in str(caught.value) and MODELSCOPE_TOKEN not in str(caught.value)
-
-
-@pytest.mark.parametrize("visibility", [3, 5])
-def test_modelscope_a_public_repository_is_not_used(modelscope, folder, visibility):
-    modelscope.make(NAME, visibility)
-    with pytest.raises(HubError, match="is public, and a private repository was asked for; nothing was sent"):
-        publish(folder, NAME, hub="modelscope", endpoint=modelscope.endpoint)
-    assert held(modelscope) == {} and modelscope.calls("PUT") == 0
-
-
-def test_modelscope_needs_an_owner_and_a_token(modelscope, folder, monkeypatch):
-    with pytest.raises(HubError, match="hub_model_id='model' is no repository name"):
-        publish(folder, "model", hub="modelscope", endpoint=modelscope.endpoint)
-    monkeypatch.delenv("MODELSCOPE_API_TOKEN")
-    with pytest.raises(HubError, match=r"no token for 127\.0\.0\.1\. Set MODELSCOPE_API_TOKEN"):
-        connect("modelscope", modelscope.endpoint)
-
-
-def test_modelscopes_client_does_not_import_torch(modelscope, tmp_path):
-    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    code = ("from ms_diffsynth.io.publish import connect\nimport sys\n"
-            "connect('modelscope')\nsys.exit(int('torch' in sys.modules))")
-    path = os.pathsep.join([str(tmp_path), str(Path(ms_diffsynth.__file__).parents[1])])
-    result = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True,
-                            text=True, check=False)
-    assert result.returncode == 0, result.stderr
 
 
 # -- the command ---------------------------------------------------------------------------------------------------

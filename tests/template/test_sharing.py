@@ -1,16 +1,12 @@
 """A packed template goes to a hub, through the hub's real client, and what comes back is the same model."""
 from __future__ import annotations
 
-import time
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-from huggingface_hub import constants, utils
-from upload_server import MODELSCOPE_TOKEN, TOKEN, ModelScopeServer, UploadServer
+from published_run import without_a_login
+from upload_server import ModelScopeServer, UploadServer
 
 from ms_diffsynth import ModelConfig, TemplatePipeline, load_template_model, pack_template
-from ms_diffsynth.io import publish as publish_module
 from ms_diffsynth.io.publish import publish
 from ms_diffsynth.io.weights import save_state_dict
 from ms_diffsynth.nn.names import state_dict
@@ -20,18 +16,7 @@ NAME = "writer/template"
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    """No login, no waiting, no network but this machine's."""
-    monkeypatch.setattr(publish_module, "time", SimpleNamespace(sleep=lambda _: None))
-    monkeypatch.setattr(utils._http, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
-    monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "no-login"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("MODELSCOPE_API_TOKEN", MODELSCOPE_TOKEN)
-    if hasattr(utils, "reset_sessions"):
-        utils.reset_sessions()
+    without_a_login(monkeypatch, tmp_path)
 
 
 @pytest.fixture

@@ -1,25 +1,16 @@
 """A template in training: what is prepared and what learns, eager and compiled, in one stage and in two."""
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
-import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, mint, nn, ops
+from mindspore import Tensor
 
-import ms_diffsynth
 from ms_diffsynth import DiffusionTrainingModule, Flux2ImagePipeline, UnifiedDataset, attach_template
 from ms_diffsynth.errors import ConfigError, DataError, TemplateError
 from ms_diffsynth.io.weights import load_state_dict
 from ms_diffsynth.nn.names import state_dict
-from ms_diffsynth.pipelines.flux2.template import by_block, with_text
-from ms_diffsynth.pipelines.flux2.transformer import linear
-from ms_diffsynth.template.cache import check_cache
-from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import ModelLogger
@@ -157,109 +148,6 @@ def test_a_batch_of_two_is_two_batches_of_one_recomputed_and_compiled(flux2, row
     assert float(result.grad_norm.asnumpy()) == pytest.approx(norm, rel=1e-5)
     after = state_dict(compiled.pipe.dit)
     assert all(np.array_equal(before[n], after[n]) for n in before), "only the template learns"
-
-
-class Wrong(nn.Cell):
-    """Caches no network takes, through all checks on the way to the blocks."""
-
-    def __init__(self, kind):
-        super().__init__()
-        self.kind = kind
-
-    def cache(self, x):
-        kind, result = self.kind, {"kv_cache": {"double_0": (x, x)}, "text_embedding": x[:, :, 0]}
-        if kind == "nothing":
-            result = None
-        if kind == "tensor":
-            result = x
-        if kind == "empty":
-            result = {}
-        if kind == "name":
-            result = {"kv_cahce": {"double_0": (x, x)}}
-        if kind == "no blocks":
-            result = {"kv_cache": (x, x)}
-        if kind == "no pair":
-            result = {"kv_cache": {"double_0": x}}
-        if kind == "block":
-            result = {"kv_cache": {"double_9": (x, x)}}
-        if kind == "shape":
-            result = {"kv_cache": {"double_0": (x, x[:, :, :1])}}
-        if kind == "rank":
-            result = {"kv_cache": {"double_0": (x[0], x[0])}}
-        if kind == "batch":
-            result = {"kv_cache": {"double_0": (ops.cat((x, x, x)), ops.cat((x, x, x)))}}
-        if kind == "text":
-            result = {"text_embedding": x[:, :, 0, :2]}
-        if kind == "layer":
-            result = {"lora": {"transformer_blocks.0.attn.to_x.lora_A.weight": x[0, 0]}}
-        if kind == "half":
-            result = {"lora": {TO_Q + ".lora_A.weight": x[0, 0]}}
-        if kind == "lora rank":
-            result = {"lora": {TO_Q + ".lora_A.weight": x[0, 0], TO_Q + ".lora_B.weight": x[0, 0]}}
-        return result
-
-    def construct(self, x):
-        cache = check_cache(self.cache(x))
-        y = with_text(x[:, :, 0], cache).sum()
-        blocks = by_block(cache, ("double_0", "single_0"), x.shape[0], (3, 4), ms.float32)
-        for name in ("double_0", "single_0"):
-            if "kv" in blocks[name]:
-                y = y + ops.cat((x, blocks[name]["kv"][0]), 1).sum()
-            if "attn.to_q" in blocks[name]:
-                a, b = blocks[name]["attn.to_q"]
-                y = y + ops.matmul(ops.matmul(x[0], a.swapaxes(-1, -2)), b.swapaxes(-1, -2)).sum()
-        return (y,)
-
-
-# MindSpore keeps what a failed compilation leaves behind, and may stumble over it when it compiles something else
-MODES = ["pynative", pytest.param("graph", marks=pytest.mark.alone)]
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind, message", [
-    ("nothing", "the template's forward returned something that is no dict: expected a dict with kv_cache, text_emb"),
-    ("tensor", "something that is no dict"), ("empty", "an empty dict"),
-    ("name", "returned 'kv_cahce': expected a dict with .*Did you mean 'kv_cache'"),
-    ("no blocks", r"returned a kv_cache of another kind: expected a dict: block name -> \(K, V\)"),
-    ("no pair", r"returned a kv_cache\['double_0'\] of another kind: expected two Tensors \(K, V\)"),
-    ("block", r"names double_9: this network has double_0, single_0\. Did you mean 'double_0'\?"),
-    ("shape", r"kv_cache\['double_0'\] has the shapes \[2, 5, 3, 4\] and \[2, 5, 1, 4\]: .*each \[2, tokens, 3, 4\]"),
-    ("rank", r"kv_cache\['double_0'\] has the shapes \[5, 3, 4\] and \[5, 3, 4\]"),
-    ("batch", r"kv_cache\['double_0'\] has the shapes \[6, 5, 3, 4\]"),
-    ("text", r"text_embedding has the shape \[2, 5, 2\]: expected \[2, tokens, 4\], as prompt_embeds"),
-    ("layer", r"lora names transformer_blocks\.0\.attn\.to_x: .*Did you mean 'transformer_blocks\.0\.attn\.to_v'|to_q"),
-    ("half", r"lora names half of transformer_blocks\.0\.attn\.to_q: expected <module>\.lora_A"),
-    ("lora rank", r"lora of transformer_blocks\.0\.attn\.to_q has the shapes \[3, 4\] and \[3, 4\]: expected A \[rank"),
-])
-def test_a_cache_that_cannot_enter_is_an_error_that_says_why(mode, kind, message):
-    with pytest.raises(TemplateError, match=message):
-        CompiledStep(Wrong(kind).construct, "the step", mode)(Tensor(np.ones((2, 5, 3, 4), np.float32)))
-
-
-def test_what_fails_to_compile_fails_in_a_process_of_its_own():
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "alone", "-p", "no:cacheprovider", __file__]
-    place = {"PYTHONPATH": str(Path(ms_diffsynth.__file__).parents[1])}
-    child = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | place)
-    assert child.returncode == 0 and "." * 15 in child.stdout, child.stdout
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_lora_of_the_wrong_width_is_an_error_that_names_the_layer(mode):
-    layer = Linear(mint.nn.Linear(4, 6))
-    good = CompiledStep(layer.construct, "the step", mode)
-    x = Tensor(np.ones((2, 5, 4), np.float32))
-    assert good(x, Tensor(np.ones((3, 4), np.float32)), Tensor(np.ones((6, 3), np.float32)))[0].shape == (2, 5, 6)
-    with pytest.raises(TemplateError, match=r"lora of a layer attn\.to_q has the shapes \[3, 5\] and \[6, 3\]: exp"):
-        good(x, Tensor(np.ones((3, 5), np.float32)), Tensor(np.ones((6, 3), np.float32)))
-
-
-class Linear(nn.Cell):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def construct(self, x, a, b):
-        return (linear(self.layer, x, {"attn.to_q": (a, b)}, "attn.to_q"),)
 
 
 # -- the toy pipeline ------------------------------------------------------------------------------------------------

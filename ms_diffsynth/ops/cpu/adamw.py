@@ -3,6 +3,9 @@ from __future__ import annotations
 
 from mindspore import Tensor, ops
 from mindspore.common import dtype as mstype
+from mindspore.ops.primitive import _primexpr
+
+from ms_diffsynth.errors import DeviceError
 
 _EACH = ops.HyperMap()
 
@@ -19,6 +22,13 @@ def _update(beta1, beta2, lr, eps, weight_decay, correction1, correction2, param
     return True
 
 
+@_primexpr
+def _check_options(amsgrad, maximize):
+    if amsgrad or maximize:
+        raise DeviceError(f"mint.optim.AdamW with amsgrad={amsgrad}, maximize={maximize} on the CPU: expected both "
+                          "False. For maximize, negate the gradients.")
+
+
 def adamw_construct(self, gradients):
     """One step of AdamW.
 
@@ -27,9 +37,7 @@ def adamw_construct(self, gradients):
     ops.assign_add(self.state_step, self.increase_tensor)
     count = self.state_step + 1.0  # state_step starts at -1
     for i, group in enumerate(self.param_groups):
-        if group.get("amsgrad") or group.get("maximize"):
-            raise NotImplementedError("mint.optim.AdamW with amsgrad or maximize on the CPU: expected both False. "
-                                      "For maximize, negate the gradients.")
+        _check_options(bool(group.get("amsgrad")), bool(group.get("maximize")))
         beta1, beta2 = group["betas"]
         start, end = self.group_start_id[i], self.group_start_id[i + 1]
         correction1 = 1.0 - ops.pow(Tensor(beta1, mstype.float32), count)

@@ -12,6 +12,7 @@ from mindspore import ops
 from mindspore.common import dtype as mstype
 from mindspore.ops.primitive import _primexpr
 
+from ms_diffsynth.errors import DeviceError
 from ms_diffsynth.ops.cpu.functional import dropout
 from ms_diffsynth.ops.cpu.tensor import repeat_interleave
 
@@ -54,11 +55,11 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
 @_primexpr
 def _check_flash(layout, sparse_mode, extras):
     if layout not in ("BSH", "BNSD", "BSND", "TND") or sparse_mode not in (0, 1, 2, 3) or any(extras):
-        raise NotImplementedError(
+        raise DeviceError(
             f"flash attention with input_layout={layout}, sparse_mode={sparse_mode} on the CPU: expected BSH, BNSD, "
             "BSND or TND, sparse_mode 0 to 3, and no real_shift, drop_mask, padding_mask or prefix.")
     if layout == "TND" and sparse_mode in (2, 3):
-        raise NotImplementedError("causal flash attention in layout TND on the CPU: use BSND, one sample at a time.")
+        raise DeviceError("causal flash attention in layout TND on the CPU: use BSND, one sample at a time.")
 
 
 def _to_heads(x, head_dim, layout):

@@ -11,6 +11,7 @@ from mindspore.common import dtype as mstype
 from mindspore.ops import operations as P
 from mindspore.ops.primitive import _primexpr
 
+from ms_diffsynth.errors import DeviceError
 from ms_diffsynth.ops.cpu.tensor import norm
 
 __all__ = ["dropout", "embedding", "gelu", "layer_norm", "linear", "logsigmoid", "mish", "mse_loss", "normalize",
@@ -34,8 +35,8 @@ def linear(input, weight, bias=None):
 @_primexpr
 def _check_embedding(max_norm, scale_grad_by_freq):
     if max_norm is not None or scale_grad_by_freq:
-        raise NotImplementedError(f"embedding with max_norm={max_norm}, scale_grad_by_freq={scale_grad_by_freq} on "
-                                  "the CPU: expected None and False. Normalise the weight yourself.")
+        raise DeviceError(f"embedding with max_norm={max_norm}, scale_grad_by_freq={scale_grad_by_freq} on "
+                          "the CPU: expected None and False. Normalise the weight yourself.")
 
 
 def embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False):

@@ -10,6 +10,8 @@ from mindspore import Tensor, ops
 from mindspore.common import dtype as mstype
 from mindspore.ops.primitive import _primexpr
 
+from ms_diffsynth.errors import DeviceError
+
 __all__ = ["normal", "rand", "rand_like", "randint", "randn", "randn_like"]
 
 
@@ -20,14 +22,15 @@ def _shape(size):
     return tuple(size)
 
 
-def _no_generator(generator):
-    if generator is not None:
-        raise NotImplementedError("a random function with generator= on the CPU: MindSpore's CPU streams cannot be "
-                                  "rewound. Draw with NumPy on the host and pass the tensor in.")
+@_primexpr
+def _check_generator(is_absent):
+    if not is_absent:
+        raise DeviceError("a random function with generator= on the CPU: MindSpore's CPU streams cannot be rewound. "
+                          "Draw with NumPy on the host and pass the tensor in.")
 
 
 def rand(*size, generator=None, dtype=None):
-    _no_generator(generator)
+    _check_generator(generator is None)
     return ops.rand(*_shape(size), dtype=mstype.float32 if dtype is None else dtype)
 
 
@@ -36,7 +39,7 @@ def rand_like(input, *, dtype=None):
 
 
 def randn(*size, generator=None, dtype=None):
-    _no_generator(generator)
+    _check_generator(generator is None)
     return ops.randn(*_shape(size), dtype=mstype.float32 if dtype is None else dtype)
 
 
@@ -45,7 +48,7 @@ def randn_like(input, *, dtype=None):
 
 
 def normal(mean=0.0, std=1.0, size=None, generator=None):
-    _no_generator(generator)
+    _check_generator(generator is None)
     if size is None:
         size = mean.shape if isinstance(mean, Tensor) else std.shape
     return ops.randn(*size) * std + mean
@@ -53,7 +56,7 @@ def normal(mean=0.0, std=1.0, size=None, generator=None):
 
 def randint(*args, size=None, generator=None, dtype=None):
     """``randint(high, size)`` or ``randint(low, high, size)``."""
-    _no_generator(generator)
+    _check_generator(generator is None)
     bounds = args if size is not None else args[:-1]
     size = args[-1] if size is None else size
     low, high = (0, bounds[0]) if len(bounds) == 1 else (bounds[0], bounds[1])

@@ -10,6 +10,8 @@ from mindspore.common import dtype as mstype
 from mindspore.ops import operations as P
 from mindspore.ops.primitive import _primexpr, constexpr
 
+from ms_diffsynth.errors import DeviceError
+
 __all__ = ["adaptive_avg_pool2d", "avg_pool2d", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "interpolate", "pad"]
 
 _GATHER = P.Gather()
@@ -164,11 +166,11 @@ def _resized(shape, size, scale_factor, mode):
     else:
         new = tuple(n * factor for n, factor in zip(old, _each(scale_factor, len(old))))
     if any(n != int(n) for n in new):
-        raise NotImplementedError(f"interpolate by scale_factor={scale_factor} from {old} on the CPU: expected whole "
-                                  "output sizes. Give size= instead.")
+        raise DeviceError(f"interpolate by scale_factor={scale_factor} from {old} on the CPU: expected whole "
+                          "output sizes. Give size= instead.")
     if mode == "nearest-exact" and any(n % o for n, o in zip(new, old)):
-        raise NotImplementedError(f"interpolate in mode nearest-exact from {old} to {new} on the CPU: expected whole "
-                                  "factors, for which it equals nearest.")
+        raise DeviceError(f"interpolate in mode nearest-exact from {old} to {new} on the CPU: expected whole "
+                          "factors, for which it equals nearest.")
     return tuple(int(n) for n in new)
 
 

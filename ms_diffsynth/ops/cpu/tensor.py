@@ -11,6 +11,8 @@ from mindspore.common import dtype as mstype
 from mindspore.ops import operations as P
 from mindspore.ops.primitive import _primexpr, constexpr
 
+from ms_diffsynth.errors import DeviceError
+
 __all__ = [
     "addmm", "arange", "argmax", "argmin", "argsort", "baddbmm", "chunk", "cumsum", "diag", "diff", "full",
     "full_like", "index_select", "linspace", "logsumexp", "mm", "norm", "ones_like", "outer", "repeat_interleave",
@@ -103,8 +105,8 @@ def _count(shape, dims):
 @_primexpr
 def _check_order(p):
     if p not in ("fro", 1, 2, float("inf")):
-        raise NotImplementedError(f"mint.norm with p={p} on the CPU: expected 'fro', 1, 2 or inf. "
-                                  "Compose it from abs, pow and sum.")
+        raise DeviceError(f"mint.norm with p={p} on the CPU: expected 'fro', 1, 2 or inf. "
+                          "Compose it from abs, pow and sum.")
     return p
 
 
@@ -224,7 +226,7 @@ def tril(input, diagonal=0):
 @_primexpr
 def _check_main_diagonal(diagonal):
     if diagonal != 0:
-        raise NotImplementedError(f"mint.diag with diagonal={diagonal} on the CPU: expected 0. Pad the result.")
+        raise DeviceError(f"mint.diag with diagonal={diagonal} on the CPU: expected 0. Pad the result.")
 
 
 def diag(input, diagonal=0):

@@ -1,12 +1,10 @@
 """FLUX.2: Qwen3 (klein) or Mistral (dev) as text encoder, a VAE with 32 channels in 2x2 patches, and a transformer."""
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 from PIL import Image
@@ -149,20 +147,6 @@ class Flux2ImagePipeline(ImagePipeline):
     fusible = ("encode_image",)
     prepare_settings = ("max_sequence_length",)
     max_sequence_length = 512
-
-    @classmethod
-    def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
-                        tokenizer_config: ModelConfig | None = None, mindspore_dtype: ms.Type | None = None,
-                        device: str | None = None) -> Flux2ImagePipeline:
-        """A pipeline whose models are loaded at first use.
-
-        Args:
-            model_configs: a diffusers-format folder, or a ModelConfig for each component.
-            tokenizer_config: the tokenizer; None uses the one of the folder, or for klein the one shipped with the
-                package.
-            mindspore_dtype: compute dtype; None means bfloat16 on Ascend, float32 on the CPU.
-        """
-        return cls._from_configs(model_configs, {"tokenizer": tokenizer_config}, mindspore_dtype, device)
 
     def __call__(self, prompt: str, *, embedded_guidance: float = 4.0, **options: Any) -> Image.Image:
         """Generate one picture; arguments as `ImagePipeline.__call__`, and:

@@ -1,11 +1,9 @@
 """Qwen-Image: a language model as text encoder, a film VAE used on one frame, and a transformer of two streams."""
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
@@ -20,7 +18,6 @@ from ms_diffsynth.diffusion.schedule import (
     linspace,
     to_one_nth,
 )
-from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.pipeline import Component
 from ms_diffsynth.pipelines.flux.units import LoadPixels
@@ -113,19 +110,6 @@ class QwenImagePipeline(ImagePipeline):
     max_sequence_length = 1024
     default_cfg_scale = 4.0
     guidance_rule = staticmethod(classifier_free_with_norms)
-
-    @classmethod
-    def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
-                        tokenizer_config: ModelConfig | None = None, mindspore_dtype: ms.Type | None = None,
-                        device: str | None = None) -> QwenImagePipeline:
-        """A pipeline whose models are loaded at first use.
-
-        Args:
-            model_configs: a diffusers-format folder, or a ModelConfig for each component.
-            tokenizer_config: Qwen2.5-VL's tokenizer; None uses the one shipped with the package.
-            mindspore_dtype: compute dtype; None means bfloat16 on Ascend, float32 on the CPU.
-        """
-        return cls._from_configs(model_configs, {"tokenizer": tokenizer_config}, mindspore_dtype, device)
 
     def build_units(self) -> list:
         return [units.TokenizePrompt(), units.EncodePrompt(), LoadPixels(), units.EncodeImage(self.dtype)]
