@@ -153,6 +153,15 @@ class RunSection:
     num_inference_steps: int = _field(20, "sampling steps of the sample pictures", "1 <= num_inference_steps")
     sample_height: int | None = _field(None, "height of the sample pictures in pixels", "1 <= sample_height")
     sample_width: int | None = _field(None, "width of the sample pictures in pixels", "1 <= sample_width")
+    resume: str = _field("none", "auto = go on from the newest checkpoint in output_path, if there is one; none = "
+                         "start; or the path of a checkpoint")
+    accept_changes: tuple[str, ...] = _field((), "what may differ from the run that saved the checkpoint, with commas, "
+                                             "such as learning_rate,data", has_commas=True)
+    checkpoint_steps: int | None = _field(None, "save all that a run needs to go on every so many steps; null = with "
+                                          "every save of weights, 0 = never", "0 <= checkpoint_steps")
+    keep_checkpoints: int = _field(2, "how many of these to keep", "2 <= keep_checkpoints")
+    grace_seconds: float = _field(60.0, "most seconds from SIGTERM or SIGINT until the step is finished and saved",
+                                  "0 < grace_seconds")
     enable_tensorboard_log: bool = _field(False, "also write TensorBoard events")
     push_to_hub: bool = _field(False, "publish after every save, without holding up training")
     hub_model_id: str | None = _field(None, "where: owner/name; made when it does not exist")
@@ -234,6 +243,10 @@ def _rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            f"push_to_hub=true with task={c.objective.task}, which trains nothing to publish: remove it.")
     unsent = [n for n in ("hub_model_id", "hub_private_repo", "hub") if getattr(c.run, n) != SETTINGS[n].default]
     yield bool(unsent) and not c.run.push_to_hub, f"{listing(unsent)} would not be used: set push_to_hub=true."
+    yield (c.run.resume not in ("none", "auto") and stage == "data_process",
+           f"resume={c.run.resume} with task={c.objective.task}: remove it; a cache is gone on with in any case.")
+    yield (bool(c.run.accept_changes) and c.run.resume == "none",
+           f"accept_changes={','.join(c.run.accept_changes)} would not be used: set resume, for example --resume auto.")
     limit = c.run.max_train_steps
     yield (limit is not None and c.optimizer.lr_warmup_steps > limit,
            f"lr_warmup_steps={c.optimizer.lr_warmup_steps} exceeds max_train_steps={limit}: warm up for fewer steps.")

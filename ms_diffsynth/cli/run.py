@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,6 @@ from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, listing
 from ms_diffsynth.io.cache import Cache
-from ms_diffsynth.io.files import write_file
 from ms_diffsynth.io.hub import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
 from ms_diffsynth.io.redact import redact
 from ms_diffsynth.pipeline import Pipeline
@@ -36,6 +36,7 @@ from ms_diffsynth.train.loop import launch_training_task
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.prepared import CachedRows
 from ms_diffsynth.train.publish import check_token
+from ms_diffsynth.train.resume import check_folder
 from ms_diffsynth.train.split import launch_data_process_task, open_cache, stage_of
 
 SCHEMES = {"sft": "diffsynth", "dreambooth": "none"}  # each objective's own weighting_scheme
@@ -47,6 +48,8 @@ def run(config: TrainConfig) -> ModelLogger:
     stage, cache_dir = stage_of(settings.task), settings.cache_dir
     accelerator = Accelerator(settings.gradient_accumulation_steps, settings.mode, settings.device)
     check_token(accelerator, settings)
+    if stage != "data_process":
+        check_folder(Path(settings.output_path), settings.resume)
     sets = build_datasets(settings, family(settings.family).pipeline.division_factor)
     pipe = build_pipeline(config)
     records = ModelLogger(settings.output_path, settings.remove_prefix_in_ckpt, settings.enable_tensorboard_log)
@@ -65,8 +68,7 @@ def run(config: TrainConfig) -> ModelLogger:
         pipe.load_models_to_device(cut.models("prepare"))
     pipe.load_models_to_device(cut.models("step"))
     if accelerator.is_main_process:
-        records.output_path.mkdir(parents=True, exist_ok=True)
-        write_file(records.output_path / "config.yaml", to_yaml(config).encode())
+        records.files["config.yaml"] = to_yaml(config).encode()
         sys.stderr.write(redact(_summary(settings, *sets)))
     sampler, captions = build_sampler(settings, pipe)
     return launch_training_task(accelerator, sets[0], module, records, class_dataset=sets[1], args=settings,

@@ -1,9 +1,12 @@
 """What a run leaves behind: loss.csv, events.jsonl, checkpoints, sample pictures, the loss curve."""
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,11 +18,13 @@ from PIL import Image
 
 from ms_diffsynth.data.images import grid
 from ms_diffsynth.data.plots import loss_curve
-from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.errors import ConfigError, OutputError
 from ms_diffsynth.io.files import append_line, write_file
 from ms_diffsynth.io.redact import redact
 from ms_diffsynth.io.settings import without_secrets
 from ms_diffsynth.nn.ema import EMA
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "is_skipped", "seconds")
 
@@ -35,6 +40,8 @@ class ModelLogger:
     Attributes:
         is_writing: False on every rank but the first; the training loop sets it.
         settings: what training_args.json holds.
+        files: further files, written by `start`: name -> content.
+        saved: files of weights, in the order they were written. saved_at: the step of the last one; -1 before.
         ema: the moving average of what is trained; the loop sets it.
         after_save: called when a checkpoint is in place; `train.publish` sets it.
     """
@@ -46,32 +53,44 @@ class ModelLogger:
         self.num_steps = 0
         self.metadata: dict[str, str] = {}
         self.settings: dict[str, Any] = {}
+        self.files: dict[str, bytes] = {}
         self.losses: list[tuple[int, float]] = []
         self.samples: dict[int, list[Image.Image]] = {}
         self.saved: list[Path] = []
+        self.saved_at = -1
         self.is_writing = True
         self.after_save: Callable[[], None] | None = None
         self.ema: EMA | None = None
         self._events = threading.Lock()  # an upload tells of itself from a thread of its own
-        self._saved_at = -1
         self._summary_writer = _tensorboard_class() if enable_tensorboard_log else None
         self._tensorboard: Any = None
 
     # -- records -------------------------------------------------------------------------------------------------
 
-    def start(self, settings: dict[str, Any]) -> None:
-        """Write training_args.json and the head of loss.csv."""
+    def start(self, settings: dict[str, Any], after: int = 0, run_folder: Path | None = None) -> None:
+        """Write training_args.json, and the head of loss.csv.
+
+        Args:
+            after: go on after this step of the run in ``run_folder``, which may be this one. loss.csv then holds that
+                run's rows up to the step; events.jsonl is gone on with.
+        """
         if not self.is_writing:
             return
         self.output_path.mkdir(parents=True, exist_ok=True)
-        self.settings = without_secrets(settings)
+        self.settings, self.num_steps = without_secrets(settings), after
         text = json.dumps(self.settings, indent=2, sort_keys=True) + "\n"
-        write_file(self.output_path / "training_args.json", text.encode())
-        write_file(self.output_path / "loss.csv", (",".join(COLUMNS) + "\n").encode())
-        write_file(self.output_path / "events.jsonl", b"")
+        for name, content in {**self.files, "training_args.json": text.encode()}.items():
+            write_file(self.output_path / name, content)
+        rows = _rows_until(run_folder / "loss.csv", after) if after else []
+        write_file(self.output_path / "loss.csv", "".join(f"{row}\n" for row in (",".join(COLUMNS), *rows)).encode())
+        self.losses = [(int(step), float(loss)) for step, _, loss, *_ in (row.split(",") for row in rows)
+                       if math.isfinite(float(loss))]
         if self._summary_writer is not None:
-            self._tensorboard = self._summary_writer(str(self.output_path / "tensorboard"))
-        self.event("start")
+            without = {"purge_step": after + 1} if after else {}  # what was written after the checkpoint
+            self._tensorboard = self._summary_writer(str(self.output_path / "tensorboard"), **without)
+        if not after:
+            write_file(self.output_path / "events.jsonl", b"")
+            self.event("start")
 
     def event(self, event: str, **values: Any) -> None:
         """Append one line to events.jsonl. JSON has no NaN and no infinity: they become the strings "nan" and "inf"."""
@@ -93,6 +112,25 @@ class ModelLogger:
             for key in ("loss", "learning_rate", "grad_norm"):
                 self._tensorboard.add_scalar(key, record[key], record["step"])
 
+    def state(self) -> dict[str, Any]:
+        """Which weights are in files, as JSON."""
+        return {"saved": [path.relative_to(self.output_path).as_posix() for path in self.saved],
+                "saved_at": self.saved_at}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restore what `state` gave; files that are not there any more are forgotten."""
+        self.saved = [path for name in state["saved"] if (path := self.output_path / name).is_file()]
+        self.saved_at = state["saved_at"] if self.saved else -1
+
+    def sync(self) -> None:
+        """Make loss.csv outlive a loss of power, so that no checkpoint is ahead of it. Raises: OutputError."""
+        try:
+            with open(self.output_path / "loss.csv", "rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{self.output_path / 'loss.csv'} cannot be synced: {error.strerror}. Check the disk, or "
+                              "choose another output folder.") from error
+
     # -- checkpoints (the documents' names) ------------------------------------------------------------------------
 
     def on_step_end(self, accelerator: Any, model: Any, save_steps: int | None = None, **_: Any) -> None:
@@ -107,7 +145,7 @@ class ModelLogger:
 
     def on_training_end(self, accelerator: Any, model: Any, save_steps: int | None = None) -> None:
         """Save the last step when no file holds it yet, and draw the loss curve."""
-        if self._saved_at != self.num_steps:
+        if self.saved_at != self.num_steps:
             self.save_model(accelerator, model, f"step-{self.num_steps}.safetensors")
         if accelerator.is_main_process and len(self.losses) > 1:
             steps, losses = zip(*self.losses)
@@ -117,7 +155,7 @@ class ModelLogger:
 
     def save_model(self, accelerator: Any, model: Any, file_name: str) -> None:
         """Save what was trained, on the first rank only; with a moving average also ``<name>-ema.safetensors``."""
-        self._saved_at = self.num_steps
+        self.saved_at = self.num_steps
         if accelerator.is_main_process:
             self._save(model, file_name)
             if self.ema is not None:
@@ -143,6 +181,20 @@ class ModelLogger:
         self.event("samples", file=f"samples/step-{step}.png")
         return path
 
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The first and the last samples, which `write_comparison` needs, by ``STEP.NUMBER``."""
+        return {f"{step}.{k}": np.asarray(image) for step in {*list(self.samples)[:1], *list(self.samples)[-1:]}
+                for k, image in enumerate(self.samples[step])}
+
+    def restore_pictures(self, pictures: dict[str, np.ndarray], captions: list[str]) -> None:
+        """Keep, and write again, what `pictures` gave."""
+        found: dict[int, dict[int, Image.Image]] = {}
+        for name, array in pictures.items():
+            step, k = map(int, name.split("."))
+            found.setdefault(step, {})[k] = Image.fromarray(array)
+        for step, images in sorted(found.items()):
+            self.log_samples(step, [images[k] for k in range(len(images))], captions)
+
     def write_comparison(self, captions: list[str]) -> Path | None:
         """Write ``samples/before_after.png`` from the first and the last samples; None when there is only one."""
         if len(self.samples) < 2:
@@ -165,6 +217,19 @@ class ModelLogger:
 
 def _titles(captions: list[str]) -> list[str] | None:
     return [redact(caption) for caption in captions] or None
+
+
+def _rows_until(file: Path, step: int) -> list[str]:
+    """The rows of a loss.csv up to a step; a row that was torn is none. Their number is checked."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in file.read_text(errors="replace").splitlines():
+            number, *values = line.split(",")
+            if len(values) == len(COLUMNS) - 1 and number.isdigit() and int(number) <= step:
+                rows.append(line)
+    if len(rows) != step:
+        logger.warning("%s has the rows of %d of %d steps: the others are lost.", file, len(rows), step)
+    return rows
 
 
 def _text(value: Any) -> str:

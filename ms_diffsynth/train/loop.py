@@ -2,11 +2,8 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,58 +12,25 @@ from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.data.loader import Batch, Loader, collate
-from ms_diffsynth.errors import ConfigError, DeviceError, TrainingError, UserError, nearest
+from ms_diffsynth.errors import ConfigError, DeviceError, UserError
+from ms_diffsynth.io.checkpoint import Checkpoint
 from ms_diffsynth.io.redact import redact
 from ms_diffsynth.nn.ema import EMA
+from ms_diffsynth.train import resume
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import AdamW, LearningRate
+from ms_diffsynth.train.options import TrainingOptions
 from ms_diffsynth.train.prepared import CachedRows, PreparedRow, PreparedRows
 from ms_diffsynth.train.program_step import ModuleTrainStep, ProgramTrainStep
 from ms_diffsynth.train.progress import Progress
 from ms_diffsynth.train.publish import check_token, publishing
+from ms_diffsynth.train.report import StepReport
+from ms_diffsynth.train.signals import StopRequest, stopping_on_signals
 from ms_diffsynth.train.split import describe_loaded, launch_data_process_task, open_cache, stage_of
 from ms_diffsynth.train.step import StepResult
-
-MOST_SKIPPED_IN_A_ROW = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """How long, how fast, how often. Every interval counts steps: one step is one optimizer update."""
-
-    learning_rate: float = 1e-5
-    weight_decay: float = 1e-2
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_grad_norm: float | None = 1.0
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 0
-    gradient_accumulation_steps: int = 1
-    use_ema: bool = False
-    ema_decay: float = 0.9999
-    loss_scale: float = 1.0
-    batch_size: int = 1
-    num_epochs: int | None = 1
-    max_train_steps: int | None = None
-    num_workers: int = 1
-    seed: int = 42
-    save_steps: int | None = None
-    sample_steps: int | None = None
-
-    @classmethod
-    def of(cls, given: Any, defaults: dict[str, Any]) -> TrainingOptions:
-        """Options from ``defaults``, overridden by the attributes that ``given`` (a parsed command line) has."""
-        names = [f.name for f in dataclasses.fields(cls)]
-        for name in defaults:
-            if name not in names:
-                raise ConfigError(f"launch_training_task has no option '{name}': it has {', '.join(names)}."
-                                  f"{nearest(name, names)}")
-        values = defaults | {n: getattr(given, n) for n in names if hasattr(given, n)}
-        return cls(**values)
 
 
 def launch_training_task(accelerator: Accelerator, dataset: Any, model: DiffusionTrainingModule,
@@ -87,7 +51,9 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
         options: any other field of `TrainingOptions`.
 
     Returns: the logger. Raises: TrainingError after 20 non-finite steps in a row; ConfigError for impossible options;
-        DeviceError for more than one process; HubError for ``args.push_to_hub`` without a token.
+        DeviceError for more than one process; HubError for ``args.push_to_hub`` without a token; CheckpointError for a
+        checkpoint that this run cannot go on from; OutputError for a folder in use; Stopped, which ends the process,
+        after SIGTERM or SIGINT.
     """
     given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "num_workers": num_workers,
              "save_steps": save_steps, "num_epochs": num_epochs,
@@ -95,21 +61,22 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     check_token(accelerator, args)
     dataset, class_dataset = _from_cache(accelerator, model, model_logger, dataset, class_dataset, args)
     run = _Run(accelerator, dataset, model, model_logger, TrainingOptions.of(args, given | options), class_dataset,
-               sampler, sample_captions or [])
+               sampler, sample_captions or [], args)
     given = dict(vars(args)) if hasattr(args, "__dict__") else {}
     model_logger.is_writing = accelerator.is_main_process
-    model_logger.start((settings or {}) | given | dataclasses.asdict(run.options)
-                       | {"mode": accelerator.mode, "device": accelerator.device})
-    with publishing(accelerator, model, model_logger, dataset, args):
-        try:
-            run.prepare()
-            run.sample()
-            run.train()
-        except UserError as error:
-            model_logger.event("stopped", reason=str(error))
-            raise
-        finally:
-            run.progress.end()
+    settings = (settings or {}) | given | dataclasses.asdict(run.options)
+    with resume.holding(model_logger.output_path) if accelerator.is_main_process else nullcontext():
+        checkpoint = run.start(settings | {"mode": accelerator.mode, "device": accelerator.device})
+        with publishing(accelerator, model, model_logger, dataset, args):
+            try:
+                run.prepare()
+                run.sample() if checkpoint is None else run.restore(checkpoint)
+                run.train()
+            except UserError as error:
+                model_logger.event("stopped", reason=str(error))
+                raise
+            finally:
+                run.progress.end()
     return model_logger
 
 
@@ -139,7 +106,7 @@ class _Run:
     """The state of one call of `launch_training_task`."""
 
     def __init__(self, accelerator: Accelerator, dataset: Any, model: DiffusionTrainingModule, logger: ModelLogger,
-                 options: TrainingOptions, class_dataset: Any, sampler: Any, captions: list[str]):
+                 options: TrainingOptions, class_dataset: Any, sampler: Any, captions: list[str], args: Any = None):
         self.accelerator, self.model, self.logger, self.options = accelerator, model, logger, options
         self.dataset, self.class_dataset = dataset, class_dataset
         is_stage_two = stage_of(model.task) == "train"  # what samples need besides the network is not loaded
@@ -154,23 +121,14 @@ class _Run:
                               "with ms-diffsynth sample")
         if hasattr(model.pipe, "announce"):
             model.pipe.announce = self.progress.announce
-        self.skipped = self.skipped_in_a_row = 0
-        self._micro_losses: list[Tensor] = []
-        self._recent: deque[tuple[int, float]] = deque(maxlen=20)  # rows and seconds of the last steps
-        self._clock, self._rows = (0.0, 0.0), 0  # when the present step began, and what was compiled until then
-        self._pending: tuple[StepResult, list[Tensor], dict[str, Any]] | None = None
+        self.identity = resume.identity(accelerator, model, self.cut, options, args, dataset, class_dataset)
+        self.checkpoints = resume.Checkpoints(logger, options, self.identity, captions)
 
     # -- before the first step -----------------------------------------------------------------------------------
 
     def _check(self) -> None:
         """Refuse what would run, but not as asked."""
-        options, weight = self.options, self.model.pipe.objective.prior_loss_weight
-        for name in ("batch_size", "gradient_accumulation_steps", "num_epochs", "max_train_steps", "loss_scale"):
-            value = getattr(options, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: expected at least 1.")
-        if options.max_train_steps is None and options.num_epochs is None:
-            raise ConfigError("neither num_epochs nor max_train_steps is set: say how long to train.")
+        weight = self.model.pipe.objective.prior_loss_weight
         if self.class_dataset is None and weight is not None:
             raise ConfigError(f"prior_loss_weight={weight}, but there are no class images: half of every batch would "
                               "be taken for them. Give class_dataset, or set prior_loss_weight to None.")
@@ -181,6 +139,20 @@ class _Run:
         if self.accelerator.num_processes > 1:
             raise DeviceError(f"{self.accelerator.num_processes} processes were started, but gradients are not "
                               "averaged over processes: each would train a model of its own. Start one process.")
+
+    def start(self, settings: dict[str, Any]) -> Checkpoint | None:
+        """Begin the records of a run, or those of one that goes on from a checkpoint, which is returned."""
+        logger, options = self.logger, self.options
+        checkpoint = resume.find_checkpoint(logger.output_path, options.resume)
+        if checkpoint is None:
+            logger.start(settings)
+            return None
+        changes = resume.check_identity(checkpoint, self.identity, options.accept_changes)
+        resume.set_later_aside(logger.output_path, checkpoint)
+        logger.start(settings, checkpoint.step, resume.run_folder(checkpoint))
+        logger.event("resumed", checkpoint=str(checkpoint.path), changes=changes)
+        self.progress.say(redact(f"going on from {checkpoint.path}" + "".join(f"\n  accepted: {c}" for c in changes)))
+        return checkpoint
 
     def prepare(self) -> None:
         """Prepare the rows, then build loader, optimizer and step for the buckets they have."""
@@ -207,6 +179,7 @@ class _Run:
                                weight_decay=options.weight_decay, eps=options.adam_epsilon,
                                betas=(options.adam_beta1, options.adam_beta2))
         self.step = self._build_step()
+        self.report = StepReport(self.logger, self.progress, self.step)
         count = sum(int(np.prod(p.shape)) for p in self.optimizer.parameters)
         where = "eagerly, by the module's own forward" if self.is_eager else f"in {self.accelerator.mode} mode"
         self.progress.say(f"training {count:,} parameters in {len(self.optimizer.parameters)} tensors {where} on "
@@ -235,65 +208,74 @@ class _Run:
                                 planned_compilations=len({self.dataset.bucket_of(i) for i in range(self.dataset.rows)}),
                                 announce=self.progress.announce)
 
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where the checkpoint was saved; at an epoch's begin if its place is no longer in the epoch."""
+        state = checkpoint.state
+        resume.restore(self.step, checkpoint, self.identity)
+        self.loader.seek(state["epoch"] * len(self.loader) + min(state["position"], len(self.loader)))
+        self.step.batches = self.loader.step
+        self.report.skipped, self.report.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.checkpoints.restore(checkpoint)
+
     # -- the steps -----------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Run all steps, save, sample, and finish."""
-        logger, options = self.logger, self.options
-        self.progress.begin(self.total, "training", "step")
-        epoch = 0
-        while logger.num_steps < self.total:
-            batches = 0
-            for batch in self.loader:
-                self._train_on(batch, epoch)
-                self._sample_when_due()
-                batches += 1
-                if logger.num_steps >= self.total:
-                    break
-            self._flush()
-            if options.save_steps is None and batches == len(self.loader):  # part of an epoch is saved as step-N
-                logger.on_epoch_end(self.accelerator, self.model, epoch)
-            epoch += 1
-        self.progress.end()
-        if self.total not in self.logger.samples:
-            self.sample()
-        logger.write_comparison(self.captions)
-        logger.on_training_end(self.accelerator, self.model, options.save_steps)
-        self._finish()
-
-    def _train_on(self, batch: Batch, epoch: int) -> None:
+        """Run all steps that are left, save, sample, and finish. Raises: Stopped after a signal, when all is saved."""
         logger = self.logger
-        if not self._micro_losses:
-            self._end_step_clock()
-            self._clock, self._rows = (time.perf_counter(), self.step.compile_seconds), 0
+        self.progress.begin(self.total - logger.num_steps, "training", "step")
+        with stopping_on_signals(self.options.grace_seconds) as stop:
+            while logger.num_steps < self.total and stop.signal is None:
+                for batch in self.loader:
+                    if self._train_on(batch):
+                        self._after_step(stop)
+                        if logger.num_steps >= self.total or stop.signal is not None:
+                            break
+            self.report.flush()
+            self.progress.end()
+            if stop.signal is None and logger.num_steps not in logger.samples:
+                self.sample()
+            logger.write_comparison(self.captions)
+            logger.on_training_end(self.accelerator, self.model, self.options.save_steps)
+            self._save_state(is_last=True)
+            self._finish() if stop.signal is None else self._tell_stopped(stop)
+
+    def _train_on(self, batch: Batch) -> bool:
+        """Train on a batch. Returns: whether that completed a step."""
+        logger, report = self.logger, self.report
+        report.begin()
         rate = self.rate(logger.num_steps)
         self.optimizer.set_learning_rate(rate)
         result = self._eager_step(batch) if self.is_eager else self.step.step(*self._inputs(batch))
-        self._micro_losses.append(result.loss)
-        self._rows += len(batch.indices) * self.accelerator.num_processes
-        if not result.is_update:
-            return
-        self._flush()  # read the step before this one: the device has had a step's time to finish it
-        logger.on_step_end(self.accelerator, self.model, self.options.save_steps)
-        record = {"step": logger.num_steps, "epoch": epoch, "learning_rate": rate}
-        self._pending = (result, self._micro_losses, record)
-        self._micro_losses = []
+        report.add(result, len(batch.indices) * self.accelerator.num_processes)
+        if result.is_update:
+            report.flush()  # read the step before this one: the device has had a step's time to finish it
+            logger.on_step_end(self.accelerator, self.model, self.options.save_steps)
+            report.end(result, {"step": logger.num_steps, "epoch": self._epoch(), "learning_rate": rate})
+        return result.is_update
 
-    def _end_step_clock(self) -> None:
-        """Note how long the pending step took: from its begin to the next one's, compilations excepted."""
-        if self._pending is None or "seconds" in self._pending[2]:
-            return
-        began, compiled = self._clock
-        compiling = self.step.compile_seconds - compiled
-        self._pending[2]["seconds"] = seconds = max(time.perf_counter() - began - compiling, 0.0)
-        if not compiling:
-            self._recent.append((self._rows, seconds))
+    def _epoch(self) -> int:
+        """The epoch of the last batch."""
+        return (self.loader.step - 1) // len(self.loader)
 
-    def _sample_when_due(self) -> None:
-        every, step = self.options.sample_steps, self.logger.num_steps
-        if every and step % every == 0 and step not in self.logger.samples and not self._micro_losses:
-            self._flush()
+    def _after_step(self, stop: StopRequest) -> None:
+        """What is due after a step: pictures, the end of an epoch, a checkpoint."""
+        logger, every = self.logger, self.options.sample_steps
+        if every and logger.num_steps % every == 0 and stop.signal is None:
+            self.report.flush()
             self.sample()
+        if self.loader.step % len(self.loader) == 0:
+            self.report.flush()
+            if self.options.save_steps is None:
+                logger.on_epoch_end(self.accelerator, self.model, self._epoch())
+        self._save_state()
+
+    def _save_state(self, is_last: bool = False) -> None:
+        """Save all that the run needs to go on after this step, if that is due."""
+        if self.accelerator.is_main_process and self.checkpoints.is_due(is_last):
+            report = self.report
+            report.flush()
+            self.checkpoints.save(self.step, {**self.loader.state(), "skipped": report.skipped,
+                                              "skipped_in_a_row": report.skipped_in_a_row})
 
     def _inputs(self, batch: Batch) -> list[Tensor]:
         """The cut's cache slots, collated, and its draws, in the order of the step's inputs."""
@@ -316,32 +298,7 @@ class _Run:
 
         return self.step.step_rows(batch.items, begin)
 
-    # -- after a step --------------------------------------------------------------------------------------------
-
-    def _flush(self) -> None:
-        """Read the pending step's result, log it, and stop when too many in a row were not finite."""
-        if self._pending is None:
-            return
-        result, losses, record = self._pending
-        is_skipped = not bool(result.is_finite.asnumpy())
-        self._end_step_clock()
-        self._pending = None
-        record |= {"loss": float(np.mean([loss.asnumpy() for loss in losses])),
-                   "grad_norm": float(result.grad_norm.asnumpy()), "is_skipped": int(is_skipped)}
-        self.logger.log_step(record)
-        rows, seconds = (sum(values) for values in zip((0, 0.0), *self._recent))
-        shown = {"loss": f"{record['loss']:.4f}", "lr": f"{record['learning_rate']:.1e}",
-                 **({"samples/s": f"{rows / seconds:.1f}"} if seconds else {})}
-        if is_skipped:
-            self.skipped += 1
-            self.logger.event("skipped", at=record["step"], loss=record["loss"], grad_norm=record["grad_norm"])
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
-        self.progress.advance(**shown, **({"skipped": str(self.skipped)} if self.skipped else {}))
-        if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
-            raise TrainingError(f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient (last: step "
-                                f"{record['step']}, loss {record['loss']}, gradient norm {record['grad_norm']}). "
-                                "Nothing was updated in them. Expected finite numbers: lower learning_rate, look for "
-                                "broken pictures or weights, and on Ascend prefer bfloat16 to float16.")
+    # -- after the steps ------------------------------------------------------------------------------------------
 
     def sample(self) -> None:
         """Make sample pictures with the current weights, or with their moving average."""
@@ -352,16 +309,23 @@ class _Run:
         path = self.logger.log_samples(self.logger.num_steps, images, self.captions)
         self.progress.say(redact(f"samples: {path}"))
 
+    def _tell_stopped(self, stop: StopRequest) -> None:
+        self.logger.event("stopped", reason=stop.signal.name)
+        saved = self.checkpoints.last
+        then = f"go on from {saved} with --resume auto" if saved else "with checkpoint_steps=0 nothing can go on here"
+        self.progress.say(redact(f"stopped by {stop.signal.name} after step {self.logger.num_steps} of {self.total}: "
+                                 f"{then}"))
+
     def _finish(self) -> None:
-        logger, step = self.logger, self.step
+        logger, step, skipped = self.logger, self.step, self.report.skipped
         peak = runtime.peak_memory_bytes() / 2**30
         logger.event("end", compilations=step.compilations, compile_seconds=round(step.compile_seconds, 2),
-                     skipped=self.skipped, peak_memory_gib=round(peak, 2))
-        skipped = f", {self.skipped} skipped as non-finite" if self.skipped else ""
+                     skipped=skipped, peak_memory_gib=round(peak, 2))
+        passed_over = f", {skipped} skipped as non-finite" if skipped else ""
         compiled = (f"; the step was compiled {step.compilations} time(s), {step.compile_seconds:.1f} s"
                     if self.accelerator.mode == "graph" and not self.is_eager else "")
-        self.progress.say(f"trained {logger.num_steps} steps{skipped}{compiled}; peak memory {peak:.1f} GiB; loaded: "
-                          f"{describe_loaded(self.model.pipe)}")
+        self.progress.say(f"trained {logger.num_steps} steps{passed_over}{compiled}; peak memory {peak:.1f} GiB; "
+                          f"loaded: {describe_loaded(self.model.pipe)}")
         folder = logger.output_path
         for path in [*logger.saved[-1:], folder / "loss.png", folder / "samples/before_after.png"]:
             if path.exists():

@@ -43,7 +43,8 @@ def hub(monkeypatch, tmp_path):
 
 
 def files(folder):
-    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+    found = sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file())
+    return [name for name in found if not name.startswith("checkpoints/") and name != ".lock"]
 
 
 def events(folder="out"):

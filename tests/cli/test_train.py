@@ -28,7 +28,9 @@ def test_a_whole_run(run, config):
     code, out, err = run("train", config)
     assert code == 0 and out == ""
     files = sorted(str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file())
-    assert files == ["config.yaml", "events.jsonl", "loss.csv", "loss.png", "samples/before_after.png",
+    kept = [f"checkpoints/step-0000000{step}/{name}" for step in (2, 4) for name in (
+        "MANIFEST.json", "moments.safetensors", "pictures.safetensors", "state.json", "weights.safetensors")]
+    assert files == [".lock", *kept, "config.yaml", "events.jsonl", "loss.csv", "loss.png", "samples/before_after.png",
                      "samples/step-0.png", "samples/step-4.png", "step-2.safetensors", "step-4.safetensors",
                      "training_args.json"]
     rows = list(csv.DictReader(open("out/loss.csv")))

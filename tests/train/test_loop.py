@@ -87,7 +87,9 @@ def events(path, kind=None):
 
 
 def names(path):
-    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    """Files of a run, but for its checkpoints and its lock."""
+    found = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    return [n for n in found if not n.startswith("checkpoints/") and n != ".lock"]
 
 
 def checkpoints(path):

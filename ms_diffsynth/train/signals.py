@@ -1,0 +1,111 @@
+"""SIGTERM and SIGINT: the running step is finished and saved before the process ends, but not for longer than allowed.
+
+The system writes a signal's number into a pipe the moment it comes (``signal.set_wakeup_fd``), whatever the main
+thread is doing; a thread reads it. A handler of Python would have to wait until the main thread runs Python again: in
+a call that hangs, for ever.
+"""
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+HUNG = 75  # exit code: try again
+
+_END = b"\0"  # no signal has this number
+_active: StopRequest | None = None
+
+
+class Stopped(SystemExit):
+    """A signal was obeyed; uncaught it ends the process with 128 + the signal's number, as shells count."""
+
+
+class StopRequest:
+    """Whether somebody asked to stop: ``signal`` is None until then. What to stop asks between two steps."""
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def stopping_on_signals(grace_seconds: float) -> Iterator[StopRequest]:
+    """Inside the block the first SIGTERM or SIGINT is only noted; at its end it raises `Stopped`.
+
+    The second one ends the process at once. So does the first when the block is not left within ``grace_seconds``: with
+    exit code 75, and the stack of every thread on stderr. Handlers, and whatever was woken by signals before, are put
+    back at the end.
+
+    Outside the main thread, where Python cannot handle signals, nothing is done. A block inside another one shares its
+    request. A signal that is ignored (``nohup``) stays ignored.
+    """
+    if _active is not None:
+        yield (stop := _active)
+    elif threading.current_thread() is threading.main_thread():
+        with _watched(stop := StopRequest(), grace_seconds):
+            yield stop
+    else:
+        yield (stop := StopRequest())
+    if stop.signal is not None:
+        raise Stopped(128 + stop.signal)
+
+
+@contextlib.contextmanager
+def _watched(stop: StopRequest, grace_seconds: float) -> Iterator[None]:
+    """Note signals in ``stop`` for the time of the block."""
+    global _active
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    thread = threading.Thread(target=_watch, args=(reader, stop, grace_seconds), name="signals", daemon=True)
+    thread.start()
+    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # without a handler the system would not tell the pipe; this one does nothing more
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS
+              if signal.getsignal(number) != signal.SIG_IGN}
+    _active = stop
+    try:
+        yield
+    finally:
+        _active = None
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(woken)
+        os.write(writer, _END)
+        thread.join()
+        os.close(reader)
+        os.close(writer)
+
+
+def _watch(reader: int, stop: StopRequest, grace_seconds: float) -> None:
+    """Read the numbers of signals until the block ends, or end the process."""
+    until: float | None = None
+    while True:
+        left = None if until is None else max(until - time.monotonic(), 0.0)
+        if not select.select([reader], [], [], left)[0]:
+            _give_up(stop.signal, grace_seconds)
+        for number in os.read(reader, 64):
+            if number == _END[0]:
+                return
+            if number in SIGNALS and stop.signal is not None:
+                _tell(f"{signal.Signals(number).name} again: ended at once")
+                os._exit(128 + number)
+            if number in SIGNALS:
+                stop.signal, until = signal.Signals(number), time.monotonic() + grace_seconds
+                _tell(f"{stop.signal.name}: finishing this step and saving, for at most {grace_seconds:g} s; once more "
+                      "ends at once")
+
+
+def _give_up(number: signal.Signals | None, grace_seconds: float) -> None:
+    _tell(f"{number.name} was {grace_seconds:g} s ago and the step is not finished and saved: ended as it stands. What "
+          "was saved before is whole; see --grace_seconds. Every thread was here:")
+    faulthandler.dump_traceback(2)
+    os._exit(HUNG)
+
+
+def _tell(text: str) -> None:
+    os.write(2, f"\n{text}\n".encode())  # the main thread may hold the lock of sys.stderr
