@@ -1,6 +1,6 @@
-"""One FLUX training step of 49M parameters on the CPU: ms_diffsynth, mindone and PyTorch, measured in turn.
+"""One training step on the CPU: ms_diffsynth, mindone and PyTorch in turn, on a FLUX of 49M parameters or a small UNet.
 
-    python benchmarks/step.py --torch_python TORCH_ENV/bin/python --rounds 10 --json step.json
+    python benchmarks/step.py --model flux --torch_python TORCH_ENV/bin/python --rounds 10 --json step.json
 
 Every contender is a process of its own that loads the same weights and the same batch. The driver asks one after the
 other for one step and stops the others meanwhile, so that only one computes and the machine's drift hits all alike.
@@ -33,10 +33,10 @@ def environment(is_torch: bool = False) -> dict[str, str]:
 class Worker:
     """A contender: a process that makes one step per line it is sent, and is stopped in between."""
 
-    def __init__(self, kind: str, weights: Path, torch_python: str | None, log: Path):
+    def __init__(self, model: str, kind: str, weights: Path, torch_python: str | None, log: Path):
         self.kind, self.answers, self.log = kind, [], log
-        command = ([torch_python, str(HERE / "worker_torch.py"), str(weights)] if kind == "torch"
-                   else [sys.executable, str(HERE / "worker_ms.py"), str(weights), kind])
+        command = ([torch_python, str(HERE / "worker_torch.py"), model, str(weights)] if kind == "torch"
+                   else [sys.executable, str(HERE / "worker_ms.py"), model, str(weights), kind])
         with open(log, "wb") as errors:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                                             env=environment(kind == "torch"), cwd=weights.parent, text=True)
@@ -62,18 +62,18 @@ class Worker:
                 "peak_gb": self.answers[-1]["peak_gb"], "losses": [a["loss"] for a in self.answers]}
 
 
-def measure(kinds: list[str], rounds: int, torch_python: str | None) -> dict[str, dict]:
+def measure(model: str, kinds: list[str], rounds: int, torch_python: str | None) -> dict[str, dict]:
     """One result per contender. They start one after the other, because compiling takes the most memory."""
     workers = []
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.safetensors"
         try:
-            written = subprocess.run([sys.executable, str(HERE / "worker_ms.py"), str(weights), "write"], cwd=folder,
-                                     env=environment(), capture_output=True, text=True)
+            command = [sys.executable, str(HERE / "worker_ms.py"), model, str(weights), "write"]
+            written = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
             if written.returncode:
                 raise SystemExit(f"the weights cannot be written:\n{written.stderr[-3000:]}")
             for kind in kinds:
-                workers.append(Worker(kind, weights, torch_python, Path(folder) / f"{kind}.log"))
+                workers.append(Worker(model, kind, weights, torch_python, Path(folder) / f"{kind}.log"))
                 for _ in range(WARM_UP):
                     workers[-1].step()
                 print(f"{kind}: first step after {workers[-1].answers[0]['seconds']:.1f} s", file=sys.stderr)
@@ -96,7 +96,7 @@ def table(results: dict[str, dict]) -> str:
             # the ratio within each round, so that drift cancels
             pairs = [a / b for a, b in zip(r["step_seconds"], reference["step_seconds"])]
             ratio = f"{statistics.median(pairs):.2f}, {r['min'] / reference['min']:.2f}"
-        rows.append(f"| {KINDS[kind]} | {r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f}) | {ratio} "
+        rows.append(f"| {KINDS[kind]} | {r['median']:.3f} ({r['min']:.3f} to {r['max']:.3f}) | {ratio} "
                     f"| {r['first_seconds']:.1f} | {r['peak_gb']:.1f} "
                     f"| {r['losses'][0]:.6f}, {r['losses'][-1]:.6f} |")
     return "\n".join(rows)
@@ -104,6 +104,7 @@ def table(results: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["flux", "ddpm"], default="flux", help="what is trained (default: flux)")
     parser.add_argument("--rounds", type=int, default=10, help="steps measured for each")
     parser.add_argument("--only", nargs="+", choices=list(KINDS), default=None, help="contenders (default: all)")
     parser.add_argument("--torch_python", help="python of an environment with torch, diffusers and safetensors")
@@ -114,7 +115,7 @@ def main() -> None:
         parser.error("torch needs --torch_python: the python of an environment with torch, diffusers and safetensors")
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds}: expected at least 1")
-    results = measure(kinds, arguments.rounds, arguments.torch_python)
+    results = measure(arguments.model, kinds, arguments.rounds, arguments.torch_python)
     print(table(results))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))

@@ -1,7 +1,7 @@
-"""One training step of mindone's FLUX transformer: by ms_diffsynth (graph, pynative), or by mindone's own TrainStep.
+"""One training step of mindone's FLUX or UNet: by ms_diffsynth (graph, pynative), or by mindone's own TrainStep.
 
-    python worker_ms.py WEIGHTS graph|pynative|mindone     makes steps, see common.serve
-    python worker_ms.py WEIGHTS write                      writes the weights that all workers load
+    python worker_ms.py flux|ddpm WEIGHTS graph|pynative|mindone     makes steps, see common.serve
+    python worker_ms.py flux|ddpm WEIGHTS write                      writes the weights that all workers load
 """
 from __future__ import annotations
 
@@ -22,28 +22,34 @@ from safetensors.numpy import load_file, save_file
 from ms_diffsynth import runtime
 from ms_diffsynth.nn.names import assign, torch_shapes
 
-BATCH = {name: Tensor(array) for name, array in common.inputs().items()}
-ORDER = tuple(BATCH)
 
+def network(name: str, weights: Path | None) -> nn.Cell:
+    if name == "ddpm":
+        from ms_diffsynth.pipelines.ddpm_unet.pipeline import build_unet
 
-def network(weights: Path | None) -> nn.Cell:
-    from mindone.diffusers import FluxTransformer2DModel
+        model = build_unet(common.UNET)
+    else:
+        from mindone.diffusers import FluxTransformer2DModel
 
-    model = FluxTransformer2DModel(**common.CONFIG)
+        model = FluxTransformer2DModel(**common.FLUX)
     if weights is not None:
         assign(model, load_file(weights).items())
     return model
 
 
-def squared_error(model, hidden_states, timestep, guidance, pooled_projections, encoder_hidden_states, txt_ids, img_ids,
-                  target):
-    velocity = model(hidden_states=hidden_states, timestep=timestep, guidance=guidance,
-                     pooled_projections=pooled_projections, encoder_hidden_states=encoder_hidden_states,
-                     txt_ids=txt_ids, img_ids=img_ids, return_dict=False)[0]
-    return ((velocity - target) ** 2).mean()
+def squared_error(model, *batch):
+    """Of a prediction and the last of ``batch``; a step's arguments have no names once it is compiled."""
+    if len(batch) == 3:
+        sample, timestep, target = batch
+        prediction = model(sample, timestep, return_dict=False)[0]
+    else:
+        hidden, timestep, guidance, pooled, text, text_ids, image_ids, target = batch
+        prediction = model(hidden_states=hidden, timestep=timestep, guidance=guidance, pooled_projections=pooled,
+                           encoder_hidden_states=text, txt_ids=text_ids, img_ids=image_ids, return_dict=False)[0]
+    return ((prediction - target) ** 2).mean()
 
 
-def build_ours(weights: Path, mode: str):
+def build_ours(name: str, weights: Path, mode: str):
     """ms_diffsynth's TrainStep and AdamW on the fast cells."""
     runtime.configure(mode, "CPU")
     from ms_diffsynth.pipelines.flux.fast import use_fast_cells
@@ -54,12 +60,14 @@ def build_ours(weights: Path, mode: str):
         def forward(self, *batch):
             return squared_error(self.model, *batch)
 
-    model = use_fast_cells(network(weights))
+    model = network(name, weights)
+    if name == "flux":
+        use_fast_cells(model)
     optimizer = AdamW(model.trainable_params(), common.LEARNING_RATE, common.BETAS, common.EPS, common.WEIGHT_DECAY)
     return Step(model, optimizer, max_grad_norm=common.MAX_GRAD_NORM)
 
 
-def build_mindone(weights: Path):
+def build_mindone(name: str, weights: Path):
     """mindone's TrainStep and the optimizer of its examples, in graph mode; it runs on the CPU by our kernels only."""
     runtime.configure("graph", "CPU")
     ms.set_context(mode=ms.GRAPH_MODE)
@@ -70,28 +78,28 @@ def build_mindone(weights: Path):
             loss = self.scale_loss(squared_error(self.model, *batch))
             return loss, loss
 
-    model = network(weights)
+    model = network(name, weights)
     optimizer = nn.AdamWeightDecay(model.trainable_params(), common.LEARNING_RATE, *common.BETAS, common.EPS,
                                    common.WEIGHT_DECAY)
     return Step(model, optimizer, max_grad_norm=common.MAX_GRAD_NORM, gradient_accumulation_steps=1)
 
 
-def build(weights: Path):
-    kind = sys.argv[2]
-    step = build_mindone(weights) if kind == "mindone" else build_ours(weights, kind)
-    batch = tuple(BATCH[name] for name in ORDER)
+def build(name: str, weights: Path):
+    kind = sys.argv[3]
+    step = build_mindone(name, weights) if kind == "mindone" else build_ours(name, weights, kind)
+    batch = tuple(Tensor(array) for array in common.inputs(name).values())
     return lambda: float(step(*batch)[0].asnumpy())
 
 
-def write(weights: Path) -> None:
+def write(name: str, weights: Path) -> None:
     runtime.configure("pynative", "CPU")
     generator = np.random.default_rng(1)
-    save_file({name: common.random_weight(generator, name, shape)
-               for name, shape in torch_shapes(network(None)).items()}, weights)
+    save_file({key: common.random_weight(generator, key, shape)
+               for key, shape in torch_shapes(network(name, None)).items()}, weights)
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == "write":
-        write(Path(sys.argv[1]))
+    if sys.argv[3] == "write":
+        write(sys.argv[1], Path(sys.argv[2]))
     else:
         common.serve(build)

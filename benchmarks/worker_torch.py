@@ -1,4 +1,4 @@
-"""One training step of diffusers' FLUX transformer in PyTorch, eager, with its own AdamW. Needs its own environment."""
+"""One training step of diffusers' FLUX or UNet in PyTorch, eager, with its own AdamW. Needs its own environment."""
 from __future__ import annotations
 
 import os
@@ -6,16 +6,16 @@ from pathlib import Path
 
 import common
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, UNet2DModel
 from safetensors.torch import load_file
 
 
-def build(weights: Path):
+def build(name: str, weights: Path):
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = FluxTransformer2DModel(**common.CONFIG)
+    model = UNet2DModel(**common.UNET) if name == "ddpm" else FluxTransformer2DModel(**common.FLUX)
     model.load_state_dict(load_file(weights))
     model.train()
-    batch = {name: torch.from_numpy(array) for name, array in common.inputs().items()}
+    batch = {key: torch.from_numpy(array) for key, array in common.inputs(name).items()}
     target = batch.pop("target")
     optimizer = torch.optim.AdamW(model.parameters(), lr=common.LEARNING_RATE, betas=common.BETAS, eps=common.EPS,
                                   weight_decay=common.WEIGHT_DECAY)

@@ -153,6 +153,10 @@ class RunSection:
     num_inference_steps: int = _field(20, "sampling steps of the sample pictures", "1 <= num_inference_steps")
     sample_height: int | None = _field(None, "height of the sample pictures in pixels", "1 <= sample_height")
     sample_width: int | None = _field(None, "width of the sample pictures in pixels", "1 <= sample_width")
+    evaluation_steps: int | None = _field(None, "compare sample pictures with real ones before the first step, every "
+                                          "so many steps and at the end (extra [eval])", "1 <= evaluation_steps")
+    evaluation_count: int = _field(64, "how many pictures are made for it", "4 <= evaluation_count")
+    evaluation_reference: str | None = _field(None, "folder of the real pictures; null = dataset_base_path")
     resume: str = _field("none", "auto = go on from the newest checkpoint in output_path, if there is one; none = "
                          "start; or the path of a checkpoint")
     accept_changes: tuple[str, ...] = _field((), "what may differ from the run that saved the checkpoint, with commas, "
@@ -230,10 +234,23 @@ def _rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            "extra_inputs=template_inputs.")
     yield (c.model.template_model_id_or_path is None and "template_inputs" in extra,
            "extra_inputs names template_inputs without a template: set template_model_id_or_path.")
+    limit = c.run.max_train_steps
+    yield (limit is not None and c.optimizer.lr_warmup_steps > limit,
+           f"lr_warmup_steps={c.optimizer.lr_warmup_steps} exceeds max_train_steps={limit}: warm up for fewer steps.")
+    yield from _rules_of_the_run(c, stage)
+
+
+def _rules_of_the_run(c: TrainConfig, stage: str) -> Iterator[tuple[bool, str]]:
+    """The same for pictures made on the way, publishing and going on."""
     yield (c.run.sample_template_inputs is not None and c.model.template_model_id_or_path is None,
            "sample_template_inputs without a template: set template_model_id_or_path, or remove it.")
     yield (c.run.sample_steps is not None and not c.run.sample_prompts and c.model.family != "ddpm_unet",
            f"sample_steps={c.run.sample_steps} without sample_prompts: say what to make pictures of.")
+    yield (c.run.evaluation_steps is not None and stage != "",
+           f"evaluation_steps={c.run.evaluation_steps} with task={c.objective.task}, which makes no pictures: evaluate "
+           "afterwards, with ms-diffsynth sample and ms-diffsynth evaluate.")
+    yield (c.run.evaluation_steps is not None and not c.run.sample_prompts and c.model.family != "ddpm_unet",
+           f"evaluation_steps={c.run.evaluation_steps} without sample_prompts: say what to make pictures of.")
     yield (c.model.use_gradient_checkpointing_offload and c.run.mode == "graph",
            "use_gradient_checkpointing_offload=true in mode graph: MindSpore cannot move what a compiled step keeps to "
            "the host. Expected --mode pynative, or use_gradient_checkpointing without offload.")
@@ -247,9 +264,6 @@ def _rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            f"resume={c.run.resume} with task={c.objective.task}: remove it; a cache is gone on with in any case.")
     yield (bool(c.run.accept_changes) and c.run.resume == "none",
            f"accept_changes={','.join(c.run.accept_changes)} would not be used: set resume, for example --resume auto.")
-    limit = c.run.max_train_steps
-    yield (limit is not None and c.optimizer.lr_warmup_steps > limit,
-           f"lr_warmup_steps={c.optimizer.lr_warmup_steps} exceeds max_train_steps={limit}: warm up for fewer steps.")
 
 
 # -- the settings by name ----------------------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ def test_bad_values(tmp_path, name, text, expected):
     assert found.startswith(f"{name}={text} from the flag --{name}: expected") and expected in found
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("line, expected", [
     ("model:\n  lora_rank: '16'", "lora_rank=16 in flux_lora.yaml line 2: expected a whole number, not text in quotes"),
     ("model:\n  lora_rank: [16]", "lora_rank=['16'] in flux_lora.yaml line 2: expected a whole number."),
@@ -162,6 +163,7 @@ def test_bad_files(tmp_path, line, expected):
     assert expected in message(tmp_path, line + "\n")
 
 
+@pytest.mark.fault
 def test_nothing_is_taken_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert load(tmp_path, "data:\n  instance_prompt: ${HF_TOKEN}\n").data.instance_prompt == "${HF_TOKEN}"

@@ -22,7 +22,7 @@ from upload_server import UploadServer
 
 from ms_diffsynth import runtime
 from ms_diffsynth.cli.main import main
-from ms_diffsynth.errors import TrainingError, UserError
+from ms_diffsynth.errors import TrainingError
 from ms_diffsynth.io import publish as io_publish
 from ms_diffsynth.io.model_card import Card, model_card
 from ms_diffsynth.train import publish
@@ -201,9 +201,7 @@ def run_that_fails(hub, monkeypatch):
         patched.setattr("ms_diffsynth.io.huggingface.HuggingFace.send", send)
         words = ["train", "run.yaml", "--output_path", "out/failed", "--sample_prompts", f"x {PLANTS['flag prompt']}"]
         assert main(words) == 65
-        with pytest.raises(UserError) as caught:
-            main([*words, "--debug"])
-    sys.excepthook(caught.type, caught.value, caught.tb)  # as the interpreter would
+        assert main([*words, "--output_path", "out/traced", "--debug"]) == 65
 
 
 def cards():
@@ -212,6 +210,7 @@ def cards():
                            versions={"x": PLANTS["card version"]}, dataset=f"data/{PLANTS['card data set']}"))
 
 
+@pytest.mark.fault
 def test_of_all_planted_secrets_none_is_found(planted, monkeypatch, capfd, caplog):
     monkeypatch.setattr(logging.getLogger("huggingface_hub").handlers[0], "stream", sys.stderr)
     codes = [main(words) for words in mistakes()]

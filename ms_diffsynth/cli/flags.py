@@ -4,6 +4,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,9 +14,12 @@ from dataclasses import MISSING
 from types import TracebackType
 from typing import Any, NoReturn
 
+from ms_diffsynth import __version__
 from ms_diffsynth.config import NO_TOKEN, SECTIONS, SETTINGS, TOKEN_FLAGS, load_config
-from ms_diffsynth.errors import ConfigError, UserError, nearest
+from ms_diffsynth.errors import INTERNAL, ConfigError, UserError, nearest
 from ms_diffsynth.io.redact import RedactFilter, redact
+
+_STDOUT = 1  # the number of its file
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,6 +52,12 @@ class NoToken(argparse.Action):
 
     def __call__(self, *_: object) -> NoReturn:
         raise ConfigError(f"{self.option_strings[0]}: {NO_TOKEN}")
+
+
+def refuse_tokens(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the flags that a token might be typed into, to refuse them."""
+    for name in TOKEN_FLAGS:
+        parser.add_argument(f"--{name}", action=NoToken, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 class TrainingParser(Parser):
@@ -84,8 +96,7 @@ def training_parser(family: str, description: str | None = None, **defaults: str
 def add_flags(parser: argparse.ArgumentParser, defaults: dict[str, str] | None = None,
               without: Sequence[str] = ()) -> None:
     """Give ``parser`` one flag for every setting, in one group a section, and refuse tokens."""
-    for name in TOKEN_FLAGS:
-        parser.add_argument(f"--{name}", action=NoToken, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    refuse_tokens(parser)
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(section, (cls.__doc__ or "").splitlines()[0])
         for setting in (s for s in SETTINGS.values() if s.section == section and s.name not in without):
@@ -109,21 +120,47 @@ def overrides_of(args: argparse.Namespace) -> dict[str, str]:
 
 
 def run_main(function: Callable[[], int | None], debug: bool = False) -> int:
-    """Run a script's ``main`` and return its exit code; a user's mistake ends with its message, not a traceback.
+    """Run a script's ``main`` and return its exit code, one of those in docs/errors.md.
 
-    From then on no secret is in what is logged, nor in the traceback that ends the process.
+    A user's mistake ends with its message alone, with ``debug`` with a traceback; what nobody expected with a traceback
+    and what to report. From then on no secret is in what is logged, nor in a traceback.
     """
     _redact_output()
     try:
-        return function() or 0
+        code = function() or 0
+        _flush_stdout()  # while what is wrong with it can still be told
+        return code
     except UserError as error:
         if debug:
-            raise
-        sys.stderr.write(redact(f"{type(error).__name__}: {error}\n"))
+            _show_redacted(type(error), error, error.__traceback__)
+        else:
+            sys.stderr.write(redact(f"{type(error).__name__}: {error}\n"))
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        return 130
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
+        _show_redacted(type(error), error, error.__traceback__)
+        sys.stderr.write("This was not foreseen. Unless it is from code of your own, please report these lines, the "
+                         f"command and its configuration (ms_diffsynth {__version__}, docs/errors.md#{INTERNAL}).\n")
+        return INTERNAL
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout has closed it, as ``| head`` does; what is left for it is then dropped."""
+    poll = select.poll()
+    poll.register(_STDOUT, 0)
+    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+    return is_closed
+
+
+def _flush_stdout() -> None:
+    if sys.stdout is not None:  # it is in a process without one
+        sys.stdout.flush()
 
 
 def _redact_output() -> None:

@@ -13,7 +13,9 @@ from ms_diffsynth.errors import ConfigError, nearest
 # One file of this folder each, imported when it is asked for: MindSpore takes seconds to import, a help text must not.
 COMMANDS = {
     "train": "train from a configuration file",
+    "launch": "train in several processes, on one machine or more, and end all of them together",
     "sample": "generate pictures",
+    "replay": "make a recorded step of a run again, and find where it stopped being finite",
     "cache": "look into a cache of split training, or remove what it no longer needs",
     "describe": "print a run's two halves as straight-line code, loading no weights",
     "evaluate": "compare generated pictures with real ones, and look for copies",
@@ -26,7 +28,9 @@ COMMANDS = {
 
 def parser(command: str | None) -> Parser:
     """The command line; only ``command`` gets its flags."""
-    top = Parser(prog="ms-diffsynth", description="Train and run diffusion models with MindSpore.")
+    top = Parser(prog="ms-diffsynth", description="Train and run diffusion models with MindSpore.",
+                 epilog="Every kind of error, by the word its message begins with, and every exit code are in "
+                        "docs/errors.md.")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():

@@ -4,19 +4,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.cli.flags import refuse_tokens
 from ms_diffsynth.io.publish import HUBS, choose, publish
-
-
-class _NoToken(argparse.Action):
-    """A flag that is there to be refused before anybody repeats its value."""
-
-    def __call__(self, *_: object) -> NoReturn:
-        raise ConfigError("a token is never a flag: it would stay in the shell's history and in the list of processes. "
-                          "Log in with 'hf auth login', or set HF_TOKEN (for ModelScope: MODELSCOPE_API_TOKEN), and "
-                          "replace the token that was typed here.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="names or patterns of what is sent instead; * stays within one folder")
     parser.add_argument("--message", default="Upload from ms_diffsynth", help="of the commit")
     parser.add_argument("--dry_run", action="store_true", help="only list what would be sent")
-    for flag in ("--token", "--hub_token"):
-        parser.add_argument(flag, action=_NoToken, nargs="?", help=argparse.SUPPRESS)
+    refuse_tokens(parser)
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ with every setting of `config` as an attribute, as ``training_parser(...).parse_
 """
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -262,15 +263,18 @@ def build_module(settings: Any, pipe: Pipeline, task: str) -> DiffusionTrainingM
     return module
 
 
-def build_sampler(settings: Any, pipe: Pipeline) -> tuple[Callable[[], list[Image.Image]] | None, list[str]]:
-    """A function that makes one picture a prompt, always from the same seeds, and the prompts; None without prompts.
+Sampler = Callable[..., list[Image.Image]]
 
-    For a family without prompts it makes ``sample_count`` pictures.
+
+def build_sampler(settings: Any, pipe: Pipeline) -> tuple[Sampler | None, list[str]]:
+    """``sampler()`` makes one picture a prompt, always from the same seeds; and the prompts. None without prompts.
+
+    ``sampler(count)`` makes so many, with the prompts in turn. For a family without prompts, ``sampler()`` makes
+    ``sample_count`` pictures.
     """
     prompts = list(settings.sample_prompts)
-    if "prompt" not in pipe.inputs and settings.sample_count:
-        return lambda: pipe(batch_size=settings.sample_count, seed=settings.sample_seed, height=settings.sample_height,
-                            width=settings.sample_width, num_inference_steps=settings.num_inference_steps), []
+    if "prompt" not in pipe.inputs:
+        return (_sampler_without_prompts(settings, pipe) if settings.sample_count else None), []
     if not prompts:
         return None, []
     square = buckets_near_square(settings.max_pixels, pipe.division_factor, 1)[0]
@@ -278,13 +282,26 @@ def build_sampler(settings: Any, pipe: Pipeline) -> tuple[Callable[[], list[Imag
     width = settings.sample_width or settings.width or square.width
     inputs = _sample_template_inputs(settings.sample_template_inputs, len(prompts))
 
-    def sampler() -> list[Image.Image]:
+    def sampler(count: int = len(prompts)) -> list[Image.Image]:
         caches = [trained_template_cache(pipe, given) for given in inputs] if inputs else [None] * len(prompts)
+        turns = itertools.islice(itertools.cycle(zip(prompts, caches)), count)
         return [pipe(prompt=prompt, height=height, width=width, seed=settings.sample_seed + k,
                      num_inference_steps=settings.num_inference_steps, **({"template_cache": cache} if cache else {}))
-                for k, (prompt, cache) in enumerate(zip(prompts, caches))]
+                for k, (prompt, cache) in enumerate(turns)]
 
     return sampler, prompts
+
+
+def _sampler_without_prompts(settings: Any, pipe: Pipeline) -> Sampler:
+    size = settings.sample_count
+
+    def sampler(count: int = size) -> list[Image.Image]:
+        groups = [pipe(batch_size=size, seed=settings.sample_seed + k, height=settings.sample_height,
+                       width=settings.sample_width, num_inference_steps=settings.num_inference_steps)
+                  for k in range(-(-count // size))]  # of one size, for which the network is compiled once
+        return [picture for group in groups for picture in group][:count]
+
+    return sampler
 
 
 def _sample_template_inputs(text: str | None, count: int) -> list[dict[str, Any]]:

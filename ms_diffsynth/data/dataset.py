@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +22,13 @@ from .operators import (
     ToAbsolutePath,
     describe,
 )
-from .paths import open_regular, resolve
+from .paths import open_regular, plain, resolve, shorten
+
+logger = logging.getLogger(__name__)
+
+LONGEST_CAPTION = 10_000  # characters; the longest prompt that an encoder reads is 1024 tokens (Qwen-Image)
+
+_NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def identity(data: Any) -> Any:
@@ -44,8 +52,8 @@ class UnifiedDataset:
         captions: False for a folder of pictures without captions.
         allow_outside_base: let rows name files outside ``base_path`` (a hub cache of links, say).
 
-    Construction reads the header of every picture and raises one DataError naming the bad rows, before any model is
-    loaded. What only decoding shows (a truncated picture) is raised by ``dataset[i]`` with the row's number.
+    Construction reads the header and the end of every picture and raises one DataError naming the bad rows, before any
+    model is loaded. What only decoding shows (damage in the middle) is raised by ``dataset[i]`` with the row's number.
 
     Source: DiffSynth-Studio 2.1.12, ``UnifiedDataset``; there a special operator has no effect on other columns.
     """
@@ -170,7 +178,7 @@ class UnifiedDataset:
         missing = [key for key in wanted if key not in columns]
         if missing and columns:
             raise DataError(
-                f"{table.source} has no column {listing(missing)}; it has {listing(columns)}."
+                f"{table.source} has no column {listing(missing)}; it has {listing(map(plain, columns))}."
                 f"{nearest(missing[0], columns)} Correct data_file_keys or the metadata"
             )
         faults: dict[tuple[str, bool], str] = {}
@@ -179,28 +187,37 @@ class UnifiedDataset:
                 for problem in self._row_problems(row, columns, faults):
                     table.blame(index, problem)
         table.refuse_bad_rows()
+        self._tell_repeated_rows()
+
+    def _tell_repeated_rows(self) -> None:
+        first: dict[str, int] = {}
+        places = self.table.places
+        again = [f"{places[i]} is {places[first[text]]}" for i, row in enumerate(self.table.rows)
+                 if first.setdefault(text := json.dumps(row, sort_keys=True), i) != i]
+        if again:
+            logger.warning("%s: equal rows are each trained on: %s.", self.table.source, listing(again))
 
     def _row_problems(self, row: dict, columns: list[str], faults: dict[tuple[str, bool], str]) -> list[str]:
         lacking = [key for key in columns if key not in row]
         problems = []
         if lacking:
-            problems.append(f"no {listing(lacking)}, which other rows have. Add it")
+            problems.append(f"no {listing(map(plain, lacking))}, which other rows have. Add it")
         if "prompt" in row:
             problems += _caption_problems(row["prompt"])
         if not isinstance(row.get("template_inputs", {}), dict):
-            problems.append(f"template_inputs={row['template_inputs']!r}: expected an object such as "
+            problems.append(f"template_inputs={shorten(row['template_inputs'])}: expected an object such as "
                             '{"scale": 0.2}. Write the metadata as .json or .jsonl')
         for key in self.data_file_keys:
             values = _as_list(row.get(key))
             if key in row and (not values or None in values or "" in values):
-                problems.append(f"{key}={row[key]!r} is empty; expected the name of a file. Fill it in")
+                problems.append(f"{key}={shorten(row[key])} is empty; expected the name of a file. Fill it in")
                 continue
             for value in values if key in row else ():
                 header = key not in self.special_operator_map or str(value).lower().endswith(SUFFIXES)
                 if (cause := str(value), header) not in faults:
                     faults[cause, header] = self._file_problem(value, header)
                 if faults[cause, header]:
-                    problems.append(f"{key}={value!r}: {faults[cause, header]}")
+                    problems.append(f"{key}={shorten(value, 200)}: {faults[cause, header]}")
         return problems
 
     def _file_problem(self, value: object, header: bool) -> str:
@@ -259,9 +276,14 @@ def _as_list(value: object) -> list:
 
 def _caption_problems(prompt: object) -> list[str]:
     if not isinstance(prompt, str):
-        return [f"prompt={prompt!r} is of type {type(prompt).__name__}; expected text. Correct it"]
+        return [f"prompt={shorten(prompt)} is of type {type(prompt).__name__}; expected text. Correct it"]
     if not prompt.strip():
-        return [f"prompt={prompt!r} is an empty caption; expected text. Write one, or leave out the column everywhere"]
-    if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in prompt):
-        return [f"prompt={prompt[:60]!r} holds characters that are no text (NUL or half a pair). Remove them"]
+        return [f"prompt={shorten(prompt)} is an empty caption; expected text. Write one, or leave out the column "
+                "everywhere"]
+    if len(prompt) > LONGEST_CAPTION:
+        return [f"prompt={shorten(prompt)} has {len(prompt)} characters; expected at most {LONGEST_CAPTION}, which is "
+                "more than a text encoder reads. Shorten it"]
+    if odd := sorted(set(_NO_TEXT.findall(prompt))):
+        return [f"prompt={shorten(prompt)} holds {listing(f'U+{ord(letter):04X}' for letter in odd)}, control "
+                "characters or half a pair; expected text. Remove them"]
     return []

@@ -1,13 +1,15 @@
 """Reading pictures strictly, and going between Pillow pictures and pixels in [-1, 1].
 
 Pillow alone would turn a 16-bit gray picture white (``convert`` saturates), show the hidden colour below transparent
-pixels, leave photographs lying on their side, take the first frame of an animation, and unpack 30000 x 30000 pixels
-from a file of 100 KB. Everything read here is a defined 8-bit RGB picture, or an error that says what to do.
+pixels, leave photographs lying on their side, take the first frame of an animation, show gray where the rest of a JPEG
+is missing, and unpack 30000 x 30000 pixels from a file of 100 KB. Everything read here is a defined 8-bit RGB picture,
+or an error that says what to do.
 """
 from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +27,11 @@ logger = logging.getLogger(__name__)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MAX_PIXELS = 64_000_000  # below Pillow's own warning (89 million) and error (179 million)
+MAX_BYTES = 8 * MAX_PIXELS  # 16-bit RGBA, not compressed
 MIN_SIDE = 16
 MAX_ASPECT = 20
 
-_ORIENTATION = 0x0112
+_BITS, _PHOTOMETRIC, _ORIENTATION = 0x0102, 0x0106, 0x0112  # tags of TIFF and EXIF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,10 +44,10 @@ _UPRIGHT = {
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """Width and height in pixels of the upright picture, from the header alone.
+    """Width and height in pixels of the upright picture. JPEG, PNG and WebP are not decoded for it.
 
-    Raises: DataError when the file or its header breaks a rule of :func:`read_image`; damage further on shows only
-    when the picture is decoded.
+    Raises: DataError when the file breaks a rule of :func:`read_image` or its end is missing; what is damaged in the
+    middle of it shows only when the picture is decoded.
     """
     with _opened(path) as (image, orientation):
         return image.size if orientation < 5 else image.size[::-1]
@@ -58,12 +61,14 @@ def read_image(path: str, mode: str | None = "RGB") -> Image.Image:
 
     Args: ``mode`` "RGB", "RGBA" (keeps transparency), or None (the mode of the file, for masks and palettes).
 
-    Raises: DataError for a file that is not regular, not one of ``FORMATS``, damaged, animated, of more than
-    ``MAX_PIXELS`` pixels, with a side below ``MIN_SIDE``, longer than ``MAX_ASPECT`` to 1, or in a mode without a
-    defined range (float, 32-bit, Lab).
+    Raises: DataError for a file that is not regular, not one of ``FORMATS``, damaged, cut short, animated, of more than
+    ``MAX_PIXELS`` pixels, with a side below ``MIN_SIDE``, longer than ``MAX_ASPECT`` to 1, or with pixels whose range
+    is not defined (float, 32-bit, Lab and the like).
     """
     with _opened(path) as (image, orientation):
         image.load()
+        if image.mode.startswith("I;16") and mode is not None:
+            image = _eight_bits(image)
         if mode == "RGB":
             result = _to_rgb(image, path)
         elif mode == "RGBA":
@@ -79,11 +84,14 @@ def read_image(path: str, mode: str | None = "RGB") -> Image.Image:
 
 @contextmanager
 def _opened(path: str) -> Iterator[tuple[Image.Image, int]]:
-    """The picture with its header checked and nothing decoded, and its orientation 1 to 8."""
+    """The picture, its header and its end checked, and its orientation 1 to 8."""
     with open_regular(path) as file:
         try:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+                raise DataError(f"{path} has {size} bytes; expected at most {MAX_BYTES}. Make the picture smaller")
             image = Image.open(file, formats=FORMATS)
             _check_header(image, path)
+            _check_end(image, file, path)
             yield image, _orientation(image, file, path)
         except DataError:
             raise
@@ -95,14 +103,21 @@ def _opened(path: str) -> Iterator[tuple[Image.Image, int]]:
                 "Convert it, or replace it"
             ) from None
         except Exception as error:  # Pillow's parsers raise a dozen kinds of exception on damaged bytes
-            raise DataError(
-                f"{path} cannot be decoded ({error}); the file is damaged or cut short. Replace it, or remove its row"
-            ) from error
+            if "MAX_TEXT" in str(error):
+                raise DataError(f"{path} holds text or a colour profile that is too large when unpacked ({error}); "
+                                "expected at most a megabyte. Save the picture again without metadata") from error
+            raise _damaged(path, error) from error
 
 
 def _beginning(file: BinaryIO) -> bytes:
     file.seek(0)
     return file.read(12)
+
+
+def _damaged(path: str, reason: object) -> DataError:
+    return DataError(
+        f"{path} cannot be decoded ({reason}); the file is damaged or cut short. Replace it, or remove its row"
+    )
 
 
 def _too_large(path: str, size: str, pixels: int) -> DataError:
@@ -124,10 +139,10 @@ def _check_header(image: Image.Image, path: str) -> None:
         raise DataError(
             f"{path} is {width}x{height} pixels, longer than {MAX_ASPECT}:1. Crop it, or remove it"
         )
-    if image.mode in ("I", "F", "LAB"):
+    if reason := _odd_pixels(image):
         raise DataError(
-            f"{path} has mode {image.mode} ({'Lab colour' if image.mode == 'LAB' else '32 bits per pixel'}), whose "
-            "range is not known; expected 8 or 16 bits, gray or RGB. Convert it to 8-bit PNG"
+            f"{path} has mode {image.mode} ({reason}); expected 8 or 16 bits of a known range, gray or RGB. Convert it "
+            "to 8-bit PNG"
         )
     if image.format == "MPO":  # a photograph of a telephone: the others are previews or depth, the first is the picture
         _warn_once(f"{path} holds several pictures (MPO); its main picture is used")
@@ -137,15 +152,70 @@ def _check_header(image: Image.Image, path: str) -> None:
         )
 
 
+def _odd_pixels(image: Image.Image) -> str:
+    """Why it is not known what the pixels mean, in spite of the mode Pillow gives them; mostly an empty string."""
+    if image.mode in ("I", "F"):
+        return "32 bits per pixel"
+    if image.mode == "LAB":
+        return "Lab colour"
+    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        return "without the Adobe marker that says whether 0 is ink or paper"
+    if image.mode == "RGB" and "transparency" in image.info and image.tile and image.tile[0].args == "RGB;16B":
+        return "16 bits with a transparent colour"
+    if image.mode.startswith("I;16") and image.format == "TIFF":
+        if image.tag_v2.get(_BITS) == (12,):
+            return "12 bits per pixel"
+        if image.tag_v2.get(_PHOTOMETRIC) == 0:
+            return "16 bits with 0 for white"
+    return ""
+
+
+def _check_end(image: Image.Image, file: BinaryIO, path: str) -> None:
+    """Refuse a picture that is cut short, or whose rest was never copied and is zeros.
+
+    `Image.verify` does not see that of a JPEG. Pillow looks at the end of a WebP when it opens it; formats that are
+    seldom in a data set are decoded.
+    """
+    here, is_whole = file.tell(), True
+    if image.format in ("JPEG", "MPO"):
+        is_whole = _has_jpeg_end(file, here)  # Pillow has read up to the pixels; an MPO's preview may hide what is cut
+    elif image.format == "PNG":
+        is_whole = b"IEND" in _png_chunks(file)
+    elif image.format != "WEBP":
+        image.load()
+    file.seek(here)
+    if not is_whole:
+        raise _damaged(path, "its end is missing")
+
+
+def _has_jpeg_end(file: BinaryIO, start: int) -> bool:
+    """Whether the end marker is somewhere behind ``start``: the last bytes are read first, and mostly hold it."""
+    size = file.seek(0, io.SEEK_END)
+    for place in (max(start, size - (1 << 16)), start):
+        file.seek(place)
+        before = b""
+        while block := file.read(1 << 20):
+            if b"\xff\xd9" in before + block:
+                return True
+            before = block[-1:]
+    return False
+
+
+def _png_chunks(file: BinaryIO) -> Iterator[bytes]:
+    """The kind of every chunk of a PNG: goes from header to header."""
+    file.seek(8)
+    while len(header := file.read(8)) == 8 and header[4:].isalpha():
+        yield header[4:]
+        file.seek(int.from_bytes(header[:4], "big") + 4, io.SEEK_CUR)
+
+
 @lru_cache(maxsize=4096)
 def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
 def _orientation(image: Image.Image, file: BinaryIO, path: str) -> int:
-    """The EXIF orientation. A TIFF is turned by Pillow itself when it is loaded, and has its upright size before."""
-    if image.format == "TIFF":
-        return 1
+    """The EXIF orientation; 1 of a TIFF, which Pillow itself turned when `_check_end` loaded it."""
     if image.format == "PNG" and "exif" not in image.info and _has_late_exif(file):
         image.load()
     try:
@@ -162,21 +232,23 @@ def _orientation(image: Image.Image, file: BinaryIO, path: str) -> int:
 
 
 def _has_late_exif(file: BinaryIO) -> bool:
-    """Whether a PNG carries its EXIF chunk behind the pixels (as exiftool writes it): skips from header to header."""
+    """Whether a PNG carries its EXIF chunk behind the pixels, as exiftool writes it."""
     here = file.tell()
-    file.seek(8)
-    found = False
-    while len(header := file.read(8)) == 8 and header[4:] != b"IEND" and not found:
-        found = header[4:] == b"eXIf"
-        file.seek(int.from_bytes(header[:4], "big") + 4, io.SEEK_CUR)
+    found = b"eXIf" in _png_chunks(file)
     file.seek(here)
     return found
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A 16-bit gray picture in 8 bits; 65535 / 257 = 255."""
+    values = np.asarray(image, np.float32)
+    result = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    if "transparency" in image.info:
+        result.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return result
+
+
 def _to_rgb(image: Image.Image, path: str) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        gray = np.rint(np.asarray(image, np.float32) / 257).astype(np.uint8)  # 65535 / 257 = 255
-        return Image.fromarray(gray).convert("RGB")
     if image.has_transparency_data:
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
     if image.mode == "CMYK" and image.info.get("icc_profile"):

@@ -4,14 +4,22 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
+import math
 import os
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, listing
 from .images import SUFFIXES
-from .paths import read_text, resolve
+from .paths import LONGEST_TEXT, plain, read_text, resolve, shorten
+
+logger = logging.getLogger(__name__)
 
 CAPTION_SUFFIXES = (".txt", ".caption")
+DEEPEST = 100  # levels of brackets in a row
 
 
 @dataclass
@@ -35,11 +43,15 @@ class Table:
         self.problems.setdefault(index, []).append(problem)
 
     def refuse_bad_rows(self) -> None:
-        """Raise one DataError that names the first ten bad rows and counts them all."""
+        """Raise one DataError that names the first ten bad rows, three problems of each, and counts them all."""
         if not self.problems:
             return
         bad = sorted(self.problems)
-        lines = [f"  {self.places[i]}: {'; '.join(self.problems[i])}" for i in bad[:10]]
+        lines = []
+        for i in bad[:10]:
+            found = self.problems[i]
+            tail = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+            lines.append(f"  {self.places[i]}: {'; '.join(found[:3])}{tail}")
         more = [f"  and {len(bad) - 10} more"] if len(bad) > 10 else []
         raise DataError("\n".join([
             f"{len(bad)} of {len(self.rows)} rows of {self.source} cannot be used; every row must be sound:",
@@ -64,25 +76,39 @@ def read_metadata(path: str) -> Table:
 def read_folder(base: str, captions: bool = True) -> Table:
     """A row for every picture below ``base``, sorted: ``image`` and, with ``captions``, ``prompt`` from its sidecar.
 
-    The sidecar of ``cat.png`` is ``cat.txt`` or ``cat.caption``. Names that begin with a dot are left out.
+    The sidecar of ``cat.png`` is ``cat.txt`` or ``cat.caption``. Names that begin with a dot are left out; a warning
+    names what else is there and left out: other files, and folders that are links.
     """
     if not os.path.isdir(base):
         raise DataError(f"base_path={base} is not a folder; expected a folder of pictures. Correct base_path")
     table = Table(base)
-    names = []
-    for folder, folders, files in os.walk(base):
+    names, others = [], []
+    for folder, folders, files in os.walk(base, onerror=_refuse_folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [
-            os.path.relpath(os.path.join(folder, name), base)
-            for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
-    for number, name in enumerate(sorted(names), 1):
-        place = f"row {number} ({name})"
+        others += [os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in files:
+            if not name.startswith("."):
+                (names if name.lower().endswith(SUFFIXES) else others).append(os.path.join(folder, name))
+    names = sorted(os.path.relpath(name, base) for name in names)
+    for number, name in enumerate(names, 1):
+        place = f"row {number} ({plain(name, 200)})"
         try:
             table.add({"image": name, **({"prompt": _caption(base, name)} if captions else {})}, place)
         except DataError as error:
             table.add(None, place, str(error))
+    _tell_left_out(base, names if captions else (), [os.path.relpath(other, base) for other in others])
     return table
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read ({error.strerror}). Make it a readable folder, or remove it")
+
+
+def _tell_left_out(base: str, with_captions: Collection[str], others: list[str]) -> None:
+    used = {os.path.splitext(name)[0] + suffix for name in with_captions for suffix in CAPTION_SUFFIXES}
+    left = sorted(repr(name) for name in others if name not in used)
+    if left:
+        logger.warning("%s: neither pictures nor the captions of one, and not used: %s.", base, listing(left))
 
 
 def _caption(base: str, name: str) -> str:
@@ -90,57 +116,68 @@ def _caption(base: str, name: str) -> str:
     found = [stem + suffix for suffix in CAPTION_SUFFIXES if os.path.lexists(os.path.join(base, stem + suffix))]
     if not found:
         raise DataError(
-            f"the picture {name} has no caption file; expected {stem}.txt beside it. Write one, or pass captions=False "
-            "to train without captions"
+            f"the picture {plain(name, 200)} has no caption file; expected {plain(stem, 200)}.txt beside it. Write "
+            "one, or pass captions=False to train without captions"
         )
     if len(found) > 1:
-        raise DataError(f"the picture {name} has two caption files, {' and '.join(found)}. Remove one")
+        raise DataError(f"the picture {plain(name, 200)} has two caption files, {' and '.join(map(plain, found))}. "
+                        "Remove one")
     return read_text(resolve(base, found[0])).strip()
 
 
 def _read_csv(text: str, table: Table) -> None:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header, start = None, 1
+    before = csv.field_size_limit(LONGEST_TEXT)  # of the whole process; other packages change it too
     try:
-        for cells in reader:
-            line, start = start, reader.line_num + 1
-            if not cells:
-                continue
+        _read_records(text, table)
+    finally:
+        csv.field_size_limit(before)
+
+
+def _read_records(text: str, table: Table) -> None:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header = None
+    while True:
+        line = reader.line_num + 1
+        place = f"row {len(table.rows) + 1} (line {line})"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            table.add(None, place, f"broken CSV ({error}); expected quotes in pairs around whole cells")
             if header is None:
-                header = _checked_header(cells, table.source)
-                continue
+                return
+            continue
+        if cells and header is None:
+            header = _checked_header(cells, table.source)
+        elif cells:
             fits = len(cells) == len(header)
-            table.add(
-                dict(zip(header, cells)) if fits else None,
-                f"row {len(table.rows) + 1} (line {line})",
-                "" if fits else f"{len(cells)} cells {_short(cells)}; expected {len(header)} as in the header "
-                f"{','.join(header)}. Put quotes around a cell that holds a comma",
-            )
-    except csv.Error as error:
-        table.add(None, f"row {len(table.rows) + 1} (line {start})",
-                  f"broken CSV ({error}); expected quotes in pairs and cells below 131072 characters")
+            table.add(dict(zip(header, cells)) if fits else None, place, "" if fits else
+                      f"{len(cells)} cells {shorten(cells)}; expected {len(header)} as in the header "
+                      f"{plain(','.join(header), 200)}. Put quotes around a cell that holds a comma")
 
 
 def _checked_header(cells: list[str], source: str) -> list[str]:
-    odd = sorted({name for name in cells if not name or name != name.strip() or cells.count(name) > 1})
+    odd = sorted({*(name for name in cells if not name or name != name.strip()), *_repeated(cells)})
     if odd:
         raise DataError(
-            f"{source} line 1: the column names {odd} are empty, repeated or have spaces around them; "
-            f"expected plain different names such as image,prompt. Correct the header {','.join(cells)}"
+            f"{source} line 1: the column names {shorten(odd)} are empty, repeated or have spaces around them; "
+            f"expected plain different names such as image,prompt. Correct the header {plain(','.join(cells), 200)}"
         )
     return cells
 
 
 def _read_json(text: str, table: Table) -> None:
     try:
-        rows = json.loads(text, parse_constant=_refuse_constant)
+        rows = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{table.source} line {error.lineno} column {error.colno} is not JSON ({error.msg}); the file may be cut "
             "short. Expected a list of objects. Correct it there"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{table.source} is not usable JSON ({error}); expected a list of flat objects") from None
+    except RecursionError:
+        raise DataError(f"{table.source} is not usable JSON (nested deeper than {DEEPEST} brackets); expected a list "
+                        "of flat objects. Correct it") from None
     if not isinstance(rows, list):
         raise DataError(
             f"{table.source} holds one {type(rows).__name__}; expected a list of objects, [{{\"image\": ...}}, ...]. "
@@ -156,23 +193,58 @@ def _read_jsonl(text: str, table: Table) -> None:
             continue
         place = f"row {len(table.rows) + 1} (line {line})"
         try:
-            row = json.loads(content, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            table.add(None, place, f"not JSON ({error}): {_short(content)}; expected one whole object on each line")
+            row = _DECODER.decode(content)
+        except (json.JSONDecodeError, RecursionError) as error:
+            table.add(None, place, f"not JSON ({error}): {shorten(content)}; expected one whole object on each line")
             continue
         _add_object(table, row, place)
 
 
 def _add_object(table: Table, row: object, place: str) -> None:
-    good = isinstance(row, dict)
-    table.add(row if good else None, place, "" if good else
-              f"a {type(row).__name__}, {_short(row)}; expected an object such as {{\"image\": \"a.png\"}}")
+    problem = _wrong_in(row)
+    if not problem and not isinstance(row, dict):
+        problem = f"a {type(row).__name__}, {shorten(row)}; expected an object such as {{\"image\": \"a.png\"}}"
+    table.add(None if problem else row, place, problem)
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
+class _Wrong(str):
+    """Stands in a row for what Python reads as JSON and is none; says what it is."""
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _pairs(pairs: list[tuple[str, Any]]) -> dict | _Wrong:
+    row = dict(pairs)
+    if len(row) == len(pairs):
+        return row
+    return _Wrong(f"{listing(map(shorten, _repeated(key for key, _ in pairs)))} comes twice. Remove one")
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _whole(digits: str) -> int | _Wrong:
+    try:
+        return int(digits)
+    except ValueError:  # Python refuses more than 4300 digits, which take long
+        return _Wrong(f"a number of {len(digits)} digits. Correct it")
+
+
+def _decimal(digits: str) -> float | _Wrong:
+    number = float(digits)
+    return number if math.isfinite(number) else _Wrong(f"{shorten(digits)} is too large for a number. Correct it")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=_whole, parse_float=_decimal,
+                            parse_constant=lambda name: _Wrong(f"{name} is not a JSON number. Correct it"))
+
+
+def _wrong_in(value: object, depth: int = 1) -> str:
+    """The first thing that is wrong in a JSON value, or an empty string."""
+    if isinstance(value, _Wrong):
+        return str(value)
+    if not isinstance(value, (dict, list)):
+        return ""
+    if depth > DEEPEST:
+        return f"nested deeper than {DEEPEST} brackets; expected a flat object. Correct it"
+    inner = value.values() if isinstance(value, dict) else value
+    return next((problem for element in inner if (problem := _wrong_in(element, depth + 1))), "")

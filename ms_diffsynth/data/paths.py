@@ -6,9 +6,13 @@ import re
 import stat
 from typing import BinaryIO
 
-from ..errors import DataError
+from ..errors import DataError, listing
+
+LONGEST_TEXT = 1 << 30  # bytes: a hundred times the metadata of a million rows
+LONGEST_NAME = 4096  # bytes: PATH_MAX of Linux
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -20,21 +24,46 @@ def resolve(base: str, value: object, allow_outside: bool = False) -> str:
     Raises: DataError for a URL, for something that is no file name, and for a path that leaves ``base`` by ``..``, by
     being absolute or through a symbolic link (unless ``allow_outside``).
     """
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or "\0" in os.fspath(value):
-        raise DataError(f"{value!r} is not a file name; expected the path of a file below the data folder. Correct it")
-    value = os.fspath(value)
+    if not _is_name(value):
+        raise DataError(
+            f"{shorten(value)} is not a file name; expected the path of a file below the data folder, in UTF-8 and "
+            "without control characters. Correct it"
+        )
+    value, shown = os.fspath(value), plain(os.fspath(value), 200)
     if _URL.match(value):
-        raise DataError(f"{value} is a URL; expected a file in the data folder. Download it and name the local file")
+        raise DataError(f"{shown} is a URL; expected a file in the data folder. Download it and name the local file")
     path = os.path.join(base, value)
+    if "\\" in value and os.sep == "/" and not os.path.lexists(path):
+        raise DataError(f"{shown} does not exist, and a \\ is a part of a name here. Write / between folders")
     if not base or allow_outside:
         return path
     real = os.path.realpath(path)
     if not real.startswith(os.path.join(os.path.realpath(base), "")):
         raise DataError(
-            f"{value} leaves the data folder {base} (it leads to {real}). Move the file into the folder, "
+            f"{shown} leaves the data folder {base} (it leads to {plain(real, 200)}). Move the file into the folder, "
             "or pass allow_outside_base=True if you trust this metadata"
         )
     return path
+
+
+def _is_name(value: object) -> bool:
+    if not isinstance(value, (str, os.PathLike)):
+        return False
+    try:
+        return 0 < len(os.fspath(value).encode()) <= LONGEST_NAME and not _CONTROL.search(os.fspath(value))
+    except UnicodeEncodeError:  # half a surrogate pair: no text, or how Python shows a byte that is not UTF-8
+        return False
+
+
+def shorten(value: object, most: int = 60) -> str:
+    """A value as Python writes it, control characters escaped, at most ``most`` characters of it."""
+    text = repr(value)
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
+def plain(name: str, most: int = 60) -> str:
+    """A name as it stands, or shortened and escaped when it is long or holds what does not print."""
+    return name if len(name) <= most and name.isprintable() else shorten(name, most)
 
 
 def open_regular(path: str) -> BinaryIO:
@@ -63,16 +92,31 @@ def open_regular(path: str) -> BinaryIO:
 def read_text(path: str) -> str:
     """The text of a UTF-8 file, with or without a byte-order mark. Raises: DataError when it is not UTF-8."""
     with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > LONGEST_TEXT:
+            raise DataError(f"{path} has {size} bytes; expected at most {LONGEST_TEXT}. Name a text file")
         content = file.read()
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        byte = content[error.start]
+        lines = [number for number, line in enumerate(content.split(b"\n"), 1) if not _is_utf8(line)]
         raise DataError(
-            f"{path} line {line} is not UTF-8 (byte 0x{byte:02x} at offset {error.start}). Save the file as UTF-8"
+            f"{path} line {lines[0]} is not UTF-8 (byte 0x{content[error.start]:02x} at offset {error.start})"
+            f"{_more_lines(lines)}. Save the file as UTF-8"
         ) from None
     if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise DataError(f"{path} line {line} holds a NUL character. Save the file as plain UTF-8 text")
+        lines = [number for number, line in enumerate(text.split("\n"), 1) if "\0" in line]
+        raise DataError(f"{path} line {lines[0]} holds a NUL character{_more_lines(lines)}. Save the file as plain "
+                        "UTF-8 text")
     return text
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _more_lines(lines: list[int]) -> str:
+    return f"; the same in line {listing(lines[1:])}" if len(lines) > 1 else ""

@@ -1,8 +1,8 @@
-"""The curve of a loss as a picture, drawn with Pillow alone."""
+"""Curves of a run as pictures, drawn with Pillow alone."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -13,6 +13,7 @@ _SIZE = 800, 480
 _BOX = 78, 64, 772, 420  # left, top, right, bottom of the plotting area
 _FINE = 3  # everything is drawn three times as large and scaled down, which smooths lines and letters
 _INK, _GRAY, _GRID, _RAW, _STRONG = "#222222", "#6b7280", "#e5e7eb", "#aac6f0", "#1d4ed8"
+_PALE = "#e4eefb"
 
 
 def loss_curve(
@@ -35,27 +36,61 @@ def loss_curve(
     steps, losses = steps[good], losses[good]
     smooth = _smoothed(losses, 1 - 1 / max(1.0, losses.size / 20) if smoothing is None else smoothing)
     lows, highs = np.percentile(losses, [1, 99])
-    y_ticks = nice_ticks(min(lows, smooth.min()), max(highs, smooth.max()), 6)
+    sheet, draw, to_x, to_y = _axes(steps, min(lows, smooth.min()), max(highs, smooth.max()))
+    _draw_legend(draw, title, (("smoothed", _STRONG), ("each point", _RAW)))
+    for values, colour, width in ((losses, _RAW, 1), (smooth, _STRONG, 2)):
+        _draw_line(draw, to_x(steps), to_y(values), colour, width)
+    return sheet.resize(_SIZE, Image.Resampling.LANCZOS)
+
+
+def kid_curve(rows: Sequence[Mapping[str, float]], title: str = "KID") -> Image.Image:
+    """A line chart of a kernel inception distance over steps, with its interval and the floor of real pictures.
+
+    Args:
+        rows: with the keys ``step``, ``kid``, ``kid_low``, ``kid_high`` and ``kid_floor``; at least one.
+
+    Returns: an RGB picture of 800x480 pixels.
+    """
+    steps, kid, low, high, floor = (np.array([row[key] for row in rows], np.float64)
+                                    for key in ("step", "kid", "kid_low", "kid_high", "kid_floor"))
+    sheet, draw, to_x, to_y = _axes(steps, min(low.min(), 0.0), max(high.max(), floor.max()))
+    _draw_legend(draw, title, (("KID", _STRONG), ("95 % interval", _RAW), ("real pictures", _GRAY)))
+    x = to_x(steps)
+    draw.polygon([*zip(x, to_y(low)), *zip(x[::-1], to_y(high)[::-1])], fill=_PALE)
+    for edge in (low, high):
+        _draw_line(draw, x, to_y(edge), _RAW, 1)
+    _draw_line(draw, x, to_y(floor), _GRAY, 1)
+    _draw_line(draw, x, to_y(kid), _STRONG, 2)
+    return sheet.resize(_SIZE, Image.Resampling.LANCZOS)
+
+
+_Scale = Callable[[np.ndarray], np.ndarray]
+
+
+def _axes(steps: np.ndarray, low: float, high: float) -> tuple[Image.Image, ImageDraw.ImageDraw, _Scale, _Scale]:
+    """A sheet with axes for steps and for values from low to high, and how these become its pixels."""
+    y_ticks = nice_ticks(low, high, 6)
     lone = float(steps.min() == steps.max())
     x_range = steps.min() - lone, steps.max() + lone
     x_ticks = nice_ticks(*x_range, 8)
     if (steps == np.rint(steps)).all():  # there is no step 1.5
         x_ticks = [tick for tick in x_ticks if abs(tick - round(tick)) < 1e-9]
-
     sheet = Image.new("RGB", (_SIZE[0] * _FINE, _SIZE[1] * _FINE), "white")
     draw = ImageDraw.Draw(sheet)
     left, top, right, bottom = (edge * _FINE for edge in _BOX)
-    x = left + (steps - x_range[0]) / (x_range[1] - x_range[0]) * (right - left)
-    to_y = lambda v: bottom - (v - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top)  # noqa: E731
     _draw_axes(draw, x_ticks, x_range, y_ticks)
-    _draw_legend(draw, title)
-    for values, colour, width in ((losses, _RAW, 1), (smooth, _STRONG, 2)):
-        points = list(zip(x.tolist(), np.clip(to_y(values), top, bottom).tolist()))
-        if len(points) == 1:
-            radius = 3 * _FINE
-            draw.circle(points[0], radius, fill=colour)
-        draw.line(points, fill=colour, width=width * _FINE, joint="curve")
-    return sheet.resize(_SIZE, Image.Resampling.LANCZOS)
+
+    def to_y(values: np.ndarray) -> np.ndarray:
+        return np.clip(bottom - (values - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top), top, bottom)
+
+    return sheet, draw, lambda x: left + (x - x_range[0]) / (x_range[1] - x_range[0]) * (right - left), to_y
+
+
+def _draw_line(draw: ImageDraw.ImageDraw, x: np.ndarray, y: np.ndarray, colour: str, width: int) -> None:
+    points = list(zip(x.tolist(), y.tolist()))
+    if len(points) == 1:
+        draw.circle(points[0], 3 * _FINE, fill=colour)
+    draw.line(points, fill=colour, width=width * _FINE, joint="curve")
 
 
 def nice_ticks(low: float, high: float, most: int) -> list[float]:
@@ -103,13 +138,14 @@ def _draw_axes(draw: ImageDraw.ImageDraw, x_ticks: list[float], x_range: tuple, 
     draw.text(((left + right) / 2, (_SIZE[1] - 12) * _FINE), "step", _GRAY, font, anchor="ms")
 
 
-def _draw_legend(draw: ImageDraw.ImageDraw, title: str) -> None:
+def _draw_legend(draw: ImageDraw.ImageDraw, title: str, lines: Sequence[tuple[str, str]]) -> None:
+    """Title and, from the right, the name and colour of each line."""
     left, _, right, _ = (edge * _FINE for edge in _BOX)
     font, middle = ImageFont.load_default(13 * _FINE), 34 * _FINE
-    for name, colour, width in (("smoothed", _STRONG, 2), ("each point", _RAW, 2)):
+    for name, colour in lines:
         start = right - draw.textlength(name, font)
         draw.text((start, middle), name, _GRAY, font, anchor="lm")
-        draw.line((start - 30 * _FINE, middle, start - 7 * _FINE, middle), fill=colour, width=width * _FINE)
+        draw.line((start - 30 * _FINE, middle, start - 7 * _FINE, middle), fill=colour, width=2 * _FINE)
         right = start - 50 * _FINE
     large = ImageFont.load_default(19 * _FINE)
     while title and draw.textlength(title, large) > right - left:

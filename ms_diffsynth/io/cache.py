@@ -20,6 +20,7 @@ import numpy as np
 
 from ms_diffsynth.errors import CacheError, WeightError, listing
 from ms_diffsynth.io.files import write_file
+from ms_diffsynth.io.lock import _STAGE, _is_running
 from ms_diffsynth.io.weights import open_checkpoint, read_header, serialize
 
 FORMAT = 1
@@ -87,7 +88,7 @@ class Cache:
         write_file(self._path(key), serialize(slots, metadata))
 
     def finish(self) -> None:
-        """Mark the cache complete. Raises: CacheError when an entry is missing."""
+        """Mark the cache complete. Raises: CacheError when an entry is missing or cut short."""
         self._check_entries()
         if not self.manifest["complete"]:
             self._write_manifest({**self.manifest, "complete": True})
@@ -97,7 +98,8 @@ class Cache:
     def check(self, expected: Mapping[str, Any]) -> None:
         """Refuse to train on a cache that is not there, not complete, or shaped by other fields than ``expected``.
 
-        Raises: CacheError naming each field that differs, with both values.
+        Raises: CacheError naming each field that differs, with both values; or the rows whose entries are missing or
+            cut short. A wrong bit in an entry is found by `read`.
         """
         if self.manifest is None:
             raise CacheError(f"{self.folder} is no cache: {self._what_it_is()}. Make one with --task "
@@ -136,7 +138,7 @@ class Cache:
             slots = dict(open_checkpoint([path]).tensors())
             size = tuple(json.loads(metadata["size"]))
             is_sound = metadata["digest"] == _digest(key, slots, size)
-        except (WeightError, OSError, KeyError, ValueError, TypeError) as error:
+        except (WeightError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise CacheError(f"{name} is damaged ({error}). {remedy}") from None
         if not is_sound:
             raise CacheError(f"{name} is damaged: its content has another digest than when it was written. {remedy}")
@@ -149,9 +151,13 @@ class Cache:
         return self.folder.glob("entries/??/*.safetensors")
 
     def unused(self) -> list[Path]:
-        """Entries the manifest does not name: made by other settings, or of rows that are gone."""
+        """Entries the manifest does not name (of other settings, or of rows that are gone), and what a process that was
+        killed while it wrote left half done.
+        """
         named = set(self.keys()) if self.manifest else set()
-        return sorted(path for path in self.entries() if path.stem not in named)
+        halves = [path for pattern in (".tmp-*", "entries/??/.tmp-*") for path in self.folder.glob(pattern)
+                  if (stage := _STAGE.fullmatch(path.name)) and not _is_running(int(stage[1]))]
+        return sorted([*halves, *(path for path in self.entries() if path.stem not in named)])
 
     def _path(self, key: str) -> Path:
         return self.folder / "entries" / key[:2] / f"{key}.safetensors"
@@ -162,6 +168,18 @@ class Cache:
         if lost:
             raise CacheError(f"the cache in {self.folder} lacks the entries of {listing(lost)}. Run --task "
                              "sft:data_process again; it makes what is missing.")
+        cut = [labels[key] for key in self.keys() if not self._is_whole(key)]
+        if cut:
+            raise CacheError(f"the cache in {self.folder} has damaged entries for {listing(cut)}. Run --task "
+                             "sft:data_process again; it replaces what is damaged.")
+
+    def _is_whole(self, key: str) -> bool:
+        """Whether the entry is as long as its header says."""
+        try:
+            read_header(self._path(key))
+        except WeightError:
+            return False
+        return True
 
     def _what_it_is(self) -> str:
         if not self.folder.is_dir():
@@ -179,12 +197,12 @@ class Cache:
 
     def _read_manifest(self) -> dict[str, Any] | None:
         path = self.folder / MANIFEST
+        if not path.is_file():  # also a pipe, whose reading would wait for ever
+            return None
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             is_sound = manifest.pop("digest") == digest_of(manifest)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CacheError(f"{path} is damaged ({error}): expected the manifest of a cache. Remove it and run --task "
                              "sft:data_process again; sound entries are kept.") from None
         if not is_sound or manifest.get("format") != FORMAT:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ from huggingface_hub.errors import (
 )
 
 from ms_diffsynth.errors import ConfigError, HubError, WeightError, listing, nearest
+from ms_diffsynth.io.files import sha256_of
 
 # huggingface_hub < 1 raises errors of requests, which are OSErrors; 1 and 2 those of httpx, which are not
 _NETWORK_ERRORS = (OSError, HfHubHTTPError.__bases__[0])
@@ -35,6 +37,7 @@ _NETWORK_ERRORS = (OSError, HfHubHTTPError.__bases__[0])
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # a download goes on where it was cut
+TOO_MUCH_IS_HERE = 416  # the answer to a request for what comes after the end of a file
 WAIT_SECONDS = 1.0  # before the second attempt, doubled before each further one
 
 
@@ -212,9 +215,12 @@ class _Repository:
 
     def _download(self, commit: str, wanted: list[str]) -> Path:
         revision = self.config.revision or constants.DEFAULT_REVISION  # by its name, so that the cache knows it offline
+        is_anew = False
         for attempt in range(1, ATTEMPTS + 1):
+            began = time.time()
             try:
-                folder = Path(self._ask(lambda: self._fetch(revision, wanted)))
+                folder = Path(self._ask(partial(self._fetch, revision, wanted, is_anew=is_anew)))
+                _refuse_damaged(folder, wanted, began)
                 break
             except _Unreachable as error:
                 if attempt == ATTEMPTS:
@@ -223,16 +229,17 @@ class _Repository:
                                    "to go on.") from error.__cause__
                 logger.warning("%s: %s; attempt %d of %d follows.", self.config, error, attempt + 1, ATTEMPTS)
                 time.sleep(WAIT_SECONDS * 2 ** (attempt - 1))
+                is_anew = _is_of_wrong_size(error.__cause__)
         absent = [name for name in wanted if not (folder / name).is_file()]
         if folder.name != commit or absent:
             raise HubError(f"{self.config} changed while it was read: expected {listing(absent) or 'its files'} of "
                            f"commit {commit}, got commit {folder.name}. Run again, or give revision='{commit}'.")
         return folder
 
-    def _fetch(self, revision: str, wanted: list[str], is_local: bool = False) -> str:
+    def _fetch(self, revision: str, wanted: list[str], is_local: bool = False, is_anew: bool = False) -> str:
         return snapshot_download(
             self.config.model_id, revision=revision, allow_patterns=[glob.escape(name) for name in wanted],
-            cache_dir=self.config.cache_dir, endpoint=self.endpoint, local_files_only=is_local)
+            cache_dir=self.config.cache_dir, endpoint=self.endpoint, local_files_only=is_local, force_download=is_anew)
 
     def _absent(self, commit: str, wanted: list[str]) -> list[str]:
         try:
@@ -271,7 +278,7 @@ class _Repository:
             raise self._error("lists a file that it does not have (404)", "Give another revision") from error
         except HfHubHTTPError as error:
             status = _status(error)
-            if status is None or status == 429 or status >= 500:
+            if status is None or status in (TOO_MUCH_IS_HERE, 429) or status >= 500:
                 raise _Unreachable(f"{self.host} answered {status}") from error
             raise self._error(f"was refused ({status})", "Log in with 'hf auth login', or check the "
                               "access rights") from error
@@ -289,7 +296,28 @@ class _Repository:
 
 
 class _Unreachable(Exception):
-    """The hub cannot be reached; the message says why, without addresses or tokens."""
+    """The hub cannot be reached, or sends what it should not; the message says why, without addresses or tokens."""
+
+
+def _refuse_damaged(folder: Path, names: list[str], since: float) -> None:
+    """Remove files that arrived since then with another content than the hub announced; huggingface_hub compares sizes.
+
+    The cache names a large file by its SHA-256, a small one by a digest of git's. Raises: _Unreachable.
+    """
+    arrived = {name: blob for name in names if (blob := (folder / name).resolve()).is_file()
+               and len(blob.name) == 64 and blob.stat().st_mtime >= since}
+    damaged = [name for name, blob in arrived.items() if sha256_of(blob) != blob.name]
+    for name in damaged:
+        (folder / name).unlink()
+        arrived[name].unlink(missing_ok=True)  # two names may have one content
+    if damaged:
+        raise _Unreachable(f"{listing(damaged)} arrived with another SHA-256 than announced")
+
+
+def _is_of_wrong_size(error: BaseException | None) -> bool:
+    """Whether what arrived is too long to be gone on with; huggingface_hub would try that for ever."""
+    return "Consistency check failed" in str(error) or (isinstance(error, HfHubHTTPError)
+                                                       and _status(error) == TOO_MUCH_IS_HERE)
 
 
 def _status(error: HfHubHTTPError) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ms_diffsynth.errors import WeightError, listing, nearest
-from ms_diffsynth.io.weights import Checkpoint, native, save_state_dict
+from ms_diffsynth.io.weights import FLOATS, Checkpoint, native, save_state_dict
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 PREFIXES = ("transformer.", "unet.", "diffusion_model.")
@@ -113,6 +113,10 @@ class _Raw:
         a, b = checkpoint[self.keys["A"]], checkpoint[self.keys["B"]]
         if not _fits(a, b):
             raise WeightError(f"{module}: A {a.shape} and B {b.shape} are no pair [r, in], [out, r]")
+        if not {a.dtype.name, b.dtype.name} <= FLOATS.keys():
+            raise WeightError(f"{module}: A is {a.dtype} and B {b.dtype}, expected {listing(FLOATS)}")
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise WeightError(f"{module} holds numbers that are not finite")
         rank = a.shape[0]
         told = _metadata_scale(module, rank, settings)
         if "alpha" not in self.keys:
@@ -121,6 +125,8 @@ class _Raw:
         if alpha.size != 1:
             raise WeightError(f"{module}: alpha has shape {alpha.shape}, expected one number")
         scale = float(alpha.reshape(())) / rank
+        if not math.isfinite(scale):
+            raise WeightError(f"{module}: alpha is {alpha.reshape(())}, expected a finite number")
         if told is not None and not math.isclose(told, scale, rel_tol=1e-2):  # bfloat16 alpha has 8 bits
             raise WeightError(f"{module}: scale {scale:g} by its .alpha but {told:g} by the metadata")
         return a, b, scale
@@ -165,7 +171,12 @@ def _settings(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> dict
     except (ValueError, TypeError) as error:
         raise WeightError(f"{path}: the metadata '{ADAPTER_METADATA}' is no JSON object ({error}). "
                           "Save it again.") from error
-    return {next((k.removeprefix(p) for p in PREFIXES if k.startswith(p)), k): v for k, v in settings.items()}
+    settings = {next((k.removeprefix(p) for p in PREFIXES if k.startswith(p)), k): v for k, v in settings.items()}
+    alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(map(_is_alpha, (alpha, *patterns.values()))):
+        raise WeightError(f"{path}: the metadata '{ADAPTER_METADATA}' says lora_alpha={alpha!r}, alpha_pattern="
+                          f"{patterns!r}: expected finite numbers. Save it again.")
+    return settings
 
 
 def _metadata_scale(module: str, rank: int, settings: Mapping[str, Any]) -> float | None:
@@ -176,6 +187,10 @@ def _metadata_scale(module: str, rank: int, settings: Mapping[str, Any]) -> floa
     if alpha is None:
         return None
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _is_alpha(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and math.isfinite(value))
 
 
 def _fits(a: np.ndarray, b: np.ndarray) -> bool:

@@ -79,7 +79,8 @@ class Card:
     Args:
         model_id: "owner/name" of the repository it is for.
         family: as in `registry.FAMILIES`.
-        trained: "lora", "transformer" (all of it), or what else was trained, in words.
+        trained: "lora", "transformer" (all of it), "pipeline" (the repository is one), or what else was trained, in
+            words.
         weights: name of the file with the trained weights.
         base_model: "owner/name" on the Hub; None, or anything else, for a model that is not there.
         licence: None takes the base model's, from LICENCES.
@@ -120,6 +121,36 @@ def model_card(card: Card) -> str:
     return redact("\n\n".join(parts)) + "\n"
 
 
+_PIPELINE = """\
+With ms_diffsynth:
+
+```python
+from huggingface_hub import snapshot_download
+from ms_diffsynth import UnconditionalImagePipeline
+
+pipe = UnconditionalImagePipeline.from_pretrained(snapshot_download(REPOSITORY))
+pipe(batch_size=4, seed=0)[0].save("picture.png")
+```
+
+With diffusers (PyTorch):
+
+```python
+from diffusers import DDPMPipeline
+
+pipe = DDPMPipeline.from_pretrained(REPOSITORY)
+pipe(batch_size=4, num_inference_steps=1000).images[0].save("picture.png")
+```
+
+With mindone (MindSpore):
+
+```python
+from mindone.diffusers import DDPMPipeline
+
+pipe = DDPMPipeline.from_pretrained(REPOSITORY)
+pipe(batch_size=4, num_inference_steps=1000)[0][0].save("picture.png")
+```"""
+
+
 def _loader(card: Card) -> _Loader | None:
     is_klein = card.family == "flux2" and "klein" in (card.base_model or "klein").lower()
     return _LOADERS.get("flux2-klein" if is_klein else card.family)
@@ -127,12 +158,14 @@ def _loader(card: Card) -> _Loader | None:
 
 def _head(card: Card, licence: Licence | None) -> str:
     loader = _loader(card)
+    is_for_diffusers = loader is not None or card.trained == "pipeline"
     data = ModelCardData(
-        base_model=card.base_model, library_name="diffusers" if loader else "ms_diffsynth",
+        base_model=card.base_model, library_name="diffusers" if is_for_diffusers else "ms_diffsynth",
         license=licence and licence.id, license_name=licence and licence.name, license_link=licence and licence.link,
         pipeline_tag=card.pipeline_tag,
         tags=[card.pipeline_tag, "ms_diffsynth", "mindspore", "diffusers-training", *(loader.tags if loader else ()),
-              *(("diffusers",) if loader else ()), *(("lora", "template:sd-lora") if card.trained == "lora" else ())])
+              *(("diffusers",) if is_for_diffusers else ()),
+              *(("lora", "template:sd-lora") if card.trained == "lora" else ())])
     if card.base_model:
         data.base_model_relation = "adapter" if card.trained == "lora" else "finetune"
     if card.instance_prompt:
@@ -146,6 +179,10 @@ def _summary(card: Card) -> str:
     what = {"lora": "A LoRA", "transformer": "A trained transformer"}.get(card.trained, _inline(card.trained))
     base = f"[{_inline(card.base_model)}](https://huggingface.co/{card.base_model})" if card.base_model else (
         "a model that is not on a hub")
+    if card.trained == "pipeline":
+        origin = f", trained on from {base}" if card.base_model else ""
+        return (f"A diffusion model of pictures without prompts{origin}, trained with ms\\_diffsynth on MindSpore. The "
+                f"repository is a whole pipeline; `{_code(card.weights)}` holds its weights alone.")
     text = f"{what} for {base}, trained with ms\\_diffsynth on MindSpore. The weights are in `{_code(card.weights)}`."
     if card.instance_prompt:
         text += f"\n\nIt was taught the prompt: {_inline(card.instance_prompt)}"
@@ -162,6 +199,10 @@ def _pictures(card: Card) -> list[str]:
 
 def _loading(card: Card) -> list[str]:
     loader = _loader(card)
+    if card.trained == "pipeline":
+        text = _PIPELINE.replace("REPOSITORY", json.dumps(card.model_id))
+        there = "from huggingface_hub import snapshot_download"
+        return [text if card.hub != "modelscope" else text.replace(there, there.replace("huggingface_hub", card.hub))]
     if loader is None or card.trained not in ("lora", "transformer"):
         return [f"`ms_diffsynth.load_state_dict(\"{_code(card.weights)}\")` reads the weights by name."]
     base = json.dumps(card.base_model or "path/to/the/base/model")

@@ -13,6 +13,8 @@ import yaml
 
 from ms_diffsynth.errors import ConfigError, listing, nearest
 
+MOST_BYTES = 1 << 20  # a configuration has a few thousand; reading a million takes 4 s
+
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {_TAG + kind for kind in ("str", "int", "float", "bool", "null", "timestamp")}
 
@@ -55,11 +57,15 @@ def read_sections(path: str | os.PathLike[str], sections: Collection[str],
 
 def _compose(path: str | os.PathLike[str]) -> yaml.Node | None:
     try:
+        size = os.path.getsize(path)
+        if size > MOST_BYTES:
+            raise ConfigError(f"{path} has {size} bytes, expected at most {MOST_BYTES}: give the path of a "
+                              "configuration.")
         with open(path, encoding="utf-8") as file:
             return yaml.compose(file, yaml.SafeLoader)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): give the path of a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         text = getattr(error, "problem", None) or error

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -267,11 +267,11 @@ def read_header(file: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[st
     if file.suffix in PICKLES:
         raise WeightError(pickle_text([file]))
     try:
-        with safe_open(file, framework="np"):  # refuses bad lengths, offsets that overlap or leave gaps, twice the same
+        with safe_open(file, framework="np"):  # refuses bad lengths, and offsets that overlap or leave gaps
             pass
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise WeightError(f"{file} does not exist.{nearest(file.name, names_in(file.parent))}") from None
     except (SafetensorError, ValueError, OSError) as error:
@@ -285,6 +285,14 @@ def read_header(file: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[st
             raise WeightError(f"{file}: tensor '{name}' is {info['dtype']}; expected one of {listing(DTYPES, 20)}.")
         entries[name] = Entry(tuple(info["shape"]), DTYPES[info["dtype"]], file, 8 + length + info["data_offsets"][0])
     return entries, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no name may come twice: safetensors 0.8 takes the last one."""
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"its header names {listing(twice)} twice")
+    return dict(pairs)
 
 
 def _read(file: Any, entry: Entry) -> np.ndarray:

@@ -108,9 +108,13 @@ class ModelLogger:
         append_line(self.output_path / "loss.csv", ",".join(_text(record[c]) for c in COLUMNS))
         if math.isfinite(record["loss"]):
             self.losses.append((record["step"], record["loss"]))
+        self.scalars({key: record[key] for key in ("loss", "learning_rate", "grad_norm")}, record["step"])
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Write numbers to TensorBoard, if that is asked for."""
         if self._tensorboard is not None:
-            for key in ("loss", "learning_rate", "grad_norm"):
-                self._tensorboard.add_scalar(key, record[key], record["step"])
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
 
     def state(self) -> dict[str, Any]:
         """Which weights are in files, as JSON."""
@@ -154,13 +158,19 @@ class ModelLogger:
             self._tensorboard.close()
 
     def save_model(self, accelerator: Any, model: Any, file_name: str) -> None:
-        """Save what was trained, on the first rank only; with a moving average also ``<name>-ema.safetensors``."""
+        """Save what was trained, on the first rank only; with a moving average also ``<name>-ema.safetensors``.
+
+        When that is the whole network of a family that diffusers loads as one (unconditional pictures), the folder is
+        made what `from_pretrained` loads, with the moving average if there is one.
+        """
         self.saved_at = self.num_steps
         if accelerator.is_main_process:
             self._save(model, file_name)
-            if self.ema is not None:
-                with self.ema.applied():
+            with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
+                if self.ema is not None:
                     self._save(model, file_name.replace(".safetensors", "-ema.safetensors"))
+                if model.is_whole_pipeline:
+                    model.pipe.update_pretrained(self.output_path)
             if self.after_save is not None:
                 self.after_save()
 

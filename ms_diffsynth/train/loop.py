@@ -19,6 +19,7 @@ from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.train import resume
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.draws import Draws
+from ms_diffsynth.train.evaluation import RunEvaluation
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import AdamW, LearningRate
@@ -28,7 +29,7 @@ from ms_diffsynth.train.program_step import ModuleTrainStep, ProgramTrainStep
 from ms_diffsynth.train.progress import Progress
 from ms_diffsynth.train.publish import check_token, publishing
 from ms_diffsynth.train.report import StepReport
-from ms_diffsynth.train.signals import StopRequest, stopping_on_signals
+from ms_diffsynth.train.signals import Interrupted, StopRequest, stopping_on_signals
 from ms_diffsynth.train.split import describe_loaded, launch_data_process_task, open_cache, stage_of
 from ms_diffsynth.train.step import StepResult
 
@@ -46,7 +47,8 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
         args: an object (a parsed command line) whose attributes override every other option.
         class_dataset: class images for prior preservation; each batch is then instances followed by as many of these.
         sampler: makes sample pictures with the current weights; called before the first step, every ``sample_steps``
-            and at the end. sample_captions: what is written under them.
+            and at the end. sample_captions: what is written under them. With ``evaluation_steps`` it is also called
+            with a number of pictures, as that of `build_sampler` can be.
         settings: what else training_args.json should hold.
         options: any other field of `TrainingOptions`.
 
@@ -70,7 +72,8 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
         with publishing(accelerator, model, model_logger, dataset, args):
             try:
                 run.prepare()
-                run.sample() if checkpoint is None else run.restore(checkpoint)
+                if checkpoint is not None:
+                    run.restore(checkpoint)
                 run.train()
             except UserError as error:
                 model_logger.event("stopped", reason=str(error))
@@ -121,10 +124,19 @@ class _Run:
                               "with ms-diffsynth sample")
         if hasattr(model.pipe, "announce"):
             model.pipe.announce = self.progress.announce
+        self.evaluation = self._build_evaluation(args)
         self.identity = resume.identity(accelerator, model, self.cut, options, args, dataset, class_dataset)
         self.checkpoints = resume.Checkpoints(logger, options, self.identity, captions)
 
     # -- before the first step -----------------------------------------------------------------------------------
+
+    def _build_evaluation(self, args: Any) -> RunEvaluation | None:
+        options = self.options
+        if options.evaluation_steps is None or not self.accelerator.is_main_process:
+            return None
+        pictures = getattr(args, "dataset_base_path", None) or getattr(self.dataset, "base_path", None)
+        reference = options.evaluation_reference or pictures
+        return RunEvaluation(self.logger, self.sampler, reference, options.evaluation_count)
 
     def _check(self) -> None:
         """Refuse what would run, but not as asked."""
@@ -179,7 +191,7 @@ class _Run:
                                weight_decay=options.weight_decay, eps=options.adam_epsilon,
                                betas=(options.adam_beta1, options.adam_beta2))
         self.step = self._build_step()
-        self.report = StepReport(self.logger, self.progress, self.step)
+        self.report = StepReport(self.logger, self.progress, self.step, self.dataset, self.class_dataset)
         count = sum(int(np.prod(p.shape)) for p in self.optimizer.parameters)
         where = "eagerly, by the module's own forward" if self.is_eager else f"in {self.accelerator.mode} mode"
         self.progress.say(f"training {count:,} parameters in {len(self.optimizer.parameters)} tensors {where} on "
@@ -211,19 +223,27 @@ class _Run:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where the checkpoint was saved; at an epoch's begin if its place is no longer in the epoch."""
         state = checkpoint.state
+        self.restore_step(checkpoint)
+        self.report.skipped, self.report.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        self.checkpoints.restore(checkpoint)
+        if self.evaluation is not None:
+            self.evaluation.restore(resume.run_folder(checkpoint), checkpoint.step)
+
+    def restore_step(self, checkpoint: Checkpoint) -> None:
+        """Weights, moments, and the place in the data."""
+        state = checkpoint.state
         resume.restore(self.step, checkpoint, self.identity)
         self.loader.seek(state["epoch"] * len(self.loader) + min(state["position"], len(self.loader)))
         self.step.batches = self.loader.step
-        self.report.skipped, self.report.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        self.checkpoints.restore(checkpoint)
 
     # -- the steps -----------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Run all steps that are left, save, sample, and finish. Raises: Stopped after a signal, when all is saved."""
         logger = self.logger
-        self.progress.begin(self.total - logger.num_steps, "training", "step")
         with stopping_on_signals(self.options.grace_seconds) as stop:
+            self.look(stop, *self._due())
+            self.progress.begin(self.total, "training", "step", done=logger.num_steps)
             while logger.num_steps < self.total and stop.signal is None:
                 for batch in self.loader:
                     if self._train_on(batch):
@@ -232,8 +252,7 @@ class _Run:
                             break
             self.report.flush()
             self.progress.end()
-            if stop.signal is None and logger.num_steps not in logger.samples:
-                self.sample()
+            self.look(stop)
             logger.write_comparison(self.captions)
             logger.on_training_end(self.accelerator, self.model, self.options.save_steps)
             self._save_state(is_last=True)
@@ -245,29 +264,37 @@ class _Run:
         report.begin()
         rate = self.rate(logger.num_steps)
         self.optimizer.set_learning_rate(rate)
-        result = self._eager_step(batch) if self.is_eager else self.step.step(*self._inputs(batch))
-        report.add(result, len(batch.indices) * self.accelerator.num_processes)
+        result = self.compute(batch)
+        report.add(result, batch, len(batch.indices) * self.accelerator.num_processes)
         if result.is_update:
             report.flush()  # read the step before this one: the device has had a step's time to finish it
             logger.on_step_end(self.accelerator, self.model, self.options.save_steps)
             report.end(result, {"step": logger.num_steps, "epoch": self._epoch(), "learning_rate": rate})
         return result.is_update
 
+    def compute(self, batch: Batch) -> StepResult:
+        """One micro-step on a batch, and nothing else."""
+        return self._eager_step(batch) if self.is_eager else self.step.step(*self._inputs(batch))
+
     def _epoch(self) -> int:
         """The epoch of the last batch."""
         return (self.loader.step - 1) // len(self.loader)
 
     def _after_step(self, stop: StopRequest) -> None:
-        """What is due after a step: pictures, the end of an epoch, a checkpoint."""
-        logger, every = self.logger, self.options.sample_steps
-        if every and logger.num_steps % every == 0 and stop.signal is None:
-            self.report.flush()
-            self.sample()
+        """What is due after a step: the end of an epoch, a checkpoint, and then pictures, which may take long."""
+        logger, options = self.logger, self.options
         if self.loader.step % len(self.loader) == 0:
             self.report.flush()
-            if self.options.save_steps is None:
+            if options.save_steps is None:
                 logger.on_epoch_end(self.accelerator, self.model, self._epoch())
-        self._save_state()
+        if logger.num_steps < self.total and stop.signal is None:  # else at the end, with the last pictures
+            self._save_state()
+            self.look(stop, *self._due())
+
+    def _due(self) -> list[bool]:
+        """Whether sample pictures and an evaluation are due at the present step."""
+        return [self.logger.num_steps % every == 0 if every else self.logger.num_steps == 0
+                for every in (self.options.sample_steps, self.options.evaluation_steps)]
 
     def _save_state(self, is_last: bool = False) -> None:
         """Save all that the run needs to go on after this step, if that is due."""
@@ -300,14 +327,25 @@ class _Run:
 
     # -- after the steps ------------------------------------------------------------------------------------------
 
-    def sample(self) -> None:
-        """Make sample pictures with the current weights, or with their moving average."""
-        if self.sampler is None or not self.accelerator.is_main_process:
+    def look(self, stop: StopRequest, is_sampling: bool = True, is_evaluating: bool = True) -> None:
+        """Make sample pictures with the current weights, or with their moving average, and evaluate; each once.
+
+        Given up when a signal comes: a run that goes on makes them then.
+        """
+        is_sampling &= self.sampler is not None and self.logger.num_steps not in self.logger.samples
+        is_evaluating &= self.evaluation is not None and not self.evaluation.is_done
+        if not (is_sampling or is_evaluating) or not self.accelerator.is_main_process or stop.signal is not None:
             return
-        with self.ema.applied() if self.ema is not None else nullcontext():
-            images = self.sampler()
-        path = self.logger.log_samples(self.logger.num_steps, images, self.captions)
-        self.progress.say(redact(f"samples: {path}"))
+        self.report.flush()
+        try:
+            with self.ema.applied() if self.ema is not None else nullcontext(), stop.interrupting():
+                if is_sampling:
+                    path = self.logger.log_samples(self.logger.num_steps, self.sampler(), self.captions)
+                    self.progress.say(redact(f"samples: {path}"))
+                if is_evaluating:
+                    self.progress.say(self.evaluation())
+        except Interrupted:
+            self.progress.say("the pictures are given up")
 
     def _tell_stopped(self, stop: StopRequest) -> None:
         self.logger.event("stopped", reason=stop.signal.name)

@@ -198,6 +198,12 @@ class DiffusionTrainingModule:
                     state[f"pipe.{root}.{name}".removeprefix(remove_prefix or "")] = to_numpy(parameter)
         return state
 
+    @property
+    def is_whole_pipeline(self) -> bool:
+        """Whether all of the network is trained, and the pipeline can be saved as one."""
+        return (list(self.trainable) == [self.pipe.network] and not self.lora_base_model
+                and hasattr(self.pipe, "update_pretrained"))
+
     def save(self, path: Path, remove_prefix: str | None = None, metadata: dict[str, str] | None = None) -> None:
         """Write what was trained: a LoRA in diffusers naming, or weights by name. Never half a file."""
         if self.lora_base_model and set(self.trainable) == {self.lora_base_model}:

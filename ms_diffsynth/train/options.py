@@ -31,6 +31,9 @@ class TrainingOptions:
     seed: int = 42
     save_steps: int | None = None
     sample_steps: int | None = None
+    evaluation_steps: int | None = None
+    evaluation_count: int = 64
+    evaluation_reference: str | None = None  # a folder of pictures
     resume: str = "none"  # or "auto", or the path of a checkpoint
     accept_changes: tuple[str, ...] = ()  # what may differ from the checkpoint's run
     checkpoint_steps: int | None = None  # None: with every save; 0: never
@@ -50,7 +53,7 @@ class TrainingOptions:
 
     def __post_init__(self):
         least = {"batch_size": 1, "gradient_accumulation_steps": 1, "num_epochs": 1, "max_train_steps": 1,
-                 "loss_scale": 1, "checkpoint_steps": 0, "keep_checkpoints": 2}
+                 "loss_scale": 1, "evaluation_steps": 1, "checkpoint_steps": 0, "keep_checkpoints": 2}
         wrong = [f"{name}={value}: expected at least {limit}." for name, limit in least.items()
                  if (value := getattr(self, name)) is not None and value < limit]
         if not self.grace_seconds > 0:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ms_diffsynth.data.loader import Batch
 from ms_diffsynth.errors import DataError, UserError
 from ms_diffsynth.io.cache import Cache
 from ms_diffsynth.pipeline import Pipeline
@@ -37,7 +38,7 @@ class PreparedRows:
 
     def __init__(self, dataset: Any, module: DiffusionTrainingModule, cut: Cut, limit_bytes: int = 8 << 30):
         self.dataset, self.module, self.cut, self.limit_bytes = dataset, module, cut, limit_bytes
-        self.rows = min(len(getattr(dataset, "rows", dataset)), len(dataset))
+        self.rows = _count(dataset)
         self._kept: dict[int, PreparedRow] = {}
         self._buckets: dict[int, tuple[int, ...]] = {}
         self.kept_bytes = 0
@@ -75,6 +76,10 @@ class PreparedRows:
             self[row]
         return self._buckets[row]
 
+    def label(self, row: int) -> str:
+        """What to call a row in a message."""
+        return label_of(self.dataset, row)
+
     def _make(self, row: int) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
         return prepare_row(self.dataset, row, self.module, self.cut)
 
@@ -93,6 +98,9 @@ class CachedRows(PreparedRows):
         super().__init__(range(len(self.planned) * repeat), module, None, limit_bytes)
         self.rows = len(self.planned)
 
+    def label(self, row: int) -> str:
+        return self.planned[row].label
+
     def _make(self, row: int) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
         return self.cache.read(self.planned[row].key, self.planned[row].label)
 
@@ -104,8 +112,38 @@ def prepare_row(dataset: Any, row: int, module: DiffusionTrainingModule,
     try:
         return module.prepare(data, cut), picture_size(data)
     except UserError as error:
-        label = dataset.label(row) if hasattr(dataset, "label") else f"row {row + 1}"
-        raise type(error)(f"{label}: {error}") from error
+        raise type(error)(f"{label_of(dataset, row)}: {error}") from error
+
+
+def label_of(dataset: Any, row: int) -> str:
+    """What to call row ``row`` of a data set in a message."""
+    return dataset.label(row) if hasattr(dataset, "label") else f"row {row + 1}"
+
+
+def rows_of(batch: Batch, dataset: Any, class_dataset: Any = None) -> list[dict[str, Any]]:
+    """The rows of a batch as their owner knows them: the row of the metadata, counted from 1, its files, and the number
+    of the sample in the whole run. Class images come last and have a field of their own.
+    """
+    half = len(batch.indices) if class_dataset is None else len(batch.indices) // 2
+    found = []
+    for k, (index, sample) in enumerate(zip(batch.indices.tolist(), batch.sample_indices.tolist())):
+        source, kind = (dataset, {}) if k < half else (class_dataset, {"set": "class"})
+        row = index % _count(source)
+        found.append({"row": row + 1, "name": label_of(source, row), "sample": sample} | kind)
+    return found
+
+
+def name_row(row: dict[str, Any]) -> str:
+    """``cat.png (row 3, sample 17)`` for one of `rows_of`."""
+    number, kind = f"row {row['row']}", "class image " if "set" in row else ""
+    place = "" if row["name"] == number else f"{number}, "
+    return f"{kind}{row['name']} ({place}sample {row['sample']})"
+
+
+def _count(dataset: Any) -> int:
+    """Rows, each counted once, however often an epoch shows it."""
+    rows = getattr(dataset, "rows", dataset)
+    return rows if isinstance(rows, int) else min(len(rows), len(dataset))
 
 
 def picture_size(data: dict[str, Any]) -> tuple[int, int]:

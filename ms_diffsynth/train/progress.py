@@ -32,12 +32,12 @@ class Progress:
         if self.enabled:
             tqdm.write(text, file=sys.stderr)
 
-    def begin(self, total: int, text: str, unit: str) -> None:
-        """Start the bar of a phase."""
+    def begin(self, total: int, text: str, unit: str, done: int = 0) -> None:
+        """Start the bar of a phase, of which so many are ``done`` already."""
         self.end()
-        self.bar = tqdm(total=total, desc=text, unit=unit, dynamic_ncols=True, mininterval=0.2, file=sys.stderr,
-                        disable=not (self.enabled and self.is_terminal))
-        self._text, self._total, self._count, self._said = text, total, 0, time.monotonic()
+        self.bar = tqdm(total=total, initial=done, desc=text, unit=unit, dynamic_ncols=True, mininterval=0.2,
+                        file=sys.stderr, disable=not (self.enabled and self.is_terminal))
+        self._text, self._total, self._count, self._said = text, total, done, time.monotonic()
 
     def advance(self, **shown: str) -> None:
         """One more, with values to show beside the bar."""

@@ -131,6 +131,8 @@ def _roots(model: DiffusionTrainingModule) -> list[str]:
 def _trained(model: DiffusionTrainingModule, logger: ModelLogger) -> str:
     """As `Card` has it: the network's LoRA, the network as diffusers names it, or what else it is in words."""
     network, names = model.pipe.network, list(model.trainable)
+    if model.is_whole_pipeline:
+        return "pipeline"
     if names == [model.lora_base_model]:
         return "lora" if names == [network] else f"A LoRA of {names[0]}"
     if names == [network] and logger.remove_prefix_in_ckpt == f"pipe.{network}.":

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mindspore import Parameter, ops
 
 from ms_diffsynth import __version__, runtime
@@ -32,6 +33,7 @@ from ms_diffsynth.io.checkpoint import (
 )
 from ms_diffsynth.io.lock import lock_folder
 from ms_diffsynth.io.settings import without_secrets
+from ms_diffsynth.io.weights import FLOATS
 from ms_diffsynth.nn.names import load_state, to_numpy
 from ms_diffsynth.program import Cut
 from ms_diffsynth.train.distributed import Accelerator
@@ -53,6 +55,7 @@ MAY_CHANGE = frozenset("""
     dataset_metadata_path class_base_path class_metadata_path cache_dir output_path remove_prefix_in_ckpt
     trust_template_code trust_template_sha256 num_epochs max_train_steps num_workers find_unused_parameters
     resume accept_changes checkpoint_steps keep_checkpoints grace_seconds save_steps
+    evaluation_steps evaluation_count evaluation_reference
     sample_count sample_steps sample_prompts sample_template_inputs sample_seed num_inference_steps sample_height
     sample_width enable_tensorboard_log push_to_hub hub_model_id hub_private_repo hub""".split())
 
@@ -227,7 +230,8 @@ def restore(step: TrainStep, checkpoint: Checkpoint, now: Mapping[str, Any]) -> 
         now: the present `identity`. A loss scale that it changes is not restored; a moving average that was not kept
             before starts from the weights.
 
-    Raises: CheckpointError when the checkpoint has no weights or no moments; WeightError when they are of others.
+    Raises: CheckpointError when the checkpoint has no weights or no moments, or holds what is not finite; WeightError
+        when they are of others.
     """
     own = parameters_of(step)
     lost = [name for name in ("weights", "moments") if name not in checkpoint.groups]
@@ -238,7 +242,11 @@ def restore(step: TrainStep, checkpoint: Checkpoint, now: Mapping[str, Any]) -> 
         own.pop("loss_scale", None)
     for name, parameters in own.items():
         if name in checkpoint.groups:
-            load_state(parameters, checkpoint.read(name))
+            state = checkpoint.read(name)
+            if odd := [n for n, array in state.items() if array.dtype.name in FLOATS and not np.isfinite(array).all()]:
+                raise CheckpointError(f"{checkpoint.path} holds numbers in {name} that are not finite: {listing(odd)}. "
+                                      "Training cannot go on from them: resume from an earlier checkpoint.")
+            load_state(parameters, state)
     if step.ema is not None and "ema" not in checkpoint.groups:
         for average, weight in zip(step.ema.average, step.ema.parameters):
             ops.assign(average, weight.astype(average.dtype))

@@ -26,11 +26,34 @@ class Stopped(SystemExit):
     """A signal was obeyed; uncaught it ends the process with 128 + the signal's number, as shells count."""
 
 
+class Interrupted(BaseException):
+    """A signal came in a block that can be given up. No ``except Exception`` inside takes it for a failure."""
+
+
 class StopRequest:
     """Whether somebody asked to stop: ``signal`` is None until then. What to stop asks between two steps."""
 
     def __init__(self):
         self.signal: signal.Signals | None = None
+        self._can_interrupt = False
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """A signal inside the block raises `Interrupted`, once: for work that nobody needs any more then."""
+        self._can_interrupt = True
+        try:
+            yield
+        except Interrupted:
+            while self.signal is None:  # the thread is about to note it
+                time.sleep(0.001)
+            raise
+        finally:
+            self._can_interrupt = False
+
+    def _handle(self, *_: object) -> None:
+        if self._can_interrupt:
+            self._can_interrupt = False  # whatever puts things right on the way out is left in peace
+            raise Interrupted
 
 
 @contextlib.contextmanager
@@ -64,8 +87,8 @@ def _watched(stop: StopRequest, grace_seconds: float) -> Iterator[None]:
     thread = threading.Thread(target=_watch, args=(reader, stop, grace_seconds), name="signals", daemon=True)
     thread.start()
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    # without a handler the system would not tell the pipe; this one does nothing more
-    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS
+    # without a handler the system would not tell the pipe
+    before = {number: signal.signal(number, stop._handle) for number in SIGNALS
               if signal.getsignal(number) != signal.SIG_IGN}
     _active = stop
     try:

@@ -31,11 +31,11 @@ def test_what_cannot_be_meant(run, words, expected):
     assert len(err.splitlines()) == 1
 
 
-def test_debug_shows_the_traceback():
-    with pytest.raises(ConfigError):
-        main(["train", "--learning_rate", "1", "--debug"])
-    with pytest.raises(ConfigError):
-        main(["--debug", "train", "--learning_rate", "1"])
+def test_debug_shows_the_traceback(capsys):
+    for words in (["train", "--learning_rate", "1", "--debug"], ["--debug", "train", "--learning_rate", "1"]):
+        assert main(words) == 64
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0].startswith("Traceback") and "ms_diffsynth.errors.ConfigError: 3 settings are wrong:" in lines
 
 
 def test_a_help_text_and_a_config_error_import_no_framework(python):
@@ -64,10 +64,10 @@ def test_run_main(capsys):
     assert run_main(lambda: None) == 0 and run_main(lambda: 3) == 3
     assert run_main(fail(WeightError("w"))) == 66 and capsys.readouterr().err == "WeightError: w\n"
     assert run_main(fail(KeyboardInterrupt())) == 130
-    with pytest.raises(WeightError):
-        run_main(fail(WeightError("w")), debug=True)
-    with pytest.raises(ZeroDivisionError):  # our own mistakes are not hidden
-        run_main(fail(ZeroDivisionError()))
+    assert run_main(fail(WeightError("w")), debug=True) == 66 and ", in function\n" in capsys.readouterr().err
+    assert run_main(fail(ZeroDivisionError())) == 70 and "ZeroDivisionError\nThis was not" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_main(fail(SystemExit(3)))
 
 
 def test_the_parser_of_training_scripts():

@@ -80,6 +80,7 @@ def test_what_was_trained_can_be_downloaded(run, config, hub, monkeypatch, tmp_p
     assert str(tmp_path) not in card and "/opt" not in card and TOKEN not in card
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("fault", [{"status": 503}, {"status": 401}, {"is_cut": True}], ids=str)
 def test_a_hub_that_fails_costs_nothing(run, config, hub, fault):
     hub.fail("POST", times=999, **fault)
@@ -91,6 +92,7 @@ def test_a_hub_that_fails_costs_nothing(run, config, hub, fault):
     assert events()[-1]["reason"].startswith(f"HubError: {NAME}: making the repository")
 
 
+@pytest.mark.fault
 def test_what_failed_is_told_at_the_end(config, hub, python, monkeypatch):
     """In a process of its own: pytest takes the log."""
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
@@ -103,6 +105,7 @@ def test_what_failed_is_told_at_the_end(config, hub, python, monkeypatch):
                     rf"sends them\. The last failure: HubError: {NAME}: making the repository was refused", last), last
 
 
+@pytest.mark.fault
 def test_a_slow_hub_does_not_slow_training(run, config, hub):
     hub.fail("POST /api/repos/create", seconds=2.0)
     code, _, err = run("train", config, *QUICK, "--save_steps", 1)
@@ -112,6 +115,7 @@ def test_a_slow_hub_does_not_slow_training(run, config, hub):
     assert order.count("saved") == 4 and len(hub.messages) <= 2  # what waited was replaced by what came later
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("error, code", [(TrainingError("no more"), 65), (KeyboardInterrupt(), 130)], ids=repr)
 def test_training_that_stops_waits_for_the_hub_a_little(run, config, hub, monkeypatch, error, code):
     def stop(self, record, log_step=ModelLogger.log_step):
@@ -126,6 +130,7 @@ def test_training_that_stops_waits_for_the_hub_a_little(run, config, hub, monkey
     next(thread for thread in threading.enumerate() if thread.name == "upload").join()  # the hub is there as long
 
 
+@pytest.mark.fault
 def test_a_card_that_fails_does_not_keep_the_weights_here(run, config, hub, monkeypatch):
     def fail(*_):
         raise RuntimeError("no card")
@@ -170,6 +175,7 @@ def test_settings_that_cannot_be_meant(run, config, words, expected):
     assert code == 64 and expected in err and not Path("out").exists()
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("words", [["--hub_token", "swordfish1"], ["--hub_token=swordfish1"], ["--token", "swordfish1"],
                                    ["--token"]])
 @pytest.mark.parametrize("command", ["train", "describe"])
@@ -180,6 +186,7 @@ def test_a_token_is_no_flag(run, config, command, words):
     assert "hf auth login" in err and "HF_TOKEN" in err and "MODELSCOPE_API_TOKEN" in err
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("line", ["run:\n  hub_token: swordfish1", "hub_token: swordfish1",
                                   "run:\n  token: [swordfish1]"])
 def test_a_token_is_no_setting(run, tmp_path, line):
@@ -203,7 +210,7 @@ BASE = "black-forest-labs/FLUX.2-klein-base-4B:transformer/*.safetensors"
 def card(trainable=("dit",), lora=None, prefix="pipe.dit.", **changes):
     pipe = type("Flux2ImagePipeline", (), {"network": "dit", "inputs": ("prompt", "input_image"),
                                           "given_as": {BASE: "dit", KLEIN: "text_encoder"}})()
-    model = SimpleNamespace(pipe=pipe, trainable=trainable, lora_base_model=lora)
+    model = SimpleNamespace(pipe=pipe, trainable=trainable, lora_base_model=lora, is_whole_pipeline=False)
     logger = SimpleNamespace(saved=[Path("out/epoch-0.safetensors"), Path("out/epoch-1.safetensors")], num_steps=7,
                              samples={}, settings={"learning_rate": 1e-4}, remove_prefix_in_ckpt=prefix)
     args = {"hub_model_id": "me/x", "hub": "huggingface", "family": "flux2", "sample_prompts": (), "seed": 1,

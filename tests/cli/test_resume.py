@@ -105,6 +105,7 @@ def go_on(run, config, whole):
         assert Path("out", name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.fault
 def test_kill_9_at_a_random_step(run, config, start, whole):
     steps = random.randrange(7, 20)
     process = start("--resume", "auto")
@@ -115,6 +116,7 @@ def test_kill_9_at_a_random_step(run, config, start, whole):
     go_on(run, config, whole)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal(run, config, start, whole, number, code):
     process = start()
@@ -130,6 +132,7 @@ def test_a_signal(run, config, start, whole, number, code):
     go_on(run, config, whole)
 
 
+@pytest.mark.fault
 def test_a_process_that_hangs(run, config, start, whole):
     process = start("--grace_seconds", "0.5", code=HANG)
     wait_until(Path("out/hanging").exists, process)
@@ -140,6 +143,7 @@ def test_a_process_that_hangs(run, config, start, whole):
     go_on(run, config, whole)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("signals, code", [(1, 143), (2, 143)])
 def test_a_signal_while_a_state_is_saved(run, config, start, whole, signals, code):
     process = start(code=SLOW_SAVES)
@@ -153,6 +157,7 @@ def test_a_signal_while_a_state_is_saved(run, config, start, whole, signals, cod
         go_on(run, config, whole)
 
 
+@pytest.mark.fault
 def test_two_runs_in_one_folder(run, config):
     with lock_folder("out"):
         code, _, err = run("train", config, *FLAGS)
@@ -160,6 +165,7 @@ def test_two_runs_in_one_folder(run, config):
         assert [p.name for p in Path("out").iterdir()] == [".lock"], "not even config.yaml"
 
 
+@pytest.mark.fault
 def test_a_new_run_in_the_folder_of_an_old_one_is_refused_before_any_model_is_loaded(run, config):
     assert run("train", config, *FLAGS, "--max_train_steps", "2")[0] == 0
     before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
@@ -185,6 +191,7 @@ def test_settings_that_cannot_be_meant(run, config, flags, expected):
     assert code == 64 and expected in err and not Path("out").exists()
 
 
+@pytest.mark.fault
 @pytest.mark.slow
 def test_a_template(run, tmp_path):
     """2 epochs at once, and the second one of them after a first."""

@@ -97,6 +97,7 @@ def test_a_template_for_editing_over_a_base_in_eight_bits(run, model, data):
     assert Path("split/epoch-0.safetensors").read_bytes() == Path("plain/epoch-0.safetensors").read_bytes()
 
 
+@pytest.mark.fault
 def test_nothing_runs_without_the_flag(run, model, data):
     code, _, err = run("train", *flags(model, data, output_path="out"))
     digest = hashlib.sha256((BRIGHTNESS / "model.py").read_bytes()).hexdigest()
@@ -107,6 +108,7 @@ def test_nothing_runs_without_the_flag(run, model, data):
     assert run("train", *flags(model, data), TRUST, "--trust_template_sha256", "0" * 64)[0] == 77
 
 
+@pytest.mark.fault
 def test_a_configuration_file_cannot_vouch_for_code(run, tmp_path):
     (tmp_path / "c.yaml").write_text("model:\n  family: flux2\n  trust_template_code: true\n"
                                      "data:\n  dataset_base_path: x\nrun:\n  num_epochs: 1\n")
@@ -114,6 +116,7 @@ def test_a_configuration_file_cannot_vouch_for_code(run, tmp_path):
     assert code == 64 and "trust_template_code in c.yaml line 3: a file cannot vouch for code." in err
 
 
+@pytest.mark.fault
 def test_the_code_is_shown_and_not_run(run, tmp_path):
     (tmp_path / "t").mkdir()
     (tmp_path / "t/model.py").write_text("open('canary', 'w')\n")

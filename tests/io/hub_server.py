@@ -31,6 +31,7 @@ class HubServer:
     Attributes:
         requests: (method, path, range header or None) of every request, in order.
         cuts: file name -> how many of its next downloads end half-way.
+        instead: file name -> what its next downloads send instead, under the name and the digest of the true content.
         hidden: files that are listed but cannot be downloaded.
         status: when not None, every request is answered with it.
     """
@@ -39,6 +40,7 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.cuts: dict[str, int] = {}
+        self.instead: dict[str, list[bytes]] = {}
         self.hidden: set[str] = set()
         self.status: int | None = None
 
@@ -117,8 +119,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, name: str, data: bytes, commit: str, has_body: bool) -> None:
         headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if has_body and self.hub.instead.get(name):
+            data = self.hub.instead[name].pop(0)
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(wanted[1]) if wanted else 0
+        if start > len(data):
+            return self._send(416, {"Content-Range": f"bytes */{len(data)}"})
         if wanted:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         body = data[start:]

@@ -9,6 +9,8 @@ import pytest
 from ms_diffsynth.errors import CacheError, OutputError
 from ms_diffsynth.io.cache import Cache, PlannedRow, differences, digest_of
 
+pytestmark = pytest.mark.fault
+
 SLOTS = {"moments": np.arange(24, dtype=np.float32).reshape(2, 3, 4), "ids": np.array([3, 1, 2], np.int32)}
 FINGERPRINT = {"pipeline": "Toy", "dtype": "float32", "models": {"vae": "a" * 64, "text": "b" * 64},
                "pictures": {"instance": {"image": {"Crop": {"height": 16, "width": 16}}}}}

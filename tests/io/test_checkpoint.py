@@ -96,6 +96,7 @@ def test_the_manifest_is_written_last_and_names_every_file(tmp_path):
                                                                       if f.name != MANIFEST}
 
 
+@pytest.mark.fault
 def test_groups_are_read_when_asked_for(tmp_path):
     found = open_checkpoint_folder(save_checkpoint(tmp_path, 1, GROUPS, STATE))
     with pytest.raises(CheckpointError, match=r"no group 'wights': it has weights, moments, ema\. Did you mean 'wei"):
@@ -113,6 +114,7 @@ def test_the_same_step_again_replaces_it(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.fault
 def test_space_for_all_of_it_is_checked_first(tmp_path):
     calls = FaultyCalls()
     calls.free = lambda folder: 1500  # the weights alone would fit
@@ -138,6 +140,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path, gr
 # -- opening -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault
 def test_latest_is_the_highest_step_that_verifies(tmp_path, caplog):
     assert latest(tmp_path / "none") is None and latest(tmp_path) is None
     save(tmp_path, 5, 123456789, 40, 100)
@@ -177,6 +180,7 @@ def test_every_flipped_bit_is_found(tmp_path):
     assert open_checkpoint_folder(path).step == 1
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.json", MANIFEST])
 def test_a_file_that_was_cut_is_found(tmp_path, caplog, name):
     save(tmp_path, 1)
@@ -195,6 +199,7 @@ def test_a_file_that_was_cut_is_found(tmp_path, caplog, name):
     assert latest(tmp_path).step == 2
 
 
+@pytest.mark.fault
 def test_all_damaged_files_are_named(tmp_path):
     path = save_checkpoint(tmp_path, 1, GROUPS, STATE)
     (path / "ema.safetensors").unlink()
@@ -208,6 +213,7 @@ def test_all_damaged_files_are_named(tmp_path):
     assert error.value.exit_code == 78
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("change, message", [
     (lambda path: (path / MANIFEST).unlink(), r"MANIFEST\.json: No such file"),
     (lambda path: (path / MANIFEST).write_bytes(b"\xff{"), r"MANIFEST\.json: 'utf-8' codec"),
@@ -232,6 +238,7 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path, change, message):
     assert latest(tmp_path) is None
 
 
+@pytest.mark.fault
 def test_links_and_pipes_are_not_followed(tmp_path, caplog):
     good = save(tmp_path / "elsewhere", 9)
     save(tmp_path / "root", 1)
@@ -257,6 +264,7 @@ def test_links_and_pipes_are_not_followed(tmp_path, caplog):
             open_checkpoint_folder(path)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("name", ["step-1", "root", "step-00000002", "."])
 def test_what_is_no_checkpoint_is_refused(tmp_path, name):
     save(tmp_path / "root", 1)
@@ -276,6 +284,7 @@ def test_the_newest_are_kept(tmp_path):
     assert steps_in(tmp_path) == [4, 5, 6] and len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.fault
 def test_a_damaged_one_never_takes_the_place_of_a_sound_one(tmp_path, caplog):
     saved = save(tmp_path, 1, 2, 3, 4, 5)
     for step in (3, 4):
@@ -300,6 +309,7 @@ def test_fewer_than_two_are_refused(tmp_path):
     assert steps_in(tmp_path) == [1, 2, 3]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("at, left", [(0, [1, 2, 3]), (2, [2, 3]), (4, [2, 3])], ids=["rename", "fsync", "rmtree"])
 def test_what_cannot_be_removed_is_a_warning(tmp_path, caplog, at, left):
     calls = FaultyCalls(at, errno.EACCES)

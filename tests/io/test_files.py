@@ -38,6 +38,7 @@ def calls_of(action) -> int:
     return len(calls.made)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("old", [OLD, None], ids=["old", "none"])
 def test_write_file_is_old_or_new_whatever_call_fails(tmp_path, fault, old):
@@ -60,6 +61,7 @@ def test_write_file_is_old_or_new_whatever_call_fails(tmp_path, fault, old):
         assert fault == "kill" or has_failed_to_unlink or not leftovers(folder), calls.made
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("fault", FAULTS)
 def test_write_file_reports_every_fault(tmp_path, fault):
     for at in range(calls_of(lambda calls: write_file(tmp_path / "count", NEW, calls=calls))):
@@ -73,6 +75,7 @@ def test_write_file_syncs_the_data_before_and_the_folder_after_the_rename(tmp_pa
     assert calls.made == ["free", "open", "write", "fsync", "close", "rename", "open", "fsync", "close"]
 
 
+@pytest.mark.fault
 def test_write_file_makes_folders_and_takes_short_writes_and_views(tmp_path):
     path = tmp_path / "a" / "b" / "f"
     write_file(path, [memoryview(OLD), memoryview(b""), memoryview(NEW)], calls=FaultyCalls(most=7))
@@ -81,6 +84,7 @@ def test_write_file_makes_folders_and_takes_short_writes_and_views(tmp_path):
     assert path.read_bytes() == b""
 
 
+@pytest.mark.fault
 def test_write_file_follows_no_link(tmp_path):
     (tmp_path / "target").write_bytes(OLD)
     (tmp_path / "link").symlink_to(tmp_path / "target")
@@ -89,6 +93,7 @@ def test_write_file_follows_no_link(tmp_path):
     assert (tmp_path / "link").read_bytes() == NEW
 
 
+@pytest.mark.fault
 def test_write_file_checks_the_space_first(tmp_path):
     calls = FaultyCalls()
     calls.free = lambda folder: 100
@@ -99,6 +104,7 @@ def test_write_file_checks_the_space_first(tmp_path):
     write_file(tmp_path / "f", NEW, calls=calls)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("number, text", [
     (errno.EACCES, r"EACCES .* Choose a folder this user may write to\."), (errno.EROFS, "EROFS"),
     (errno.EDQUOT, "EDQUOT .* quota"), (errno.EIO, "EIO .* Check the disk"),
@@ -108,6 +114,7 @@ def test_errors_name_the_errno_and_the_remedy(tmp_path, number, text):
         write_file(tmp_path / "f", NEW, calls=FaultyCalls(1, number))
 
 
+@pytest.mark.fault
 def test_impossible_paths_are_explained(tmp_path):
     (tmp_path / "file").write_bytes(OLD)
     (tmp_path / "folder").mkdir()
@@ -120,6 +127,7 @@ def test_impossible_paths_are_explained(tmp_path):
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("has_exchange", [True, False])
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("is_new", [True, False])
@@ -167,6 +175,7 @@ def test_stage_folder_syncs_every_file_and_folder_even_those_written_by_others(t
     assert tree(tmp_path / "out") == {"sub/foreign": NEW}
 
 
+@pytest.mark.fault
 def test_stage_folder_refuses_what_is_there(tmp_path):
     write_file(tmp_path / "out" / "f", OLD)
     (tmp_path / "empty").mkdir()
@@ -192,6 +201,7 @@ def test_stage_folder_checks_the_space_that_is_asked_for(tmp_path):
         pass
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("fault", FAULTS)
 def test_remove_folder_leaves_it_whole_or_gone(tmp_path, caplog, fault):
     names = ["rename", "open", "fsync", "close", "rmtree"]
@@ -230,6 +240,7 @@ def test_stage_refuses_a_name_twice(tmp_path):
         stage.write("f", NEW)
 
 
+@pytest.mark.fault
 def test_append_line_ends_a_torn_line_and_takes_back_a_half_one(tmp_path):
     path = tmp_path / "log"
     append_line(path, "one")
@@ -252,6 +263,7 @@ def test_sha256(tmp_path):
     assert sha256_of(tmp_path / "f") == hashlib.sha256(NEW * 500).hexdigest()
 
 
+@pytest.mark.fault
 def test_files_obey_the_umask(tmp_path):
     before = os.umask(0o027)
     try:

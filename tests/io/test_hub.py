@@ -65,6 +65,7 @@ def test_a_pattern_downloads_what_it_names_and_nothing_else(hub, config, pattern
         assert (Path(root) / name).read_bytes() == FILES[name]
 
 
+@pytest.mark.fault
 def test_the_revision_is_pinned_and_logged(hub, config, caplog):
     caplog.set_level(logging.INFO)
     first = config("vae/config.json")
@@ -113,6 +114,7 @@ def test_names_that_are_wrong(config, change, text):
         config("vae/", **change).resolve()
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("settings, text", [
     ({"is_gated": True, "token": "x"}, r"is gated \(403\)\. Accept its terms"), ({"token": "x"}, r"private \(401\)"),
 ])
@@ -133,12 +135,14 @@ def test_the_token_of_huggingface_hub_is_used(hub, config, monkeypatch):
     assert config("vae/config.json").resolve()[0].is_file()
 
 
+@pytest.mark.fault
 def test_an_endpoint_with_a_password_is_refused():
     with pytest.raises(HubError, match="holds a user name or a password") as caught:
         ModelConfig(model_id=NAME, endpoint=f"https://me:{SECRET}@hub.example").resolve()
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("status", [403, 418])
 def test_other_refusals_give_their_status(hub, config, status):
     hub.status = status
@@ -146,6 +150,7 @@ def test_other_refusals_give_their_status(hub, config, status):
         config("vae/").resolve()
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_cut_download_goes_on_where_it_stopped(hub, config, caplog, times):
     data = bytes(range(256)) * 150_000
@@ -159,6 +164,24 @@ def test_a_cut_download_goes_on_where_it_stopped(hub, config, caplog, times):
     assert f"attempt {times + 1} of 3 follows" in caplog.text or "Trying to resume" in caplog.text
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("damage", [lambda data: bytes([data[0] ^ 1]) + data[1:], lambda data: data[:-3],
+                                    lambda data: data + b"more"], ids=["a flipped bit", "too short", "too long"])
+def test_a_file_that_arrives_otherwise_than_announced_is_fetched_again_or_not_kept(hub, config, tmp_path, damage):
+    name = "vae/model.safetensors"
+    hub.instead[name] = [damage(FILES[name])]
+    assert config(name).resolve()[0].read_bytes() == FILES[name]
+    hub.add(NAME, {name: b"other" * 1000})
+    hub.instead[name] = [damage(b"other" * 1000)] * 99
+    with pytest.raises(HubError, match=rf"{name} could not be downloaded from 127.0.0.1 in 3 attempts"):
+        config(name).resolve()
+    found = {path.read_bytes() for path in (tmp_path / "cache").rglob("snapshots/*/*/*")}
+    assert found == {FILES[name]}, "what is damaged is not kept"
+    hub.instead.clear()
+    assert config(name).resolve()[0].read_bytes() == b"other" * 1000
+
+
+@pytest.mark.fault
 def test_a_file_that_is_listed_but_not_there(hub, config, monkeypatch):
     listed = hub.repositories[NAME].commits[hub.commit]
     monkeypatch.setattr(hub, "hidden", {"vae/config.json"})
@@ -167,6 +190,7 @@ def test_a_file_that_is_listed_but_not_there(hub, config, monkeypatch):
         config("vae/").resolve()
 
 
+@pytest.mark.fault
 def test_a_download_that_is_always_cut_says_what_is_absent_and_leaves_no_half_file(hub, config, tmp_path):
     hub.cuts["vae/model.safetensors"] = 100
     with pytest.raises(HubError, match=r"vae/model.safetensors could not be downloaded from 127.0.0.1 in 3 attempts"):
@@ -174,6 +198,7 @@ def test_a_download_that_is_always_cut_says_what_is_absent_and_leaves_no_half_fi
     assert not list((tmp_path / "cache").rglob("snapshots/*/vae/model.safetensors"))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("way", ["refused", "500", "skip_download"])
 def test_without_a_connection_the_cache_is_used_and_said(hub, config, caplog, way):
     config("vae/").resolve()
@@ -196,6 +221,7 @@ def test_without_a_connection_the_cache_is_used_and_said(hub, config, caplog, wa
         config("vae/", model_id="team/other", **kwargs).resolve()
 
 
+@pytest.mark.fault
 def test_a_refused_connection_without_a_cache_names_the_host(hub, config):
     hub.stop()
     with pytest.raises(HubError, match=r"cannot be had: the connection to 127.0.0.1 failed \(\w+\), and the cache"):
@@ -219,12 +245,14 @@ def test_offline_by_environment(hub, config, tmp_path):
     assert len(hub.requests) == before
 
 
+@pytest.mark.fault
 def test_a_repository_with_files_outside_is_not_used(hub, config):
     hub.add(NAME, {"../evil": b"x", "vae/config.json": b"x"})
     with pytest.raises(HubError, match=r"lead out of it: \.\./evil"):
         config("vae/").resolve()
 
 
+@pytest.mark.fault
 def test_a_full_disk_is_told_from_a_lost_connection(config, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")

@@ -78,6 +78,7 @@ def test_the_lock_is_given_back_and_is_exclusive_within_a_process(tmp_path, capl
     assert caplog.messages == [] and (tmp_path / "new" / "out" / LOCK).read_bytes() == b""
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("left, is_taken", [
     (owner(), False), (owner(host="elsewhere"), False), (owner(boot_id="another"), True),
     (owner(pid=os.getpid()), True), (owner(pid=-1), True), ({"pid": "x"}, True), ([1], True), ("half of a re", True),
@@ -96,6 +97,7 @@ def test_without_flock_the_file_decides(tmp_path, monkeypatch, left, is_taken):
             pass
 
 
+@pytest.mark.fault
 def test_leftovers_of_the_dead_are_removed_and_only_those(tmp_path):
     dead = dead_pid()
     (tmp_path / LOCK).write_text(json.dumps(owner(pid=os.getppid())))  # its number has been given to another process
@@ -115,6 +117,7 @@ def test_leftovers_of_the_dead_are_removed_and_only_those(tmp_path):
     assert (tmp_path / "step-00000001" / "sub" / "f").read_text() == ".old-step-00000001-0123abcd"
 
 
+@pytest.mark.fault
 def test_the_folder_is_synced_before_leftovers_go(tmp_path, monkeypatch):
     stage = tmp_path / f".tmp-{dead_pid()}-0123abcd"
     stage.mkdir()
@@ -130,6 +133,7 @@ def test_the_folder_is_synced_before_leftovers_go(tmp_path, monkeypatch):
     assert stage.exists()
 
 
+@pytest.mark.fault
 def test_a_link_is_not_followed_and_impossible_folders_are_explained(tmp_path):
     (tmp_path / "target").write_text("precious")
     (tmp_path / "out").mkdir()
@@ -140,6 +144,7 @@ def test_a_link_is_not_followed_and_impossible_folders_are_explained(tmp_path):
     assert (tmp_path / "target").read_text() == "precious"
 
 
+@pytest.mark.fault
 def test_a_full_disk_is_relieved_first(tmp_path, monkeypatch):
     stage = tmp_path / f".tmp-{dead_pid()}-0123abcd"
     stage.mkdir()

@@ -133,6 +133,7 @@ def test_a_module_whose_own_name_begins_like_a_prefix(tmp_path):
 A, B = "transformer.proj_out.lora_A.weight", "transformer.proj_out.lora_B.weight"
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("change, text", [
     ({"transformer.proj_ouch.lora_A.weight": np.ones((4, 8), np.float32)}, "proj_ouch is no module of the mo"),
     ({B: None}, "proj_out has no B"),
@@ -151,6 +152,7 @@ def test_whatever_is_left_over_is_an_error(tmp_path, change, text):
         load_lora(write(tmp_path / "f.safetensors", entries), MODULES)
 
 
+@pytest.mark.fault
 def test_all_left_overs_are_listed_at_once(tmp_path):
     entries = {f"x{k}.lora_A.weight": np.ones((2, 2), np.float32) for k in range(12)}
     with pytest.raises(WeightError, match=r"24 entries cannot be used|12 entries cannot be used") as caught:
@@ -175,6 +177,7 @@ def test_the_metadata_gives_the_scale(tmp_path, settings, scale):
     assert load_lora(path)["proj_out"][2] == scale
 
 
+@pytest.mark.fault
 def test_two_scales_that_disagree_are_refused(tmp_path):
     a, b = pairs()["proj_out"]
     metadata = {"lora_adapter_metadata": '{"transformer.lora_alpha": 8}'}

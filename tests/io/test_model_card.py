@@ -170,3 +170,18 @@ def test_anybodys_text_stays_text(text, tmp_path):
     assert yaml.safe_load(blocks(made, "yaml")[0])["prompt"] == text
     for block in blocks(made, "python"):
         ast.parse(block)
+
+
+@pytest.mark.parametrize("hub, library", [("huggingface", "huggingface_hub"), ("modelscope", "modelscope")])
+def test_a_whole_pipeline_is_loaded_as_one(hub, library, tmp_path):
+    text = card(model_id="me/faces", family="ddpm_unet", trained="pipeline", base_model=None, hub=hub,
+                pipeline_tag="unconditional-image-generation", instance_prompt=None, prompts=())
+    here, diffusers, mindone = blocks(text, "python")
+    assert f"from {library} import snapshot_download" in here and 'snapshot_download("me/faces")' in here
+    assert diffusers.startswith("from diffusers") and mindone.startswith("from mindone.diffusers")
+    for code in (here, diffusers, mindone):
+        compile(code, "card", "exec")
+        assert "me/faces" in code
+    assert "A diffusion model of pictures without prompts, trained with" in text
+    got = head(text, tmp_path)
+    assert got["library_name"] == "diffusers" and got["pipeline_tag"] == "unconditional-image-generation"

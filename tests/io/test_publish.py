@@ -53,6 +53,7 @@ def test_what_was_published_is_downloaded_again_byte_by_byte(hub, folder, tmp_pa
     assert staging(folder) == []
 
 
+@pytest.mark.fault
 def test_nothing_else_leaves_this_machine(hub, folder):
     publish(folder, NAME, endpoint=hub.endpoint)
     assert held(hub) == expected(folder)
@@ -88,6 +89,7 @@ def test_a_folder_with_nothing_to_send(tmp_path):
         choose(tmp_path / "none")
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("name, data, where", [
     ("README.md", b"# x\n\nlog in with hf_abcdefghijklmnop0123456789\n", r"README\.md line 3"),
     ("transformer/config.json", b'{"u": "https://me:pa55word@host/x"}', r"transformer/config\.json line 1"),
@@ -106,6 +108,7 @@ def test_a_secret_in_a_file_stops_everything(hub, folder, name, data, where):
 # -- the Hugging Face Hub and its faults ---------------------------------------------------------------------------
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("where, status, message", [
     ("POST /api/repos/create", 401, r"making the repository was refused by 127\.0\.0\.1 \(401\)\. Log in with"),
     ("POST /api/repos/create", 403, r"\(403\)\. Give the token write access"),
@@ -120,6 +123,7 @@ def test_a_refusal_is_told_at_once(hub, folder, waits, where, status, message):
     assert TOKEN not in str(caught.value) and hub.endpoint not in str(caught.value)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("fault, waited", [
     ({"where": COMMIT, "status": 503, "times": 3}, [1, 2, 4]),
     ({"where": "POST /api/repos/create", "status": 500}, [1]),
@@ -137,12 +141,14 @@ def test_what_passes_is_waited_for(hub, folder, waits, fault, waited):
     assert waits == waited
 
 
+@pytest.mark.fault
 def test_an_interrupted_file_is_whole_afterwards(hub, folder):
     hub.fail(PUT, is_cut=True, times=4)
     publish(folder, NAME, endpoint=hub.endpoint, files=["step-2.safetensors"])
     assert hub.calls(PUT) == 5 and held(hub)["step-2.safetensors"] == expected(folder)["step-2.safetensors"]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("fault, attempts, message", [
     ({"status": 503}, ATTEMPTS, r"the upload failed in 5 attempts: 127\.0\.0\.1 answered 503\. What is on this disk"),
     ({"is_cut": True}, ATTEMPTS, r"failed in 5 attempts: the connection to 127\.0\.0\.1 failed"),
@@ -157,6 +163,7 @@ def test_what_does_not_pass_ends(hub, folder, waits, fault, attempts, message):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.fault
 def test_the_clients_warnings_show_no_signed_address(hub, folder):
     stream = logging.StreamHandler(text := io.StringIO())
     logging.getLogger("huggingface_hub").addHandler(stream)
@@ -176,6 +183,7 @@ def test_a_repository_that_exists_is_used(hub, folder):
     assert held(hub) == expected(folder) and len(hub.messages) == 1
 
 
+@pytest.mark.fault
 def test_a_public_repository_is_not_used_for_what_is_private(hub, folder):
     hub.make(NAME, private=False)
     with pytest.raises(HubError, match=r"is public, and a private repository was asked for; nothing was sent\."):
@@ -204,12 +212,14 @@ def test_after_xet_fails_it_is_plain_lfs(hub, folder, monkeypatch):
     assert held(hub) == expected(folder) and hub.calls(PUT) == 3
 
 
+@pytest.mark.fault
 def test_a_file_lost_by_the_hub_is_found(hub, folder):
     hub.unwritable = {"step-2.safetensors"}
     with pytest.raises(HubError, match=r"does not hold step-2\.safetensors as sent"):
         publish(folder, NAME, endpoint=hub.endpoint)
 
 
+@pytest.mark.fault
 def test_a_refused_connection_names_the_host(hub, folder):
     hub.stop()
     with pytest.raises(HubError, match=r"making the repository failed in 5 attempts: the connection to 127\.0\.0\.1"):
@@ -239,6 +249,7 @@ def test_without_a_token(monkeypatch):
 # -- during training -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault
 def test_an_upload_in_the_background_is_what_was_there_then(hub, folder):
     want = expected(folder)
     hub.fail("POST /api/repos/create", seconds=0.3)
@@ -267,6 +278,7 @@ def test_the_newest_replaces_what_waits(hub, folder):
     assert staging(folder) == []
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("fault", [{"status": 401}, {"status": 503}, {"status": 429}, {"is_cut": True},
                                    {"status": 200, "body": b"no JSON"}])
 def test_a_failing_upload_is_one_line_and_nothing_more(hub, folder, caplog, fault):
@@ -281,6 +293,7 @@ def test_a_failing_upload_is_one_line_and_nothing_more(hub, folder, caplog, faul
     assert (folder / "step-2.safetensors").is_file() and staging(folder) == []
 
 
+@pytest.mark.fault
 def test_a_folder_that_is_gone_is_a_failure_too(hub, folder):
     upload = BackgroundUpload(NAME, endpoint=hub.endpoint)
     upload.submit(folder / "none")
@@ -289,6 +302,7 @@ def test_a_folder_that_is_gone_is_a_failure_too(hub, folder):
     assert held(hub) == expected(folder)
 
 
+@pytest.mark.fault
 def test_training_ends_although_the_hub_does_not_answer(hub, folder):
     hub.fail("POST /api/repos/create", seconds=1.0)
     upload = BackgroundUpload(NAME, endpoint=hub.endpoint)
@@ -334,6 +348,7 @@ def test_push_dry_run(hub, folder, command, capsys):
     assert hub.requests == []
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("flag", [["--token", TOKEN], [f"--hub_token={TOKEN}"], ["--token"]])
 def test_push_takes_no_token(folder, command, flag):
     with pytest.raises(ConfigError, match="a token is never a flag") as caught:

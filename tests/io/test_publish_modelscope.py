@@ -59,6 +59,7 @@ def test_modelscope_says_other_than_apache_of_an_unknown_licence(modelscope, fol
     assert modelscope.licences[NAME] == "Other"
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("fault, waited", [
     ({"where": "POST /api/v1/repos/models/writer/model/commit", "status": 503, "times": 2}, [1, 2]),
     ({"where": "POST /api/v1/models", "status": 429, "headers": {"Retry-After": "7"}}, [7]),
@@ -73,6 +74,7 @@ def test_modelscope_faults_that_pass(modelscope, folder, waits, fault, waited):
     assert waits == waited
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("status, message", [
     (401, r"was refused by 127\.0\.0\.1 \(401\)\. Set MODELSCOPE_API_TOKEN"), (403, r"\(403\)\. Give the token"),
     (500, r"failed in 5 attempts: 127\.0\.0\.1 answered 500")])
@@ -83,6 +85,7 @@ def test_modelscope_faults_that_stay(modelscope, folder, status, message):
     assert TOKEN not in str(caught.value) and MODELSCOPE_TOKEN not in str(caught.value)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("visibility", [3, 5])
 def test_modelscope_a_public_repository_is_not_used(modelscope, folder, visibility):
     modelscope.make(NAME, visibility)

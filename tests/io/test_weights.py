@@ -111,6 +111,7 @@ def test_floats_are_cast_and_integers_are_not(tmp_path, dtype):
     assert found["w"].dtype == BF16 and found["ids"].dtype == np.int64
 
 
+@pytest.mark.fault
 def test_a_cast_that_overflows_is_refused(tmp_path):
     save_state_dict(tmp_path / "f.safetensors", {"w": np.array([1e5, np.inf, 1.0], np.float32)})
     with pytest.raises(WeightError, match=r"tensor 'w' holds 100000.0, too large for float16"):
@@ -165,6 +166,7 @@ def test_one_shard_by_name_is_just_that(tmp_path):
         "blocks.0.weight", "blocks.1.weight"]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("source", [".", "*.safetensors"])
 def test_a_missing_shard_is_named_with_its_tensors(tmp_path, source):
     folder = sharded(tmp_path / "dit")
@@ -180,6 +182,7 @@ def test_a_shard_that_was_not_given_is_named(tmp_path):
         open_checkpoint(sorted(folder.glob("*-0000[1345]-*.safetensors")))
 
 
+@pytest.mark.fault
 def test_a_missing_shard_without_an_index_is_named(tmp_path):
     folder = sharded(tmp_path / "dit")
     (folder / "diffusion_pytorch_model.safetensors.index.json").unlink()
@@ -188,6 +191,7 @@ def test_a_missing_shard_without_an_index_is_named(tmp_path):
         open_checkpoint(folder)
 
 
+@pytest.mark.fault
 def test_a_shard_without_the_tensor_the_index_promises(tmp_path):
     folder = sharded(tmp_path / "dit")
     save_state_dict(folder / "diffusion_pytorch_model-00002-of-00005.safetensors", {"other": np.ones(1, np.float32)})
@@ -195,6 +199,7 @@ def test_a_shard_without_the_tensor_the_index_promises(tmp_path):
         open_checkpoint(folder)
 
 
+@pytest.mark.fault
 def test_a_name_in_two_files_is_refused(tmp_path):
     save_state_dict(tmp_path / "a.safetensors", tensors(2))
     save_state_dict(tmp_path / "b.safetensors", tensors(1))
@@ -202,6 +207,7 @@ def test_a_name_in_two_files_is_refused(tmp_path):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("text, message", [
     ("{", "no index of shards"), ("[]", "no index of shards"), ("{}", "no index of shards .KeyError"),
     ('{"weight_map": {"a": "../x.safetensors"}}', r"names files outside its folder: \.\./x"),
@@ -238,6 +244,7 @@ class Bomb:
         return (open, ("canary", "w"))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("suffix", [".bin", ".pth", ".ckpt", ".pt", ".safetensors"])
 def test_pickles_are_refused_whatever_they_are_called(tmp_path, monkeypatch, suffix):
     monkeypatch.chdir(tmp_path)
@@ -249,6 +256,7 @@ def test_pickles_are_refused_whatever_they_are_called(tmp_path, monkeypatch, suf
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.fault
 def test_a_file_cut_anywhere_is_named(tmp_path):
     path = tmp_path / "f.safetensors"
     save_state_dict(path, tensors(2))
@@ -260,6 +268,7 @@ def test_a_file_cut_anywhere_is_named(tmp_path):
             load_state_dict(path)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("header", [
     b"{", b"[]", b"\xff\xfe", b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',
     b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}',
@@ -272,6 +281,7 @@ def test_a_damaged_header_is_named(tmp_path, header):
         open_checkpoint(tmp_path / "f.safetensors")
 
 
+@pytest.mark.fault
 def test_an_absurd_header_length_is_refused(tmp_path):
     (tmp_path / "f.safetensors").write_bytes(struct.pack("<Q", 2**63) + b"{}")
     with pytest.raises(WeightError, match="no complete safetensors"):
@@ -281,6 +291,7 @@ def test_an_absurd_header_length_is_refused(tmp_path):
 # -- match
 
 
+@pytest.mark.fault
 def test_match_lists_every_difference():
     match({"a": (1, 2)}, {"a": [1, 2]})
     expected = {f"blocks.{k}.to_q.weight": (4, 4) for k in range(12)} | {"norm.weight": (4,)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mindspore import ops
 from PIL import Image
 
 from ms_diffsynth import runtime
@@ -14,7 +15,9 @@ from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, OutputError, WeightError
 from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.io.publish import choose
 from ms_diffsynth.io.weights import load_state_dict
+from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipelines.ddpm_unet.pipeline import UnconditionalImagePipeline, build_unet
 from ms_diffsynth.pipelines.ddpm_unet.tiny import CONFIG, write_tiny
@@ -70,6 +73,35 @@ def test_a_saved_pipeline_has_the_format_of_diffusers_and_loads_again(folder, tm
     with pytest.raises(OutputError, match="not empty"):
         again.save_pretrained(tmp_path / "saved")
     again.save_pretrained(tmp_path / "saved", replace=True)
+
+
+@pytest.mark.parametrize("has_average", [False, True], ids=["weights", "their moving average"])
+def test_the_folder_of_a_run_that_trains_all_of_the_network_is_a_pipeline(folder, tmp_path, has_average, eager):
+    module = module_on(folder, prediction_type="v_prediction")
+    logger = ModelLogger(tmp_path / "run", "pipe.unet.")
+    logger.start({})
+    logger.ema = EMA(module.trainable_parameters()) if has_average else None
+    before, weight = state_dict(module.pipe.unet), module.trainable_parameters()[0]
+    for number in range(2):  # the second replaces the first
+        ops.assign(weight, weight + 1)
+        logger.save_model(Accelerator(1, "pynative", "CPU"), module, f"step-{number}.safetensors")
+    again = UnconditionalImagePipeline.from_pretrained(str(tmp_path / "run"))
+    assert again.noise_schedule == NoiseSchedule(prediction_type="v_prediction")
+    expected = before if has_average else state_dict(module.pipe.unet)
+    found = state_dict(again.unet)
+    assert all(np.array_equal(value, found[name]) for name, value in expected.items())
+    assert {"model_index.json", "unet/config.json", "scheduler/scheduler_config.json",
+            "unet/diffusion_pytorch_model.safetensors"} <= set(choose(tmp_path / "run"))
+
+
+def test_the_folder_of_a_lora_is_none(folder, tmp_path):
+    module = DiffusionTrainingModule()
+    module.pipe = UnconditionalImagePipeline.from_pretrained(str(folder))
+    module.switch_pipe_to_training_mode(module.pipe, lora_base_model="unet", lora_rank=2)
+    logger = ModelLogger(tmp_path / "run")
+    logger.start({})
+    logger.save_model(Accelerator(1, "pynative", "CPU"), module, "step-0.safetensors")
+    assert not (tmp_path / "run/model_index.json").exists() and not (tmp_path / "run/unet").exists()
 
 
 def test_the_schedule_comes_from_its_file_or_is_ddpms_own_and_that_is_said(folder, tmp_path, caplog):

@@ -23,6 +23,8 @@ from ms_diffsynth.template.code import LARGEST, read_code
 from ms_diffsynth.template.package import pack_template
 from ms_diffsynth.template.units import ReadTemplateInputs
 
+pytestmark = pytest.mark.fault
+
 TRUST = {"trust_template_code": True}
 
 

@@ -21,6 +21,7 @@ from ms_diffsynth.train.compile import CompiledStep
 TRUST = {"trust_template_code": True}
 
 
+@pytest.mark.fault
 def test_the_error_shows_path_size_and_sha256(template, plain_source):
     folder, sha = template(), hashlib.sha256(plain_source.encode()).hexdigest()
     with pytest.raises(UntrustedCodeError) as error:
@@ -29,6 +30,7 @@ def test_the_error_shows_path_size_and_sha256(template, plain_source):
         assert part in str(error.value)
 
 
+@pytest.mark.fault
 def test_of_a_hub_only_the_code_is_loaded_before_trust_and_the_rest_from_its_commit(hub, plain_source, monkeypatch):
     first = hub.add("team/t", {"model.py": plain_source.encode(), "a.txt": b"first", "sub/b.txt": b"-"})
     config = hub.config("team/t")
@@ -63,6 +65,7 @@ def test_a_local_copy_of_a_repository_asks_no_hub(hub, tmp_path, template, monke
     assert opened.code.folder == tmp_path / "base/team/t" and not hub.requests
 
 
+@pytest.mark.fault
 def test_the_text_that_was_hashed_is_what_the_compiler_reads(template, head):
     """MindSpore compiles a method from its source, which it asks for long after the code ran."""
     source = head + '''
@@ -104,6 +107,7 @@ def test_templates_of_one_name_do_not_collide(tmp_path, plain_source):
     assert again is modules[0], "the same code runs once"
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("source, message", [
     ("x = 1\nimport sys\nsys.exit('bye')", r"model\.py line 3: SystemExit: bye"),
     ("x = 1\n\ndef f(:\n  pass", r"model\.py line 3: SyntaxError"),
@@ -151,6 +155,7 @@ def test_no_name():
         load_template_model("", **TRUST)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("path, message", [
     ("3", "TEMPLATE_MODEL_PATH=3: expected None, a file name or a list of file names"),
     ("[]", r"TEMPLATE_MODEL_PATH=\[\]: expected"),
@@ -165,6 +170,7 @@ def test_weights_that_cannot_be(template, plain_source, path, message):
         load_template_model(template(plain_source + f"\nTEMPLATE_MODEL_PATH = {path}\n"), **TRUST)
 
 
+@pytest.mark.fault
 def test_links_may_lead_through_the_folder_but_not_out_of_it(template, plain_source, tmp_path):
     folder, weights = template(plain_source + '\nTEMPLATE_MODEL_PATH = "model.safetensors"\n'), template(name="outside")
     model = state_dict(load_template_model(weights, **TRUST))

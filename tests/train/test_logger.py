@@ -17,6 +17,8 @@ MAIN, OTHER = SimpleNamespace(is_main_process=True), SimpleNamespace(is_main_pro
 
 
 class Model:
+    is_whole_pipeline = False
+
     def __init__(self):
         self.saved = []
 

@@ -261,6 +261,7 @@ def test_each_bucket_is_compiled_once_and_no_other_shape_is(folder, tmp_path):
 # -- what is not finite ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault
 def test_one_bad_step_is_passed_over_and_shown(folder, tmp_path, monkeypatch, capfd):
     normal = Draws.normal
 
@@ -285,6 +286,7 @@ def test_one_bad_step_is_passed_over_and_shown(folder, tmp_path, monkeypatch, ca
     assert (path / "loss.png").exists()
 
 
+@pytest.mark.fault
 def test_twenty_bad_steps_in_a_row_end_the_run_and_leave_whole_files(folder, tmp_path):
     module = Module(folder)
     first = lora_parameters(module.pipe.dit)[0]
@@ -300,6 +302,7 @@ def test_twenty_bad_steps_in_a_row_end_the_run_and_leave_whole_files(folder, tmp
     assert "20 steps in a row" in events(path, "stopped")[0]["reason"]
 
 
+@pytest.mark.fault
 def test_nineteen_bad_steps_do_not_end_the_run(folder, tmp_path, monkeypatch):
     normal = Draws.normal
     monkeypatch.setattr(Draws, "normal", lambda self, stream, indices, shape=(): normal(self, stream, indices, shape)

@@ -32,6 +32,15 @@ def test_without_a_terminal_lines_stand_for_the_bar(capfd, monkeypatch):
     assert capfd.readouterr().err.splitlines() == ["training 1/2  loss 1"]
 
 
+def test_a_phase_that_goes_on_counts_from_where_it_was(capfd, monkeypatch):
+    monkeypatch.setattr(Progress, "every_seconds", 0.0)
+    progress = Progress()
+    progress.begin(5, "training", "step", done=3)
+    assert progress.bar.n == 3
+    progress.advance(loss="1")
+    assert capfd.readouterr().err.splitlines() == ["training 4/5  loss 1"]
+
+
 def test_other_ranks_are_silent(capfd):
     progress = Progress(enabled=False)
     progress.begin(1, "training", "step")

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import ms_diffsynth
-from ms_diffsynth.train.signals import HUNG, Stopped, stopping_on_signals
+from ms_diffsynth.train.signals import HUNG, Interrupted, Stopped, stopping_on_signals
+
+pytestmark = pytest.mark.fault
 
 START = """
 import ctypes, signal, sys, time
@@ -152,3 +154,29 @@ def test_a_second_signal_ends_a_main_thread_that_hangs():
         time.sleep(0.2)
     process.communicate(timeout=5)
     assert process.returncode == 143
+
+
+def test_work_that_nobody_needs_any_more_is_given_up():
+    done = []
+    with pytest.raises(Stopped):
+        with stopping_on_signals(60) as stop:
+            with pytest.raises(Interrupted):
+                try:
+                    with stop.interrupting():
+                        raised(signal.SIGTERM, stop)
+                        done.append("not reached")
+                finally:
+                    done.append("put right")
+            with stop.interrupting():
+                done.append("once")
+            assert stop.signal == signal.SIGTERM
+    assert done == ["put right", "once"]
+
+
+def test_outside_such_work_nothing_is_given_up():
+    with pytest.raises(Stopped):
+        with stopping_on_signals(60) as stop:
+            with stop.interrupting():
+                pass
+            raised(signal.SIGTERM, stop)
+            assert stop.signal == signal.SIGTERM

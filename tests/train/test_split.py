@@ -78,6 +78,7 @@ def without_seconds(path):
     return [line.rsplit(",", 1)[0] for line in losses(path)]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("how", [
     {"lora_base_model": "dit", "lora_rank": 2}, {"trainable_models": "dit"}, {"trainable_models": "text_encoder,dit"},
     {"trainable_models": "vae.encoder,dit.layer_1"},
@@ -138,6 +139,7 @@ def test_a_second_run_prepares_only_what_is_new(folder, tmp_path):
     assert counted(same) == 0, "equal pictures share an entry, whatever they are called"
 
 
+@pytest.mark.fault
 def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
     dataset, module = pictures(tmp_path / "data", 5), Module(folder, "sft:data_process")
     prepare = Module.prepare
@@ -160,6 +162,7 @@ def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
     assert again.prepared == 3 and Cache(tmp_path / "cache").manifest["complete"]
 
 
+@pytest.mark.fault
 def test_a_damaged_entry_stops_training_and_is_replaced(folder, tmp_path):
     dataset = pictures(tmp_path / "data")
     cache = process(tmp_path / "cache", Module(folder, "sft:data_process"), dataset)
@@ -174,6 +177,7 @@ def test_a_damaged_entry_stops_training_and_is_replaced(folder, tmp_path):
     assert module.prepared == 1
 
 
+@pytest.mark.fault
 def test_a_cache_of_other_weights_or_another_job_is_refused(folder, tmp_path):
     cache = process(tmp_path / "cache", Module(folder, "sft:data_process"), pictures(tmp_path / "data"))
     family("toy").write_tiny(tmp_path / "other", 1)
@@ -188,6 +192,7 @@ def test_a_cache_of_other_weights_or_another_job_is_refused(folder, tmp_path):
                    {"instance": pictures(tmp_path / "data", side=32).operators()})
 
 
+@pytest.mark.fault
 def test_a_lora_fused_into_an_encoder_shapes_the_cache(folder, tmp_path, monkeypatch):
     module = Module(folder, "sft:data_process")
     before = module.pipe.weights_digest("text_encoder")
@@ -196,6 +201,7 @@ def test_a_lora_fused_into_an_encoder_shapes_the_cache(folder, tmp_path, monkeyp
     assert module.pipe.weights_digest("vae") == Module(folder).pipe.weights_digest("vae")
 
 
+@pytest.mark.fault
 def test_tokenizer_files_shape_the_cache(tmp_path, monkeypatch):
     pipe = family("flux").pipeline()
     shipped = pipe.weights_digest("tokenizer_1")

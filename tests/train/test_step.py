@@ -126,6 +126,7 @@ def run(step, batches):
     return results, states
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_follows_the_reference_and_passes_over_what_is_not_finite(case, mode):
@@ -169,6 +170,7 @@ def test_both_modes_agree_to_the_last_bit_but_one():
             np.testing.assert_allclose(x, y, rtol=0, atol=5e-7)
 
 
+@pytest.mark.fault
 def test_the_scale_grows_and_shrinks_and_each_loss_is_the_true_one():
     step, _ = build("growing and shrinking scale", "pynative")
     scales = []
@@ -195,6 +197,7 @@ def test_gradients_themselves(mode):
         np.testing.assert_allclose(old - new, wanted, rtol=0, atol=5e-7)  # differences of float32 of size 1
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("mode", MODES)
 def test_a_foreign_optimizer_is_guarded(mode):
     model = Line()

@@ -18,7 +18,7 @@ from ms_diffsynth.data.images import to_pil
 from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule, ddim, ddpm, ddpm_units
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, WeightError, nearest
-from ms_diffsynth.io.files import sha256_of, stage_folder
+from ms_diffsynth.io.files import sha256_of, stage_folder, write_file
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.weights import load_state_dict, match, save_sharded
 from ms_diffsynth.nn.lora import lora_modules
@@ -240,14 +240,31 @@ class UnconditionalImagePipeline(Pipeline):
         Raises: OutputError, also for a folder that is not empty without ``replace``; WeightError for a network that
             carries a LoRA.
         """
+        with stage_folder(folder, replace=replace) as stage:
+            self._save_network(Path(stage) / "unet")
+            for name, content in self._descriptions().items():
+                stage.write(name, content)
+
+    def update_pretrained(self, folder: str | Path) -> None:
+        """Write the same files among others that ``folder`` holds; the network is replaced as one.
+
+        Raises: as `save_pretrained`.
+        """
+        with stage_folder(Path(folder) / "unet", replace=True) as stage:
+            self._save_network(Path(stage))
+        for name, content in self._descriptions().items():
+            write_file(Path(folder) / name, content)
+
+    def _save_network(self, folder: Path) -> None:
         if lora_modules(self.unet):
             raise WeightError("the network carries a LoRA, which this format has no place for: save the LoRA by "
                               "itself (DiffusionTrainingModule.save), and fuse it by load_lora into a fresh pipeline.")
         config = {"_class_name": "UNet2DModel", **{k: v for k, v in self.config("unet").items() if k[0] != "_"}}
+        save_sharded(folder, state_dict(self.unet), config=config)
+
+    def _descriptions(self) -> dict[str, bytes]:
+        """The JSON files beside the network, by name."""
         index = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.35.2",
                  "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
-        with stage_folder(folder, replace=replace) as stage:
-            save_sharded(Path(stage) / "unet", state_dict(self.unet), config=config)
-            for name, content in (("model_index.json", index),
-                                  (f"scheduler/{SCHEDULER_FILE}", self.noise_schedule.to_config())):
-                stage.write(name, (json.dumps(content, indent=2) + "\n").encode())
+        files = {"model_index.json": index, f"scheduler/{SCHEDULER_FILE}": self.noise_schedule.to_config()}
+        return {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}

@@ -1,0 +1,52 @@
+"""``ms-diffsynth replay RUN STEP``: one recorded step of a run again, and where it stopped being finite."""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from ms_diffsynth.cli.flags import add_flags, overrides_of
+from ms_diffsynth.config import load_config
+from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.io.lock import lock_folder
+from ms_diffsynth.io.redact import redact
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The folder of a run and a step of it; flags are for what has another place now."""
+    parser.usage = "ms-diffsynth replay RUN STEP [--setting value ...]"
+    parser.description += (" The run is configured by its own config.yaml; a flag is for files that have another place "
+                           "now, and for what is a flag only. Ends with code 1 when a number differs from loss.csv.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="output_path of the run")
+    parser.add_argument("step", type=int, metavar="STEP", help="step to make again, as in loss.csv")
+    add_flags(parser)
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Replay the step, and say what it gave."""
+    file = args.run / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{args.run} has no config.yaml, so it is no run of ms-diffsynth train. A script replays its "
+                          "own: train.replay.replay_training_step takes what launch_training_task was given.")
+    with lock_folder(args.run):  # told before any model is loaded
+        pass
+    # accept_changes belongs to resume, and what was accepted then is not accepted now
+    overrides = {"resume": "auto", "accept_changes": "[]"} | overrides_of(args) | {"output_path": str(args.run)}
+    config = load_config(file, overrides)
+    from ms_diffsynth.cli.run import build_datasets, build_module, build_pipeline
+    from ms_diffsynth.train.distributed import Accelerator
+    from ms_diffsynth.train.replay import replay_training_step
+    from ms_diffsynth.train.split import open_cache, stage_of
+
+    settings = SimpleNamespace(**config.flat())
+    accelerator = Accelerator(settings.gradient_accumulation_steps, settings.mode, settings.device)
+    pipe = build_pipeline(config)
+    sets = build_datasets(settings, pipe.division_factor)
+    module = build_module(settings, pipe, settings.task)
+    if settings.cache_dir or stage_of(settings.task) == "train":
+        folder = settings.cache_dir or sets[0].base_path
+        sets = open_cache(folder, module, module.training_cut(), repeat=settings.dataset_repeat)
+    replay = replay_training_step(accelerator, sets[0], module, args.run, args.step, sets[1], settings)
+    sys.stdout.write(redact(f"{replay.describe()}\n{args.run / f'replay-step-{args.step}.json'}\n"))
+    return 0 if replay.is_reproduced else 1  # a comparison was made, and something differs

@@ -1,0 +1,113 @@
+"""What is wrong with a job, if anything, and how that is told in one line."""
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from ms_diffsynth.errors import INTERNAL
+from ms_diffsynth.launch.job import Job
+from ms_diffsynth.launch.process import Process
+from ms_diffsynth.launch.pulse import Pulse
+from ms_diffsynth.launch.words import last_exception, last_place
+
+TRY_AGAIN = 75  # exit code when a worker was killed, stopped or hung: 137 or 143 would be the launcher's own end
+
+STOPPED_SECONDS = 5.0  # a worker may be stopped so long
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: the launcher's exit code, and its last line, which is asked for when all logs are written."""
+
+    code: int
+    line: Callable[[], str] = str  # none
+
+
+class Diagnosis:
+    """Looks at the processes of a job. Times are those of the supervisor's clock.
+
+    Args:
+        pulses: one a worker, in the same order.
+    """
+
+    def __init__(self, job: Job, workers: list[Process], pulses: list[Pulse], scheduler: Process | None):
+        self.job, self.workers, self.pulses, self.scheduler = job, workers, pulses, scheduler
+        self._stopped: dict[Process, float] = {}  # since when
+
+    def look(self, now: float) -> None:
+        """Read the heartbeats."""
+        for pulse in self.pulses:
+            pulse.look(now)
+
+    def find_failed(self, now: float) -> Outcome | None:
+        """The first process that ended badly, or that is stopped for too long."""
+        processes = self.workers + [self.scheduler] if self.scheduler else self.workers
+        dead = [p for p in processes if p.code not in (None, 0)]
+        if dead:  # of several since the last look: an exception may come from a death, a death from no exception
+            first = min(dead, key=lambda p: p.code > 0)
+            return Outcome(code_of(first), partial(self.tell_dead, first))
+        self._stopped = {p: self._stopped.get(p, now) for p in processes if p.code is None and p.is_stopped}
+        for process, since in self._stopped.items():
+            if now - since >= STOPPED_SECONDS:
+                return Outcome(TRY_AGAIN, partial(self._tell_stopped, process))
+        return None
+
+    def find_hung(self, now: float) -> Outcome | None:
+        """When no worker has begun anything for longer than it may: the one that is furthest behind.
+
+        A worker that is allowed more time (it saves, it compiles) excuses the others: they wait for it.
+        """
+        self.look(now)
+        beating = [(p, w) for p, w in zip(self.pulses, self.workers) if w.code is None and p.step is not None]
+        late = [(p, w) for p, w in beating if p.is_late(now, self.job.hang_seconds, self.job.compile_seconds)]
+        if not late or len(late) < len(beating):
+            return None
+        step = min(pulse.step for pulse, _ in late)
+        behind = [(p, w) for p, w in late if p.step == step]
+        seconds = now - min(p.since for p, _ in behind)
+        gone = [w for w in self.workers if w.code == 0]
+        if gone:  # without it the others wait for ever
+            return Outcome(INTERNAL, partial(self._tell_gone, gone[0], seconds))
+        return Outcome(TRY_AGAIN, partial(self._tell_hung, [w for _, w in behind], seconds))
+
+    def tell_dead(self, process: Process) -> str:
+        """One line about a process that ended badly: its exit code or signal, and its last exception."""
+        words = last_exception(process.log, process.log_begin)
+        how = f"failed with exit code {process.code}" if process.code > 0 else f"was killed by {_name(-process.code)}"
+        how += self._at(process)
+        if process.code == -signal.SIGKILL:  # which leaves no words; those in the log are of another matter
+            how, words = f"{how} (by somebody, or by the system because memory ran out)", ""
+        if self.job.nodes > 1 and self.scheduler not in (None, process) and (self.scheduler.code or 0) > 0:
+            words += f"; the scheduler: {last_exception(self.scheduler.log, self.scheduler.log_begin)}"
+        return f"{process.name} {how}{f': {words}' if words else ''} (log: {process.log})"
+
+    def _tell_stopped(self, process: Process) -> str:
+        return (f"{process.name} was stopped by a signal for {STOPPED_SECONDS:g} s{self._at(process)} "
+                f"(log: {process.log})")
+
+    def _tell_gone(self, process: Process, seconds: float) -> str:
+        return (f"{process.name} ended too early, with exit code 0{self._at(process)}; the others waited {seconds:.0f} s "
+                f"for it (log: {process.log})")
+
+    def _tell_hung(self, behind: list[Process], seconds: float) -> str:
+        """One line about the worker that the others wait for: who waits in a collective is inside MindSpore."""
+        places = {w: last_place(w.log, w.log_begin) for w in self.workers}
+        first = min(behind, key=lambda w: places[w] is not None and "/mindspore/" in places[w].file)
+        told = {w: f"{self._at(w)}, {places[w] or 'nobody knows where'}" for w in self.workers}
+        others = "".join(f"; {w.name}{told[w]}" for w in self.workers if w is not first)
+        return (f"{first.name} hung: nothing begun for {seconds:.0f} s{told[first]}{others}; every thread's stack is "
+                f"in the logs (log: {first.log})")
+
+    def _at(self, process: Process) -> str:
+        return str(self.pulses[self.workers.index(process)]) if process in self.workers else ""
+
+
+def code_of(process: Process) -> int:
+    """The launcher's exit code for a process that ended badly: its own, or 75 when a signal ended it."""
+    return process.code if process.code > 0 else TRY_AGAIN
+
+
+def _name(number: int) -> str:
+    return {s.value: s.name for s in signal.Signals}.get(number, f"signal {number}")

@@ -1,0 +1,85 @@
+"""The command line in this process, on a model whose files are not there: what is wrong with the data comes first."""
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import ms_diffsynth
+from ms_diffsynth import runtime
+from ms_diffsynth.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def runtime_restored():
+    yield
+    runtime.configure("graph", "CPU")
+
+
+@pytest.fixture
+def run(capsys):
+    """``run(word, ...)`` runs the command and returns (exit code, what it complained of)."""
+
+    def call(*words):
+        code = main([str(word) for word in words])
+        found = capsys.readouterr().err
+        assert "Traceback" not in found
+        return code, found
+
+    return call
+
+
+@pytest.fixture
+def not_for_ever():
+    """What blocks, as the opening of a pipe does, fails after a while instead of stopping all tests."""
+
+    def stop(*_):
+        raise TimeoutError("20 seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """What a process imports once is not counted."""
+    assert main(["train", "--family", "toy", "--num_epochs", "1", "--dataset_base_path", "nowhere"]) == 65
+
+
+@pytest.fixture
+def train(run, warm):
+    """``train(folder)`` trains on folder/metadata.csv, as far as that goes: exit code, complaint, seconds it computed.
+
+    Other processes do not count in these; `not_for_ever` sees to what waits.
+    """
+
+    def call(folder, metadata="metadata.csv"):
+        source = ("--dataset_metadata_path", folder / metadata) if metadata else ()
+        start = time.process_time()
+        code, err = run("train", "--family", "toy", "--model_paths", "absent", "--height", 16, "--width", 16,
+                        "--num_epochs", 1, "--output_path", "out", "--dataset_base_path", folder, *source)
+        seconds = time.process_time() - start
+        assert code != 66 and not Path("out").exists(), "it went on to the model"
+        return code, err, seconds
+
+    return call
+
+
+@pytest.fixture
+def python():
+    """``python(word, ...)`` runs Python in a process of its own, with this package on its path."""
+    path = [str(Path(ms_diffsynth.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+
+    def call(*words, **options):
+        return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False,
+                              timeout=120, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)}, **options)
+
+    return call

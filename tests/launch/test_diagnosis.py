@@ -1,0 +1,149 @@
+"""Who is to blame, decided on processes that are only said to run."""
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ms_diffsynth.launch.diagnosis import Diagnosis
+from ms_diffsynth.launch.job import Job
+from ms_diffsynth.launch.pulse import Pulse
+
+
+@dataclass(eq=False)
+class Said:
+    """What `Process` says about a process."""
+
+    name: str
+    log: Path
+    code: int | None = None
+    is_stopped: bool = False
+    log_begin: int = 0
+
+
+class Scene:
+    """Two workers and a scheduler, at a time that the test sets."""
+
+    def __init__(self, folder):
+        job = Job(command=("x",), workers=2, log_dir=folder, master_address="127.0.0.1", master_port=1, hang_seconds=20,
+                  compile_seconds=100)
+        self.workers = [Said(f"rank {k}", folder / f"worker-{k}.log") for k in job.ranks]
+        self.scheduler = Said("the scheduler", folder / "scheduler.log")
+        for said in (*self.workers, self.scheduler):
+            said.log.write_text("")
+        self.pulses = [Pulse(job.heartbeat(rank)) for rank in job.ranks]
+        self.diagnosis = Diagnosis(job, self.workers, self.pulses, self.scheduler)
+
+    def beat(self, now, rank, step, phase="step"):
+        self.pulses[rank].path.write_text(f'{{"step": {step}, "phase": "{phase}"}}'.ljust(128))
+        self.pulses[rank].look(now)
+
+    def run(self, last, seconds=1.0):
+        """Steps 0 to ``last`` of so many seconds each; returns when the last one begins."""
+        for step in range(last + 1):
+            for rank in (0, 1):
+                self.beat(step * seconds, rank, step)
+        return last * seconds
+
+    def line(self, now):
+        outcome = self.diagnosis.find_failed(now) or self.diagnosis.find_hung(now)
+        return outcome and (outcome.code, outcome.line())
+
+
+@pytest.fixture
+def scene(tmp_path):
+    return Scene(tmp_path)
+
+
+def test_two_steps_that_last(scene):
+    now = scene.run(3)
+    assert scene.line(now + 19.9) is None
+    code, line = scene.line(now + 20.1)
+    assert code == 75 and line.startswith("rank 0 hung: nothing begun for 20 s in phase 'step' of step 3, nobody knows "
+                                          "where; rank 1 in phase 'step' of step 3, nobody knows where")
+
+
+def test_who_is_a_step_behind_is_waited_for(scene):
+    scene.beat(scene.run(3) + 1, 0, 4)
+    assert scene.line(30)[1].startswith("rank 1 hung: nothing begun for 27 s in phase 'step' of step 3")
+
+
+def test_who_is_in_no_collective_is_waited_for(scene):
+    scene.run(3)
+    dump = 'Current thread 0x1 (most recent call first):\n  File "{}", line 7 in {}\n'
+    scene.workers[0].log.write_text(dump.format("/lib/mindspore/common/tensor.py", "asnumpy"))
+    scene.workers[1].log.write_text(dump.format("/home/me/data.py", "read"))
+    assert scene.line(30)[1].startswith("rank 1 hung: nothing begun for 27 s in phase 'step' of step 3, data.py:7 in "
+                                        "read; rank 0 in phase 'step' of step 3, tensor.py:7 in asnumpy; ")
+
+
+def test_who_ended_too_early_is_waited_for(scene):
+    scene.run(3)
+    scene.workers[1].code = 0
+    assert scene.line(22) is None
+    assert scene.line(24) == (70, "rank 1 ended too early, with exit code 0 in phase 'step' of step 3; the others "
+                                 f"waited 21 s for it (log: {scene.workers[1].log})")
+
+
+def test_who_saves_excuses_the_others(scene):
+    now = scene.run(3)
+    scene.beat(now, 0, 3, "save")
+    assert scene.line(now + 99) is None
+    assert scene.line(now + 101)[1].startswith("rank 0 hung: nothing begun for 101 s in phase 'save' of step 3")
+
+
+def test_who_ended_before_a_long_save_is_no_reason(scene):
+    now = scene.run(3)
+    scene.workers[1].code = 0
+    scene.beat(now, 0, 3, "save")
+    assert scene.line(now + 99) is None
+
+
+def test_long_steps_may_be_five_times_as_long(scene):
+    now = scene.run(3, seconds=10)
+    assert scene.line(now + 49) is None and scene.line(now + 51)[0] == 75
+
+
+def test_the_first_step_may_last_like_a_compilation(scene):
+    now = scene.run(0)
+    assert scene.line(now + 99) is None and scene.line(now + 101)[0] == 75
+
+
+def test_a_rank_without_heartbeat_is_no_excuse_and_not_to_blame(scene):
+    for step in range(3):
+        scene.beat(step, 0, step)
+    assert scene.line(23)[1].startswith("rank 0 hung: ")
+
+
+def test_nobody_beats(scene):
+    assert scene.line(1e6) is None
+
+
+def test_of_several_dead_one_killed_by_a_signal_is_the_first(scene):
+    scene.workers[0].code, scene.workers[1].code = 1, -signal.SIGSEGV
+    scene.workers[1].log.write_text("Fatal Python error: Segmentation fault\n")
+    assert scene.line(0) == (75, "rank 1 was killed by SIGSEGV: Fatal Python error: Segmentation fault "
+                                f"(log: {scene.workers[1].log})")
+
+
+def test_words_of_another_matter_are_not_those_of_sigkill(scene):
+    scene.workers[1].code = -signal.SIGKILL
+    scene.workers[1].log.write_text("OSError: no such file, never mind\n")
+    assert "OSError" not in scene.line(0)[1]
+
+
+def test_a_worker_before_the_scheduler(scene):
+    scene.scheduler.code, scene.workers[1].code = 1, 3
+    assert scene.line(0)[1].startswith("rank 1 failed with exit code 3")
+
+
+def test_stopped_for_five_seconds_on_end(scene):
+    scene.workers[1].is_stopped = True
+    assert scene.line(0) is None and scene.line(4.9) is None
+    scene.workers[1].is_stopped = False
+    assert scene.line(5.1) is None
+    scene.workers[1].is_stopped = True
+    assert scene.line(6) is None and scene.line(10.9) is None
+    assert scene.line(11) == (75, f"rank 1 was stopped by a signal for 5 s (log: {scene.workers[1].log})")

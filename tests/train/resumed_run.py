@@ -1,0 +1,146 @@
+"""What the tests of resuming share: small runs of the toy family, runs that die, and whether two runs are equal."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ms_diffsynth import UnifiedDataset, runtime
+from ms_diffsynth.io.checkpoint import latest
+from ms_diffsynth.registry import family
+from ms_diffsynth.train import loop
+from ms_diffsynth.train.distributed import Accelerator
+from ms_diffsynth.train.logger import ModelLogger
+from ms_diffsynth.train.module import DiffusionTrainingModule
+
+SIDE = 16
+
+
+def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a tiny model; afterwards the runtime is as it was."""
+    path = tmp_path_factory.mktemp("models") / "toy"
+    family("toy").write_tiny(path, 0)
+    yield path
+    runtime.configure("graph", "CPU")
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+def rows(count: int, first: int = 0, side: tuple[int, int] = (SIDE, SIDE)) -> list[dict[str, Any]]:
+    """Rows with pictures in memory."""
+    return [{"image": Image.fromarray(np.random.default_rng(first + k).integers(0, 256, (*side, 3), np.uint8)),
+             "prompt": f"picture {first + k}"} for k in range(count)]
+
+
+def files(base: Path, count: int = 3, first: int = 0) -> UnifiedDataset:
+    """The same rows as files."""
+    base.mkdir(exist_ok=True)
+    for k, row in enumerate(rows(count, first)):
+        row["image"].save(base / f"{first + k}.png")
+    lines = ["image,prompt", *(f"{first + k}.png,picture {first + k}" for k in range(count))]
+    (base / "metadata.csv").write_text("\n".join(lines))
+    return dataset_of(base)
+
+
+def dataset_of(base: Path) -> UnifiedDataset:
+    """The data set in a folder that `files` wrote."""
+    return UnifiedDataset(str(base), str(base / "metadata.csv"), 1, "image",
+                          UnifiedDataset.default_image_operator(str(base), height=SIDE, width=SIDE))
+
+
+# -- runs ----------------------------------------------------------------------------------------------------------
+
+
+class Module(DiffusionTrainingModule):
+    """Trains a LoRA of rank 2, or what is said."""
+
+    def __init__(self, folder, task="sft", objective=None, **how):
+        super().__init__()
+        self.pipe = family("toy").pipeline.from_pretrained(str(folder))
+        self.switch_pipe_to_training_mode(self.pipe, task=task, objective=objective,
+                                          **(how or {"lora_base_model": "dit", "lora_rank": 2}))
+
+
+class Own(Module):
+    """A module that computes its loss itself."""
+
+    def forward(self, data):
+        return super().forward(data) * 1.0
+
+
+def train(path: Path, module: DiffusionTrainingModule, dataset: Any, mode: str = "pynative", accumulation: int = 1,
+          **options: Any) -> ModelLogger:
+    """A run whose folder is ``path``."""
+    return loop.launch_training_task(Accelerator(accumulation, mode, "CPU"), dataset, module, ModelLogger(path),
+                                     **{"learning_rate": 1e-2, **options})
+
+
+class Crash(Exception):
+    """What a kill is to the files: the run is not asked."""
+
+
+class Crashing:
+    """``crash(n)``: a run dies right after its n-th batch, before anything that is due then. None: it lives."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self._monkeypatch, self._original = monkeypatch, loop._Run._train_on
+
+    def __call__(self, count: int | None) -> None:
+        original, seen = self._original, []
+
+        def train_on(run, batch):
+            found = original(run, batch)
+            seen.append(batch)
+            if len(seen) == count:
+                raise Crash
+            return found
+
+        self._monkeypatch.setattr(loop._Run, "_train_on", train_on)
+
+
+# -- what they left ------------------------------------------------------------------------------------------------
+
+
+def table(path: Path) -> list[str]:
+    """loss.csv without the seconds."""
+    return [line.rsplit(",", 1)[0] for line in (path / "loss.csv").read_text().splitlines()]
+
+
+def state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Every array of a run's last checkpoint, and what is no array but for the configuration."""
+    found = latest(path / "checkpoints")
+    arrays = {f"{group}/{name}": array for group in found.groups for name, array in found.read(group).items()}
+    return arrays, {k: v for k, v in found.state.items() if k not in ("identity", "saved", "saved_at")}
+
+
+def differing_bits(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> int:
+    """How many bits of the arrays differ."""
+    assert one.keys() == two.keys() and all(one[k].dtype == two[k].dtype for k in one)
+    return sum(int(np.unpackbits(np.frombuffer(one[k].tobytes(), np.uint8) ^ np.frombuffer(two[k].tobytes(), np.uint8))
+                   .sum()) for k in one)
+
+
+def equal(one: Path, two: Path) -> bool:
+    """Whether two runs left the same losses, weights, moments, averages, scales and counts, to the bit."""
+    (arrays, counts), (other_arrays, other_counts) = state(one), state(two)
+    names, others = ({p.name for p in path.glob("*.safetensors")} for path in (one, two))
+    return (table(one) == table(two) and differing_bits(arrays, other_arrays) == 0 and counts == other_counts
+            and latest(one / "checkpoints").state["saved"][-1] in names & others
+            and all((one / name).read_bytes() == (two / name).read_bytes() for name in names & others))
+
+
+def digests(path: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder, locks excepted."""
+    return {p.relative_to(path).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in path.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def steps_in(path: Path) -> list[str]:
+    """Names of a run's checkpoints."""
+    return sorted(p.name for p in (path / "checkpoints").iterdir() if p.is_dir())
