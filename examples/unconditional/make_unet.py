@@ -1,4 +1,4 @@
-"""Write an untrained UNet for pictures of 32 pixels, 1.1 million parameters, from which smileys.yaml trains.
+"""Write an untrained UNet for pictures of 32 pixels, 687,347 parameters, from which smileys.yaml trains.
 
     python examples/unconditional/make_unet.py models/ddpm-smileys
 """

@@ -43,6 +43,7 @@ class Diagnosis:
 
     def find_failed(self, now: float) -> Outcome | None:
         """The first process that ended badly, or that is stopped for too long."""
+        self.look(now)
         processes = self.workers + [self.scheduler] if self.scheduler else self.workers
         dead = [p for p in processes if p.code not in (None, 0)]
         if dead:  # of several since the last look: an exception may come from a death, a death from no exception
@@ -57,9 +58,9 @@ class Diagnosis:
     def find_hung(self, now: float) -> Outcome | None:
         """When no worker has begun anything for longer than it may: the one that is furthest behind.
 
-        A worker that is allowed more time (it saves, it compiles) excuses the others: they wait for it.
+        A worker that is allowed more time (it saves, it compiles) excuses the others: they wait for it. Call it after
+        `find_failed`, which reads the heartbeats.
         """
-        self.look(now)
         beating = [(p, w) for p, w in zip(self.pulses, self.workers) if w.code is None and p.step is not None]
         late = [(p, w) for p, w in beating if p.is_late(now, self.job.hang_seconds, self.job.compile_seconds)]
         if not late or len(late) < len(beating):
@@ -88,8 +89,8 @@ class Diagnosis:
                 f"(log: {process.log})")
 
     def _tell_gone(self, process: Process, seconds: float) -> str:
-        return (f"{process.name} ended too early, with exit code 0{self._at(process)}; the others waited {seconds:.0f} s "
-                f"for it (log: {process.log})")
+        return (f"{process.name} ended too early, with exit code 0{self._at(process)}; the others waited {seconds:.0f} "
+                f"s for it (log: {process.log})")
 
     def _tell_hung(self, behind: list[Process], seconds: float) -> str:
         """One line about the worker that the others wait for: who waits in a collective is inside MindSpore."""

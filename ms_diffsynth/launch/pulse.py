@@ -21,7 +21,7 @@ class Pulse:
         self.phase = ""
         self.since = 0.0  # when it was first seen in this phase
         self._text = b" " * BEAT_BYTES
-        self._longest = 0.0  # seconds of a step
+        self._longest: float | None = None  # seconds of a step; None before the first, which does not count, is done
         path.write_bytes(self._text)
 
     def look(self, now: float) -> None:
@@ -34,13 +34,14 @@ class Pulse:
         except ValueError:  # half of it was written this moment
             return
         if self.phase == STEP:
-            self._longest = max(self._longest, now - self.since)
+            self._longest = 0.0 if self._longest is None else max(self._longest, now - self.since)
         self._text, self.step, self.phase, self.since = text, found["step"], found["phase"], now
 
     def is_late(self, now: float, hang_seconds: float, compile_seconds: float) -> bool:
         """Whether it has been in this phase for longer than that phase may last."""
-        is_known = self.phase == STEP and self._longest > 0
-        return now - self.since > (max(hang_seconds, SLACK * self._longest) if is_known else compile_seconds)
+        if self.phase != STEP or self._longest is None:
+            return now - self.since > compile_seconds
+        return now - self.since > max(hang_seconds, SLACK * self._longest)
 
     def __str__(self) -> str:
         return "" if self.step is None else f" in phase '{self.phase}' of step {self.step}"

@@ -69,7 +69,6 @@ class Supervisor:
             self.screen.finish(_SCREEN_SECONDS)
         if left:
             self._tell(f"{', '.join(left)} cannot be killed: the system waits for a disk or a device")
-        self.diagnosis.look(self._now())
         if line := outcome.line():
             self._tell(line)
         return outcome.code
@@ -157,6 +156,7 @@ class Supervisor:
                                               f"killed; see --grace_seconds (logs: {self.job.log_dir})")
         failed = next((w for w in self.workers if w.code not in (0, *_ASKED)), None)
         if failed is not None:
+            self.diagnosis.look(self._now())
             return Outcome(code_of(failed), lambda: self.diagnosis.tell_dead(failed))
         return Outcome(128 + first, lambda: f"stopped by {first.name}: all workers have ended")
 

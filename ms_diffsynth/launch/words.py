@@ -41,12 +41,12 @@ class Place(NamedTuple):
 
 
 def last_place(log: Path, begin: int = 0) -> Place | None:
-    """Where the main thread was when SIGABRT ended a process; None when it did not say."""
+    """Where the main thread, which comes last, was when SIGABRT ended a process; None when it did not say."""
     found, is_next = None, False
     for line in _lines(log, begin):
         if is_next and (match := _WHERE.fullmatch(line)):
             found = Place(*match.groups())
-        is_next = line.startswith("Current thread ")
+        is_next = line.endswith(" (most recent call first):")
     return found
 
 

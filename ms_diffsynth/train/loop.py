@@ -15,6 +15,7 @@ from ms_diffsynth.data.loader import Batch, Loader, collate
 from ms_diffsynth.errors import ConfigError, DeviceError, UserError
 from ms_diffsynth.io.checkpoint import Checkpoint
 from ms_diffsynth.io.redact import redact
+from ms_diffsynth.launch.worker import beat
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.train import resume
 from ms_diffsynth.train.distributed import Accelerator
@@ -123,7 +124,7 @@ class _Run:
             self.progress.say("sample pictures need the models that this stage does not load: make them afterwards "
                               "with ms-diffsynth sample")
         if hasattr(model.pipe, "announce"):
-            model.pipe.announce = self.progress.announce
+            model.pipe.announce = self._announce
         self.evaluation = self._build_evaluation(args)
         self.identity = resume.identity(accelerator, model, self.cut, options, args, dataset, class_dataset)
         self.checkpoints = resume.Checkpoints(logger, options, self.identity, captions)
@@ -169,6 +170,7 @@ class _Run:
     def prepare(self) -> None:
         """Prepare the rows, then build loader, optimizer and step for the buckets they have."""
         options = self.options
+        beat(0, "prepare")
         if not self.is_eager:
             sets = [d if isinstance(d, PreparedRows) else PreparedRows(d, self.model, self.cut)
                     for d in (self.dataset, self.class_dataset) if d is not None]
@@ -197,6 +199,10 @@ class _Run:
         self.progress.say(f"training {count:,} parameters in {len(self.optimizer.parameters)} tensors {where} on "
                           f"{self.accelerator.device}: {self.total} steps, {len(self.loader)} batches per epoch")
 
+    def _announce(self, name: str, shapes: str) -> Callable[[float], None]:
+        beat(self.logger.num_steps + 1, "compile")
+        return self.progress.announce(name, shapes)
+
     def _total_steps(self) -> int:
         options = self.options
         by_epochs = None if options.num_epochs is None else options.num_epochs * self.steps_per_epoch
@@ -218,7 +224,7 @@ class _Run:
             return ModuleTrainStep(self.model, self.optimizer, **common)
         return ProgramTrainStep(self.model, self.cut, self.optimizer, **common, mode=self.accelerator.mode,
                                 planned_compilations=len({self.dataset.bucket_of(i) for i in range(self.dataset.rows)}),
-                                announce=self.progress.announce)
+                                announce=self._announce)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where the checkpoint was saved; at an epoch's begin if its place is no longer in the epoch."""
@@ -261,6 +267,7 @@ class _Run:
     def _train_on(self, batch: Batch) -> bool:
         """Train on a batch. Returns: whether that completed a step."""
         logger, report = self.logger, self.report
+        beat(logger.num_steps + 1)
         report.begin()
         rate = self.rate(logger.num_steps)
         self.optimizer.set_learning_rate(rate)
@@ -268,6 +275,7 @@ class _Run:
         report.add(result, batch, len(batch.indices) * self.accelerator.num_processes)
         if result.is_update:
             report.flush()  # read the step before this one: the device has had a step's time to finish it
+            beat(logger.num_steps + 1, "records")  # also what is saved, and pictures
             logger.on_step_end(self.accelerator, self.model, self.options.save_steps)
             report.end(result, {"step": logger.num_steps, "epoch": self._epoch(), "learning_rate": rate})
         return result.is_update

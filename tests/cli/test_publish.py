@@ -22,7 +22,7 @@ from ms_diffsynth.train.logger import ModelLogger
 
 NAME, ENDPOINT = "writer/toy", constants.ENDPOINT
 PUSH = ("--mode", "pynative", "--push_to_hub", "--hub_model_id", NAME)
-QUICK = (*PUSH, "--sample_prompts", "[]")
+QUICK = (*PUSH, "--sample_prompts", "[]", "--checkpoint_steps", "0")
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_what_failed_is_told_at_the_end(config, hub, python, monkeypatch):
 
 @pytest.mark.fault
 def test_a_slow_hub_does_not_slow_training(run, config, hub):
-    hub.fail("POST /api/repos/create", seconds=2.0)
+    hub.fail("POST /api/repos/create", seconds=5.0)
     code, _, err = run("train", config, *QUICK, "--save_steps", 1)
     assert code == 0 and "published step 4: " in err
     order = names_of(events())
@@ -124,7 +124,7 @@ def test_training_that_stops_waits_for_the_hub_a_little(run, config, hub, monkey
             raise error
     monkeypatch.setattr(ModelLogger, "log_step", stop)
     monkeypatch.setattr(publish, "SECONDS_AFTER_AN_ERROR", 0.1)
-    hub.fail("POST /api/repos/create", seconds=1.5)
+    hub.fail("POST /api/repos/create", seconds=5.0)
     assert run("train", config, *QUICK)[0] == code
     assert events()[-1]["reason"] == "TimeoutError: not done after 0 seconds" and "step-2.safetensors" in files("out")
     next(thread for thread in threading.enumerate() if thread.name == "upload").join()  # the hub is there as long

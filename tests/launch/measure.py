@@ -80,6 +80,8 @@ def measure(name: str, folder: Path) -> dict[str, object]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells ignore it in the background, nohup ignores SIGHUP: so would
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the launcher
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(sys.argv[1:] or CASES):
             found = measure(name, Path(folder) / str(number))

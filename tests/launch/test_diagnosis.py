@@ -111,6 +111,14 @@ def test_the_first_step_may_last_like_a_compilation(scene):
     assert scene.line(now + 99) is None and scene.line(now + 101)[0] == 75
 
 
+def test_how_long_the_first_step_was_does_not_count(scene):
+    for rank in (0, 1):
+        scene.beat(0, rank, 0)
+        scene.beat(90, rank, 1)
+        scene.beat(91, rank, 2)
+    assert scene.line(91 + 19) is None and scene.line(91 + 21)[0] == 75
+
+
 def test_a_rank_without_heartbeat_is_no_excuse_and_not_to_blame(scene):
     for step in range(3):
         scene.beat(step, 0, step)

@@ -46,3 +46,5 @@ def test_last_place(tmp_path):
                    'Current thread 0x7e (most recent call first):\n  File "/a/b.py", line 12 in wait\n'
                    '  File "/a/c.py", line 3 in main\n')
     assert str(last_place(log)) == "b.py:12 in wait" and last_place(log).file == "/a/b.py"
+    log.write_text(log.read_text().replace("Current thread", "Thread"))  # when a thread of C++ took the signal
+    assert str(last_place(log)) == "b.py:12 in wait"
