@@ -15,8 +15,11 @@ SCHEDULER = (sys.executable, "-c", "from mindspore.communication import init; in
 _DEFAULTS = {  # a value set outside wins
     "PYTHONFAULTHANDLER": "1",  # SIGABRT and SIGSEGV print every thread's stack
     "PYTHONUNBUFFERED": "1",  # what was printed is in the log when the process is killed
-    "MS_NODE_TIMEOUT": "20",  # another machine is found dead after 23 s; with MindSpore's 30, after 33 (2026-11-21)
 }
+# MS_NODE_TIMEOUT is how long MindSpore's scheduler waits for a lost worker, and on the CPU also how long a worker waits
+# in a collective: with its default of 30 s a job ends when rank 0 saves for longer (2026-11-21). On one machine the
+# launcher finds the lost by itself; on several, 25 s finds a lost machine within 30.
+_NODE_SECONDS = 25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,8 @@ class Job:
         Tokens reach the workers here and nowhere else: all variables of the launcher are handed on.
         """
         world = str(self.world_size)
-        given = _DEFAULTS | os.environ | {
+        node_seconds = int(self.compile_seconds) if self.nodes == 1 else _NODE_SECONDS
+        given = _DEFAULTS | {"MS_NODE_TIMEOUT": str(node_seconds)} | os.environ | {
             "MS_SCHED_HOST": self.master_address, "MS_SCHED_PORT": str(self.master_port), "MS_WORKER_NUM": world,
             "MS_TOPO_TIMEOUT": str(self.start_seconds), "RANK_SIZE": world}
         if rank is None:

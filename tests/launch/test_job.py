@@ -15,7 +15,6 @@ JOB = {"command": ("x",), "workers": 4, "log_dir": Path("logs"), "master_address
 
 def test_the_variables_are_those_of_msrun(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdefghij")
-    monkeypatch.setenv("MS_NODE_TIMEOUT", "7")
     monkeypatch.setenv("RANK_ID", "9")
     job = Job(**JOB, nodes=2, node_rank=1)
     assert job.ranks == range(4, 8) and job.world_size == 8
@@ -25,7 +24,9 @@ def test_the_variables_are_those_of_msrun(monkeypatch, tmp_path):
         "MS_NODE_ID": "6", "RANK_ID": "6", "RANK_SIZE": "8", "DEVICE_ID": "2", "MS_TOPO_TIMEOUT": "600",
         HEARTBEAT: str(tmp_path / "logs/worker-6.beat")}.items()
     assert found["HF_TOKEN"] == os.environ["HF_TOKEN"], "tokens come this way"
-    assert found["MS_NODE_TIMEOUT"] == "7", "what was set outside wins"
+    assert found["MS_NODE_TIMEOUT"] == "25" and Job(**JOB).environment(0)["MS_NODE_TIMEOUT"] == "1800"
+    monkeypatch.setenv("MS_NODE_TIMEOUT", "7")
+    assert job.environment(6)["MS_NODE_TIMEOUT"] == "7", "what was set outside wins"
     scheduler = Job(**JOB).environment(None)
     assert scheduler["MS_ROLE"] == "MS_SCHED" and scheduler["RANK_ID"] == "0" and scheduler["MS_WORKER_NUM"] == "4"
     assert HEARTBEAT not in scheduler
