@@ -112,6 +112,7 @@ def same_run(one, two):
         np.array_equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_the_script_does_what_the_command_line_does(monkeypatch, flags):
     assert run_script(monkeypatch, *flags, "--sample_prompts", "a cat", "--output_path", "out") == 0
     assert Path("out/samples/before_after.png").is_file()

@@ -15,7 +15,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ("flux", "flux_dreambooth_cosmap", "flux2_klein", "qwen_image")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case if case == "flux" else pytest.param(case, marks=pytest.mark.slow)
+                                  for case in CASES])
 def test_the_reference_cases_pass_eagerly(run, case):
     code, out, _ = run("parity", GOLDEN / case, "--mode", "pynative")
     assert code == 0 and "FAIL" not in out and out.endswith("all quantities are within tolerance\n")
@@ -36,6 +37,7 @@ def test_the_keys_and_values_of_a_template_and_their_gradients(run, tmp_path):
     assert code == 1 and out.count("FAIL") == 1 and "(kv_cache.double_0.v)" in out
 
 
+@pytest.mark.slow
 def test_a_network_whose_every_weight_is_trained(run):
     code, out, _ = run("parity", GOLDEN / "ddpm_unet", "--mode", "pynative")
     assert code == 0 and "FAIL" not in out

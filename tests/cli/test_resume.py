@@ -144,6 +144,7 @@ def test_a_process_that_hangs(run, config, start, whole):
 
 
 @pytest.mark.fault
+@pytest.mark.slow
 @pytest.mark.parametrize("signals, code", [(1, 143), (2, 143)])
 def test_a_signal_while_a_state_is_saved(run, config, start, whole, signals, code):
     process = start(code=SLOW_SAVES)

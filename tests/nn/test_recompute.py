@@ -248,6 +248,7 @@ class Flux(nn.Cell):
         return (out * tokens).sum()
 
 
+@pytest.mark.slow
 @COMPILED
 @pytest.mark.parametrize("is_fast", [False, True], ids=["mindone", "fast"])
 def test_flux_with_lora_is_equal_bit_for_bit(is_fast, compiled):

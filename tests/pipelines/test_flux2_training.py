@@ -59,6 +59,7 @@ def plain(tiny_flux2):
     return step_of(EditingModule(tiny_flux2), row(), "pynative")
 
 
+@pytest.mark.slow
 def test_an_editing_step_is_the_same_eager_compiled_and_by_the_documents_forward(tiny_flux2, plain):
     loss, norm = plain
     assert norm > 0 and step_of(EditingModule(tiny_flux2), row(2), "pynative")[0] != pytest.approx(loss, rel=1e-5)

@@ -89,6 +89,7 @@ def test_equal_values_and_gradients_eagerly(pipe, scheme, has_prior):
         np.testing.assert_allclose(x, wanted, atol=1e-6 * np.abs(wanted).max(), rtol=0, err_msg=parameter.name)
 
 
+@pytest.mark.slow
 def test_equal_when_compiled(pipe):
     (by_hand, a), (fused, b) = both_steps(pipe, "cosmap", True, "graph")
     ours, theirs = by_hand.step(*a), fused.step(*b)

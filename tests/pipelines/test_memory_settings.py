@@ -45,6 +45,7 @@ def losses(folder, out, **how):
         return [row["loss"] for row in csv.DictReader(file)], made
 
 
+@pytest.mark.slow
 def test_recompute_changes_no_bit_and_eight_bits_little(tiny_flux, tmp_path):
     plain, _ = losses(tiny_flux, tmp_path / "plain")
     again, made = losses(tiny_flux, tmp_path / "again", use_gradient_checkpointing=True)

@@ -52,6 +52,7 @@ def run_full(monkeypatch, *words):
     return end.value.code
 
 
+@pytest.mark.slow
 def test_the_full_script_trains_on_batches_of_different_prompts(monkeypatch):
     code = run_full(
         monkeypatch, "--model_paths", "models/Qwen/Qwen-Image", "--dataset_base_path", CAT, "--dataset_metadata_path",
@@ -67,6 +68,7 @@ def test_two_tokenizers_are_refused(monkeypatch, capsys):
     assert "QwenImagePipeline has no tokenizer_1; it has tokenizer. Remove the setting." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_both_scripts_give_the_same_loss_for_the_same_draws(monkeypatch):
     runtime.configure("pynative", "CPU")
     simple = runpy.run_path(str(SIMPLE))["QwenImageTrainingModule"]("CPU")

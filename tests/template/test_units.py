@@ -124,6 +124,7 @@ def test_every_kind_of_cache_enters_flux2_with_its_gradient(flux2, row):
         assert (losses[0] - losses[1]) / 0.06 == pytest.approx((gradient * direction).sum(), rel=2e-2), parameter.name
 
 
+@pytest.mark.slow
 def test_a_batch_of_two_is_two_batches_of_one_recomputed_and_compiled(flux2, row):
     module, rows = flux2(), [row(0), row(1)]
     cut, step = step_of(module)

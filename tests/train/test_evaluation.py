@@ -101,6 +101,7 @@ def test_the_moving_average_is_what_is_evaluated(toy, real, tmp_path):
     assert run.sampler()[0] and run.seen[-1][1] != pytest.approx(size, rel=1e-5)  # afterwards: the weights themselves
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_the_run(toy, real, tmp_path):
     whole = Run(toy, real, tmp_path / "whole").train(5)
     Run(toy, real, tmp_path / "cut").train(3, checkpoint_steps=2)
