@@ -6,6 +6,9 @@ import signal
 
 os.environ.setdefault("GLOG_v", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # a core each: on shared ones MindSpore waits by spinning
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker[2:]) % len(cores)]})
 
 from pathlib import Path
 

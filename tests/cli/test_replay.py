@@ -5,11 +5,10 @@ import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
+from toy_run import poison
 
 from ms_diffsynth.io.lock import lock_folder
-from ms_diffsynth.train.draws import Draws
 
 FLAGS = ("--sample_prompts", "[]", "--checkpoint_steps", "1", "--keep_checkpoints", "9")
 
@@ -17,15 +16,7 @@ FLAGS = ("--sample_prompts", "[]", "--checkpoint_steps", "1", "--keep_checkpoint
 @pytest.fixture
 def bad_noise(monkeypatch):
     """The noise of sample 5, which is in step 3, is not a number."""
-    normal = Draws.normal
-
-    def poisoned(self, stream, sample_indices, shape=()):
-        values = normal(self, stream, sample_indices, shape)
-        if stream == "noise":
-            values[np.isin(sample_indices, [5])] *= np.float32(np.nan)
-        return values
-
-    monkeypatch.setattr(Draws, "normal", poisoned)
+    poison(monkeypatch, 5, stream="noise")
 
 
 def tree():

@@ -63,10 +63,10 @@ def train(run, warm):
 
     def call(folder, metadata="metadata.csv"):
         source = ("--dataset_metadata_path", folder / metadata) if metadata else ()
-        start = time.process_time()
+        start = time.thread_time()
         code, err = run("train", "--family", "toy", "--model_paths", "absent", "--height", 16, "--width", 16,
                         "--num_epochs", 1, "--output_path", "out", "--dataset_base_path", folder, *source)
-        seconds = time.process_time() - start
+        seconds = time.thread_time() - start
         assert code != 66 and not Path("out").exists(), "it went on to the model"
         return code, err, seconds
 

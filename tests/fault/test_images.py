@@ -131,10 +131,10 @@ def folder(tmp_path):
 
 def refused(call, *words):
     """The call raises a DataError of these words in under a second."""
-    start = time.process_time()
+    start = time.thread_time()
     with pytest.raises(DataError) as caught:
         call()
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
     assert all(word in str(caught.value) for word in words), (str(caught.value), words)
 
 

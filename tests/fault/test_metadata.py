@@ -245,9 +245,9 @@ def test_equal_rows_are_kept_with_a_warning(folder, caplog):
 
 def test_ten_thousand_rows_are_read_in_a_second(folder):
     (folder / "m.jsonl").write_text(jsonl(*(row(f"row {k}") for k in range(10_000))))
-    start = time.process_time()
+    start = time.thread_time()
     assert len(UnifiedDataset(str(folder), str(folder / "m.jsonl"), data_file_keys="image")) == 10_001
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
 
 
 # ---- folders with captions

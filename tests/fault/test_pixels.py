@@ -81,9 +81,9 @@ ACCEPTED = {
 def test_read_as_exactly_these_pixels(folder, name):
     content, expected = ACCEPTED[name]
     put(folder, name, content)
-    start = time.process_time()
+    start = time.thread_time()
     item = opened(folder)[1]
-    assert time.process_time() - start < 1
+    assert time.thread_time() - start < 1
     found, expected = np.asarray(item["image"], float), np.broadcast_to(expected, (*expected.shape[:2], 3))
     assert item["image"].mode == "RGB" and found.shape == expected.shape and item["prompt"] == "b"
     assert np.abs(found - expected).max() <= 1

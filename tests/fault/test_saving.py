@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import FaultyCalls, Killed
-from resumed_run import Module, digests, equal, rows, steps_in, toy_model, train
+from toy_run import Module, digests, equal, rows, steps_in, toy_model, train
 
 from ms_diffsynth.errors import CheckpointError, OutputError
 from ms_diffsynth.io import files

@@ -44,11 +44,11 @@ def shallow():
 ])
 def test_a_configuration_runs_nothing_and_takes_no_time(run, text, expected):
     Path("c.yaml").write_text(text)
-    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began, before = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     code, err = run("train", "c.yaml")
     assert code == 64 and err.startswith("ConfigError: ") and expected in err
     assert not Path("canary").exists() and not Path("models").exists()
-    assert time.process_time() - began < 5 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100e3
+    assert time.thread_time() - began < 5 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100e3
 
 
 @pytest.mark.parametrize("name", ["${oc.env:HF_TOKEN}", "${HF_TOKEN}", "$HF_TOKEN", "%(HF_TOKEN)s", "{HF_TOKEN}"])

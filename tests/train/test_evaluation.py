@@ -11,39 +11,27 @@ import numpy as np
 import pytest
 from mindspore import ops
 from PIL import Image
+from toy_run import SIDE, Module, rows, toy_model, train
 
 from ms_diffsynth.cli.run import build_sampler
 from ms_diffsynth.config import load_config
 from ms_diffsynth.data.plots import kid_curve
 from ms_diffsynth.errors import ConfigError, DataError
 from ms_diffsynth.io.weights import load_state_dict
-from ms_diffsynth.registry import family
-from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.evaluation import COLUMNS
-from ms_diffsynth.train.logger import ModelLogger
-from ms_diffsynth.train.loop import launch_training_task
-from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.signals import Stopped
-
-SIDE = 16
-
-
-def picture(seed):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "toy"
-    family("toy").write_tiny(folder, 0)
-    return folder
+    yield from toy_model(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
-    for k in range(6):
-        picture(k).save(folder / f"{k}.png")
+    for k, row in enumerate(rows(6)):
+        row["image"].save(folder / f"{k}.png")
     return folder
 
 
@@ -51,9 +39,7 @@ class Run:
     """A run of the toy family that evaluates four gray pictures, as bright as what it trains is large."""
 
     def __init__(self, toy, real, output):
-        self.module, self.output, self.real, self.seen = DiffusionTrainingModule(), output, real, []
-        self.module.pipe = family("toy").pipeline.from_pretrained(str(toy))
-        self.module.switch_pipe_to_training_mode(self.module.pipe, lora_base_model="dit", lora_rank=2)
+        self.module, self.output, self.real, self.seen = Module(toy), output, real, []
 
     def sampler(self, count=2):
         size = float(sum(ops.abs(p).sum() for p in self.module.trainable_parameters()))
@@ -61,15 +47,13 @@ class Run:
         return [Image.new("RGB", (SIDE, SIDE), (int(10 * size) % 256, 40 * k, 0)) for k in range(count)]
 
     def train(self, steps, **options):
-        rows = [{"image": picture(k), "prompt": f"picture {k}"} for k in range(4)]
         options = {"evaluation_steps": 2, "evaluation_count": 4, "evaluation_reference": str(self.real)} | options
-        launch_training_task(Accelerator(1, "pynative", "CPU"), rows, self.module, ModelLogger(self.output),
-                             learning_rate=1e-2, max_train_steps=steps, num_epochs=None, sampler=self.sampler,
-                             **options)
+        train(self.output, self.module, rows(4), max_train_steps=steps, num_epochs=None, sampler=self.sampler,
+              **options)
         return self
 
 
-def rows(folder):
+def table(folder):
     with open(folder / "evaluation.csv", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -81,7 +65,7 @@ def events(folder):
 
 def test_before_between_and_at_the_end(toy, real, tmp_path):
     run = Run(toy, real, tmp_path / "run").train(5)
-    found = rows(run.output)
+    found = table(run.output)
     assert tuple(found[0]) == COLUMNS and [row["step"] for row in found] == ["0", "2", "4", "5"]
     assert [count for count, _ in run.seen] == [2, 4, 4, 4, 2, 4]  # samples at the begin and at the end only
     told = events(run.output)
@@ -106,7 +90,7 @@ def test_it_goes_on_with_the_run(toy, real, tmp_path):
     whole = Run(toy, real, tmp_path / "whole").train(5)
     Run(toy, real, tmp_path / "cut").train(3, checkpoint_steps=2)
     resumed = Run(toy, real, tmp_path / "cut").train(5, resume="auto", checkpoint_steps=2)
-    found, expected = rows(resumed.output), rows(whole.output)
+    found, expected = table(resumed.output), table(whole.output)
     assert [row["step"] for row in found] == ["0", "2", "3", "4", "5"]  # the first run ended with 3
     assert [row for row in found if row["step"] != "3"] == expected
 
@@ -125,11 +109,11 @@ def test_a_signal_gives_up_the_pictures_and_saves_first(toy, real, tmp_path):
     began = time.monotonic()
     with pytest.raises(Stopped):
         run.train(5, checkpoint_steps=2, use_ema=True)
-    assert time.monotonic() - began < 20 and [row["step"] for row in rows(run.output)] == ["0", "2"]
+    assert time.monotonic() - began < 20 and [row["step"] for row in table(run.output)] == ["0", "2"]
     run = Run(toy, real, tmp_path / "cut").train(5, resume="auto", checkpoint_steps=2, use_ema=True)
-    assert [row["step"] for row in rows(run.output)] == ["0", "2", "4", "5"]
+    assert [row["step"] for row in table(run.output)] == ["0", "2", "4", "5"]
     whole = Run(toy, real, tmp_path / "other").train(5, use_ema=True)
-    assert rows(run.output) == rows(whole.output)
+    assert table(run.output) == table(whole.output)
 
 
 def test_what_cannot_be_meant(toy, real, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, ops
 from PIL import Image
+from toy_run import SIDE, Module, poison, rows, toy_model, train
 
 from ms_diffsynth import FlowMatchSFTLoss, UnifiedDataset
 from ms_diffsynth.data.loader import Loader
@@ -15,34 +16,15 @@ from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, DeviceError, TrainingError
 from ms_diffsynth.io.weights import load_state_dict
 from ms_diffsynth.nn.lora import lora_parameters
-from ms_diffsynth.registry import family
 from ms_diffsynth.train import loop
 from ms_diffsynth.train.distributed import Accelerator, DistributedDataParallelKwargs
 from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import COLUMNS, ModelLogger
-from ms_diffsynth.train.module import DiffusionTrainingModule
-
-SIDE = 16
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "toy"
-    family("toy").write_tiny(path, 0)
-    return path
-
-
-def rows(count, first=0, side=(SIDE, SIDE)):
-    return [{"image": Image.fromarray(np.random.default_rng(first + k).integers(0, 256, (*side, 3), np.uint8)),
-             "prompt": f"picture {first + k}"} for k in range(count)]
-
-
-class Module(DiffusionTrainingModule):
-    def __init__(self, folder, objective=None, **how):
-        super().__init__()
-        self.pipe = family("toy").pipeline.from_pretrained(str(folder))
-        self.switch_pipe_to_training_mode(self.pipe, objective=objective,
-                                          **(how or {"lora_base_model": "dit", "lora_rank": 2}))
+    yield from toy_model(tmp_path_factory)
 
 
 class Documented(Module):
@@ -60,12 +42,6 @@ class Documented(Module):
             inputs_shared, inputs_posi, inputs_nega = self.pipe.unit_runner(unit, self.pipe, inputs_shared, inputs_posi,
                                                                             inputs_nega)
         return FlowMatchSFTLoss(self.pipe, **inputs_shared, **inputs_posi)
-
-
-def train(path, module, dataset, mode="pynative", accumulation=1, **options):
-    logger = ModelLogger(path)
-    return loop.launch_training_task(Accelerator(accumulation, mode, "CPU"), dataset, module, logger,
-                                     **{"learning_rate": 1e-2, **options})
 
 
 def records(path):
@@ -207,7 +183,8 @@ def test_class_images_are_weighted_in_the_program_and_in_a_forward_of_ones_own(f
     found = {}
     for kind in (Module, Documented):
         for weight in (1e-6, 1.0, 3.0):
-            module = kind(folder, Objective(weighting_scheme="none", prior_loss_weight=weight, posterior="sample"))
+            objective = Objective(weighting_scheme="none", prior_loss_weight=weight, posterior="sample")
+            module = kind(folder, objective=objective)
             path = tmp_path / f"{kind.__name__}-{weight}"
             train(path, module, rows(2), batch_size=2, max_train_steps=1, class_dataset=rows(3, 50))
             found[kind, weight] = column(path)[0]
@@ -230,7 +207,7 @@ def test_accumulation_averages_and_the_rest_of_an_epoch_is_a_step(folder, tmp_pa
 
 
 def test_each_rank_gets_its_rows_of_what_one_process_gets(folder, tmp_path):
-    module = Module(folder, Objective(weighting_scheme="logit_normal", posterior="sample"))
+    module = Module(folder, objective=Objective(weighting_scheme="logit_normal", posterior="sample"))
     run = loop._Run(Accelerator(mode="pynative"), rows(5), module, ModelLogger(tmp_path), loop.TrainingOptions(), None,
                     None, [])
     run.prepare()
@@ -263,14 +240,7 @@ def test_each_bucket_is_compiled_once_and_no_other_shape_is(folder, tmp_path):
 
 @pytest.mark.fault
 def test_one_bad_step_is_passed_over_and_shown(folder, tmp_path, monkeypatch, capfd):
-    normal = Draws.normal
-
-    def poisoned(self, stream, sample_indices, shape=()):
-        values = normal(self, stream, sample_indices, shape)
-        values[np.isin(sample_indices, [2])] *= np.nan
-        return values
-
-    monkeypatch.setattr(Draws, "normal", poisoned)
+    poison(monkeypatch, 2)
     path = tmp_path / "run"
     train(path, Module(folder), rows(3), "graph", num_epochs=2, save_steps=1)
     assert column(path, "is_skipped").tolist() == [0, 0, 1, 0, 0, 0]
@@ -326,7 +296,7 @@ def test_impossible_options(folder, tmp_path, options, part):
 
 def test_a_prior_without_class_images(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"prior_loss_weight=1.0, but there are no class images"):
-        train(tmp_path / "run", Module(folder, Objective(prior_loss_weight=1.0)), rows(2))
+        train(tmp_path / "run", Module(folder, objective=Objective(prior_loss_weight=1.0)), rows(2))
 
 
 def test_several_processes_are_refused_until_gradients_are_averaged(folder, tmp_path, monkeypatch):

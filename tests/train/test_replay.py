@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -10,66 +9,27 @@ from types import SimpleNamespace
 import mindspore as ms
 import numpy as np
 import pytest
+import toy_run
 from mindspore import Tensor, ops
-from PIL import Image
+from toy_run import Module, dataset_of, digests, files, rows, toy_model
 
-from ms_diffsynth import FlowMatchSFTLoss, UnifiedDataset, runtime
+from ms_diffsynth import FlowMatchSFTLoss, UnifiedDataset
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import CheckpointError, ConfigError, OutputError
 from ms_diffsynth.io.cache import Cache
 from ms_diffsynth.io.lock import lock_folder
-from ms_diffsynth.registry import family
-from ms_diffsynth.train import loop
 from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import ModelLogger
-from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.replay import Replay, replay_training_step
 from ms_diffsynth.train.split import launch_data_process_task
 
-SIDE = 16
 MODES = ("pynative", "graph")
 SLOW_GRAPH = ("pynative", pytest.param("graph", marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "toy"
-    family("toy").write_tiny(path, 0)
-    return path
-
-
-@pytest.fixture(autouse=True, scope="module")
-def runtime_restored():
-    yield
-    runtime.configure("graph", "CPU")
-
-
-def rows(count, first=0):
-    return [{"image": Image.fromarray(np.random.default_rng(first + k).integers(0, 256, (SIDE, SIDE, 3), np.uint8)),
-             "prompt": f"picture {first + k}"} for k in range(count)]
-
-
-def files(base, count=5):
-    """A data set of files."""
-    base.mkdir(exist_ok=True)
-    for k, row in enumerate(rows(count)):
-        row["image"].save(base / f"{k}.png")
-    (base / "metadata.csv").write_text("\n".join(["image,prompt", *(f"{k}.png,picture {k}" for k in range(count))]))
-    return dataset_of(base)
-
-
-def dataset_of(base):
-    return UnifiedDataset(str(base), str(base / "metadata.csv"), 1, "image",
-                          UnifiedDataset.default_image_operator(str(base), height=SIDE, width=SIDE))
-
-
-class Module(DiffusionTrainingModule):
-    def __init__(self, folder, task="sft", objective=None, **how):
-        super().__init__()
-        self.pipe = family("toy").pipeline.from_pretrained(str(folder))
-        self.switch_pipe_to_training_mode(self.pipe, task=task, objective=objective,
-                                          **(how or {"lora_base_model": "dit", "lora_rank": 2}))
+    yield from toy_model(tmp_path_factory)
 
 
 class Documented(Module):
@@ -82,9 +42,8 @@ class Documented(Module):
         return FlowMatchSFTLoss(self.pipe, **shared, **posi)
 
 
-def train(path, module, dataset, mode="pynative", accumulation=1, **options):
-    return loop.launch_training_task(Accelerator(accumulation, mode, "CPU"), dataset, module, ModelLogger(path),
-                                     **{"learning_rate": 1e-2, "num_epochs": 2, **options})
+def train(path, module, dataset, *how, **options):
+    return toy_run.train(path, module, dataset, *how, **{"num_epochs": 2, **options})
 
 
 def replay(path, step, module, dataset, mode="pynative", accumulation=1, **options):
@@ -95,12 +54,6 @@ def replay(path, step, module, dataset, mode="pynative", accumulation=1, **optio
     assert after.pop(f"replay-step-{step}.json") and after == before, "nothing else of the run changes"
     assert json.loads((path / f"replay-step-{step}.json").read_text()) == json.loads(json.dumps(found.record()))
     return found
-
-
-def digests(path):
-    """SHA-256 of every file below a folder, locks excepted."""
-    return {p.relative_to(path).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in path.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def first_of(found):
@@ -119,18 +72,7 @@ def sample_at(path, step):
 @pytest.fixture
 def poison(monkeypatch):
     """``poison(sample, value)``: the noise of one sample is multiplied by a value."""
-    normal = Draws.normal
-
-    def set_to(sample, value):
-        def poisoned(self, stream, sample_indices, shape=()):
-            values = normal(self, stream, sample_indices, shape)
-            if stream == "noise":
-                values[np.isin(sample_indices, [sample])] *= np.float32(value)
-            return values
-
-        monkeypatch.setattr(Draws, "normal", poisoned)
-
-    return set_to
+    return lambda sample, value: toy_run.poison(monkeypatch, sample, value, "noise")
 
 
 # -- a step that was finite ------------------------------------------------------------------------------------------
@@ -201,7 +143,7 @@ def test_a_number_that_is_not_the_recorded_one(folder, tmp_path):
 def test_bad_noise_of_one_sample_is_found(folder, tmp_path, poison, mode):
     poison(9, np.nan)
     path, options = tmp_path / "run", {"batch_size": 2, "checkpoint_steps": 2, "keep_checkpoints": 9, "mode": mode}
-    train(path, Module(folder), files(tmp_path / "data"), **options)
+    train(path, Module(folder), files(tmp_path / "data", 5), **options)
     found = replay(path, 5, Module(folder), dataset_of(tmp_path / "data"), **options)
     row = sample_at(path, 5)[9]
     assert row["name"] == f"{row['row'] - 1}.png" and len(sample_at(path, 5)) == 2
@@ -280,7 +222,7 @@ def test_a_growing_scale_is_that_of_the_step(folder, tmp_path, monkeypatch):
 def test_the_third_of_three_micro_steps(folder, tmp_path, poison, mode):
     poison(7, -np.inf)
     options = {"accumulation": 3, "num_epochs": 2, "mode": mode}  # five rows: groups of three and of two
-    train(tmp_path / "run", Module(folder), files(tmp_path / "data"), **options)
+    train(tmp_path / "run", Module(folder), files(tmp_path / "data", 5), **options)
     found = replay(tmp_path / "run", 3, Module(folder), dataset_of(tmp_path / "data"), **options)
     assert [[row["sample"] for row in micro_step] for micro_step in found.rows] == [[5], [6], [7]]
     row = sample_at(tmp_path / "run", 3)[7]
@@ -291,7 +233,7 @@ def test_the_third_of_three_micro_steps(folder, tmp_path, poison, mode):
 
 def test_a_bad_entry_of_a_cache(folder, tmp_path):
     first = Module(folder, "sft:data_process")
-    launch_data_process_task(Accelerator(1, "pynative", "CPU"), files(tmp_path / "data"), first,
+    launch_data_process_task(Accelerator(1, "pynative", "CPU"), files(tmp_path / "data", 5), first,
                              ModelLogger(tmp_path / "cache"))
     cache = Cache(tmp_path / "cache")
     row = cache.rows("instance")[3]
@@ -322,7 +264,7 @@ def test_what_is_not_finite_before_the_step_is_looked_for_there(folder, tmp_path
         return module
 
     options = {"batch_size": 5, "num_epochs": 1}
-    train(tmp_path / "run", make(), files(tmp_path / "data"), **options)
+    train(tmp_path / "run", make(), files(tmp_path / "data", 5), **options)
     found = replay(tmp_path / "run", 1, make(), dataset_of(tmp_path / "data"), **options)
     what, whose = first_of(found)
     assert what == "the input pixels of unit encode_image" and [name for _, name, _ in whose] == ["2.png"]
@@ -352,7 +294,7 @@ def test_a_step_that_is_finite_when_it_is_run_eagerly():
 
 def test_another_run_is_refused_field_by_field(folder, tmp_path):
     path, other = tmp_path / "run", tmp_path / "other"
-    train(path, Module(folder), files(tmp_path / "data"), checkpoint_steps=2)
+    train(path, Module(folder), files(tmp_path / "data", 5), checkpoint_steps=2)
     train(other, Module(folder), dataset_of(tmp_path / "data"), checkpoint_steps=0, args=SimpleNamespace(note="a"))
     for run, step in ((path, 9), (path, 1), (other, 3)):
         note = {"args": SimpleNamespace(note="a")} if run == other else {}

@@ -7,7 +7,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from PIL import Image
-from resumed_run import (
+from toy_run import (
     Crash,
     Crashing,
     Module,
@@ -16,6 +16,7 @@ from resumed_run import (
     digests,
     equal,
     files,
+    poison,
     rows,
     state,
     table,
@@ -30,7 +31,6 @@ from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.registry import family
 from ms_diffsynth.train import loop, resume
 from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.split import launch_data_process_task
@@ -62,14 +62,7 @@ SCENARIOS = {
 @pytest.fixture
 def dynamic_scale_and_a_bad_step(monkeypatch):
     """The scale grows after two good steps; the samples of the fifth step are not finite."""
-    normal = Draws.normal
-
-    def poisoned(self, stream, sample_indices, shape=()):
-        values = normal(self, stream, sample_indices, shape)
-        values[np.isin(sample_indices, [9])] *= np.nan
-        return values
-
-    monkeypatch.setattr(Draws, "normal", poisoned)
+    poison(monkeypatch, 9)
     monkeypatch.setattr(ms.amp, "StaticLossScaler", lambda scale: ms.amp.DynamicLossScaler(scale, 2, 2))
 
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from resumed_run import SIDE, Module, dataset_of, digests, equal, files, rows, state, table, toy_model, train
+from toy_run import SIDE, Module, dataset_of, digests, equal, files, rows, state, table, toy_model, train
 
 from ms_diffsynth import UnifiedDataset
 from ms_diffsynth.config import SETTINGS

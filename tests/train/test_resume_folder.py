@@ -7,7 +7,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-from resumed_run import Module, digests, equal, rows, steps_in, table, toy_model, train
+from toy_run import Module, digests, equal, rows, steps_in, table, toy_model, train
 
 from ms_diffsynth.errors import CheckpointError, OutputError
 from ms_diffsynth.io.lock import lock_folder

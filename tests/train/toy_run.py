@@ -1,4 +1,4 @@
-"""What the tests of resuming share: small runs of the toy family, runs that die, and whether two runs are equal."""
+"""What the tests of runs share: small runs of the toy family, bad numbers in them, deaths, and whether two agree."""
 from __future__ import annotations
 
 import hashlib
@@ -15,6 +15,7 @@ from ms_diffsynth.io.checkpoint import latest
 from ms_diffsynth.registry import family
 from ms_diffsynth.train import loop
 from ms_diffsynth.train.distributed import Accelerator
+from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
 
@@ -79,6 +80,19 @@ def train(path: Path, module: DiffusionTrainingModule, dataset: Any, mode: str =
     """A run whose folder is ``path``."""
     return loop.launch_training_task(Accelerator(accumulation, mode, "CPU"), dataset, module, ModelLogger(path),
                                      **{"learning_rate": 1e-2, **options})
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, sample: int, factor: float = np.nan, stream: str | None = None) -> None:
+    """From now on the draws of one sample, all or those of a stream, are multiplied by a factor."""
+    normal = Draws.normal
+
+    def poisoned(self, name, sample_indices, shape=()):
+        values = normal(self, name, sample_indices, shape)
+        if stream in (None, name):
+            values[np.isin(sample_indices, [sample])] *= np.float32(factor)
+        return values
+
+    monkeypatch.setattr(Draws, "normal", poisoned)
 
 
 class Crash(Exception):
