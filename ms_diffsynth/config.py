@@ -140,6 +140,8 @@ class RunSection:
                                choices=("float32", "bfloat16", "float16"))
     seed: int = _field(42, "seed of everything random", "0 <= seed < 4294967296")
     batch_size: int = _field(1, "pictures in a micro-step, per device", "1 <= batch_size")
+    zero_stage: int = _field(0, "several devices: 1 divides the optimizer's moments among them, 2 the accumulated "
+                             "gradients too", "0 <= zero_stage <= 2")
     num_epochs: int | None = _field(None, "end after so many epochs", "1 <= num_epochs")
     max_train_steps: int | None = _field(None, "end after so many steps", "1 <= max_train_steps")
     output_path: str = _field("./models/train", "folder for checkpoints, samples and records")

@@ -56,14 +56,32 @@ def configure(mode: str = "graph", device: str | None = None) -> Runtime:
     if target == "CPU" or mode == "graph":
         ms.runtime.launch_blocking()
     install_cpu_kernels()
-    _current = Runtime(device=target, mode=mode, rank=int(os.environ.get("RANK_ID", "0")),
-                       world_size=int(os.environ.get("RANK_SIZE", "1")))
+    rank, world_size = _join()
+    _current = Runtime(device=target, mode=mode, rank=rank, world_size=world_size)
     return _current
 
 
 def current() -> Runtime:
     """The runtime of this process; configures the defaults at first use."""
     return _current or configure()
+
+
+def _join() -> tuple[int, int]:
+    """Rank and number of ranks; the first call in a worker of msrun, or of our launcher, waits for all others."""
+    if int(os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM") or 1) == 1:
+        return 0, 1
+    from mindspore import communication
+
+    # On the CPU also how long a rank waits in a collective, while rank 0 makes pictures: 30 s if nobody says otherwise.
+    os.environ.setdefault("MS_NODE_TIMEOUT", "1800")
+    try:
+        communication.init()  # HCCL or MCCL, as the device has it; again, it does nothing
+    except (RuntimeError, ValueError) as error:
+        cause = str(error).strip().splitlines()[0].rstrip(". ")
+        raise DeviceError(f"rank {os.environ.get('RANK_ID')} of {os.environ.get('RANK_SIZE')} cannot join the others: "
+                          f"MindSpore {ms.__version__} says: {cause}. Start all ranks by msrun or ms-diffsynth launch "
+                          "(see docs/distributed.md), or unset RANK_SIZE.") from error
+    return communication.get_rank(), communication.get_group_size()
 
 
 def _set_device(device: str | None) -> str:

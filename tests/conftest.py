@@ -28,6 +28,18 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def no_open_gradient():
+    """One that never ended would enclose every later one of the process: see `train.compile.eagerly`."""
+    from ms_diffsynth.train.compile import _pynative_executor
+
+    yield
+    is_open = _pynative_executor.grad_flag()
+    if is_open:
+        _pynative_executor.clear_res()  # the test that left it fails, no other
+    assert not is_open
+
+
 @pytest.fixture(scope="session", autouse=True)
 def configured():
     from ms_diffsynth import runtime

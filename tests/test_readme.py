@@ -21,15 +21,16 @@ LINES = [line for kind, block in BLOCKS if kind == "bash" for line in block.spli
 COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
 SETUP = {  # run by whoever installs, and by .ci/run
     "python3 -m venv .venv", ".venv/bin/pip install -e .", ".venv/bin/pip install -e '.[test]'",
-    ".venv/bin/ruff check .", ".venv/bin/pytest"}
+    ".venv/bin/ruff check .", ".venv/bin/pytest -n 2 --dist loadfile"}
 NEEDS_ASCEND = {".venv/bin/ms-diffsynth train examples/flux/dreambooth_dev_910b.yaml"}
 NEEDS_AN_OLD_MINDSPORE = {
     "python3 -m venv .venv-oldest", ".venv-oldest/bin/pip install -e '.[test]' 'mindspore==2.7.2'",
-    ".venv-oldest/bin/pytest"}
+    ".venv-oldest/bin/pytest -n 2 --dist loadfile"}
 TRAIN = ".venv/bin/ms-diffsynth train examples/flux/tiny_dreambooth.yaml"
 OURS = [c for c in COMMANDS if c not in SETUP | NEEDS_ASCEND | NEEDS_AN_OLD_MINDSPORE]
 SMALL = ["--max_train_steps", "2", "--lr_warmup_steps", "1", "--mode", "pynative", "--height", "32", "--width", "32",
          "--num_inference_steps", "1"]
+SMALL_SAMPLE = ["--mode", "pynative", "--num_inference_steps", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def test_it_begins_with_two_commands_that_do_all_the_set_up():
     assert first == (f"python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/ms-diffsynth tiny flux "
                      f"models/flux-tiny && {TRAIN}")
     assert second == ("python3 -m venv .venv && .venv/bin/pip install -e '.[test]' && .venv/bin/ruff check . "
-                      "&& .venv/bin/pytest")
+                      "&& .venv/bin/pytest -n 2 --dist loadfile")
     assert len(TEXT[: TEXT.index("```bash")].splitlines()) < 12
 
 
@@ -70,11 +71,12 @@ def run(command: str, *more: str) -> int:
 
 
 def test_its_commands_and_snippets_run_in_their_order(capsys):
-    """With two eager steps of 32 x 32 pixels instead of 72 compiled ones of 128 x 128."""
+    """With two eager steps of 32 x 32 pixels instead of 72 compiled ones of 128 x 128, and pictures of one step."""
     code = {"text": [block for kind, block in BLOCKS if kind == "text"],
             "python": [block for kind, block in BLOCKS if kind == "python"]}
     for command in OURS:
-        small = SMALL if " train " in command else ["--mode", "pynative"] if " sample " in command else []
+        small = SMALL if " train " in command else SMALL_SAMPLE if " sample " in command else []
+        small = [*small, "--count", "2"] if " --count " in command else small
         capsys.readouterr()
         assert run(command, *small) == 0, command
         if " describe " in command:

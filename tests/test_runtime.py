@@ -24,12 +24,13 @@ def test_the_process_stays_eager_in_either_mode():
         assert ms.get_context("mode") == ms.PYNATIVE_MODE and ms.get_context("device_target") == "CPU"
 
 
-def test_rank_and_world_size_come_from_the_launcher(monkeypatch):
+def test_a_rank_without_its_launcher_is_refused(monkeypatch):
     assert (runtime.configure().rank, runtime.configure().world_size) == (0, 1)
+    monkeypatch.setenv("MS_NODE_TIMEOUT", "30")
     monkeypatch.setenv("RANK_ID", "3")
     monkeypatch.setenv("RANK_SIZE", "8")
-    found = runtime.configure("pynative", "CPU")
-    assert (found.rank, found.world_size) == (3, 8)
+    with pytest.raises(DeviceError, match=r"rank 3 of 8 cannot join the others.*by msrun or ms-diffsynth launch"):
+        runtime.configure("pynative", "CPU")
 
 
 def test_names_that_are_not_there():

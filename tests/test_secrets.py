@@ -144,10 +144,12 @@ def library_logs():
     logging.getLogger("httpx").warning("HTTP Request: GET https://h.example/x?a=%s", PLANTS["log of httpx"])
     logging.getLogger("huggingface_hub").warning("curl -H '%s'", PLANTS["log of huggingface_hub"])
     logging.getLogger("loader").error("row 3 failed: %s", PLANTS["log of a worker"])
+    library = logging.getLogger("library")
+    library.handlers = [logging.StreamHandler()]  # as mindone does when it is imported, in the middle of a command
     try:
         raise OSError(PLANTS["log with a traceback"])
     except OSError:
-        logging.getLogger("mindone").exception("failed")
+        library.exception("failed")
 
 
 def run_that_ends(hub, monkeypatch):

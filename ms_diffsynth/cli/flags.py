@@ -165,10 +165,14 @@ def _flush_stdout() -> None:
 
 def _redact_output() -> None:
     sys.excepthook = _show_redacted
-    own = logging.getLogger("huggingface_hub").handlers  # it does not hand its records on
-    for handler in (*logging.getLogger().handlers, *own, logging.lastResort):
-        if not any(isinstance(f, RedactFilter) for f in handler.filters):
-            handler.addFilter(RedactFilter())
+    logging.setLogRecordFactory(_redacted_record)
+
+
+def _redacted_record(*given: Any, **named: Any) -> logging.LogRecord:
+    """Redacted before any handler has it: mindone, imported late, brings one and does not hand its records on."""
+    record = logging.LogRecord(*given, **named)
+    RedactFilter().filter(record)
+    return record
 
 
 def _show_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

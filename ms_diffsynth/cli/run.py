@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -48,6 +49,7 @@ def run(config: TrainConfig) -> ModelLogger:
     settings = SimpleNamespace(**config.flat())
     stage, cache_dir = stage_of(settings.task), settings.cache_dir
     accelerator = Accelerator(settings.gradient_accumulation_steps, settings.mode, settings.device)
+    _tag_logs(accelerator)
     check_token(accelerator, settings)
     if stage != "data_process":
         check_folder(Path(settings.output_path), settings.resume)
@@ -74,6 +76,13 @@ def run(config: TrainConfig) -> ModelLogger:
     sampler, captions = build_sampler(settings, pipe)
     return launch_training_task(accelerator, sets[0], module, records, class_dataset=sets[1], args=settings,
                                 sampler=sampler, sample_captions=captions)
+
+
+def _tag_logs(accelerator: Accelerator) -> None:
+    """Begin every line of a log with the rank, when there are several."""
+    if accelerator.num_processes > 1:
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(logging.Formatter(f"rank {accelerator.process_index}: %(levelname)s: %(message)s"))
 
 
 def _summary(settings: Any, dataset: Any, class_dataset: Any) -> str:

@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,14 @@ class Batch:
 
     Shapes: ``indices`` int64 [B], positions in the data set (class half: in the class data set); ``sample_indices``
     int64 [B], the number of each sample in the whole run over all ranks, never repeated: the key of its random draws.
+    ``everywhere``: the same two of all ranks together, for reports.
     """
 
     indices: np.ndarray
     sample_indices: np.ndarray
     items: list[dict[str, Any]]
     bucket: Hashable
+    everywhere: tuple[np.ndarray, np.ndarray]
 
 
 def permutation(length: int, *key: object) -> np.ndarray:
@@ -141,8 +143,7 @@ class Loader:
                     pending = ahead.popleft()
                     items = [future.result() for future in pending.items]
                     self.step = start + number + 1
-                    yield Batch(indices=pending.indices, sample_indices=pending.sample_indices,
-                                items=items, bucket=pending.bucket)
+                    yield replace(pending, items=items)
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -159,6 +160,7 @@ class Loader:
             sample_indices=np.concatenate([half[2] for half in halves]),
             items=[call(_load, dataset, int(position)) for dataset, rows, _ in halves for position in rows],
             bucket=bucket,
+            everywhere=(np.concatenate([p for p in (positions, class_positions) if p is not None]), samples),
         )
 
     def _plan(self, epoch: int) -> list[tuple[Hashable, np.ndarray, np.ndarray | None, np.ndarray]]:

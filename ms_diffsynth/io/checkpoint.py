@@ -2,6 +2,7 @@
 
     ROOT/step-00000120/weights.safetensors    one file a group of arrays: weights, moments, ema
                        state.json             what is no array: step, epoch, seed, fingerprints
+                       moments-00001-of-00002.safetensors    or one file a rank and group: see io.parts
                        MANIFEST.json          format, step, bytes and SHA-256 of each file, and a digest of all that
 
 A folder is a checkpoint if its manifest verifies. Nothing points to the latest one, so nothing points to a wrong one.
@@ -17,7 +18,7 @@ import operator
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import numpy as np
 from ms_diffsynth.errors import CheckpointError, ConfigError, WeightError, listing, nearest
 from ms_diffsynth.io.cache import digest_of
 from ms_diffsynth.io.files import CALLS, Calls, remove_folder, sha256_of, stage_folder
+from ms_diffsynth.io.parts import Part, group_of, part_name, read_parts
 from ms_diffsynth.io.shards import names_in
 from ms_diffsynth.io.weights import open_checkpoint, serialize
 
@@ -65,6 +67,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} has no group '{group}': it has {listing(self.groups)}."
                                   f"{nearest(group, self.groups)}")
         try:
+            if parts := [*self.path.glob(f"{group}-?????-of-?????{_SUFFIX}")]:
+                return read_parts(parts)
             return dict(open_checkpoint(self.path / f"{group}{_SUFFIX}").tensors())
         except (WeightError, OSError) as error:
             raise CheckpointError(f"{self.path} changed while it was in use: {error}") from error
@@ -74,12 +78,14 @@ class Checkpoint:
 
 
 def save_checkpoint(root: str | os.PathLike[str], step: int, groups: Mapping[str, Mapping[str, np.ndarray]],
-                    state: Mapping[str, Any], *, calls: Calls = CALLS) -> Path:
+                    state: Mapping[str, Any], parts: Mapping[str, Sequence[Part]] | None = None, *,
+                    calls: Calls = CALLS) -> Path:
     """Write ``ROOT/step-N`` as one; a checkpoint of the same step is swapped for the new one. Nothing else is touched.
 
     Args:
         groups: name of the group -> name -> array.
         state: JSON values by name; no NaN, no infinity.
+        parts: name of a group -> what every rank, in order, wrote of it by `io.parts.write_part`.
 
     Returns: the folder, once it would outlive a loss of power.
     Raises: OutputError when it cannot be written: what was there before still is, and nothing half is left behind.
@@ -93,13 +99,19 @@ def save_checkpoint(root: str | os.PathLike[str], step: int, groups: Mapping[str
     step = operator.index(step)
     files = {f"{name}{_SUFFIX}": serialize(arrays) for name, arrays in groups.items()}
     files[STATE] = [memoryview(_json(dict(state)))]
-    manifest = {"format": FORMAT, "step": step, "files": {name: _record(data) for name, data in files.items()}}
+    taken = {f"{part_name(group, rank, len(written))}{_SUFFIX}": part for group, written in (parts or {}).items()
+             for rank, part in enumerate(written)}
+    records = {name: _record(data) for name, data in files.items()}
+    records |= {name: {"bytes": part.bytes, "sha256": part.sha256} for name, part in taken.items()}
+    manifest = {"format": FORMAT, "step": step, "files": records}
     files[MANIFEST] = [memoryview(_json(manifest | {"digest": digest_of(manifest)}))]
     path = Path(root) / f"step-{step:08d}"
     needed = sum(part.nbytes for data in files.values() for part in data)
     with stage_folder(path, replace=True, needed=needed, calls=calls) as stage:
         for name, data in files.items():
             stage.write(name, data)
+        for name, part in taken.items():
+            stage.take(name, part.file)
     return path
 
 
@@ -154,7 +166,8 @@ def open_checkpoint_folder(path: str | os.PathLike[str]) -> Checkpoint:
     if problems:
         raise CheckpointError(f"{path} is damaged: {listing(problems)}. Expected what its {MANIFEST} says. Resume from "
                               "another checkpoint.")
-    groups = tuple(name.removesuffix(_SUFFIX) for name in manifest["files"] if name.endswith(_SUFFIX))
+    groups = tuple(dict.fromkeys(group_of(name.removesuffix(_SUFFIX)) for name in manifest["files"]
+                                 if name.endswith(_SUFFIX)))
     return Checkpoint(path=path, step=manifest["step"], groups=groups, state=_read_json(path / STATE))
 
 

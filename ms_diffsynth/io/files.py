@@ -97,6 +97,24 @@ def write_file(path: str | os.PathLike[str], data: Data, *, calls: Calls = CALLS
         _sync(path.parent, calls)
 
 
+def write_beside(path: str | os.PathLike[str], data: Data, *, calls: Calls = CALLS) -> Path:
+    """Write a hidden file into the folder of ``path``, for `Stage.take`; one that nobody takes is a leftover.
+
+    Returns: where it is, durable. Raises: OutputError; nothing is left behind.
+    """
+    stage, buffers = _beside(Path(path), "tmp"), _buffers(data)
+    needed = sum(len(b) for b in buffers)
+    with _explained(stage, needed, calls):
+        _make_folder(stage.parent, calls)
+        _check_space(stage.parent, needed, calls)
+        try:
+            _write_new(stage, buffers, calls)
+        except BaseException:
+            _discard(stage, calls.unlink)
+            raise
+    return stage
+
+
 class Stage(os.PathLike):
     """A folder being written. ``Path(stage)`` is where it is; everything below it is made durable at the commit."""
 
@@ -124,6 +142,11 @@ class Stage(os.PathLike):
             _check_space(self.path, needed, self._calls)
             _make_folder(file.parent, self._calls)
             _write_new(file, buffers, self._calls)
+
+    def take(self, name: str, file: str | os.PathLike[str]) -> None:
+        """Move a file of `write_beside` in as ``name``. Raises: OutputError."""
+        with _explained(self._target / name, 0, self._calls):
+            self._calls.rename(file, self.path / name)
 
 
 @contextlib.contextmanager

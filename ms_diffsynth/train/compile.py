@@ -17,9 +17,9 @@ from mindspore import Tensor
 from ms_diffsynth.errors import TrainingError, listing
 
 try:  # MindSpore 2.10 moved the module
-    from mindspore.graph.api import ms_compile_cache
+    from mindspore.graph.api import _pynative_executor, ms_compile_cache
 except ImportError:
-    from mindspore.common.api import ms_compile_cache
+    from mindspore.common.api import _pynative_executor, ms_compile_cache
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,19 @@ Announce = Callable[[str, str], Callable[[float], None]]
 def _log_only(name: str, shapes: str) -> Callable[[float], None]:
     logger.info("compiling %s for %s", name, shapes)
     return lambda seconds: logger.info("compiled %s in %.1f s", name, seconds)
+
+
+def eagerly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function that may compute gradients.
+
+    What ends it early, an interrupt too, would leave MindSpore 2.10 inside the gradient it was computing: every later
+    one of the process would count as nested in it, and fail where a Tensor is indexed with an integer.
+    """
+    try:
+        return function(*arguments)
+    except BaseException:
+        _pynative_executor.clear_res()
+        raise
 
 
 class CompiledStep:
@@ -59,7 +72,7 @@ class CompiledStep:
 
     def __call__(self, *tensors: Tensor) -> Any:
         if self.mode != "graph":
-            return self._function(*tensors)
+            return eagerly(self._function, *tensors)
         odd = [f"argument {k} is a {type(t).__name__}" for k, t in enumerate(tensors) if not isinstance(t, Tensor)]
         if odd:
             raise TrainingError(f"{self.name} takes single Tensors only, but {listing(odd)}: anything else would be a "

@@ -29,15 +29,20 @@ def _identity(size: int) -> Tensor:
     return Tensor(np.eye(size, dtype=np.float32))
 
 
-def global_norm(grads: tuple[Tensor, ...]) -> Tensor:
-    """The Euclidean norm of all gradients as one vector: float32 scalar.
+def sum_of_squares(grads: tuple[Tensor, ...]) -> Tensor:
+    """The sum of the squares of all elements, of which the root is the norm: float32 scalar.
 
     Not finite when any element is not finite, and also when the sum of squares overflows: norms above 1.8e19.
     Source: torch.nn.utils.clip_grad_norm_, with the sum of squares taken at once.
     """
     if _is_cpu():
-        return ops.sqrt(ops.addn(_each(_squares_by_dot, grads)))
-    return ops.sqrt(ops.addn(_each(_squares_by_sum, grads)))
+        return ops.addn(_each(_squares_by_dot, grads))
+    return ops.addn(_each(_squares_by_sum, grads))
+
+
+def global_norm(grads: tuple[Tensor, ...]) -> Tensor:
+    """The Euclidean norm of all gradients as one vector: float32 scalar."""
+    return ops.sqrt(sum_of_squares(grads))
 
 
 def is_finite(value: Tensor) -> Tensor:

@@ -74,10 +74,10 @@ class ModelLogger:
             after: go on after this step of the run in ``run_folder``, which may be this one. loss.csv then holds that
                 run's rows up to the step; events.jsonl is gone on with.
         """
+        self.settings, self.num_steps = without_secrets(settings), after
         if not self.is_writing:
             return
         self.output_path.mkdir(parents=True, exist_ok=True)
-        self.settings, self.num_steps = without_secrets(settings), after
         text = json.dumps(self.settings, indent=2, sort_keys=True) + "\n"
         for name, content in {**self.files, "training_args.json": text.encode()}.items():
             write_file(self.output_path / name, content)

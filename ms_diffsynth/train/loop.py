@@ -12,15 +12,16 @@ from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.data.loader import Batch, Loader, collate
-from ms_diffsynth.errors import ConfigError, DeviceError, UserError
+from ms_diffsynth.errors import ConfigError, UserError
 from ms_diffsynth.io.checkpoint import Checkpoint
 from ms_diffsynth.io.redact import redact
 from ms_diffsynth.launch.worker import beat
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.train import resume
-from ms_diffsynth.train.distributed import Accelerator
+from ms_diffsynth.train.distributed import Accelerator, Agreement
 from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.evaluation import RunEvaluation
+from ms_diffsynth.train.exchange import broadcast
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import AdamW, LearningRate
@@ -30,6 +31,7 @@ from ms_diffsynth.train.program_step import ModuleTrainStep, ProgramTrainStep
 from ms_diffsynth.train.progress import Progress
 from ms_diffsynth.train.publish import check_token, publishing
 from ms_diffsynth.train.report import StepReport
+from ms_diffsynth.train.sharding import ShardedAdamW
 from ms_diffsynth.train.signals import Interrupted, StopRequest, stopping_on_signals
 from ms_diffsynth.train.split import describe_loaded, launch_data_process_task, open_cache, stage_of
 from ms_diffsynth.train.step import StepResult
@@ -53,10 +55,12 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
         settings: what else training_args.json should hold.
         options: any other field of `TrainingOptions`.
 
+    In a job of several ranks each calls this; ``batch_size`` is that of a rank, and the first rank alone writes, except
+    for its part of divided moments.
+
     Returns: the logger. Raises: TrainingError after 20 non-finite steps in a row; ConfigError for impossible options;
-        DeviceError for more than one process; HubError for ``args.push_to_hub`` without a token; CheckpointError for a
-        checkpoint that this run cannot go on from; OutputError for a folder in use; Stopped, which ends the process,
-        after SIGTERM or SIGINT.
+        HubError for ``args.push_to_hub`` without a token; CheckpointError for a checkpoint that this run cannot go on
+        from; OutputError for a folder in use; Stopped, which ends the process, after SIGTERM or SIGINT.
     """
     given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "num_workers": num_workers,
              "save_steps": save_steps, "num_epochs": num_epochs,
@@ -69,12 +73,14 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     model_logger.is_writing = accelerator.is_main_process
     settings = (settings or {}) | given | dataclasses.asdict(run.options)
     with resume.holding(model_logger.output_path) if accelerator.is_main_process else nullcontext():
-        checkpoint = run.start(settings | {"mode": accelerator.mode, "device": accelerator.device})
+        checkpoint = run.start(settings | {"mode": accelerator.mode, "device": accelerator.device,
+                                           "num_processes": accelerator.num_processes})
         with publishing(accelerator, model, model_logger, dataset, args):
             try:
                 run.prepare()
                 if checkpoint is not None:
                     run.restore(checkpoint)
+                broadcast(run.optimizer.parameters)  # what no seed decides, such as a template's own random start
                 run.train()
             except UserError as error:
                 model_logger.event("stopped", reason=str(error))
@@ -127,7 +133,7 @@ class _Run:
             model.pipe.announce = self._announce
         self.evaluation = self._build_evaluation(args)
         self.identity = resume.identity(accelerator, model, self.cut, options, args, dataset, class_dataset)
-        self.checkpoints = resume.Checkpoints(logger, options, self.identity, captions)
+        self.checkpoints = resume.Checkpoints(accelerator, logger, options, self.identity, captions)
 
     # -- before the first step -----------------------------------------------------------------------------------
 
@@ -149,19 +155,15 @@ class _Run:
             raise ConfigError("class_dataset is given, but the objective has no prior_loss_weight: the class images "
                               "would be trained on like any other. Set Objective(prior_loss_weight=1.0), or leave them "
                               "out.")
-        if self.accelerator.num_processes > 1:
-            raise DeviceError(f"{self.accelerator.num_processes} processes were started, but gradients are not "
-                              "averaged over processes: each would train a model of its own. Start one process.")
 
     def start(self, settings: dict[str, Any]) -> Checkpoint | None:
         """Begin the records of a run, or those of one that goes on from a checkpoint, which is returned."""
         logger, options = self.logger, self.options
-        checkpoint = resume.find_checkpoint(logger.output_path, options.resume)
+        checkpoint = resume.find_for_all(self.accelerator, logger.output_path, options.resume)
         if checkpoint is None:
             logger.start(settings)
             return None
         changes = resume.check_identity(checkpoint, self.identity, options.accept_changes)
-        resume.set_later_aside(logger.output_path, checkpoint)
         logger.start(settings, checkpoint.step, resume.run_folder(checkpoint))
         logger.event("resumed", checkpoint=str(checkpoint.path), changes=changes)
         self.progress.say(redact(f"going on from {checkpoint.path}" + "".join(f"\n  accepted: {c}" for c in changes)))
@@ -189,15 +191,15 @@ class _Run:
         self.total = self._total_steps()
         self.rate = LearningRate(schedule=options.lr_scheduler, base=options.learning_rate,
                                  warmup_steps=options.lr_warmup_steps, total_steps=self.total)
-        self.optimizer = AdamW(self.model.trainable_parameters(), learning_rate=options.learning_rate,
-                               weight_decay=options.weight_decay, eps=options.adam_epsilon,
-                               betas=(options.adam_beta1, options.adam_beta2))
+        self.optimizer = self._build_optimizer()
         self.step = self._build_step()
         self.report = StepReport(self.logger, self.progress, self.step, self.dataset, self.class_dataset)
         count = sum(int(np.prod(p.shape)) for p in self.optimizer.parameters)
         where = "eagerly, by the module's own forward" if self.is_eager else f"in {self.accelerator.mode} mode"
+        ranks = self.accelerator.num_processes
         self.progress.say(f"training {count:,} parameters in {len(self.optimizer.parameters)} tensors {where} on "
-                          f"{self.accelerator.device}: {self.total} steps, {len(self.loader)} batches per epoch")
+                          f"{self.accelerator.device}{f', {ranks} ranks' if ranks > 1 else ''}: {self.total} steps, "
+                          f"{len(self.loader)} batches per epoch")
 
     def _announce(self, name: str, shapes: str) -> Callable[[float], None]:
         beat(self.logger.num_steps + 1, "compile")
@@ -207,6 +209,14 @@ class _Run:
         options = self.options
         by_epochs = None if options.num_epochs is None else options.num_epochs * self.steps_per_epoch
         return min(n for n in (by_epochs, options.max_train_steps) if n is not None)
+
+    def _build_optimizer(self) -> AdamW | ShardedAdamW:
+        options = self.options
+        given = {"learning_rate": options.learning_rate, "weight_decay": options.weight_decay,
+                 "eps": options.adam_epsilon, "betas": (options.adam_beta1, options.adam_beta2)}
+        if options.zero_stage and self.accelerator.num_processes > 1:
+            return ShardedAdamW(self.model.trainable_parameters(), options.zero_stage, **given)
+        return AdamW(self.model.trainable_parameters(), **given)
 
     def _build_step(self) -> ProgramTrainStep | ModuleTrainStep:
         options = self.options
@@ -249,13 +259,13 @@ class _Run:
         logger = self.logger
         with stopping_on_signals(self.options.grace_seconds) as stop:
             self.look(stop, *self._due())
+            is_stopping = Agreement(stop, self.accelerator)
             self.progress.begin(self.total, "training", "step", done=logger.num_steps)
-            while logger.num_steps < self.total and stop.signal is None:
+            while logger.num_steps < self.total and not is_stopping():
                 for batch in self.loader:
-                    if self._train_on(batch):
-                        self._after_step(stop)
-                        if logger.num_steps >= self.total or stop.signal is not None:
-                            break
+                    if self._train_on(batch) and self._after_step(stop, is_stopping):
+                        break
+            is_stopping(is_last=True)
             self.report.flush()
             self.progress.end()
             self.look(stop)
@@ -288,16 +298,21 @@ class _Run:
         """The epoch of the last batch."""
         return (self.loader.step - 1) // len(self.loader)
 
-    def _after_step(self, stop: StopRequest) -> None:
-        """What is due after a step: the end of an epoch, a checkpoint, and then pictures, which may take long."""
+    def _after_step(self, stop: StopRequest, is_stopping: Agreement) -> bool:
+        """What is due after a step: the end of an epoch, a checkpoint, and then pictures, which may take long.
+
+        Returns: whether it was the last one.
+        """
         logger, options = self.logger, self.options
         if self.loader.step % len(self.loader) == 0:
             self.report.flush()
             if options.save_steps is None:
                 logger.on_epoch_end(self.accelerator, self.model, self._epoch())
-        if logger.num_steps < self.total and stop.signal is None:  # else at the end, with the last pictures
-            self._save_state()
-            self.look(stop, *self._due())
+        if logger.num_steps >= self.total or is_stopping():
+            return True  # what is due now is made at the end, with the last pictures
+        self._save_state()
+        self.look(stop, *self._due())
+        return False
 
     def _due(self) -> list[bool]:
         """Whether sample pictures and an evaluation are due at the present step."""
@@ -306,7 +321,7 @@ class _Run:
 
     def _save_state(self, is_last: bool = False) -> None:
         """Save all that the run needs to go on after this step, if that is due."""
-        if self.accelerator.is_main_process and self.checkpoints.is_due(is_last):
+        if self.checkpoints.is_due(is_last):
             report = self.report
             report.flush()
             self.checkpoints.save(self.step, {**self.loader.state(), "skipped": report.skipped,

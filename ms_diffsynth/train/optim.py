@@ -95,7 +95,7 @@ class AdamW(nn.Cell):
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2):
         super().__init__(auto_prefix=False)
         parameters = list(parameters)
-        _check(parameters, learning_rate, betas, eps, weight_decay)
+        check_adamw(parameters, learning_rate, betas, eps, weight_decay)
         self.parameters = ParameterTuple(parameters)
         self.moment1 = self.parameters.clone("moment1", "zeros")
         self.moment2 = self.parameters.clone("moment2", "zeros")
@@ -185,13 +185,14 @@ class Guarded(nn.Cell):
         load_state(self.state_tensors(), state)
 
 
-def guarded(optimizer: nn.Cell) -> AdamW | Guarded:
+def guarded(optimizer: nn.Cell) -> nn.Cell:
     """The optimizer, with the call ``(gradients, coefficient, is_finite)``."""
-    return optimizer if isinstance(optimizer, (AdamW, Guarded)) else Guarded(optimizer)
+    return Guarded(optimizer) if isinstance(optimizer, nn.Optimizer) else optimizer
 
 
-def _check(parameters: list[Parameter], learning_rate: float, betas: tuple[float, float], eps: float,
-           weight_decay: float) -> None:
+def check_adamw(parameters: Sequence[Parameter], learning_rate: float, betas: tuple[float, float], eps: float,
+                weight_decay: float) -> None:
+    """Raises: TrainingError and ConfigError, as `AdamW` does."""
     if not parameters:
         raise TrainingError("AdamW was given no parameters: expected at least one. Name what is to be trained "
                             "(lora_base_model or trainable_models).")

@@ -24,7 +24,8 @@ class TrainingOptions:
     use_ema: bool = False
     ema_decay: float = 0.9999
     loss_scale: float = 1.0
-    batch_size: int = 1
+    batch_size: int = 1  # of each rank
+    zero_stage: int = 0  # 1: the ranks divide the moments, 2: accumulated gradients too
     num_epochs: int | None = 1
     max_train_steps: int | None = None
     num_workers: int = 1
@@ -56,6 +57,8 @@ class TrainingOptions:
                  "loss_scale": 1, "evaluation_steps": 1, "checkpoint_steps": 0, "keep_checkpoints": 2}
         wrong = [f"{name}={value}: expected at least {limit}." for name, limit in least.items()
                  if (value := getattr(self, name)) is not None and value < limit]
+        if self.zero_stage not in (0, 1, 2):
+            wrong.append(f"zero_stage={self.zero_stage}: expected 0, 1 or 2.")
         if not self.grace_seconds > 0:
             wrong.append(f"grace_seconds={self.grace_seconds}: expected more than 0.")
         if self.max_train_steps is None and self.num_epochs is None:

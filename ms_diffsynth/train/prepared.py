@@ -121,12 +121,13 @@ def label_of(dataset: Any, row: int) -> str:
 
 
 def rows_of(batch: Batch, dataset: Any, class_dataset: Any = None) -> list[dict[str, Any]]:
-    """The rows of a batch as their owner knows them: the row of the metadata, counted from 1, its files, and the number
-    of the sample in the whole run. Class images come last and have a field of their own.
+    """The rows of a batch, on all ranks, as their owner knows them: the row of the metadata, counted from 1, its files,
+    and the number of the sample in the whole run. Class images come last and have a field of their own.
     """
-    half = len(batch.indices) if class_dataset is None else len(batch.indices) // 2
+    indices, samples = (numbers.tolist() for numbers in batch.everywhere)
+    half = len(indices) if class_dataset is None else len(indices) // 2
     found = []
-    for k, (index, sample) in enumerate(zip(batch.indices.tolist(), batch.sample_indices.tolist())):
+    for k, (index, sample) in enumerate(zip(indices, samples)):
         source, kind = (dataset, {}) if k < half else (class_dataset, {"set": "class"})
         row = index % _count(source)
         found.append({"row": row + 1, "name": label_of(source, row), "sample": sample} | kind)

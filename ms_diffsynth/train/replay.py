@@ -27,6 +27,7 @@ from ms_diffsynth.io.lock import lock_folder
 from ms_diffsynth.io.settings import without_secrets
 from ms_diffsynth.nn.names import load_state, to_numpy
 from ms_diffsynth.train import resume
+from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger, _text
 from ms_diffsynth.train.loop import _from_cache, _Run
@@ -279,7 +280,8 @@ def _look_inside(run: _Run, batches: list[Batch]) -> tuple[dict[str, str], list[
     if run.is_eager:
         run.model.forward = _counted(run.model.forward, probes)
     step.value_and_grad = ms.value_and_grad(forward, None, step.weights, has_aux=True)
-    step.compiled_steps = {"update": step._update, "micro": step._accumulate}
+    step.compiled_steps = {"update": CompiledStep(step._update, "the step under probes", "pynative"),
+                           "micro": CompiledStep(step._accumulate, "the accumulation under probes", "pynative")}
     results = []
     with probes:
         for batch in batches:

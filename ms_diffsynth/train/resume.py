@@ -21,7 +21,7 @@ from mindspore import Parameter, ops
 
 from ms_diffsynth import __version__, runtime
 from ms_diffsynth.config import SETTINGS
-from ms_diffsynth.errors import CheckpointError, ConfigError, listing, nearest
+from ms_diffsynth.errors import CheckpointError, ConfigError, OutputError, listing, nearest
 from ms_diffsynth.io.cache import digest_of
 from ms_diffsynth.io.checkpoint import (
     Checkpoint,
@@ -32,6 +32,7 @@ from ms_diffsynth.io.checkpoint import (
     save_checkpoint,
 )
 from ms_diffsynth.io.lock import lock_folder
+from ms_diffsynth.io.parts import Part, write_part
 from ms_diffsynth.io.settings import without_secrets
 from ms_diffsynth.io.weights import FLOATS
 from ms_diffsynth.nn.names import load_state, to_numpy
@@ -41,6 +42,7 @@ from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.options import TrainingOptions
 from ms_diffsynth.train.prepared import CachedRows, PreparedRows
+from ms_diffsynth.train.sharding import ShardedAdamW
 from ms_diffsynth.train.split import pictures_of
 from ms_diffsynth.train.step import TrainStep
 
@@ -54,7 +56,7 @@ MAY_CHANGE = frozenset("""
     model_paths model_id_with_origin_paths tokenizer_path tokenizer_1_path tokenizer_2_path dataset_base_path
     dataset_metadata_path class_base_path class_metadata_path cache_dir output_path remove_prefix_in_ckpt
     trust_template_code trust_template_sha256 num_epochs max_train_steps num_workers find_unused_parameters
-    resume accept_changes checkpoint_steps keep_checkpoints grace_seconds save_steps
+    zero_stage resume accept_changes checkpoint_steps keep_checkpoints grace_seconds save_steps
     evaluation_steps evaluation_count evaluation_reference
     sample_count sample_steps sample_prompts sample_template_inputs sample_seed num_inference_steps sample_height
     sample_width enable_tensorboard_log push_to_hub hub_model_id hub_private_repo hub""".split())
@@ -109,6 +111,20 @@ def find_checkpoint(output_path: Path, resume: str) -> Checkpoint | None:
     return found
 
 
+def find_for_all(accelerator: Accelerator, output_path: Path, resume: str) -> Checkpoint | None:
+    """What `find_checkpoint` gives, the same one on every rank. The first rank sets later ones aside before.
+
+    Raises: CheckpointError when the ranks do not find the same one.
+    """
+    found = find_checkpoint(output_path, resume) if accelerator.is_main_process else None
+    if found is not None:
+        set_later_aside(output_path, found)
+    main = accelerator.gather_text("" if found is None else str(found.path))[0]
+    if main and not accelerator.is_main_process:
+        found = open_checkpoint_folder(main)
+    return found
+
+
 def set_later_aside(output_path: Path, checkpoint: Checkpoint) -> list[Path]:
     """Rename the checkpoints after the one a run goes on from, so that they are never mixed with its own."""
     moved = []
@@ -153,6 +169,7 @@ def identity(accelerator: Accelerator, module: DiffusionTrainingModule, cut: Cut
     settings = {k: v for k, v in (given | dataclasses.asdict(options)).items() if k not in MAY_CHANGE}
     if options.lr_scheduler != "constant":
         settings |= {"num_epochs": options.num_epochs, "max_train_steps": options.max_train_steps}
+    settings["batch_size"] = options.batch_size * accelerator.num_processes  # more ranks may take smaller batches
     settings |= dataclasses.asdict(pipe.objective)
     settings |= {"task": module.task, "mode": accelerator.mode, "device": accelerator.device,
                  "dtype": runtime.dtype_name(pipe.dtype), "fuse": module.fuse, "pipeline": type(pipe).__name__}
@@ -214,8 +231,13 @@ def versions() -> dict[str, str]:
 
 
 def parameters_of(step: TrainStep) -> dict[str, dict[str, Parameter]]:
-    """Every Parameter that a step changes, by group and name. Accumulators are empty between two steps."""
-    groups = {"weights": {p.name: p for p in step.weights}, "moments": step.optimizer.state_tensors()}
+    """Every Parameter that a step changes, by group and name, but for moments that the ranks have divided.
+
+    Accumulators are empty between two steps.
+    """
+    groups = {"weights": {p.name: p for p in step.weights}}
+    if not isinstance(step.optimizer, ShardedAdamW):
+        groups["moments"] = step.optimizer.state_tensors()
     if step.ema is not None:
         groups["ema"] = step.ema.state_tensors()
     if step.loss_scaler is not None:
@@ -247,6 +269,8 @@ def restore(step: TrainStep, checkpoint: Checkpoint, now: Mapping[str, Any]) -> 
                 raise CheckpointError(f"{checkpoint.path} holds numbers in {name} that are not finite: {listing(odd)}. "
                                       "Training cannot go on from them: resume from an earlier checkpoint.")
             load_state(parameters, state)
+    if isinstance(step.optimizer, ShardedAdamW):
+        step.optimizer.load_state_tensors(checkpoint.read("moments"))
     if step.ema is not None and "ema" not in checkpoint.groups:
         for average, weight in zip(step.ema.average, step.ema.parameters):
             ops.assign(average, weight.astype(average.dtype))
@@ -259,8 +283,9 @@ class Checkpoints:
         last: the folder of the newest; None before the first.
     """
 
-    def __init__(self, records: ModelLogger, options: TrainingOptions, identity: Mapping[str, Any],
-                 captions: list[str]):
+    def __init__(self, accelerator: Accelerator, records: ModelLogger, options: TrainingOptions,
+                 identity: Mapping[str, Any], captions: list[str]):
+        self.accelerator = accelerator
         self.records, self.options, self.identity, self.captions = records, options, identity, captions
         self.folder = records.output_path / CHECKPOINTS
         self.last: Path | None = None
@@ -274,18 +299,41 @@ class Checkpoints:
         return is_last or (self.records.saved_at == step if every is None else step % every == 0)
 
     def save(self, step: TrainStep, state: Mapping[str, Any]) -> None:
-        """Save all that a step changes and ``state``; older checkpoints than the last few go. Raises: OutputError."""
+        """Save all that a step changes and ``state``; older checkpoints than the last few go. Every rank must call it.
+
+        Raises: OutputError, on every rank when one of them cannot write its part.
+        """
         began, records = time.perf_counter(), self.records
+        self._saved_at = records.num_steps
+        parts = {}
+        if isinstance(step.optimizer, ShardedAdamW):
+            parts["moments"] = self._write_parts(*step.optimizer.state_pieces())
+        if not self.accelerator.is_main_process:
+            return
         records.sync()
         groups = {group: {name: to_numpy(p) for name, p in parameters.items()}
                   for group, parameters in parameters_of(step).items()}
         state = {**state, **records.state(), "captions": without_secrets(self.captions), "identity": self.identity,
                  "versions": versions()}
-        self.last = save_checkpoint(self.folder, records.num_steps, groups | {"pictures": records.pictures()}, state)
-        self._saved_at = records.num_steps
+        self.last = save_checkpoint(self.folder, records.num_steps, groups | {"pictures": records.pictures()}, state,
+                                    parts)
         remove_old_checkpoints(self.last, self.options.keep_checkpoints)
         records.event("checkpoint", file=f"{CHECKPOINTS}/{self.last.name}", bytes=_size(self.last),
                       seconds=round(time.perf_counter() - began, 4))
+
+    def _write_parts(self, pieces: Mapping[str, np.ndarray], shapes: Mapping[str, list[int]]) -> list[Part]:
+        """Write this rank's part of the moments. Returns: what every rank wrote."""
+        try:
+            said = json.dumps(dataclasses.asdict(write_part(self.folder, pieces, shapes)))
+        except OutputError as error:
+            said = str(error)
+        heard = self.accelerator.gather_text(said)
+        failed = [f"rank {rank}: {text}" for rank, text in enumerate(heard) if not text.startswith("{")]
+        if failed:
+            if said.startswith("{"):
+                os.unlink(json.loads(said)["file"])
+            raise OutputError(f"the checkpoint of step {self.records.num_steps} was not saved: {listing(failed)}")
+        return [Part(**json.loads(text)) for text in heard]
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """What the records knew. Pictures are only comparable to others of the same captions."""
@@ -293,7 +341,7 @@ class Checkpoints:
         if run_folder(checkpoint).resolve() == self.records.output_path.resolve():
             self.last, self._saved_at = checkpoint.path, checkpoint.step
             self.records.restore(state)
-        if state["captions"] == without_secrets(self.captions):
+        if self.accelerator.is_main_process and state["captions"] == without_secrets(self.captions):
             self.records.restore_pictures(checkpoint.read("pictures"), self.captions)
 
 

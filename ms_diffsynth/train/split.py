@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 import sys
 import time
@@ -19,9 +20,10 @@ from mindspore import nn
 from PIL import Image
 
 from ms_diffsynth import runtime
-from ms_diffsynth.errors import ConfigError, listing
+from ms_diffsynth.errors import CacheError, ConfigError, listing
 from ms_diffsynth.io.cache import Cache, PlannedRow, digest_of
 from ms_diffsynth.io.files import sha256_of
+from ms_diffsynth.launch.worker import beat
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
 from ms_diffsynth.train.distributed import Accelerator
@@ -63,6 +65,8 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
         cache_dir: where; None takes ``args.cache_dir``, else the folder of ``model_logger``.
         options: those of `launch_training_task`; none of them shapes the cache.
 
+    In a job of several ranks each prepares its share of the rows, and all return when the cache is complete.
+
     Returns: the complete cache. Raises: DataError for a row that cannot be prepared, OutputError; running it again
         goes on where it stopped.
     """
@@ -75,23 +79,37 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
     rows = {name: [_plan(stamp, data, index, model.row_fields) for index in range(_rows_of(data))]
             for name, data in sets.items()}
     configs = {name: pipe.config(name) for name in cut.models("prepare") if pipe._component(name).class_name}
-    cache = Cache(folder)
-    changed = cache.begin(shaped_by, configs, rows)
     progress = Progress(accelerator.is_main_process)
+    cache, changed = _begin(accelerator, folder, shaped_by, configs, rows)
     if changed:
         progress.say(f"{folder} held the cache of another configuration ({listing(changed, 3)}); its entries stay "
                      f"until ms-diffsynth cache prune {folder}")
-    _fill(cache, rows, sets, model, cut, progress)
-    return cache
+    _fill(accelerator, cache, rows, sets, model, cut, progress)
+    return Cache(folder)
 
 
-def _fill(cache: Cache, rows: dict[str, list[PlannedRow]], sets: dict[str, Any], model: DiffusionTrainingModule,
-          cut: Cut, progress: Progress) -> None:
-    """Write the entries that are not there, and say what was done."""
+def _begin(accelerator: Accelerator, folder: str | Path, *content: Any) -> tuple[Cache, list[str]]:
+    """The cache, begun by the first rank; and what it changed there."""
+    changed = []
+    if accelerator.is_main_process:
+        cache = Cache(folder)
+        changed = cache.begin(*content)
+    stamps = accelerator.gather_text(digest_of(content[0]))
+    if len(set(stamps)) > 1:
+        raise CacheError(f"the ranks would not write the same cache: fingerprints {listing(dict.fromkeys(stamps))}. "
+                         "Expected the same code, settings, data and weights on every machine.")
+    return (cache if accelerator.is_main_process else Cache(folder)), changed
+
+
+def _fill(accelerator: Accelerator, cache: Cache, rows: dict[str, list[PlannedRow]], sets: dict[str, Any],
+          model: DiffusionTrainingModule, cut: Cut, progress: Progress) -> None:
+    """Write the entries that are not there, each rank its share of them, and say what was done."""
     began, written, size = time.perf_counter(), 0, 0
     todo = {row.key: (name, index) for name, planned in rows.items() for index, row in enumerate(planned)}
-    progress.begin(len(todo), "caching", "row")
-    for key, (name, index) in todo.items():
+    own = list(todo.items())[accelerator.process_index::accelerator.num_processes]
+    progress.begin(len(own), "caching", "row")
+    for number, (key, (name, index)) in enumerate(own):
+        beat(number, "prepare")
         if not cache.holds(key):
             slots, picture = prepare_row(sets[name], index, model, cut)
             cache.write(key, slots, picture)
@@ -99,11 +117,14 @@ def _fill(cache: Cache, rows: dict[str, list[PlannedRow]], sets: dict[str, Any],
             size += sum(array.nbytes for array in slots.values())
         progress.advance()
     progress.end()
-    cache.finish()
-    seconds = time.perf_counter() - began
+    done = [json.loads(text) for text in accelerator.gather_text(json.dumps([written, size]))]
+    if accelerator.is_main_process:
+        cache.finish()
+    accelerator.wait_for_everyone()
+    seconds, (written, size) = time.perf_counter() - began, map(sum, zip(*done))
     each = f" ({seconds / written:.2f} s and {size / written / 1e3:,.0f} kB a row)" if written else ""
     progress.say(f"cache in {cache.folder}: {sum(map(len, rows.values()))} rows, {written} prepared{each}, "
-                 f"{len(todo) - written} there already")
+                 f"{len(todo) - written} there already{f'; {len(done)} ranks' if len(done) > 1 else ''}")
     progress.say(f"loaded: {describe_loaded(model.pipe)}; peak memory {runtime.peak_memory_bytes() / 2**30:.1f} GiB")
 
 

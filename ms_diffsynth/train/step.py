@@ -19,7 +19,9 @@ from ms_diffsynth.errors import TrainingError, nearest
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.train import grads as gradients
 from ms_diffsynth.train.compile import Announce, CompiledStep, _log_only
+from ms_diffsynth.train.exchange import exchange_for
 from ms_diffsynth.train.optim import guarded
+from ms_diffsynth.train.sharding import ShardedAdamW
 
 ACCUMULATION_SETTINGS = ("length_of_dataloader", "sync_with_dataloader")
 
@@ -27,8 +29,8 @@ ACCUMULATION_SETTINGS = ("length_of_dataloader", "sync_with_dataloader")
 class StepResult(NamedTuple):
     """What one call of a step gives back; Tensors stay on the device until they are read."""
 
-    loss: Tensor  # float32 scalar, unscaled
-    aux: tuple[Any, ...]  # whatever else ``forward`` returned
+    loss: Tensor  # float32 scalar, unscaled; of several ranks the mean
+    aux: tuple[Any, ...]  # whatever else ``forward`` returned, on this rank
     grad_norm: Tensor | None  # float32 scalar before clipping, of the averaged gradient; None at a micro-step
     is_finite: Tensor | None  # bool scalar; False means that nothing was updated; None at a micro-step
     is_update: bool  # whether an optimizer update was made (or skipped by the guard)
@@ -51,7 +53,9 @@ class TrainStep(nn.Cell):
 
     Args:
         model: the network that is trained; it is put into training mode.
-        optimizer: `train.optim.AdamW`, or any ``mindspore.nn.Optimizer``; its ``parameters`` are trained.
+        optimizer: `train.optim.AdamW`, or any ``mindspore.nn.Optimizer``; its ``parameters`` are trained. In a job of
+            several ranks, gradients are averaged over these once per update; `train.sharding.ShardedAdamW` divides its
+            moments among them.
         loss_scaler: ``mindspore.amp.StaticLossScaler`` or ``DynamicLossScaler``; None scales by 1.
         max_grad_norm: clip the global gradient norm to this; None leaves it.
         gradient_accumulation_steps: micro-steps per update; None means 1.
@@ -77,13 +81,16 @@ class TrainStep(nn.Cell):
         self.optimizer = guarded(optimizer)
         self.ema = ema
         self.weights = ParameterTuple(optimizer.parameters)
+        self.exchange = optimizer.exchange if isinstance(optimizer, ShardedAdamW) else exchange_for(self.weights)
+        self.sums_early = isinstance(optimizer, ShardedAdamW) and optimizer.stage == 2  # at each micro-step
         self.loss_scaler = loss_scaler
         self.loss_scale = getattr(loss_scaler, "scale_value", None)
         self.max_grad_norm = max_grad_norm
         self.accumulation_steps = gradient_accumulation_steps or 1
         is_synced = accumulation.get("sync_with_dataloader", True)
         self.length_of_dataloader = (accumulation.get("length_of_dataloader") or 0) if is_synced else 0
-        self.accumulators = self.weights.clone("accumulated", "zeros") if self.accumulation_steps > 1 else ()
+        summed = optimizer.shards if self.sums_early else self.weights
+        self.accumulators = summed.clone("accumulated", "zeros") if self.accumulation_steps > 1 else ()
         self.value_and_grad = ms.value_and_grad(self._scaled_forward, None, self.weights, has_aux=True)
         mode = mode or runtime.current().mode
         plan = {"mode": mode, "planned": planned_compilations, "announce": announce}
@@ -118,7 +125,7 @@ class TrainStep(nn.Cell):
         if self.group < self.accumulation_steps and not is_epoch_end:
             values = self.compiled_steps["micro"](*inputs)
             return StepResult(values[0], tuple(values[1:]), None, None, False)
-        size, self.group = Tensor(np.float32(self.group)), 0
+        size, self.group = Tensor(np.float32(self.group * runtime.current().world_size)), 0
         values = self.compiled_steps["update"](size, *inputs)
         return StepResult(values[0], tuple(values[3:]), values[1], values[2], True)
 
@@ -142,18 +149,28 @@ class TrainStep(nn.Cell):
 
     def _accumulate(self, *inputs):
         values, grads = self.value_and_grad(inputs)
+        if self.sums_early:
+            grads = self.exchange(grads)
         gradients.accumulate(self.accumulators, grads)
-        return values[1:]
+        loss = values[1] if self.exchange is None else self.exchange.mean(values[1])
+        return (loss,) + values[2:]
 
     def _update(self, group_size, *inputs):
         values, grads = self.value_and_grad(inputs)
+        if self.sums_early:
+            grads = self.exchange(grads)
         if self.accumulation_steps > 1:
             grads = gradients.added(self.accumulators, grads)
+        if self.exchange is not None and not self.sums_early:
+            grads = self.exchange(grads)
+        loss, squares = values[1], gradients.sum_of_squares(grads)
+        if self.exchange is not None:
+            loss, squares = self.exchange.totals(loss, squares)
         unscale = 1.0 / group_size
         if self.loss_scale is not None:
             unscale = unscale / self.loss_scale
-        norm = gradients.global_norm(grads) * unscale
-        is_finite = ops.logical_and(gradients.is_finite(norm), gradients.is_finite(values[1]))
+        norm = ops.sqrt(squares) * unscale
+        is_finite = ops.logical_and(gradients.is_finite(norm), gradients.is_finite(loss))
         coefficient = unscale
         if self.max_grad_norm is not None:
             coefficient = unscale * gradients.clip_coefficient(norm, self.max_grad_norm)
@@ -164,7 +181,7 @@ class TrainStep(nn.Cell):
             gradients.reset(self.accumulators)
         if self.loss_scaler is not None:
             self.loss_scaler.adjust(is_finite)
-        return (values[1], norm, is_finite) + values[2:]
+        return (loss, norm, is_finite) + values[2:]
 
 
 def _check(optimizer: nn.Cell, max_grad_norm: float | None, accumulation_steps: int | None,

@@ -106,8 +106,13 @@ def test_what_failed_is_told_at_the_end(config, hub, python, monkeypatch):
 
 
 @pytest.mark.fault
-def test_a_slow_hub_does_not_slow_training(run, config, hub):
-    hub.fail("POST /api/repos/create", seconds=5.0)
+def test_a_slow_hub_does_not_slow_training(run, config, hub, monkeypatch):
+    def event(self, event, write=ModelLogger.event, **values):
+        write(self, event, **values)
+        if event == "end":
+            answer.set()
+    monkeypatch.setattr(ModelLogger, "event", event)
+    hub.fail("POST /api/repos/create", until=(answer := threading.Event()))
     code, _, err = run("train", config, *QUICK, "--save_steps", 1)
     assert code == 0 and "published step 4: " in err
     order = names_of(events())
@@ -124,8 +129,9 @@ def test_training_that_stops_waits_for_the_hub_a_little(run, config, hub, monkey
             raise error
     monkeypatch.setattr(ModelLogger, "log_step", stop)
     monkeypatch.setattr(publish, "SECONDS_AFTER_AN_ERROR", 0.1)
-    hub.fail("POST /api/repos/create", seconds=5.0)
+    hub.fail("POST /api/repos/create", until=(answer := threading.Event()))
     assert run("train", config, *QUICK)[0] == code
+    answer.set()
     assert events()[-1]["reason"] == "TimeoutError: not done after 0 seconds" and "step-2.safetensors" in files("out")
     next(thread for thread in threading.enumerate() if thread.name == "upload").join()  # the hub is there as long
 

@@ -88,9 +88,7 @@ class TestRefused:
 
     def test_named_pipe_does_not_block(self, tmp_path, read):
         os.mkfifo(tmp_path / "pipe.png")
-        start = time.monotonic()
-        refused(tmp_path / "pipe.png", "a named pipe", "regular file", read=read)
-        assert time.monotonic() - start < 1
+        refused(tmp_path / "pipe.png", "a named pipe", "regular file", read=read)  # else it would wait for ever
 
     def test_device(self, tmp_path, read):
         refused("/dev/zero", "a device", "regular file", read=read)
@@ -107,9 +105,9 @@ class TestRefused:
         head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
         path = tmp_path / "huge.png"
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b""))
-        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+        before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
         refused(path, f"{round(side * side / 1e6)} million", "at most 64 million", "smaller", read=read)
-        assert time.monotonic() - start < 0.5
+        assert time.thread_time() - start < 0.5
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
 
 

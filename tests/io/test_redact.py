@@ -106,6 +106,11 @@ def logs(template):
     yield stream.getvalue()
 
 
+def test_a_record_whose_arguments_do_not_fit_its_text_is_logged_all_the_same():
+    record = logging.LogRecord("library", logging.WARNING, __file__, 1, "%d rows", (ENVIRONMENT["HF_TOKEN"],), None)
+    assert RedactFilter().filter(record) and record.getMessage() == "%d rows ('[redacted]',)"
+
+
 def encoded(secret):
     known = secret in ENVIRONMENT.values()  # others are known by their form alone
     return f"https://host/x?token={quote(secret, safe='')} Authorization: Basic " + (

@@ -53,6 +53,24 @@ def test_more_compilations_than_planned_are_refused_before_they_begin():
     step(zeros(2))  # what was planned goes on
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_after_an_eager_step_that_did_not_end_others_train_as_ever(error):
+    def stopped(x):
+        y = x * x
+        raise error(str(y.shape))
+
+    def first_squared(x):
+        return x[0] * x[0]
+
+    step = CompiledStep(ms.value_and_grad(stopped), "the step that stops", "pynative")
+    other = CompiledStep(ms.value_and_grad(first_squared), "another step", "pynative")
+    for _ in range(2):
+        with pytest.raises(error, match="2"):
+            step(zeros(2))
+        value, gradient = other(Tensor(np.float32([3, 4])))
+        assert value.asnumpy() == 9 and gradient.asnumpy().tolist() == [6, 0]
+
+
 def test_pynative_calls_the_function_itself():
     seen = []
     step = CompiledStep(lambda x: seen.append(x) or (x,), "the listing", "pynative", planned=0)

@@ -13,7 +13,7 @@ from toy_run import SIDE, Module, poison, rows, toy_model, train
 from ms_diffsynth import FlowMatchSFTLoss, UnifiedDataset
 from ms_diffsynth.data.loader import Loader
 from ms_diffsynth.diffusion.units import Objective
-from ms_diffsynth.errors import ConfigError, DataError, DeviceError, TrainingError
+from ms_diffsynth.errors import ConfigError, DataError, TrainingError
 from ms_diffsynth.io.weights import load_state_dict
 from ms_diffsynth.nn.lora import lora_parameters
 from ms_diffsynth.train import loop
@@ -98,10 +98,10 @@ def test_a_run_writes_its_records_checkpoints_and_pictures(folder, tmp_path, cap
     np.testing.assert_allclose(column(run, "learning_rate"), [0, 5e-3, 1e-2, 7.5e-3, 5e-3, 2.5e-3], rtol=1e-6)
     assert np.isfinite(column(run)).all() and (column(run, "grad_norm") > 0).all()
     assert not column(run, "is_skipped").any()
-    assert (column(run, "seconds") < 1).all(), "compiling does not count"
     settings = json.loads((run / "training_args.json").read_text())
     assert settings["note"] == "x" and settings["learning_rate"] == 1e-2 and settings["mode"] == "graph"
     end, = events(run, "end")
+    assert (column(run, "seconds") < end["compile_seconds"]).all(), "compiling does not count"
     assert end["compilations"] == 1 and end["compile_seconds"] > 0 and end["skipped"] == 0 and end["step"] == 6
     assert 0.1 < end["peak_memory_gib"] < 64
     assert [e["file"] for e in events(run, "saved")] == ["epoch-0.safetensors", "epoch-1.safetensors"]
@@ -297,12 +297,6 @@ def test_impossible_options(folder, tmp_path, options, part):
 def test_a_prior_without_class_images(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"prior_loss_weight=1.0, but there are no class images"):
         train(tmp_path / "run", Module(folder, objective=Objective(prior_loss_weight=1.0)), rows(2))
-
-
-def test_several_processes_are_refused_until_gradients_are_averaged(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Accelerator, "num_processes", 8)
-    with pytest.raises(DeviceError, match="8 processes were started"):
-        train(tmp_path / "run", Module(folder), rows(2))
 
 
 def test_a_row_without_a_prompt(folder, tmp_path):

@@ -19,7 +19,9 @@ from ms_diffsynth.train.step import StepResult
 
 
 def batch(indices, samples):
-    return Batch(indices=np.array(indices), sample_indices=np.array(samples), items=[None] * len(indices), bucket=None)
+    numbers = np.array(indices), np.array(samples)
+    return Batch(indices=numbers[0], sample_indices=numbers[1], items=[None] * len(indices), bucket=None,
+                 everywhere=numbers)
 
 
 def files(folder, count=3, repeat=4):
