@@ -87,6 +87,8 @@ def _join() -> tuple[int, int]:
 def _set_device(device: str | None) -> str:
     """Set the device target and return it as MindSpore spells it."""
     wanted = {d.lower(): d for d in DEVICES}[(device or ms.get_context("device_target")).lower()]
+    if _current is not None and _current.device == wanted:
+        return wanted  # once ranks have joined each other, MindSpore refuses even the same device
     try:
         ms.set_device(wanted)
     except (RuntimeError, ValueError) as error:

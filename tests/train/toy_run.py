@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import itertools
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,19 +102,34 @@ class Crash(Exception):
 
 
 class Crashing:
-    """``crash(n)``: a run dies right after its n-th batch, before anything that is due then. None: it lives."""
+    """``crash(n)``: a run dies right after its n-th batch, before anything that is due then. None: it lives.
+
+    ``crash.copies({n: path})`` lets it live, and copies what its death there would have left in its folder.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self._monkeypatch, self._original = monkeypatch, loop._Run._train_on
 
     def __call__(self, count: int | None) -> None:
-        original, seen = self._original, []
+        def die(run, seen):
+            if seen == count:
+                raise Crash
+
+        self._after_each_batch(die)
+
+    def copies(self, paths: Mapping[int, Path]) -> None:
+        def copy(run, seen):
+            if seen in paths:
+                shutil.copytree(run.logger.output_path, paths[seen])
+
+        self._after_each_batch(copy)
+
+    def _after_each_batch(self, call: Callable[[loop._Run, int], None]) -> None:
+        original, seen = self._original, itertools.count(1)
 
         def train_on(run, batch):
             found = original(run, batch)
-            seen.append(batch)
-            if len(seen) == count:
-                raise Crash
+            call(run, next(seen))
             return found
 
         self._monkeypatch.setattr(loop._Run, "_train_on", train_on)

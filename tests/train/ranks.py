@@ -1,0 +1,131 @@
+"""Runs of the toy family for any number of ranks: as a script, what one rank of a job does.
+
+    python ranks.py MODEL DATA OUT NAME [NAME ...]    every run of these names into OUT/NAME, one after the other
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import pytest
+from toy_run import Module, Own, dataset_of, poison, rows, train
+
+from ms_diffsynth import runtime
+from ms_diffsynth.diffusion.units import Objective
+from ms_diffsynth.errors import OutputError
+from ms_diffsynth.launch.job import SCHEDULER, Job
+from ms_diffsynth.launch.ports import free_port
+from ms_diffsynth.nn.names import to_numpy
+from ms_diffsynth.train import loop
+from ms_diffsynth.train.distributed import Accelerator
+from ms_diffsynth.train.logger import ModelLogger
+from ms_diffsynth.train.split import launch_data_process_task
+
+ROWS, BATCH = 16, 8  # pictures, and pictures a step, over all ranks
+FULL = {"trainable_models": "dit"}
+
+# Steps of BATCH pictures; "accumulation" divides them further.
+RUNS: dict[str, dict[str, Any]] = {
+    "lora": {"mode": "graph"},
+    "lora eager": {"accumulation": 2},
+    "prior": {"prior": True},
+    "own forward": {"kind": Own, "steps": 8},
+    "bad sample": {"bad": 13, "loss_scale": 128.0, "steps": 8},
+    "full": {"mode": "graph", "how": FULL, "use_ema": True},
+    "zero 1": {"mode": "graph", "how": FULL, "accumulation": 2, "zero_stage": 1},
+    "zero 2": {"mode": "graph", "how": FULL, "accumulation": 2, "zero_stage": 2, "max_grad_norm": 0.1},
+    "zero 1 eager": {"how": FULL, "zero_stage": 1},
+    "zero 2 eager": {"how": FULL, "zero_stage": 2, "accumulation": 2, "steps": 12, "checkpoint_steps": 6,
+                     "keep_checkpoints": 9},
+    "resumed": {"how": FULL, "zero_stage": 1, "accumulation": 2, "steps": 12, "resume": "OUT/zero 2 eager at 6"},
+    "stopped": {"how": FULL, "zero_stage": 1, "term": (1, 5), "checkpoint_steps": 100},
+    "full disk": {"how": FULL, "zero_stage": 1, "full": 1, "steps": 2, "checkpoint_steps": 1},
+}
+
+
+def run(name: str, model: Path, data: Path, out: Path, steps: int | None = None, kind: type = Module,
+        how: dict[str, Any] | None = None, prior: bool = False, bad: int | None = None, term: Any = None,
+        full: int | None = None, resume: str = "none", **options: Any) -> str:
+    """One of `RUNS`, in this process and all others of the job. Returns: a digest of the weights it ended with."""
+    accelerator = Accelerator(options.get("accumulation", 1), options.get("mode", "pynative"), "CPU")
+    ranks = accelerator.num_processes
+    module = kind(model, "sft", Objective(prior_loss_weight=1.0) if prior else None, **(how or {}))
+    with pytest.MonkeyPatch.context() as patch:
+        if bad is not None:
+            poison(patch, bad)
+        if term is not None and term[0] == accelerator.process_index:
+            _send(patch, term[1])
+        if full == accelerator.process_index:
+            patch.setattr("ms_diffsynth.train.resume.write_part", _no_space)
+        train(out / name, module, dataset_of(data), resume=resume.replace("OUT", str(out)),
+              **{"batch_size": BATCH // ranks // options.get("accumulation", 1), "num_epochs": None,
+                 "max_train_steps": steps or 30, "checkpoint_steps": 0} | options,
+              **({"class_dataset": rows(5, 50)} if prior else {}))
+    return hashlib.sha256(b"".join(to_numpy(p).tobytes() for p in module.trainable_parameters())).hexdigest()
+
+
+def _send(patch: pytest.MonkeyPatch, step: int) -> None:
+    """This process gets SIGTERM in the middle of a step."""
+    original = loop._Run.compute
+
+    def compute(self, batch):
+        if self.logger.num_steps == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    patch.setattr(loop._Run, "compute", compute)
+
+
+def _no_space(*_: Any, **__: Any) -> None:
+    raise OutputError("part cannot be written: ENOSPC")
+
+
+def cache(model: Path, data: Path, out: Path) -> None:
+    """Stage one of split training."""
+    launch_data_process_task(Accelerator(1, "pynative", "CPU"), dataset_of(data), Module(model, "sft:data_process"),
+                             ModelLogger(out / "cache"))
+
+
+def start(ranks: int, *words: str | Path) -> list[subprocess.CompletedProcess]:
+    """A job of this script: what became of each rank."""
+    job = Job(command=(sys.executable, __file__, *map(str, words)), workers=ranks, log_dir=Path.cwd(),
+              master_address="127.0.0.1", master_port=free_port("127.0.0.1"))
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(open(job.log(rank), "w+")) for rank in job.ranks]
+        processes = [subprocess.Popen(SCHEDULER, env=job.environment(None), stderr=subprocess.DEVNULL)]
+        stack.callback(lambda: [process.kill() for process in processes])
+        for rank, log in zip(job.ranks, logs):
+            variables = {k: v for k, v in job.environment(rank).items() if k != "MS_DIFFSYNTH_HEARTBEAT"}
+            processes.append(subprocess.Popen(job.command, env=variables | path, stdout=log, stderr=log))
+        until = time.monotonic() + 200
+        while time.monotonic() < until and None in (codes := [process.poll() for process in processes[1:]]):
+            if any(codes):
+                until = min(until, time.monotonic() + 20)  # the others wait for it
+            time.sleep(0.1)
+        return [subprocess.CompletedProcess(job.command, code, Path(log.name).read_text())
+                for code, log in zip(codes, logs)]
+
+
+def main(model: Path, data: Path, out: Path, names: list[str]) -> None:
+    """All runs of these names, and then what each rank ended with, for comparison."""
+    found = {}
+    for name in names:
+        found[name] = cache(model, data, out) if name == "cache" else run(name, model, data, out, **RUNS[name])
+    (out / f"rank-{runtime.current().rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:4]), sys.argv[4:])
