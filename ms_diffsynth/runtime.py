@@ -56,7 +56,7 @@ def configure(mode: str = "graph", device: str | None = None) -> Runtime:
     if target == "CPU" or mode == "graph":
         ms.runtime.launch_blocking()
     install_cpu_kernels()
-    rank, world_size = _join()
+    rank, world_size = _join(target)
     _current = Runtime(device=target, mode=mode, rank=rank, world_size=world_size)
     return _current
 
@@ -66,12 +66,15 @@ def current() -> Runtime:
     return _current or configure()
 
 
-def _join() -> tuple[int, int]:
+def _join(device: str) -> tuple[int, int]:
     """Rank and number of ranks; the first call in a worker of msrun, or of our launcher, waits for all others."""
-    if int(os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM") or 1) == 1:
+    world_size = int(os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM") or 1)
+    if world_size == 1:
         return 0, 1
     from mindspore import communication
 
+    if device == "CPU" and _current is None:
+        _take_cores(int(os.environ.get("RANK_ID") or 0), world_size)
     # On the CPU also how long a rank waits in a collective, while rank 0 makes pictures: 30 s if nobody says otherwise.
     os.environ.setdefault("MS_NODE_TIMEOUT", "1800")
     try:
@@ -82,6 +85,15 @@ def _join() -> tuple[int, int]:
                           f"MindSpore {ms.__version__} says: {cause}. Start all ranks by msrun or ms-diffsynth launch "
                           "(see docs/distributed.md), or unset RANK_SIZE.") from error
     return communication.get_rank(), communication.get_group_size()
+
+
+def _take_cores(rank: int, ranks: int) -> None:
+    """Keep this process to its share of the cores: ranks whose threads share one wait for each other by spinning."""
+    cores = sorted(os.sched_getaffinity(0))
+    first, last = rank * len(cores) // ranks, (rank + 1) * len(cores) // ranks
+    own = cores[first:last] or [cores[rank % len(cores)]]
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), own)
 
 
 def _set_device(device: str | None) -> str:

@@ -261,9 +261,10 @@ class _Run:
             self.look(stop, *self._due())
             is_stopping = Agreement(stop, self.accelerator)
             self.progress.begin(self.total, "training", "step", done=logger.num_steps)
-            while logger.num_steps < self.total and not is_stopping():
+            is_last = logger.num_steps >= self.total or is_stopping()
+            while not is_last:
                 for batch in self.loader:
-                    if self._train_on(batch) and self._after_step(stop, is_stopping):
+                    if self._train_on(batch) and (is_last := self._after_step(stop, is_stopping)):
                         break
             is_stopping(is_last=True)
             self.report.flush()

@@ -18,8 +18,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
 
-import numpy as np
 import pytest
+from mindspore import nn, ops
 from toy_run import Module, Own, dataset_of, poison, rows, train
 
 from ms_diffsynth import runtime
@@ -49,7 +49,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero 1 eager": {"how": FULL, "zero_stage": 1},
     "zero 2 eager": {"how": FULL, "zero_stage": 2, "accumulation": 2, "steps": 12, "checkpoint_steps": 6,
                      "keep_checkpoints": 9},
-    "resumed": {"how": FULL, "zero_stage": 1, "accumulation": 2, "steps": 12, "resume": "OUT/zero 2 eager at 6"},
+    "resumed": {"how": FULL, "zero_stage": 2, "accumulation": 2, "steps": 12,
+                "resume": "OUT/zero 2 eager at 6/checkpoints/step-00000006"},
+    # by one process, what N ranks compute, in the order in which they sum: rank by rank
+    "lora in 2": {"mode": "graph", "accumulation": 2}, "lora in 4": {"mode": "graph", "accumulation": 4},
+    "full in 2": {"mode": "graph", "accumulation": 2, "how": FULL},
+    "full in 4": {"mode": "graph", "accumulation": 4, "how": FULL},
+    "lora in order": {"mode": "graph", "in_order": True},
+    "full in order": {"mode": "graph", "in_order": True, "how": FULL},
     "stopped": {"how": FULL, "zero_stage": 1, "term": (1, 5), "checkpoint_steps": 100},
     "full disk": {"how": FULL, "zero_stage": 1, "full": 1, "steps": 2, "checkpoint_steps": 1},
 }
@@ -57,7 +64,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 def run(name: str, model: Path, data: Path, out: Path, steps: int | None = None, kind: type = Module,
         how: dict[str, Any] | None = None, prior: bool = False, bad: int | None = None, term: Any = None,
-        full: int | None = None, resume: str = "none", **options: Any) -> str:
+        full: int | None = None, in_order: bool = False, resume: str = "none", **options: Any) -> str:
     """One of `RUNS`, in this process and all others of the job. Returns: a digest of the weights it ended with."""
     accelerator = Accelerator(options.get("accumulation", 1), options.get("mode", "pynative"), "CPU")
     ranks = accelerator.num_processes
@@ -69,11 +76,28 @@ def run(name: str, model: Path, data: Path, out: Path, steps: int | None = None,
             _send(patch, term[1])
         if full == accelerator.process_index:
             patch.setattr("ms_diffsynth.train.resume.write_part", _no_space)
+        if in_order:
+            patch.setattr("mindspore.ops.operations.AllReduce", InOrder)
         train(out / name, module, dataset_of(data), resume=resume.replace("OUT", str(out)),
               **{"batch_size": BATCH // ranks // options.get("accumulation", 1), "num_epochs": None,
                  "max_train_steps": steps or 30, "checkpoint_steps": 0} | options,
               **({"class_dataset": rows(5, 50)} if prior else {}))
     return hashlib.sha256(b"".join(to_numpy(p).tobytes() for p in module.trainable_parameters())).hexdigest()
+
+
+class InOrder(nn.Cell):
+    """An AllReduce that sums rank by rank; MindSpore's goes around a ring, from another rank on for each part."""
+
+    def __init__(self):
+        super().__init__()
+        self.gather, self.ranks = ops.AllGather(), runtime.current().world_size
+
+    def construct(self, x):
+        rows = self.gather(x).reshape((self.ranks, -1))
+        total = rows[0]
+        for rank in range(1, self.ranks):
+            total = total + rows[rank]
+        return total.reshape(x.shape)
 
 
 def _send(patch: pytest.MonkeyPatch, step: int) -> None:
@@ -100,7 +124,7 @@ def cache(model: Path, data: Path, out: Path) -> None:
 
 def start(ranks: int, *words: str | Path) -> list[subprocess.CompletedProcess]:
     """A job of this script: what became of each rank."""
-    job = Job(command=(sys.executable, __file__, *map(str, words)), workers=ranks, log_dir=Path.cwd(),
+    job = Job(command=(sys.executable, __file__, *map(str, words)), workers=ranks, log_dir=Path(words[2]),
               master_address="127.0.0.1", master_port=free_port("127.0.0.1"))
     path = {"PYTHONPATH": os.pathsep.join(sys.path)}
     with contextlib.ExitStack() as stack:
@@ -119,11 +143,14 @@ def start(ranks: int, *words: str | Path) -> list[subprocess.CompletedProcess]:
                 for code, log in zip(codes, logs)]
 
 
+def make(name: str, model: Path, data: Path, out: Path) -> str | None:
+    """The cache, or what `run` does."""
+    return cache(model, data, out) if name == "cache" else run(name, model, data, out, **RUNS[name])
+
+
 def main(model: Path, data: Path, out: Path, names: list[str]) -> None:
     """All runs of these names, and then what each rank ended with, for comparison."""
-    found = {}
-    for name in names:
-        found[name] = cache(model, data, out) if name == "cache" else run(name, model, data, out, **RUNS[name])
+    found = {name: make(name, model, data, out) for name in names}
     (out / f"rank-{runtime.current().rank}.json").write_text(json.dumps(found))
 
 

@@ -28,6 +28,9 @@ from ms_diffsynth import UnifiedDataset
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.io.checkpoint import latest, open_checkpoint_folder
 from ms_diffsynth.nn.names import to_numpy
+from ms_diffsynth.pipelines.ddpm_unet import tiny as tiny_unet
+from ms_diffsynth.pipelines.flux import tiny as tiny_flux
+from ms_diffsynth.pipelines.flux2 import tiny as tiny_flux2
 from ms_diffsynth.registry import family
 from ms_diffsynth.train import loop, resume
 from ms_diffsynth.train.distributed import Accelerator
@@ -53,9 +56,9 @@ COMMON = {"use_ema": True, "lr_scheduler": "cosine", "lr_warmup_steps": 7, "num_
 # are three of them an epoch, and three steps; in groups of three rows two steps
 SCENARIOS = {
     "epoch end": ({"batch_size": 2, "loss_scale": 1024.0}, 8, 6),
-    "mid-epoch": ({"batch_size": 2, "checkpoint_steps": 4}, 6, 4),
-    "accumulation": ({"accumulation": 3, "checkpoint_steps": 3, "loss_scale": 1024.0}, 12, 3),
-    "skipped step": ({"batch_size": 2, "checkpoint_steps": 1, "loss_scale": 2.0**16}, 6, 5),
+    "mid-epoch": ({"batch_size": 2, "checkpoint_steps": 4, "save_steps": 6}, 6, 4),
+    "accumulation": ({"accumulation": 3, "checkpoint_steps": 3, "save_steps": 6, "loss_scale": 1024.0}, 12, 3),
+    "skipped step": ({"batch_size": 2, "checkpoint_steps": 1, "save_steps": 6, "loss_scale": 2.0**16}, 6, 5),
 }
 
 
@@ -90,7 +93,7 @@ def test_a_run_that_was_cut_gives_the_bits_of_one_that_was_not(folder, tmp_path,
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pynative", "graph"])
 def test_fifty_steps_cut_after_the_first_the_seventh_the_twentieth_and_the_last_but_one(folder, tmp_path, crash, mode):
-    options = {**COMMON, "batch_size": 2, "checkpoint_steps": 3, "max_train_steps": 50}
+    options = {**COMMON, "batch_size": 2, "checkpoint_steps": 3, "save_steps": 10, "max_train_steps": 50}
     cuts = {batches: tmp_path / str(batches) for batches in (1, 7, 20, 49)}
     crash.copies(cuts)
     train(tmp_path / "whole", Module(folder), rows(5), mode, **options)
@@ -214,17 +217,28 @@ BRIGHTNESS = Path(__file__).parents[2] / "examples/flux2/templates/brightness"
 LORA = {"lora_base_model": "dit", "lora_rank": 2}
 REAL = {  # name: family, mode, size of the pictures, what is trained
     "ddpm": ("ddpm_unet", "graph", (32, 32), {"trainable_models": "unet"}),
-    "sft": ("flux2", "graph", (64, 64), LORA),
+    "sft": ("flux2", "graph", (32, 32), LORA),
     "dreambooth": ("flux", "pynative", (32, 32), {**LORA, "task": "dreambooth", "objective": PRIOR}),
     "template": ("flux2", "pynative", (32, 32), {"trainable_models": "template_model",
                                                  "extra_inputs": "template_inputs"}),
 }
 
 
+def one_block_of_each_kind(monkeypatch):
+    """The tiny networks have two of most, and compile for twice as long."""
+    one = {"block_out_channels": [16], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    monkeypatch.setattr(tiny_unet, "CONFIG", tiny_unet.CONFIG | one)
+    for tiny in (tiny_flux, tiny_flux2):
+        dit = tiny.CONFIGS["dit"] | {"num_layers": 1, "num_single_layers": 1}
+        monkeypatch.setattr(tiny, "CONFIGS", tiny.CONFIGS | {"dit": dit})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
-def test_real_networks(tmp_path, crash, name):
+def test_real_networks(tmp_path, crash, monkeypatch, name):
     kind, mode, side, how = REAL[name]
+    if name != "template":  # which is made for two of each
+        one_block_of_each_kind(monkeypatch)
     family(kind).write_tiny(tmp_path / "model", 0)
     data = [row | {"template_inputs": {"scale": k / 3}} for k, row in enumerate(rows(3, side=side))]
 
