@@ -36,7 +36,7 @@ class EMA(nn.Cell):
             raise ConfigError(f"ema_decay={decay}: expected 0 <= ema_decay < 1. Typical values are 0.999 and 0.9999.")
         self.parameters = ParameterTuple(parameters)
         # not clone(..., "same"): of weights that were loaded it takes what they were initialised with (MindSpore 2.10)
-        self.average = ParameterTuple([Parameter(Tensor(to_numpy(p), p.dtype), name=f"ema.{p.name}",
+        self.average = ParameterTuple([Parameter(Tensor(to_numpy(p).astype(np.float32)), name=f"ema.{p.name}",
                                                  requires_grad=False) for p in self.parameters])
         self.step = Parameter(Tensor(0, ms.int32), name="ema.step", requires_grad=False)
         self.least, self.zero = Tensor(1 - decay, ms.float32), Tensor(0.0, ms.float32)

@@ -54,8 +54,8 @@ def plan_buckets(sizes: Sequence[int], ranks: int, most: int = MOST_ELEMENTS) ->
 class Exchange(nn.Cell):
     """Sums gradients over all ranks.
 
-    ``exchange(gradients)`` gives the sums: whole, in their own shapes, or with ``is_sharded`` one vector a bucket, of
-    which each rank has its own part. Compiled and eager.
+    ``exchange(gradients)`` gives the sums: whole, in their own shapes, or with ``is_sharded`` a float32 vector for each
+    bucket, of which a rank has its own part. Compiled and eager. In a process of its own it sends nothing.
 
     Args:
         parameters: what the gradients are of.
@@ -73,15 +73,18 @@ class Exchange(nn.Cell):
         self.spans = tuple((b.first, b.last, b.offsets, b.length - b.offsets[-1]) for b in self.buckets)
         self.own = tuple(tuple(b.pieces(self.rank, self.ranks)) for b in self.buckets)
         self.parts = tuple(b.length // self.ranks for b in self.buckets)
-        self.all_reduce, self.all_gather = P.AllReduce(), P.AllGather()
-        self.reduce_scatter = P.ReduceScatter() if self.can_scatter else None
+        if self.ranks > 1:
+            self.all_reduce, self.all_gather = P.AllReduce(), P.AllGather()
+            self.reduce_scatter = P.ReduceScatter() if self.can_scatter else None
 
     def construct(self, gradients):
         """The sums over all ranks; see the class."""
         summed = ()
         for k in range(len(self.spans)):
             flat = self._flat(gradients, self.spans[k])
-            if not self.is_sharded:
+            if self.ranks == 1:
+                summed = summed + (flat,)
+            elif not self.is_sharded:
                 summed = summed + self._split(self.all_reduce(flat), self.spans[k], gradients)
             elif self.can_scatter:
                 summed = summed + (self.reduce_scatter(flat),)
@@ -92,6 +95,8 @@ class Exchange(nn.Cell):
 
     def mean(self, loss):
         """The mean over all ranks: float32 scalar."""
+        if self.ranks == 1:
+            return loss
         return self.all_reduce(loss.reshape((1,))).reshape(()) / self.ranks
 
     def totals(self, loss, squares):
@@ -100,29 +105,17 @@ class Exchange(nn.Cell):
         Args:
             squares: of what this exchange gave.
         """
-        if not self.is_sharded:
+        if self.ranks == 1 or not self.is_sharded:
             return self.mean(loss), squares
         both = self.all_reduce(ops.stack((loss, squares)))
         return both[0] / self.ranks, both[1]
-
-    def own_parts(self, tensors):
-        """This rank's part of each bucket: float32 [part]."""
-        found = ()
-        for k in range(len(self.spans)):
-            pieces, taken = (), 0
-            for index, begin, end in self.own[k]:
-                pieces = pieces + (tensors[index].reshape((-1,))[begin:end],)
-                taken = taken + end - begin
-            if taken < self.parts[k]:
-                pieces = pieces + (ops.zeros((self.parts[k] - taken,), ms.float32),)
-            found = found + (ops.cat(pieces),)
-        return found
 
     def gathered(self, parts):
         """The whole tensors of which every rank has its parts of the buckets, in the order of the parameters."""
         found = ()
         for k in range(len(self.spans)):
-            found = found + self._split(self.all_gather(parts[k]), self.spans[k], None)
+            whole = parts[k] if self.ranks == 1 else self.all_gather(parts[k])
+            found = found + self._split(whole, self.spans[k], None)
         return found
 
     def _flat(self, tensors, span):

@@ -5,9 +5,11 @@ finite guard are one coefficient, applied once by the optimizer (`optim`).
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, ParameterTuple, Tensor, ops
 from mindspore.ops import constexpr
 from mindspore.ops import operations as P
 
@@ -59,6 +61,12 @@ def clip_coefficient(norm: Tensor, max_grad_norm: float | None) -> Tensor:
     if max_grad_norm is None:
         return ops.ones_like(norm)
     return ops.minimum(max_grad_norm / (norm + 1e-6), 1.0)
+
+
+def accumulators_for(parameters: Sequence[Parameter]) -> ParameterTuple:
+    """A float32 zero for each element: small gradients would be lost in a sum of a shorter dtype."""
+    return ParameterTuple([Parameter(Tensor(np.zeros(p.shape, np.float32)), name=f"accumulated.{p.name}",
+                                     requires_grad=False) for p in parameters])
 
 
 def accumulate(accumulators: tuple[Parameter, ...], grads: tuple[Tensor, ...]) -> tuple[bool, ...]:

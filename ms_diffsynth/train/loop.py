@@ -31,7 +31,7 @@ from ms_diffsynth.train.program_step import ModuleTrainStep, ProgramTrainStep
 from ms_diffsynth.train.progress import Progress
 from ms_diffsynth.train.publish import check_token, publishing
 from ms_diffsynth.train.report import StepReport
-from ms_diffsynth.train.sharding import ShardedAdamW
+from ms_diffsynth.train.sharding import ShardedAdamW, needs_float32
 from ms_diffsynth.train.signals import Interrupted, StopRequest, stopping_on_signals
 from ms_diffsynth.train.split import describe_loaded, launch_data_process_task, open_cache, stage_of
 from ms_diffsynth.train.step import StepResult
@@ -80,7 +80,6 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
                 run.prepare()
                 if checkpoint is not None:
                     run.restore(checkpoint)
-                broadcast(run.optimizer.parameters)  # what no seed decides, such as a template's own random start
                 run.train()
             except UserError as error:
                 model_logger.event("stopped", reason=str(error))
@@ -214,9 +213,11 @@ class _Run:
         options = self.options
         given = {"learning_rate": options.learning_rate, "weight_decay": options.weight_decay,
                  "eps": options.adam_epsilon, "betas": (options.adam_beta1, options.adam_beta2)}
-        if options.zero_stage and self.accelerator.num_processes > 1:
-            return ShardedAdamW(self.model.trainable_parameters(), options.zero_stage, **given)
-        return AdamW(self.model.trainable_parameters(), **given)
+        parameters = list(self.model.trainable_parameters())
+        broadcast(parameters)  # what no seed decides, such as a template's own random start
+        if needs_float32(parameters) or (options.zero_stage and self.accelerator.num_processes > 1):
+            return ShardedAdamW(parameters, max(options.zero_stage, 1), **given)
+        return AdamW(parameters, **given)
 
     def _build_step(self) -> ProgramTrainStep | ModuleTrainStep:
         options = self.options

@@ -1,14 +1,15 @@
-"""AdamW with its moments divided among the ranks (ZeRO, stages 1 and 2), for training whole networks.
+"""AdamW whose float32 weights and moments are divided among the ranks: for training whole networks.
 
-Every rank has all weights, and of the moments only its part: 8 bytes for each weight become 8 / N. A step takes two
-collectives a bucket: the sums of the gradients are scattered, each rank updates its part of the weights, and the parts
-are gathered again; together as many bytes as one AllReduce. Stage 2 also divides the accumulated gradients, which then
-are scattered at each micro-step.
+Every rank has all weights of the network, in float32 or bfloat16, and of what the optimizer keeps only its part (ZeRO,
+stages 1 and 2): 12 bytes for each weight become 12 / N. A step takes two collectives a bucket: the sums of the
+gradients are scattered, each rank updates its part, and the parts are gathered again; together as many bytes as one
+AllReduce. Stage 2 also divides the accumulated gradients, which then are scattered at each micro-step.
 """
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.ops import operations as P
@@ -16,20 +17,21 @@ from mindspore.ops import operations as P
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.nn.names import check_state, load_state, to_numpy
 from ms_diffsynth.train.exchange import Exchange
-from ms_diffsynth.train.optim import AdamW, check_adamw
+from ms_diffsynth.train.optim import AdamW
 
 _assign = P.Assign()
 _each = ops.HyperMap()
 
-Pieces = dict[str, np.ndarray]
-
 
 class ShardedAdamW(nn.Cell):
-    """`AdamW` whose moments are divided among the ranks, called with a rank's parts of the summed gradients.
+    """`AdamW` on a rank's part of float32 copies of the weights, called with its parts of the summed gradients.
 
     Args:
-        parameters, learning_rate, betas, eps, weight_decay: those of `AdamW`.
+        parameters: what is trained, float32 or bfloat16; afterwards each holds the updated copy, rounded to its dtype.
         stage: 1, or 2 to divide accumulated gradients too.
+        learning_rate, betas, eps, weight_decay: those of `AdamW`.
+
+    When something else than this changes the weights, call `take_weights`.
 
     Raises: ConfigError for another stage; what `AdamW` raises.
     Source: Rajbhandari et al. 2020 (1910.02054), section 5; every element is updated as `AdamW` updates it.
@@ -40,56 +42,87 @@ class ShardedAdamW(nn.Cell):
         super().__init__(auto_prefix=False)
         if stage not in (1, 2):
             raise ConfigError(f"zero_stage={stage}: expected 0, 1 or 2.")
-        check_adamw(parameters, learning_rate, betas, eps, weight_decay)
         self.parameters, self.stage = ParameterTuple(parameters), stage
         self.exchange = Exchange(self.parameters, is_sharded=True)
-        # where the fused kernel updates this rank's part of the weights; what it holds between two steps is not read
         self.shards = ParameterTuple([Parameter(Tensor(np.zeros(part, np.float32)), name=f"part{k}")
                                       for k, part in enumerate(self.exchange.parts)])
         self.optimizer = AdamW(self.shards, learning_rate, betas, eps, weight_decay)
         self.learning_rate = self.optimizer.learning_rate
+        self.has_rounded = needs_float32(self.parameters)
+        dtypes = {p.dtype for p in self.parameters}
+        self.sent_as = dtypes.pop() if len(dtypes) == 1 else ms.float32
+        self.take_weights()
 
     def construct(self, gradients, coefficient=None, is_finite=None):
         """As `AdamW.construct`. Shapes: gradients tuple of float32 [part], one a bucket, from `exchange`."""
-        _each(_set, self.shards, self.exchange.own_parts(self.parameters))
         self.optimizer(gradients, coefficient, is_finite)
-        return _each(_set, self.parameters, self.exchange.gathered(self.shards))
+        parts = _each(ops.partial(_cast, self.sent_as), self.shards)
+        return _each(_set, self.parameters, self.exchange.gathered(parts))
+
+    def take_weights(self) -> None:
+        """Go on from the weights as they are now."""
+        for shard, own in zip(self.shards, self._own({p.name: to_numpy(p) for p in self.parameters}, "")):
+            ops.assign(shard, Tensor(own))
 
     def set_learning_rate(self, value: float) -> None:
         """Set the learning rate of the following updates; nothing is compiled again."""
         self.optimizer.set_learning_rate(value)
 
-    def state_pieces(self) -> tuple[Pieces, dict[str, list[int]]]:
+    def state_pieces(self) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
         """This rank's part of what a checkpoint must hold, and the whole shapes.
 
-        Returns: ``moment1.NAME`` and ``moment2.NAME`` -> the elements of the flattened moment that are this rank's, for
-            every parameter it has a part of, and the step count; the same name -> shape of the whole, for all of them.
-            The pieces of all ranks, one after the other, are the whole.
+        Returns: ``KIND.NAME`` -> those elements of the flattened whole that are this rank's, for every parameter it has
+            a part of, and the step count; the same names -> shape of the whole, for all. The pieces of all ranks, one
+            after the other, are the whole. KIND is moment1, moment2, and float32 where weights are not.
         """
-        pieces, shapes = {}, {self.optimizer.step.name: []}
-        for kind, moments in (("moment1", self.optimizer.moment1), ("moment2", self.optimizer.moment2)):
-            shapes |= {f"{kind}.{p.name}": list(p.shape) for p in self.parameters}
-            for moment, own in zip(moments, self.exchange.own):
-                values, at = to_numpy(moment), 0
+        pieces: dict[str, np.ndarray] = {}
+        for kind, kept in self._kept().items():
+            for part, own in zip(kept, self.exchange.own):
+                values, at = to_numpy(part), 0
                 for index, begin, end in own:
                     pieces[f"{kind}.{self.parameters[index].name}"] = values[at:at + end - begin]
                     at += end - begin
         if self.exchange.rank == 0:
             pieces[self.optimizer.step.name] = to_numpy(self.optimizer.step).reshape(1)
-        return pieces, shapes
+        return pieces, {name: list(shape) for name, shape in self._shapes().items()}
 
-    def load_state_tensors(self, state: Mapping[str, Tensor | np.ndarray]) -> None:
-        """Restore whole moments, as `AdamW.state_tensors` names them. Raises: WeightError, as `AdamW` does."""
-        shapes = {f"{kind}.{p.name}": p.shape for kind in ("moment1", "moment2") for p in self.parameters}
-        check_state(shapes | {self.optimizer.step.name: ()}, state)
-        own = {self.optimizer.step.name: state[self.optimizer.step.name]}
-        for kind, moments in (("moment1", self.optimizer.moment1), ("moment2", self.optimizer.moment2)):
-            for moment, pieces in zip(moments, self.exchange.own):
-                parts = [np.asarray(state[f"{kind}.{self.parameters[index].name}"]).reshape(-1)[begin:end]
-                         for index, begin, end in pieces]
-                part = np.concatenate([*parts, np.zeros(0, np.float32)])
-                own[moment.name] = np.pad(part, (0, moment.shape[0] - len(part)))
-        load_state(self.optimizer.state_tensors(), own)
+    def load_state_tensors(self, state: Mapping[str, np.ndarray]) -> None:
+        """Restore the whole arrays of `state_pieces`, or those of an `AdamW`, after the weights were restored.
+
+        Raises: WeightError for missing or superfluous names, or other shapes.
+        """
+        check_state(self._shapes(), state)
+        self.take_weights()
+        for kind, kept in self._kept().items():
+            load_state({p.name: p for p in kept}, {p.name: own for p, own in zip(kept, self._own(state, f"{kind}."))})
+        ops.assign(self.optimizer.step, Tensor(state[self.optimizer.step.name]))
+
+    def _kept(self) -> dict[str, ParameterTuple]:
+        kept = {"moment1": self.optimizer.moment1, "moment2": self.optimizer.moment2}
+        return kept | ({"float32": self.shards} if self.has_rounded else {})
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {f"{kind}.{p.name}": p.shape for kind in self._kept() for p in self.parameters}
+        return shapes | {self.optimizer.step.name: ()}
+
+    def _own(self, whole: Mapping[str, np.ndarray], prefix: str) -> list[np.ndarray]:
+        """This rank's part of every bucket of whole arrays: float32 [part]."""
+        parts = []
+        for own, length in zip(self.exchange.own, self.exchange.parts):
+            pieces = [np.asarray(whole[f"{prefix}{self.parameters[index].name}"]).reshape(-1)[begin:end]
+                      for index, begin, end in own]
+            part = np.concatenate([*pieces, np.zeros(0)]).astype(np.float32)
+            parts.append(np.pad(part, (0, length - len(part))))
+        return parts
+
+
+def needs_float32(parameters: Sequence[Parameter]) -> bool:
+    """Whether weights have too few digits to add up small updates in."""
+    return any(p.dtype != ms.float32 for p in parameters)
+
+
+def _cast(dtype, value):
+    return value.astype(dtype)
 
 
 def _set(parameter, value):

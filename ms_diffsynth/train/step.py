@@ -90,7 +90,7 @@ class TrainStep(nn.Cell):
         is_synced = accumulation.get("sync_with_dataloader", True)
         self.length_of_dataloader = (accumulation.get("length_of_dataloader") or 0) if is_synced else 0
         summed = optimizer.shards if self.sums_early else self.weights
-        self.accumulators = summed.clone("accumulated", "zeros") if self.accumulation_steps > 1 else ()
+        self.accumulators = gradients.accumulators_for(summed) if self.accumulation_steps > 1 else ()
         self.value_and_grad = ms.value_and_grad(self._scaled_forward, None, self.weights, has_aux=True)
         mode = mode or runtime.current().mode
         plan = {"mode": mode, "planned": planned_compilations, "announce": announce}
