@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 HUNG = 75  # exit code: try again
+_ONE_SECONDS = 1.0  # what comes sooner is the same wish: Slurm and systemd send to a launcher and to its workers
 
 _END = b"\0"  # no signal has this number
 _active: StopRequest | None = None
@@ -60,9 +61,9 @@ class StopRequest:
 def stopping_on_signals(grace_seconds: float) -> Iterator[StopRequest]:
     """Inside the block the first SIGTERM or SIGINT is only noted; at its end it raises `Stopped`.
 
-    The second one ends the process at once. So does the first when the block is not left within ``grace_seconds``: with
-    exit code 75, and the stack of every thread on stderr. Handlers, and whatever was woken by signals before, are put
-    back at the end.
+    The second one, more than a second later, ends the process at once. So does the first when the block is not left
+    within ``grace_seconds``: with exit code 75, and the stack of every thread on stderr. Handlers, and whatever was
+    woken by signals before, are put back at the end.
 
     Outside the main thread, where Python cannot handle signals, nothing is done. A block inside another one shares its
     request. A signal that is ignored (``nohup``) stays ignored.
@@ -106,7 +107,7 @@ def _watched(stop: StopRequest, grace_seconds: float) -> Iterator[None]:
 
 def _watch(reader: int, stop: StopRequest, grace_seconds: float) -> None:
     """Read the numbers of signals until the block ends, or end the process."""
-    until: float | None = None
+    first, until = 0.0, None
     while True:
         left = None if until is None else max(until - time.monotonic(), 0.0)
         if not select.select([reader], [], [], left)[0]:
@@ -114,13 +115,15 @@ def _watch(reader: int, stop: StopRequest, grace_seconds: float) -> None:
         for number in os.read(reader, 64):
             if number == _END[0]:
                 return
-            if number in SIGNALS and stop.signal is not None:
+            if number not in SIGNALS or (until is not None and time.monotonic() - first < _ONE_SECONDS):
+                continue
+            if until is not None:
                 _tell(f"{signal.Signals(number).name} again: ended at once")
                 os._exit(128 + number)
-            if number in SIGNALS:
-                stop.signal, until = signal.Signals(number), time.monotonic() + grace_seconds
-                _tell(f"{stop.signal.name}: finishing this step and saving, for at most {grace_seconds:g} s; once more "
-                      "ends at once")
+            first = time.monotonic()
+            stop.signal, until = signal.Signals(number), first + grace_seconds
+            _tell(f"{stop.signal.name}: finishing this step and saving, for at most {grace_seconds:g} s; once more "
+                  "ends at once")
 
 
 def _give_up(number: signal.Signals | None, grace_seconds: float) -> None:

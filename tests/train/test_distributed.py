@@ -89,6 +89,7 @@ def test_two_ranks_train_as_one(alone, two):
     check(two, alone, CI)
 
 
+@pytest.mark.fault
 def test_a_bad_sample_is_skipped_by_all_and_named_with_all_rows_of_the_step(two):
     events = [json.loads(line) for line in (two / "bad sample/events.jsonl").read_text().splitlines()]
     skipped = next(event for event in events if event["event"] == "skipped")
@@ -137,12 +138,14 @@ def test_the_order_of_summation_is_all_that_differs(folder, data, alone, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.fault
 def test_what_two_saved_four_go_on_from(folder, data, two, tmp_path):
     resumable(tmp_path, two)
     job(tmp_path, folder, data, 4, "resumed")
     assert np.allclose(numbers(tmp_path / "resumed"), numbers(two / "zero 2 eager"), rtol=1e-6)
 
 
+@pytest.mark.fault
 def test_what_two_saved_one_and_two_go_on_from(folder, data, two, tmp_path):
     """To the same losses as without a cut, also where the moments were divided before and are not afterwards."""
     place = resumable(tmp_path, two)
@@ -159,12 +162,14 @@ def test_what_two_saved_one_and_two_go_on_from(folder, data, two, tmp_path):
     assert np.allclose(numbers(by_one / "resumed"), whole, rtol=1e-6)
 
 
+@pytest.mark.fault
 def test_what_one_saved_two_go_on_from(folder, data, alone, tmp_path):
     resumable(tmp_path, alone("zero 2 eager"))
     job(tmp_path, folder, data, 2, "resumed")
     assert np.allclose(numbers(tmp_path / "resumed"), numbers(alone("zero 2 eager") / "zero 2 eager"), rtol=1e-6)
 
 
+@pytest.mark.fault
 def test_one_rank_is_asked_to_stop_and_all_stop_after_the_same_step(folder, data, alone, tmp_path):
     ended = ranks.start(2, folder, data, tmp_path, "stopped")
     assert [e.returncode for e in ended] == [143, 143], "\n".join(e.stdout for e in ended)
@@ -174,6 +179,7 @@ def test_one_rank_is_asked_to_stop_and_all_stop_after_the_same_step(folder, data
     assert len(state(tmp_path / "stopped")[0]) > 10
 
 
+@pytest.mark.fault
 def test_a_rank_that_cannot_write_its_part_ends_all_and_leaves_nothing(folder, data, tmp_path):
     ended = ranks.start(2, folder, data, tmp_path, "full disk")
     assert [e.returncode for e in ended] == [1, 1], "\n".join(e.stdout for e in ended)
