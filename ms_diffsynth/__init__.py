@@ -32,8 +32,10 @@ _WHERE = {
     "DiffusionTrainingModule": "train.module", "FlowMatchSFTLoss": "train.losses", "Objective": "diffusion.units",
     "DDPMObjective": "diffusion.ddpm", "NoiseSchedule": "diffusion.ddpm",
     "ModelLogger": "train.logger", "launch_training_task": "train.loop",
+    "replay_training_step": "train.replay",
     "launch_data_process_task": "train.split",
     "TrainStep": "train.step", "AttrJitWrapper": "train.step", "AdamW": "train.optim", "LearningRate": "train.optim",
+    "ShardedAdamW": "train.sharding",
     "Draws": "train.draws",
     # evaluation
     "Evaluator": "evaluate.report", "Evaluation": "evaluate.report",

@@ -207,8 +207,10 @@ def _check_same(run: _Run, folder: Path, checkpoint: Checkpoint | None, args: An
         return
     own = {**(vars(args) if hasattr(args, "__dict__") else {}), **dataclasses.asdict(run.options),
            "mode": run.accelerator.mode, "device": run.accelerator.device}
+    own["batch_size"] *= run.accelerator.num_processes
     now = json.loads(json.dumps(without_secrets({k: v for k, v in own.items() if k not in resume.MAY_CHANGE})))
     saved = json.loads((folder / "training_args.json").read_text())
+    saved["batch_size"] *= saved.get("num_processes", 1)
     changed = differences({k: v for k, v in saved.items() if k in now}, now, run.options.accept_changes)
     if changed:
         raise CheckpointError(f"{folder} was trained with other settings:\n  " + "\n  ".join(changed) + "\nSet them "
