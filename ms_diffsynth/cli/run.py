@@ -28,6 +28,7 @@ from ms_diffsynth.errors import ConfigError, listing
 from ms_diffsynth.io.cache import Cache
 from ms_diffsynth.io.hub import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
 from ms_diffsynth.io.redact import redact
+from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
 from ms_diffsynth.template.units import trained_template_cache
@@ -294,9 +295,13 @@ def build_sampler(settings: Any, pipe: Pipeline) -> tuple[Sampler | None, list[s
     def sampler(count: int = len(prompts)) -> list[Image.Image]:
         caches = [trained_template_cache(pipe, given) for given in inputs] if inputs else [None] * len(prompts)
         turns = itertools.islice(itertools.cycle(zip(prompts, caches)), count)
-        return [pipe(prompt=prompt, height=height, width=width, seed=settings.sample_seed + k,
-                     num_inference_steps=settings.num_inference_steps, **({"template_cache": cache} if cache else {}))
-                for k, (prompt, cache) in enumerate(turns)]
+        pictures = []
+        for k, (prompt, cache) in enumerate(turns):
+            still()
+            pictures.append(pipe(prompt=prompt, height=height, width=width, seed=settings.sample_seed + k,
+                                 num_inference_steps=settings.num_inference_steps,
+                                 **({"template_cache": cache} if cache else {})))
+        return pictures
 
     return sampler, prompts
 
@@ -305,10 +310,12 @@ def _sampler_without_prompts(settings: Any, pipe: Pipeline) -> Sampler:
     size = settings.sample_count
 
     def sampler(count: int = size) -> list[Image.Image]:
-        groups = [pipe(batch_size=size, seed=settings.sample_seed + k, height=settings.sample_height,
-                       width=settings.sample_width, num_inference_steps=settings.num_inference_steps)
-                  for k in range(-(-count // size))]  # of one size, for which the network is compiled once
-        return [picture for group in groups for picture in group][:count]
+        pictures = []
+        for k in range(-(-count // size)):  # groups of one size, for which the network is compiled once
+            still()
+            pictures += pipe(batch_size=size, seed=settings.sample_seed + k, height=settings.sample_height,
+                             width=settings.sample_width, num_inference_steps=settings.num_inference_steps)
+        return pictures[:count]
 
     return sampler
 

@@ -1,15 +1,21 @@
-"""Rank 0 on the user's terminal, as if it had been started there: byte for byte, with colours and progress bars."""
+"""Rank 0 on the user's terminal, as if it had been started there: byte for byte, with colours and progress bars.
+
+Only two lines that MindSpore writes whenever a worker leaves are left out.
+"""
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
+import re
 import select
 import termios
 import time
 from pathlib import Path
 
 _CHUNK = 4096  # bytes; a pipe that can be written to takes so many at once (PIPE_BUF)
+# what MindSpore 2.10 says when a worker leaves, whatever the level of its log
+_NOISE = re.compile(rb"^\[INFO\] DISTRIBUTED\([^\n]*Event base dispatch success!\r?\n", re.MULTILINE)
 
 
 class Screen:
@@ -128,6 +134,7 @@ class _Channel:
             self.is_open = False
             os.close(self.source)
             return b""
+        data = _NOISE.sub(b"", data)
         self.pending = data if self.is_shown else b""
         *lines, line = (self._line + data).split(b"\n")
         self._line = b"\r".join(line.rsplit(b"\r", 2)[-2:])  # a bar is overwritten for days

@@ -10,6 +10,8 @@ HEARTBEAT = "MS_DIFFSYNTH_HEARTBEAT"  # the variable that names the file; outsid
 STEP = "step"  # the one phase that is expected to be short
 BEAT_BYTES = 128
 
+_last: tuple[int, str] = (0, "start")
+
 
 def beat(step: int, phase: str = STEP) -> None:
     """Say that ``phase`` of ``step`` begins now. Outside a launch this does nothing.
@@ -21,10 +23,17 @@ def beat(step: int, phase: str = STEP) -> None:
 
     Any thread may call it: it is one system call that writes 128 bytes over those of the last time.
     """
+    global _last
+    _last = step, phase
     path = os.environ.get(HEARTBEAT)
     if path:
         text = json.dumps({"step": step, "phase": phase[:40], "time": round(time.time(), 3)})
         os.pwrite(_file(path), text.ljust(BEAT_BYTES).encode(), 0)
+
+
+def still() -> None:
+    """Say that the present phase goes on: before each of many parts of a long one, such as pictures."""
+    beat(*_last)
 
 
 @lru_cache(maxsize=1)

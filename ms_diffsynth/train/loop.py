@@ -313,8 +313,8 @@ class _Run:
         if logger.num_steps >= self.total or is_stopping():
             return True  # what is due now is made at the end, with the last pictures
         self._save_state()
-        self.look(stop, *self._due())
-        return False
+        self.look(stop, *(due := self._due()))
+        return any(due) and is_stopping()  # pictures take long enough for a signal
 
     def _due(self) -> list[bool]:
         """Whether sample pictures and an evaluation are due at the present step."""

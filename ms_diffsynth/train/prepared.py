@@ -11,6 +11,7 @@ import numpy as np
 from ms_diffsynth.data.loader import Batch
 from ms_diffsynth.errors import DataError, UserError
 from ms_diffsynth.io.cache import Cache
+from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
 from ms_diffsynth.train.module import DiffusionTrainingModule
@@ -66,6 +67,7 @@ class PreparedRows:
     def prepare_all(self, on_row: Callable[[], None]) -> None:
         """Prepare every row, calling ``on_row`` after each."""
         for row in range(self.rows):
+            still()
             self[row]
             on_row()
 

@@ -23,7 +23,7 @@ from ms_diffsynth import runtime
 from ms_diffsynth.errors import CacheError, ConfigError, listing
 from ms_diffsynth.io.cache import Cache, PlannedRow, digest_of
 from ms_diffsynth.io.files import sha256_of
-from ms_diffsynth.launch.worker import beat
+from ms_diffsynth.launch.worker import beat, still
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
 from ms_diffsynth.train.distributed import Accelerator
@@ -108,8 +108,9 @@ def _fill(accelerator: Accelerator, cache: Cache, rows: dict[str, list[PlannedRo
     todo = {row.key: (name, index) for name, planned in rows.items() for index, row in enumerate(planned)}
     own = list(todo.items())[accelerator.process_index::accelerator.num_processes]
     progress.begin(len(own), "caching", "row")
-    for number, (key, (name, index)) in enumerate(own):
-        beat(number, "prepare")
+    beat(0, "prepare")
+    for key, (name, index) in own:
+        still()
         if not cache.holds(key):
             slots, picture = prepare_row(sets[name], index, model, cut)
             cache.write(key, slots, picture)

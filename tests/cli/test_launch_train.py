@@ -57,8 +57,11 @@ def has_steps(process, count):
 
 def worker(process, rank):
     """The process of a rank."""
-    for folder in Path("/proc").iterdir():
-        variables = (folder / "environ").read_bytes() if folder.name.isdigit() and os.access(folder, os.R_OK) else b""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes()
+        except OSError:  # somebody else's, or ended this moment
+            continue
         if f"RANK_ID={rank}\0".encode() in variables and str(Path.cwd()).encode() in variables:
             return int(folder.name)
     raise AssertionError("it is not there")

@@ -73,6 +73,15 @@ def test_a_terminal_sees_the_same_bytes_as_without_a_launcher(tmp_path):
     assert log.endswith(b"two\nno newline\n") and log.startswith("ünï".encode())
 
 
+def test_what_mindspore_says_when_a_worker_leaves_is_left_out(tmp_path):
+    noise = "[INFO] DISTRIBUTED(7,7f,python):2026-11-21 [tcp_client.cc:367] Start] Event base dispatch success!"
+    code = f"print('one [INFO] DISTRIBUTED(kept'); print({noise!r}); print('two')"
+    with terminal() as (line, read):
+        found = shown([sys.executable, "-c", code], (line, line), tmp_path / "log", read)
+    assert found == b"one [INFO] DISTRIBUTED(kept\r\ntwo\r\n"
+    assert (tmp_path / "log").read_bytes() == b"one [INFO] DISTRIBUTED(kept\ntwo\n"
+
+
 def test_a_terminal_that_changes_its_size(tmp_path):
     code = ("import os, sys, time\nfor _ in range(200):\n    time.sleep(0.02)\n    print('.', end='', flush=True)\n"
             "    if os.get_terminal_size().columns == 99: sys.exit(print('wide'))")

@@ -9,7 +9,7 @@ import pytest
 
 from ms_diffsynth.launch import worker
 from ms_diffsynth.launch.pulse import Pulse
-from ms_diffsynth.launch.worker import BEAT_BYTES, HEARTBEAT, beat
+from ms_diffsynth.launch.worker import BEAT_BYTES, HEARTBEAT, beat, still
 
 
 @pytest.fixture
@@ -38,6 +38,15 @@ def test_what_is_written_and_read(pulse):
     assert str(pulse) == " in phase 'step' of step 8"
     found = json.loads(pulse.path.read_text())
     assert abs(found["time"] - time.time()) < 60 and pulse.path.stat().st_size == BEAT_BYTES
+
+
+def test_a_phase_of_many_parts(pulse):
+    beat(7, "records")
+    pulse.look(1.0)
+    time.sleep(0.01)
+    still()
+    pulse.look(50.0)
+    assert (pulse.step, pulse.phase, pulse.since) == (7, "records", 50.0)
 
 
 def test_a_shorter_one_covers_a_longer_one(pulse):

@@ -133,7 +133,8 @@ def start(ranks: int, *words: str | Path) -> list[subprocess.CompletedProcess]:
         stack.callback(lambda: [process.kill() for process in processes])
         for rank, log in zip(job.ranks, logs):
             variables = {k: v for k, v in job.environment(rank).items() if k != "MS_DIFFSYNTH_HEARTBEAT"}
-            processes.append(subprocess.Popen(job.command, env=variables | path, stdout=log, stderr=log))
+            processes.append(subprocess.Popen(job.command, env=variables | path, stdout=log, stderr=log,
+                                              preexec_fn=lambda: os.sched_setaffinity(0, range(os.cpu_count()))))
         until = time.monotonic() + 200
         while time.monotonic() < until and None in (codes := [process.poll() for process in processes[1:]]):
             if any(codes):

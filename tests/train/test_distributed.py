@@ -162,6 +162,7 @@ def test_what_two_saved_one_and_two_go_on_from(folder, data, two, tmp_path):
     assert np.allclose(numbers(by_one / "resumed"), whole, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_what_one_saved_two_go_on_from(folder, data, alone, tmp_path):
     resumable(tmp_path, alone("zero 2 eager"))

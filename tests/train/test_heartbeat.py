@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 from toy_run import Module, rows, toy_model, train
 
-from ms_diffsynth.train import loop
+from ms_diffsynth.train import loop, prepared
 
 
 @pytest.fixture(scope="module")
@@ -17,3 +17,11 @@ def test_steps_are_told_apart_from_what_may_take_longer(folder, tmp_path, monkey
     monkeypatch.setattr(loop, "beat", lambda step, phase="step": beats.append((step, phase)))
     train(tmp_path / "run", Module(folder), rows(2), "graph", max_train_steps=2, num_epochs=None)
     assert beats == [(0, "prepare"), (1, "step"), (1, "compile"), (1, "records"), (2, "step"), (2, "records")]
+
+
+def test_each_row_that_is_prepared_says_that_it_goes_on(folder, tmp_path, monkeypatch):
+    """However many there are, preparing is not taken for a hang."""
+    told = []
+    monkeypatch.setattr(prepared, "still", lambda: told.append(1))
+    train(tmp_path / "run", Module(folder), rows(3), max_train_steps=1, num_epochs=None)
+    assert len(told) == 3
