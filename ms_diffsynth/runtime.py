@@ -7,6 +7,7 @@ eagerly and blocking, which makes its errors exact and, on the CPU, its many sma
 """
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from dataclasses import dataclass
@@ -73,8 +74,8 @@ def _join(device: str) -> tuple[int, int]:
         return 0, 1
     from mindspore import communication
 
-    if device == "CPU" and _current is None:
-        _take_cores(int(os.environ.get("RANK_ID") or 0), world_size)
+    if device == "CPU" and _current is None and "DEVICE_ID" in os.environ:
+        _take_cores(int(os.environ["DEVICE_ID"]), int(os.environ.get("LOCAL_WORLD_SIZE") or world_size))
     # On the CPU also how long a rank waits in a collective, while rank 0 makes pictures: 30 s if nobody says otherwise.
     os.environ.setdefault("MS_NODE_TIMEOUT", "1800")
     try:
@@ -88,12 +89,17 @@ def _join(device: str) -> tuple[int, int]:
 
 
 def _take_cores(rank: int, ranks: int) -> None:
-    """Keep this process to its share of the cores: ranks whose threads share one wait for each other by spinning."""
+    """Keep this process to its share of the cores: ranks whose threads share one wait for each other by spinning.
+
+    Args:
+        rank, ranks: among those of this machine.
+    """
     cores = sorted(os.sched_getaffinity(0))
     first, last = rank * len(cores) // ranks, (rank + 1) * len(cores) // ranks
-    own = cores[first:last] or [cores[rank % len(cores)]]
+    own = cores[first:last] or [cores[first]]
     for thread in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(thread), own)
+        with contextlib.suppress(ProcessLookupError):  # it ended this moment
+            os.sched_setaffinity(int(thread), own)
 
 
 def _set_device(device: str | None) -> str:

@@ -87,8 +87,11 @@ class PictureSource:
         return len(self.pictures)
 
 
-def make_dataloader(config: TrainingConfig, pictures: list[Image.Image]):
-    """Batches ``[images]``: float32 [B, 3, image_size, image_size] in [-1, 1]. A last, smaller batch is left out."""
+def make_dataloader(config: TrainingConfig, pictures: list[Image.Image], accelerator: Accelerator):
+    """Batches ``[images]``: float32 [B, 3, image_size, image_size] in [-1, 1]. A last, smaller batch is left out.
+
+    Started by msrun or ms-diffsynth launch, each process gets its share of the pictures.
+    """
     ms.dataset.config.set_seed(config.seed)
     preprocess = transforms.Compose([
         vision.Resize(config.image_size),
@@ -97,7 +100,8 @@ def make_dataloader(config: TrainingConfig, pictures: list[Image.Image]):
         vision.ToTensor(),
         vision.Normalize([0.5] * 3, [0.5] * 3, is_hwc=False),
     ])
-    dataset = GeneratorDataset(PictureSource(pictures), column_names=["images"], shuffle=True, num_parallel_workers=1)
+    dataset = GeneratorDataset(PictureSource(pictures), column_names=["images"], shuffle=True, num_parallel_workers=1,
+                               num_shards=accelerator.num_processes, shard_id=accelerator.process_index)
     dataset = dataset.map(preprocess, ["images"], num_parallel_workers=1)
     return dataset.batch(config.train_batch_size, drop_remainder=True)
 
@@ -170,17 +174,18 @@ class MyTrainStep(TrainStep):
 class HostDrawsTrainStep(MyTrainStep):
     """The same, with noise and timesteps drawn on the host: by seed and running number of the sample."""
 
-    def __init__(self, *args, seed: int):
+    def __init__(self, *args, seed: int, accelerator: Accelerator):
         super().__init__(*args)
-        self.generator = Draws(seed)
-        self.samples_seen = 0
+        self.generator, self.accelerator = Draws(seed), accelerator
+        self.samples_seen = 0  # by all processes
 
     def say_where_noise_comes_from(self) -> None:
         pass
 
     def draws(self, clean_images):
-        samples = self.samples_seen + np.arange(clean_images.shape[0])
-        self.samples_seen += clean_images.shape[0]
+        size = clean_images.shape[0]
+        samples = self.samples_seen + self.accelerator.process_index * size + np.arange(size)
+        self.samples_seen += size * self.accelerator.num_processes
         noise = self.generator.normal("noise", samples, clean_images.shape[1:])
         timesteps = self.generator.uniform("timestep", samples) * self.num_train_timesteps
         return Tensor(noise), Tensor(timesteps.astype(np.int32))
@@ -202,17 +207,20 @@ def evaluate(config: TrainingConfig, epoch: int, pipeline: UnconditionalImagePip
 
 
 def train_loop(config: TrainingConfig, train_step: TrainStep, optimizer: AdamW, rate: LearningRate, dataloader,
-               pipeline: UnconditionalImagePipeline) -> list[float]:
+               pipeline: UnconditionalImagePipeline, accelerator: Accelerator) -> list[float]:
     """Train, and every few epochs sample and save; returns the loss of every batch."""
     losses, updates = [], 0
     for epoch in range(config.num_epochs):
-        progress = tqdm(dataloader.create_tuple_iterator(num_epochs=1), total=len(dataloader), desc=f"epoch {epoch}")
+        progress = tqdm(dataloader.create_tuple_iterator(num_epochs=1), total=len(dataloader), desc=f"epoch {epoch}",
+                        disable=not accelerator.is_main_process)
         for batch in progress:
             optimizer.set_learning_rate(rate(updates))
             result = train_step.step(*batch)
             updates += result.is_update
             losses.append(float(result.loss.asnumpy()))
             progress.set_postfix(loss=losses[-1], lr=rate(updates), step=updates)
+        if not accelerator.is_main_process:
+            continue
         is_last = epoch == config.num_epochs - 1
         if (epoch + 1) % config.save_image_epochs == 0 or is_last:
             evaluate(config, epoch, pipeline)
@@ -223,9 +231,9 @@ def train_loop(config: TrainingConfig, train_step: TrainStep, optimizer: AdamW, 
 
 def main(config: TrainingConfig) -> list[float]:
     """Everything, in the order of the tutorial."""
-    Accelerator(config.gradient_accumulation_steps, config.mode)
-    ms.set_seed(config.seed)
-    dataloader = make_dataloader(config, load_pictures(config.dataset_name))
+    accelerator = Accelerator(config.gradient_accumulation_steps, config.mode)
+    ms.set_seed(config.seed + accelerator.process_index)  # every process draws noise of its own
+    dataloader = make_dataloader(config, load_pictures(config.dataset_name), accelerator)
     model, noise_scheduler = make_model(config), make_scheduler()
     batches = len(dataloader)
     steps = -(-batches // config.gradient_accumulation_steps) * config.num_epochs
@@ -234,11 +242,11 @@ def main(config: TrainingConfig) -> list[float]:
     optimizer = AdamW(model.trainable_params(), learning_rate=config.learning_rate)
     arguments = (model, optimizer, noise_scheduler, config.gradient_accumulation_steps, batches)
     if config.draws == "host":
-        train_step = HostDrawsTrainStep(*arguments, seed=config.seed)
+        train_step = HostDrawsTrainStep(*arguments, seed=config.seed, accelerator=accelerator)
     else:
         train_step = MyTrainStep(*arguments)
     pipeline = UnconditionalImagePipeline({"unet": model}, noise_schedule=NoiseSchedule())
-    return train_loop(config, train_step, optimizer, rate, dataloader, pipeline)
+    return train_loop(config, train_step, optimizer, rate, dataloader, pipeline, accelerator)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,7 @@ def execute(args: argparse.Namespace) -> int:
     from ms_diffsynth.train.split import open_cache, stage_of
 
     settings = SimpleNamespace(**config.flat())
+    settings.batch_size *= _ranks_of(args.run)
     accelerator = Accelerator(settings.gradient_accumulation_steps, settings.mode, settings.device)
     pipe = build_pipeline(config)
     sets = build_datasets(settings, pipe.division_factor)
@@ -50,3 +52,12 @@ def execute(args: argparse.Namespace) -> int:
     replay = replay_training_step(accelerator, sets[0], module, args.run, args.step, sets[1], settings)
     sys.stdout.write(redact(f"{replay.describe()}\n{args.run / f'replay-step-{args.step}.json'}\n"))
     return 0 if replay.is_reproduced else 1  # a comparison was made, and something differs
+
+
+def _ranks_of(run: Path) -> int:
+    """How many ranks shared a batch in a run; one process takes all of it."""
+    file = run / "training_args.json"
+    ranks = json.loads(file.read_text()).get("num_processes", 1) if file.is_file() else 1
+    if ranks > 1:
+        sys.stderr.write(f"a run of {ranks} ranks, made again by one: equal but for the order of summation\n")
+    return ranks

@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from ms_diffsynth.errors import CheckpointError, ConfigError, WeightError, listing, nearest
+from ms_diffsynth.io import weights
 from ms_diffsynth.io.cache import digest_of
 from ms_diffsynth.io.files import CALLS, Calls, remove_folder, sha256_of, stage_folder
-from ms_diffsynth.io.parts import Part, group_of, part_name, read_parts
+from ms_diffsynth.io.parts import Part, Parts, group_of, part_name
 from ms_diffsynth.io.shards import names_in
-from ms_diffsynth.io.weights import open_checkpoint, serialize
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ class Checkpoint:
     groups: tuple[str, ...]
     state: dict[str, Any]
 
-    def read(self, group: str) -> dict[str, np.ndarray]:
-        """The arrays of one group by name, in memory; they are the caller's own.
+    def open(self, group: str) -> Parts | weights.Checkpoint:
+        """The arrays of one group, each read when it is asked for: ``found.shapes``, ``found[name]``.
 
         Raises: CheckpointError for a group that is not there, or when the file changed since it was verified.
         """
@@ -67,9 +67,16 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} has no group '{group}': it has {listing(self.groups)}."
                                   f"{nearest(group, self.groups)}")
         try:
-            if parts := [*self.path.glob(f"{group}-?????-of-?????{_SUFFIX}")]:
-                return read_parts(parts)
-            return dict(open_checkpoint(self.path / f"{group}{_SUFFIX}").tensors())
+            parts = [*self.path.glob(f"{group}-?????-of-?????{_SUFFIX}")]
+            return Parts(parts) if parts else weights.open_checkpoint(self.path / f"{group}{_SUFFIX}")
+        except (WeightError, OSError) as error:
+            raise CheckpointError(f"{self.path} changed while it was in use: {error}") from error
+
+    def read(self, group: str) -> dict[str, np.ndarray]:
+        """All arrays of one group, in memory; they are the caller's own. Raises: CheckpointError, as `open` does."""
+        found = self.open(group)
+        try:
+            return {name: found[name] for name in found.shapes}
         except (WeightError, OSError) as error:
             raise CheckpointError(f"{self.path} changed while it was in use: {error}") from error
 
@@ -97,7 +104,7 @@ def save_checkpoint(root: str | os.PathLike[str], step: int, groups: Mapping[str
         raise CheckpointError(f"a checkpoint cannot hold {listing(wrong)}. Expected letters, digits, _ and - in the "
                               "name of a group, and in the state texts, finite numbers, lists and dictionaries.")
     step = operator.index(step)
-    files = {f"{name}{_SUFFIX}": serialize(arrays) for name, arrays in groups.items()}
+    files = {f"{name}{_SUFFIX}": weights.serialize(arrays) for name, arrays in groups.items()}
     files[STATE] = [memoryview(_json(dict(state)))]
     taken = {f"{part_name(group, rank, len(written))}{_SUFFIX}": part for group, written in (parts or {}).items()
              for rank, part in enumerate(written)}
@@ -111,7 +118,7 @@ def save_checkpoint(root: str | os.PathLike[str], step: int, groups: Mapping[str
         for name, data in files.items():
             stage.write(name, data)
         for name, part in taken.items():
-            stage.take(name, part.file)
+            stage.take(name, Path(root) / part.file)
     return path
 
 

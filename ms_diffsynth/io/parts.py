@@ -21,7 +21,7 @@ import numpy as np
 
 from ms_diffsynth.errors import CheckpointError
 from ms_diffsynth.io.files import CALLS, Calls, write_beside
-from ms_diffsynth.io.weights import open_checkpoint, read_header, serialize
+from ms_diffsynth.io.weights import open_checkpoint, serialize
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
@@ -30,7 +30,7 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 class Part:
     """A part that is written and durable, but in no checkpoint yet."""
 
-    file: str
+    file: str  # its name in the folder of the checkpoints
     bytes: int
     sha256: str
 
@@ -60,22 +60,30 @@ def write_part(root: str | os.PathLike[str], pieces: Mapping[str, np.ndarray], s
     for buffer in data:
         digest.update(buffer)
     path = write_beside(Path(root) / "part", data, calls=calls)
-    return Part(str(path), sum(buffer.nbytes for buffer in data), digest.hexdigest())
+    return Part(path.name, sum(buffer.nbytes for buffer in data), digest.hexdigest())
 
 
-def read_parts(files: Iterable[Path]) -> dict[str, np.ndarray]:
-    """The whole arrays whose pieces are in ``files``. Raises: CheckpointError when elements or files are missing."""
-    files = sorted(files)
-    folder, (group, _, count) = files[0].parent, _PART.fullmatch(files[0].stem).groups()
-    if len(files) != int(count):
-        raise CheckpointError(f"{folder} has {len(files)} of {int(count)} files of {group}. Resume from another "
-                              "checkpoint.")
-    pieces = [dict(open_checkpoint(file).tensors()) for file in files]
-    whole = {}
-    for name, shape in json.loads(read_header(files[0])[1]["shapes"]).items():
-        parts = [part[name] for part in pieces if name in part]
-        if sum(map(len, parts)) != math.prod(shape):
-            raise CheckpointError(f"{folder}: the files of {group} hold {sum(map(len, parts))} elements of {name} "
-                                  f"{shape}. Resume from another checkpoint.")
-        whole[name] = np.concatenate(parts).reshape(shape)
-    return whole
+class Parts:
+    """The whole arrays whose pieces are in ``files``, each put together when it is asked for.
+
+    Attributes:
+        shapes: name -> shape.
+
+    Raises: CheckpointError when elements or files are missing.
+    """
+
+    def __init__(self, files: Iterable[Path]):
+        files = sorted(files)
+        self.folder, (self.group, _, count) = files[0].parent, _PART.fullmatch(files[0].stem).groups()
+        if len(files) != int(count):
+            raise CheckpointError(f"{self.folder} has {len(files)} of {int(count)} files of {self.group}. Resume from "
+                                  "another checkpoint.")
+        self._files = [open_checkpoint(file) for file in files]
+        self.shapes = {name: tuple(shape) for name, shape in json.loads(self._files[0].metadata["shapes"]).items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        pieces = [file[name] for file in self._files if name in file]
+        if sum(map(len, pieces)) != math.prod(self.shapes[name]):
+            raise CheckpointError(f"{self.folder}: the files of {self.group} hold {sum(map(len, pieces))} elements of "
+                                  f"{name} {list(self.shapes[name])}. Resume from another checkpoint.")
+        return np.concatenate(pieces).reshape(self.shapes[name])

@@ -83,4 +83,5 @@ class Job:
             return given | {"MS_ROLE": "MS_SCHED", "RANK_ID": "0"}
         return given | {
             "MS_ROLE": "MS_WORKER", "MS_NODE_ID": str(rank), "RANK_ID": str(rank),
-            "DEVICE_ID": str(rank - self.ranks.start), HEARTBEAT: str(self.heartbeat(rank).resolve())}
+            "DEVICE_ID": str(rank - self.ranks.start), "LOCAL_WORLD_SIZE": str(self.workers),
+            HEARTBEAT: str(self.heartbeat(rank).resolve())}

@@ -1,6 +1,6 @@
 """Rank 0 on the user's terminal, as if it had been started there: byte for byte, with colours and progress bars.
 
-Only two lines that MindSpore writes whenever a worker leaves are left out.
+Only two lines that MindSpore writes whenever a worker leaves are in the log alone.
 """
 from __future__ import annotations
 
@@ -134,8 +134,7 @@ class _Channel:
             self.is_open = False
             os.close(self.source)
             return b""
-        data = _NOISE.sub(b"", data)
-        self.pending = data if self.is_shown else b""
+        self.pending = _NOISE.sub(b"", data) if self.is_shown else b""
         *lines, line = (self._line + data).split(b"\n")
         self._line = b"\r".join(line.rsplit(b"\r", 2)[-2:])  # a bar is overwritten for days
         return b"".join(_final(line) + b"\n" for line in lines)

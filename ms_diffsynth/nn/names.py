@@ -67,18 +67,21 @@ def load_state(own: Mapping[str, Parameter], state: Mapping[str, Tensor | np.nda
 
     Raises: WeightError that lists every missing, superfluous or misshapen tensor; nothing is assigned then.
     """
-    check_state({name: parameter.shape for name, parameter in own.items()}, state)
+    check_state({n: parameter.shape for n, parameter in own.items()}, {n: tensor.shape for n, tensor in state.items()})
     for name, parameter in own.items():
         ops.assign(parameter, Tensor(state[name]).astype(parameter.dtype))
 
 
-def check_state(own: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor | np.ndarray]) -> None:
-    """Compare names and shapes. Raises: WeightError that lists every missing, superfluous or misshapen tensor."""
+def check_state(own: Mapping[str, tuple[int, ...]], state: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare names and shapes of what there is with those of what is to be loaded.
+
+    Raises: WeightError that lists every missing, superfluous or misshapen tensor.
+    """
     wrong = [f"missing: {listing(sorted(own.keys() - state.keys()))}"] if own.keys() - state.keys() else []
     if state.keys() - own.keys():
         wrong.append(f"superfluous: {listing(sorted(state.keys() - own.keys()))}")
-    shapes = [f"{name} {tuple(state[name].shape)}, expected {tuple(shape)}" for name, shape in own.items()
-              if name in state and tuple(state[name].shape) != tuple(shape)]
+    shapes = [f"{name} {tuple(state[name])}, expected {tuple(shape)}" for name, shape in own.items()
+              if name in state and tuple(state[name]) != tuple(shape)]
     if shapes:
         wrong.append(f"shape: {listing(shapes)}")
     if wrong:

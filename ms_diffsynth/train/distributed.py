@@ -79,31 +79,16 @@ class Accelerator:
 
 
 class Agreement:
-    """One decision of all ranks to stop after the same step, whichever of them was asked to.
-
-    Each call takes part in a gathering that the next call reads, so that no step waits for it: of several ranks, all
-    stop a step after the signal.
-    """
+    """One decision of all ranks to stop, between two steps, whichever of them was asked to."""
 
     def __init__(self, stop: StopRequest, accelerator: Accelerator):
         self.stop, self._is_alone = stop, accelerator.num_processes == 1
-        self._pending: Tensor | None = None
-        self._agreed = False
 
-    def __call__(self, is_last: bool = False) -> bool:
-        """Whether to stop now. Every rank must ask after the same steps; then ``stop.signal`` is set on all of them.
-
-        Args:
-            is_last: wait for what all ranks say at this moment.
-        """
-        if self._is_alone:
-            return self.stop.signal is not None
-        before, self._pending = self._pending, self._gather()
-        for numbers in (before, self._pending if is_last else None):
-            if numbers is not None and (number := int(numbers.asnumpy().max())):
-                self._agreed = True
+    def __call__(self) -> bool:
+        """Whether to stop now. Every rank must ask after the same steps; ``stop.signal`` is then set on all of them."""
+        if not self._is_alone:
+            numbers = P.AllGather()(Tensor(np.float32([self.stop.signal or 0]))).asnumpy()
+            if number := int(numbers.max()):
                 self.stop.signal = self.stop.signal or signal.Signals(number)
-        return self._agreed
-
-    def _gather(self) -> Tensor:
-        return P.AllGather()(Tensor(np.float32([self.stop.signal or 0])))
+            return bool(number)
+        return self.stop.signal is not None

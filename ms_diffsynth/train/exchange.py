@@ -54,8 +54,8 @@ def plan_buckets(sizes: Sequence[int], ranks: int, most: int = MOST_ELEMENTS) ->
 class Exchange(nn.Cell):
     """Sums gradients over all ranks.
 
-    ``exchange(gradients)`` gives the sums: whole, in their own shapes, or with ``is_sharded`` a float32 vector for each
-    bucket, of which a rank has its own part. Compiled and eager. In a process of its own it sends nothing.
+    ``exchange(gradients)`` gives the sums in float32: whole, in their own shapes, or with ``is_sharded`` a vector for
+    each bucket, of which a rank has its own part. Compiled and eager. In a process of its own it sends nothing.
 
     Args:
         parameters: what the gradients are of.
@@ -85,7 +85,7 @@ class Exchange(nn.Cell):
             if self.ranks == 1:
                 summed = summed + (flat,)
             elif not self.is_sharded:
-                summed = summed + self._split(self.all_reduce(flat), self.spans[k], gradients)
+                summed = summed + self._split(self.all_reduce(flat), self.spans[k])
             elif self.can_scatter:
                 summed = summed + (self.reduce_scatter(flat),)
             else:
@@ -115,7 +115,7 @@ class Exchange(nn.Cell):
         found = ()
         for k in range(len(self.spans)):
             whole = parts[k] if self.ranks == 1 else self.all_gather(parts[k])
-            found = found + self._split(whole, self.spans[k], None)
+            found = found + self._split(whole, self.spans[k])
         return found
 
     def _flat(self, tensors, span):
@@ -127,12 +127,11 @@ class Exchange(nn.Cell):
             parts = parts + (ops.zeros((zeros,), ms.float32),)
         return ops.cat(parts)
 
-    def _split(self, flat, span, like):
+    def _split(self, flat, span):
         first, last, offsets, _ = span
         parts = ()
         for k in range(first, last):
-            part = flat[offsets[k - first]:offsets[k - first + 1]].reshape(self.shapes[k])
-            parts = parts + (part if like is None else part.astype(like[k].dtype),)
+            parts = parts + (flat[offsets[k - first]:offsets[k - first + 1]].reshape(self.shapes[k]),)
         return parts
 
 

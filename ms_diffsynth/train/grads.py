@@ -42,11 +42,6 @@ def sum_of_squares(grads: tuple[Tensor, ...]) -> Tensor:
     return ops.addn(_each(_squares_by_sum, grads))
 
 
-def global_norm(grads: tuple[Tensor, ...]) -> Tensor:
-    """The Euclidean norm of all gradients as one vector: float32 scalar."""
-    return ops.sqrt(sum_of_squares(grads))
-
-
 def is_finite(value: Tensor) -> Tensor:
     """Whether a scalar, such as the norm or the loss, is neither NaN nor infinite: bool scalar."""
     return ops.isfinite(value)

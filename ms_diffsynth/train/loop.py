@@ -21,7 +21,6 @@ from ms_diffsynth.train import resume
 from ms_diffsynth.train.distributed import Accelerator, Agreement
 from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.evaluation import RunEvaluation
-from ms_diffsynth.train.exchange import broadcast
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import AdamW, LearningRate
@@ -158,11 +157,14 @@ class _Run:
     def start(self, settings: dict[str, Any]) -> Checkpoint | None:
         """Begin the records of a run, or those of one that goes on from a checkpoint, which is returned."""
         logger, options = self.logger, self.options
+        resume.check_same_everywhere(self.accelerator, self.identity)
         checkpoint = resume.find_for_all(self.accelerator, logger.output_path, options.resume)
         if checkpoint is None:
             logger.start(settings)
             return None
         changes = resume.check_identity(checkpoint, self.identity, options.accept_changes)
+        if self.accelerator.is_main_process:
+            resume.set_later_aside(logger.output_path, checkpoint)
         logger.start(settings, checkpoint.step, resume.run_folder(checkpoint))
         logger.event("resumed", checkpoint=str(checkpoint.path), changes=changes)
         self.progress.say(redact(f"going on from {checkpoint.path}" + "".join(f"\n  accepted: {c}" for c in changes)))
@@ -214,7 +216,6 @@ class _Run:
         given = {"learning_rate": options.learning_rate, "weight_decay": options.weight_decay,
                  "eps": options.adam_epsilon, "betas": (options.adam_beta1, options.adam_beta2)}
         parameters = list(self.model.trainable_parameters())
-        broadcast(parameters)  # what no seed decides, such as a template's own random start
         if needs_float32(parameters) or (options.zero_stage and self.accelerator.num_processes > 1):
             return ShardedAdamW(parameters, max(options.zero_stage, 1), **given)
         return AdamW(parameters, **given)
@@ -267,7 +268,7 @@ class _Run:
                 for batch in self.loader:
                     if self._train_on(batch) and (is_last := self._after_step(stop, is_stopping)):
                         break
-            is_stopping(is_last=True)
+            is_stopping()  # also after the last step
             self.report.flush()
             self.progress.end()
             self.look(stop)
@@ -359,9 +360,10 @@ class _Run:
         """
         is_sampling &= self.sampler is not None and self.logger.num_steps not in self.logger.samples
         is_evaluating &= self.evaluation is not None and not self.evaluation.is_done
+        if is_sampling or is_evaluating:
+            self.report.flush()  # on every rank: it may end the run
         if not (is_sampling or is_evaluating) or not self.accelerator.is_main_process or stop.signal is not None:
             return
-        self.report.flush()
         try:
             with self.ema.applied() if self.ema is not None else nullcontext(), stop.interrupting():
                 if is_sampling:

@@ -95,7 +95,7 @@ class AdamW(nn.Cell):
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 1e-2):
         super().__init__(auto_prefix=False)
         parameters = list(parameters)
-        check_adamw(parameters, learning_rate, betas, eps, weight_decay)
+        _check(parameters, learning_rate, betas, eps, weight_decay)
         self.parameters = ParameterTuple(parameters)
         self.moment1 = self.parameters.clone("moment1", "zeros")
         self.moment2 = self.parameters.clone("moment2", "zeros")
@@ -190,9 +190,8 @@ def guarded(optimizer: nn.Cell) -> nn.Cell:
     return Guarded(optimizer) if isinstance(optimizer, nn.Optimizer) else optimizer
 
 
-def check_adamw(parameters: Sequence[Parameter], learning_rate: float, betas: tuple[float, float], eps: float,
-                weight_decay: float) -> None:
-    """Raises: TrainingError and ConfigError, as `AdamW` does."""
+def _check(parameters: list[Parameter], learning_rate: float, betas: tuple[float, float], eps: float,
+           weight_decay: float) -> None:
     if not parameters:
         raise TrainingError("AdamW was given no parameters: expected at least one. Name what is to be trained "
                             "(lora_base_model or trainable_models).")

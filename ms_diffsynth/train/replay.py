@@ -135,6 +135,9 @@ def replay_training_step(accelerator: Accelerator, dataset: Any, model: Diffusio
         CheckpointError when it cannot be this run, or when nothing is left that it can start from.
     """
     folder = Path(output_path)
+    if accelerator.num_processes > 1:
+        raise ConfigError(f"a replay in {accelerator.num_processes} processes: expected one. Give it the batch_size of "
+                          "all ranks of the run.")
     if not (folder / "loss.csv").is_file():
         raise ConfigError(f"{folder} holds no run: there is no loss.csv. Give the output_path of one.")
     given = TrainingOptions.of(args, {"gradient_accumulation_steps": accelerator.gradient_accumulation_steps} | options)

@@ -72,6 +72,9 @@ def holding(output_path: Path) -> Iterator[None]:
         stack.enter_context(lock_folder(output_path))
         if (output_path / CHECKPOINTS).is_dir():  # what a killed run left half written is in there
             stack.enter_context(lock_folder(output_path / CHECKPOINTS))
+            for part in (output_path / CHECKPOINTS).glob(".tmp-*"):  # of any machine: nobody else writes here
+                if part.is_file():
+                    part.unlink()
         yield
 
 
@@ -112,13 +115,8 @@ def find_checkpoint(output_path: Path, resume: str) -> Checkpoint | None:
 
 
 def find_for_all(accelerator: Accelerator, output_path: Path, resume: str) -> Checkpoint | None:
-    """What `find_checkpoint` gives, the same one on every rank. The first rank sets later ones aside before.
-
-    Raises: CheckpointError when the ranks do not find the same one.
-    """
+    """What `find_checkpoint` gives the first rank, opened and verified by every rank."""
     found = find_checkpoint(output_path, resume) if accelerator.is_main_process else None
-    if found is not None:
-        set_later_aside(output_path, found)
     main = accelerator.gather_text("" if found is None else str(found.path))[0]
     if main and not accelerator.is_main_process:
         found = open_checkpoint_folder(main)
@@ -180,6 +178,20 @@ def identity(accelerator: Accelerator, module: DiffusionTrainingModule, cut: Cut
         models |= {*cut.models("prepare")}  # otherwise the digest of the cache's rows speaks for them
     digests = {f"weights.{name}": digest for name in sorted(models) if (digest := pipe.weights_digest(name))}
     return json.loads(json.dumps(without_secrets(settings | data | digests)))
+
+
+def check_same_everywhere(accelerator: Accelerator, identity: Mapping[str, Any]) -> None:
+    """Refuse ranks that would not train the same: a machine may have older pictures, other weights, another setting.
+
+    Raises: ConfigError naming the fields in which a rank differs from the first.
+    """
+    names = sorted(identity)
+    digests = [text.split() for text in accelerator.gather_text(" ".join(digest_of(identity[n])[:8] for n in names))]
+    wrong = [f"rank {rank}: {listing([n for n, a, b in zip(names, digests[0], own) if a != b] or ['the fields'])}"
+             for rank, own in enumerate(digests) if own != digests[0]]
+    if wrong:
+        raise ConfigError(f"the ranks would not train the same; unlike rank 0 are {'; '.join(wrong)}. Expected the "
+                          "same settings, data and weights on every machine: copy them, or use storage that all see.")
 
 
 def _content(dataset: Any) -> dict[str, Any]:
@@ -264,16 +276,28 @@ def restore(step: TrainStep, checkpoint: Checkpoint, now: Mapping[str, Any]) -> 
         own.pop("loss_scale", None)
     for name, parameters in own.items():
         if name in checkpoint.groups:
-            state = checkpoint.read(name)
-            if odd := [n for n, array in state.items() if array.dtype.name in FLOATS and not np.isfinite(array).all()]:
-                raise CheckpointError(f"{checkpoint.path} holds numbers in {name} that are not finite: {listing(odd)}. "
-                                      "Training cannot go on from them: resume from an earlier checkpoint.")
-            load_state(parameters, state)
+            found = _Finite(checkpoint, name)
+            load_state(parameters, {n: found[n] for n in found.shapes})
     if isinstance(step.optimizer, ShardedAdamW):
-        step.optimizer.load_state_tensors(checkpoint.read("moments"))
+        step.optimizer.load_state_tensors(_Finite(checkpoint, "moments"))
     if step.ema is not None and "ema" not in checkpoint.groups:
         for average, weight in zip(step.ema.average, step.ema.parameters):
             ops.assign(average, weight.astype(average.dtype))
+
+
+class _Finite:
+    """The arrays of a group, each read and looked at when it is asked for. Raises: CheckpointError."""
+
+    def __init__(self, checkpoint: Checkpoint, group: str):
+        self.checkpoint, self.group, self.arrays = checkpoint, group, checkpoint.open(group)
+        self.shapes = self.arrays.shapes
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        array = self.arrays[name]
+        if array.dtype.name in FLOATS and not np.isfinite(array).all():
+            raise CheckpointError(f"{self.checkpoint.path} holds numbers in {self.group} that are not finite: {name}. "
+                                  "Training cannot go on from them: resume from an earlier checkpoint.")
+        return array
 
 
 class Checkpoints:
@@ -303,13 +327,26 @@ class Checkpoints:
 
         Raises: OutputError, on every rank when one of them cannot write its part.
         """
-        began, records = time.perf_counter(), self.records
-        self._saved_at = records.num_steps
-        parts = {}
-        if isinstance(step.optimizer, ShardedAdamW):
-            parts["moments"] = self._write_parts(*step.optimizer.state_pieces())
-        if not self.accelerator.is_main_process:
+        self._saved_at = self.records.num_steps
+        if not isinstance(step.optimizer, ShardedAdamW):
+            if self.accelerator.is_main_process:
+                self._commit(step, state, {})
             return
+        parts = self._write_parts(*step.optimizer.state_pieces())
+        said = ""
+        if self.accelerator.is_main_process:
+            try:
+                self._commit(step, state, {"moments": parts})
+            except OutputError as error:
+                said = str(error)
+                for part in parts:
+                    (self.folder / part.file).unlink(missing_ok=True)
+        if failed := self.accelerator.gather_text(said)[0]:
+            raise OutputError(failed)
+
+    def _commit(self, step: TrainStep, state: Mapping[str, Any], parts: dict[str, list[Part]]) -> None:
+        """Write everything but the parts, take those in, and remove older checkpoints. Raises: OutputError."""
+        began, records = time.perf_counter(), self.records
         records.sync()
         groups = {group: {name: to_numpy(p) for name, p in parameters.items()}
                   for group, parameters in parameters_of(step).items()}
@@ -322,16 +359,18 @@ class Checkpoints:
                       seconds=round(time.perf_counter() - began, 4))
 
     def _write_parts(self, pieces: Mapping[str, np.ndarray], shapes: Mapping[str, list[int]]) -> list[Part]:
-        """Write this rank's part of the moments. Returns: what every rank wrote."""
+        """Write this rank's part of the moments. Returns: what every rank wrote. Raises: OutputError on every rank."""
+        part, said = None, ""
         try:
-            said = json.dumps(dataclasses.asdict(write_part(self.folder, pieces, shapes)))
+            part = write_part(self.folder, pieces, shapes)
+            said = json.dumps(dataclasses.asdict(part))
         except OutputError as error:
             said = str(error)
         heard = self.accelerator.gather_text(said)
         failed = [f"rank {rank}: {text}" for rank, text in enumerate(heard) if not text.startswith("{")]
         if failed:
-            if said.startswith("{"):
-                os.unlink(json.loads(said)["file"])
+            if part is not None:
+                (self.folder / part.file).unlink()
             raise OutputError(f"the checkpoint of step {self.records.num_steps} was not saved: {listing(failed)}")
         return [Part(**json.loads(text)) for text in heard]
 

@@ -7,7 +7,8 @@ AllReduce. Stage 2 also divides the accumulated gradients, which then are scatte
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -15,7 +16,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.ops import operations as P
 
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.nn.names import check_state, load_state, to_numpy
+from ms_diffsynth.nn.names import check_state, to_numpy
 from ms_diffsynth.train.exchange import Exchange
 from ms_diffsynth.train.optim import AdamW
 
@@ -61,7 +62,8 @@ class ShardedAdamW(nn.Cell):
 
     def take_weights(self) -> None:
         """Go on from the weights as they are now."""
-        for shard, own in zip(self.shards, self._own({p.name: to_numpy(p) for p in self.parameters}, "")):
+        by_name = {p.name: p for p in self.parameters}
+        for shard, own in zip(self.shards, self._own(lambda name: to_numpy(by_name[name]))):
             ops.assign(shard, Tensor(own))
 
     def set_learning_rate(self, value: float) -> None:
@@ -86,15 +88,20 @@ class ShardedAdamW(nn.Cell):
             pieces[self.optimizer.step.name] = to_numpy(self.optimizer.step).reshape(1)
         return pieces, {name: list(shape) for name, shape in self._shapes().items()}
 
-    def load_state_tensors(self, state: Mapping[str, np.ndarray]) -> None:
+    def load_state_tensors(self, state: Any) -> None:
         """Restore the whole arrays of `state_pieces`, or those of an `AdamW`, after the weights were restored.
+
+        Args:
+            state: has ``shapes`` and gives arrays by name, such as `io.checkpoint.Checkpoint.open`; one is in memory at
+                a time.
 
         Raises: WeightError for missing or superfluous names, or other shapes.
         """
-        check_state(self._shapes(), state)
+        check_state(self._shapes(), state.shapes)
         self.take_weights()
         for kind, kept in self._kept().items():
-            load_state({p.name: p for p in kept}, {p.name: own for p, own in zip(kept, self._own(state, f"{kind}."))})
+            for part, own in zip(kept, self._own(lambda name, kind=kind: state[f"{kind}.{name}"])):
+                ops.assign(part, Tensor(own))
         ops.assign(self.optimizer.step, Tensor(state[self.optimizer.step.name]))
 
     def _kept(self) -> dict[str, ParameterTuple]:
@@ -105,14 +112,13 @@ class ShardedAdamW(nn.Cell):
         shapes = {f"{kind}.{p.name}": p.shape for kind in self._kept() for p in self.parameters}
         return shapes | {self.optimizer.step.name: ()}
 
-    def _own(self, whole: Mapping[str, np.ndarray], prefix: str) -> list[np.ndarray]:
-        """This rank's part of every bucket of whole arrays: float32 [part]."""
+    def _own(self, whole: Callable[[str], np.ndarray]) -> list[np.ndarray]:
+        """This rank's part of every bucket of whole arrays, by name: float32 [part]."""
         parts = []
         for own, length in zip(self.exchange.own, self.exchange.parts):
-            pieces = [np.asarray(whole[f"{prefix}{self.parameters[index].name}"]).reshape(-1)[begin:end]
+            pieces = [np.asarray(whole(self.parameters[index].name)).reshape(-1)[begin:end].astype(np.float32)
                       for index, begin, end in own]
-            part = np.concatenate([*pieces, np.zeros(0)]).astype(np.float32)
-            parts.append(np.pad(part, (0, length - len(part))))
+            parts.append(np.concatenate([*pieces, np.zeros(length - sum(map(len, pieces)), np.float32)]))
         return parts
 
 

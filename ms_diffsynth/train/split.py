@@ -94,10 +94,10 @@ def _begin(accelerator: Accelerator, folder: str | Path, *content: Any) -> tuple
     if accelerator.is_main_process:
         cache = Cache(folder)
         changed = cache.begin(*content)
-    stamps = accelerator.gather_text(digest_of(content[0]))
-    if len(set(stamps)) > 1:
-        raise CacheError(f"the ranks would not write the same cache: fingerprints {listing(dict.fromkeys(stamps))}. "
-                         "Expected the same code, settings, data and weights on every machine.")
+    rows = {name: [row.key for row in planned] for name, planned in content[2].items()}
+    if len(set(accelerator.gather_text(digest_of([content[0], rows])))) > 1:
+        raise CacheError(f"the ranks would not write the same cache into {folder}. Expected the same code, settings, "
+                         "pictures and weights on every machine: copy them, or use storage that all see.")
     return (cache if accelerator.is_main_process else Cache(folder)), changed
 
 

@@ -19,7 +19,7 @@ from ms_diffsynth.errors import TrainingError, nearest
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.train import grads as gradients
 from ms_diffsynth.train.compile import Announce, CompiledStep, _log_only
-from ms_diffsynth.train.exchange import exchange_for
+from ms_diffsynth.train.exchange import broadcast, exchange_for
 from ms_diffsynth.train.optim import guarded
 from ms_diffsynth.train.sharding import ShardedAdamW
 
@@ -83,6 +83,9 @@ class TrainStep(nn.Cell):
         self.weights = ParameterTuple(optimizer.parameters)
         self.exchange = optimizer.exchange if isinstance(optimizer, ShardedAdamW) else exchange_for(self.weights)
         self.sums_early = isinstance(optimizer, ShardedAdamW) and optimizer.stage == 2  # at each micro-step
+        broadcast(self.weights)  # a random start that no seed decides is that of rank 0
+        if isinstance(optimizer, ShardedAdamW):
+            optimizer.take_weights()
         self.loss_scaler = loss_scaler
         self.loss_scale = getattr(loss_scaler, "scale_value", None)
         self.max_grad_norm = max_grad_norm

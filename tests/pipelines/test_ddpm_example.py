@@ -58,5 +58,6 @@ def test_pictures_are_cropped_to_a_square_of_their_middle(example, tmp_path):
     stripes = np.zeros((24, 8, 3), np.uint8)
     stripes[8:16] = 255
     config = example["TrainingConfig"](image_size=8, train_batch_size=1)
-    batch = next(iter(example["make_dataloader"](config, [Image.fromarray(stripes)])))
+    loader = example["make_dataloader"](config, [Image.fromarray(stripes)], example["Accelerator"]())
+    batch = next(iter(loader))
     assert batch[0].shape == (1, 3, 8, 8) and np.allclose(batch[0].asnumpy(), 1.0)

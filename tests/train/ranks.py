@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ if __name__ == "__main__":
 
 import pytest
 from mindspore import nn, ops
+from PIL import Image
 from toy_run import Module, Own, dataset_of, poison, rows, train
 
 from ms_diffsynth import runtime
@@ -58,13 +60,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora in order": {"mode": "graph", "in_order": True},
     "full in order": {"mode": "graph", "in_order": True, "how": FULL},
     "stopped": {"how": FULL, "zero_stage": 1, "term": (1, 5), "checkpoint_steps": 100},
+    "stopped in pictures": {"how": FULL, "zero_stage": 1, "pictures": 4, "sample_steps": 4, "checkpoint_steps": 100},
+    "another seed": {"steps": 2, "other_seed": 1},
     "full disk": {"how": FULL, "zero_stage": 1, "full": 1, "steps": 2, "checkpoint_steps": 1},
 }
 
 
 def run(name: str, model: Path, data: Path, out: Path, steps: int | None = None, kind: type = Module,
         how: dict[str, Any] | None = None, prior: bool = False, bad: int | None = None, term: Any = None,
-        full: int | None = None, in_order: bool = False, resume: str = "none", **options: Any) -> str:
+        pictures: int | None = None, full: int | None = None, other_seed: int | None = None, in_order: bool = False,
+        resume: str = "none", **options: Any) -> str:
     """One of `RUNS`, in this process and all others of the job. Returns: a digest of the weights it ended with."""
     accelerator = Accelerator(options.get("accumulation", 1), options.get("mode", "pynative"), "CPU")
     ranks = accelerator.num_processes
@@ -76,13 +81,31 @@ def run(name: str, model: Path, data: Path, out: Path, steps: int | None = None,
             _send(patch, term[1])
         if full == accelerator.process_index:
             patch.setattr("ms_diffsynth.train.resume.write_part", _no_space)
+        if other_seed == accelerator.process_index:
+            options["seed"] = 7
         if in_order:
             patch.setattr("mindspore.ops.operations.AllReduce", InOrder)
+        if pictures is not None:
+            options["sampler"] = _pictures(pictures)
         train(out / name, module, dataset_of(data), resume=resume.replace("OUT", str(out)),
               **{"batch_size": BATCH // ranks // options.get("accumulation", 1), "num_epochs": None,
                  "max_train_steps": steps or 30, "checkpoint_steps": 0} | options,
               **({"class_dataset": rows(5, 50)} if prior else {}))
     return hashlib.sha256(b"".join(to_numpy(p).tobytes() for p in module.trainable_parameters())).hexdigest()
+
+
+def _pictures(step: int) -> Callable[[], list[Image.Image]]:
+    """A sampler on which the other ranks wait; at its last call this process gets SIGTERM in the middle of it."""
+    calls = []
+
+    def sampler() -> list[Image.Image]:
+        calls.append(1)
+        if len(calls) == 1 + step // 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+        return [Image.new("RGB", (8, 8))]
+
+    return sampler
 
 
 class InOrder(nn.Cell):

@@ -175,9 +175,28 @@ def test_one_rank_is_asked_to_stop_and_all_stop_after_the_same_step(folder, data
     ended = ranks.start(2, folder, data, tmp_path, "stopped")
     assert [e.returncode for e in ended] == [143, 143], "\n".join(e.stdout for e in ended)
     assert "SIGTERM: finishing this step" in ended[1].stdout and "finishing" not in ended[0].stdout
-    assert "stopped by SIGTERM after step 7 of 30" in ended[0].stdout  # asked in the sixth, agreed after the seventh
-    assert latest(tmp_path / "stopped/checkpoints").step == 7
+    assert "stopped by SIGTERM after step 6 of 30" in ended[0].stdout
+    assert latest(tmp_path / "stopped/checkpoints").step == 6
     assert len(state(tmp_path / "stopped")[0]) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_the_first_rank_is_asked_to_stop_while_it_makes_pictures(folder, data, tmp_path):
+    ended = ranks.start(2, folder, data, tmp_path, "stopped in pictures")
+    assert [e.returncode for e in ended] == [143, 143], "\n".join(e.stdout for e in ended)
+    assert "the pictures are given up" in ended[0].stdout
+    assert latest(tmp_path / "stopped in pictures/checkpoints").step == 4
+    assert [p.name for p in (tmp_path / "stopped in pictures/samples").iterdir()] == ["step-0.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_ranks_that_would_not_train_the_same_are_refused(folder, data, tmp_path):
+    ended = ranks.start(2, folder, data, tmp_path, "another seed")
+    assert [e.returncode for e in ended] == [1, 1], "\n".join(e.stdout for e in ended)
+    said = "ConfigError: the ranks would not train the same; unlike rank 0 are rank 1: seed. Expected the same settings"
+    assert all(said in one.stdout for one in ended)
 
 
 @pytest.mark.fault

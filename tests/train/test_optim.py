@@ -66,7 +66,7 @@ class Update(nn.Cell):
         self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
 
     def construct(self, first, second):
-        norm = grads.global_norm((first, second))
+        norm = ops.sqrt(grads.sum_of_squares((first, second)))
         is_finite = grads.is_finite(norm)
         self.optimizer((first, second), grads.clip_coefficient(norm, self.max_grad_norm), is_finite)
         return norm, is_finite
