@@ -115,7 +115,7 @@ def test_a_terminal_that_goes_away_is_no_reason_to_stop(tmp_path, how):
     os.close(reader)
     if how == "closed":
         os.close(writer)
-    shown([sys.executable, "-c", "print('x' * 100000)"], (writer, writer), tmp_path / "log", lambda: b"")
+    shown([sys.executable, "-c", "print('x' * 100000)"], (writer, writer), tmp_path / "log", lambda *_: b"")
     if how != "closed":
         os.close(writer)
     assert (tmp_path / "log").stat().st_size == 100001
