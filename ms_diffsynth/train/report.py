@@ -17,6 +17,7 @@ from ms_diffsynth.train.progress import Progress
 from ms_diffsynth.train.step import StepResult, TrainStep
 
 MOST_SKIPPED_IN_A_ROW = 20
+MOST_RISE = 10.0  # a finite loss of so many times the moving average is told
 
 
 class StepReport:
@@ -34,6 +35,7 @@ class StepReport:
         self.logger, self.progress, self.step = logger, progress, step
         self.dataset, self.class_dataset = dataset, class_dataset
         self.skipped = self.skipped_in_a_row = 0
+        self._average, self._averaged = 0.0, 0  # moving average of the loss, and how many are in it
         self._losses: list[Tensor] = []  # of the micro-steps of the present step
         self._batches: list[Batch] = []  # the same
         self._clock, self._rows = (0.0, 0.0), 0  # when the present step began, and what was compiled until then
@@ -70,6 +72,8 @@ class StepReport:
         is_skipped = bool(record["is_skipped"])
         if is_skipped:
             self._tell_skipped(record, batches)
+        else:
+            self._tell_rise(record, batches)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
         self._show(record)
         if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
@@ -85,6 +89,17 @@ class StepReport:
         self.logger.event("skipped", at=record["step"], loss=record["loss"], grad_norm=record["grad_norm"], rows=rows)
         self.progress.say(redact(f"step {record['step']} was not finite and changed nothing: loss {record['loss']:.4g},"
                                  f" gradient norm {record['grad_norm']:.4g}; {listing(map(name_row, rows))}"))
+
+    def _tell_rise(self, record: dict[str, Any], batches: list[Batch]) -> None:
+        """Say when a loss is far above the moving average: a broken picture, or a run that comes apart."""
+        loss, before = record["loss"], self._average
+        if self._averaged >= 20 and loss > MOST_RISE * before > 0:
+            rows = [row for batch in batches for row in rows_of(batch, self.dataset, self.class_dataset)]
+            self.logger.event("loss_rose", at=record["step"], loss=loss, average=before, rows=rows)
+            self.progress.say(redact(f"step {record['step']} has a loss of {loss:.4g}, {loss / before:.0f} times the "
+                                     f"average before it; {listing(map(name_row, rows))}"))
+        self._averaged += 1
+        self._average += (loss - before) * max(0.02, 1 / self._averaged)
 
     def _end_clock(self) -> None:
         """Note how long the pending step took: from its begin to the next one's, compilations excepted."""

@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.ops import operations as P
 
-from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.errors import ConfigError, listing
 from ms_diffsynth.nn.names import check_state, to_numpy
 from ms_diffsynth.train.exchange import Exchange
 from ms_diffsynth.train.optim import AdamW
@@ -43,6 +43,9 @@ class ShardedAdamW(nn.Cell):
         super().__init__(auto_prefix=False)
         if stage not in (1, 2):
             raise ConfigError(f"zero_stage={stage}: expected 0, 1 or 2.")
+        if len({p.name for p in parameters}) < len(parameters):
+            raise ConfigError(f"two parameters have one name: {listing(p.name for p in parameters)}. Expected distinct "
+                              "names; set prefixes on the cells.")
         self.parameters, self.stage = ParameterTuple(parameters), stage
         self.exchange = Exchange(self.parameters, is_sharded=True)
         self.shards = ParameterTuple([Parameter(Tensor(np.zeros(part, np.float32)), name=f"part{k}")

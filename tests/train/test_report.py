@@ -127,3 +127,22 @@ def test_twenty_in_a_row_end_the_run_and_nineteen_do_not(report):
     with pytest.raises(TrainingError, match=r"20 steps in a row .*\(last: step 40, .*ms-diffsynth replay"):
         report.flush()
     assert report.skipped == 39 and len(report.logger.events) == 39
+
+
+@pytest.mark.fault
+def test_a_loss_that_rises_suddenly_is_told_with_its_rows(report):
+    losses = [*np.random.default_rng(0).uniform(0.1, 2.0, 40), 20.0, 1.0, np.nan, 3.0]
+    for number, loss in enumerate(losses, 1):
+        step(report, number, [loss], 1.0 if np.isfinite(loss) else np.nan)
+    report.flush()
+    (event, rose), (other, _) = report.logger.events
+    assert (event, other) == ("loss_rose", "skipped") and rose["at"] == 41 and rose["loss"] == 20.0
+    assert 0.8 < rose["average"] < 1.3 and [row["sample"] for row in rose["rows"]] == [410]
+    assert report.progress.said[0].startswith("step 41 has a loss of 20, ")
+
+
+def test_the_first_losses_are_no_measure(report):
+    for number, loss in enumerate([0.01, 5.0, 0.01, 7.0], 1):
+        step(report, number, [loss], 1.0)
+    report.flush()
+    assert report.logger.events == []

@@ -145,3 +145,5 @@ def test_refused():
         ShardedAdamW(weights(), 3)
     with pytest.raises(WeightError, match=r"superfluous: moment1\.other"):
         ShardedAdamW(weights()).load_state_tensors(State({"moment1.other": np.zeros(3, np.float32)}))
+    with pytest.raises(ConfigError, match="two parameters have one name: w, w"):
+        ShardedAdamW([Parameter(Tensor(np.zeros(3, np.float32)), name="w") for _ in range(2)])
