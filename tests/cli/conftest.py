@@ -71,16 +71,37 @@ def config(tmp_path, toy_model, pictures):
     return path
 
 
+def _environment():
+    """Ours, with this package on Python's path."""
+    path = [str(Path(ms_diffsynth.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+
+
 @pytest.fixture
 def python():
     """``python(word, ...)`` runs Python in a process of its own, with this package on its path."""
-    path = [str(Path(ms_diffsynth.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
 
     def call(*words):
         return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, timeout=300,
-                              env=os.environ | {"PYTHONPATH": os.pathsep.join(path)})
+                              env=_environment())
 
     return call
+
+
+@pytest.fixture
+def begin():
+    """``begin(word, ...)`` is ``python`` that does not wait: the process, which is killed in the end if it must be."""
+    begun = []
+
+    def call(*words):
+        begun.append(subprocess.Popen([sys.executable, *words], text=True, env=_environment(),
+                                      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+        return begun[-1]
+
+    yield call
+    for process in begun:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture

@@ -4,15 +4,12 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import ms_diffsynth
 from ms_diffsynth.io.checkpoint import latest
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
@@ -23,23 +20,14 @@ FLAGS = ("--mode", "pynative", "--sample_prompts", "[]", "--max_train_steps", st
 
 
 @pytest.fixture
-def start(config):
+def start(config, begin):
     """``start(workers, flag, ...)`` trains in a job, or in one process."""
-    started = []
 
     def call(workers, *flags):
         launch = ["launch", "--workers", str(workers), "--grace_seconds", "60"] if workers > 1 else []
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ms_diffsynth.cli.main", *launch, "train", str(config), *FLAGS, *flags], text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": str(Path(ms_diffsynth.__file__).parents[1])})
-        started.append(process)
-        return process
+        return begin("-m", "ms_diffsynth.cli.main", *launch, "train", str(config), *FLAGS, *flags)
 
-    yield call
-    for process in started:
-        process.kill()
-        process.communicate()
+    return call
 
 
 def losses(folder):

@@ -6,15 +6,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-import ms_diffsynth
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.io.checkpoint import latest
 from ms_diffsynth.io.lock import lock_folder
@@ -64,21 +61,13 @@ def whole(tmp_path_factory, toy_model, pictures):
 
 
 @pytest.fixture
-def start(config):
-    """``start(flag, ..., code=...)`` trains in a process of its own, which is killed in the end if it must be."""
-    started = []
+def start(config, begin):
+    """``start(flag, ..., code=...)`` trains in a process of its own."""
 
     def call(*flags, code="import sys; from ms_diffsynth.cli.main import main; sys.exit(main(sys.argv[1:]))"):
-        process = subprocess.Popen([sys.executable, "-c", code, "train", str(config), *FLAGS, *flags], text=True,
-                                   stderr=subprocess.PIPE,
-                                   env=os.environ | {"PYTHONPATH": str(Path(ms_diffsynth.__file__).parents[1])})
-        started.append(process)
-        return process
+        return begin("-c", code, "train", str(config), *FLAGS, *flags)
 
-    yield call
-    for process in started:
-        process.kill()
-        process.wait()
+    return call
 
 
 def wait_until(condition, process):

@@ -75,13 +75,21 @@ def test_a_terminal_sees_the_same_bytes_as_without_a_launcher(tmp_path):
     assert log.endswith(b"two\nno newline\n") and log.startswith("ünï".encode())
 
 
-def test_what_mindspore_says_when_a_worker_leaves_is_in_the_log_alone(tmp_path):
-    noise = "[INFO] DISTRIBUTED(7,7f,python):2026-11-21 [tcp_client.cc:367] Start] Event base dispatch success!"
-    code = f"print('one [INFO] DISTRIBUTED(kept'); print({noise!r}); print('two')"
+NOISE = "[INFO] DISTRIBUTED(7,7f,python):2026-11-21 [tcp_client.cc:367] Start] Event base dispatch success!"
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_what_mindspore_says_when_a_worker_leaves_is_in_the_log_alone(tmp_path, size):
+    """In whatever pieces it comes. Lines that only begin so, and what never ends, are shown."""
+    text = f"one {NOISE}\n{NOISE}\n{NOISE}\n\n[INFO] DISTRIBUTED(kept\n[INFO\n{NOISE}\n[INFO] DIST"
+    code = ("import sys, time\n"
+            f"for start in range(0, {len(text)}, {size}):\n"
+            f"    print({text!r}[start:start + {size}], end='', flush=True)\n    time.sleep({size / 2000})")
     with terminal() as (line, read):
         found = shown([sys.executable, "-c", code], (line, line), tmp_path / "log", read)
-    assert found == b"one [INFO] DISTRIBUTED(kept\r\ntwo\r\n"
-    assert (tmp_path / "log").read_text() == f"one [INFO] DISTRIBUTED(kept\n{noise}\ntwo\n"
+    expected = f"one {NOISE}\n\n[INFO] DISTRIBUTED(kept\n[INFO\n[INFO] DIST\n"
+    assert found.decode() == expected.replace("\n", "\r\n")
+    assert (tmp_path / "log").read_text() == text + "\n"
 
 
 def test_a_terminal_that_changes_its_size(tmp_path):
