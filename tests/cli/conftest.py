@@ -101,7 +101,8 @@ def begin():
     yield call
     for process in begun:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stderr.close()
 
 
 @pytest.fixture
