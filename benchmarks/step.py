@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 KINDS = {"graph": "ms_diffsynth, compiled", "pynative": "ms_diffsynth, PyNative",
          "mindone": "mindone TrainStep, compiled", "torch": "PyTorch, eager"}
-WARM_UP = 2  # steps not counted: the first compiles, the second still allocates
+WARM_UP = 12  # steps not counted: the first compiles, and for ten MindSpore tries numbers of threads for each kernel
 
 
 def environment(is_torch: bool = False) -> dict[str, str]:

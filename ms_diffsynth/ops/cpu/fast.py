@@ -78,9 +78,8 @@ class _GeluTanh(nn.Cell):
 
     def bprop(self, x, out, dout):
         _, gate, inner = out
-        dy = dout[0]
         slope = inner * 3.0 - 2 * GELU_LINEAR  # a + 3 b x^2
-        return dy * gate + _sigmoid_grad(gate, dy * x * slope),
+        return dout[0] * (gate + _sigmoid_grad(gate, x * slope)),
 
 
 class _LayerNormModulate(nn.Cell):
