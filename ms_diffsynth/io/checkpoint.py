@@ -19,6 +19,7 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from typing import Any
 import numpy as np
 
 from ms_diffsynth.errors import CheckpointError, ConfigError, WeightError, listing, nearest
-from ms_diffsynth.io import weights
 from ms_diffsynth.io.cache import digest_of
 from ms_diffsynth.io.files import CALLS, Calls, remove_folder, sha256_of, stage_folder
 from ms_diffsynth.io.parts import Part, Parts, group_of, part_name
 from ms_diffsynth.io.shards import names_in
+from ms_diffsynth.io.weights import open_checkpoint, serialize
 
 logger = logging.getLogger(__name__)
 
@@ -58,27 +59,45 @@ class Checkpoint:
     groups: tuple[str, ...]
     state: dict[str, Any]
 
-    def open(self, group: str) -> Parts | weights.Checkpoint:
-        """The arrays of one group, each read when it is asked for: ``found.shapes``, ``found[name]``.
-
-        Raises: CheckpointError for a group that is not there, or when the file changed since it was verified.
-        """
+    def open(self, group: str) -> Group:
+        """The arrays of one group. Raises: CheckpointError for a group that is not there, and as `Group` does."""
         if group not in self.groups:
             raise CheckpointError(f"{self.path} has no group '{group}': it has {listing(self.groups)}."
                                   f"{nearest(group, self.groups)}")
-        try:
-            parts = [*self.path.glob(f"{group}-?????-of-?????{_SUFFIX}")]
-            return Parts(parts) if parts else weights.open_checkpoint(self.path / f"{group}{_SUFFIX}")
-        except (WeightError, OSError) as error:
-            raise CheckpointError(f"{self.path} changed while it was in use: {error}") from error
+        return Group(self.path, group)
 
     def read(self, group: str) -> dict[str, np.ndarray]:
         """All arrays of one group, in memory; they are the caller's own. Raises: CheckpointError, as `open` does."""
         found = self.open(group)
+        return {name: found[name] for name in found.shapes}
+
+
+class Group:
+    """The arrays of one group of a checkpoint, by name, each read when it is asked for.
+
+    Attributes:
+        shapes: name -> shape.
+
+    Raises: CheckpointError, also where an array is read, when a file changed since it was verified.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.folder = folder
+        with self._unchanged():
+            parts = [*folder.glob(f"{name}-?????-of-?????{_SUFFIX}")]
+            self._arrays = Parts(parts) if parts else open_checkpoint(folder / f"{name}{_SUFFIX}")
+        self.shapes = self._arrays.shapes
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        with self._unchanged():
+            return self._arrays[name]
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
         try:
-            return {name: found[name] for name in found.shapes}
+            yield
         except (WeightError, OSError) as error:
-            raise CheckpointError(f"{self.path} changed while it was in use: {error}") from error
+            raise CheckpointError(f"{self.folder} changed while it was in use: {error}") from error
 
 
 # -- saving --------------------------------------------------------------------------------------------------------
@@ -104,7 +123,7 @@ def save_checkpoint(root: str | os.PathLike[str], step: int, groups: Mapping[str
         raise CheckpointError(f"a checkpoint cannot hold {listing(wrong)}. Expected letters, digits, _ and - in the "
                               "name of a group, and in the state texts, finite numbers, lists and dictionaries.")
     step = operator.index(step)
-    files = {f"{name}{_SUFFIX}": weights.serialize(arrays) for name, arrays in groups.items()}
+    files = {f"{name}{_SUFFIX}": serialize(arrays) for name, arrays in groups.items()}
     files[STATE] = [memoryview(_json(dict(state)))]
     taken = {f"{part_name(group, rank, len(written))}{_SUFFIX}": part for group, written in (parts or {}).items()
              for rank, part in enumerate(written)}

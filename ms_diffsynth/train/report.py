@@ -85,7 +85,7 @@ class StepReport:
 
     def _tell_skipped(self, record: dict[str, Any], batches: list[Batch]) -> None:
         self.skipped += 1
-        rows = [row for batch in batches for row in rows_of(batch, self.dataset, self.class_dataset)]
+        rows = self._rows_of(batches)
         self.logger.event("skipped", at=record["step"], loss=record["loss"], grad_norm=record["grad_norm"], rows=rows)
         self.progress.say(redact(f"step {record['step']} was not finite and changed nothing: loss {record['loss']:.4g},"
                                  f" gradient norm {record['grad_norm']:.4g}; {listing(map(name_row, rows))}"))
@@ -94,12 +94,15 @@ class StepReport:
         """Say when a loss is far above the moving average: a broken picture, or a run that comes apart."""
         loss, before = record["loss"], self._average
         if self._averaged >= 20 and loss > MOST_RISE * before > 0:
-            rows = [row for batch in batches for row in rows_of(batch, self.dataset, self.class_dataset)]
+            rows = self._rows_of(batches)
             self.logger.event("loss_rose", at=record["step"], loss=loss, average=before, rows=rows)
             self.progress.say(redact(f"step {record['step']} has a loss of {loss:.4g}, {loss / before:.0f} times the "
                                      f"average before it; {listing(map(name_row, rows))}"))
         self._averaged += 1
         self._average += (loss - before) * max(0.02, 1 / self._averaged)
+
+    def _rows_of(self, batches: list[Batch]) -> list[dict[str, Any]]:
+        return [row for batch in batches for row in rows_of(batch, self.dataset, self.class_dataset)]
 
     def _end_clock(self) -> None:
         """Note how long the pending step took: from its begin to the next one's, compilations excepted."""

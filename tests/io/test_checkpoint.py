@@ -105,6 +105,10 @@ def test_groups_are_read_when_asked_for(tmp_path):
     with pytest.raises(CheckpointError, match="changed while it was in use"):
         found.read("moments")
     assert set(found.read("weights")) == set(GROUPS["weights"])
+    weights = found.open("weights")
+    os.truncate(found.path / "weights.safetensors", 30)
+    with pytest.raises(CheckpointError, match="changed while it was in use"):
+        weights[next(iter(weights.shapes))]
 
 
 def test_the_same_step_again_replaces_it(tmp_path):
