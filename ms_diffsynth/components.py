@@ -28,6 +28,8 @@ class Component:
         build: from the config to an uninitialised cell; for a tokenizer from its folder to the tokenizer.
         ignored: beginnings of names that checkpoints may hold beyond the cell's parameters (tied weights, buffers).
         default_folder: used when no source is given (tokenizers that ship with the package).
+        weight_dtype: from a weight's name and the compute dtype to the dtype it is kept in; by default the latter.
+        libraries: installed packages whose version may change what the component makes of its input.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Component:
     class_name: str = ""
     ignored: tuple[str, ...] = ()
     default_folder: Path | None = None
+    weight_dtype: Callable[[str, ms.Type], ms.Type] = lambda name, dtype: dtype
+    libraries: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,21 +71,25 @@ def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.C
     checkpoint = open_checkpoint(list(source.files) or source.folder)
     found = {k: v for k, v in checkpoint.shapes.items() if not k.startswith(component.ignored)}
     match(torch_shapes(cell), found, where=str(source.folder))
-    assign(cell, ((k, v) for k, v in checkpoint.tensors() if k in found), dtype)
+    assign(cell, ((k, v) for k, v in checkpoint.tensors() if k in found), lambda k: component.weight_dtype(k, dtype))
     for parameter in cell.get_parameters():
         parameter.requires_grad = False
     return cell.set_train(False)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The JSON object in a file of a model. Raises: WeightError when there is none, or something else."""
+    path = folder / name
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WeightError(f"{path} is missing: expected the config.json of a diffusers or transformers model beside "
                           "its weights. Download the whole component folder.") from None
     except ValueError as error:
         raise WeightError(f"{path} is not JSON ({error}): download it again.") from None
+    if not isinstance(config, dict):
+        raise WeightError(f"{path} holds {str(config)[:40]}: expected a JSON object. Download it again.")
+    return config
 
 
 def class_name_of(config: dict[str, Any]) -> str:

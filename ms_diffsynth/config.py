@@ -99,7 +99,8 @@ class ObjectiveSection:
     logit_mean: float = _field(0.0, "mean of logit_normal")
     logit_std: float = _field(1.0, "standard deviation of logit_normal", "0 < logit_std")
     mode_scale: float = _field(1.29, "scale of mode")
-    guidance_scale: float = _field(1.0, "guidance embedded in the network during training", "0 <= guidance_scale")
+    guidance_scale: float | None = _field(None, "guidance embedded in the network during training; null = 3.5 for "
+                                          "dreambooth, 1 for sft", "0 <= guidance_scale")
     with_prior_preservation: bool = _field(False, "also learn class images, so that the class is not forgotten")
     prior_loss_weight: float = _field(1.0, "weight of the loss of the class images", "0 <= prior_loss_weight")
     prediction_type: str | None = _field(
@@ -108,7 +109,8 @@ class ObjectiveSection:
     snr_gamma: float | None = _field(None, "ddpm_unet: gamma of the min-SNR loss weights, such as 5; null = none",
                                      "0 < snr_gamma")
     random_flip: bool = _field(False, "ddpm_unet: mirror pictures at random, anew at every step")
-    posterior: str = _field("mean", "what is taken of the VAE's posterior", choices=("mean", "sample"))
+    posterior: str | None = _field(None, "what is taken of the VAE's posterior; null = sample for dreambooth, mean "
+                                   "for sft", choices=("mean", "sample"))
 
 
 @dataclass(frozen=True, kw_only=True)

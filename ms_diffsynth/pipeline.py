@@ -4,6 +4,7 @@ Models are loaded at first use, so a job loads exactly the models its half of th
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ from ms_diffsynth import runtime
 from ms_diffsynth.components import Component, Source, class_name_of, files_digest, load_component, read_config
 from ms_diffsynth.data.images import to_pixels
 from ms_diffsynth.diffusion.schedule import Schedule
-from ms_diffsynth.diffusion.units import Objective, SampleLatents, flow_match_units
-from ms_diffsynth.errors import ConfigError, ProgramError, WeightError, listing, nearest
+from ms_diffsynth.diffusion.units import TASKS, Objective, SampleLatents, flow_match_units
+from ms_diffsynth.errors import ConfigError, HubError, ProgramError, WeightError, listing, nearest
 from ms_diffsynth.io.files import sha256_of
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.lora_files import load_lora
@@ -30,6 +31,8 @@ from ms_diffsynth.program import Cut, Program, slot
 from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
 
 logger = logging.getLogger(__name__)
+
+SCHEDULER_FILE = "scheduler_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +131,7 @@ class Pipeline:
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
         self.models = dict(models or {})
         self.sources: dict[str, Source] = {}
+        self.scheduler_file: Path | None = None  # a scheduler_config.json that was given, or came with the network
         self.given_as: dict[str, str] = {}  # "owner/name:pattern" -> the model it turned out to be
         self.dtype = dtype or runtime.compute_dtype(None)
         self.device = runtime.current().device
@@ -168,9 +172,9 @@ class Pipeline:
 
     # -- programs ------------------------------------------------------------------------------------------------
 
-    def objective_for(self, objective: Objective | None) -> Objective:
-        """What is minimised when ``objective`` is asked for; None is DiffSynth-Studio's supervised objective."""
-        return objective or Objective(weighting_scheme="diffsynth")
+    def objective_for(self, objective: Objective | None, task: str = "sft") -> Objective:
+        """What is minimised when ``objective`` is asked for; None is that of the task, `diffusion.units.TASKS`."""
+        return objective or Objective(**TASKS[task])
 
     def objective_units(self, objective: Objective, sigmas: np.ndarray) -> list[TensorUnit]:
         """From ``input_latents`` and the draws to ``loss``, around ``denoise``; by flow matching here."""
@@ -291,6 +295,9 @@ class Pipeline:
         """Find out which component(s) a configuration names, from config.json beside the weights."""
         paths = config.resolve(runtime.model_base_path())
         folder = paths[0] if paths[0].is_dir() else paths[0].parent
+        if paths[0].name == SCHEDULER_FILE or (folder.name == "scheduler" and (folder / SCHEDULER_FILE).is_file()):
+            self.scheduler_file = folder / SCHEDULER_FILE
+            return
         if config.model_id and not (folder / "config.json").is_file() and not paths[0].is_dir():
             beside = (PurePosixPath(config.origin_file_pattern or "").parent / "config.json").as_posix()
             replace(config, origin_file_pattern=beside).resolve(runtime.model_base_path())
@@ -307,6 +314,22 @@ class Pipeline:
         self.sources[names[class_name]] = Source(folder, () if paths[0].is_dir() else tuple(paths))
         if config.model_id:
             self.given_as[f"{config.model_id}:{config.origin_file_pattern}"] = names[class_name]
+            if names[class_name] == self.network and self.scheduler_file is None:
+                self._fetch_scheduler(config)
+
+    def _fetch_scheduler(self, config: ModelConfig) -> None:
+        """Take the scheduler_config.json of the network's repository, where it has one."""
+        with contextlib.suppress(HubError):
+            config = replace(config, origin_file_pattern=f"scheduler/{SCHEDULER_FILE}")
+            self.scheduler_file = config.resolve(runtime.model_base_path())[0]
+
+    def scheduler_config(self) -> dict[str, Any] | None:
+        """scheduler_config.json of the model, in ``scheduler/`` beside its network; None where there is none."""
+        files = [self.scheduler_file] if self.scheduler_file else []
+        if self.network in self.sources:
+            folder = self.sources[self.network].folder
+            files += [folder.parent / "scheduler" / SCHEDULER_FILE, folder / SCHEDULER_FILE]
+        return next((read_config(f.parent, f.name) for f in files if f.is_file()), None)
 
     def weights_digest(self, name: str) -> str | None:
         """SHA-256 over a model's or tokenizer's files and what was done to its weights; None without files."""

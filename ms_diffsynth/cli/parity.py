@@ -152,7 +152,9 @@ class Case:
         if "template_kv_cache" in self.info:  # one evaluation; its latents are given
             return slots | {name: self.inputs[name] for name in ("input_latents", "noise", "timestep_index")}
         if "density_normal" in self.inputs:  # one evaluation, from the density's raw draw
-            return slots | {"noise": self.inputs["noise"], "density_draw": self.inputs["density_normal"]}
+            sigmas = self.inputs["grid.sigmas"]
+            index = self.objective.timestep_index(self.inputs["density_normal"], len(sigmas))
+            return slots | {"noise": self.inputs["noise"], "timestep_index": index}
         index = self.inputs["timestep_index"][k].astype(np.int32)
         return slots | {"noise": self.inputs["noise"][k], "timestep_index": index}
 
@@ -182,7 +184,7 @@ def check_case(folder: Path, mode: str) -> list[Quantity]:
 def _program(case: Case, pipe: Pipeline, objective: Objective, sigmas: np.ndarray) -> Program:
     """The pipeline's training program without the units whose results the case records."""
     given = case.given(0)
-    draws = [name for name in given if name in ("noise", "timestep_index", "density_draw", "posterior_noise")]
+    draws = [name for name in given if name in ("noise", "timestep_index", "posterior_noise")]
     whole = pipe.training_program(objective, sigmas)
     template = [ReadRecordedKeys()] if "template_model" in pipe.models else []
     units, known = [], set(given)

@@ -23,7 +23,7 @@ from ms_diffsynth.config import SETTINGS, TrainConfig, to_yaml
 from ms_diffsynth.data.buckets import Bucket, make_buckets
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
-from ms_diffsynth.diffusion.units import Objective
+from ms_diffsynth.diffusion.units import TASKS, Objective
 from ms_diffsynth.errors import ConfigError, listing
 from ms_diffsynth.io.cache import Cache
 from ms_diffsynth.io.hub import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
@@ -41,8 +41,6 @@ from ms_diffsynth.train.prepared import CachedRows
 from ms_diffsynth.train.publish import check_token
 from ms_diffsynth.train.resume import check_folder
 from ms_diffsynth.train.split import launch_data_process_task, open_cache, stage_of
-
-SCHEMES = {"sft": "diffsynth", "dreambooth": "none"}  # each objective's own weighting_scheme
 
 
 def run(config: TrainConfig) -> ModelLogger:
@@ -73,7 +71,7 @@ def run(config: TrainConfig) -> ModelLogger:
     pipe.load_models_to_device(cut.models("step"))
     if accelerator.is_main_process:
         records.files["config.yaml"] = to_yaml(config).encode()
-        sys.stderr.write(redact(_summary(settings, *sets)))
+        sys.stderr.write(redact(_summary(settings, pipe.objective, *sets)))
     sampler, captions = build_sampler(settings, pipe)
     return launch_training_task(accelerator, sets[0], module, records, class_dataset=sets[1], args=settings,
                                 sampler=sampler, sample_captions=captions)
@@ -86,11 +84,11 @@ def _tag_logs(accelerator: Accelerator) -> None:
             handler.setFormatter(logging.Formatter(f"rank {accelerator.process_index}: %(levelname)s: %(message)s"))
 
 
-def _summary(settings: Any, dataset: Any, class_dataset: Any) -> str:
-    """What is about to happen, in one line."""
+def _summary(settings: Any, objective: Any, dataset: Any, class_dataset: Any) -> str:
+    """What is about to happen, in two lines."""
     prior = f" and {_count(class_dataset)} class images" if class_dataset else ""
     return (f"{settings.family}: {_count(dataset)} pictures{prior}, batch size {settings.batch_size}, "
-            f"task {settings.task}, output in {settings.output_path}\n")
+            f"task {settings.task}, output in {settings.output_path}\n{objective}\n")
 
 
 def _count(dataset: UnifiedDataset | CachedRows) -> int:
@@ -221,7 +219,7 @@ def objective_of(settings: Any) -> Any:
     known = {*given, "task"}
     if cls is Objective:
         known.add("with_prior_preservation")
-        given["weighting_scheme"] = settings.weighting_scheme or SCHEMES[settings.task.split(":")[0]]
+        given |= {n: v for n, v in TASKS[settings.task.split(":")[0]].items() if getattr(settings, n) is None}
         given["prior_loss_weight"] = settings.prior_loss_weight if settings.with_prior_preservation else None
     odd = [f"{name}={getattr(settings, name)}" for name, setting in SETTINGS.items() if setting.section == "objective"
            and name not in known and getattr(settings, name) != setting.default]

@@ -70,9 +70,9 @@ def read_image(path: str, mode: str | None = "RGB") -> Image.Image:
         if image.mode.startswith("I;16") and mode is not None:
             image = _eight_bits(image)
         if mode == "RGB":
-            result = _to_rgb(image, path)
+            result = to_rgb(image, path)
         elif mode == "RGBA":
-            result = image.convert("RGBA") if image.has_transparency_data else _to_rgb(image, path).convert("RGBA")
+            result = image.convert("RGBA") if image.has_transparency_data else to_rgb(image, path).convert("RGBA")
         else:
             result = image.copy()
         if orientation in _UPRIGHT:
@@ -248,7 +248,13 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return result
 
 
-def _to_rgb(image: Image.Image, path: str) -> Image.Image:
+def to_rgb(image: Image.Image, path: str = "the image") -> Image.Image:
+    """An image in RGB by the rules of `read_image`: transparency over white, 16-bit gray divided by 257.
+
+    Raises: DataError, which calls the image ``path``, for a mode whose range is not defined.
+    """
+    if image.mode.startswith("I;16"):
+        image = _eight_bits(image)
     if image.has_transparency_data:
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
     if image.mode == "CMYK" and image.info.get("icc_profile"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,9 +22,10 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ms_diffsynth.diffusion import losses
-from ms_diffsynth.diffusion.schedule import linspace
-from ms_diffsynth.diffusion.units import Objective, SampleTimestep
-from ms_diffsynth.errors import ConfigError, listing, nearest
+from ms_diffsynth.diffusion.schedule import linspace, obeyed
+from ms_diffsynth.diffusion.units import Objective, Random
+from ms_diffsynth.errors import ConfigError, nearest
+from ms_diffsynth.ops.clamp import clamp
 from ms_diffsynth.units import TensorUnit
 
 CHOICES = {
@@ -71,18 +72,7 @@ class NoiseSchedule:
 
         Raises: ConfigError for another class, and listing every setting that would not be obeyed.
         """
-        kind = config.get("_class_name")
-        if kind not in ("DDPMScheduler", "DDIMScheduler"):
-            raise ConfigError(f"scheduler_config.json describes a {kind}: expected a DDPMScheduler or a DDIMScheduler. "
-                              "Give the noise schedule the network was trained with in that form.")
-        given = {name: value for name, value in config.items() if not name.startswith("_") and name not in UNUSED}
-        names = [f.name for f in fields(cls)]
-        wrong = [f"{n}={v}" for n, v in given.items()
-                 if n not in names and (v != FIXED[n] if n in FIXED else v not in (None, False))]
-        if wrong:
-            raise ConfigError(f"scheduler_config.json sets {listing(wrong)}, which is not computed here: expected "
-                              f"{listing(f'{n}={v}' for n, v in FIXED.items())}, and nothing beside {listing(names)}.")
-        return cls(**{name: value for name, value in given.items() if name in names})
+        return cls(**obeyed(cls, config, ("DDPMScheduler", "DDIMScheduler"), FIXED, UNUSED))
 
     def to_config(self) -> dict[str, Any]:
         """A ``scheduler_config.json`` that diffusers reads."""
@@ -111,16 +101,21 @@ class NoiseSchedule:
     def timesteps(self, num_inference_steps: int) -> np.ndarray:
         """The timesteps of sampling, int64 [n], falling. Source: Lin et al. 2023 (2305.08891), table 2.
 
-        Raises: ConfigError for more steps than there are timesteps, or for none.
+        Raises: ConfigError for more steps than there are timesteps, for none, or for a steps_offset that leads beyond.
         """
         n, total = num_inference_steps, self.num_train_timesteps
         if not 1 <= n <= total:
             raise ConfigError(f"num_inference_steps={n}: expected 1 to {total}, the timesteps of training.")
         if self.timestep_spacing == "linspace":
             return np.linspace(0, total - 1, n).round()[::-1].astype(np.int64)
-        if self.timestep_spacing == "trailing":
-            return np.round(np.arange(total, 0, -total / n)).astype(np.int64) - 1
-        return np.arange(n)[::-1] * (total // n) + self.steps_offset
+        if self.timestep_spacing == "trailing":  # rounding may leave an n + 1st value just above 0, as in diffusers
+            return np.round(np.arange(total, 0, -total / n)[:n]).astype(np.int64) - 1
+        timesteps = np.arange(n)[::-1] * (total // n) + self.steps_offset
+        if not 0 <= timesteps[-1] <= timesteps[0] < total:
+            raise ConfigError(f"num_inference_steps={n} with timestep_spacing=leading and steps_offset="
+                              f"{self.steps_offset}: the timesteps {timesteps[-1]} to {timesteps[0]} are not within 0 "
+                              f"and {total - 1}. Take fewer steps, or a steps_offset of 0.")
+        return timesteps
 
     def loss_weights(self, snr_gamma: float | None) -> np.ndarray:
         """The loss weight of every timestep, float32 [num_train_timesteps]: 1, or the min-SNR weight.
@@ -172,15 +167,22 @@ class DDPMObjective:
         if self.snr_gamma is not None and not self.snr_gamma > 0:
             raise ConfigError(f"snr_gamma={self.snr_gamma}: expected a number above 0. Try 5, or None for no weights.")
 
+    def __str__(self) -> str:
+        """What a run says of it at its start."""
+        weights = "equal" if self.snr_gamma is None else f"min-SNR {self.snr_gamma:g}"
+        return (f"the network predicts {self.prediction_type or 'what its scheduler_config.json says'}, loss weights "
+                f"{weights}{', images mirrored at random' if self.random_flip else ''}")
+
     @property
     def draws(self) -> tuple[str, ...]:
         """The random slots this objective reads."""
-        return ("noise", "density_draw") + (("flip_draw",) if self.random_flip else ())
+        return ("noise", "timestep_index") + (("flip_draw",) if self.random_flip else ())
 
-    @property
-    def scalar_draws(self) -> dict[str, str]:
-        """Those that are one number a sample, and their kind; the others are normal, in the shape of the latents."""
-        return {"density_draw": "uniform", "flip_draw": "uniform"}
+    def draw(self, name: str, shape: tuple[int, ...], grid_size: int, random: Random) -> np.ndarray:
+        """As `diffusion.units.Objective.draw`: timesteps are uniform, and so is what decides on a mirror image."""
+        if name == "flip_draw":
+            return random(name, "uniform", shape[:1])
+        return Objective().draw(name, shape, grid_size, random)
 
 
 class RandomFlip(TensorUnit):
@@ -263,7 +265,6 @@ def ddpm_units(objective: DDPMObjective, schedule: NoiseSchedule, denoise: Tenso
     picture = "flipped_latents" if objective.random_flip else "input_latents"
     return [
         *([RandomFlip()] if objective.random_flip else []),
-        SampleTimestep(Objective(), schedule.num_train_timesteps),
         LookupNoise(schedule, objective.snr_gamma),
         AddNoise(schedule.prediction_type, picture),
         denoise,
@@ -345,5 +346,5 @@ def _picture_and_noise(schedule: NoiseSchedule, prediction: Tensor, latents: Ten
         picture = signal_scale * latents - sigma * prediction
         noise = signal_scale * prediction + sigma * latents
     if schedule.clip_sample:
-        picture = ops.clamp(picture, -schedule.clip_sample_range, schedule.clip_sample_range)
+        picture = clamp(picture, -schedule.clip_sample_range, schedule.clip_sample_range)
     return picture, noise

@@ -6,13 +6,15 @@ unit in the last place (diffusers 0.39, compared for FLUX.1 at 1, 4, 28 and 50 s
 """
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.errors import ConfigError, listing
 
 _f32 = np.float32
 
@@ -70,11 +72,26 @@ class ExponentialShift:
         return growth / (growth + (_f32(1) / sigmas - _f32(1)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class DynamicShift:
-    """`ExponentialShift` whose mu grows linearly with the image sequence, through two given points (tokens, mu).
+@dataclass(frozen=True)
+class LinearShift:
+    """s -> mu / (mu + 1/s - 1); the same as `Shift` by mu.
 
-    Raises: ConfigError when no sequence length is given.
+    Source: diffusers 0.42, FlowMatchEulerDiscreteScheduler._time_shift_linear.
+    """
+
+    mu: float
+
+    def __call__(self, sigmas: np.ndarray, seq_len: int | None = None) -> np.ndarray:
+        return _f32(self.mu) / (_f32(self.mu) + (_f32(1) / sigmas - _f32(1)))
+
+
+TIME_SHIFTS = {"exponential": ExponentialShift, "linear": LinearShift}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearMu:
+    """mu grows linearly with the image sequence, through two given points (tokens, mu); not clamped outside them.
+
     Source: diffusers 0.39, pipelines/flux/pipeline_flux.py, calculate_shift.
     """
 
@@ -83,16 +100,26 @@ class DynamicShift:
     base_mu: float = 0.5
     max_mu: float = 1.15
 
-    def mu(self, seq_len: int) -> float:
-        """mu at ``seq_len`` image tokens; not clamped outside the two points."""
+    def __call__(self, seq_len: int, steps: int | None = None) -> float:
         slope = (self.max_mu - self.base_mu) / (self.max_seq_len - self.base_seq_len)
         return seq_len * slope + self.base_mu - slope * self.base_seq_len
+
+
+@dataclass(frozen=True)
+class DynamicShift:
+    """A shift that follows the size of the image: ``mu(image tokens, sampling steps)``, then one of ``TIME_SHIFTS``.
+
+    Raises: ConfigError when no sequence length is given.
+    """
+
+    mu: Callable[[int, int], float] = LinearMu()
+    time_shift: str = "exponential"
 
     def __call__(self, sigmas: np.ndarray, seq_len: int | None = None) -> np.ndarray:
         if seq_len is None:
             raise ConfigError("seq_len=None: this schedule shifts by the image's size, so it needs the number of image "
                               "tokens. Pass seq_len = (height // 16) * (width // 16) pixels for FLUX.1.")
-        return ExponentialShift(self.mu(seq_len))(sigmas)
+        return TIME_SHIFTS[self.time_shift](self.mu(seq_len, len(sigmas)))(sigmas)
 
 
 @dataclass(frozen=True)
@@ -178,16 +205,111 @@ def flow_match_euler(shift: float = 3.0) -> Schedule:
     return Schedule(training=grid, inference=grid)
 
 
-def flux_dev(training_shift: float = 3.0) -> Schedule:
-    """FLUX.1-dev: sampled with a shift that grows with the image; trained on diffusers' grid."""
-    return Schedule(training=flow_match_euler(training_shift).training, inference=Grid(to_one_nth, (DynamicShift(),)))
+# -- scheduler_config.json ---------------------------------------------------------------------------------------------
 
 
-def flux_schnell(training_shift: float = 3.0) -> Schedule:
-    """FLUX.1-schnell: sampled in one to four steps, without a shift; trained on diffusers' grid."""
-    return Schedule(training=flow_match_euler(training_shift).training, inference=Grid(to_one_nth))
+@dataclass(frozen=True, kw_only=True)
+class FlowMatchSettings:
+    """How a flow-matching model spaces its sigmas; every field is diffusers' setting of that name, with its default.
+
+    Raises: ConfigError listing every value that cannot be computed.
+    Source: diffusers 0.42, FlowMatchEulerDiscreteScheduler.
+    """
+
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    shift_terminal: float | None = None
+    time_shift_type: str = "exponential"
+
+    def __post_init__(self):
+        numbers = {n: getattr(self, n) for n in ("shift", "base_shift", "max_shift", "base_image_seq_len",
+                                                 "max_image_seq_len")}
+        wrong = [f"{n}={v!r}: expected a finite number" for n, v in numbers.items() if not _is_number(v)]
+        if not wrong and not self.shift > 0:
+            wrong.append(f"shift={self.shift}: expected a number above 0")
+        if not wrong and not self.base_image_seq_len < self.max_image_seq_len:
+            wrong.append(f"max_image_seq_len={self.max_image_seq_len}: expected more than base_image_seq_len="
+                         f"{self.base_image_seq_len}")
+        if not isinstance(self.use_dynamic_shifting, bool):
+            wrong.append(f"use_dynamic_shifting={self.use_dynamic_shifting!r}: expected true or false")
+        if self.shift_terminal is not None and not (_is_number(self.shift_terminal) and 0 <= self.shift_terminal < 1):
+            wrong.append(f"shift_terminal={self.shift_terminal!r}: expected null, or a number from 0 to below 1")
+        if self.time_shift_type not in TIME_SHIFTS:
+            wrong.append(f"time_shift_type={self.time_shift_type!r}: expected one of {', '.join(TIME_SHIFTS)}")
+        if wrong:
+            raise ConfigError(f"scheduler_config.json: {'; '.join(wrong)}. Copy the file of the model again.")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> FlowMatchSettings:
+        """The settings of a ``scheduler_config.json``.
+
+        Raises: ConfigError for another class, and listing every setting that would not be obeyed.
+        """
+        fixed = {"num_train_timesteps": 1000, "invert_sigmas": False, "use_karras_sigmas": False,
+                 "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False}
+        return cls(**obeyed(cls, config, ("FlowMatchEulerDiscreteScheduler",), fixed))
+
+    def schedule(self, mu: Callable[[int, int], float] | None = None) -> Schedule:
+        """The grid training draws from, and the steps of sampling. Dynamic shifting leaves training unshifted.
+
+        Args:
+            mu: the model's own rule for dynamic shifting, from (image tokens, sampling steps); None is `LinearMu`
+                through ``base_shift`` and ``max_shift``.
+        """
+        if self.use_dynamic_shifting:
+            mu = mu or LinearMu(base_seq_len=self.base_image_seq_len, max_seq_len=self.max_image_seq_len,
+                                base_mu=self.base_shift, max_mu=self.max_shift)
+            training, warps = (), (DynamicShift(mu, self.time_shift_type),)
+        else:
+            training = warps = (Shift(self.shift),)
+        if self.shift_terminal:
+            warps = (*warps, TerminalStretch(self.shift_terminal))
+        return Schedule(training=Grid(to_one_nth, training), inference=Grid(to_one_nth, warps))
+
+    @property
+    def training_shift(self) -> float:
+        """By how much the grid of training is shifted; 1 is not at all."""
+        return 1.0 if self.use_dynamic_shifting else self.shift
+
+    def to_config(self) -> dict[str, Any]:
+        """A ``scheduler_config.json`` that diffusers reads."""
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.35.2",
+                "num_train_timesteps": 1000, **asdict(self)}
 
 
-def flux_sampling(num_inference_steps: int, seq_len: int, is_guided: bool) -> np.ndarray:
-    """Sampling sigmas of FLUX.1-dev (``is_guided``: it embeds a guidance scale) or FLUX.1-schnell, float32 [n + 1]."""
-    return (flux_dev() if is_guided else flux_schnell()).sampling(num_inference_steps, seq_len)
+def obeyed(settings: type, config: Mapping[str, Any], kinds: Sequence[str], fixed: Mapping[str, Any],
+           unused: Sequence[str] = ()) -> dict[str, Any]:
+    """Of a ``scheduler_config.json`` what the dataclass ``settings`` takes.
+
+    Args:
+        kinds: classes of diffusers whose file it may be.
+        fixed: settings that are computed for one value only, and that value.
+        unused: settings that only serve one of ``fixed`` at another value.
+
+    Raises: ConfigError for another class, and listing every setting that would not be obeyed.
+    """
+    kind = config.get("_class_name")
+    if kind not in kinds:
+        raise ConfigError(f"scheduler_config.json describes a {kind}: expected a {' or a '.join(kinds)}. "
+                          "Give the noise schedule the network was trained with in that form.")
+    names = [f.name for f in fields(settings)]
+    given = {name: value for name, value in config.items() if not name.startswith("_") and name not in unused}
+    wrong = [f"{n}={v}" for n, v in given.items()
+             if n not in names and (v != fixed[n] if n in fixed else v not in (None, False))]
+    if wrong:
+        raise ConfigError(f"scheduler_config.json sets {listing(wrong)}, which is not computed here: expected "
+                          f"{listing(f'{n}={v}' for n, v in fixed.items())}, and nothing beside {listing(names)}.")
+    return {name: value for name, value in given.items() if name in names}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# as published with FLUX.1-dev and FLUX.1-schnell
+FLUX_DEV = FlowMatchSettings(shift=3.0, use_dynamic_shifting=True)
+FLUX_SCHNELL = FlowMatchSettings()

@@ -1,10 +1,11 @@
 """Flow matching as units: where sigma comes from, the path, and the loss.
 
-The raw draws (``noise``, ``density_draw``, ``posterior_noise``) enter from the host; everything else is computed from
-them inside the compiled step.
+What is random (``noise``, ``timestep_index``, ``posterior_noise``) enters from the host; everything else is computed
+from it inside the compiled step.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mindspore as ms
@@ -12,7 +13,15 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ms_diffsynth.diffusion import density, flow, losses, weighting
+from ms_diffsynth.ops.clamp import clamp
 from ms_diffsynth.units import TensorUnit
+
+Random = Callable[[str, str, tuple[int, ...]], np.ndarray]  # (stream, "normal" or "uniform", shape) -> float32
+
+
+# what each task minimises unless it is told otherwise: DiffSynth-Studio's supervised script, and document 003's
+TASKS = {"sft": {"weighting_scheme": "diffsynth", "posterior": "mean", "guidance_scale": 1.0},
+         "dreambooth": {"weighting_scheme": "none", "posterior": "sample", "guidance_scale": 3.5}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,40 +46,29 @@ class Objective:
     guidance_scale: float = 1.0
     prior_loss_weight: float | None = None
 
-    @property
-    def density_kind(self) -> str:
-        """``"normal"`` or ``"uniform"``: what the slot ``density_draw`` holds."""
-        return density.draw_kind(self.density or self.weighting_scheme)
+    def __str__(self) -> str:
+        """What a run says of it at its start."""
+        prior = "" if self.prior_loss_weight is None else f", class images weigh {self.prior_loss_weight:g}"
+        return (f"noise levels by {self.density or self.weighting_scheme}, loss weights by {self.weighting_scheme}, "
+                f"{self.posterior} of the VAE's posterior, embedded guidance {self.guidance_scale:g}{prior}")
 
     @property
     def draws(self) -> tuple[str, ...]:
         """The random slots this objective reads."""
-        return ("noise", "density_draw") + (("posterior_noise",) if self.posterior == "sample" else ())
+        return ("noise", "timestep_index") + (("posterior_noise",) if self.posterior == "sample" else ())
 
-    @property
-    def scalar_draws(self) -> dict[str, str]:
-        """Those that are one number a sample, and their kind; the others are normal, in the shape of the latents."""
-        return {"density_draw": self.density_kind}
+    def draw(self, name: str, shape: tuple[int, ...], grid_size: int, random: Random) -> np.ndarray:
+        """The values of one of ``draws`` for a batch of latents of ``shape`` [B, ...] and a grid of ``grid_size``."""
+        if name != "timestep_index":
+            return random(name, "normal", shape)
+        raw = random("density_draw", density.draw_kind(self.density or self.weighting_scheme), shape[:1])
+        return self.timestep_index(raw, grid_size)
 
-
-class SampleTimestep(TensorUnit):
-    """Turn a raw draw into an index of the training grid.
-
-    Shapes: density_draw float32 [B] (uniform in [0, 1), or normal for ``logit_normal``) -> timestep_index int32 [B].
-    """
-
-    input_params = ("density_draw",)
-    output_params = ("timestep_index",)
-
-    def __init__(self, objective: Objective, grid_size: int):
-        super().__init__()
-        self.scheme, self.mode_scale = objective.density or objective.weighting_scheme, objective.mode_scale
-        self.logit_mean, self.logit_std = objective.logit_mean, objective.logit_std
-        self.grid_size = grid_size
-
-    def construct(self, density_draw):
-        u = density.density(density_draw, self.scheme, self.logit_mean, self.logit_std, self.mode_scale)
-        return (density.timestep_index(u, self.grid_size),)
+    def timestep_index(self, density_draw: np.ndarray, grid_size: int) -> np.ndarray:
+        """Positions on the training grid, int32 [B], from raw draws float32 [B] of `density.draw_kind`."""
+        u = density.density(density_draw, self.density or self.weighting_scheme, self.logit_mean, self.logit_std,
+                            self.mode_scale)
+        return density.timestep_index(u, grid_size)
 
 
 class LookupSigma(TensorUnit):
@@ -123,7 +121,7 @@ class SampleLatents(TensorUnit):
         latents = moments[:, :channels]
         if self.is_sampled:
             # exp(x / 2) as a power: the CPU's exp is good to 5e-6 only, its pow to 1e-7
-            log_variance = ops.clamp(moments[:, channels:], -30.0, 20.0)
+            log_variance = clamp(moments[:, channels:], -30.0, 20.0)
             latents = latents + ops.pow(Tensor(np.float32(np.exp(0.5))), log_variance) * posterior_noise
         return ((latents - self.shift_factor) * self.scaling_factor,)
 
@@ -182,7 +180,6 @@ class FlowMatchLoss(TensorUnit):
 def flow_match_units(objective: Objective, sigmas: np.ndarray, denoise: TensorUnit) -> list[TensorUnit]:
     """From ``input_latents`` and the draws to ``loss``, with the family's ``denoise`` in the middle."""
     return [
-        SampleTimestep(objective, len(sigmas)),
         LookupSigma(sigmas, objective.weighting_scheme),
         FlowMatchPath(),
         EmbeddedGuidance(objective.guidance_scale),

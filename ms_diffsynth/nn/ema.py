@@ -19,15 +19,19 @@ _assign = P.Assign()
 class EMA(nn.Cell):
     """The average a of weights p after t = 0, 1, ... updates, called in the step right after the optimizer.
 
-        a += max(1 - decay, 9 / (10 + t)) (p - a)
+        a += max(1 - decay, w(t)) (p - a),  w(0) = 1,  w(t) = 9 / (10 + t)
 
-    The second term is the warm-up: the decay (1 + t) / (10 + t), so that the first, random weights are soon forgotten.
+    The second term is the warm-up: the decay (1 + t) / (10 + t), and none at the first update, so that the weights
+    before training are forgotten at once.
+
+    What is averaged of a network trained in a shorter dtype are its float32 values, where an optimizer holds them: the
+    rounded ones stand still while these move.
 
     Args:
         parameters: what is averaged, distinct names. decay: after the warm-up; 0 <= decay < 1.
 
     Raises: ConfigError for another decay.
-    Source: diffusers 0.35, training_utils.EMAModel with its default warm-up.
+    Source: diffusers 0.42, training_utils.EMAModel with its default warm-up.
     """
 
     def __init__(self, parameters: Sequence[Parameter], decay: float = 0.9999):
@@ -39,13 +43,14 @@ class EMA(nn.Cell):
         self.average = ParameterTuple([Parameter(Tensor(to_numpy(p).astype(np.float32)), name=f"ema.{p.name}",
                                                  requires_grad=False) for p in self.parameters])
         self.step = Parameter(Tensor(0, ms.int32), name="ema.step", requires_grad=False)
-        self.least, self.zero = Tensor(1 - decay, ms.float32), Tensor(0.0, ms.float32)
+        self.least, self.zero, self.one = (Tensor(value, ms.float32) for value in (1 - decay, 0.0, 1.0))
 
-    def construct(self, is_finite):
-        """Follow the weights, unless ``is_finite`` (a bool scalar) is False."""
-        warm_up = 9.0 / (10.0 + self.step.astype(ms.float32))
+    def construct(self, is_finite, weights=None):
+        """Follow ``weights`` (None: the parameters themselves), unless ``is_finite`` (a bool scalar) is False."""
+        step = self.step.astype(ms.float32)
+        warm_up = ops.select(self.step == 0, self.one, 9.0 / (10.0 + step))
         rate = ops.select(is_finite, ops.maximum(self.least, warm_up), self.zero)
-        followed = _each(ops.partial(_follow, rate), self.average, self.parameters)
+        followed = _each(ops.partial(_follow, rate), self.average, self.parameters if weights is None else weights)
         _assign(self.step, ops.select(is_finite, self.step + 1, self.step + 0))
         return followed
 

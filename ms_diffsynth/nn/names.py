@@ -5,7 +5,7 @@ convolutions as 2-D ones; checkpoints in diffusers and transformers format use P
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import mindspore as ms
 import numpy as np
@@ -39,18 +39,19 @@ def torch_shapes(cell: nn.Cell) -> dict[str, tuple[int, ...]]:
             for name, p in torch_parameters(cell).items()}
 
 
-def assign(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]], dtype: ms.Type | None = None) -> None:
+def assign(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]],
+           dtype: ms.Type | Callable[[str], ms.Type] | None = None) -> None:
     """Put named arrays into the parameters of ``cell``, one at a time, so that one tensor at most is held twice.
 
     Args:
         cell: its parameters may be uninitialised (built under ``no_init_parameters``).
         tensors: (PyTorch name, array); names and shapes have been checked before (`io.weights.match`).
-        dtype: the dtype parameters get; None keeps each parameter's own.
+        dtype: the dtype parameters get, for all or by name; None keeps each parameter's own.
     """
     parameters = torch_parameters(cell)
     for name, array in tensors:
         parameter = parameters[name]
-        wanted = dtype or parameter.dtype
+        wanted = (dtype if isinstance(dtype, ms.Type) else dtype(name)) if dtype else parameter.dtype
         if parameter.dtype != wanted:
             parameter.set_dtype(wanted)
         parameter.set_data(Tensor(np.ascontiguousarray(array).reshape(parameter.shape), wanted))

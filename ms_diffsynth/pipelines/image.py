@@ -1,6 +1,7 @@
 """What every picture pipeline shares: sampling with a compiled step, and decoding."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from ms_diffsynth import runtime
 from ms_diffsynth.data.images import to_pil
 from ms_diffsynth.diffusion.guidance import classifier_free
 from ms_diffsynth.diffusion.sampler import euler
+from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule
 from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
@@ -22,16 +24,28 @@ from ms_diffsynth.train.compile import Announce, CompiledStep, _log_only
 from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.units import TensorUnit, run_unit
 
+logger = logging.getLogger(__name__)
+
 
 class ImagePipeline(Pipeline):
-    """A pipeline whose latents decode to pictures."""
+    """A pipeline whose latents decode to images.
+
+    Attributes:
+        sft_grid: the sigmas that supervised training draws from.
+        dynamic_mu: from (image tokens, sampling steps) to the mu of dynamic shifting; None follows the scheduler.
+        latent_patch: sides of the square of latents that is one image token.
+    """
 
     announce: Announce = staticmethod(_log_only)
     default_cfg_scale = 1.0
+    sft_grid: Grid
+    dynamic_mu: Callable[[int, int], float] | None = None
+    latent_patch = 2
     guidance_rule = staticmethod(classifier_free)  # how the two branches of cfg_scale become one velocity
 
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
         super().__init__(models, dtype)
+        self._scheduler_settings: FlowMatchSettings | None = None
         self._steps: dict[tuple[str, ...], CompiledStep] = {}
 
     @classmethod
@@ -84,9 +98,40 @@ class ImagePipeline(Pipeline):
             raise ConfigError(f"{type(self).__name__} has no input {listing(odd)}; it has prompt, negative_prompt, "
                               f"{listing([*_OPTIONS, *known], 20)}.{nearest(odd[0], [*_OPTIONS, *known])}")
 
+    # -- noise levels --------------------------------------------------------------------------------------------
+
+    def published_scheduler(self) -> FlowMatchSettings:
+        """The scheduler_config.json that the model's authors published: what is computed with where there is none."""
+        raise TypeError(f"{type(self).__name__} has no published_scheduler: implement it.")
+
+    @property
+    def scheduler_settings(self) -> FlowMatchSettings:
+        """Those of the model's scheduler_config.json; without the file, the published ones."""
+        if self._scheduler_settings is None:
+            config = self.scheduler_config()
+            self._scheduler_settings = (self.published_scheduler() if config is None
+                                        else FlowMatchSettings.from_config(config))
+        return self._scheduler_settings
+
+    def training_schedule(self, objective: str) -> Schedule:
+        """Of DreamBooth the grid of the model's scheduler, as in diffusers' script; of ``sft`` DiffSynth-Studio's.
+
+        DiffSynth-Studio reads no scheduler_config.json. Where one shifts the grid of training in another way than the
+        published one does, the model is another, and ``sft`` trains on that grid too.
+        """
+        settings, published = self.scheduler_settings, self.published_scheduler()
+        if objective != "sft":
+            return settings.schedule(self.dynamic_mu)
+        if settings.training_shift == published.training_shift:
+            return Schedule(training=self.sft_grid, inference=self.sft_grid)
+        logger.info("scheduler_config.json shifts the noise levels of training by %g, that of the published model by "
+                    "%g: training draws from the file's.", settings.training_shift, published.training_shift)
+        return settings.schedule(self.dynamic_mu)
+
     def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
         """Noise levels to integrate over: float32 [num_inference_steps + 1], decreasing, ends with 0."""
-        raise TypeError(f"{type(self).__name__} has no sampling_sigmas: implement it.")
+        tokens = (latent_shape[1] // self.latent_patch) * (latent_shape[2] // self.latent_patch)
+        return self.scheduler_settings.schedule(self.dynamic_mu).sampling(num_inference_steps, tokens)
 
     def build_decode(self) -> TensorUnit:
         """The unit from ``latents`` to ``pixels``."""

@@ -13,17 +13,18 @@ from mindspore import nn
 from ms_diffsynth.io.files import stage_folder
 from ms_diffsynth.io.weights import save_sharded
 from ms_diffsynth.nn.names import torch_shapes
-from ms_diffsynth.pipeline import Component
+from ms_diffsynth.pipeline import SCHEDULER_FILE, Component
 from ms_diffsynth.train.draws import Draws
 
 
 def write_model(folder: Path, class_name: str, components: Sequence[Component], configs: dict[str, dict[str, Any]],
-                seed: int = 0) -> None:
-    """Write a diffusers-format model: a folder a component, and model_index.json.
+                seed: int = 0, scheduler: dict[str, Any] | None = None) -> None:
+    """Write a diffusers-format model: a folder a component, scheduler/ and model_index.json.
 
     Args:
         class_name: of the pipeline, as diffusers calls it.
         configs: config.json of every component that has weights; the others are tokenizers, copied.
+        scheduler: scheduler_config.json; None writes none.
 
     Raises: OutputError when ``folder`` exists and is not empty.
     """
@@ -41,6 +42,10 @@ def write_model(folder: Path, class_name: str, components: Sequence[Component], 
             weights = random_weights(component.build(config), Draws(seed), component.name)
             save_sharded(target, weights, stem="model" if is_encoder else "diffusion_pytorch_model", config=config)
             index[component.folder] = ["transformers" if is_encoder else "diffusers", component.class_name]
+        if scheduler is not None:
+            index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+            (Path(stage) / "scheduler").mkdir()
+            (Path(stage) / "scheduler" / SCHEDULER_FILE).write_text(json.dumps(scheduler, indent=2) + "\n", "utf-8")
         (Path(stage) / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -45,6 +45,11 @@ class Draws:
         """
         return self._rows(stream, sample_indices, shape, lambda g, row: g.random(dtype=np.float32, out=row))
 
+    def of(self, sample_indices: np.ndarray) -> Callable[[str, str, tuple[int, ...]], np.ndarray]:
+        """``random(stream, kind, shape)``: "normal" or "uniform" numbers of shape [B, ...], one row a sample."""
+        kinds = {"normal": self.normal, "uniform": self.uniform}
+        return lambda stream, kind, shape: kinds[kind](stream, sample_indices, shape[1:])
+
     def permutation(self, stream: str, epoch: int, n: int) -> np.ndarray:
         """The order of ``n`` things in an epoch: int64 [n]."""
         return self._generator(stream, epoch, _PERMUTATIONS).permutation(n)

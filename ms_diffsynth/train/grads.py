@@ -56,7 +56,8 @@ def clip_coefficient(norm: Tensor, max_grad_norm: float | None) -> Tensor:
     """
     if max_grad_norm is None:
         return ops.ones_like(norm)
-    return ops.minimum(max_grad_norm / (norm + 1e-6), 1.0)
+    coefficient = max_grad_norm / (norm + 1e-6)
+    return ops.select(coefficient > 1.0, ops.ones_like(coefficient), coefficient)  # a minimum may lose NaN
 
 
 def accumulators_for(parameters: Sequence[Parameter]) -> ParameterTuple:

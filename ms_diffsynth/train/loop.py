@@ -334,20 +334,15 @@ class _Run:
         """The cut's cache slots, collated, and its draws, in the order of the step's inputs."""
         items: list[PreparedRow] = batch.items
         slots = collate([item.slots for item in items])
-        shape = self.model.pipe.latent_shape(*items[0].size)
-        scalars = self.model.pipe.objective.scalar_draws
+        pipe, random = self.model.pipe, self.draws.of(batch.sample_indices)
+        shape = pipe.latent_shape(*items[0].size)
         for name in self.cut.draws:
-            slots[name] = self._draw(name, scalars.get(name, "normal"), batch.sample_indices,
-                                     () if name in scalars else shape)
+            slots[name] = pipe.objective.draw(name, (len(items), *shape), len(pipe.sigmas), random)
         return [Tensor(slots[name]) for name in (*self.cut.cache, *self.cut.draws)]
-
-    def _draw(self, stream: str, kind: str, sample_indices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        return (self.draws.normal if kind == "normal" else self.draws.uniform)(stream, sample_indices, shape)
 
     def _eager_step(self, batch: Batch) -> StepResult:
         def begin(k: int) -> None:
-            index = batch.sample_indices[k : k + 1]
-            self.model.pipe.random = lambda stream, kind, shape: self._draw(stream, kind, index, shape[1:])
+            self.model.pipe.random = self.draws.of(batch.sample_indices[k : k + 1])
 
         return self.step.step_rows(batch.items, begin)
 

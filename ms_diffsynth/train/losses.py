@@ -29,8 +29,7 @@ def FlowMatchSFTLoss(pipe: Pipeline, **inputs: Any) -> Tensor:
                            "switch_pipe_to_training_mode first.")
     latents = _latents(pipe, inputs)
     objective, shape = pipe.objective, tuple(latents.shape)
-    scalars = objective.scalar_draws
-    drawn = {name: Tensor(pipe.random(name, scalars.get(name, "normal"), shape[:1] if name in scalars else shape))
+    drawn = {name: Tensor(objective.draw(name, shape, len(pipe.sigmas), pipe.random))
              for name in objective.draws if name != "posterior_noise"}  # `_latents` has drawn that one
     if objective.prior_loss_weight is not None:
         objective = replace(objective, prior_loss_weight=None)

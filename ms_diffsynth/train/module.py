@@ -61,7 +61,7 @@ class DiffusionTrainingModule:
             lora_target_modules: names, or ends of names, of its linear layers; empty takes the family's choice.
             lora_checkpoint: a LoRA file to go on from.
             task: ``sft`` or ``dreambooth``; with ``:data_process`` or ``:train`` one stage of split training.
-            objective: what is minimised; None is the family's own, DiffSynth-Studio's supervised objective for most.
+            objective: what is minimised; None is the family's own, for most that of the task (`diffusion.units.TASKS`).
             use_gradient_checkpointing, use_gradient_checkpointing_offload: recompute the blocks of what gradients pass
                 through; offload keeps their inputs on the host (eager only). See `nn.recompute`.
             fp8_models: frozen models stored in 8 bits, by name or as ``owner/name:pattern``. See `nn.quant`.
@@ -79,7 +79,7 @@ class DiffusionTrainingModule:
         for name in (n.strip() for n in (extra_inputs or "").split(",") if n.strip()):
             pipe.use_input(name)
         pipe.forget_compiled()  # what was compiled before has no LoRA in it
-        pipe.objective = pipe.objective_for(objective)
+        pipe.objective = pipe.objective_for(objective, kind)
         pipe.sigmas = pipe.training_schedule(kind).sigmas
         self.lora_base_model = lora_base_model
         self.trainable = (*names, *([lora_base_model] if lora_base_model else []))

@@ -63,6 +63,10 @@ class ShardedAdamW(nn.Cell):
         parts = _each(ops.partial(_cast, self.sent_as), self.shards)
         return _each(_set, self.parameters, self.exchange.gathered(parts))
 
+    def float32_weights(self) -> tuple[Tensor, ...]:
+        """The weights before they are rounded to their dtype, each of its parameter's shape, on every rank."""
+        return self.exchange.gathered(self.shards)
+
     def take_weights(self) -> None:
         """Go on from the weights as they are now."""
         by_name = {p.name: p for p in self.parameters}

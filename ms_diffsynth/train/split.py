@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,13 @@ def fingerprint(module: DiffusionTrainingModule, cut: Cut, pictures: Mapping[str
     """
     pipe = module.pipe
     models = {name: pipe.weights_digest(name) for name in cut.models("prepare")}
+    libraries = {package for name in models for package in pipe._component(name).libraries}
     found = {
         "pipeline": type(pipe).__name__,
         "slots": list(cut.cache),
         "units": {unit.name: _code_digest(type(unit)) for unit in cut.prepare},
         "models": {name: digest for name, digest in models.items() if digest is not None},
+        "libraries": {package: version(package) for package in sorted(libraries)},
         "dtype": runtime.dtype_name(pipe.dtype),
         "settings": {name: getattr(pipe, name) for name in pipe.prepare_settings},
         "row_fields": module.row_fields,
@@ -216,6 +219,8 @@ def _code_digest(cls: type) -> str:
         if file.suffix == ".py" and base.__module__.split(".")[0] not in ("mindspore", "builtins"):
             is_folder = base.__module__.startswith(("ms_diffsynth.pipelines.", "ms_diffsynth.template."))
             files |= set(file.parent.glob("*.py")) if is_folder else {file}
+            if is_folder and file.parent.parent.name == "pipelines":  # what several families share
+                files |= set(file.parent.parent.glob("*.py"))
     digest = hashlib.sha256(cls.__qualname__.encode())
     for file in sorted(files):
         digest.update(f"{file.name} {sha256_of(file)}\n".encode())

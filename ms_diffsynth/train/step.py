@@ -83,6 +83,7 @@ class TrainStep(nn.Cell):
         self.weights = ParameterTuple(optimizer.parameters)
         self.exchange = optimizer.exchange if isinstance(optimizer, ShardedAdamW) else exchange_for(self.weights)
         self.sums_early = isinstance(optimizer, ShardedAdamW) and optimizer.stage == 2  # at each micro-step
+        self.has_rounded = isinstance(optimizer, ShardedAdamW) and optimizer.has_rounded
         broadcast(self.weights)  # a random start that no seed decides is that of rank 0
         if isinstance(optimizer, ShardedAdamW):
             optimizer.take_weights()
@@ -179,7 +180,7 @@ class TrainStep(nn.Cell):
             coefficient = unscale * gradients.clip_coefficient(norm, self.max_grad_norm)
         self.optimizer(grads, coefficient, is_finite)
         if self.ema is not None:
-            self.ema(is_finite)
+            self.ema(is_finite, self.optimizer.float32_weights() if self.has_rounded else None)
         if self.accumulation_steps > 1:
             gradients.reset(self.accumulators)
         if self.loss_scaler is not None:

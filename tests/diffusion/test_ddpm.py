@@ -61,6 +61,28 @@ def test_timesteps_of_sampling(settings, n, expected):
     assert NoiseSchedule(**settings).timesteps(n).tolist() == expected
 
 
+@pytest.mark.parametrize("total", [999, 1000])
+def test_trailing_timesteps_are_as_many_as_asked_for_and_never_below_zero(total):
+    schedule = NoiseSchedule(timestep_spacing="trailing", num_train_timesteps=total)
+    for n in range(1, total + 1):
+        timesteps = schedule.timesteps(n)
+        assert len(timesteps) == n and timesteps[0] == total - 1 and timesteps[-1] >= 0, n
+        assert (np.diff(timesteps) < 0).all()
+
+
+def test_trailing_timesteps_of_61_steps():
+    """diffusers 0.42.1, DDIMScheduler: 62 timesteps, of which the last is -1; the others are these."""
+    found = NoiseSchedule(timestep_spacing="trailing").timesteps(61)
+    assert found[:3].tolist() == [999, 983, 966] and found[-3:].tolist() == [48, 32, 15]
+
+
+def test_an_offset_that_leads_beyond_the_last_timestep_is_refused():
+    schedule = NoiseSchedule(steps_offset=1)
+    assert schedule.timesteps(999)[0] == 999
+    with pytest.raises(ConfigError, match="num_inference_steps=1000 with timestep_spacing=leading and steps_offset=1"):
+        schedule.timesteps(1000)
+
+
 @pytest.mark.parametrize("n", [0, 1001])
 def test_more_steps_than_timesteps(n):
     with pytest.raises(ConfigError, match=f"num_inference_steps={n}: expected 1 to 1000"):
@@ -199,12 +221,15 @@ def test_pictures_are_mirrored_where_the_draw_is_below_one_half(mode):
 
 def test_what_an_objective_draws_and_runs():
     plain, mirrored = DDPMObjective(), DDPMObjective(random_flip=True, snr_gamma=5.0)
-    assert plain.draws == ("noise", "density_draw") and mirrored.draws == (*plain.draws, "flip_draw")
+    assert plain.draws == ("noise", "timestep_index") and mirrored.draws == (*plain.draws, "flip_draw")
     denoise = TensorUnit()
     names = [u.name for u in ddpm_units(mirrored, NoiseSchedule(), denoise)]
-    assert names == ["random_flip", "sample_timestep", "lookup_noise", "add_noise", "tensor_unit", "prediction_loss"]
+    assert names == ["random_flip", "lookup_noise", "add_noise", "tensor_unit", "prediction_loss"]
     assert [u.name for u in ddpm_units(plain, NoiseSchedule(), denoise)] == names[1:]
-    assert set(mirrored.draws) - {"noise"} <= set(mirrored.scalar_draws)
+    kinds = {name: mirrored.draw(name, (3, 3, 4, 4), 1000, lambda stream, kind, shape: np.zeros(shape, np.float32))
+             for name in mirrored.draws}
+    assert {name: (value.dtype.name, value.shape) for name, value in kinds.items()} == {
+        "noise": ("float32", (3, 3, 4, 4)), "timestep_index": ("int32", (3,)), "flip_draw": ("float32", (3,))}
 
 
 @pytest.mark.parametrize("wrong, expected", [

@@ -8,7 +8,7 @@ from mindspore import Tensor
 
 from ms_diffsynth import runtime
 from ms_diffsynth.diffusion.sampler import euler
-from ms_diffsynth.diffusion.schedule import diffsynth_flux, flux_schnell
+from ms_diffsynth.diffusion.schedule import FLUX_SCHNELL, diffsynth_flux
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +29,7 @@ def test_a_constant_velocity_is_integrated_exactly(n):
 
 def test_one_step_is_exact_on_a_straight_path():
     data, noise = normal(2, 2, 3, 4)
-    found = euler(lambda x, s: Tensor(noise - data), Tensor(noise), flux_schnell().sampling(1))
+    found = euler(lambda x, s: Tensor(noise - data), Tensor(noise), FLUX_SCHNELL.schedule().sampling(1))
     np.testing.assert_allclose(found.asnumpy(), data, atol=5e-7)
 
 
@@ -49,7 +49,7 @@ def test_what_denoise_is_given_and_what_is_told():
         assert sigma.dtype == latents.dtype == ms.float32
         return latents.astype(ms.float16) * 0
 
-    sigmas = flux_schnell().sampling(4)
+    sigmas = FLUX_SCHNELL.schedule().sampling(4)
     euler(denoise, Tensor(normal(3, 2)), sigmas, lambda done, steps: told.append((done, steps)))
     assert np.array_equal(seen, np.repeat(sigmas[:4, None], 3, 1))  # the final 0 is never shown to the network
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 
 import numpy as np
 import pytest
@@ -45,23 +46,80 @@ def test_diffsynth_four_steps():
 
 def test_flux_dev_shifts_by_the_size_of_the_image():
     """diffusers: calculate_shift(4096) = 1.15, then exp(mu) / (exp(mu) + 1/s - 1) of 1, 3/4, 1/2, 1/4."""
+    dev = sch.FLUX_DEV.schedule()
     for seq_len, mu in ((256, 0.5), (4096, 1.15), (1024, 0.63)):
-        assert sch.DynamicShift().mu(seq_len) == pytest.approx(mu, rel=1e-12)
+        assert sch.LinearMu()(seq_len) == pytest.approx(mu, rel=1e-12)
         wanted = [math.exp(mu) / (math.exp(mu) + 1 / s - 1) for s in (1, 0.75, 0.5, 0.25)] + [0]
-        np.testing.assert_allclose(sch.flux_dev().sampling(4, seq_len), wanted, rtol=2e-7)
-        assert np.array_equal(sch.flux_sampling(4, seq_len, True), sch.flux_dev().sampling(4, seq_len))
+        np.testing.assert_allclose(dev.sampling(4, seq_len), wanted, rtol=2e-7)
     with pytest.raises(ConfigError, match="seq_len=None"):
-        sch.flux_dev().sampling(4)
+        dev.sampling(4)
 
 
 def test_flux_schnell_is_not_shifted():
-    for sigmas in (sch.flux_schnell().sampling(4), sch.flux_sampling(4, 4096, False)):
-        assert np.array_equal(sigmas, np.array([1, 0.75, 0.5, 0.25, 0], np.float32))
-    assert np.array_equal(sch.flux_schnell().sampling(1), [1, 0])
+    schnell = sch.FLUX_SCHNELL.schedule()
+    assert np.array_equal(schnell.sampling(4), np.array([1, 0.75, 0.5, 0.25, 0], np.float32))
+    assert np.array_equal(schnell.sampling(1), [1, 0])
 
 
-@pytest.mark.parametrize("schedule", [sch.diffsynth_flux(), sch.flow_match_euler(1.0), sch.flux_dev(),
-                                      sch.flux_schnell()])
+LN_3 = math.log(3)
+# settings; sigmas of training at 1, 500 and 998; sampling in 4 steps of 1024 tokens: diffusers 0.42.1,
+# FlowMatchEulerDiscreteScheduler, with mu by calculate_shift of its pipelines
+FILES = {
+    "FLUX.1-dev": ({"shift": 3.0, "use_dynamic_shifting": True}, [0.999, 0.5, 0.002],
+                   [1.0, 0.8492348, 0.6524894, 0.3849447, 0.0]),
+    "fixed shift": ({"shift": 5.0}, [0.9997998, 0.8333333, 0.009920635], [1.0, 0.9375, 0.8333333, 0.625, 0.0]),
+    "Qwen-Image": ({"use_dynamic_shifting": True, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
+                   [0.999, 0.5, 0.002], [1.0, 0.7492682, 0.4325879, 0.01999992, 0.0]),
+    "Qwen-Image-Lightning": ({"use_dynamic_shifting": True, "base_shift": LN_3, "max_shift": LN_3,
+                              "max_image_seq_len": 8192, "shift_terminal": None},
+                             [0.999, 0.5, 0.002], [1.0, 0.9, 0.75, 0.5, 0.0]),
+    "linear": ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, [0.999, 0.5, 0.002],
+               [1.0, 0.6539792, 0.3865031, 0.1735537, 0.0]),
+    "terminal": ({"shift": 2.5, "shift_terminal": 0.1}, [0.9995998, 0.7142857, 0.004985045],
+                 [1.0, 0.8058823, 0.5285714, 0.1, 0.0]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_scheduler_config_is_obeyed(name):
+    given, training, sampling = FILES[name]
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.42.1",
+              "num_train_timesteps": 1000, "invert_sigmas": False, "use_karras_sigmas": False, **given}
+    settings = sch.FlowMatchSettings.from_config(config)
+    schedule = settings.schedule()
+    np.testing.assert_allclose(schedule.sigmas[[1, 500, 998]], training, rtol=0, atol=2e-7)
+    np.testing.assert_allclose(schedule.sampling(4, 1024), sampling, rtol=0, atol=3e-7)
+    assert sch.FlowMatchSettings.from_config(settings.to_config()) == settings
+    assert settings.training_shift == (1.0 if given.get("use_dynamic_shifting") else given["shift"])
+
+
+def test_a_mu_of_the_model_takes_the_place_of_the_file_s():
+    schedule = sch.FLUX_DEV.schedule(lambda tokens, steps: tokens / 1000 + steps)
+    wanted = sch.ExponentialShift(4.256)(sch.to_one_nth(4))
+    assert np.array_equal(schedule.sampling(4, 256)[:-1], wanted)
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({"_class_name": "UniPCMultistepScheduler"}, "describes a UniPCMultistepScheduler: expected a FlowMatchEuler"),
+    ({"use_karras_sigmas": True}, "sets use_karras_sigmas=True, which is not computed here"),
+    ({"invert_sigmas": True, "num_train_timesteps": 500}, "sets invert_sigmas=True, num_train_timesteps=500, which"),
+    ({"sigma_min": 0.1}, "sets sigma_min=0.1, which is not computed here"),
+    ({"shift": "3"}, "shift='3': expected a finite number"),
+    ({"shift": float("nan")}, "shift=nan: expected a finite number"),
+    ({"shift": 0}, "shift=0: expected a number above 0"),
+    ({"base_shift": None}, "base_shift=None: expected a finite number"),
+    ({"use_dynamic_shifting": 1}, "use_dynamic_shifting=1: expected true or false"),
+    ({"shift_terminal": 1.5}, "shift_terminal=1.5: expected null, or a number from 0 to below 1"),
+    ({"time_shift_type": "cubic"}, "time_shift_type='cubic': expected one of exponential, linear"),
+    ({"max_image_seq_len": 256}, "max_image_seq_len=256: expected more than base_image_seq_len=256"),
+])
+def test_a_scheduler_config_that_is_not_computed_is_refused_by_name(given, expected):
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        sch.FlowMatchSettings.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler"} | given)
+
+
+@pytest.mark.parametrize("schedule", [sch.diffsynth_flux(), sch.flow_match_euler(1.0),
+                                      sch.FLUX_DEV.schedule(), sch.FLUX_SCHNELL.schedule()])
 @pytest.mark.parametrize("n", [1, 2, 3, 28, 1000])
 def test_sampling_falls_from_pure_noise_to_zero(schedule, n):
     sigmas = schedule.sampling(n, 1024)
@@ -73,7 +131,7 @@ def test_sampling_falls_from_pure_noise_to_zero(schedule, n):
 
 def test_steps_below_one_are_refused():
     with pytest.raises(ConfigError, match="num_inference_steps=0"):
-        sch.flux_schnell().sampling(0)
+        sch.FLUX_SCHNELL.schedule().sampling(0)
 
 
 def test_linspace_against_numpy():

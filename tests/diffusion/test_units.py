@@ -9,13 +9,13 @@ from mindspore import Tensor
 from ms_diffsynth.diffusion import density, weighting
 from ms_diffsynth.diffusion.schedule import diffsynth_flux, flow_match_euler
 from ms_diffsynth.diffusion.units import (
+    TASKS,
     EmbeddedGuidance,
     FlowMatchLoss,
     FlowMatchPath,
     LookupSigma,
     Objective,
     SampleLatents,
-    SampleTimestep,
     flow_match_units,
 )
 from ms_diffsynth.errors import ConfigError
@@ -29,24 +29,42 @@ def random(*shape, seed=0):
 
 
 def test_the_objective_says_which_draws_it_needs():
-    assert Objective().draws == ("noise", "density_draw") and Objective().density_kind == "uniform"
+    assert Objective().draws == ("noise", "timestep_index")
     sampled = Objective(posterior="sample", weighting_scheme="cosmap", density="logit_normal")
-    assert sampled.draws[-1] == "posterior_noise" and sampled.density_kind == "normal"
+    assert sampled.draws[-1] == "posterior_noise"
+    asked = []
+
+    def zeros(stream, kind, shape):
+        asked.append((stream, kind, shape))
+        return np.zeros(shape, np.float32)
+
+    assert sampled.draw("noise", (2, 4, 3, 3), 1000, zeros).shape == (2, 4, 3, 3)
+    index = sampled.draw("timestep_index", (2, 4, 3, 3), 1000, zeros)
+    assert index.dtype == np.int32 and index.tolist() == [500, 500]
+    Objective().draw("timestep_index", (2, 4, 3, 3), 1000, zeros)
+    assert asked == [("noise", "normal", (2, 4, 3, 3)), ("density_draw", "normal", (2,)),
+                     ("density_draw", "uniform", (2,))]
     with pytest.raises(ConfigError, match="Did you mean 'cosmap'"):
-        _ = Objective(weighting_scheme="cosmab").density_kind
+        Objective(weighting_scheme="cosmab").draw("timestep_index", (2, 4), 1000, zeros)
+
+
+def test_what_a_run_says_of_its_objective():
+    assert str(Objective(**TASKS["dreambooth"], prior_loss_weight=0.5)) == (
+        "noise levels by none, loss weights by none, sample of the VAE's posterior, embedded guidance 3.5, class "
+        "images weigh 0.5")
+    assert "mean of the VAE's posterior, embedded guidance 1" in str(Objective(**TASKS["sft"]))
 
 
 def test_a_draw_becomes_an_index_of_the_grid():
-    unit = SampleTimestep(Objective(weighting_scheme="none"), 1000)
-    index, = unit(Tensor(np.float32([0, 0.0005, 0.5, 0.9995, 1 - 2**-24])))
-    assert index.dtype == ms.int32 and index.asnumpy().tolist() == [0, 0, 500, 999, 999]
+    index = Objective(weighting_scheme="none").timestep_index(np.float32([0, 0.0005, 0.5, 0.9995, 1 - 2**-24]), 1000)
+    assert index.dtype == np.int32 and index.tolist() == [0, 0, 500, 999, 999]
     for scheme in density.SCHEMES:
         draw = random(500) if density.draw_kind(scheme) == "normal" else np.random.default_rng(1).random(500)
-        index, = SampleTimestep(Objective(weighting_scheme=scheme), 1000)(Tensor(draw.astype(np.float32)))
-        assert 0 <= index.asnumpy().min() and index.asnumpy().max() <= 999 and len(set(index.asnumpy().tolist())) > 100
+        index = Objective(weighting_scheme=scheme).timestep_index(draw.astype(np.float32), 1000)
+        assert 0 <= index.min() and index.max() <= 999 and len(set(index.tolist())) > 100
     # the density may be another than the weighting's
-    unit = SampleTimestep(Objective(weighting_scheme="cosmap", density="logit_normal", logit_mean=50.0), 10)
-    assert unit(Tensor(np.float32([0.0])))[0].asnumpy().tolist() == [9]
+    objective = Objective(weighting_scheme="cosmap", density="logit_normal", logit_mean=50.0)
+    assert objective.timestep_index(np.float32([0.0]), 10).tolist() == [9]
 
 
 @pytest.mark.parametrize("schedule", [diffsynth_flux(3.0), flow_match_euler(3.0)])
@@ -121,7 +139,7 @@ def test_the_chain_is_exact_where_the_network_is():
     sigmas = flow_match_euler(3.0).sigmas
     units = flow_match_units(objective, sigmas, PredictsTarget())
     slots = {"input_latents": Tensor(np.zeros(SHAPE, np.float32)), "noise": Tensor(random(*SHAPE)),
-             "density_draw": Tensor(np.float32([0.1, 0.5, 0.9]))}
+             "timestep_index": Tensor(np.int32([100, 500, 900]))}
     slots = run_units(tuple(units), None, slots)
     assert np.array_equal(slots["sigma"].asnumpy(), sigmas[[100, 500, 900]])
     assert float(slots["loss"].asnumpy()) < 1e-11

@@ -12,6 +12,7 @@ from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.nn.names import assign
 from ms_diffsynth.train.optim import AdamW
+from ms_diffsynth.train.sharding import ShardedAdamW
 from ms_diffsynth.train.step import TrainStep
 
 
@@ -44,9 +45,46 @@ def test_the_average_follows_the_weights_of_every_update(mode):
     expected = model.weight.asnumpy().astype(np.float64)
     for t in range(30):
         step.step(inputs(t))
-        expected += max(1 - 0.9, 9 / (10 + t)) * (model.weight.asnumpy() - expected)
+        expected += max(1 - 0.9, 9 / (10 + t) if t else 1.0) * (model.weight.asnumpy() - expected)
     np.testing.assert_allclose(ema.average[0].asnumpy(), expected, rtol=2e-6)
     assert int(ema.step.asnumpy()) == 30 and np.abs(expected - model.weight.asnumpy()).max() > 1e-3
+
+
+def test_the_first_updates_are_those_of_diffusers():
+    """diffusers 0.42.1, EMAModel(decay=0.9): weights of 1, 4, 9, ... 49 after 0, which is forgotten at once."""
+    runtime.configure("pynative", "CPU")
+    weight = ms.Parameter(Tensor(np.zeros(1, np.float32)), name="w")
+    ema, found = EMA([weight], 0.9), []
+    for k in range(1, 8):
+        ms.ops.assign(weight, Tensor(np.float32([k * k])))
+        ema(Tensor(True))
+        found.append(float(ema.average[0].asnumpy()[0]))
+    wanted = [1.0, 3.4545455, 7.6136365, 13.4195796, 20.8641357, 29.9456558, 40.6637268]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+def test_of_rounded_weights_the_float32_values_are_averaged(mode):
+    """Float16 stands for bfloat16; updates are below the last digit of the weights, which stand still at first."""
+    runtime.configure(mode, "CPU")
+    model = mint.nn.Linear(4, 2)
+    for p in model.trainable_params():
+        p.set_dtype(ms.float16)
+        p.set_data(Tensor(np.full(p.shape, 1.0, np.float16)))
+    ema = EMA(model.trainable_params(), 0.5)
+    optimizer = ShardedAdamW(model.trainable_params(), learning_rate=1e-5, weight_decay=0.0)
+
+    class Half(TrainStep):
+        def forward(self, x):
+            return (ms.ops.matmul(x, self.model.weight.astype(ms.float32).T).mean() + self.model.bias.sum(),)
+
+    step, expected = Half(model, optimizer, ema=ema, mode=mode), None
+    for t in range(6):
+        step.step(Tensor(np.ones((3, 4), np.float32)))
+        now = optimizer.state_pieces()[0][f"float32.{model.weight.name}"].astype(np.float64)
+        expected = now if expected is None else expected + max(0.5, 9 / (10 + t)) * (now - expected)
+    assert model.weight.dtype == ms.float16 and (model.weight.asnumpy() == 1).all() and expected.max() < 0.99996
+    np.testing.assert_allclose(ema.average[0].asnumpy().reshape(-1), expected, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("mode", ["pynative", "graph"])

@@ -151,6 +151,12 @@ def test_resizing_that_would_differ_from_pytorch_is_refused(settings):
         F.interpolate(mint.ones(IMAGE), **settings)
 
 
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_a_bicubic_kernel_that_is_wrong_is_refused(align_corners):
+    with pytest.raises(DeviceError, match=r"in mode bicubic .* computes it wrongly. Use mode='bilinear'"):
+        F.interpolate(mint.ones(IMAGE), scale_factor=2, mode="bicubic", align_corners=align_corners)
+
+
 def test_an_unknown_padding_mode_is_named():
     with pytest.raises(ValueError, match="mode='mirror'"):
         F.pad(mint.ones(IMAGE), (1, 1), mode="mirror")

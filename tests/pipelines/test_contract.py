@@ -80,13 +80,8 @@ def objective_of(pipe, **flow_matching):
 
 def draws_of(pipe, objective, count=1):
     """Random slots for ``count`` samples."""
-    draws, indices = Draws(7), np.arange(count)
-    kinds = {slot: (kind, ()) for slot, kind in objective.scalar_draws.items()}
-    slots = {}
-    for slot in objective.draws:
-        kind, shape = kinds.get(slot, ("normal", pipe.latent_shape(SIDE, SIDE)))
-        slots[slot] = (draws.normal if kind == "normal" else draws.uniform)(slot, indices, shape)
-    return slots
+    random, shape = Draws(7).of(np.arange(count)), (count, *pipe.latent_shape(SIDE, SIDE))
+    return {slot: objective.draw(slot, shape, 1000, random) for slot in objective.draws}
 
 
 def lora_module(pipe, fuse=(), is_moved=True, **objective):
@@ -283,8 +278,7 @@ def test_a_batch_of_two_is_two_batches_of_one(pipe):
 @pytest.mark.parametrize("posterior", ["mean", "sample"])
 def test_the_documents_forward_gives_the_loss_of_the_compiled_step(pipe, posterior):
     module = lora_module(pipe, posterior=posterior)
-    given = draws_of(pipe, pipe.objective)
-    pipe.random = lambda stream, kind, shape: given[stream].reshape(shape)
+    pipe.random = Draws(7).of(np.arange(1))  # those of `draws_of`
     eager = float(module.forward(row()).asnumpy())
     cut, step = step_of(module, "graph")
     assert float(step(*inputs_of(module, cut))[0].asnumpy()) == pytest.approx(eager, rel=2e-6)

@@ -168,7 +168,7 @@ def test_rows_need_no_prompt_but_a_picture(folder):
 @pytest.mark.slow
 def test_training_by_the_loop_learns_and_its_weights_load_into_a_fresh_pipeline(folder, tmp_path, eager):
     module = module_on(folder, random_flip=True, snr_gamma=5.0, prediction_type="v_prediction")
-    assert module.training_cut().draws == ("noise", "density_draw", "flip_draw")
+    assert module.training_cut().draws == ("noise", "timestep_index", "flip_draw")
     before = state_dict(module.pipe.unet)
     logger = ModelLogger(tmp_path / "run", "pipe.unet.")
     launch_training_task(Accelerator(1, "pynative", "CPU"), pictures(), module, logger, learning_rate=3e-3,

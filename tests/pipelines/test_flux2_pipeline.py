@@ -14,7 +14,6 @@ from ms_diffsynth import DataError, Flux2ImagePipeline, runtime
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.weights import load_state_dict, save_sharded
-from ms_diffsynth.pipelines.flux2.pipeline import SCHEDULE
 from ms_diffsynth.pipelines.flux2.prompt import BEFORE, BEHIND, TEMPLATE
 from ms_diffsynth.pipelines.flux2.rotary import edit_places, edit_table, image_places, picture_table, table, text_places
 from ms_diffsynth.units import run_unit
@@ -133,12 +132,13 @@ def test_positions_are_rounded_once_from_float64():
     np.testing.assert_allclose(whole[1, 0, :, 0, 4], np.sin(3 * [0] + 2 * [0, 1, 2, 3]), rtol=1e-7)  # columns
 
 
-def test_sigmas_of_four_steps():
+def test_sigmas_of_four_steps(pipe):
     # DiffSynth-Studio's dynamic shift at 4096 tokens
-    np.testing.assert_allclose(SCHEDULE.sampling(4, 4096), [1, 0.967384, 0.908144, 0.767200, 0], atol=1e-6)
+    wanted = [1, 0.967384, 0.908144, 0.767200, 0]
+    np.testing.assert_allclose(pipe.sampling_sigmas(4, (128, 64, 64)), wanted, atol=1e-6)
     mu = 0.00016927 * 5000 + 0.45666666  # of long sequences it does not depend on the number of steps
-    assert SCHEDULE.sampling(2, 5000)[1] == pytest.approx(np.exp(mu) / (np.exp(mu) + 1), rel=1e-6)
-    assert SCHEDULE.sigmas[[500, -1]].tolist() == pytest.approx([0.689974, 0.002223], abs=1e-6)
+    assert pipe.sampling_sigmas(2, (128, 50, 100))[1] == pytest.approx(np.exp(mu) / (np.exp(mu) + 1), rel=1e-6)
+    assert pipe.training_schedule("sft").sigmas[[500, -1]].tolist() == pytest.approx([0.689974, 0.002223], abs=1e-6)
 
 
 # -- the prompt ------------------------------------------------------------------------------------------------------
@@ -265,9 +265,23 @@ def test_edit_pictures_are_prepared_each_in_its_size(editing):
                                                                (8, 8, 8, 8), 2000))
 
 
+def test_transparency_of_an_edit_image_is_laid_over_white(editing):
+    """As `data.images.read_image` does with files; what lies below transparent pixels is not seen."""
+    hidden = np.asarray(picture(32, 32))
+    alpha = np.zeros((32, 32), np.uint8)
+    alpha[:, 16:] = 255
+    white = hidden.copy()
+    white[:, :16] = 255
+    row = {"prompt": PROMPT, "input_image": picture(32, 32)}
+    images = [Image.fromarray(a) for a in (np.dstack([hidden, alpha]), white, hidden)]
+    found, wanted, below = (editing.run(editing.units, row | {"edit_image": i})["edit_latents"] for i in images)
+    assert np.array_equal(found.asnumpy(), wanted.asnumpy()) and relative(found, below.asnumpy()) > 1e-3
+
+
 def test_training_reads_edit_pictures_once_told_to(editing, pipe):
     objective = pipe.objective
-    plain, edit = (p.training_program(objective, SCHEDULE.sigmas).cut(("loss",), ("dit",)) for p in (pipe, editing))
+    sigmas = pipe.training_schedule("sft").sigmas
+    plain, edit = (p.training_program(objective, sigmas).cut(("loss",), ("dit",)) for p in (pipe, editing))
     assert set(edit.cache) - set(plain.cache) == {"edit_latents", "edit_places"}
     assert edit.models("step") == ("dit",) and "edit_image" in edit.inputs and "edit_image" not in plain.inputs
 

@@ -22,7 +22,7 @@ TEMPLATES = ROOT / "examples/flux2/templates"
 TILES = ROOT / "examples/data/photo_tiles64"
 TRAINED = {"brightness": "template_model", "caption": "template_model", "thumbnail": "template_model.mlp"}
 DRAWS = {"noise": Draws(1).normal("noise", np.arange(2), (128, 2, 2)),
-         "density_draw": Draws(1).uniform("density_draw", np.arange(2))}
+         "timestep_index": np.int32([222, 777])}
 
 
 @pytest.fixture(autouse=True)

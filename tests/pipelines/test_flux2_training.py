@@ -7,14 +7,15 @@ from mindspore import Tensor
 from PIL import Image
 
 from ms_diffsynth import DiffusionTrainingModule, Flux2ImagePipeline, runtime
+from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.nn.lora import lora_pairs, set_lora
 from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.optim import AdamW
 from ms_diffsynth.train.prepared import in_bucket
 from ms_diffsynth.train.program_step import ProgramTrainStep
 
-DRAWS = {"noise": Draws(5).normal("noise", np.array([0]), (128, 2, 3)),
-         "density_draw": Draws(5).uniform("density_draw", np.array([0]), ())}
+DRAWS = {name: Objective().draw(name, (1, 128, 2, 3), 1000, Draws(5).of(np.array([0])))
+         for name in ("noise", "timestep_index")}
 
 
 class EditingModule(DiffusionTrainingModule):
@@ -22,7 +23,7 @@ class EditingModule(DiffusionTrainingModule):
         super().__init__()
         self.pipe = Flux2ImagePipeline.from_pretrained(str(folder))
         self.pipe.max_sequence_length = 24
-        self.pipe.random = lambda stream, kind, shape: DRAWS[stream].reshape(shape)
+        self.pipe.random = Draws(5).of(np.array([0]))
         self.switch_pipe_to_training_mode(self.pipe, lora_base_model="dit", lora_rank=2,
                                           extra_inputs="edit_image", **how)
         rng = np.random.default_rng(3)  # away from its start, where a LoRA adds nothing

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import mindspore as ms
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from ms_diffsynth import FluxImagePipeline, ModelConfig, runtime
 from ms_diffsynth.diffusion.packing import pack, unpack
-from ms_diffsynth.errors import DataError, WeightError
+from ms_diffsynth.errors import DataError, DeviceError, WeightError
 from ms_diffsynth.io.weights import load_state_dict, save_sharded
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipelines.flux.denoise import image_ids
@@ -35,6 +36,29 @@ def pipe(tiny_flux):
 ])
 def test_shipped_tokenizers_are_the_real_ones(pipe, name, ids):
     assert getattr(pipe, name)("a photo of sks dog").input_ids == ids
+
+
+# transformers 4.57.1, CLIPTokenizer with ftfy 6.3: what DiffSynth-Studio requires
+@pytest.mark.parametrize(("text", "ids"), [
+    ("a sign that says “hello world” and ‘bye’ – it’s fine…",
+     [49406, 320, 2292, 682, 1563, 257, 3306, 1002, 257, 537, 262, 4460, 262, 1224, 585, 568, 3797, 959, 49407]),
+    ("一只红色的猫在海边，背景是日落。",
+     [49406, 19759, 222, 34517, 103, 163, 118, 95, 164, 231, 110, 163, 248, 226, 163, 234, 104, 37746, 101, 162, 113,
+      115, 164, 122, 373, 267, 164, 225, 234, 48132, 107, 42891, 107, 39121, 164, 238, 377, 38000, 49407]),
+    ("ＡＢＣ １２３", [49406, 5334, 272, 273, 274, 49407]),
+    ("a &amp; b &lt;c&gt; cat &quot;x&quot;", [49406, 320, 261, 321, 283, 322, 285, 2368, 257, 343, 257, 49407]),
+    ("ﬁne oﬃce", [49406, 3797, 2171, 49407]),
+    ("a cat 🐱 with hearts ❤️ and 👨\u200d👩\u200d👧\u200d👦",
+     [49406, 320, 2368, 22979, 593, 5516, 1752, 537, 25023, 26304, 48938, 4244, 964, 355, 49407]),
+])
+def test_clip_reads_quotes_chinese_and_emoji_as_the_reference(pipe, text, ids):
+    assert pipe.tokenizer_1(text).input_ids == ids
+
+
+def test_clip_without_ftfy_is_refused(tiny_flux, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(DeviceError, match=r"ftfy is not installed: CLIP's tokenizer needs it.* pip install ftfy"):
+        FluxImagePipeline.from_pretrained(str(tiny_flux)).tokenizer_1  # noqa: B018
 
 
 def test_prompts_are_padded_and_what_is_cut_is_logged(pipe, caplog):

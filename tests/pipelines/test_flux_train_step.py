@@ -40,10 +40,9 @@ def pipe(folder):
 def batch(pipe, scheme):
     rng = np.random.default_rng(7)
     shape = (SIZE, *pipe.latent_shape(PIXELS, PIXELS))
-    draw = rng.standard_normal(SIZE) if scheme == "logit_normal" else rng.random(SIZE)
     return {
         "pixels": rng.uniform(-1, 1, (SIZE, 3, PIXELS, PIXELS)), "posterior_noise": rng.standard_normal(shape),
-        "noise": rng.standard_normal(shape), "density_draw": draw,
+        "noise": rng.standard_normal(shape), "timestep_index": rng.integers(0, 1000, SIZE),
         "prompt_embeds": np.repeat(rng.standard_normal((2, TOKENS, 48)), 2, 0),
         "pooled_prompt_embeds": np.repeat(rng.standard_normal((2, 32)), 2, 0),
     }
@@ -51,7 +50,8 @@ def batch(pipe, scheme):
 
 def both_steps(pipe, scheme, has_prior, mode):
     """(hand-written step, its inputs), (fused program's step, its inputs), on the same weights and draws."""
-    slots = {k: Tensor(v.astype(np.float32)) for k, v in batch(pipe, scheme).items()}
+    slots = {k: Tensor(v.astype(np.int32 if k == "timestep_index" else np.float32))
+             for k, v in batch(pipe, scheme).items()}
     schedule = pipe.training_schedule("dreambooth")
     args = Namespace(max_grad_norm=1.0, gradient_accumulation_steps=1, weighting_scheme=scheme, logit_mean=0.1,
                      logit_std=1.2, mode_scale=1.29, guidance_scale=3.5, with_prior_preservation=has_prior,
@@ -71,7 +71,7 @@ def both_steps(pipe, scheme, has_prior, mode):
     assert "encode_image" in [u.name for u in cut.step]
     fused = ProgramTrainStep(module, cut, optimizer, max_grad_norm=1.0, mode=mode)
     names = (*cut.cache, *cut.draws)
-    return ((by_hand, [slots[n] for n in ("pixels", "posterior_noise", "noise", "density_draw")]),
+    return ((by_hand, [slots[n] for n in ("pixels", "posterior_noise", "noise", "timestep_index")]),
             (fused, [slots[n] for n in names]))
 
 

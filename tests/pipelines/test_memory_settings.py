@@ -70,6 +70,17 @@ def test_eight_bits_of_an_encoder_shape_the_cache(tiny_flux, tmp_path):
     assert [name for name in models if models[name] != stored[name]] == ["text_encoder_2"]
 
 
+def test_a_cache_of_another_tokenizer_library_is_refused(tiny_flux, tmp_path, monkeypatch):
+    """CLIP's tokens follow the version of ftfy, which no file of the model shows."""
+    made = cache(tmp_path, tiny_flux)
+    assert set(made.manifest["fingerprint"]["libraries"]) == {"ftfy", "sentencepiece", "transformers"}
+    second = module(tiny_flux, "sft:train")
+    open_cache(made.folder, second, second.training_cut())
+    monkeypatch.setattr("ms_diffsynth.train.split.version", lambda package: "1.0")
+    with pytest.raises(CacheError, match=r"libraries\.ftfy: .*, expected 1\.0"):
+        open_cache(made.folder, second, second.training_cut())
+
+
 def test_stage_two_refuses_a_cache_of_another_tokenizer_or_family(tiny_flux, tmp_path):
     def is_refused(folder, says, **how):
         with pytest.raises(CacheError, match=says):

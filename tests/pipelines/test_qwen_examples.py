@@ -84,9 +84,9 @@ def test_both_scripts_give_the_same_loss_for_the_same_draws(monkeypatch):
     for module in (simple, full):
         set_lora(module.pipe.dit, values)
     data = {"image": Image.open(CAT / "1f638.png").convert("RGB").resize((32, 48)), "prompt": "a cat that smiles"}
-    draws = {"noise": Draws(5).normal("noise", np.array([0]), (16, 6, 4)),
-             "density_draw": Draws(5).uniform("density_draw", np.array([0]), ())}
-    simple.pipe.random = lambda stream, kind, shape: draws[stream].reshape(shape)
+    simple.pipe.random = Draws(5).of(np.array([0]))
+    draws = {name: full.pipe.objective.draw(name, (1, 16, 6, 4), 1000, simple.pipe.random)
+             for name in ("noise", "timestep_index")}
     wanted = float(simple.forward(data).asnumpy())
     cut = full.training_cut()
     slots = {n: v[None] for n, v in in_bucket(full.prepare(data, cut), (48, 32), full.pipe).slots.items()} | draws

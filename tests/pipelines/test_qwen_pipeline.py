@@ -11,10 +11,9 @@ from PIL import Image
 
 from ms_diffsynth import QwenImagePipeline, runtime
 from ms_diffsynth.diffusion.sampler import euler
-from ms_diffsynth.errors import WeightError
+from ms_diffsynth.errors import DataError, WeightError
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.weights import load_state_dict, save_sharded
-from ms_diffsynth.pipelines.qwen_image.pipeline import SCHEDULE
 from ms_diffsynth.pipelines.qwen_image.units import PREFIX, TEMPLATE
 from ms_diffsynth.units import run_unit
 
@@ -57,10 +56,15 @@ def test_text_to_image_is_that_of_diffusers(pipe, golden):
     assert relative(pixels.clip(0, 1), wanted["pixels"]) < 2e-5
 
 
-def test_sigmas_of_four_steps():
+def test_sigmas_of_four_steps(pipe):
     # DiffSynth-Studio's dynamic shift at 4096 tokens
-    np.testing.assert_allclose(SCHEDULE.sampling(4, 4096), [1, 0.766709, 0.455614, 0.02, 0], atol=1e-6)
-    assert SCHEDULE.sigmas[[0, -1]].tolist() == pytest.approx([1, 0.02], abs=1e-7)
+    np.testing.assert_allclose(pipe.sampling_sigmas(4, (16, 128, 128)), [1, 0.766709, 0.455614, 0.02, 0], atol=1e-6)
+    assert pipe.training_schedule("sft").sigmas[[0, -1]].tolist() == pytest.approx([1, 0.02], abs=1e-7)
+
+
+def test_a_broken_prediction_is_no_black_image(pipe):
+    with pytest.raises(DataError, match="pixel values are not finite"):
+        pipe.decode(Tensor(np.full((1, 16, 2, 2), np.nan, np.float32)))
 
 
 # -- text of any length ----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 from mindspore import Tensor
 
 from ms_diffsynth import DiffusionTrainingModule, Flux2ImagePipeline, UnifiedDataset, attach_template
+from ms_diffsynth.diffusion.density import timestep_index
 from ms_diffsynth.errors import ConfigError, DataError, TemplateError
 from ms_diffsynth.io.weights import load_state_dict
 from ms_diffsynth.nn.names import state_dict
@@ -43,7 +44,7 @@ def inputs_of(module, cut, rows, first=0):
     indices = np.arange(first, first + len(rows))
     values = {name: np.stack([s[name] for s in slots]) for name in cut.cache}
     values |= {"noise": draws.normal("noise", indices, shape),
-               "density_draw": draws.uniform("density_draw", indices, ())}
+               "timestep_index": timestep_index(draws.uniform("density_draw", indices), 1000)}
     return [Tensor(values[name]) for name in (*cut.cache, *cut.draws)]
 
 

@@ -83,6 +83,17 @@ def test_norm_and_clipping(mode, scale, limit):
     assert norm.dtype == coefficient.dtype == ms.float32
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_coefficient_of_a_broken_norm_is_not_a_number(mode):
+    class Coefficient(nn.Cell):
+        def construct(self, norm):
+            return grads.clip_coefficient(norm, 0.5)
+
+    call = compiled(Coefficient(), mode)
+    assert np.isnan(float(call(Tensor(np.float32(np.nan))))) and float(call(Tensor(np.float32(np.inf)))) == 0
+    assert float(call(Tensor(np.float32(0.25)))) == 1 and float(call(Tensor(np.float32(2)))) == pytest.approx(0.25)
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])

@@ -49,11 +49,10 @@ def losses(run: Path, metadata: str, trust_template_code: bool, times: int = 8, 
     pipe.units = [unit for unit in pipe.units if unit not in pipe.optional_units["template_inputs"]]
     _, loss_without = loss_of(pipe)
     draws, rows, found = Draws(seed), len(dataset), []
-    scalars, shape = pipe.objective.scalar_draws, pipe.latent_shape(settings.height, settings.width)
+    shape = (rows, *pipe.latent_shape(settings.height, settings.width))
     for k in range(times):
         samples = np.arange(k * rows, (k + 1) * rows)
-        fresh = {name: getattr(draws, scalars.get(name, "normal"))(name, samples, () if name in scalars else shape)
-                 for name in cut.draws}
+        fresh = {name: pipe.objective.draw(name, shape, len(pipe.sigmas), draws.of(samples)) for name in cut.draws}
         other = derangement(draws.permutation("conditions", k, rows))
         shuffled = {name: value[other] for name, value in slots.items() if name.startswith("template.")}
         found.append([loss_with(slots | fresh), loss_with(slots | fresh | shuffled), loss_without(slots | fresh)])

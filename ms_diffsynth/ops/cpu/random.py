@@ -29,13 +29,18 @@ def _check_generator(is_absent):
                           "Draw with NumPy on the host and pass the tensor in.")
 
 
+def _below_one(x):
+    """``ops.rand`` of the CPU gives 1.0 once in some ten million numbers (MindSpore 2.10)."""
+    return ops.minimum(x, 1 - 2.0**-24) if x.dtype == mstype.float32 else x
+
+
 def rand(*size, generator=None, dtype=None):
     _check_generator(generator is None)
-    return ops.rand(*_shape(size), dtype=mstype.float32 if dtype is None else dtype)
+    return _below_one(ops.rand(*_shape(size), dtype=mstype.float32 if dtype is None else dtype))
 
 
 def rand_like(input, *, dtype=None):
-    return ops.rand(*input.shape, dtype=input.dtype if dtype is None else dtype)
+    return _below_one(ops.rand(*input.shape, dtype=input.dtype if dtype is None else dtype))
 
 
 def randn(*size, generator=None, dtype=None):

@@ -23,7 +23,7 @@ from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.weights import load_state_dict, match, save_sharded
 from ms_diffsynth.nn.lora import lora_modules
 from ms_diffsynth.nn.names import assign, state_dict, torch_shapes
-from ms_diffsynth.pipeline import Component, Pipeline, UnitSequence
+from ms_diffsynth.pipeline import SCHEDULER_FILE, Component, Pipeline, UnitSequence
 from ms_diffsynth.pipelines.ddpm_unet.units import Denoise, LoadPixels
 from ms_diffsynth.pipelines.quiet import quiet_imports
 from ms_diffsynth.program import Program
@@ -33,7 +33,6 @@ from ms_diffsynth.units import TensorUnit
 
 logger = logging.getLogger(__name__)
 
-SCHEDULER_FILE = "scheduler_config.json"
 SAMPLERS = {"ddim": 50, "ddpm": 1000}  # and how many steps each takes when nobody says
 
 
@@ -76,7 +75,6 @@ class UnconditionalImagePipeline(Pipeline):
                  noise_schedule: NoiseSchedule | None = None):
         super().__init__(models, dtype)
         self.objective = DDPMObjective()
-        self.scheduler_file: Path | None = None
         self._schedule = noise_schedule
 
     @classmethod
@@ -109,7 +107,7 @@ class UnconditionalImagePipeline(Pipeline):
     def training_schedule(self, objective: str) -> NoiseSchedule:
         return self.noise_schedule
 
-    def objective_for(self, objective: DDPMObjective | Objective | None) -> DDPMObjective:
+    def objective_for(self, objective: DDPMObjective | Objective | None, task: str = "sft") -> DDPMObjective:
         if objective is None:
             return DDPMObjective()
         if not isinstance(objective, DDPMObjective):
@@ -139,24 +137,15 @@ class UnconditionalImagePipeline(Pipeline):
         return self._schedule if kind is None else replace(self._schedule, prediction_type=kind)
 
     def _read_schedule(self) -> NoiseSchedule:
-        if "unet" not in self.sources:
-            return NoiseSchedule()
-        folder = self.sources["unet"].folder
-        beside = (folder.parent / "scheduler" / SCHEDULER_FILE, folder / SCHEDULER_FILE)
-        for file in (self.scheduler_file, *beside):
-            if file is not None and file.is_file():
-                return NoiseSchedule.from_config(json.loads(file.read_text(encoding="utf-8")))
-        logger.warning("no %s in %s or %s: DDPM's own schedule is taken (1000 timesteps, linear betas, epsilon). Give "
-                       "a ModelConfig of the file where the network had another.", SCHEDULER_FILE, beside[0].parent,
-                       folder)
+        config = self.scheduler_config()
+        if config is not None:
+            return NoiseSchedule.from_config(config)
+        if "unet" in self.sources:
+            folder = self.sources["unet"].folder
+            logger.warning("no %s in %s or %s: DDPM's own schedule is taken (1000 timesteps, linear betas, epsilon). "
+                           "Give a ModelConfig of the file where the network had another.", SCHEDULER_FILE,
+                           folder.parent / "scheduler", folder)
         return NoiseSchedule()
-
-    def _add_source(self, config: ModelConfig) -> None:
-        paths = config.resolve(runtime.model_base_path())
-        if paths[0].name == SCHEDULER_FILE:
-            self.scheduler_file = paths[0]
-        else:
-            super()._add_source(config)
 
     # -- sampling ------------------------------------------------------------------------------------------------
 

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
-import numpy as np
 
-from ms_diffsynth.diffusion.schedule import Schedule, diffsynth_flux, flow_match_euler, flux_sampling
+from ms_diffsynth.diffusion.schedule import FLUX_DEV, FLUX_SCHNELL, FlowMatchSettings, diffsynth_flux
+from ms_diffsynth.errors import DeviceError
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.pipeline import Component
 from ms_diffsynth.pipelines.flux import units
 from ms_diffsynth.pipelines.flux.denoise import Denoise
 from ms_diffsynth.pipelines.image import ImagePipeline
 from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.pipelines.t5 import weight_dtype, with_exact_buckets
 
 HERE = Path(__file__).parent
 
@@ -46,14 +47,18 @@ def _build_t5(config: dict[str, Any]):
         from mindone.transformers import T5EncoderModel
         from transformers import T5Config
 
-    return T5EncoderModel(T5Config(**config))
+    return with_exact_buckets(T5EncoderModel(T5Config(**config)))
 
 
 def _build_clip_tokenizer(folder: Path):
     with quiet_imports():
         from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    if tokenizer.fix_text is None:  # transformers would go on with another reading of quotes, Chinese and emoji
+        raise DeviceError("the package ftfy is not installed: CLIP's tokenizer needs it, and without it gives other "
+                          "tokens for curly quotes, Chinese and emoji. Install it: pip install ftfy.")
+    return tokenizer
 
 
 def _build_t5_tokenizer(folder: Path):
@@ -69,12 +74,14 @@ def _arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 
 COMPONENTS = (
-    Component(name="tokenizer_1", folder="tokenizer", build=_build_clip_tokenizer, default_folder=HERE / "tokenizer_1"),
-    Component(name="tokenizer_2", folder="tokenizer_2", build=_build_t5_tokenizer, default_folder=HERE / "tokenizer_2"),
+    Component(name="tokenizer_1", folder="tokenizer", build=_build_clip_tokenizer, default_folder=HERE / "tokenizer_1",
+              libraries=("transformers", "ftfy")),
+    Component(name="tokenizer_2", folder="tokenizer_2", build=_build_t5_tokenizer, default_folder=HERE / "tokenizer_2",
+              libraries=("transformers", "sentencepiece")),
     Component(name="text_encoder_1", folder="text_encoder", class_name="CLIPTextModel", build=_build_clip,
               ignored=("text_model.embeddings.position_ids",)),
     Component(name="text_encoder_2", folder="text_encoder_2", class_name="T5EncoderModel", build=_build_t5,
-              ignored=("encoder.embed_tokens.weight",)),
+              ignored=("encoder.embed_tokens.weight",), weight_dtype=weight_dtype),
     Component(name="vae", folder="vae", class_name="AutoencoderKL", build=_build_vae),
     Component(name="dit", folder="transformer", class_name="FluxTransformer2DModel", build=_build_dit),
 )
@@ -101,6 +108,7 @@ class FluxImagePipeline(ImagePipeline):
     fusible = ("encode_image",)
     prepare_settings = ("max_sequence_length",)
     max_sequence_length = 512
+    sft_grid = diffsynth_flux(3.0).training
 
     @classmethod
     def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
@@ -142,9 +150,6 @@ class FluxImagePipeline(ImagePipeline):
         factor = self.vae_scale_factor
         return (self.config("vae")["latent_channels"], height // factor, width // factor)
 
-    def training_schedule(self, objective: str) -> Schedule:
-        return diffsynth_flux(3.0) if objective == "sft" else flow_match_euler(3.0)
-
-    def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
-        tokens = (latent_shape[1] // 2) * (latent_shape[2] // 2)
-        return flux_sampling(num_inference_steps, tokens, bool(self.config("dit")["guidance_embeds"]))
+    def published_scheduler(self) -> FlowMatchSettings:
+        is_here = "dit" in self.models or "dit" in self.sources  # it need not be where only prompts are encoded
+        return FLUX_SCHNELL if is_here and not self.config("dit")["guidance_embeds"] else FLUX_DEV

@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ms_diffsynth.diffusion.schedule import FLUX_DEV
 from ms_diffsynth.pipelines.flux.pipeline import COMPONENTS
 from ms_diffsynth.pipelines.tiny import write_model
 
@@ -34,4 +35,4 @@ def write_tiny(folder: Path, seed: int = 0) -> None:
 
     Raises: OutputError when the folder exists and is not empty.
     """
-    write_model(folder, "FluxPipeline", COMPONENTS, CONFIGS, seed)
+    write_model(folder, "FluxPipeline", COMPONENTS, CONFIGS, seed, FLUX_DEV.to_config())

@@ -13,6 +13,7 @@ from mindspore.amp import StaticLossScaler
 
 from ms_diffsynth.diffusion import density, flow, losses, weighting
 from ms_diffsynth.diffusion.packing import pack, unpack
+from ms_diffsynth.ops.clamp import clamp
 from ms_diffsynth.pipelines.flux.denoise import image_ids
 from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.step import AttrJitWrapper, TrainStep
@@ -34,7 +35,7 @@ class TrainStepForFluxDevDB(TrainStep):
 
     Called with ``pixel_values`` float32 [B, 3, H, W] in [-1, 1]; with prior preservation the first half are instances.
     The draws are appended on the host, keyed by (seed, stream, running sample index); they may also be given:
-    ``step(pixel_values, posterior_noise, noise, density_draw)``. Returns ``(loss, model_pred)``.
+    ``step(pixel_values, posterior_noise, noise, timestep_index)``. Returns ``(loss, model_pred)``.
     """
 
     def __init__(self, vae: nn.Cell, transformer: nn.Cell, optimizer: nn.Cell, noise_scheduler: Any,
@@ -71,17 +72,20 @@ class TrainStepForFluxDevDB(TrainStep):
         self.samples_seen = 0
 
     def draws(self, *batch: Tensor) -> tuple[Tensor, ...]:
-        """Posterior noise, noise and the density's raw draw for a batch of pictures, unless they were given."""
+        """Posterior noise, noise and indices of noise levels for a batch of images, unless they were given."""
         if len(batch) > 1:
             return ()
         size, _, height, width = batch[0].shape
         indices = np.arange(self.samples_seen, self.samples_seen + size)
         self.samples_seen += size
         shape = (self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
-        kind = density.draw_kind(self.args.weighting_scheme)
-        draw = self._draws.normal if kind == "normal" else self._draws.uniform
+        args = self.args
+        draw = self._draws.normal if density.draw_kind(args.weighting_scheme) == "normal" else self._draws.uniform
+        u = density.density(draw("density_draw", indices), args.weighting_scheme, args.logit_mean, args.logit_std,
+                            args.mode_scale)
         return (Tensor(self._draws.normal("posterior_noise", indices, shape)),
-                Tensor(self._draws.normal("noise", indices, shape)), Tensor(draw("density_draw", indices, ())))
+                Tensor(self._draws.normal("noise", indices, shape)),
+                Tensor(density.timestep_index(u, len(self.sigmas))))
 
     def repeated(self, condition: Tensor, size: int) -> Tensor:
         """A condition for each row of a batch of ``size``: [b, ...] -> [size, ...]."""
@@ -94,18 +98,16 @@ class TrainStepForFluxDevDB(TrainStep):
         """Noise level by index, float32 [B, 1, ...] with ``n_dim`` axes."""
         return ops.gather(self.sigmas, indices, 0).reshape((-1,) + (1,) * (n_dim - 1))
 
-    def forward(self, pixel_values, posterior_noise, noise, density_draw):
+    def forward(self, pixel_values, posterior_noise, noise, timestep_index):
         args = self.args
         moments = self.vae.encode(pixel_values.astype(self.vae_dtype))[0].astype(ms.float32)
         mean, log_variance = moments[:, : self.latent_channels], moments[:, self.latent_channels :]
         # exp(x / 2) as a power: the CPU's exp is good to 5e-6 only, its pow to 1e-7
-        std = ops.pow(Tensor(np.float32(np.exp(0.5))), ops.clamp(log_variance, -30.0, 20.0))
+        std = ops.pow(Tensor(np.float32(np.exp(0.5))), clamp(log_variance, -30.0, 20.0))
         model_input = (mean + std * posterior_noise - self.vae_config_shift_factor) * self.vae_config_scaling_factor
         model_input = ops.stop_gradient(model_input)
 
-        u = density.density(density_draw, args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
-        indices = density.timestep_index(u, self.sigmas.shape[0])
-        sigmas = self.get_sigmas(indices, model_input.ndim)
+        sigmas = self.get_sigmas(timestep_index, model_input.ndim)
         noisy = flow.interpolate(model_input, noise, sigmas.reshape(-1))
 
         size, _, height, width = noisy.shape
@@ -124,7 +126,7 @@ class TrainStepForFluxDevDB(TrainStep):
         )[0]
         model_pred = unpack(model_pred, height, width).astype(ms.float32)
 
-        weights = ops.gather(self.loss_weights, indices, 0)
+        weights = ops.gather(self.loss_weights, timestep_index, 0)
         target = flow.velocity_target(model_input, noise)
         loss, sample_losses = losses.weighted_mse(model_pred, target, weights)
         if args.with_prior_preservation:

@@ -5,12 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from mindspore import Tensor
 from PIL import Image
 
 from ms_diffsynth.components import class_name_of, load_component, read_config
-from ms_diffsynth.diffusion.schedule import ExponentialShift, Grid, Schedule, flow_match_euler, to_one_nth
+from ms_diffsynth.diffusion.schedule import FLUX_DEV, ExponentialShift, FlowMatchSettings, Grid, to_one_nth
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.weights import open_checkpoint
@@ -98,7 +97,8 @@ def _arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 
 COMPONENTS = (
-    Component(name="tokenizer", folder="tokenizer", build=_build_tokenizer, default_folder=QWEN_TOKENIZER),
+    Component(name="tokenizer", folder="tokenizer", build=_build_tokenizer, default_folder=QWEN_TOKENIZER,
+              libraries=("transformers",)),
     Component(name="text_encoder", folder="text_encoder", class_name="Qwen3ForCausalLM", build=_build_text_encoder,
               ignored=("lm_head.", "model.norm.", *UNUSED_LAYERS)),
     Component(name="vae", folder="vae", class_name="AutoencoderKLFlux2", build=_build_vae,
@@ -109,7 +109,8 @@ COMPONENTS = (
 # FLUX.2-dev's: its tokenizer does not ship with the package
 DEV_TEXT_ENCODER = Component(name="text_encoder", folder="text_encoder", class_name="Mistral3ForConditionalGeneration",
                              build=_build_dev_text_encoder, ignored=UNUSED_OF_DEV)
-DEV_COMPONENTS = (Component(name="tokenizer", folder="tokenizer", build=_build_dev_tokenizer), DEV_TEXT_ENCODER,
+DEV_COMPONENTS = (Component(name="tokenizer", folder="tokenizer", build=_build_dev_tokenizer,
+                            libraries=("transformers", "tokenizers")), DEV_TEXT_ENCODER,
                   *COMPONENTS[2:])
 
 # What DiffSynth-Studio's FLUX.2 klein LoRA script adapts; attn.to_out is that of the single blocks
@@ -119,19 +120,14 @@ LORA_TARGET_MODULES = (
 )
 
 
-def empirical_shift(sigmas: np.ndarray, seq_len: int | None = None) -> np.ndarray:
-    """`ExponentialShift` with a mu fitted to the picture's size in tokens and to the number of steps.
+def empirical_mu(seq_len: int, steps: int) -> float:
+    """mu of dynamic shifting, fitted to the image's size in tokens and to the number of sampling steps.
 
     Source: diffusers 0.36, pipelines/flux2/pipeline_flux2.py, compute_empirical_mu.
     """
     many = 0.00016927 * seq_len + 0.45666666  # mu at 200 steps
     few = 8.73809524e-05 * seq_len + 1.89833333  # mu at 10 steps
-    mu = many if seq_len > 4300 else many + (few - many) * (200 - len(sigmas)) / 190
-    return ExponentialShift(mu)(sigmas)
-
-
-# Source: DiffSynth-Studio 2.1.12, FlowMatchScheduler(template="FLUX.2")
-SCHEDULE = Schedule(training=Grid(to_one_nth, (ExponentialShift(0.8),)), inference=Grid(to_one_nth, (empirical_shift,)))
+    return many if seq_len > 4300 else many + (few - many) * (200 - steps) / 190
 
 
 class Flux2ImagePipeline(ImagePipeline):
@@ -147,6 +143,9 @@ class Flux2ImagePipeline(ImagePipeline):
     fusible = ("encode_image",)
     prepare_settings = ("max_sequence_length",)
     max_sequence_length = 512
+    sft_grid = Grid(to_one_nth, (ExponentialShift(0.8),))  # DiffSynth-Studio 2.1.12, FlowMatchScheduler("FLUX.2")
+    dynamic_mu = staticmethod(empirical_mu)
+    latent_patch = 1
 
     def __call__(self, prompt: str, *, embedded_guidance: float = 4.0, **options: Any) -> Image.Image:
         """Generate one picture; arguments as `ImagePipeline.__call__`, and:
@@ -183,12 +182,8 @@ class Flux2ImagePipeline(ImagePipeline):
         factor = 2 * 2 ** (len(config["block_out_channels"]) - 1)  # 2x2 patches of the VAE's latents
         return (4 * config["latent_channels"], height // factor, width // factor)
 
-    def training_schedule(self, objective: str) -> Schedule:
-        # diffusers' DreamBooth script takes the scheduler's grid, which dynamic shifting leaves unshifted
-        return SCHEDULE if objective == "sft" else flow_match_euler(1.0)
-
-    def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
-        return SCHEDULE.sampling(num_inference_steps, latent_shape[1] * latent_shape[2])
+    def published_scheduler(self) -> FlowMatchSettings:
+        return FLUX_DEV  # FLUX.2's is the same, and takes another mu
 
     def _add_source(self, config: ModelConfig) -> None:
         """As `Pipeline._add_source`; the files of dev's text encoder make this a pipeline of dev's components."""

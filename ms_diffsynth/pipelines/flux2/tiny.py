@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ms_diffsynth.diffusion.schedule import FLUX_DEV
 from ms_diffsynth.pipelines.flux2.pipeline import COMPONENTS
 from ms_diffsynth.pipelines.tiny import write_model
 
@@ -32,4 +33,4 @@ def write_tiny(folder: Path, seed: int = 0) -> None:
 
     Raises: OutputError when ``folder`` exists and is not empty.
     """
-    write_model(folder, "Flux2KleinPipeline", COMPONENTS, CONFIGS, seed)
+    write_model(folder, "Flux2KleinPipeline", COMPONENTS, CONFIGS, seed, FLUX_DEV.to_config())

@@ -13,8 +13,10 @@ from mindspore import Tensor, nn, ops
 from PIL import Image
 
 from ms_diffsynth.components import class_name_of
+from ms_diffsynth.data.images import to_rgb
 from ms_diffsynth.data.operators import ImageCropAndResize
 from ms_diffsynth.errors import DataError
+from ms_diffsynth.ops.clamp import clamp
 from ms_diffsynth.pipelines import vae_units
 from ms_diffsynth.pipelines.flux2.denoise import to_tokens
 from ms_diffsynth.pipelines.flux2.prompt import dev_ids, klein_ids
@@ -101,7 +103,7 @@ class EncodeEditImage(PipelineUnit):
         factor = pipe.division_factor
         shrink = ImageCropAndResize(None, None, self.max_pixels, factor, factor)
         eps = float(pipe.config("vae")["batch_norm_eps"])
-        moments = [normalised_moments(pipe.vae, pipe.preprocess_image(shrink(image.convert("RGB"))), pipe.dtype, eps)
+        moments = [normalised_moments(pipe.vae, pipe.preprocess_image(shrink(to_rgb(image))), pipe.dtype, eps)
                    for image in images]
         latents = [m[:, :m.shape[1] // 2] for m in moments]
         return {"edit_latents": ops.cat([to_tokens(x) for x in latents], 1),
@@ -137,7 +139,7 @@ def normalised_moments(vae: nn.Cell, pixels: Tensor, dtype: ms.Type, eps: float)
         moments = vae.quant_conv(moments)
     mean, log_variance = ops.chunk(moments.astype(ms.float32), 2, 1)
     shift, variance = statistics(vae, eps)
-    log_variance = to_patches(ops.clamp(log_variance, -30.0, 20.0)) - ops.log(variance)
+    log_variance = to_patches(clamp(log_variance, -30.0, 20.0)) - ops.log(variance)
     return ops.cat(((to_patches(mean) - shift) / ops.sqrt(variance), log_variance), 1)
 
 

@@ -8,16 +8,7 @@ import numpy as np
 from mindspore import Tensor
 
 from ms_diffsynth.diffusion.guidance import classifier_free_with_norms
-from ms_diffsynth.diffusion.schedule import (
-    DynamicShift,
-    ExponentialShift,
-    Grid,
-    Schedule,
-    TerminalStretch,
-    flow_match_euler,
-    linspace,
-    to_one_nth,
-)
+from ms_diffsynth.diffusion.schedule import ExponentialShift, FlowMatchSettings, Grid, TerminalStretch, linspace
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.pipeline import Component
 from ms_diffsynth.pipelines.flux.units import LoadPixels
@@ -66,7 +57,8 @@ def _arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 
 COMPONENTS = (
-    Component(name="tokenizer", folder="tokenizer", build=_build_tokenizer, default_folder=HERE / "tokenizer"),
+    Component(name="tokenizer", folder="tokenizer", build=_build_tokenizer, default_folder=HERE / "tokenizer",
+              libraries=("transformers",)),
     Component(name="text_encoder", folder="text_encoder", class_name="Qwen2_5_VLForConditionalGeneration",
               build=_build_text_encoder, ignored=("visual.", "lm_head.")),
     Component(name="vae", folder="vae", class_name="AutoencoderKLQwenImage", build=_build_vae),
@@ -85,12 +77,8 @@ def one_to_zero(n: int) -> np.ndarray:
     return linspace(1.0, 0.0, n + 1)[:-1]
 
 
-# Source: DiffSynth-Studio 2.1.12, FlowMatchScheduler(template="Qwen-Image"); Qwen-Image's scheduler_config.json
-SCHEDULE = Schedule(
-    training=Grid(one_to_zero, (ExponentialShift(0.8), TerminalStretch(0.02))),
-    inference=Grid(to_one_nth, (DynamicShift(base_seq_len=256, max_seq_len=8192, base_mu=0.5, max_mu=0.9),
-                                TerminalStretch(0.02))),
-)
+# as published with Qwen-Image
+SCHEDULER = FlowMatchSettings(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
 
 
 class QwenImagePipeline(ImagePipeline):
@@ -109,6 +97,8 @@ class QwenImagePipeline(ImagePipeline):
     prompt_lengths = (64, 128, 256, 512, 1024)
     max_sequence_length = 1024
     default_cfg_scale = 4.0
+    # Source: DiffSynth-Studio 2.1.12, FlowMatchScheduler(template="Qwen-Image")
+    sft_grid = Grid(one_to_zero, (ExponentialShift(0.8), TerminalStretch(0.02)))
     guidance_rule = staticmethod(classifier_free_with_norms)
 
     def build_units(self) -> list:
@@ -131,9 +121,5 @@ class QwenImagePipeline(ImagePipeline):
         factor = 2 ** len(config["temperal_downsample"])  # the config's spelling
         return (config["z_dim"], height // factor, width // factor)
 
-    def training_schedule(self, objective: str) -> Schedule:
-        # diffusers' DreamBooth script takes the scheduler's grid, which dynamic shifting leaves unshifted
-        return SCHEDULE if objective == "sft" else flow_match_euler(1.0)
-
-    def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
-        return SCHEDULE.sampling(num_inference_steps, (latent_shape[1] // 2) * (latent_shape[2] // 2))
+    def published_scheduler(self) -> FlowMatchSettings:
+        return SCHEDULER

@@ -4,7 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ms_diffsynth.pipelines.qwen_image.pipeline import COMPONENTS
+from ms_diffsynth.pipelines.qwen_image.pipeline import COMPONENTS, SCHEDULER
 from ms_diffsynth.pipelines.tiny import write_model
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -36,4 +36,4 @@ def write_tiny(folder: Path, seed: int = 0) -> None:
 
     Raises: OutputError when ``folder`` exists and is not empty.
     """
-    write_model(folder, "QwenImagePipeline", COMPONENTS, CONFIGS, seed)
+    write_model(folder, "QwenImagePipeline", COMPONENTS, CONFIGS, seed, SCHEDULER.to_config())

@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ms_diffsynth.errors import WeightError
+from ms_diffsynth.ops.clamp import clamp
 from ms_diffsynth.pipelines import vae_units
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
@@ -88,4 +89,4 @@ class Decode(vae_units.Decode):
     def construct(self, latents):
         latents = (latents * self.std + self.mean).astype(self.dtype)
         pixels = self.vae.decoder(self.vae.post_quant_conv(latents.expand_dims(2)))
-        return (ops.clamp(pixels.squeeze(2).astype(ms.float32), -1.0, 1.0),)
+        return (clamp(pixels.squeeze(2).astype(ms.float32), -1.0, 1.0),)

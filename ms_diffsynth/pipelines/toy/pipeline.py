@@ -8,7 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from ms_diffsynth.diffusion.schedule import Schedule, diffsynth_flux, flow_match_euler, flux_sampling
+from ms_diffsynth.diffusion.schedule import FLUX_SCHNELL, Schedule, diffsynth_flux, flow_match_euler
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.pipeline import Component
 from ms_diffsynth.pipelines.image import ImagePipeline
@@ -135,7 +135,7 @@ class ToyImagePipeline(ImagePipeline):
         return diffsynth_flux(3.0) if objective == "sft" else flow_match_euler(3.0)
 
     def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
-        return flux_sampling(num_inference_steps, latent_shape[1] * latent_shape[2] // 4, False)
+        return FLUX_SCHNELL.schedule().sampling(num_inference_steps)
 
 
 def write_tiny(folder: Path, seed: int = 0) -> None:
