@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ms_diffsynth.cli.parity import Quantity, relative_error, together, worst
+from ms_diffsynth.debug.compare import Quantity, relative_error, together, worst
 from ms_diffsynth.errors import DataError
 from ms_diffsynth.io.weights import load_state_dict, save_state_dict
 
