@@ -10,12 +10,19 @@ from ms_diffsynth.errors import DataError
 
 @dataclass(frozen=True)
 class Quantity:
-    """One compared quantity. ``error`` is the largest difference relative to the reference's largest element."""
+    """One compared quantity.
+
+    Attributes:
+        error: the largest difference relative to the reference's largest element, or a count of ``unit``.
+        where: where it is largest.
+        unit: what is counted (``"of 255"``, ``"of 48 texts"``); empty for a relative error.
+    """
 
     name: str
     error: float
     tolerance: float
     where: str = ""
+    unit: str = ""
 
     @property
     def passes(self) -> bool:
@@ -24,7 +31,9 @@ class Quantity:
     def __str__(self) -> str:
         verdict = "ok  " if self.passes else "FAIL"
         where = f"  ({self.where})" if self.where else ""
-        return f"  {verdict} {self.name:<28} {self.error:9.1e}  <= {self.tolerance:.0e}{where}"
+        if self.unit:
+            return f"  {verdict} {self.name:<36} {self.error:9g}  <= {self.tolerance:g} {self.unit}{where}"
+        return f"  {verdict} {self.name:<36} {self.error:9.1e}  <= {self.tolerance:.0e}{where}"
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray, scale: float | None = None) -> float:

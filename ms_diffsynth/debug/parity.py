@@ -15,6 +15,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn
 
 from ms_diffsynth.components import Component, Source
 from ms_diffsynth.debug.compare import Quantity, relative_error, together, worst
+from ms_diffsynth.debug.end_to_end import check_end_to_end
 from ms_diffsynth.debug.gradients import Gradients
 from ms_diffsynth.diffusion.ddpm import DDPMObjective
 from ms_diffsynth.diffusion.units import Objective
@@ -39,18 +40,22 @@ INPUTS = {"images": "input_latents"}
 EXPECTED = {"noisy_latents": "latents", "noisy": "latents", "noisy_images": "latents", "noise_pred": "prediction"}
 
 
-class Case:
-    """A reference case, loaded."""
+def read_case(folder: Path) -> dict[str, Any]:
+    """What case.json says. Raises: DataError for a folder without one."""
+    try:
+        return json.loads((folder / "case.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{folder} is no reference case: it has no case.json. Give a folder such as "
+                        "tests/golden/flux.") from None
+    except ValueError as error:
+        raise DataError(f"{folder / 'case.json'} is not JSON ({error}): copy the case again.") from None
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        try:
-            self.info: dict[str, Any] = json.loads((folder / "case.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(f"{folder} is no reference case: it has no case.json. Give a folder such as "
-                            "tests/golden/flux.") from None
-        except ValueError as error:
-            raise DataError(f"{folder / 'case.json'} is not JSON ({error}): copy the case again.") from None
+
+class Case:
+    """A reference case of one network, loaded."""
+
+    def __init__(self, folder: Path, info: dict[str, Any]):
+        self.folder, self.info = folder, info
         if self.info.get("objective") not in OBJECTIVES:
             raise DataError(f"{folder / 'case.json'}: objective {self.info.get('objective')!r} cannot be run; expected "
                             f"one of {', '.join(OBJECTIVES)}.")
@@ -100,7 +105,10 @@ class Case:
 
 def check_case(folder: Path, mode: str) -> list[Quantity]:
     """Run one case in ``mode`` and return every compared quantity."""
-    case = Case(Path(folder))
+    info = read_case(Path(folder))
+    if info.get("kind") == "end_to_end":
+        return check_end_to_end(Path(folder), info, mode)
+    case = Case(Path(folder), info)
     pipe, objective = case.pipeline(), case.objective
     schedule = pipe.training_schedule(OBJECTIVES[case.info["objective"]])
     quantities = []

@@ -287,6 +287,8 @@ def train(case: Case, reference: Reference, run: dict) -> None:
             if len(draws) == 1:
                 case.expected[f"{name}.first_loss"] = loss.detach()
                 keep("grad", [size * gradient_of(p) for p in parameters.values()])
+        for parameter in parameters.values():  # what the loss does not depend on has a gradient of zero, not none
+            parameter.grad = gradient_of(parameter)
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), run.max_grad_norm)
         for key, value in zip(recorded, (np.mean(losses), norm.item(), rates.get_last_lr()[0])):
             recorded[key].append(value)
@@ -721,6 +723,9 @@ class Flux2Dev(Flux2):
             tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
             padding_side="left", chat_template=self.template)
         self.tokenizer.save_pretrained(case.folder / "tokenizer")
+        settings = case.folder / "tokenizer" / "tokenizer_config.json"
+        named = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}  # 4 knows it too
+        settings.write_text(json.dumps(named, indent=1) + "\n")
         weights = {}
         for name, weight in self.model.state_dict().items():
             if weight.ndim > 1:
