@@ -15,7 +15,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, nn
 from PIL import Image
 
 from ms_diffsynth.components import read_config
@@ -24,6 +24,7 @@ from ms_diffsynth.debug.compare import Quantity, relative_error, worst
 from ms_diffsynth.debug.end_to_end_training import check_training
 from ms_diffsynth.errors import DataError, listing
 from ms_diffsynth.io.weights import load_state_dict
+from ms_diffsynth.nn.names import torch_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Program, is_optional, slot
 from ms_diffsynth.registry import family
@@ -110,7 +111,7 @@ def check_end_to_end(folder: Path, info: dict[str, Any], mode: str) -> list[Quan
         pipe = case.pipeline()
         quantities = []
         if "encoded" in info:
-            quantities += _texts(case, pipe, mode)
+            quantities += [*_texts(case, pipe, mode), *_buckets(case, pipe)]
         if "files" in info:
             quantities += _files(case, pipe, mode)
         quantities += _schedules(case)
@@ -183,6 +184,21 @@ def _tokens(case: EndToEndCase, tokens: dict[str, dict[str, np.ndarray]]) -> Ite
         differ = [text for (text, row), ids in zip(tokens.items(), wanted) if not np.array_equal(row[output], ids)
                   and text not in case.info["known_differences"].get(output, [])]
         yield Quantity(output.replace("_", " "), len(differ), 0, ", ".join(differ), f"of {len(tokens)} texts")
+
+
+def _buckets(case: EndToEndCase, pipe: Pipeline) -> Iterator[Quantity]:
+    """The bucket of every distance between two tokens of T5, by the bias that its attention adds for it."""
+    if "t5.buckets" in case.expected:
+        expected = case.wanted("t5.buckets")  # of the distances -n to n - 1
+        n = len(expected) // 2
+        cells = [cell for model in pipe.models.values() if isinstance(model, nn.Cell)
+                 for _, cell in model.cells_and_names()]
+        attention = next(cell for cell in cells if getattr(cell, "has_relative_attention_bias", False))
+        bias = attention.compute_bias(n + 1, n + 1).asnumpy()[0]  # [heads, queries, keys]
+        found = np.concatenate([bias[:, n, :n], bias[:, 0, :n]], 1).T
+        table = torch_parameters(attention.relative_attention_bias)["weight"].asnumpy()
+        differ = np.flatnonzero((found != table[expected]).any(1)) - n
+        yield Quantity("buckets of distances", len(differ), 0, ", ".join(map(str, differ)), f"of {2 * n}")
 
 
 def _some_rows(array: np.ndarray) -> np.ndarray:
