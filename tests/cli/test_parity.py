@@ -1,13 +1,14 @@
 """``ms-diffsynth parity``: passes on the reference cases, and fails on everything else."""
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ms_diffsynth.cli.parity import Quantity, relative_error, together, worst
+from ms_diffsynth.debug.compare import Quantity, relative_error, together, worst
 from ms_diffsynth.errors import DataError
 from ms_diffsynth.io.weights import load_state_dict, save_state_dict
 
@@ -76,6 +77,107 @@ def test_a_folder_that_is_no_case(run, tmp_path, text, expected):
     assert code == 65 and expected in err and "tolerance" not in out
 
 
+# -- from end to end -------------------------------------------------------------------------------------------------
+
+
+def end_to_end(folder, name, **kept):
+    """A copy of a case from end to end with ``kept`` in the place of what case.json says; None takes a part out."""
+    folder = shutil.copytree(GOLDEN / f"{name}_end_to_end", folder / name)
+    info = json.loads((folder / "case.json").read_text()) | kept
+    (folder / "case.json").write_text(json.dumps({key: part for key, part in info.items() if part is not None}))
+    return folder
+
+
+def change(folder, name, index, value):
+    """Another expected number in a case."""
+    expected = {k: np.array(v) for k, v in load_state_dict(folder / "expected.safetensors").items()}
+    expected[name].reshape(-1)[index] += expected[name].dtype.type(value)
+    (folder / "expected.safetensors").unlink()
+    save_state_dict(folder / "expected.safetensors", expected)
+
+
+TEXT_LINES = {
+    "flux": ("clip ids", "t5 ids", "prompt embeds (10 tensors)", "pooled prompt embeds", "buckets of distances",
+             "sigmas, schnell 4 steps"),
+    "flux2": ("prompt ids", "prompt mask", "prompt embeds (9 tensors)", "sigmas, klein 9 steps"),
+    "qwen_image": ("prompt ids", "prompt embeds (9 tensors)", "sigmas, lightning 4 steps")}
+
+
+@pytest.mark.parametrize("name", TEXT_LINES)
+def test_texts_files_and_schedules_give_what_the_references_give(run, tmp_path, name):
+    code, out, _ = run("parity", end_to_end(tmp_path, name, samples=[], training=[]), "--mode", "pynative")
+    assert code == 0 and "FAIL" not in out
+    assert all(f"ok   {line}" in out for line in (*TEXT_LINES[name], "pixels of 5 files", "latents of files"))
+
+
+@pytest.mark.parametrize("name, lines", [
+    ("flux2_dev", ("prompt ids", "prompt mask", "prompt embeds (9 tensors)")),
+    ("ddpm_unet", ("pixels of 5 files", "image ddim eta, 24x40", "image ddpm trailing, 24x24", "ddpm: first loss",
+                   "ddpm: gradients (144 tensors)", "ddpm: losses of 5 updates", "ddpm: weights after 5")),
+])
+def test_a_small_case_from_end_to_end(run, name, lines):
+    code, out, _ = run("parity", GOLDEN / f"{name}_end_to_end", "--mode", "pynative")
+    assert code == 0 and "FAIL" not in out and all(f"ok   {line}" in out for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+@pytest.mark.parametrize("name, runs", [("flux", ("dreambooth", "sft")), ("flux2", ("sft", "edit")),
+                                        ("qwen_image", ("sft",))])
+def test_images_and_training_give_what_the_references_give(run, name, runs, mode):
+    code, out, _ = run("parity", GOLDEN / f"{name}_end_to_end", "--mode", mode)
+    assert code == 0 and "FAIL" not in out
+    assert all(f"ok   {line}" in out for line in ("image plain, 128x128", "image negative, 160x96",
+                                                  "image chinese, 96x64"))
+    assert all(f"ok   {name}: {line}" in out for name in runs for line in (
+        "sigma grid", "loss weights", "first loss", "gradients", "losses of 5 updates", "grad norms of 5 updates",
+        "learning rates of 5 updates", "LoRA after 5"))
+    assert name != "flux" or all(f"ok   dreambooth: EMA after {count}" in out for count in ("1 update", "5"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux2_dev", "ddpm_unet"])
+def test_a_small_case_from_end_to_end_compiled(run, name):
+    code, out, _ = run("parity", GOLDEN / f"{name}_end_to_end", "--mode", "graph")
+    assert code == 0 and "FAIL" not in out
+
+
+@pytest.mark.parametrize("name, key, value, line", [
+    ("flux2_dev", "tokens.prompt_ids", 1, "prompt ids                                   1  <= 0 of 48 texts  (plain)"),
+    ("flux2_dev", "encoded.curly.prompt_embeds", 1.0, "prompt embeds (9 tensors)"),
+    ("ddpm_unet", "pixels.turned.jpg", 1, "pixels of 5 files                            1  <= 0 of 255  (turned.jpg)"),
+    ("ddpm_unet", "latents.gray.png", 0.01, "latents of files (5 tensors)"),
+    ("ddpm_unet", "image.ddim trailing", 3, "image ddim trailing, 24x24"),
+    ("ddpm_unet", "ddpm.first_loss", 0.01, "ddpm: first loss"),
+    ("ddpm_unet", "ddpm.grad_norms", 0.01, "ddpm: grad norms of 5 updates"),
+    ("ddpm_unet", "ddpm.trained.conv_in.weight", 1.0, "ddpm: weights after 5 (144 tensors)"),
+])
+def test_a_wrong_number_from_end_to_end_fails(run, tmp_path, name, key, value, line):
+    needs_training = key.startswith("ddpm.")
+    folder = end_to_end(tmp_path, name, **({"samples": []} if needs_training else {"training": []}))
+    change(folder, key, 0, value)
+    code, out, _ = run("parity", folder, "--mode", "pynative")
+    assert code == 1 and out.count("FAIL") == 1 and f"  FAIL {line}" in out
+
+
+@pytest.mark.parametrize("kept, expected", [
+    ({"model": {"tiny_seed": 1, "digests": {"unet": "0" * 64}}},
+     "ms-diffsynth tiny ddpm_unet writes other weights than this case was made with: unet."),
+    ({"files": {"height": 32, "width": 32, "images": ["turned.jpg", "new.png"]}}, "new.png"),
+    ({"training": [{"name": "other"}]}, "holds no"),
+])
+def test_a_case_that_does_not_fit_the_code(run, tmp_path, kept, expected):
+    if "training" in kept:
+        recorded = json.loads((GOLDEN / "ddpm_unet_end_to_end/case.json").read_text())["training"][0]
+        kept = {"training": [recorded | {"name": "other", "batches": []}]}
+    folder = end_to_end(tmp_path, "ddpm_unet", **{"samples": []} | kept)
+    code, out, err = run("parity", folder, "--mode", "pynative")
+    assert code == 65 and expected in err and "tolerance" not in out
+
+
+# -- how errors are counted ------------------------------------------------------------------------------------------
+
+
 def test_a_sum_that_cancels_is_measured_against_the_largest():
     def error(noise, found=1.0):
         pairs = {"weight": (np.array([found]), np.array([1.0])), "bias": (np.array([noise]), np.array([1e-11]))}
@@ -88,6 +190,7 @@ def test_how_errors_are_counted():
     one = np.ones(3, np.float32)
     assert relative_error(one * 2, one * 4) == 0.5 and relative_error(np.zeros(3), np.zeros(3)) == 0
     assert relative_error(one * np.nan, one) == float("inf")
+    assert str(Quantity("x", 2, 1, "curly", "of 48 texts")).split() == "FAIL x 2 <= 1 of 48 texts (curly)".split()
     assert not Quantity("x", float("nan"), 1.0).passes and "FAIL" in str(Quantity("x", 2.0, 1.0))
     with pytest.raises(DataError):
         relative_error(one, np.ones(4))

@@ -1,0 +1,1 @@
+"""What finds faults: reference cases recomputed and compared."""

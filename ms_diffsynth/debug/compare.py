@@ -1,0 +1,74 @@
+"""Compared quantities: what was found, what a reference holds, how far they differ, and how far they may."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ms_diffsynth.errors import DataError
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One compared quantity.
+
+    Attributes:
+        error: the largest difference relative to the reference's largest element, or a count of ``unit``.
+        where: where it is largest.
+        unit: what is counted (``"of 255"``, ``"of 48 texts"``); empty for a relative error.
+    """
+
+    name: str
+    error: float
+    tolerance: float
+    where: str = ""
+    unit: str = ""
+
+    @property
+    def passes(self) -> bool:
+        return self.error <= self.tolerance  # NaN fails
+
+    def __str__(self) -> str:
+        verdict = "ok  " if self.passes else "FAIL"
+        where = f"  ({self.where})" if self.where else ""
+        if self.unit:
+            return f"  {verdict} {self.name:<36} {self.error:9g}  <= {self.tolerance:g} {self.unit}{where}"
+        return f"  {verdict} {self.name:<36} {self.error:9.1e}  <= {self.tolerance:.0e}{where}"
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray, scale: float | None = None) -> float:
+    """Largest difference over ``scale``, None for the largest expected element; NaN counts as infinite."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    if found.shape != expected.shape:
+        raise DataError(f"shape {found.shape} was computed where the reference holds {expected.shape}: the case and "
+                        "the pipeline disagree about a size.")
+    scale = np.abs(expected).max(initial=0.0) if scale is None else scale
+    error = np.abs(found - expected).max(initial=0.0) / (scale if scale > 0 else 1.0)
+    return float(error) if np.isfinite(error) else float("inf")
+
+
+def worst(name: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], tolerance: float) -> Quantity:
+    """The worst of many tensors, each relative to its own largest element.
+
+    A tensor a million times smaller than the largest is a sum that cancels to zero, such as the gradient for a bias of
+    keys under a softmax: what is left of it is rounding, and measured against the largest.
+    """
+    sizes = {key: np.abs(expected).max(initial=0.0) for key, (_, expected) in pairs.items()}
+    largest = max(sizes.values())
+    errors = {key: relative_error(*pair, largest if sizes[key] < 1e-6 * largest else None)
+              for key, pair in pairs.items()}
+    key = max(errors, key=errors.get)
+    return Quantity(f"{name} ({len(errors)} tensors)", errors[key], tolerance, key)
+
+
+def together(name: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], tolerance: float) -> Quantity:
+    """All tensors as one vector, in the Euclidean norm; the largest single error is shown, but does not decide.
+
+    Adam's first updates are lr g / (|g| + eps): where a gradient is near eps they magnify its last bit, so that even
+    two versions of the reference differ by 2e-3 in a single weight of the case flux (docs/parity.md).
+    """
+    single = worst(name, pairs, tolerance)
+    difference = sum(np.square(np.asarray(a, np.float64) - b).sum() for a, b in pairs.values())
+    size = sum(np.square(np.asarray(b, np.float64)).sum() for _, b in pairs.values())
+    return Quantity(single.name, float(np.sqrt(difference / size)), tolerance,
+                    f"largest single error {single.error:.0e} in {single.where}")

@@ -1,0 +1,235 @@
+"""Reference cases of PyTorch implementations: recompute one and compare every number. `debug.compare` judges.
+
+The format of a case is in docs/parity.md. Everything runs through the family's own units, step and optimizer, with the
+draws the case recorded. A case that cannot be run is an error, never a skip.
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn
+
+from ms_diffsynth.components import Component, Source
+from ms_diffsynth.debug.compare import Quantity, relative_error, together, worst
+from ms_diffsynth.debug.end_to_end import check_end_to_end
+from ms_diffsynth.debug.gradients import Gradients
+from ms_diffsynth.diffusion.ddpm import DDPMObjective
+from ms_diffsynth.diffusion.units import Objective
+from ms_diffsynth.diffusion.weighting import table
+from ms_diffsynth.errors import DataError
+from ms_diffsynth.io.weights import load_state_dict
+from ms_diffsynth.nn.lora import inject_lora, lora_pairs, set_lora
+from ms_diffsynth.nn.names import state_dict, torch_parameters
+from ms_diffsynth.pipeline import Pipeline, UnitSequence
+from ms_diffsynth.program import Cut, Program, is_optional, slot
+from ms_diffsynth.registry import family
+from ms_diffsynth.train.compile import CompiledStep
+from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.train.optim import AdamW
+from ms_diffsynth.train.program_step import ProgramTrainStep
+from ms_diffsynth.units import TensorUnit
+
+LOSS, VALUE, GRADIENT, TRAINED = 1e-5, 1e-5, 1e-4, 1e-4  # largest relative error allowed, float32
+OBJECTIVES = {"flow_match_sft": "sft", "flux_dreambooth": "dreambooth", "ddpm_epsilon": "sft"}
+# what a case records under another name than the slot's
+INPUTS = {"images": "input_latents"}
+EXPECTED = {"noisy_latents": "latents", "noisy": "latents", "noisy_images": "latents", "noise_pred": "prediction"}
+
+
+def read_case(folder: Path) -> dict[str, Any]:
+    """What case.json says. Raises: DataError for a folder without one."""
+    try:
+        return json.loads((folder / "case.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{folder} is no reference case: it has no case.json. Give a folder such as "
+                        "tests/golden/flux.") from None
+    except ValueError as error:
+        raise DataError(f"{folder / 'case.json'} is not JSON ({error}): copy the case again.") from None
+
+
+class Case:
+    """A reference case of one network, loaded."""
+
+    def __init__(self, folder: Path, info: dict[str, Any]):
+        self.folder, self.info = folder, info
+        if self.info.get("objective") not in OBJECTIVES:
+            raise DataError(f"{folder / 'case.json'}: objective {self.info.get('objective')!r} cannot be run; expected "
+                            f"one of {', '.join(OBJECTIVES)}.")
+        self.inputs = self._as_latents(load_state_dict(folder / "inputs.safetensors"))
+        self.expected = self._as_latents(load_state_dict(folder / "expected.safetensors"))
+        self.stride = self.info.get("row_stride", 1)  # of what is recorded of every matrix
+
+    def _as_latents(self, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Tokens [B, N, C], as DiffSynth-Studio records them, as latents [B, C, H, W]."""
+        sides = (self.info.get("height", 0) // 16, self.info.get("width", 0) // 16)
+        return {name.removesuffix("_tokens"): array.swapaxes(1, 2).reshape(*array.shape[::2], *sides)
+                if name.endswith("_tokens") else array for name, array in tensors.items()}
+
+    def rows(self, array: np.ndarray) -> np.ndarray:
+        """What the case records of a gradient or of a network's weight; see tests/golden/thin.py."""
+        return array[:: self.stride] if array.ndim > 1 else array
+
+    @property
+    def objective(self) -> Objective | DDPMObjective:
+        info = self.info
+        if info["objective"] == "ddpm_epsilon":
+            return DDPMObjective(prediction_type="epsilon")
+        return Objective(weighting_scheme=info["loss_weighting"], density=info.get("density"),
+                         logit_mean=info.get("logit_mean", 0.0), logit_std=info.get("logit_std", 1.0),
+                         posterior=info.get("posterior", "mean"), guidance_scale=info.get("guidance_scale", 1.0),
+                         prior_loss_weight=info["prior_loss_weight"] if info.get("with_prior_preservation") else None)
+
+    def pipeline(self) -> Pipeline:
+        """The family's pipeline with the case's models."""
+        pipe = family(self.info["family"]).pipeline(dtype=ms.float32)
+        for component in pipe.components:
+            if (self.folder / component.folder / "config.json").is_file():
+                pipe.sources[component.name] = Source(self.folder / component.folder)
+        return pipe
+
+    def given(self, k: int) -> dict[str, np.ndarray]:
+        """Slots that the case fixes at evaluation ``k``; draws are recorded for each evaluation."""
+        names = {"images", "pixels", "prompt_embeds", "pooled_prompt_embeds", "posterior_noise"} & set(self.inputs)
+        slots = {INPUTS.get(name, name): self.inputs[name] for name in sorted(names)}
+        if "template_kv_cache" in self.info:  # one evaluation; its latents are given
+            return slots | {name: self.inputs[name] for name in ("input_latents", "noise", "timestep_index")}
+        if "density_normal" in self.inputs:  # one evaluation, from the density's raw draw
+            index = self.objective.timestep_index(self.inputs["density_normal"], len(self.inputs["grid.sigmas"]))
+            return slots | {"noise": self.inputs["noise"], "timestep_index": index}
+        index = self.inputs["timestep_index"][k].astype(np.int32)
+        return slots | {"noise": self.inputs["noise"][k], "timestep_index": index}
+
+
+def check_case(folder: Path, mode: str) -> list[Quantity]:
+    """Run one case in ``mode`` and return every compared quantity."""
+    info = read_case(Path(folder))
+    if info.get("kind") == "end_to_end":
+        return check_end_to_end(Path(folder), info, mode)
+    case = Case(Path(folder), info)
+    pipe, objective = case.pipeline(), case.objective
+    schedule = pipe.training_schedule(OBJECTIVES[case.info["objective"]])
+    quantities = []
+    if "grid.sigmas" in case.inputs:
+        grid = case.inputs["grid.sigmas"]
+        quantities.append(Quantity("sigma grid", relative_error(schedule.sigmas, grid), 1e-6))
+    if "grid.weights" in case.inputs:
+        weights = table(objective.weighting_scheme, schedule.sigmas)
+        quantities.append(Quantity("loss weights", relative_error(weights, case.inputs["grid.weights"]), LOSS))
+    if "template_kv_cache" in case.info:
+        pipe.components = (*pipe.components, Component(name="template_model", folder="", build=None))
+        pipe.models["template_model"] = RecordedKeys(case.inputs)
+    program = _program(case, pipe, objective, schedule.sigmas)
+    quantities += _first_evaluation(case, pipe, program, mode)
+    if "optimizer" in case.info:
+        quantities += _training(case, pipe, program, mode)
+    return quantities
+
+
+def _program(case: Case, pipe: Pipeline, objective: Objective, sigmas: np.ndarray) -> Program:
+    """The pipeline's training program without the units whose results the case records."""
+    given = case.given(0)
+    draws = [name for name in given if name in ("noise", "timestep_index", "posterior_noise")]
+    whole = pipe.training_program(objective, sigmas)
+    template = [ReadRecordedKeys()] if "template_model" in pipe.models else []
+    units, known = [], set(given)
+    for unit in (*template, *whole.units):
+        is_runnable = all(is_optional(param) or slot(param) in known for param in unit.input_params)
+        if is_runnable and not set(unit.output_params) & set(given):
+            units.append(unit)
+            known |= set(unit.output_params)
+    return Program(units, [n for n in given if n not in draws], draws)
+
+
+def _tensors(case: Case, pipe: Pipeline, cut: Cut, k: int) -> list[Tensor]:
+    slots = {name: Tensor(value) for name, value in case.given(k).items()}
+    slots |= pipe.run(cut.prepare, {n: v for n, v in slots.items() if n in cut.inputs})
+    return [slots[name] for name in (*cut.cache, *cut.draws)]
+
+
+def _first_evaluation(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Quantity]:
+    """Values and every gradient of the network with the base weights alone."""
+    expected = {EXPECTED.get(name, name): name for name in case.expected}  # slot -> its name in the case
+    observed = [s for s in ("input_latents", "latents", *pipe.denoise.output_params) if s not in program.inputs]
+    fused = [unit.name for unit in program.units if unit.is_always_fused or unit.name in pipe.fusible]
+    cut = program.cut(("loss", "sample_losses", *observed), (pipe.network,), fused)
+    parameters = {name: p for model in (pipe.network, "template_model") if model in cut.models("step")
+                  for name, p in torch_parameters(getattr(pipe, model)).items()}
+    for parameter in parameters.values():
+        parameter.requires_grad = True
+    step = CompiledStep(Gradients(UnitSequence(cut, pipe), list(parameters.values())).run, "the gradients", mode)
+    values = step(*_tensors(case, pipe, cut, 0))
+    slots = dict(zip(cut.outputs, [v.asnumpy() for v in values[: len(cut.outputs)]]))
+    found = dict(zip(parameters, [v.asnumpy() for v in values[len(cut.outputs) :]]))
+    quantities = [Quantity(expected[slot].replace("_", " "), relative_error(slots[slot], case.expected[expected[slot]]),
+                           VALUE) for slot in observed]
+    quantities.append(Quantity("loss", relative_error(slots["loss"], case.expected["loss"]), LOSS))
+    recorded = {name: case.expected[f"grad.{name}"] for name in found}
+    pairs = {name: (case.rows(gradient).reshape(recorded[name].shape), recorded[name])
+             for name, gradient in found.items()}
+    return [*quantities, worst("gradients", pairs, GRADIENT)]
+
+
+class RecordedKeys(nn.Cell):
+    """A template whose keys and values are what it learns: those a case records, by their names there."""
+
+    def __init__(self, inputs: dict[str, np.ndarray]):
+        super().__init__()
+        names = sorted(name for name in inputs if name.startswith("kv_cache."))
+        self.blocks = tuple(dict.fromkeys(name.split(".")[1] for name in names))
+        self.tensors = ParameterTuple([Parameter(Tensor(inputs[f"kv_cache.{block}.{side}"]),
+                                                 name=f"kv_cache.{block}.{side}")
+                                       for block in self.blocks for side in "kv"])
+
+    def construct(self):
+        kv_cache = {}
+        for k in range(len(self.blocks)):
+            kv_cache[self.blocks[k]] = (self.tensors[2 * k], self.tensors[2 * k + 1])
+        return {"kv_cache": kv_cache}
+
+
+class ReadRecordedKeys(TensorUnit):
+    """The template cache of a case."""
+
+    output_params = ("template_cache",)
+    onload_model_names = ("template_model",)
+    is_always_fused = True
+
+    def construct(self):
+        return (self.template_model(),)
+
+
+def _training(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Quantity]:
+    """The recorded optimizer steps, on the case's LoRA or, where it has none, on every weight of the network."""
+    settings, expected, network = case.info["optimizer"], case.expected, getattr(pipe, pipe.network)
+    module = DiffusionTrainingModule()
+    module.pipe, module.trainable = pipe, (pipe.network,)
+    module.lora_base_model = pipe.network if "lora" in case.info else None
+    if "lora" in case.info:
+        lora = case.info["lora"]
+        inject_lora(network, lora["target_modules"], lora["rank"], lora["alpha"])
+        set_lora(network, {n: (case.inputs[f"lora.{n}.lora_A.weight"], case.inputs[f"lora.{n}.lora_B.weight"])
+                           for n in lora["target_modules"]})
+    fused = [unit.name for unit in program.units if unit.is_always_fused]
+    cut = program.cut(("loss", "sample_losses"), (pipe.network,), fused)
+    optimizer = AdamW(module.trainable_parameters(), learning_rate=settings["lr"], betas=tuple(settings["betas"]),
+                      eps=settings["eps"], weight_decay=settings["weight_decay"])
+    step = ProgramTrainStep(module, cut, optimizer, max_grad_norm=settings["max_grad_norm"], mode=mode)
+    count = len(expected["train.losses"])
+    results = [step.step(*_tensors(case, pipe, cut, k + 1)) for k in range(count)]
+    losses = np.array([r.loss.asnumpy() for r in results])
+    quantities = [Quantity(f"losses of {count} steps", relative_error(losses, expected["train.losses"]), TRAINED)]
+    if "train.grad_norms" in expected:
+        norms = np.array([r.grad_norm.asnumpy() for r in results])
+        quantities.append(Quantity("gradient norms", relative_error(norms, expected["train.grad_norms"]), TRAINED))
+    if "lora" in case.info:
+        weights = {f"{name}.lora_{letter}.weight": array for name, pair in lora_pairs(network).items()
+                   for letter, array in zip("AB", pair)}
+    else:
+        weights = {name: case.rows(array) for name, array in state_dict(network).items()}
+    pairs = {name: (array, expected[f"train.{name}"]) for name, array in weights.items()}
+    trained = "LoRA" if "lora" in case.info else "weights"
+    return [*quantities, together(f"{trained} after {count} steps", pairs, TRAINED)]
