@@ -140,6 +140,10 @@ class RunSection:
     device: str | None = _field(None, "null = an Ascend where there is one, else the CPU", choices=("CPU", "Ascend"))
     dtype: str | None = _field(None, "dtype of the networks; null = what suits the device",
                                choices=("float32", "bfloat16", "float16"))
+    jit_level: str = _field("O0", "how far MindSpore fuses operators of the compiled step on an Ascend: O1 fuses "
+                            "chains of element-wise ones", choices=("O0", "O1"))
+    device_memory: float | None = _field(None, "most GiB of an Ascend's memory that MindSpore may take; null = all",
+                                         "0 < device_memory")
     seed: int = _field(42, "seed of everything random", "0 <= seed < 4294967296")
     batch_size: int = _field(1, "pictures in a micro-step, per device", "1 <= batch_size")
     zero_stage: int = _field(0, "several devices: 1 divides the optimizer's moments among them, 2 the accumulated "

@@ -2,8 +2,9 @@
 
 ``configure()`` is called once, before any network is built. The process always stays in PyNative mode: in mode
 ``"graph"`` the training and sampling steps are compiled by `train.compile`, and everything else (``prepare``) runs
-eagerly and blocking, which makes its errors exact and, on the CPU, its many small operations forty times faster
-(1240 ms -> 29 ms for a tiny FLUX forward, MindSpore 2.10, 2026-11-21).
+eagerly. On the CPU it runs blocking too, which makes its many small operations forty times faster (1240 ms -> 29 ms for
+a tiny FLUX forward, MindSpore 2.10, 2026-11-21). On an Ascend blocking would wait after every kernel of the compiled
+step as well: ``MS_LAUNCH_BLOCKING=1`` in the environment asks for it where an error is to be found.
 """
 from __future__ import annotations
 
@@ -33,13 +34,21 @@ class Runtime:
     mode: str  # "graph" or "pynative"
     rank: int
     world_size: int
+    jit_level: str = "O0"
 
 
 _current: Runtime | None = None
 
 
-def configure(mode: str = "graph", device: str | None = None) -> Runtime:
+def configure(mode: str = "graph", device: str | None = None, *, jit_level: str | None = None,
+              device_memory: float | None = None) -> Runtime:
     """Choose device and mode. ``device=None`` takes an Ascend where there is one, else the CPU.
+
+    Args:
+        jit_level: of what is compiled afterwards: ``"O0"``, or ``"O1"``, which fuses element-wise operators; None
+            leaves it.
+        device_memory: most GiB that MindSpore may take of an Ascend's memory; None is all. Read when the device is
+            first used.
 
     Raises: ConfigError for an unknown mode or device; DeviceError when the device cannot be used here.
     """
@@ -55,11 +64,14 @@ def configure(mode: str = "graph", device: str | None = None) -> Runtime:
         os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
     if _current is None or _current.device != target:
         ms.set_context(mode=ms.PYNATIVE_MODE)
-    if target == "CPU" or mode == "graph":
+    if target == "CPU":
         ms.runtime.launch_blocking()
+    elif _current is None or _current.device != target:
+        _set_up_ascend(device_memory)
     install_cpu_kernels()
     rank, world_size = _join(target)
-    _current = Runtime(device=target, mode=mode, rank=rank, world_size=world_size)
+    _current = Runtime(device=target, mode=mode, rank=rank, world_size=world_size,
+                       jit_level=jit_level or (_current.jit_level if _current else "O0"))
     return _current
 
 
@@ -131,6 +143,15 @@ def _set_device(device: str | None) -> str:
     return wanted
 
 
+def _set_up_ascend(device_memory: float | None) -> None:
+    """Settings that MindSpore reads before it first uses the device."""
+    if device_memory is not None:
+        ms.runtime.set_memory(max_size=f"{device_memory:g}GB")
+    ms.device_context.ascend.op_precision.conv_allow_hf32(False)  # or float32 convolutions keep 12 bits of a number
+    if os.environ.get("MS_LAUNCH_BLOCKING") == "1":
+        ms.runtime.launch_blocking()
+
+
 def compute_dtype(name: str | None) -> ms.Type:
     """The dtype to compute in. None means bfloat16 on Ascend and float32 on the CPU.
 
@@ -157,7 +178,9 @@ def model_base_path() -> str | None:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far, in bytes."""
+    """The largest size so far, in bytes: of what MindSpore holds on the Ascend, or of this process on the CPU."""
+    if current().device == "Ascend":
+        return ms.runtime.max_memory_allocated()
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

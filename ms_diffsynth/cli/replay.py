@@ -42,7 +42,7 @@ def execute(args: argparse.Namespace) -> int:
 
     settings = SimpleNamespace(**config.flat())
     settings.batch_size *= _ranks_of(args.run)
-    accelerator = Accelerator(settings.gradient_accumulation_steps, settings.mode, settings.device)
+    accelerator = Accelerator.of(settings)
     pipe = build_pipeline(config)
     sets = build_datasets(settings, pipe.division_factor)
     module = build_module(settings, pipe, settings.task)

@@ -47,7 +47,7 @@ def run(config: TrainConfig) -> ModelLogger:
     """Train as configured. Nothing is written before data, settings and weights are known to be sound."""
     settings = SimpleNamespace(**config.flat())
     stage, cache_dir = stage_of(settings.task), settings.cache_dir
-    accelerator = Accelerator(settings.gradient_accumulation_steps, settings.mode, settings.device)
+    accelerator = Accelerator.of(settings)
     _tag_logs(accelerator)
     check_token(accelerator, settings)
     if stage != "data_process":

@@ -14,6 +14,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor
 
+from ms_diffsynth import runtime
 from ms_diffsynth.errors import TrainingError, listing
 
 try:  # MindSpore 2.10 moved the module
@@ -66,7 +67,9 @@ class CompiledStep:
     def __init__(self, function: Callable[..., Any], name: str, mode: str, planned: int | None = None,
                  announce: Announce = _log_only):
         self.name, self.mode, self.planned, self.announce = name, mode, planned, announce
-        self._function = ms.jit(function, fullgraph=True) if mode == "graph" else function
+        self._function = function
+        if mode == "graph":
+            self._function = ms.jit(function, fullgraph=True, jit_level=runtime.current().jit_level)
         self._seen: set[tuple] = set()
         self.compilations, self.compile_seconds = 0, 0.0
 

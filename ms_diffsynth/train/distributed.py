@@ -30,13 +30,21 @@ class Accelerator:
         mode: ``"graph"`` compiles the training step, ``"pynative"`` runs everything eagerly.
         device: ``"CPU"`` or ``"Ascend"``; None takes an Ascend where there is one.
         kwargs_handlers: accepted for the documents' scripts; see `DistributedDataParallelKwargs`.
+        jit_level, device_memory: of an Ascend; see `runtime.configure`.
     """
 
     def __init__(self, gradient_accumulation_steps: int = 1, mode: str = "graph", device: str | None = None,
-                 kwargs_handlers: list[Any] | None = None):
-        self._runtime = runtime.configure(mode, device)
+                 kwargs_handlers: list[Any] | None = None, *, jit_level: str | None = None,
+                 device_memory: float | None = None):
+        self._runtime = runtime.configure(mode, device, jit_level=jit_level, device_memory=device_memory)
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.kwargs_handlers = kwargs_handlers or []
+
+    @classmethod
+    def of(cls, settings: Any, **options: Any) -> Accelerator:
+        """That of a run whose settings are attributes of ``settings``."""
+        names = ("gradient_accumulation_steps", "mode", "device", "jit_level", "device_memory")
+        return cls(**{name: getattr(settings, name) for name in names}, **options)
 
     @property
     def device(self) -> str:

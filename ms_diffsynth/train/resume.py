@@ -56,7 +56,7 @@ MAY_CHANGE = frozenset("""
     model_paths model_id_with_origin_paths tokenizer_path tokenizer_1_path tokenizer_2_path dataset_base_path
     dataset_metadata_path class_base_path class_metadata_path cache_dir output_path remove_prefix_in_ckpt
     trust_template_code trust_template_sha256 num_epochs max_train_steps num_workers find_unused_parameters
-    zero_stage resume accept_changes checkpoint_steps keep_checkpoints grace_seconds save_steps
+    device_memory zero_stage resume accept_changes checkpoint_steps keep_checkpoints grace_seconds save_steps
     evaluation_steps evaluation_count evaluation_reference
     sample_count sample_steps sample_prompts sample_template_inputs sample_seed num_inference_steps sample_height
     sample_width enable_tensorboard_log push_to_hub hub_model_id hub_private_repo hub""".split())

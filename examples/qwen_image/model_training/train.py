@@ -54,7 +54,8 @@ class QwenImageTrainingModule(DiffusionTrainingModule):
 def main():
     parser = training_parser("qwen_image", __doc__)  # add your own flags with parser.add_argument
     args = parser.parse_args()
-    accelerator = Accelerator(args.gradient_accumulation_steps, args.mode, args.device)
+    accelerator = Accelerator(args.gradient_accumulation_steps, args.mode, args.device, jit_level=args.jit_level,
+                              device_memory=args.device_memory)
     dataset, class_dataset = build_datasets(args, QwenImagePipeline.division_factor)
     model = QwenImageTrainingModule(args)
     model_logger = ModelLogger(args.output_path, args.remove_prefix_in_ckpt, args.enable_tensorboard_log)
