@@ -19,7 +19,7 @@ def flash_attention(query: Array, key: Array, value: Array, shift: Array | None,
 
     Returns: the maximum and the sum of exponentials of each row, (B, N, S, 8), nothing, and the result.
     """
-    _refuse(drop=drop, padding=padding, prefix=prefix, dropout=None if keep == 1 else keep)
+    _refuse(drop=drop, padding=padding, prefix=prefix or None, dropout=None if keep == 1 else keep)
     q, k, v = (_heads(x, heads, layout) for x in (query, key, value))
     k, v = (np.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = _scores(q, k, scale, mask, sparse, shift)
@@ -37,7 +37,7 @@ def flash_attention_gradient(query: Array, key: Array, value: Array, gradient: A
                              keep: float, before: int, after: int, heads: int, layout: str, inner_precise: int,
                              sparse: int) -> tuple:
     """Gradients of query, key and value, from the rows' maxima and sums that the forward pass kept."""
-    _refuse(drop=drop, padding=padding, prefix=prefix, dropout=None if keep == 1 else keep)
+    _refuse(drop=drop, padding=padding, prefix=prefix or None, dropout=None if keep == 1 else keep)
     q, g = (_heads(x, heads, layout) for x in (query, gradient))
     few = [_heads(x, heads, layout) for x in (key, value)]
     k, v = (np.repeat(x, q.shape[1] // x.shape[1], 1) for x in few)
