@@ -40,6 +40,7 @@ def environment(log: str | Path | None = None, *, memory: float = 64.0, shapes_o
     result = dict(os.environ)
     result[FOLDER] = str(folder)
     result["LD_LIBRARY_PATH"] = _first(str(folder), result.get("LD_LIBRARY_PATH"))
+    result["PYTHONPATH"] = _first(str(folder.parents[1] / "python"), result.get("PYTHONPATH"))
     if Path(package).name not in ("site-packages", "dist-packages"):
         result["PYTHONPATH"] = _first(package, result.get("PYTHONPATH"))
     result["MS_DIFFSYNTH_STANDIN_LOG"] = str(Path(log).resolve()) if log is not None else ""

@@ -38,7 +38,8 @@ def main() -> int:
     if args.log is not None:
         Path(args.log).write_text("")
     beside = os.path.dirname(sys.executable)  # the commands of this Python's environment, activated or not
-    program = shutil.which(command[0], path=os.pathsep.join([beside, os.environ.get("PATH", "")]))
+    variables["PATH"] = os.pathsep.join([beside, variables.get("PATH", "")])
+    program = shutil.which(command[0], path=variables["PATH"])
     if program is None:
         parser().error(f"'{command[0]}' is not a program on PATH")
     sys.stderr.flush()

@@ -18,6 +18,7 @@ from ms_diffsynth.standin import symbols
 
 NATIVE = Path(__file__).parent / "native"
 LIBRARY = symbols.LIBRARIES[0]  # the one library; CANN's other names are links to it
+CANN = "8.5"  # the release that every MindSpore from 2.7.2 to 2.10 accepts
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w"]
 
 # Doing nothing would be wrong where data moves or is computed; elsewhere it is a setting that has no effect here.
@@ -62,6 +63,7 @@ def build() -> Path:
         _compile(compiler, folder, work)
         finished = work / home.name
         _lay_out(work / LIBRARY, finished / "cann" / "lib64")
+        _write_hccl(finished / "python" / "hccl")
         try:
             finished.rename(home)
         except OSError:
@@ -130,6 +132,13 @@ def _lay_out(library: Path, target: Path) -> None:
     for name in symbols.LIBRARIES[1:]:
         (target / name).symlink_to(LIBRARY)
     (target / "driver" / "libascend_hal.so").symlink_to(f"../{LIBRARY}")
+
+
+def _write_hccl(package: Path) -> None:
+    """CANN's Python package hccl, of which MindSpore reads a version before it joins ranks."""
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "sys_version.py").write_text(f'__sys_version__ = "{CANN}"\n')
 
 
 def _run(command: list[str]) -> None:

@@ -15,7 +15,7 @@ for _name, _function in {
     "ZerosLike": lambda x: 0, "OnesLike": lambda x: 1, "Fill": lambda shape, value: value,
     "MulNoNan": lambda x, y: np.where(y == 0, 0, x * y),
     "RsqrtGrad": lambda y, gradient: -0.5 * gradient * y * y * y,
-    "ArgMaxV2": lambda x, axis: np.argmax(x, int(axis)),
+    "ArgMaxV2": lambda x, axis: np.argmax(x, axis.item()),
     "Range": lambda start, limit, step: start + np.arange(math.ceil((limit - start) / step)) * step,
 }.items():
     aclop(_name, lambda attributes, *inputs, f=_function: f(*inputs))
@@ -46,7 +46,7 @@ def bias_add(attributes: dict[str, Any], x: Array, bias: Array) -> Array:
 def gather(attributes: dict[str, Any], x: Array, index: Array, axis: Array) -> Array:
     if attributes.get("batch_dims"):
         raise NotImplementedError("with batch_dims it is not computed by the stand-in: write it in compute/aclop.py")
-    return np.take(x, index, int(axis))
+    return np.take(x, index, axis.item())
 
 
 @aclop("Pack")
