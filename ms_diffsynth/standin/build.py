@@ -17,7 +17,7 @@ from ms_diffsynth.errors import DeviceError
 from ms_diffsynth.standin import symbols
 
 NATIVE = Path(__file__).parent / "native"
-LIBRARY = symbols.LIBRARIES[0]  # the one library; CANN's other names are links to it
+LIBRARY = symbols.LIBRARY  # the one library; CANN's other names are links to it
 CANN = "8.5"  # the release that every MindSpore from 2.7.2 to 2.10 accepts
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w"]
 
@@ -62,7 +62,7 @@ def build() -> Path:
         work = Path(temporary)
         _compile(compiler, folder, work)
         finished = work / home.name
-        _lay_out(work / LIBRARY, finished / "cann" / "lib64")
+        _lay_out(symbols.library_names(folder), work / LIBRARY, finished / "cann" / "lib64")
         _write_hccl(finished / "python" / "hccl")
         try:
             finished.rename(home)
@@ -125,11 +125,11 @@ def _names(functions: set[str], kernels: set[str]) -> str:
     return "".join(lines) + "".join(f"STANDIN_KERNEL({name})\n" for name in sorted(kernels))
 
 
-def _lay_out(library: Path, target: Path) -> None:
+def _lay_out(names: set[str], library: Path, target: Path) -> None:
     """The library, and CANN's names for it: one file, so that the loader takes them for the same."""
     (target / "driver").mkdir(parents=True)
     library.rename(target / LIBRARY)
-    for name in symbols.LIBRARIES[1:]:
+    for name in sorted(names - {LIBRARY}):
         (target / name).symlink_to(LIBRARY)
     (target / "driver" / "libascend_hal.so").symlink_to(f"../{LIBRARY}")
 

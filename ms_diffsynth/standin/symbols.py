@@ -18,12 +18,12 @@ _LOOKED_UP = [re.compile(text + rb"\w+(?=\0)") for text in (rb"acl[A-Z]", rb"acl
 _OPERATOR = [re.compile(rb"aclnn[A-Z]\w*(?=\0)")]
 _SYSTEM = ("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libgcc_s.so.1", "libstdc++.so.6",
            "libgomp.so.1")
-# The libraries of CANN that the plugin is linked with, and those that it opens by name. Not ATB and DVPP, which are
-# packages of their own: without them MindSpore leaves its kernels for them alone.
-LIBRARIES = ("libascendcl.so", "libacl_op_compiler.so", "libacl_tdt_channel.so", "libacl_tdt_queue.so", "libascend_hal.so",
-             "libascend_ml.so", "libascendalog.so", "libc_sec.so", "libcust_opapi.so", "libge_common.so",
-             "libge_runner.so", "libgraph.so", "libhccl.so", "libmmpa.so", "libmsprofiler.so", "libnnopbase.so",
-             "libopapi.so", "libplatform.so", "libprofapi.so", "libregister.so", "libruntime.so")
+LIBRARY = "libascendcl.so"
+# Libraries of CANN that the plugin opens by name, beside those that it is linked with. Not ATB, which is a package of its
+# own: without it MindSpore leaves its kernels for it alone.
+_OPENED = ("libacl_op_compiler.so", "libacl_tdt_channel.so", "libacl_tdt_queue.so", "libascend_hal.so",
+           "libascend_ml.so", "libcust_opapi.so", "libhccl.so", "libmsprofiler.so", "libnnopbase.so", "libopapi.so",
+           "libplatform.so", "libruntime.so")
 
 
 def mindspore_libraries() -> Path:
@@ -71,6 +71,18 @@ def operators(folder: Path) -> set[str]:
     """Names of the aclnn operators that MindSpore knows, without GetWorkspaceSize."""
     found = _texts(_OPERATOR, folder.glob("plugin/libmindspore_ops_ascend.so"))
     return {name.removesuffix("GetWorkspaceSize") for name in found} - {"aclnnInit", "aclnnFinalize"}
+
+
+def library_names(folder: Path) -> set[str]:
+    """File names of CANN's libraries: those opened, and those that the plugin's first library is linked with."""
+    own = {p.name: p for p in [*folder.rglob("*.so*"), *folder.parent.glob("*.so*")]}
+    waiting, seen = [p.name for p in folder.glob("plugin/libmindspore_ascend.so*")], set(_OPENED)
+    while waiting:
+        library = own.get(waiting.pop())
+        needed = re.findall(r"\(NEEDED\).*\[(.+)\]", _run(["readelf", "-d", str(library)])) if library else []
+        waiting += [n for n in needed if n not in seen]
+        seen |= set(needed)
+    return {n for n in seen if n not in own and re.fullmatch(r"lib\w+\.so", n)} | {LIBRARY}  # the system's end in .so.N
 
 
 def nm(option: str, files: Iterable[Path]) -> list[tuple[str, str]]:

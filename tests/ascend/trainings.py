@@ -26,7 +26,7 @@ FAMILIES = {
     "flux": ROWS | {"max_sequence_length": 32},
     "ddpm_unet": {"dataset_base_path": SMILEYS, "dataset_metadata_path": SMILEYS / "metadata.csv", "height": 32,
                   "width": 32, "batch_size": 4, "learning_rate": 1e-3, "trainable_models": "unet",
-                  "remove_prefix_in_ckpt": "pipe.unet."},
+                  "remove_prefix_in_ckpt": "pipe.unet.", "sample_count": 1, "num_inference_steps": 1},
 }
 
 

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -30,9 +32,20 @@ class Cell(nn.Cell):
         return (y * y).mean()
 
 
+def marked(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function between two marks, with the device idle at both."""
+    ms.runtime.synchronize()
+    mark(f"{name} begins")
+    result = function(*arguments)
+    ms.runtime.synchronize()
+    mark(f"{name} ends")
+    return result
+
+
 def main(device: str, path: str) -> None:
     ms.set_device(device)
     found = {}
+    marked("nothing", lambda: None)
     for dtype in (ms.float32, ms.bfloat16) if device == "Ascend" else (ms.float32,):
         cell = Cell(dtype)
         x = Tensor(normal(8, 16), dtype)
@@ -41,15 +54,16 @@ def main(device: str, path: str) -> None:
             name = f"{dtype}/{'graph' if mode == ms.GRAPH_MODE else 'pynative'}"
             function = ms.value_and_grad(cell, None, cell.trainable_params())
             function(x)  # compiles
-            ms.runtime.synchronize()
-            mark(f"{name} begins")
-            loss, gradients = function(x)
-            ms.runtime.synchronize()
-            mark(f"{name} ends")
+            loss, gradients = marked(name, function, x)
             found[f"{name}/loss"] = loss.asnumpy()
             for parameter, gradient in zip(cell.trainable_params(), gradients):
                 found[f"{name}/{parameter.name}"] = gradient.astype(ms.float32).asnumpy()
     np.savez(path, **found)
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.runtime.launch_blocking()
+    function = ms.value_and_grad(cell, None, cell.trainable_params())
+    function(x)
+    marked("blocking", function, x)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def own_cache(monkeypatch, tmp_path):
 
 def quick(compiler: str, folder: Path, work: Path) -> None:
     """Instead of a compilation."""
-    (work / symbols.LIBRARIES[0]).write_text("library")
+    (work / symbols.LIBRARY).write_text("library")
 
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch):
@@ -50,7 +50,7 @@ def test_a_build_is_kept_and_all_names_are_one_library(monkeypatch):
     monkeypatch.setattr(build_module, "_compile", quick)
     libraries = build()
     assert libraries.parts[-2:] == ("cann", "lib64")
-    assert {p.resolve() for p in libraries.glob("*.so")} == {(libraries / symbols.LIBRARIES[0]).resolve()}
+    assert {p.resolve() for p in libraries.glob("*.so")} == {(libraries / symbols.LIBRARY).resolve()}
     monkeypatch.setattr(build_module, "_compile", lambda *arguments: pytest.fail("built again"))
     assert build() == libraries
     assert environment()["LD_LIBRARY_PATH"].split(os.pathsep)[0] == str(libraries)

@@ -46,16 +46,23 @@ def test_bfloat16_is_as_near_as_its_eight_bits(runs, mode):
 
 def test_the_log_counts_the_kernels_of_a_call(runs):
     log = runs[2]
+    waits = log.between("nothing begins", "nothing ends").synchronisations()  # what one synchronize() is
     for mode in ("graph", "pynative"):
         part = log.between(f"BFloat16/{mode} begins", f"BFloat16/{mode} ends")
         products = [k for k in part.kernels() if k.name in ("aclnnMatmul", "aclnnMm", "aclnnBatchMatMul")]
-        # six, and backwards: by each of four weights, and by both sides of three that do not begin at x, less a weight
+        # 6 forwards; backwards 4 of weights, 4 of scores and values, 1 of what the last weight is applied to
         assert len(products) == 15
         assert {k.dtypes() for k in products} == {("bfloat16",) * 3}
         assert part.counts()["aclnnSoftmax"] == part.counts()["aclnnSoftmaxBackward"] == 1
         assert part.casts() == 2  # to float32 before the mean, and its gradient back
-        assert part.synchronisations() == 1  # the one before the mark
+        assert part.synchronisations() == waits
         assert part.copies()["device to host"] == 0
+
+
+def test_blocking_launches_wait_for_every_kernel(runs):
+    log = runs[2]
+    part = log.between("blocking begins", "blocking ends")
+    assert part.synchronisations() >= len(part.kernels()) > 25
 
 
 def test_the_log_knows_shapes_strides_and_memory(runs):
