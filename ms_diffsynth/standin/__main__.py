@@ -14,12 +14,14 @@ from ms_diffsynth.standin import environment
 def parser() -> argparse.ArgumentParser:
     """The command line before ``--``."""
     top = argparse.ArgumentParser(
-        prog="python -m ms_diffsynth.standin", description="Run a command whose device Ascend is a stand-in on the CPU, "
-        "for tests and planning. It is never a way to train.")
+        prog="python -m ms_diffsynth.standin",
+        description="Run a command whose device Ascend is a stand-in on the CPU, for tests and planning. It is never a "
+                    "way to train.")
     top.add_argument("--log", metavar="FILE", help="append every kernel, copy, synchronisation and allocation to FILE, "
                      "as JSON lines (an existing file is emptied first)")
     top.add_argument("--memory", type=float, default=64.0, metavar="GIB", help="memory of the device (default: 64)")
-    top.add_argument("--shapes-only", action="store_true", help="record kernels, compute nothing: for counts and memory")
+    top.add_argument("--shapes-only", action="store_true", help="record kernels and compute nothing: for counts and "
+                     "memory")
     top.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")
     return top
 

@@ -22,7 +22,8 @@ CANN = "8.5"  # the release that every MindSpore from 2.7.2 to 2.10 accepts
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w"]
 
 # Doing nothing would be wrong where data moves or is computed; elsewhere it is a setting that has no effect here.
-_MUST_WORK = re.compile(r"Mem(cpy|set)|^Hccl(All|Broadcast|Reduce|Send|Recv|Scatter|Gather|Batch)|^acl(mdl|op)Execute|RunGraph")
+_MUST_WORK = re.compile(r"Mem(cpy|set)|^Hccl(All|Broadcast|Reduce|Send|Recv|Scatter|Gather|Batch)|^acl(mdl|op)Execute|"
+                        r"RunGraph")
 # Constructors of GE's classes that hold one shared pointer: MindSpore destroys it, so it must be empty.
 _EMPTY = re.compile(r"_ZN2ge(10TensorType|7Promote|5Shape|10TensorDesc|6Tensor|5Graph|11GraphBuffer)C[12]E")
 _NAMES = """// Written by build.py: every name that is left to CANN and has no function of its own in the other sources.
@@ -83,8 +84,8 @@ def _key() -> str:
 def _compiler() -> str:
     name = os.environ.get("CXX") or "c++"
     if shutil.which(name) is None:
-        raise DeviceError(f"the stand-in for CANN is built by a C++ compiler, and '{name}' is not on PATH. Expected: any "
-                          "of C++17. Install one (apt-get install g++, dnf install gcc-c++), or set CXX.")
+        raise DeviceError(f"the stand-in for CANN is built by a C++ compiler, and '{name}' is not on PATH. Expected: "
+                          "any of C++17. Install one (apt-get install g++, dnf install gcc-c++), or set CXX.")
     return name
 
 

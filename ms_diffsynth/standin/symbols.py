@@ -13,14 +13,15 @@ from ms_diffsynth.errors import DeviceError
 
 # Functions that the plugin looks up by name while it runs: their names are somewhere in its libraries. (One pattern for
 # each beginning: a constant beginning is what makes a search through 100 MB fast.)
-_LOOKED_UP = [re.compile(text + rb"\w+(?=\0)") for text in (rb"acl[A-Z]", rb"aclrt", rb"aclop", rb"aclmdl", rb"aclprof",
-              rb"acltdt", rb"aclsys", rb"Acl", rb"Hccl", rb"Hcom", rb"rt[A-Z]", rb"Msprof", rb"hal[A-Z]")]
+_LOOKED_UP = [re.compile(text + rb"\w+(?=\0)") for text in (
+    rb"acl[A-Z]", rb"aclrt", rb"aclop", rb"aclmdl", rb"aclprof", rb"acltdt", rb"aclsys", rb"Acl", rb"Hccl", rb"Hcom",
+    rb"rt[A-Z]", rb"Msprof", rb"hal[A-Z]")]
 _OPERATOR = [re.compile(rb"aclnn[A-Z]\w*(?=\0)")]
 _SYSTEM = ("libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1", "libgcc_s.so.1", "libstdc++.so.6",
            "libgomp.so.1")
 LIBRARY = "libascendcl.so"
-# Libraries of CANN that the plugin opens by name, beside those that it is linked with. Not ATB, which is a package of its
-# own: without it MindSpore leaves its kernels for it alone.
+# Libraries of CANN that the plugin opens by name, beside those that it is linked with. Not ATB, which is a package of
+# its own: without it MindSpore leaves its kernels for it alone.
 _OPENED = ("libacl_op_compiler.so", "libacl_tdt_channel.so", "libacl_tdt_queue.so", "libascend_hal.so",
            "libascend_ml.so", "libcust_opapi.so", "libhccl.so", "libmsprofiler.so", "libnnopbase.so", "libopapi.so",
            "libplatform.so", "libruntime.so")
@@ -30,8 +31,8 @@ def mindspore_libraries() -> Path:
     """The folder ``lib`` of the installed MindSpore, which is not imported for that."""
     spec = find_spec("mindspore")
     if spec is None or not spec.submodule_search_locations:
-        raise DeviceError("MindSpore is not installed. Expected: the MindSpore whose Ascend plugin the stand-in serves. "
-                          "Run pip install mindspore.")
+        raise DeviceError("MindSpore is not installed. Expected: the MindSpore whose Ascend plugin the stand-in "
+                          "serves. Run pip install mindspore.")
     folder = Path(next(iter(spec.submodule_search_locations))) / "lib"
     if not list(folder.glob("plugin/libmindspore_ascend.so*")):
         raise DeviceError(f"the MindSpore in {folder.parent} has no Ascend plugin (lib/plugin/libmindspore_ascend.so). "
@@ -107,5 +108,6 @@ def _run(command: list[str]) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout
     except FileNotFoundError as error:
-        raise DeviceError(f"'{command[0]}' is not on PATH. Expected: the GNU binutils, which come with every compiler: "
-                          "the stand-in for CANN needs them once, to build. Install them (apt-get install g++).") from error
+        raise DeviceError(f"'{command[0]}' is not on PATH. Expected: the GNU binutils, which come with every compiler; "
+                          "the stand-in for CANN needs them once, to build. Install them (apt-get install "
+                          "g++).") from error

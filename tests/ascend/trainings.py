@@ -1,4 +1,4 @@
-"""Trains a family's tiny model a few steps, in this process: ``python trainings.py FOLDER FAMILY DEVICE:DTYPE:MODE ...``.
+"""Trains a tiny model a few steps, in this process: ``python trainings.py FOLDER FAMILY DEVICE:DTYPE:MODE ...``.
 
 Every run writes FOLDER/<device>-<dtype>-<mode>/loss.csv. On the stand-in the log has the marks "training step N begins"
 and "training step N ends". Started by `test_training.py`; the model must be in FOLDER/model.

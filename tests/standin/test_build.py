@@ -25,13 +25,13 @@ def quick(compiler: str, folder: Path, work: Path) -> None:
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(DeviceError, match="'no-such-compiler' is not on PATH.*apt-get install"):
+    with pytest.raises(DeviceError, match=r"'no-such-compiler' is not on PATH.*apt-get install"):
         build()
 
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(DeviceError, match="cannot be built: false .* ended with 1"):
+    with pytest.raises(DeviceError, match=r"cannot be built: false .* ended with 1"):
         build()
     assert not list(cache_folder().iterdir())
 

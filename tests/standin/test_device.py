@@ -19,7 +19,8 @@ CELL = Path(__file__).parent / "cell.py"
 def runs(standin, tmp_path_factory):
     """The results of `cell.py` on the CPU and on the stand-in, and the stand-in's log and messages."""
     folder = tmp_path_factory.mktemp("runs")
-    on_cpu = subprocess.run([sys.executable, CELL, "CPU", folder / "cpu.npz"], cwd=folder, capture_output=True, text=True)
+    on_cpu = subprocess.run([sys.executable, CELL, "CPU", folder / "cpu.npz"], cwd=folder, capture_output=True,
+                            text=True, check=False)
     assert on_cpu.returncode == 0, on_cpu.stderr
     done = standin(CELL, "Ascend", folder / "ascend.npz", log=folder / "log.jsonl")
     assert done.returncode == 0, done.stderr
@@ -55,14 +56,16 @@ def test_the_log_counts_the_kernels_of_a_call(runs):
         assert {k.dtypes() for k in products} == {("bfloat16",) * 3}
         assert part.counts()["aclnnSoftmax"] == part.counts()["aclnnSoftmaxBackward"] == 1
         assert part.casts() == 2  # to float32 before the mean, and its gradient back
-        assert part.synchronisations() == waits
+        # a compiled function copies x, which is on the host, again, and waits before and after that
+        assert part.synchronisations() == waits + (2 if mode == "graph" else 0)
         assert part.copies()["device to host"] == 0
 
 
 def test_blocking_launches_wait_for_every_kernel(runs):
     log = runs[2]
     part = log.between("blocking begins", "blocking ends")
-    assert part.synchronisations() >= len(part.kernels()) > 25
+    waits = log.between("nothing begins", "nothing ends").synchronisations()
+    assert part.synchronisations() == len(part.kernels()) + waits > 40
 
 
 def test_the_log_knows_shapes_strides_and_memory(runs):

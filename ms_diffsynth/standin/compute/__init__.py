@@ -1,10 +1,10 @@
 """What the stand-in's operators compute, in NumPy: one function for each, registered under its name.
 
-``install()`` is called by the stand-in itself, before the first kernel. A call comes as JSON (see ``native/kernels.cc``)
-with the addresses of its tensors; it is looked up in the table, its tensors are given to the function as arrays, and
-what the function returns is rounded to the dtypes of the outputs, to nearest, ties to even.
+``install()`` is called by the stand-in itself, before the first kernel. A call comes as JSON (see
+``native/kernels.cc``) with the addresses of its tensors; it is looked up in the table, its tensors are given to the
+function as arrays, and what the function returns is rounded to the dtypes of the outputs, to nearest, ties to even.
 
-Tensors of float16 and bfloat16 are given as float32: products and sums are accumulated in float32, as an Ascend does it.
+Tensors of float16 and bfloat16 are given as float32: products and sums are accumulated in float32, as an Ascend does.
 """
 from __future__ import annotations
 

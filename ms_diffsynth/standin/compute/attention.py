@@ -12,9 +12,9 @@ _COPIES = 8  # the maxima and sums of the rows are kept eight times, side by sid
 
 
 @aclnn("FlashAttentionScore", "t t t t r r r I d d i i i c i i -> t t _ t")
-def flash_attention(query: Array, key: Array, value: Array, shift: Array | None, drop: Array | None, padding: Array | None,
-                    mask: Array | None, prefix: Sequence[int] | None, scale: float, keep: float, before: int, after: int,
-                    heads: int, layout: str, inner_precise: int, sparse: int) -> tuple:
+def flash_attention(query: Array, key: Array, value: Array, shift: Array | None, drop: Array | None,
+                    padding: Array | None, mask: Array | None, prefix: Sequence[int] | None, scale: float, keep: float,
+                    before: int, after: int, heads: int, layout: str, inner_precise: int, sparse: int) -> tuple:
     """softmax(scale query key^T + shift) value; a true element of ``mask`` takes its score out.
 
     Returns: the maximum and the sum of exponentials of each row, (B, N, S, 8), nothing, and the result.
@@ -100,7 +100,7 @@ def rotary(x: Array, cos: Array, sin: Array, mode: int) -> Array:
 
 @aclnn("RotaryPositionEmbeddingGrad", "t t t t i -> t t t")
 def rotary_gradient(gradient: Array, cos: Array, sin: Array, x: Array | None, mode: int) -> tuple:
-    """Rotating is antisymmetric, so its gradient rotates back. Those of cos and sin are wanted only where x is given."""
+    """Rotating is antisymmetric, so its gradient rotates back. Without x, cos and sin have none."""
     to_x = gradient * cos - _rotate(gradient * sin, mode)
     if x is None:
         return to_x, None, None

@@ -63,15 +63,15 @@ def _columns(x: Array, kernel: Sequence[int], stride: Sequence[int], padding: Se
     padded = np.pad(x, [(0, 0), (0, 0), *((p, p) for p in padding)])
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
     windows = np.lib.stride_tricks.sliding_window_view(padded, reach, tuple(range(2, 2 + axes)))
-    step = (slice(None), slice(None), *(slice(None, None, s) for s in stride), *(slice(None, None, d) for d in dilation))
+    step = (slice(None), slice(None), *(slice(None, None, s) for s in (*stride, *dilation)))
     windows = windows[step]
     size = windows.shape[2:2 + axes]
     order = (0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
     return windows.transpose(order).reshape(x.shape[0], groups, -1, int(np.prod(size))), size
 
 
-def _scattered(columns: Array, shape: tuple[int, ...], kernel: Sequence[int], size: Sequence[int], stride: Sequence[int],
-               padding: Sequence[int], dilation: Sequence[int]) -> Array:
+def _scattered(columns: Array, shape: tuple[int, ...], kernel: Sequence[int], size: Sequence[int],
+               stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Array:
     """The transpose of ``_columns``: every position's column added to where it was seen."""
     axes = len(kernel)
     stride, padding, dilation = (_per_axis(v, axes) for v in (stride, padding, dilation))

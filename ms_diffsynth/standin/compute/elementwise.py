@@ -9,8 +9,9 @@ from scipy.special import erf
 from ms_diffsynth.standin.compute.table import Array, aclnn
 
 for _name, _function in {
-    "Abs": np.abs, "Neg": np.negative, "Reciprocal": lambda x: 1 / x, "Sqrt": np.sqrt, "Rsqrt": lambda x: 1 / np.sqrt(x),
-    "Exp": np.exp, "Log": np.log, "Sin": np.sin, "Cos": np.cos, "Tanh": np.tanh, "Floor": np.floor, "Ceil": np.ceil,
+    "Abs": np.abs, "Neg": np.negative, "Reciprocal": lambda x: 1 / x, "Sqrt": np.sqrt,
+    "Rsqrt": lambda x: 1 / np.sqrt(x), "Exp": np.exp, "Log": np.log,
+    "Sin": np.sin, "Cos": np.cos, "Tanh": np.tanh, "Floor": np.floor, "Ceil": np.ceil,
     "Sign": np.sign, "Erf": erf, "IsFinite": np.isfinite, "LogicalNot": lambda x: np.logical_not(x.astype(bool)),
     "Relu": lambda x: np.maximum(x, 0), "Sigmoid": lambda x: sigmoid(x), "Silu": lambda x: x * sigmoid(x),
 }.items():

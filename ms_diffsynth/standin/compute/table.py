@@ -145,7 +145,7 @@ def _output(value: Any, letter: str, signature: str) -> Any:
 
 
 def _input(value: Any, letter: str, signature: str) -> Any:
-    if letter in "tr" and value == 0 or letter in "TsI" and value == 0:
+    if letter in "trTsI" and value == 0:
         return None
     if letter in "tr" and isinstance(value, dict) and "shape" in value:
         return promoted(view(value)) if letter == "t" else view(value)
@@ -187,5 +187,5 @@ def _missing(call: dict[str, Any], how: str) -> str:
         return f"scalar {argument['dtype']}" if isinstance(argument, dict) else repr(argument)
 
     arguments = call["arguments"] if call["path"] == "aclnn" else [*call["inputs"], "->", *call["outputs"]]
-    return (f"is not computed by the stand-in; it was called with ({', '.join(text(a) for a in arguments)}). Write it in "
-            f"ms_diffsynth/standin/compute, from CANN's public description:  {how}  or run with shapes_only")
+    return (f"is not computed by the stand-in; it was called with ({', '.join(text(a) for a in arguments)}). Write it "
+            f"in ms_diffsynth/standin/compute, from CANN's public description:  {how}  or run with shapes_only")
