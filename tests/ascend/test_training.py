@@ -20,8 +20,8 @@ from ms_diffsynth.standin import Log, environment
 
 SCRIPT = Path(__file__).parent / "trainings.py"
 STEPS = 3
-P0 = ("MindSpore 2.10 cannot compile FLUX.1's step on an Ascend: mindone's attention passes its cell to a plain object, "
-      "and zeros_like of a cell runs EnvironCreate, of which an Ascend has no kernel")
+P0 = ("MindSpore 2.10 cannot compile FLUX.1's step on an Ascend: mindone's attention passes its cell to a plain "
+      "object, and zeros_like of a cell runs EnvironCreate, of which an Ascend has no kernel")
 
 # Float32: other orders of sums and other polynomials for exp and tanh. Bfloat16: 2 ** -8 for one rounding; thousands
 # of values of random sign are averaged in a loss or a norm, so that a good deal less is left of it.

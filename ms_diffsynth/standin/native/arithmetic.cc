@@ -1,6 +1,6 @@
 // The way from a kernel to NumPy. A call is one line of JSON with the addresses of its tensors; the functions that
-// compute are in ms_diffsynth/standin/compute. The process is a Python that has loaded this library, so the few functions
-// of Python's C interface that are needed are found in it, and no header of Python's is.
+// compute are in ms_diffsynth/standin/compute. The process is a Python that has loaded this library, so the few
+// functions of Python's C interface that are needed are found in it, and no header of Python's is.
 #include <dlfcn.h>
 
 #include <atomic>
