@@ -1,0 +1,62 @@
+"""Trains a tiny model a few steps, in this process: ``python trainings.py FOLDER FAMILY DEVICE:DTYPE:MODE ...``.
+
+Every run writes FOLDER/<device>-<dtype>-<mode>/loss.csv. On the stand-in the log has the marks "training step N begins"
+and "training step N ends". Started by `test_training.py`; the model must be in FOLDER/model.
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import mindspore as ms
+
+from ms_diffsynth.cli.main import main
+from ms_diffsynth.standin import mark
+from ms_diffsynth.train.compile import CompiledStep
+
+ROOT = Path(__file__).parents[2]
+STEPS = 3
+CAT = ROOT / "examples/data/dreambooth_cat_fluent"
+SMILEYS = ROOT / "examples/data/smileys64"
+ROWS = {"dataset_base_path": CAT, "dataset_metadata_path": CAT / "metadata.csv", "height": 128, "width": 128,
+        "batch_size": 3, "lora_rank": 16, "learning_rate": 2e-3}
+FAMILIES = {
+    "qwen_image": ROWS,
+    "flux2": ROWS | {"max_sequence_length": 64},
+    "flux": ROWS | {"max_sequence_length": 32},
+    "ddpm_unet": {"dataset_base_path": SMILEYS, "dataset_metadata_path": SMILEYS / "metadata.csv", "height": 32,
+                  "width": 32, "batch_size": 4, "learning_rate": 1e-3, "trainable_models": "unet",
+                  "remove_prefix_in_ckpt": "pipe.unet.", "sample_count": 1, "num_inference_steps": 1},
+}
+
+
+def train(folder: Path, family: str, device: str, dtype: str, mode: str) -> int:
+    """One training by the command line, from the same draws and rows whatever the device."""
+    settings = FAMILIES[family] | {
+        "family": family, "model_paths": folder / "model", "max_train_steps": STEPS, "lr_warmup_steps": 1,
+        "device": device, "dtype": dtype, "mode": mode, "output_path": folder / f"{device}-{dtype}-{mode}"}
+    return main(["train", *(f"--{name}={value}" for name, value in settings.items())])
+
+
+def mark_steps() -> None:
+    """Let every training step be marked in the log, with the device idle at both ends."""
+    call, count = CompiledStep.__call__, {}
+
+    def marked(self: CompiledStep, *tensors: ms.Tensor) -> object:
+        count[id(self)] = number = count.get(id(self), 0) + 1
+        ms.runtime.synchronize()
+        mark(f"{self.name} {number} begins")
+        try:
+            return call(self, *tensors)
+        finally:
+            ms.runtime.synchronize()
+            mark(f"{self.name} {number} ends")
+
+    CompiledStep.__call__ = marked
+
+
+if __name__ == "__main__":
+    mark_steps()
+    for run in sys.argv[3:]:
+        if code := train(Path(sys.argv[1]), sys.argv[2], *run.split(":")):
+            sys.exit(code)
