@@ -13,8 +13,10 @@ import contextlib
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import mindspore as ms
+from mindspore import Tensor
 
 from ms_diffsynth.errors import ConfigError, DeviceError, nearest
 from ms_diffsynth.ops import install_cpu_kernels
@@ -150,6 +152,15 @@ def _set_up_ascend(device_memory: float | None) -> None:
     ms.device_context.ascend.op_precision.conv_allow_hf32(False)  # or float32 convolutions keep 12 bits of a number
     if os.environ.get("MS_LAUNCH_BLOCKING") == "1":
         ms.runtime.launch_blocking()
+
+
+def to_device(value: Any) -> Tensor:
+    """An array, or a Tensor, where the device computes. The host does not wait for an Ascend to have it.
+
+    A Tensor that lies on the host is copied when it is first used, and the host waits before that and after.
+    """
+    tensor = value if isinstance(value, Tensor) else Tensor(value)
+    return tensor.move_to("Ascend", blocking=False) if current().device == "Ascend" else tensor
 
 
 def compute_dtype(name: str | None) -> ms.Type:

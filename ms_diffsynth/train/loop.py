@@ -338,7 +338,7 @@ class _Run:
         shape = pipe.latent_shape(*items[0].size)
         for name in self.cut.draws:
             slots[name] = pipe.objective.draw(name, (len(items), *shape), len(pipe.sigmas), random)
-        return [Tensor(slots[name]) for name in (*self.cut.cache, *self.cut.draws)]
+        return [runtime.to_device(slots[name]) for name in (*self.cut.cache, *self.cut.draws)]
 
     def _eager_step(self, batch: Batch) -> StepResult:
         def begin(k: int) -> None:

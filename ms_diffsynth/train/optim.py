@@ -20,6 +20,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from mindspore.ops import operations as P
 
+from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, TrainingError, listing, nearest
 from ms_diffsynth.nn.names import load_state
 
@@ -131,7 +132,7 @@ class AdamW(nn.Cell):
 
     def set_learning_rate(self, value: float) -> None:
         """Set the learning rate of the following updates; nothing is compiled again."""
-        ops.assign(self.learning_rate, Tensor(value, ms.float32))
+        ops.assign(self.learning_rate, runtime.to_device(np.float32(value)))
 
     def state_tensors(self) -> dict[str, Parameter]:
         """What a checkpoint must hold besides the weights, by name: both moments and the step count."""

@@ -123,5 +123,6 @@ class StepReport:
 
 def numbers_of(result: StepResult, losses: list[Tensor]) -> dict[str, Any]:
     """What loss.csv says of the numbers of a step: the last result of its micro-steps, and the losses of all."""
-    return {"loss": float(np.mean([loss.asnumpy() for loss in losses])), "grad_norm": float(result.grad_norm.asnumpy()),
-            "is_skipped": int(not bool(result.is_finite.asnumpy()))}
+    last, norm, is_finite = result.numbers.asnumpy()
+    return {"loss": float(np.mean([*(loss.asnumpy() for loss in losses[:-1]), last])), "grad_norm": float(norm),
+            "is_skipped": int(not is_finite)}

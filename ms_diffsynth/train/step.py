@@ -34,6 +34,7 @@ class StepResult(NamedTuple):
     grad_norm: Tensor | None  # float32 scalar before clipping, of the averaged gradient; None at a micro-step
     is_finite: Tensor | None  # bool scalar; False means that nothing was updated; None at a micro-step
     is_update: bool  # whether an optimizer update was made (or skipped by the guard)
+    numbers: Tensor | None = None  # float32 [3]: loss, norm and 1 for finite, to be read at once
 
 
 @ms.jit_class
@@ -102,6 +103,7 @@ class TrainStep(nn.Cell):
                                "micro": CompiledStep(self._accumulate, "the accumulation step", **plan)}
         self.batches = 0  # seen in this epoch
         self.group = 0  # micro-steps accumulated since the last update
+        self._group_sizes: dict[int, Tensor] = {}
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The loss (a scalar), and anything else the caller wants back."""
@@ -129,9 +131,15 @@ class TrainStep(nn.Cell):
         if self.group < self.accumulation_steps and not is_epoch_end:
             values = self.compiled_steps["micro"](*inputs)
             return StepResult(values[0], tuple(values[1:]), None, None, False)
-        size, self.group = Tensor(np.float32(self.group * runtime.current().world_size)), 0
-        values = self.compiled_steps["update"](size, *inputs)
-        return StepResult(values[0], tuple(values[3:]), values[1], values[2], True)
+        values = self.compiled_steps["update"](self._group_size(), *inputs)
+        self.group = 0
+        return StepResult(values[0], tuple(values[4:]), values[1], values[2], True, values[3])
+
+    def _group_size(self) -> Tensor:
+        """How many batches of all ranks the present update is of; each number is sent to the device once."""
+        if self.group not in self._group_sizes:
+            self._group_sizes[self.group] = runtime.to_device(np.float32(self.group * runtime.current().world_size))
+        return self._group_sizes[self.group]
 
     @property
     def compilations(self) -> int:
@@ -185,7 +193,8 @@ class TrainStep(nn.Cell):
             gradients.reset(self.accumulators)
         if self.loss_scaler is not None:
             self.loss_scaler.adjust(is_finite)
-        return (loss, norm, is_finite) + values[2:]
+        numbers = ops.cat((loss.reshape((1,)), norm.reshape((1,)), is_finite.astype(ms.float32).reshape((1,))))
+        return (loss, norm, is_finite, numbers) + values[2:]
 
 
 def _check(optimizer: nn.Cell, max_grad_norm: float | None, accumulation_steps: int | None,

@@ -86,8 +86,9 @@ def report():
 
 def result(loss, norm=None):
     is_finite = None if norm is None else Tensor(bool(np.isfinite(norm) and np.isfinite(loss)))
+    numbers = None if norm is None else Tensor(np.float32([loss, norm, bool(is_finite.asnumpy())]))
     return StepResult(Tensor(loss, ms.float32), (), None if norm is None else Tensor(norm, ms.float32), is_finite,
-                      norm is not None)
+                      norm is not None, numbers)
 
 
 def step(report, number, losses, norm):
