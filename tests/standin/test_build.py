@@ -15,6 +15,13 @@ from ms_diffsynth.standin.build import build, cache_folder
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
+    """A cache of the test's own; and a skip where there is nothing to build for."""
+    try:
+        symbols.mindspore_libraries()
+    except DeviceError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"NOT TESTED: {error}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

@@ -625,7 +625,7 @@ def test_adamw_of_two_kinds():
     v = abs(v)
     found = [a.copy() for a in (p, m, v)]
     floats = [struct.unpack("<d", struct.pack("<f", f) + bytes(4))[0] for f in (1e-2, 0.9, 0.99, 0.1, 1e-8)]
-    call("ApplyAdamWV2", *found, None, g, np.array([3], np.float32), 0, 0, floats=floats)
+    call("ApplyAdamWV2", *found, None, g, np.array([2], np.float32), 0, 0, floats=floats)
     m2, v2 = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
     expected = p * (1 - 1e-3) - 1e-2 * (m2 / (1 - 0.9 ** 3)) / (np.sqrt(v2 / (1 - 0.99 ** 3)) + 1e-8)
     np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-6)

@@ -80,6 +80,14 @@ def test_the_log_knows_shapes_strides_and_memory(runs):
         log.between("nothing", "nothing")
 
 
+def test_fused_operators_are_what_they_fuse(standin, tmp_path):
+    done = standin(CELL.with_name("fused.py"), log=tmp_path / "log.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert set(Log.read(tmp_path / "log.jsonl").counts("aclnn")) >= {
+        "aclnnRmsNorm", "aclnnRmsNormGrad", "aclnnRotaryPositionEmbedding", "aclnnRotaryPositionEmbeddingGrad",
+        "aclnnFlashAttentionScore", "aclnnFlashAttentionScoreGrad", "aclnnApplyAdamWV2"}
+
+
 def test_it_says_that_it_is_a_stand_in(runs):
     assert "a stand-in on the CPU (NumPy), for tests and planning, not for training" in runs[3]
 

@@ -19,17 +19,20 @@ def adam(attributes: dict, parameter: Array, m: Array, v: Array, beta1_power: Ar
 @aclnn("ApplyAdamWV2", "&t &t &t &t t t f f f f f b b")
 def adamw(parameter: Array, m: Array, v: Array, most: Array | None, gradient: Array, step: Array, rate: float,
           beta1: float, beta2: float, decay: float, epsilon: float, amsgrad: bool, maximize: bool) -> tuple:
-    """AdamW's update with decoupled weight decay; ``step`` counts from 1."""
+    """AdamW's update with decoupled weight decay.
+
+    ``step`` is 0 at the first, as `mindspore.mint.optim.AdamW` gives it: the documented formula's t is one more.
+    """
     if amsgrad:
         raise NotImplementedError("with amsgrad it is not computed by the stand-in: write it in compute/optimizers.py")
     gradient = -gradient if maximize else gradient
     rate, beta1, beta2, decay, epsilon = map(np.float32, (rate, beta1, beta2, decay, epsilon))
-    step = np.float32(step.reshape(-1)[0])
+    t = np.float32(step.item() + 1)
     parameter = parameter * (1 - rate * decay)
     m = m + (gradient - m) * (1 - beta1)
     v = v + (gradient * gradient - v) * (1 - beta2)
-    root = np.sqrt(v / (1 - beta2 ** step)) + epsilon
-    return parameter - rate * (m / (1 - beta1 ** step)) / root, m, v, None
+    root = np.sqrt(v / (1 - beta2 ** t)) + epsilon
+    return parameter - rate * (m / (1 - beta1 ** t)) / root, m, v, None
 
 
 @aclop("AdamApplyOneWithDecayAssign")

@@ -36,18 +36,10 @@ double now() {
   return t.tv_sec * 1e3 + t.tv_nsec / 1e6;
 }
 
-// MindSpore's own libraries are taken down in an order that only CANN's survive: end before that, as soon as Python and
-// what registered itself with atexit after us are done.
-void leave(int status, void*) {
-  fflush(nullptr);
-  _exit(status);
-}
-
 void start() {
   static bool started = false;
   if (started) return;
   started = true;
-  on_exit(leave, nullptr);
   fprintf(stderr,
           "ms_diffsynth.standin: device Ascend is a stand-in on the CPU (%s), for tests and planning, not for "
           "training\n", standin::shapes_only() ? "kernels are recorded, not computed" : "NumPy");

@@ -21,17 +21,18 @@ size_t in_use = 0;               // bytes that count against the device's memory
 // would write gigabytes of weights, for nothing.
 constexpr size_t kCopiedInShapesOnly = 1 << 20;
 
+constexpr size_t kSmallest = 64;  // an allocation of nothing has an address too
+
 size_t total() { return static_cast<size_t>(standin::device_gib() * (1ull << 30)); }
 
 int map_pages(void** address, size_t size) {
-  void* pages = mmap(nullptr, std::max<size_t>(size, 64), PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   *address = pages == MAP_FAILED ? nullptr : pages;
   if (pages == MAP_FAILED) {
     return standin::fail(standin::kOutOfMemory, "the host maps no " + std::to_string(size) + " bytes more");
   }
   std::lock_guard<std::mutex> guard(lock);
-  blocks[pages] = std::max<size_t>(size, 64);
+  blocks[pages] = size;
   return kOk;
 }
 
@@ -61,8 +62,11 @@ void give_back(size_t size) {
 }
 
 int allocate(void** address, size_t size) {
+  size = std::max(size, kSmallest);
   if (int error = take(size)) return error;
-  return map_pages(address, size);
+  int error = map_pages(address, size);
+  if (error) give_back(size);
+  return error;
 }
 
 // kind: 0 host to host, 1 host to device, 2 device to host, 3 device to device (aclrtMemcpyKind).
@@ -105,7 +109,7 @@ EXPORT int aclrtFree(void* address) {
 
 // Addresses and the memory behind them, taken apart: the addresses are usable at once, the memory is counted.
 EXPORT int aclrtReserveMemAddress(void** address, size_t size, size_t, void*, uint64_t) {
-  return map_pages(address, size);
+  return map_pages(address, std::max(size, kSmallest));
 }
 EXPORT int aclrtReleaseMemAddress(void* address) { unmap_pages(address); return kOk; }
 EXPORT int aclrtMallocPhysical(void** handle, size_t size, const void*, uint64_t) {
@@ -122,7 +126,7 @@ EXPORT int aclrtMapMem(void*, size_t, size_t, void*, uint64_t) { return kOk; }
 EXPORT int aclrtUnmapMem(void*) { return kOk; }
 
 EXPORT int aclrtMallocHost(void** address, size_t size) {
-  return posix_memalign(address, 64, std::max<size_t>(size, 64));
+  return posix_memalign(address, kSmallest, std::max(size, kSmallest));
 }
 EXPORT int aclrtFreeHost(void* address) { free(address); return kOk; }
 
