@@ -1,15 +1,20 @@
 """Recompute (gradient checkpointing): a block keeps its inputs and computes the rest again in backward.
 
-A property of the cells, set before the step is compiled and after LoRA was injected. Two forms of MindSpore 2.10 were
-not good enough (2026-11-21, a FLUX.1 of four blocks with LoRA):
+A property of the cells, set before the step is compiled and after LoRA was injected. Two forms:
 
-- ``cell.recompute()`` with its default ``use_reentrant=True`` collects the trainable parameters when it is called: in
-  PyNative a LoRA injected later gets no gradient and nothing says so. With the default ``early_stop=True`` of the other
-  form an exception ends the second forward, and a cell with a ``bprop`` of its own does not survive that.
+**Blocks that are one cell with their weights as arguments** (`nn.blocks`): `Recomputed`, a cell whose ``bprop`` runs
+the block again, on inputs that depend on the gradient that comes in, so that the compiler cannot share what forward
+computed. Everything in the block is computed twice and nothing is kept; gradients are equal bit for bit.
+
+**Any other cell**: MindSpore's ``cell.recompute``. In compiled code it goes by the names of scopes: what a block calls
+in plain functions and objects, or in a ``bprop`` of its own, may stay kept. Of MindSpore 2.10's settings,
+
+- ``use_reentrant=True``, the default, collects the trainable parameters when it is called: in PyNative a LoRA injected
+  later gets no gradient and nothing says so. With ``early_stop=True``, the default of the other form, an exception
+  ends the second forward, and a cell with a ``bprop`` of its own does not survive that.
 - ``ms.recompute`` in compiled code adds up gradients in another order: equal to 1e-6 only.
 
-``cell.recompute(use_reentrant=False, early_stop=False)`` is equal bit for bit, eager and compiled. What a ``bprop``
-written in Python keeps from forward (`ops.cpu.fast`) stays kept in compiled code: it is no operator to run again.
+``cell.recompute(use_reentrant=False, early_stop=False)`` is equal bit for bit, eager and compiled.
 """
 from __future__ import annotations
 
@@ -20,7 +25,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 from mindspore.ops.primitive import constexpr
 
 from ms_diffsynth import runtime
@@ -30,6 +35,48 @@ from ms_diffsynth.nn.names import to_numpy
 # MindSpore before 2.8 has one form only, and 2.8 no early stop
 _KNOWN = inspect.signature(ms.recompute).parameters
 _OPTIONS = {name: False for name in ("use_reentrant", "early_stop") if name in _KNOWN}
+
+
+class Kept(nn.Cell):
+    """A block that computes once and keeps what backward needs.
+
+    Args:
+        block: a cell without parameters: ``block(*activations, weights)``. Activations are Tensors, weights a tuple of
+            Parameters, nested or not. One such cell serves all blocks that are equal.
+    """
+
+    def __init__(self, block: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.block = block
+
+    def construct(self, activations, weights):
+        return self.block(*activations, weights)
+
+
+class Recomputed(Kept):
+    """The same, computed again in backward."""
+
+    def __init__(self, block: nn.Cell):
+        super().__init__(block)
+        self.gradient = ops.GradOperation(get_all=True, sens_param=True)
+
+    def __call__(self, activations, weights):
+        """Eager code, where a ``bprop`` cannot take tuples; compiled code reads ``construct`` and ``bprop``."""
+        return ms.recompute(self.block, *activations, weights, **_OPTIONS)
+
+    def bprop(self, activations, weights, out, dout):
+        again = ()
+        for x in activations:
+            again += (ops.depend(x, dout),)
+        gradients = self.gradient(self.block)(*again, weights, dout)
+        return gradients[:-1], gradients[-1]
+
+
+class Offloaded(Kept):
+    """The same, computed again in backward from activations that are kept on the host; eager code only."""
+
+    def __call__(self, activations, weights):
+        return _offloaded_forward(self.block.construct, *activations, weights)
 
 
 def use_recompute(model: nn.Cell, blocks: Sequence[str] | None = None, offload: bool = False) -> int:
@@ -61,11 +108,13 @@ def use_recompute(model: nn.Cell, blocks: Sequence[str] | None = None, offload: 
         chosen += list(cells[name]) if isinstance(cells[name], nn.CellList) else [cells[name]]
     for block in chosen:
         if not getattr(block, "is_recomputed", False):
+            block.is_recomputed, block.is_offloaded = True, offload
+            if getattr(block, "is_arranged", False):
+                continue  # `nn.blocks` reads the marks
             if offload:
                 block.construct = partial(_offloaded_forward, block.construct)
             else:
                 block.recompute(**_OPTIONS)
-            block.is_recomputed = True
     return len(chosen)
 
 

@@ -169,8 +169,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Shapes: x [..., in], weight [out, in], bias [out] -> [..., out].
     """
-    if bias is None:
-        return functional.linear(x, weight, bias)
+    return functional.linear(x, weight, bias) if bias is None else linear_with_bias(x, weight, bias)
+
+
+def linear_with_bias(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`linear` without a condition, which a recomputed block cannot have (see `ops.network`)."""
     return _linear(x.reshape(-1, x.shape[-1]), weight, bias).reshape((*x.shape[:-1], weight.shape[0]))
 
 
@@ -200,8 +203,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 
     Shapes: q [B, H, S, D], k and v [B, H, S', D] -> [B, H, S, D].
     """
+    return scaled_attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def scaled_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`attention` without a condition, which a recomputed block cannot have (see `ops.network`)."""
     size = q.shape[-1]
-    scale = size ** -0.5 if scale is None else scale
     y = _attention(q.reshape(-1, q.shape[2], size) * scale, k.reshape(-1, k.shape[2], size),
                    v.reshape(-1, v.shape[2], size))[0]
     return y.reshape(q.shape)

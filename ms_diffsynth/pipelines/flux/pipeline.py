@@ -21,10 +21,9 @@ HERE = Path(__file__).parent
 
 
 def _build_dit(config: dict[str, Any]):
-    with quiet_imports():
-        from mindone.diffusers import FluxTransformer2DModel
+    from ms_diffsynth.pipelines.flux.transformer import build_transformer  # imports mindone's networks
 
-    return FluxTransformer2DModel(**_arguments(config))
+    return build_transformer(_arguments(config))
 
 
 def _build_vae(config: dict[str, Any]):
@@ -132,14 +131,6 @@ class FluxImagePipeline(ImagePipeline):
 
     def build_decode(self) -> units.Decode:
         return units.Decode(self.dtype)
-
-    def _load(self, name: str) -> Any:
-        model = super()._load(name)
-        if name == "dit" and self.device == "CPU":
-            from ms_diffsynth.pipelines.flux.fast import use_fast_cells  # imports mindone's networks
-
-            use_fast_cells(model)
-        return model
 
     @property
     def vae_scale_factor(self) -> int:
