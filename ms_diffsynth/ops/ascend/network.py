@@ -5,14 +5,20 @@ later) takes cos and sin in the dtype of x. Flash attention takes bfloat16 and f
 """
 from __future__ import annotations
 
-from mindspore import mint, ops
+import numpy as np
+from mindspore import Tensor, mint, ops
 from mindspore.ops import operations as P
-from mindspore.ops.auto_generate import Dense, LayerNormExt, RmsNorm, RotaryPositionEmbedding, SplitWithSize
+from mindspore.ops.auto_generate import Dense, LayerNormExt, RotaryPositionEmbedding, SplitWithSize
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
-_dense, _layer_norm, _rms_norm, _rotary = Dense(), LayerNormExt(), RmsNorm(), RotaryPositionEmbedding()
+_dense, _layer_norm, _rotary = Dense(), LayerNormExt(), RotaryPositionEmbedding()
 _join, _join_last, _split = P.Concat(1), P.Concat(-1), SplitWithSize()
 _INTERLEAVED = 1  # pairs (x[2i], x[2i+1]), as FLUX and Qwen-Image rotate
+
+
+@ops.constexpr
+def _filled(length, value, dtype):
+    return Tensor(np.full(length, value, np.float32), dtype)
 
 
 def linear(x, weight, bias):
@@ -28,12 +34,13 @@ def gelu_tanh(x):
 
 
 def layer_norm_modulate(x, scale, shift, eps):
-    normal = _layer_norm(x, (x.shape[-1],), None, None, eps)[0]
+    width = x.shape[-1]  # MindSpore 2.10 cannot compile the norm without weights
+    normal = _layer_norm(x, (width,), _filled(width, 1, x.dtype), _filled(width, 0, x.dtype), eps)[0]
     return normal * (scale + 1).expand_dims(1) + shift.expand_dims(1)
 
 
 def rms_norm(x, weight, eps):
-    return _rms_norm(x, weight, eps)[0]
+    return ops.rms_norm(x, weight, eps)[0]
 
 
 def gate_add(residual, gate, x):
@@ -50,7 +57,7 @@ def attend(q, k, v, cos, sin):
 
 
 def chunks(x, number):
-    return ops.Split(1, number)(x)
+    return _split(x, (x.shape[1] // number,) * number, 1)
 
 
 def join(first, second):
