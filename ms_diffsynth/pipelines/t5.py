@@ -42,7 +42,8 @@ class _ExactBuckets:
     """Mixed into an attention of T5 or UMT5 that has a relative bias: its buckets come from the host."""
 
     def compute_bias(self, query_length, key_length, cache_position=None):
-        table = bucket_table(query_length, key_length, self.relative_attention_num_buckets,
+        # an encoder has as many queries as keys; in compiled code query_length is a Tensor
+        table = bucket_table(key_length, key_length, self.relative_attention_num_buckets,
                              self.relative_attention_max_distance)
         return self.relative_attention_bias(table).permute((2, 0, 1)).expand_dims(0)
 

@@ -82,6 +82,18 @@ def test_the_encoder_uses_them(tiny_flux):
     assert changed[:8].all() and changed[32:].all()
 
 
+def test_the_compiled_encoder_is_the_eager_one(tiny_flux, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encoder = load_component(COMPONENTS[3], Source(tiny_flux / "text_encoder_2"), ms.float32)
+
+    def encode(ids):
+        return encoder(ids, return_dict=False)[0]
+
+    for tokens in (16, 40):
+        ids = Tensor(np.arange(tokens, dtype=np.int32)[None])
+        np.testing.assert_allclose(ms.jit(encode, fullgraph=True)(ids).asnumpy(), encode(ids).asnumpy(), atol=1e-6)
+
+
 def test_wo_stays_float32_where_float16_would_overflow(tiny_flux):
     source = Source(tiny_flux / "text_encoder_2")
     half = load_component(COMPONENTS[3], source, ms.float16)
