@@ -50,9 +50,9 @@ def squared_error(model, *batch):
 
 
 def build_ours(name: str, weights: Path, mode: str):
-    """ms_diffsynth's TrainStep and AdamW on the fast cells."""
+    """ms_diffsynth's TrainStep and AdamW on its own blocks."""
     runtime.configure(mode, "CPU")
-    from ms_diffsynth.pipelines.flux.fast import use_fast_cells
+    from ms_diffsynth.pipelines.flux.transformer import use_own_blocks
     from ms_diffsynth.train.optim import AdamW
     from ms_diffsynth.train.step import TrainStep
 
@@ -62,7 +62,7 @@ def build_ours(name: str, weights: Path, mode: str):
 
     model = network(name, weights)
     if name == "flux":
-        use_fast_cells(model)
+        use_own_blocks(model)
     optimizer = AdamW(model.trainable_params(), common.LEARNING_RATE, common.BETAS, common.EPS, common.WEIGHT_DECAY)
     return Step(model, optimizer, max_grad_norm=common.MAX_GRAD_NORM)
 

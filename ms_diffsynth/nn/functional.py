@@ -13,7 +13,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 import mindspore as ms
-from mindspore import Tensor, mint, nn, ops
+from mindspore import mint, nn, ops
 from mindspore.ops import operations as P
 
 from ms_diffsynth.nn.lora import LoRALinear

@@ -7,7 +7,7 @@
 | layer_norm_modulate | norm(x) (1 + scale) + shift, the norm without affine | x [B, S, D], scale and shift [B, D] |
 | rms_norm | x / sqrt(mean(x^2) + eps) * weight | x [..., D], weight [D] |
 | gate_add | residual + gate x | residual and x [B, S, D], gate [B, D] |
-| attend | rotate q and k by cos and sin, then softmax(q k^T D^-1/2) v | q, k, v [B, S, H, D], cos, sin [S, D] -> [B, S, H D] |
+| attend | q and k rotated, then softmax(q k^T D^-1/2) v | q, k, v [B, S, H, D], cos, sin [S, D] -> [B, S, H D] |
 | join, part | concatenation along axis 1 and its inverse | [B, L, ...] and [B, N, ...] <-> [B, L + N, ...] |
 | join_last | concatenation along the last axis | [..., D] and [..., E] -> [..., D + E] |
 | chunks | equal parts along axis 1 | [B, n D] -> n of [B, D] |

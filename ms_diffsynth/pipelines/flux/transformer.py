@@ -159,7 +159,15 @@ def use_own_blocks(dit: nn.Cell) -> nn.Cell:
 
     Its parameters and their names stay, and its call as far as FLUX.1 itself goes: no IP adapter, no ControlNet. Call
     it before the network is compiled; a second call does nothing.
+
+    Raises: TypeError for an attention that is not FLUX.1's own: another processor, fused projections, dropout.
     """
+    for block in (*dit.transformer_blocks, *dit.single_transformer_blocks):
+        attn = block.attn
+        if type(attn.processor) is not mindone.FluxAttnProcessor or attn.fused_projections or attn.dropout:
+            raise TypeError(f"{type(attn.processor).__name__}, fused_projections={attn.fused_projections}, dropout="
+                            f"{attn.dropout}: expected a FluxAttnProcessor without either. Take the network as it is "
+                            "loaded.")
     dit.__class__ = FluxTransformer
     for block in dit.transformer_blocks:
         block.__class__ = FluxBlock

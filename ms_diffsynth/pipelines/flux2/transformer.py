@@ -1,8 +1,9 @@
 """mindone's FLUX.2 transformer, so that it compiles, for klein and dev: its modules under another ``construct``.
 
-As in `pipelines.flux.fast`, an object is given a subclass of its own class: parameters, their names and their places
-stay. What changes: rotary tables come from the host (`rotary`), a network without embedded guidance (klein) has none,
-and sigma stays float32 up to its sinusoids (mindone casts it to the compute dtype, where bfloat16 keeps 8 bits of it).
+As in `pipelines.flux.transformer`, an object is given a subclass of its own class: parameters, their names and their
+places stay. What changes: rotary tables come from the host (`rotary`), a network without embedded guidance (klein) has
+none, and sigma stays float32 up to its sinusoids (mindone casts it to the compute dtype, where bfloat16 keeps 8 bits
+of it).
 
 Shape legend: B batch, L text tokens, N image tokens (picture and edit pictures), S = L + N, D width, H heads.
 """

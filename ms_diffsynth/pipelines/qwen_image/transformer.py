@@ -1,7 +1,7 @@
 """mindone's Qwen-Image transformer, so that it compiles and has gradients: its modules under another ``construct``.
 
-As in `pipelines.flux.fast`, an object is given a subclass of its own class: parameters, their names and their places
-stay. What changes: rotary positions are real (`rotary`), text may be padded, and sigma stays float32 up to its
+As in `pipelines.flux.transformer`, an object is given a subclass of its own class: parameters, their names and their
+places stay. What changes: rotary positions are real (`rotary`), text may be padded, and sigma stays float32 up to its
 sinusoids (mindone casts it to the compute dtype, where bfloat16 keeps 8 bits of it).
 
 Shape legend: B batch, L text tokens, N image tokens, S = L + N, D width, H heads.
