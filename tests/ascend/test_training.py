@@ -22,8 +22,8 @@ SCRIPT = Path(__file__).parent / "trainings.py"
 STEPS = 3
 P0 = ("MindSpore 2.10 cannot compile FLUX.1's step on an Ascend: mindone's attention passes its cell to a plain "
       "object, and zeros_like of a cell runs EnvironCreate, of which an Ascend has no kernel")
-NOT_EXPLAINED = ("the loss of FLUX.1 differs from the CPU's by 0.09 % in float32 and 0.8 % in bfloat16 (2026-11-29), ten "
-                 "times as much as in other families and more, which is not explained")
+NOT_EXPLAINED = ("the loss of FLUX.1 differs from the CPU's by 0.09 % in float32 and 0.8 % in bfloat16 (2026-11-29), "
+                 "ten times as much as in other families and more, which is not explained")
 
 # Float32: other orders of sums and other polynomials for exp and tanh. Bfloat16: 2 ** -8 for one rounding; thousands
 # of values of random sign are averaged in a loss or a norm, so that a good deal less is left of it (at most 0.07 % of a
