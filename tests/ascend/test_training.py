@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).parent / "trainings.py"
 STEPS = 3
 P0 = ("MindSpore 2.10 cannot compile FLUX.1's step on an Ascend: mindone's attention passes its cell to a plain "
       "object, and zeros_like of a cell runs EnvironCreate, of which an Ascend has no kernel")
-T5 = ("the CPU is wrong: log of MindSpore 2.10's CPU is a digit short, log(2) / log(16) * 8 = 1.9999995, so that T5 puts "
+T5 = ("the CPU is wrong: log of MindSpore 2.10's CPU is a digit short, log(2) / log(16) * 8 = 1.9999995, so T5 puts "
       "distance 16 into bucket 9 instead of 10; with exact buckets both agree within 1e-5 (2026-11-29)")
 BFLOAT16 = "beside T5's buckets, FLUX.1's loss in bfloat16 differs by 0.8 to 2.1 % (2026-11-29), which is not explained"
 
