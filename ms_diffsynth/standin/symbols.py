@@ -75,9 +75,10 @@ def operators(folder: Path) -> set[str]:
 
 
 def library_names(folder: Path) -> set[str]:
-    """File names of CANN's libraries: those opened, and those that the plugin's first library is linked with."""
+    """File names of CANN's libraries: those opened, and those that the plugin's two first libraries are linked with."""
     own = {p.name: p for p in [*folder.rglob("*.so*"), *folder.parent.glob("*.so*")]}
-    waiting, seen = [p.name for p in folder.glob("plugin/libmindspore_ascend.so*")], set(_OPENED)
+    waiting = ["libhccl_plugin.so", *(p.name for p in folder.glob("plugin/libmindspore_ascend.so*"))]
+    seen = set(_OPENED)
     while waiting:
         library = own.get(waiting.pop())
         needed = re.findall(r"\(NEEDED\).*\[(.+)\]", _run(["readelf", "-d", str(library)])) if library else []
