@@ -20,12 +20,6 @@ from ms_diffsynth.standin import Log, environment
 
 SCRIPT = Path(__file__).parent / "trainings.py"
 STEPS = 3
-P0 = ("MindSpore 2.10 cannot compile FLUX.1's step on an Ascend: mindone's attention passes its cell to a plain "
-      "object, and zeros_like of a cell runs EnvironCreate, of which an Ascend has no kernel")
-T5 = ("the CPU is wrong: log of MindSpore 2.10's CPU is a digit short, log(2) / log(16) * 8 = 1.9999995, so T5 puts "
-      "distance 16 into bucket 9 instead of 10; with exact buckets both agree within 1e-5 (2026-11-29)")
-BFLOAT16 = "beside T5's buckets, FLUX.1's loss in bfloat16 differs by 0.8 to 2.1 % (2026-11-29), which is not explained"
-
 # Float32: other orders of sums and other polynomials for exp and tanh. Bfloat16: 2 ** -8 for one rounding; thousands
 # of values of random sign are averaged in a loss or a norm, so that a good deal less is left of it (at most 0.07 % of a
 # loss and 0.3 % of a norm, 2026-11-29).
@@ -91,11 +85,7 @@ def test_qwen_image_in_bfloat16_is_the_cpus_and_counts_its_kernels(folders, vari
     assert len(step.kernels()) < 1400  # 1167 (2026-11-29)
 
 
-EXPECTED_TO_FAIL = {("flux", "float32", "graph"): P0, ("flux", "bfloat16", "graph"): P0,
-                    ("flux", "float32", "pynative"): T5, ("flux", "bfloat16", "pynative"): BFLOAT16}
-CASES = [pytest.param(family, dtype, mode, id=f"{family}-{dtype}-{mode}",
-                      marks=[pytest.mark.xfail(reason=EXPECTED_TO_FAIL[family, dtype, mode], strict=True)]
-                      if (family, dtype, mode) in EXPECTED_TO_FAIL else [])
+CASES = [pytest.param(family, dtype, mode, id=f"{family}-{dtype}-{mode}")
          for family in ("qwen_image", "flux2", "ddpm_unet", "flux")
          for dtype in ("float32", "bfloat16") for mode in ("graph", "pynative")
          if (family, dtype, mode) != ("qwen_image", "bfloat16", "graph")]
