@@ -58,11 +58,33 @@ class Recomputed(Kept):
 
     def __init__(self, block: nn.Cell):
         super().__init__(block)
-        self.gradient = ops.GradOperation(get_all=True, sens_param=True)
+        self.again = _Again(block)
 
     def __call__(self, activations, weights):
-        """Eager code, where a ``bprop`` cannot take tuples; compiled code reads ``construct`` and ``bprop``."""
+        """Eager code, where a ``bprop`` cannot take tuples; compiled code reads ``construct``."""
         return ms.recompute(self.block, *activations, weights, **_OPTIONS)
+
+    def construct(self, activations, weights):
+        return self.again(activations, _each(_value, weights))
+
+
+_each, _reshape = ops.HyperMap(), ops.Reshape()
+
+
+def _value(weight):
+    """A weight as what it holds now, by a reshape to its own shape, of which the compiled graph keeps nothing."""
+    return _reshape(weight, weight.shape)
+
+
+class _Again(Kept):
+    """What `Recomputed` compiles. Its weights are values, not Parameters: those MindSpore 2.10 reads anew in ``bprop``,
+    and where a view (``mint.split``, say) lies between two readings, it copies the weights before each of them: all of
+    the network, twice, at the beginning of forward and of backward (TensorMove; FLUX.1-dev at full depth 66 GiB).
+    """
+
+    def __init__(self, block: nn.Cell):
+        super().__init__(block)
+        self.gradient = ops.GradOperation(get_all=True, sens_param=True)
 
     def bprop(self, activations, weights, out, dout):
         again = ()
