@@ -5,9 +5,9 @@ clipping, and where the flag is False nothing changes. There is no branch in the
 rate and the decay become 0 and both betas 1, which leaves weights, moments and step count as they were. (A weight of
 -0.0 may become 0.0.) `guarded` gives any ``mindspore.nn.Optimizer`` the same call.
 
-Values a compiled step reads are set with ``ops.assign``. ``Parameter.set_data`` replaces the memory, which a function
-compiled by ``ms.jit`` before goes on reading: the new value is silently ignored (MindSpore 2.10, 2026-11-21,
-tests/train/test_optim.py shows it).
+Values a compiled step reads are set with ``ops.assign``. ``Parameter.set_data`` replaces the memory, which on the CPU a
+function compiled by ``ms.jit`` before goes on reading: the new value is silently ignored (MindSpore 2.10, 2026-11-21,
+tests/train/test_optim.py shows it; on an Ascend it is seen).
 """
 from __future__ import annotations
 
