@@ -3,6 +3,7 @@
 | name | computes | shapes |
 |---|---|---|
 | linear | x W^T + b; b may be missing | x [..., in], weight [out, in], bias [out] -> [..., out] |
+| low_rank | x down up | x [..., in], down [in, r], up [r, out] -> [..., out] |
 | gelu_tanh | the tanh form of GELU | any |
 | layer_norm_modulate | norm(x) (1 + scale) + shift, the norm without affine | x [B, S, D], scale and shift [B, D] |
 | rms_norm | x / sqrt(mean(x^2) + eps) * weight | x [..., D], weight [D] |
@@ -28,7 +29,7 @@ if install_cpu_kernels():
 else:
     from ms_diffsynth.ops.ascend import network as device
 
-linear, linear_without_bias = device.linear, device.linear_without_bias
+linear, linear_without_bias, low_rank = device.linear, device.linear_without_bias, device.low_rank
 gelu_tanh, layer_norm_modulate, rms_norm, gate_add = (device.gelu_tanh, device.layer_norm_modulate, device.rms_norm,
                                                       device.gate_add)
 attend, chunks, join, join_last, part = device.attend, device.chunks, device.join, device.join_last, device.part

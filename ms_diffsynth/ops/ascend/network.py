@@ -12,6 +12,7 @@ from mindspore.ops.auto_generate import Dense, LayerNormExt, RotaryPositionEmbed
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
 _dense, _layer_norm, _rotary = Dense(), LayerNormExt(), RotaryPositionEmbedding()
+_matmul = P.MatMul()
 _join, _join_last, _split = P.Concat(1), P.Concat(-1), SplitWithSize()
 _INTERLEAVED = 1  # pairs (x[2i], x[2i+1]), as FLUX and Qwen-Image rotate
 
@@ -27,6 +28,11 @@ def linear(x, weight, bias):
 
 def linear_without_bias(x, weight):
     return _dense(x, weight, None)
+
+
+def low_rank(x, down, up):
+    rows = _matmul(_matmul(x.reshape(-1, x.shape[-1]), down), up)
+    return rows.reshape((*x.shape[:-1], up.shape[1]))
 
 
 def gelu_tanh(x):
