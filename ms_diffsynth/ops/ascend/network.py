@@ -5,12 +5,12 @@ later) takes cos and sin in the dtype of x. Flash attention takes bfloat16 and f
 """
 from __future__ import annotations
 
-from mindspore import mint, ops
+from mindspore import ops
 from mindspore.ops import operations as P
-from mindspore.ops.auto_generate import Dense, LayerNormExt, RmsNorm, RotaryPositionEmbedding, SplitWithSize
+from mindspore.ops.auto_generate import Dense, GeluExt, LayerNormExt, RmsNorm, RotaryPositionEmbedding, SplitWithSize
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
-_dense, _layer_norm, _rms_norm, _rotary = Dense(), LayerNormExt(), RmsNorm(), RotaryPositionEmbedding()
+_dense, _gelu, _layer_norm, _rotary = Dense(), GeluExt(), LayerNormExt(), RotaryPositionEmbedding()
 _join, _join_last, _split = P.Concat(1), P.Concat(-1), SplitWithSize()
 _INTERLEAVED = 1  # pairs (x[2i], x[2i+1]), as FLUX and Qwen-Image rotate
 
@@ -24,7 +24,7 @@ def linear_without_bias(x, weight):
 
 
 def gelu_tanh(x):
-    return mint.nn.functional.gelu(x, approximate="tanh")
+    return _gelu(x, "tanh")
 
 
 def layer_norm_modulate(x, scale, shift, eps):
@@ -33,7 +33,7 @@ def layer_norm_modulate(x, scale, shift, eps):
 
 
 def rms_norm(x, weight, eps):
-    return _rms_norm(x, weight, eps)[0]
+    return RmsNorm(eps)(x, weight)[0]
 
 
 def gate_add(residual, gate, x):
