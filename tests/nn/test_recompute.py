@@ -254,8 +254,7 @@ FLUX_INPUTS = (Tensor(draw(1, 2, 6, 16)), Tensor([0.5, 0.3], ms.float32), Tensor
 
 @pytest.mark.slow
 @COMPILED
-@pytest.mark.parametrize("trained", ["lora", "all"])
-@pytest.mark.parametrize("is_own", [False, True], ids=["mindone", "own"])
+@pytest.mark.parametrize(("is_own", "trained"), [(False, "lora"), (True, "lora"), (True, "all")])
 def test_flux_is_equal_bit_for_bit(is_own, trained, compiled):
     results = []
     for recomputed in (False, True):

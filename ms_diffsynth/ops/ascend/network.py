@@ -6,12 +6,12 @@ later) takes cos and sin in the dtype of x. Flash attention takes bfloat16 and f
 from __future__ import annotations
 
 import numpy as np
-from mindspore import Tensor, mint, ops
+from mindspore import Tensor, ops
 from mindspore.ops import operations as P
-from mindspore.ops.auto_generate import Dense, LayerNormExt, RotaryPositionEmbedding, SplitWithSize
+from mindspore.ops.auto_generate import Dense, GeluExt, LayerNormExt, RmsNorm, RotaryPositionEmbedding, SplitWithSize
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
-_dense, _layer_norm, _rotary = Dense(), LayerNormExt(), RotaryPositionEmbedding()
+_dense, _gelu, _layer_norm, _rotary = Dense(), GeluExt(), LayerNormExt(), RotaryPositionEmbedding()
 _matmul = P.MatMul()
 _join, _join_last, _split = P.Concat(1), P.Concat(-1), SplitWithSize()
 _INTERLEAVED = 1  # pairs (x[2i], x[2i+1]), as FLUX and Qwen-Image rotate
@@ -36,7 +36,7 @@ def low_rank(x, down, up):
 
 
 def gelu_tanh(x):
-    return mint.nn.functional.gelu(x, approximate="tanh")
+    return _gelu(x, "tanh")
 
 
 def layer_norm_modulate(x, scale, shift, eps):
@@ -46,7 +46,7 @@ def layer_norm_modulate(x, scale, shift, eps):
 
 
 def rms_norm(x, weight, eps):
-    return ops.rms_norm(x, weight, eps)[0]
+    return RmsNorm(eps)(x, weight)[0]
 
 
 def gate_add(residual, gate, x):
