@@ -56,7 +56,8 @@ class LowRank(nn.Cell):
         self.base, self.place = base, place
 
     def construct(self, x, weights, lora):
-        return self.base(x, weights, lora) + network.low_rank(x, lora[self.place], lora[self.place + 1])
+        x, same = network.shared(x, 2)
+        return self.base(x, weights, lora) + network.low_rank(same, lora[self.place], lora[self.place + 1])
 
 
 class ScaledLowRank(LowRank):
@@ -67,7 +68,8 @@ class ScaledLowRank(LowRank):
         self.scale = scale
 
     def construct(self, x, weights, lora):
-        return self.base(x, weights, lora) + network.low_rank(x, lora[self.place], lora[self.place + 1] * self.scale)
+        x, same = network.shared(x, 2)
+        return self.base(x, weights, lora) + network.low_rank(same, lora[self.place], lora[self.place + 1] * self.scale)
 
 
 class _StoredMatmul(nn.Cell):

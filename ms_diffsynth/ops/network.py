@@ -9,6 +9,7 @@
 | rms_norm | x / sqrt(mean(x^2) + eps) * weight | x [..., D], weight [D] |
 | gate_add | residual + gate x | residual and x [B, S, D], gate [B, D] |
 | attend | q and k rotated, then softmax(q k^T D^-1/2) v | q, k, v [B, S, H, D], cos, sin [S, D] -> [B, S, H D] |
+| shared | x as many times as it is used, so that its gradients are added pair by pair | any, 2 to 4 -> tuple |
 | join, part | concatenation along axis 1 and its inverse | [B, L, ...] and [B, N, ...] <-> [B, L + N, ...] |
 | join_last | concatenation along the last axis | [..., D] and [..., E] -> [..., D + E] |
 | chunks | equal parts along axis 1 | [B, n D] -> n of [B, D] |
@@ -33,3 +34,4 @@ linear, linear_without_bias, low_rank = device.linear, device.linear_without_bia
 gelu_tanh, layer_norm_modulate, rms_norm, gate_add = (device.gelu_tanh, device.layer_norm_modulate, device.rms_norm,
                                                       device.gate_add)
 attend, chunks, join, join_last, part = device.attend, device.chunks, device.join, device.join_last, device.part
+shared = device.shared

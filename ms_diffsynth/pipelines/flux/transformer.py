@@ -13,7 +13,8 @@ from __future__ import annotations
 from functools import partial
 
 import mindspore as ms
-from mindspore import mint, nn
+import numpy as np
+from mindspore import Tensor, mint, nn, ops
 
 from ms_diffsynth.nn.blocks import Arranged, Kind
 from ms_diffsynth.ops import network
@@ -23,6 +24,18 @@ with quiet_imports():
     from mindone.diffusers.models.transformers import transformer_flux as mindone
 
 EPS = 1e-6  # of the norms without weights, in mindone as in diffusers
+
+
+@ops.constexpr
+def frequencies(axes, theta):
+    """What the places of a token on each axis are multiplied by to be the angles of its rotation: float32 [axes, D],
+    every frequency twice, for the two channels of a pair. Source: diffusers 0.42, get_1d_rotary_pos_embed."""
+    table, column = np.zeros((len(axes), sum(axes)), np.float64), 0
+    for axis, size in enumerate(axes):
+        powers = theta ** (np.arange(0, size, 2) / size)
+        table[axis, column:column + size] = np.repeat(1 / powers, 2)
+        column += size
+    return Tensor(table.astype(np.float32))
 
 
 class DoubleBlock(nn.Cell):
@@ -48,22 +61,22 @@ class DoubleBlock(nn.Cell):
         shift, scale, gate, shift_2, scale_2, gate_2 = network.chunks(self.modulate(emb, w_modulate, lora), 6)
         text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = network.chunks(
             self.text_modulate(emb, w_text_modulate, lora), 6)
-        x = network.layer_norm_modulate(image, scale, shift, EPS)
-        y = network.layer_norm_modulate(text, text_scale, text_shift, EPS)
-        q = network.join(self.text_norm_q(_heads(self.text_q(y, w_text_q, lora), self.heads), w_text_norm_q, lora),
-                         self.norm_q(_heads(self.to_q(x, w_q, lora), self.heads), w_norm_q, lora))
-        k = network.join(self.text_norm_k(_heads(self.text_k(y, w_text_k, lora), self.heads), w_text_norm_k, lora),
-                         self.norm_k(_heads(self.to_k(x, w_k, lora), self.heads), w_norm_k, lora))
-        v = network.join(_heads(self.text_v(y, w_text_v, lora), self.heads),
-                         _heads(self.to_v(x, w_v, lora), self.heads))
+        (image, x), (text, y) = network.shared(image, 2), network.shared(text, 2)
+        x_q, x_k, x_v = network.shared(network.layer_norm_modulate(x, scale, shift, EPS), 3)
+        y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, text_scale, text_shift, EPS), 3)
+        q = network.join(self.text_norm_q(_heads(self.text_q(y_q, w_text_q, lora), self.heads), w_text_norm_q, lora),
+                         self.norm_q(_heads(self.to_q(x_q, w_q, lora), self.heads), w_norm_q, lora))
+        k = network.join(self.text_norm_k(_heads(self.text_k(y_k, w_text_k, lora), self.heads), w_text_norm_k, lora),
+                         self.norm_k(_heads(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
+        v = network.join(_heads(self.text_v(y_v, w_text_v, lora), self.heads),
+                         _heads(self.to_v(x_v, w_v, lora), self.heads))
         y, x = network.part(network.attend(q, k, v, cos, sin), text.shape[1])
-        image = network.gate_add(image, gate, self.to_out(x, w_out, lora))
-        text = network.gate_add(text, text_gate, self.text_out(y, w_text_out, lora))
-        x = network.layer_norm_modulate(image, scale_2, shift_2, EPS)
-        y = network.layer_norm_modulate(text, text_scale_2, text_shift_2, EPS)
-        image = network.gate_add(image, gate_2, self.down(network.gelu_tanh(self.up(x, w_up, lora)), w_down, lora))
-        text = network.gate_add(text, text_gate_2,
-                                self.text_down(network.gelu_tanh(self.text_up(y, w_text_up, lora)), w_text_down, lora))
+        image, x = network.shared(network.gate_add(image, gate, self.to_out(x, w_out, lora)), 2)
+        text, y = network.shared(network.gate_add(text, text_gate, self.text_out(y, w_text_out, lora)), 2)
+        x = self.up(network.layer_norm_modulate(x, scale_2, shift_2, EPS), w_up, lora)
+        y = self.text_up(network.layer_norm_modulate(y, text_scale_2, text_shift_2, EPS), w_text_up, lora)
+        image = network.gate_add(image, gate_2, self.down(network.gelu_tanh(x), w_down, lora))
+        text = network.gate_add(text, text_gate_2, self.text_down(network.gelu_tanh(y), w_text_down, lora))
         if self.is_float16:
             text = text.clamp(-65504, 65504)
         return text, image
@@ -85,10 +98,11 @@ class SingleBlock(nn.Cell):
         w_modulate, w_up, w_q, w_k, w_v, w_out, w_norm_q, w_norm_k = weights
         lora = self.matrices(lora)
         shift, scale, gate = network.chunks(self.modulate(emb, w_modulate, lora), 3)
-        y = network.layer_norm_modulate(x, scale, shift, EPS)
-        q = self.norm_q(_heads(self.to_q(y, w_q, lora), self.heads), w_norm_q, lora)
-        k = self.norm_k(_heads(self.to_k(y, w_k, lora), self.heads), w_norm_k, lora)
-        attended = network.attend(q, k, _heads(self.to_v(y, w_v, lora), self.heads), cos, sin)
+        x, y = network.shared(x, 2)
+        y, y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, scale, shift, EPS), 4)
+        q = self.norm_q(_heads(self.to_q(y_q, w_q, lora), self.heads), w_norm_q, lora)
+        k = self.norm_k(_heads(self.to_k(y_k, w_k, lora), self.heads), w_norm_k, lora)
+        attended = network.attend(q, k, _heads(self.to_v(y_v, w_v, lora), self.heads), cos, sin)
         hidden = network.gelu_tanh(self.up(y, w_up, lora))
         x = network.gate_add(x, gate, self.out(network.join_last(attended, hidden), w_out, lora))
         if self.is_float16:
@@ -123,7 +137,9 @@ class FluxTransformer(Arranged, mindone.FluxTransformer2DModel):
             temb = temb + self.embed(embedders.guidance_embedder, guidance, image.dtype)
         temb = temb + embedders.text_embedder(pooled_projections)
         emb = mint.nn.functional.silu(temb)
-        cos, sin = self.pos_embed(mint.cat((txt_ids, img_ids), dim=0))
+        axes = frequencies(self.pos_embed.axes_dim, self.pos_embed.theta)
+        angles = mint.matmul(mint.cat((txt_ids, img_ids), dim=0).astype(ms.float32), axes)
+        cos, sin = mint.cos(angles).astype(image.dtype), mint.sin(angles).astype(image.dtype)
         lora = self.lora(image) if self.has_lora else self.no_lora
         cells, cell_of = self.double_cells, self.double_cell_of
         weights, places = self.double_weights, self.double_lora
