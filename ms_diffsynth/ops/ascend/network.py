@@ -6,12 +6,13 @@ later) takes cos and sin in the dtype of x. Flash attention takes bfloat16 and f
 from __future__ import annotations
 
 import numpy as np
-from mindspore import Tensor, mint, ops
+from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P
-from mindspore.ops.auto_generate import Dense, LayerNormExt, RotaryPositionEmbedding, SplitWithSize
+from mindspore.ops.auto_generate import Dense, GeluExt, LayerNormExt, RmsNorm, RotaryPositionEmbedding, SplitWithSize
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
-_dense, _layer_norm, _rotary = Dense(), LayerNormExt(), RotaryPositionEmbedding()
+_dense, _gelu, _layer_norm, _rotary = Dense(), GeluExt(), LayerNormExt(), RotaryPositionEmbedding()
+_matmul = P.MatMul()
 _join, _join_last, _split = P.Concat(1), P.Concat(-1), SplitWithSize()
 _INTERLEAVED = 1  # pairs (x[2i], x[2i+1]), as FLUX and Qwen-Image rotate
 
@@ -19,6 +20,30 @@ _INTERLEAVED = 1  # pairs (x[2i], x[2i+1]), as FLUX and Qwen-Image rotate
 @ops.constexpr
 def _filled(length, value, dtype):
     return Tensor(np.full(length, value, np.float32), dtype)
+
+
+class _Shared(nn.Cell):
+    """``shared``: MindSpore would add up the gradients by AddN, of which there is only the old aclop kernel."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def construct(self, x):
+        return (x,) * self.number
+
+    def bprop(self, x, out, dout):
+        total = dout[0]
+        for k in range(1, self.number):
+            total = total + dout[k]
+        return (total,)
+
+
+_shared = {number: _Shared(number) for number in (2, 3, 4)}
+
+
+def shared(x, number):
+    return _shared[number](x)
 
 
 def linear(x, weight, bias):
@@ -29,8 +54,13 @@ def linear_without_bias(x, weight):
     return _dense(x, weight, None)
 
 
+def low_rank(x, down, up):
+    rows = _matmul(_matmul(x.reshape(-1, x.shape[-1]), down), up)
+    return rows.reshape((*x.shape[:-1], up.shape[1]))
+
+
 def gelu_tanh(x):
-    return mint.nn.functional.gelu(x, approximate="tanh")
+    return _gelu(x, "tanh")
 
 
 def layer_norm_modulate(x, scale, shift, eps):
@@ -40,7 +70,7 @@ def layer_norm_modulate(x, scale, shift, eps):
 
 
 def rms_norm(x, weight, eps):
-    return ops.rms_norm(x, weight, eps)[0]
+    return RmsNorm(eps)(x, weight)[0]
 
 
 def gate_add(residual, gate, x):

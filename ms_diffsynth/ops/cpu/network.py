@@ -9,9 +9,9 @@ from ms_diffsynth.ops.cpu import fast
 from ms_diffsynth.ops.cpu.fast import gate_add, gelu_tanh, layer_norm_modulate, rms_norm
 
 __all__ = ["attend", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate", "linear",
-           "linear_without_bias", "part", "rms_norm"]
+           "linear_without_bias", "low_rank", "part", "rms_norm", "shared"]
 
-_matmul_nt = P.MatMul(transpose_b=True)
+_matmul, _matmul_nt = P.MatMul(), P.MatMul(transpose_b=True)
 _join, _join_last, _split = P.Concat(1), P.Concat(-1), SplitWithSize()
 
 
@@ -21,6 +21,15 @@ def linear(x, weight, bias):
 
 def linear_without_bias(x, weight):
     return _matmul_nt(x.reshape(-1, x.shape[-1]), weight).reshape((*x.shape[:-1], weight.shape[0]))
+
+
+def low_rank(x, down, up):
+    rows = _matmul(_matmul(x.reshape(-1, x.shape[-1]), down), up)
+    return rows.reshape((*x.shape[:-1], up.shape[1]))
+
+
+def shared(x, number):
+    return (x,) * number
 
 
 def attend(q, k, v, cos, sin):
