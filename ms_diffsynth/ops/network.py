@@ -20,16 +20,17 @@ How values of a dtype attend, softmax(q k^T D^-1/2) v, is chosen when a block is
 
 | name | gives | shapes |
 |---|---|---|
-| attention(dtype) | f(q, k, v), with all keys | q [B, S, H, D], k and v [B, S', H, D] -> [B, S, H D] |
-| masked_attention(dtype) | f(q, k, v, mask), without the keys that the mask leaves out | the same, mask of `text_mask` |
-| text_mask | the mask for all blocks, from 1 for keys that take part, else 0 | [B, S'], S, H, dtype -> the device's own |
+| attention(dtype) | f(q, k, v) | q [B, S, H, D], k and v [B, S', H, D] -> [B, S, H D] |
+| masked_attention(dtype) | f(q, k, v, mask) | the same, and a mask of `text_mask` |
+| text_mask | that mask, once for all blocks | keys: 1 to take part, else 0: [B, S'], S, H, dtype -> the device's own |
 
 On the CPU everything is float32 (`ops.cpu.network`); on Ascend the dtype is that of x, and norms add up in float32
-(`ops.ascend.network`), but attention of float32 is float32. The device is that of the process when this module is imported, as for `install_cpu_kernels`.
+(`ops.ascend.network`); attention of float32 is float32. The device is that of the process when this module is
+imported, as for `install_cpu_kernels`.
 
 A block that is recomputed (`nn.recompute.Recomputed`) is differentiated inside a ``bprop``. There MindSpore 2.10 cannot
-parse a Python function with an ``if`` a second time ("The func graph is empty"), so none that a block calls has one, and
-neither may a block call other functions that do: many of `mindspore.mint` and `mindspore.ops`.
+parse a Python function with an ``if`` a second time ("The func graph is empty"), so none that a block calls has
+one, and neither may a block call other functions that do: many of `mindspore.mint` and `mindspore.ops`.
 """
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ class Denoise(TensorUnit):
 
     def construct(self, latents, sigma, prompt_embeds, prompt_mask=None):
         height, width = latents.shape[2], latents.shape[3]
-        table = image_table(prompt_embeds.shape[1], height // 2, width // 2, self.axes)
-        tokens = self.dit(pack(latents).astype(self.dtype), sigma, prompt_embeds.astype(self.dtype), table, prompt_mask)
+        cos, sin = image_table(prompt_embeds.shape[1], height // 2, width // 2, self.axes)
+        tokens = self.dit(pack(latents).astype(self.dtype), sigma, prompt_embeds.astype(self.dtype), cos, sin,
+                          prompt_mask)
         return (unpack(tokens, height, width).astype(ms.float32),)

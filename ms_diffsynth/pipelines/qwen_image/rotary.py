@@ -37,10 +37,10 @@ def image_angles(text_tokens: int, height: int, width: int, axes: tuple[int, ...
 
 
 @ops.constexpr
-def image_table(text_tokens: int, height: int, width: int, axes: tuple[int, ...]) -> Tensor:
-    """Cosines and sines of `image_angles`, a constant, each for both channels of a pair: float32 [2, 1, S, D]."""
-    angles = np.repeat(image_angles(text_tokens, height, width, axes), 2, axis=1)
-    return Tensor(np.stack([np.cos(angles), np.sin(angles)])[:, None].astype(np.float32))
+def image_table(text_tokens: int, height: int, width: int, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of `image_angles`, constants, each for both channels of a pair: float32 [1, S, D]."""
+    angles = np.repeat(image_angles(text_tokens, height, width, axes), 2, axis=1)[None]
+    return Tensor(np.cos(angles).astype(np.float32)), Tensor(np.sin(angles).astype(np.float32))
 
 
 @ops.constexpr

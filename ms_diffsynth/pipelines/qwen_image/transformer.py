@@ -76,9 +76,9 @@ class QwenImageBlock(mindone.QwenImageTransformerBlock):
 class QwenImageTransformer(Arranged, mindone.QwenImageTransformer2DModel):
     """Velocity of packed latents."""
 
-    def construct(self, tokens, sigma, prompt_embeds, table, prompt_mask=None):
-        """tokens [B, N, 4C], sigma float32 [B], prompt_embeds [B, L, D'], table of `rotary.image_table`, prompt_mask
-        float32 [B, L] (1 for text, 0 for padding; None: all text) -> velocity [B, N, 4C].
+    def construct(self, tokens, sigma, prompt_embeds, cos, sin, prompt_mask=None):
+        """tokens [B, N, 4C], sigma float32 [B], prompt_embeds [B, L, D'], cos and sin of `rotary.image_table`,
+        prompt_mask float32 [B, L] (1 for text, 0 for padding; None: all text) -> velocity [B, N, 4C].
 
         Padding is not attended to. Its own queries attend like any other; nothing reads what becomes of them.
         """
@@ -87,8 +87,8 @@ class QwenImageTransformer(Arranged, mindone.QwenImageTransformer2DModel):
         sinusoids = self.time_text_embed.time_proj(sigma.astype(ms.float32))
         temb = self.time_text_embed.timestep_embedder(sinusoids.astype(image.dtype))
         emb, batch = mint.nn.functional.silu(temb), image.shape[0]
-        cos = network.positions(table[0], batch, self.heads, image.dtype)
-        sin = network.positions(table[1], batch, self.heads, image.dtype)
+        cos = network.positions(cos, batch, self.heads, image.dtype)
+        sin = network.positions(sin, batch, self.heads, image.dtype)
         if prompt_mask is None:
             prompt_mask = ops.ones((batch, text.shape[1]), ms.float32)
         keys = ops.cat((prompt_mask, ops.ones((batch, image.shape[1]), ms.float32)), 1)
