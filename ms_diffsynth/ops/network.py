@@ -3,23 +3,36 @@
 | name | computes | shapes |
 |---|---|---|
 | linear | x W^T + b; b may be missing | x [..., in], weight [out, in], bias [out] -> [..., out] |
-| low_rank | x down up | x [..., in], down [in, r], up [r, out] -> [..., out] |
 | gelu_tanh | the tanh form of GELU | any |
 | layer_norm_modulate | norm(x) (1 + scale) + shift, the norm without affine | x [B, S, D], scale and shift [B, D] |
 | rms_norm | x / sqrt(mean(x^2) + eps) * weight | x [..., D], weight [D] |
 | gate_add | residual + gate x | residual and x [B, S, D], gate [B, D] |
-| attend | q and k rotated, then softmax(q k^T D^-1/2) v | q, k, v [B, S, H, D], cos, sin [S, D] -> [B, S, H D] |
+| low_rank | x down up | x [..., in], down [in, r], up [r, out] -> [..., out] |
 | shared | x as many times as it is used, so that its gradients are added pair by pair | any, 2 to 4 -> tuple |
+| low_rank_each | x A^T B^T, for each sample | x [B, S, in], a [B, r, in], b [B, out, r] -> [B, S, out] |
+| swiglu | silu(first half) second half | [..., 2 D] -> [..., D] |
+| positions | cosines or sines as `rotate` takes them | [1 or B, S, D], B, H, dtype -> the device's own |
+| rotate | pairs (x[2i], x[2i+1]) turned by their token's angles | x [B, S, H, D], cos and sin of `positions` -> as x |
 | join, part | concatenation along axis 1 and its inverse | [B, L, ...] and [B, N, ...] <-> [B, L + N, ...] |
 | join_last | concatenation along the last axis | [..., D] and [..., E] -> [..., D + E] |
 | chunks | equal parts along axis 1 | [B, n D] -> n of [B, D] |
+| parts | parts of given sizes along the last axis | [..., D + E + ...] -> [..., D], [..., E], ... |
+
+How values of a dtype attend, softmax(q k^T D^-1/2) v, is chosen when a block is built:
+
+| name | gives | shapes |
+|---|---|---|
+| attention(dtype) | f(q, k, v) | q [B, S, H, D], k and v [B, S', H, D] -> [B, S, H D] |
+| masked_attention(dtype) | f(q, k, v, mask) | the same, and a mask of `text_mask` |
+| text_mask | that mask, once for all blocks | keys: 1 to take part, else 0: [B, S'], S, H, dtype -> the device's own |
 
 On the CPU everything is float32 (`ops.cpu.network`); on Ascend the dtype is that of x, and norms add up in float32
-(`ops.ascend.network`). The device is that of the process when this module is imported, as for `install_cpu_kernels`.
+(`ops.ascend.network`); attention of float32 is float32. The device is that of the process when this module is
+imported, as for `install_cpu_kernels`.
 
 A block that is recomputed (`nn.recompute.Recomputed`) is differentiated inside a ``bprop``. There MindSpore 2.10 cannot
-parse a Python function with an ``if`` a second time ("The func graph is empty"), so none of these has one, and neither
-may a block call other functions that do: many of `mindspore.mint` and `mindspore.ops`.
+parse a Python function with an ``if`` a second time ("The func graph is empty"), so none that a block calls has
+one, and neither may a block call other functions that do: many of `mindspore.mint` and `mindspore.ops`.
 """
 from __future__ import annotations
 
@@ -33,5 +46,7 @@ else:
 linear, linear_without_bias, low_rank = device.linear, device.linear_without_bias, device.low_rank
 gelu_tanh, layer_norm_modulate, rms_norm, gate_add = (device.gelu_tanh, device.layer_norm_modulate, device.rms_norm,
                                                       device.gate_add)
-attend, chunks, join, join_last, part = device.attend, device.chunks, device.join, device.join_last, device.part
-shared = device.shared
+low_rank_each, shared, swiglu = device.low_rank_each, device.shared, device.swiglu
+positions, rotate = device.positions, device.rotate
+attention, masked_attention, text_mask = device.attention, device.masked_attention, device.text_mask
+chunks, join, join_last, part, parts = device.chunks, device.join, device.join_last, device.part, device.parts

@@ -41,7 +41,22 @@ def attention(q, k, v, scale):
 
 
 ANGLES = np.random.default_rng(3).uniform(0, 6, (3, 6))
-COS, SIN = Tensor(np.cos(ANGLES), ms.float32), Tensor(np.sin(ANGLES), ms.float32)
+COS, SIN = (Tensor(np.broadcast_to(f(ANGLES), (2, 2, 3, 6)), ms.float32) for f in (np.cos, np.sin))
+LEFT_OUT = np.array([0, 0, 1, 0, 1, 0], np.float32).reshape(2, 1, 3, 1)  # of the keys of two samples
+
+
+def masked_attention(q, k, v):
+    scores = np.einsum("bhqd,bhkd->bhqk", q, k) * 0.5
+    weights = np.exp(scores) * (1 - LEFT_OUT.swapaxes(2, 3))
+    return np.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdims=True), v)
+
+
+def attended(q, k, v):
+    return fast.masked_attention(q, k, v, Tensor((LEFT_OUT * -fast.LEFT_OUT).repeat(2, 1).reshape(4, 3, 1)), 0.5)
+
+
+def swiglu(x):
+    return x[..., :4] / (1 + np.exp(-x[..., :4])) * x[..., 4:]
 
 
 def rotated(x):
@@ -61,6 +76,8 @@ CASES = [
          settings={"eps": EPS}),
     Case(name="rotary", function=rotated, reference=lambda x: rotary(x, np.cos(ANGLES), np.sin(ANGLES)),
          inputs=[(2, 2, 3, 6)]),
+    Case(name="swiglu", function=fast.swiglu, reference=swiglu, inputs=[(2, 3, 8)]),
+    Case(name="masked attention", function=attended, reference=masked_attention, inputs=[(2, 2, 3, 4)] * 3),
     Case(name="attention", function=fast.attention, reference=lambda q, k, v: attention(q, k, v, 0.5),
          inputs=[(2, 2, 3, 4)] * 3),
     Case(name="cross attention, scaled", function=fast.attention,
@@ -76,7 +93,7 @@ def test_equals_numpy(case, compiled):
 
 
 def test_positions_get_no_gradient():
-    x = Tensor(np.ones((1, 1, 3, 6), np.float32))
+    x = Tensor(np.ones((2, 2, 3, 6), np.float32))
     gradients = ms.grad(lambda c, s: fast.rotary(x, c, s).sum(), (0, 1))(COS, SIN)
     assert all((g.asnumpy() == 0).all() for g in gradients)
 

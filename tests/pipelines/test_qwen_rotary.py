@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from ms_diffsynth.ops import network
 from ms_diffsynth.pipelines.qwen_image.rotary import (
     image_angles,
     image_table,
     rotate_halves,
-    rotate_pairs,
     text_table,
 )
 
@@ -30,7 +30,8 @@ def test_places_are_centred_and_text_goes_on_behind_the_picture():
 def test_pairs_are_turned_as_complex_numbers(shape):
     height, width = shape
     x = np.random.default_rng(0).standard_normal((2, 3 + height * width, 2, 16)).astype(np.float32)
-    found = rotate_pairs(Tensor(x), image_table(3, height, width, AXES)).asnumpy()
+    cos, sin = (network.positions(table, 2, 2, x.dtype) for table in image_table(3, height, width, AXES))
+    found = network.rotate(Tensor(x), cos, sin).asnumpy()
     turn = np.exp(1j * image_angles(3, height, width, AXES).astype(np.float64))[None, :, None]
     wanted = ((x[..., ::2] + 1j * x[..., 1::2]) * turn)
     np.testing.assert_allclose(found[..., ::2], wanted.real, atol=1e-6)

@@ -169,6 +169,24 @@ def test_a_cast_rounds_to_nearest_even():
     assert finite.tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_swiglu(axis):
+    x = normal(2, 6, 4)
+    shape = (2, 6, 2) if axis == -1 else (2, 3, 4)
+    g = normal(*shape, seed=1)
+
+    def function(x):
+        y = empty(*shape)
+        call("SwiGlu", x, axis, y)
+        return y
+
+    first, second = (x[..., :2], x[..., 2:]) if axis == -1 else (x[:, :3], x[:, 3:])
+    np.testing.assert_allclose(function(x), first * (1 + np.tanh(first / 2)) / 2 * second, rtol=1e-5, atol=1e-6)
+    to_x = empty(2, 6, 4)
+    call("SwiGluGrad", g, x, axis, to_x)
+    assert_gradient(function, x, to_x, g)
+
+
 @pytest.mark.parametrize("name, extra, backward, remembers", [
     ("Silu", (), "SiluBackward", "x"), ("Tanh", (), "TanhBackward", "y"), ("Sigmoid", (), "SigmoidBackward", "y"),
     ("GeluV2", (0,), "GeluBackwardV2", "none"), ("GeluV2", (1,), "GeluBackwardV2", "tanh")])

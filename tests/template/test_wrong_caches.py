@@ -9,12 +9,11 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, mint, nn, ops
+from mindspore import Tensor, nn, ops
 
 import ms_diffsynth
 from ms_diffsynth.errors import TemplateError
-from ms_diffsynth.pipelines.flux2.template import by_block, with_text
-from ms_diffsynth.pipelines.flux2.transformer import linear
+from ms_diffsynth.pipelines.flux2.template import by_block, joined, with_text
 from ms_diffsynth.template.cache import check_cache
 from ms_diffsynth.train.compile import CompiledStep
 
@@ -107,18 +106,17 @@ def test_what_fails_to_compile_fails_in_a_process_of_its_own():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_lora_of_the_wrong_width_is_an_error_that_names_the_layer(mode):
-    layer = Linear(mint.nn.Linear(4, 6))
-    good = CompiledStep(layer.construct, "the step", mode)
-    x = Tensor(np.ones((2, 5, 4), np.float32))
-    assert good(x, Tensor(np.ones((3, 4), np.float32)), Tensor(np.ones((6, 3), np.float32)))[0].shape == (2, 5, 6)
-    with pytest.raises(TemplateError, match=r"lora of a layer attn\.to_q has the shapes \[3, 5\] and \[6, 3\]: exp"):
-        good(x, Tensor(np.ones((3, 5), np.float32)), Tensor(np.ones((6, 3), np.float32)))
+    good = CompiledStep(Joined().construct, "the step", mode)
+    a, b = good(Tensor(np.ones((3, 4), np.float32)), Tensor(np.ones((6, 3), np.float32)))
+    assert a.shape == (2, 3, 4) and b.shape == (2, 6, 3)
+    with pytest.raises(TemplateError, match=r"lora of a layer attn\.to_out has the shapes \[2, 3, 5\] and \[2, 6, 3\]"):
+        good(Tensor(np.ones((3, 5), np.float32)), Tensor(np.ones((6, 3), np.float32)))
 
 
-class Linear(nn.Cell):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def construct(self, x, a, b):
-        return (linear(self.layer, x, {"attn.to_q": (a, b)}, "attn.to_q"),)
+class Joined(nn.Cell):
+    def construct(self, a, b):
+        lora = {"single_transformer_blocks.0.attn.to_out.lora_A.weight": a,
+                "single_transformer_blocks.0.attn.to_out.lora_B.weight": b}
+        template = by_block({"lora": lora}, ("single_0",), 2, (3, 4), ms.float32)
+        (_, (_, pairs), norm), kv = joined(("to_qkv", "to_out", "norm"), template, "single_0", ((9, 4), (6, 4)))
+        return pairs[0] if norm == "norm" and kv == () else None

@@ -1,20 +1,33 @@
 """The operations of `ops.network` on Ascend, by CANN's fused kernels: no transposition to [B, H, S, D] and few casts.
 
 RmsNorm and FlashAttentionScore add up in float32 and return the dtype of x. RotaryPositionEmbedding (CANN 8.2 and
-later) takes cos and sin in the dtype of x. Flash attention takes bfloat16 and float16 only.
+later) takes cos and sin in the dtype of x. Flash attention takes bfloat16 and float16 only, by MindSpore's documents,
+and its mask, True for what is left out, has a row for every query: [B, 1, S, S'] is the smallest for keys that differ
+between samples. Float32 attends by two products and a soft-max, with a mask of [B, 1, 1, S'] that is added.
 """
 from __future__ import annotations
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P
-from mindspore.ops.auto_generate import Dense, GeluExt, LayerNormExt, RmsNorm, RotaryPositionEmbedding, SplitWithSize
+from mindspore.ops.auto_generate import (
+    Dense,
+    GeluExt,
+    LayerNormExt,
+    RmsNorm,
+    RotaryPositionEmbedding,
+    SplitWithSize,
+    Swiglu,
+)
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
 _dense, _gelu, _layer_norm, _rotary = Dense(), GeluExt(), LayerNormExt(), RotaryPositionEmbedding()
-_matmul = P.MatMul()
+_swiglu, _softmax = Swiglu(), P.Softmax(-1)
+_matmul, _bmm, _bmm_nt = P.MatMul(), P.BatchMatMul(), P.BatchMatMul(transpose_b=True)
 _join, _join_last, _split = P.Concat(1), P.Concat(-1), SplitWithSize()
 _INTERLEAVED = 1  # pairs (x[2i], x[2i+1]), as FLUX and Qwen-Image rotate
+LEFT_OUT = -1e30  # added to a score: its weight becomes exactly 0
 
 
 @ops.constexpr
@@ -77,13 +90,60 @@ def gate_add(residual, gate, x):
     return residual + gate.expand_dims(1) * x
 
 
-def attend(q, k, v, cos, sin):
-    tokens, heads, size = q.shape[1], q.shape[2], q.shape[3]
-    cos = cos.astype(q.dtype).reshape(1, tokens, 1, size)
-    sin = sin.astype(q.dtype).reshape(1, tokens, 1, size)
-    q, k = _rotary(q, cos, sin, _INTERLEAVED), _rotary(k, cos, sin, _INTERLEAVED)
-    attention = FlashAttentionScore(head_num=heads, scale_value=size ** -0.5, input_layout="BSND")
-    return attention(q, k, v, None, None, None, None)[3].reshape(q.shape[0], tokens, heads * size)
+def low_rank_each(x, a, b):
+    return _bmm_nt(_bmm_nt(x, a), b)
+
+
+def swiglu(x):
+    return _swiglu(x, -1)
+
+
+def positions(table, batch, heads, dtype):
+    return table.astype(dtype).expand_dims(2)
+
+
+def rotate(x, cos, sin):
+    return _rotary(x, cos, sin, _INTERLEAVED)
+
+
+def attention(dtype):
+    return _exact if dtype == ms.float32 else _flash
+
+
+def masked_attention(dtype):
+    return _exact_masked if dtype == ms.float32 else _flash_masked
+
+
+def text_mask(keys, queries, heads, dtype):
+    left_out, (batch, length) = 1 - keys, keys.shape
+    if dtype == ms.float32:
+        return (left_out * LEFT_OUT).reshape(batch, 1, 1, length)
+    return ops.broadcast_to(left_out.astype(ms.uint8).reshape(batch, 1, 1, length), (batch, 1, queries, length))
+
+
+def _flash(q, k, v):
+    return _flash_masked(q, k, v, None)
+
+
+def _flash_masked(q, k, v, mask):
+    attention = FlashAttentionScore(head_num=q.shape[2], scale_value=q.shape[3] ** -0.5, input_layout="BSND")
+    return attention(q, k, v, None, None, None, mask)[3].reshape(q.shape[0], q.shape[1], -1)
+
+
+def _exact(q, k, v):
+    return _weighted(_softmax(_scores(q, k)), v)
+
+
+def _exact_masked(q, k, v, mask):
+    return _weighted(_softmax(_scores(q, k) + mask), v)
+
+
+def _scores(q, k):
+    return _bmm_nt(q.swapaxes(1, 2) * q.shape[3] ** -0.5, k.swapaxes(1, 2))
+
+
+def _weighted(weights, v):
+    return _bmm(weights, v.swapaxes(1, 2)).swapaxes(1, 2).reshape(v.shape[0], weights.shape[2], -1)
 
 
 def chunks(x, number):
@@ -100,3 +160,7 @@ def part(x, first_tokens):
 
 def join_last(first, second):
     return _join_last((first, second))
+
+
+def parts(x, sizes):
+    return _split(x, sizes, -1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P
-from mindspore.ops.auto_generate import SigmoidGrad
+from mindspore.ops.auto_generate import SigmoidGrad, SplitWithSize
 from mindspore.ops.primitive import constexpr
 
 from ms_diffsynth.ops.cpu import functional
@@ -25,10 +25,11 @@ _matmul, _matmul_tn, _matmul_nt = P.MatMul(), P.MatMul(transpose_a=True), P.MatM
 _bias_add = P.BiasAdd()
 _bmm, _bmm_tn, _bmm_nt = P.BatchMatMul(), P.BatchMatMul(transpose_a=True), P.BatchMatMul(transpose_b=True)
 _softmax = P.Softmax(-1)
-_sigmoid_grad = SigmoidGrad()
+_sigmoid_grad, _split = SigmoidGrad(), SplitWithSize()
 
 GELU_LINEAR = 2 * (2 / np.pi) ** 0.5  # x sigmoid(x (a + b x^2)) is the tanh form of GELU
 GELU_CUBIC = 0.044715 * GELU_LINEAR
+LEFT_OUT = 1e30  # taken from a score: its weight becomes exactly 0
 
 
 @constexpr
@@ -61,6 +62,20 @@ def _sum_tokens(x):
     return _bmm(_ones(x.shape[0], 1, x.shape[1]), x).reshape(x.shape[0], x.shape[2])
 
 
+def _halves(x):
+    return _split(x, (x.shape[-1] // 2, x.shape[-1] // 2), -1)
+
+
+def _attention_gradients(q, k, v, out, dout):
+    y, weights = out
+    dy = dout[0]
+    total = _bmm(dy * y, _ones(q.shape[0], q.shape[2], 1))  # of each row of weights * dweights
+    # dy v^T - total, the subtraction as one more column of the product
+    dweights = _bmm_nt(ops.cat((dy, total), -1), ops.cat((v, -_ones(v.shape[0], v.shape[1], 1)), -1))
+    dscores = weights * dweights
+    return _bmm(dscores, k), _bmm_tn(dscores, q), _bmm_tn(weights, dy)
+
+
 class _Linear(nn.Cell):
     def construct(self, x, weight, bias):
         return _bias_add(_matmul_nt(x, weight), bias)  # Dense adds by broadcasting: half as fast
@@ -80,6 +95,19 @@ class _GeluTanh(nn.Cell):
         _, gate, inner = out
         slope = inner * 3.0 - 2 * GELU_LINEAR  # a + 3 b x^2
         return dout[0] * (gate + _sigmoid_grad(gate, x * slope)),
+
+
+class _SwiGLU(nn.Cell):
+    def construct(self, x):
+        first, second = _halves(x)
+        gate = ops.sigmoid(first)
+        return first * gate * second, gate
+
+    def bprop(self, x, out, dout):
+        first, second = _halves(x)
+        gate, dy = out[1], dout[0]
+        dsilu = dy * second
+        return ops.cat((dsilu * gate + _sigmoid_grad(gate, dsilu * first), dy * first * gate), -1),
 
 
 class _LayerNormModulate(nn.Cell):
@@ -151,17 +179,22 @@ class _Attention(nn.Cell):
         return _bmm(weights, v), weights
 
     def bprop(self, q, k, v, out, dout):
-        y, weights = out
-        dy = dout[0]
-        total = _bmm(dy * y, _ones(q.shape[0], q.shape[2], 1))  # of each row of weights * dweights
-        # dy v^T - total, the subtraction as one more column of the product
-        dweights = _bmm_nt(ops.cat((dy, total), -1), ops.cat((v, -_ones(v.shape[0], v.shape[1], 1)), -1))
-        dscores = weights * dweights
-        return _bmm(dscores, k), _bmm_tn(dscores, q), _bmm_tn(weights, dy)
+        return _attention_gradients(q, k, v, out, dout)
+
+
+class _MaskedAttention(nn.Cell):
+    def construct(self, q, k, v, added):
+        # what is added to the scores of a key is one more channel of it
+        weights = _softmax(_bmm_nt(ops.cat((q, _ones(q.shape[0], q.shape[1], 1)), -1), ops.cat((k, added), -1)))
+        return _bmm(weights, v), weights
+
+    def bprop(self, q, k, v, added, out, dout):
+        return _attention_gradients(q, k, v, out, dout) + (ops.zeros_like(added),)
 
 
 _linear, _gelu_tanh, _gate_add, _rotary, _attention = _Linear(), _GeluTanh(), _GateAdd(), _Rotary(), _Attention()
-_layer_norm_modulate, _rms_norm = _LayerNormModulate(), _RMSNorm()
+_swiglu, _masked_attention, _layer_norm_modulate, _rms_norm = (_SwiGLU(), _MaskedAttention(), _LayerNormModulate(),
+                                                               _RMSNorm())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -187,15 +220,17 @@ def gate_add(residual: Tensor, gate: Tensor, x: Tensor) -> Tensor:
     return _gate_add(residual, gate, x)[0]
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[2i], x[2i+1]) of every head by their token's angles.
+def swiglu(x: Tensor) -> Tensor:
+    """silu(first half) second half, halves of the last axis. Shapes: [..., 2 D] -> [..., D]."""
+    return _swiglu(x)[0]
 
-    Shapes: x [B, H, S, D] with any even D, cos and sin [S, D], which get a zero gradient: positions are constants.
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x[2i], x[2i+1]) of the last axis.
+
+    Shapes: x [..., D] with any even D, cos and sin as x; they get a zero gradient: positions are constants.
     """
-    batch, heads, tokens, size = x.shape
-    ones = _ones(batch * heads, 1)
-    cos, sin = cos.reshape(1, tokens * size), sin.reshape(1, tokens * size)
-    return _rotary(x, _matmul(ones, cos).reshape(x.shape), _matmul(ones, sin).reshape(x.shape))
+    return _rotary(x, cos, sin)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -211,6 +246,17 @@ def scaled_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     size = q.shape[-1]
     y = _attention(q.reshape(-1, q.shape[2], size) * scale, k.reshape(-1, k.shape[2], size),
                    v.reshape(-1, v.shape[2], size))[0]
+    return y.reshape(q.shape)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, added: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T scale + added) v; what is added belongs to a key and gets a zero gradient.
+
+    Shapes: q [B, H, S, D], k and v [B, H, S', D], added [B H, S', 1] -> [B, H, S, D].
+    """
+    size = q.shape[-1]
+    y = _masked_attention(q.reshape(-1, q.shape[2], size) * scale, k.reshape(-1, k.shape[2], size),
+                          v.reshape(-1, v.shape[2], size), added)[0]
     return y.reshape(q.shape)
 
 

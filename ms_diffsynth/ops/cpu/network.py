@@ -6,12 +6,15 @@ from mindspore.ops import operations as P
 from mindspore.ops.auto_generate import SplitWithSize
 
 from ms_diffsynth.ops.cpu import fast
-from ms_diffsynth.ops.cpu.fast import gate_add, gelu_tanh, layer_norm_modulate, rms_norm
+from ms_diffsynth.ops.cpu.fast import gate_add, gelu_tanh, layer_norm_modulate, rms_norm, swiglu
+from ms_diffsynth.ops.cpu.fast import rotary as rotate
 
-__all__ = ["attend", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate", "linear",
-           "linear_without_bias", "low_rank", "part", "rms_norm", "shared"]
+__all__ = ["attention", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate", "linear",
+           "linear_without_bias", "low_rank", "low_rank_each", "masked_attention", "part", "parts", "positions",
+           "rms_norm", "rotate", "shared", "swiglu", "text_mask"]
 
 _matmul, _matmul_nt = P.MatMul(), P.MatMul(transpose_b=True)
+_bmm_nt = P.BatchMatMul(transpose_b=True)
 _join, _join_last, _split = P.Concat(1), P.Concat(-1), SplitWithSize()
 
 
@@ -32,11 +35,37 @@ def shared(x, number):
     return (x,) * number
 
 
-def attend(q, k, v, cos, sin):
-    scale = q.shape[3] ** -0.5
-    q, k = fast.rotary(q.swapaxes(1, 2), cos, sin), fast.rotary(k.swapaxes(1, 2), cos, sin)
-    out = fast.scaled_attention(q, k, v.swapaxes(1, 2), scale).swapaxes(1, 2)
-    return out.reshape(out.shape[0], out.shape[1], -1)
+def low_rank_each(x, a, b):
+    return _bmm_nt(_bmm_nt(x, a), b)
+
+
+def positions(table, batch, heads, dtype):
+    """float32 [B, S, H, D], so that no block has to broadcast."""
+    return ops.broadcast_to(table.expand_dims(2), (batch, table.shape[1], heads, table.shape[2]))
+
+
+def attention(dtype):
+    return _attend
+
+
+def masked_attention(dtype):
+    return _attend_masked
+
+
+def _attend(q, k, v):
+    out = fast.scaled_attention(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), q.shape[3] ** -0.5)
+    return out.swapaxes(1, 2).reshape(q.shape[0], q.shape[1], -1)
+
+
+def _attend_masked(q, k, v, mask):
+    out = fast.masked_attention(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask, q.shape[3] ** -0.5)
+    return out.swapaxes(1, 2).reshape(q.shape[0], q.shape[1], -1)
+
+
+def text_mask(keys, queries, heads, dtype):
+    """What is added to the scores of a key, for every head: [B H, S', 1]."""
+    added = ((keys - 1) * fast.LEFT_OUT).expand_dims(1)
+    return ops.broadcast_to(added, (keys.shape[0], heads, keys.shape[1])).reshape(-1, keys.shape[1], 1)
 
 
 def chunks(x, number):
@@ -53,3 +82,7 @@ def part(x, first_tokens):
 
 def join_last(first, second):
     return _join_last((first, second))
+
+
+def parts(x, sizes):
+    return _split(x, sizes, -1)

@@ -46,15 +46,15 @@ class DoubleBlock(nn.Cell):
              "ff_context.net.0.proj", "ff_context.net.2", "attn.norm_q", "attn.norm_k", "attn.norm_added_q",
              "attn.norm_added_k")
 
-    def __init__(self, layers: list[nn.Cell], heads: int, is_float16: bool):
+    def __init__(self, layers: list[nn.Cell], heads: int, dtype: ms.Type):
         super().__init__(auto_prefix=False)
         (self.modulate, self.text_modulate, self.to_q, self.to_k, self.to_v, self.text_q, self.text_k, self.text_v,
          self.to_out, self.text_out, self.up, self.down, self.text_up, self.text_down,
          self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k, self.matrices) = layers
-        self.heads, self.is_float16 = heads, is_float16
+        self.heads, self.attend, self.is_float16 = heads, network.attention(dtype), dtype == ms.float16
 
     def construct(self, text, image, emb, cos, sin, weights, lora):
-        """text [B, L, D], image [B, N, D], emb [B, D], cos and sin float32 [S, D / H] -> text, image."""
+        """text [B, L, D], image [B, N, D], emb [B, D], cos and sin of `network.positions` -> text, image."""
         (w_modulate, w_text_modulate, w_q, w_k, w_v, w_text_q, w_text_k, w_text_v, w_out, w_text_out, w_up, w_down,
          w_text_up, w_text_down, w_norm_q, w_norm_k, w_text_norm_q, w_text_norm_k) = weights
         lora = self.matrices(lora)
@@ -70,7 +70,8 @@ class DoubleBlock(nn.Cell):
                          self.norm_k(_heads(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
         v = network.join(_heads(self.text_v(y_v, w_text_v, lora), self.heads),
                          _heads(self.to_v(x_v, w_v, lora), self.heads))
-        y, x = network.part(network.attend(q, k, v, cos, sin), text.shape[1])
+        q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
+        y, x = network.part(self.attend(q, k, v), text.shape[1])
         image, x = network.shared(network.gate_add(image, gate, self.to_out(x, w_out, lora)), 2)
         text, y = network.shared(network.gate_add(text, text_gate, self.text_out(y, w_text_out, lora)), 2)
         x = self.up(network.layer_norm_modulate(x, scale_2, shift_2, EPS), w_up, lora)
@@ -87,14 +88,14 @@ class SingleBlock(nn.Cell):
 
     NAMES = ("norm.linear", "proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v", "proj_out", "attn.norm_q", "attn.norm_k")
 
-    def __init__(self, layers: list[nn.Cell], heads: int, is_float16: bool):
+    def __init__(self, layers: list[nn.Cell], heads: int, dtype: ms.Type):
         super().__init__(auto_prefix=False)
         (self.modulate, self.up, self.to_q, self.to_k, self.to_v, self.out, self.norm_q, self.norm_k,
          self.matrices) = layers
-        self.heads, self.is_float16 = heads, is_float16
+        self.heads, self.attend, self.is_float16 = heads, network.attention(dtype), dtype == ms.float16
 
     def construct(self, x, emb, cos, sin, weights, lora):
-        """x [B, S, D], emb [B, D], cos and sin float32 [S, D / H] -> [B, S, D]."""
+        """x [B, S, D], emb [B, D], cos and sin of `network.positions` -> [B, S, D]."""
         w_modulate, w_up, w_q, w_k, w_v, w_out, w_norm_q, w_norm_k = weights
         lora = self.matrices(lora)
         shift, scale, gate = network.chunks(self.modulate(emb, w_modulate, lora), 3)
@@ -102,7 +103,8 @@ class SingleBlock(nn.Cell):
         y, y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, scale, shift, EPS), 4)
         q = self.norm_q(_heads(self.to_q(y_q, w_q, lora), self.heads), w_norm_q, lora)
         k = self.norm_k(_heads(self.to_k(y_k, w_k, lora), self.heads), w_norm_k, lora)
-        attended = network.attend(q, k, _heads(self.to_v(y_v, w_v, lora), self.heads), cos, sin)
+        q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
+        attended = self.attend(q, k, _heads(self.to_v(y_v, w_v, lora), self.heads))
         hidden = network.gelu_tanh(self.up(y, w_up, lora))
         x = network.gate_add(x, gate, self.out(network.join_last(attended, hidden), w_out, lora))
         if self.is_float16:
@@ -139,7 +141,8 @@ class FluxTransformer(Arranged, mindone.FluxTransformer2DModel):
         emb = mint.nn.functional.silu(temb)
         axes = frequencies(self.pos_embed.axes_dim, self.pos_embed.theta)
         angles = mint.matmul(mint.cat((txt_ids, img_ids), dim=0).astype(ms.float32), axes)
-        cos, sin = mint.cos(angles).astype(image.dtype), mint.sin(angles).astype(image.dtype)
+        cos = network.positions(mint.cos(angles).expand_dims(0), image.shape[0], self.heads, image.dtype)
+        sin = network.positions(mint.sin(angles).expand_dims(0), image.shape[0], self.heads, image.dtype)
         lora = self.lora(image) if self.has_lora else self.no_lora
         cells, cell_of = self.double_cells, self.double_cell_of
         weights, places = self.double_weights, self.double_lora
@@ -163,7 +166,8 @@ class FluxTransformer(Arranged, mindone.FluxTransformer2DModel):
                 "single": Kind("single_transformer_blocks", SingleBlock.NAMES, partial(self._build, SingleBlock))}
 
     def _build(self, kind, layers):
-        return kind(layers, self.config.num_attention_heads, self.x_embedder.weight.dtype == ms.float16)
+        # a bias, because the weight may be stored in 8 bits
+        return kind(layers, self.heads, self.x_embedder.bias.dtype)
 
 
 def _heads(x, heads):
@@ -184,7 +188,7 @@ def use_own_blocks(dit: nn.Cell) -> nn.Cell:
             raise TypeError(f"{type(attn.processor).__name__}, fused_projections={attn.fused_projections}, dropout="
                             f"{attn.dropout}: expected a FluxAttnProcessor without either. Take the network as it is "
                             "loaded.")
-    dit.__class__ = FluxTransformer
+    dit.__class__, dit.heads = FluxTransformer, dit.config.num_attention_heads
     for block in dit.transformer_blocks:
         block.__class__ = FluxBlock
     for block in dit.single_transformer_blocks:

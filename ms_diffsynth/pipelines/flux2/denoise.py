@@ -47,13 +47,16 @@ class Denoise(TensorUnit):
             template = by_block(template_cache, self.blocks, latents.shape[0], self.head, self.dtype)
             prompt_embeds = with_text(prompt_embeds, template_cache)
         tokens = to_tokens(latents)
-        table = picture_table(prompt_embeds.shape[1], height, width, self.axes, self.theta)
+        cos, sin = picture_table(prompt_embeds.shape[1], height, width, self.axes, self.theta)
         if edit_latents is not None:
             tokens = ops.cat((tokens, edit_latents.astype(tokens.dtype)), 1)
-            table = joined(table, edit_table(edit_places, self.axes, self.theta))
-        velocity = self.dit(tokens.astype(self.dtype), sigma, guidance, prompt_embeds.astype(self.dtype), table,
+            edit_cos, edit_sin = edit_table(edit_places, self.axes, self.theta)
+            cos, sin = joined(cos, edit_cos), joined(sin, edit_sin)
+        velocity = self.dit(tokens.astype(self.dtype), sigma, guidance, prompt_embeds.astype(self.dtype), cos, sin,
                             template)
-        return (from_tokens(velocity[:, :height * width], height, width).astype(ms.float32),)
+        if edit_latents is not None:
+            velocity = velocity[:, :height * width]
+        return (from_tokens(velocity, height, width).astype(ms.float32),)
 
 
 def to_tokens(latents: Tensor) -> Tensor:
@@ -67,6 +70,5 @@ def from_tokens(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def joined(table: Tensor, other: Tensor) -> Tensor:
-    """The table of text and picture [2, 1, S, 1, D / 2], and of edit pictures [2, B, M, 1, D / 2] behind it."""
-    shape = (table.shape[0], other.shape[1]) + table.shape[2:]
-    return ops.cat((ops.broadcast_to(table, shape), other), 2)
+    """A table of text and image [1, S, D], and of edit images [B, M, D] behind it: [B, S + M, D]."""
+    return ops.cat((ops.broadcast_to(table, (other.shape[0],) + table.shape[1:]), other), 1)

@@ -35,13 +35,13 @@ def image_places(height: int, width: int, t: int = 0) -> np.ndarray:
 
 
 def table(places: np.ndarray, axes: Sequence[int], theta: float) -> np.ndarray:
-    """Cosines and sines, one for each pair of channels: places [S, 4] -> float32 [2, S, D / 2].
+    """Cosines and sines, each for both channels of a pair: places [S, 4] -> float32 [2, S, D].
 
     Source: diffusers 0.36, Flux2PosEmbed; theta^(-2 i / channels) for every axis.
     """
     angles = np.concatenate([np.outer(place, theta ** (-np.arange(0, channels, 2) / channels))
                              for place, channels in zip(places.T, axes)], 1)
-    return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+    return np.repeat(np.stack([np.cos(angles), np.sin(angles)]), 2, axis=2).astype(np.float32)
 
 
 def edit_places(sides: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -57,21 +57,23 @@ def edit_places(sides: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 @ops.constexpr
-def axis_tables(axes: tuple[int, ...], theta: float) -> tuple[Tensor, ...]:
-    """For each axis cosines and sines of the places 0, 1, ...: float32 [2, PLACES, channels / 2], constants."""
+def axis_tables(axes: tuple[int, ...], theta: float) -> tuple[tuple[Tensor, ...], ...]:
+    """Cosines and sines, for each axis of the places 0, 1, ...: float32 [PLACES, channels], constants."""
     line = np.arange(PLACES, dtype=np.float64)[:, None]
-    return tuple(Tensor(table(line, (channels,), theta)) for channels in axes)
+    return tuple(tuple(Tensor(table(line, (channels,), theta)[k]) for channels in axes) for k in range(2))
 
 
-def edit_table(places: Tensor, axes: tuple[int, ...], theta: float) -> Tensor:
-    """The table of edit pictures, looked up: places int32 [B, M, 4] -> float32 [2, B, M, 1, D / 2]."""
-    tables = axis_tables(axes, theta)
-    parts = [ops.gather(tables[k], places[:, :, k], 1) for k in range(len(axes))]
-    return ops.cat(parts, -1).expand_dims(3)
+def edit_table(places: Tensor, axes: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of edit images, looked up: places int32 [B, M, 4] -> float32 [B, M, D] each."""
+    cos, sin = axis_tables(axes, theta)
+    return (ops.cat([ops.gather(cos[k], places[:, :, k], 0) for k in range(len(axes))], -1),
+            ops.cat([ops.gather(sin[k], places[:, :, k], 0) for k in range(len(axes))], -1))
 
 
 @ops.constexpr
-def picture_table(text_tokens: int, height: int, width: int, axes: tuple[int, ...], theta: float) -> Tensor:
-    """The table of text and picture, a constant, as `rotate_pairs` takes it: float32 [2, 1, L + N, 1, D / 2]."""
+def picture_table(text_tokens: int, height: int, width: int, axes: tuple[int, ...],
+                  theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of text and image, constants: float32 [1, L + N, D] each."""
     places = np.concatenate([text_places(text_tokens), image_places(height, width)])
-    return Tensor(table(places, axes, theta)[:, None, :, None])
+    cos, sin = table(places, axes, theta)
+    return Tensor(cos[None]), Tensor(sin[None])

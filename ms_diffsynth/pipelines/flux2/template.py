@@ -26,7 +26,7 @@ def by_block(cache: dict[str, Any], blocks: tuple[str, ...], batch: int, head: t
              dtype: ms.Type) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
     """Block -> ``{"kv": (K, V), "attn.to_q": (A, B), ...}``, with the entries a cache has for it, in ``dtype``.
 
-    Shapes: K and V [B, S, H, D]; A [B, r, in] and B [B, out, r], or both without the batch axis.
+    Shapes: K and V [B, S, H, D]; A [B, r, in] and B [B, out, r].
     """
     kv = cache["kv_cache"] if "kv_cache" in cache else {}
     lora = cache["lora"] if "lora" in cache else {}
@@ -41,7 +41,7 @@ def by_block(cache: dict[str, Any], blocks: tuple[str, ...], batch: int, head: t
         for layer in layers_of(block):
             a, b = f"{path_of(block)}.{layer}.lora_A.weight", f"{path_of(block)}.{layer}.lora_B.weight"
             if a in lora and check_ranks(f"{path_of(block)}.{layer}", lora[a].shape, lora[b].shape, batch):
-                entry[layer] = (lora[a].astype(dtype), lora[b].astype(dtype))
+                entry[layer] = (for_samples(lora[a].astype(dtype), batch), for_samples(lora[b].astype(dtype), batch))
         found[block] = entry
     return found
 
@@ -57,6 +57,30 @@ def with_text(prompt_embeds: Tensor, cache: dict[str, Any]) -> Tensor:
 def for_batch(x: Tensor, batch: int) -> Tensor:
     """A Tensor whose first axis is ``batch``, or 1: then the same for every row."""
     return x if x.shape[0] == batch else ops.broadcast_to(x, (batch,) + x.shape[1:])
+
+
+def for_samples(x: Tensor, batch: int) -> Tensor:
+    """A matrix for every sample: [out, in] or [B or 1, out, in] -> [B, out, in]."""
+    return for_batch(x.expand_dims(0) if x.ndim == 2 else x, batch)
+
+
+def joined(weights: tuple, template: dict, block: str, shapes: tuple[tuple[int, int], ...]) -> tuple:
+    """The weights of a block with what a template has for it: (layer weights, pairs of keys and values).
+
+    The weights of its first layers, those of `layers_of`, become (weights, pairs of A and B), one pair or none.
+
+    Args:
+        weights: of each layer. template: of `by_block`. shapes: (out, in) of the first layers.
+    """
+    found = template[block] if block in template else {}
+    layers, first = layers_of(block), ()
+    for i in range(len(layers)):
+        pairs = ()
+        if layers[i] in found and check_widths(layers[i], found[layers[i]][0].shape, found[layers[i]][1].shape,
+                                               shapes[i]):
+            pairs = (found[layers[i]],)
+        first = first + ((weights[i], pairs),)
+    return first + weights[len(layers):], (found["kv"],) if "kv" in found else ()
 
 
 @constexpr
@@ -113,10 +137,10 @@ def check_ranks(name: str, a: tuple[int, ...], b: tuple[int, ...], batch: int) -
 
 
 @constexpr
-def check_widths(name: str, a: tuple[int, ...], b: tuple[int, ...], x: tuple[int, ...], y: tuple[int, ...]) -> bool:
-    if (a[-1], b[-2]) != (x[-1], y[-1]):
+def check_widths(name: str, a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, int]) -> bool:
+    if (b[-2], a[-1]) != tuple(weight):
         raise TemplateError(f"the template's lora of a layer {name} has the shapes {list(a)} and {list(b)}: expected A "
-                            f"[rank, {x[-1]}] and B [{y[-1]}, rank].")
+                            f"[rank, {weight[1]}] and B [{weight[0]}, rank].")
     return True
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import mindspore as ms
-from mindspore import Tensor, ops
 
 from ms_diffsynth.diffusion.packing import pack, unpack
 from ms_diffsynth.pipelines.qwen_image.rotary import image_table
@@ -31,18 +30,7 @@ class Denoise(TensorUnit):
 
     def construct(self, latents, sigma, prompt_embeds, prompt_mask=None):
         height, width = latents.shape[2], latents.shape[3]
-        table = image_table(prompt_embeds.shape[1], height // 2, width // 2, self.axes)
-        mask = None if prompt_mask is None else attention_mask(prompt_mask, (height // 2) * (width // 2))
-        tokens = self.dit(pack(latents).astype(self.dtype), sigma, prompt_embeds.astype(self.dtype), table, mask)
+        cos, sin = image_table(prompt_embeds.shape[1], height // 2, width // 2, self.axes)
+        tokens = self.dit(pack(latents).astype(self.dtype), sigma, prompt_embeds.astype(self.dtype), cos, sin,
+                          prompt_mask)
         return (unpack(tokens, height, width).astype(ms.float32),)
-
-
-def attention_mask(prompt_mask: Tensor, image_tokens: int) -> Tensor:
-    """1 where a token is attended to: all of the picture, and text that is no padding. float32 [B, 1, 1, L + N].
-
-    Queries of padding attend like any other; nothing reads what becomes of them. Float, because the gradients of what
-    is handed to several cells are added, and there is no sum of bools.
-    """
-    batch = prompt_mask.shape[0]
-    keys = ops.cat((prompt_mask, ops.ones((batch, image_tokens), prompt_mask.dtype)), 1)
-    return keys.reshape(batch, 1, 1, -1)

@@ -37,10 +37,10 @@ def image_angles(text_tokens: int, height: int, width: int, axes: tuple[int, ...
 
 
 @ops.constexpr
-def image_table(text_tokens: int, height: int, width: int, axes: tuple[int, ...]) -> Tensor:
-    """Cosines and sines of `image_angles`, a constant: float32 [2, 1, S, 1, D / 2]."""
-    angles = image_angles(text_tokens, height, width, axes)
-    return Tensor(np.stack([np.cos(angles), np.sin(angles)])[:, None, :, None].astype(np.float32))
+def image_table(text_tokens: int, height: int, width: int, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of `image_angles`, constants, each for both channels of a pair: float32 [1, S, D]."""
+    angles = np.repeat(image_angles(text_tokens, height, width, axes), 2, axis=1)[None]
+    return Tensor(np.cos(angles).astype(np.float32)), Tensor(np.sin(angles).astype(np.float32))
 
 
 @ops.constexpr
@@ -48,14 +48,6 @@ def text_table(tokens: int, channels: int, theta: float) -> Tensor:
     """Cosines and sines of a language model's positions 0, 1, ...: float32 [2, tokens, channels / 2]."""
     angles = np.outer(np.arange(tokens, dtype=np.float32), frequencies(channels, theta))
     return Tensor(np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32))
-
-
-def rotate_pairs(x: Tensor, table: Tensor) -> Tensor:
-    """Turn channels (0, 1), (2, 3), ... by their angles, in float32: x [B, S, H, D], from `image_table`."""
-    pairs = x.astype(ms.float32).reshape(x.shape[0], x.shape[1], x.shape[2], -1, 2)
-    real, imaginary = pairs[..., 0], pairs[..., 1]
-    turned = ops.stack((real * table[0] - imaginary * table[1], real * table[1] + imaginary * table[0]), -1)
-    return turned.reshape(x.shape).astype(x.dtype)
 
 
 def rotate_halves(x: Tensor, table: Tensor) -> Tensor:

@@ -1,84 +1,116 @@
-"""mindone's Qwen-Image transformer, so that it compiles and has gradients: its modules under another ``construct``.
+"""Qwen-Image's transformer: mindone's modules and weights, computed by blocks of our own.
 
 As in `pipelines.flux.transformer`, an object is given a subclass of its own class: parameters, their names and their
-places stay. What changes: rotary positions are real (`rotary`), text may be padded, and sigma stays float32 up to its
-sinusoids (mindone casts it to the compute dtype, where bfloat16 keeps 8 bits of it).
+places stay. What changes: equal blocks are one cell that takes the weights as arguments (`nn.blocks`); rotary positions
+are real (`rotary`; mindone's are complex inside ``ms._no_grad()``, which lets no gradient through); text may be padded;
+sigma stays float32 up to its sinusoids (mindone casts it to the compute dtype, where bfloat16 keeps 8 bits of it);
+SiLU(temb) is computed once.
 
 Shape legend: B batch, L text tokens, N image tokens, S = L + N, D width, H heads.
 """
 from __future__ import annotations
 
 import mindspore as ms
-from mindspore import Tensor, mint, nn, ops
+from mindspore import mint, nn, ops
 
-from ms_diffsynth.ops import install_cpu_kernels
+from ms_diffsynth.nn.blocks import Arranged, Kind
+from ms_diffsynth.ops import network
 from ms_diffsynth.pipelines.quiet import quiet_imports
-from ms_diffsynth.pipelines.qwen_image.rotary import rotate_pairs
-
-install_cpu_kernels()  # a network of mindone is adapted while it is imported
 
 with quiet_imports():
-    from mindone.diffusers.models import layers_compat
     from mindone.diffusers.models.transformers import transformer_qwenimage as mindone
 
+EPS = 1e-6  # of the norms without weights, in mindone as in diffusers
+NAMES = ("img_mod.1", "txt_mod.1", "attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj",
+         "attn.add_v_proj", "attn.to_out.0", "attn.to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2",
+         "txt_mlp.net.0.proj", "txt_mlp.net.2", "attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k")
 
-class QwenImageBlock(mindone.QwenImageTransformerBlock):
-    """One block of two streams that attend to each other."""
 
-    def construct(self, image, text, temb, table, mask):
-        """image [B, N, D], text [B, L, D], temb [B, D], table of `rotary`, mask of `denoise` or None."""
-        image_shift, image_scale, image_gate, image_shift_2, image_scale_2, image_gate_2 = _six(self.img_mod(temb))
-        text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = _six(self.txt_mod(temb))
-        image_attended, text_attended = joint_attention(
-            self.attn, self.img_norm1(image) * (1 + image_scale) + image_shift,
-            self.txt_norm1(text) * (1 + text_scale) + text_shift, table, mask)
-        image = image + image_gate * image_attended
-        text = text + text_gate * text_attended
-        image = image + image_gate_2 * self.img_mlp(self.img_norm2(image) * (1 + image_scale_2) + image_shift_2)
-        text = text + text_gate_2 * self.txt_mlp(self.txt_norm2(text) * (1 + text_scale_2) + text_shift_2)
-        if image.dtype == ms.float16:
-            image, text = ops.clamp(image, -65504, 65504), ops.clamp(text, -65504, 65504)
+class Block(nn.Cell):
+    """Image and text as two streams that attend to each other; the weights are those of NAMES, in that order."""
+
+    def __init__(self, layers: list[nn.Cell], heads: int, dtype: ms.Type):
+        super().__init__(auto_prefix=False)
+        (self.modulate, self.text_modulate, self.to_q, self.to_k, self.to_v, self.text_q, self.text_k, self.text_v,
+         self.to_out, self.text_out, self.up, self.down, self.text_up, self.text_down,
+         self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k, self.matrices) = layers
+        self.heads, self.attend, self.is_float16 = heads, network.masked_attention(dtype), dtype == ms.float16
+
+    def construct(self, image, text, emb, cos, sin, mask, weights, lora):
+        """image [B, N, D], text [B, L, D], emb [B, D], cos and sin of `network.positions`, mask of
+        `network.text_mask` -> image, text."""
+        (w_modulate, w_text_modulate, w_q, w_k, w_v, w_text_q, w_text_k, w_text_v, w_out, w_text_out, w_up, w_down,
+         w_text_up, w_text_down, w_norm_q, w_norm_k, w_text_norm_q, w_text_norm_k) = weights
+        lora = self.matrices(lora)
+        shift, scale, gate, shift_2, scale_2, gate_2 = network.chunks(self.modulate(emb, w_modulate, lora), 6)
+        text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = network.chunks(
+            self.text_modulate(emb, w_text_modulate, lora), 6)
+        (image, x), (text, y) = network.shared(image, 2), network.shared(text, 2)
+        x_q, x_k, x_v = network.shared(network.layer_norm_modulate(x, scale, shift, EPS), 3)
+        y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, text_scale, text_shift, EPS), 3)
+        q = network.join(self.text_norm_q(_heads(self.text_q(y_q, w_text_q, lora), self.heads), w_text_norm_q, lora),
+                         self.norm_q(_heads(self.to_q(x_q, w_q, lora), self.heads), w_norm_q, lora))
+        k = network.join(self.text_norm_k(_heads(self.text_k(y_k, w_text_k, lora), self.heads), w_text_norm_k, lora),
+                         self.norm_k(_heads(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
+        v = network.join(_heads(self.text_v(y_v, w_text_v, lora), self.heads),
+                         _heads(self.to_v(x_v, w_v, lora), self.heads))
+        q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
+        y, x = network.part(self.attend(q, k, v, mask), text.shape[1])
+        image, x = network.shared(network.gate_add(image, gate, self.to_out(x, w_out, lora)), 2)
+        text, y = network.shared(network.gate_add(text, text_gate, self.text_out(y, w_text_out, lora)), 2)
+        x = self.up(network.layer_norm_modulate(x, scale_2, shift_2, EPS), w_up, lora)
+        y = self.text_up(network.layer_norm_modulate(y, text_scale_2, text_shift_2, EPS), w_text_up, lora)
+        image = network.gate_add(image, gate_2, self.down(network.gelu_tanh(x), w_down, lora))
+        text = network.gate_add(text, text_gate_2, self.text_down(network.gelu_tanh(y), w_text_down, lora))
+        if self.is_float16:
+            image, text = image.clamp(-65504, 65504), text.clamp(-65504, 65504)
         return image, text
 
 
-class QwenImageTransformer(mindone.QwenImageTransformer2DModel):
+class QwenImageBlock(mindone.QwenImageTransformerBlock):
+    """The weights of a block."""
+
+    is_arranged = True
+
+
+class QwenImageTransformer(Arranged, mindone.QwenImageTransformer2DModel):
     """Velocity of packed latents."""
 
-    def construct(self, tokens, sigma, prompt_embeds, table, mask):
-        """tokens [B, N, 4C], sigma float32 [B], prompt_embeds [B, L, D'] -> velocity [B, N, 4C]."""
+    def construct(self, tokens, sigma, prompt_embeds, cos, sin, prompt_mask=None):
+        """tokens [B, N, 4C], sigma float32 [B], prompt_embeds [B, L, D'], cos and sin of `rotary.image_table`,
+        prompt_mask float32 [B, L] (1 for text, 0 for padding; None: all text) -> velocity [B, N, 4C].
+
+        Padding is not attended to. Its own queries attend like any other; nothing reads what becomes of them.
+        """
         image = self.img_in(tokens)
         text = self.txt_in(self.txt_norm(prompt_embeds))
         sinusoids = self.time_text_embed.time_proj(sigma.astype(ms.float32))
         temb = self.time_text_embed.timestep_embedder(sinusoids.astype(image.dtype))
-        for block in self.transformer_blocks:
-            image, text = block(image, text, temb, table, mask)
-        return self.proj_out(self.norm_out(image, temb))
+        emb, batch = mint.nn.functional.silu(temb), image.shape[0]
+        cos = network.positions(cos, batch, self.heads, image.dtype)
+        sin = network.positions(sin, batch, self.heads, image.dtype)
+        if prompt_mask is None:
+            prompt_mask = ops.ones((batch, text.shape[1]), ms.float32)
+        keys = ops.cat((prompt_mask, ops.ones((batch, image.shape[1]), ms.float32)), 1)
+        mask = network.text_mask(keys, keys.shape[1], self.heads, image.dtype)
+        lora = self.lora(image) if self.has_lora else self.no_lora
+        cells, cell_of = self.block_cells, self.block_cell_of
+        weights, places = self.block_weights, self.block_lora
+        for i in range(len(cell_of)):
+            image, text = cells[cell_of[i]]((image, text, emb, cos, sin, mask), weights[i], lora[places[i]])
+        scale, shift = network.chunks(self.norm_out.linear(emb), 2)
+        return self.proj_out(network.layer_norm_modulate(image, scale, shift, EPS))
 
+    def kinds(self):
+        return {"block": Kind("transformer_blocks", NAMES, self._build)}
 
-def joint_attention(attn: nn.Cell, image: Tensor, text: Tensor, table: Tensor,
-                    mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention over text and image tokens together, by the layers of mindone's ``Attention``.
-
-    Source: mindone 0.5.0, QwenDoubleStreamAttnProcessor2_0.
-    """
-    heads, text_tokens = attn.heads, text.shape[1]
-    text_q, q = attn.norm_added_q(_heads(attn.add_q_proj(text), heads)), attn.norm_q(_heads(attn.to_q(image), heads))
-    text_k, k = attn.norm_added_k(_heads(attn.add_k_proj(text), heads)), attn.norm_k(_heads(attn.to_k(image), heads))
-    text_v, v = _heads(attn.add_v_proj(text), heads), _heads(attn.to_v(image), heads)
-    q, k, v = ops.cat((text_q, q), 1), ops.cat((text_k, k), 1), ops.cat((text_v, v), 1)
-    q, k = rotate_pairs(q, table), rotate_pairs(k, table)
-    taken = None if mask is None else mask > 0.5
-    out = layers_compat.scaled_dot_product_attention(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), taken)
-    out = out.swapaxes(1, 2).reshape(q.shape[0], q.shape[1], -1).astype(image.dtype)
-    return attn.to_out[0](out[:, text_tokens:]), attn.to_add_out(out[:, :text_tokens])
+    def _build(self, layers):
+        # a bias, because the weight may be stored in 8 bits
+        return Block(layers, self.heads, self.img_in.bias.dtype)
 
 
 def _heads(x, heads):
     return x.reshape(x.shape[0], x.shape[1], heads, -1)
-
-
-def _six(modulation):
-    return mint.chunk(modulation.expand_dims(1), 6, -1)
 
 
 def build_transformer(config: dict) -> QwenImageTransformer:
@@ -88,7 +120,7 @@ def build_transformer(config: dict) -> QwenImageTransformer:
     """
     dit = mindone.QwenImageTransformer2DModel(**config)
     del dit.pos_embed  # complex tables of 4096 positions that nothing reads any more
-    dit.__class__ = QwenImageTransformer
+    dit.__class__, dit.heads = QwenImageTransformer, dit.config.num_attention_heads
     for block in dit.transformer_blocks:
         block.__class__ = QwenImageBlock
     return dit

@@ -70,6 +70,18 @@ def silu_gradient(gradient: Array, x: Array) -> Array:
     return gradient * s * (1 + x * (1 - s))
 
 
+@aclnn("SwiGlu", "t i -> t")
+def swiglu(x: Array, axis: int) -> Array:
+    first, second = np.split(x, 2, axis)
+    return first * sigmoid(first) * second
+
+
+@aclnn("SwiGluGrad", "t t i -> t")
+def swiglu_gradient(gradient: Array, x: Array, axis: int) -> Array:
+    first, second = np.split(x, 2, axis)
+    return np.concatenate([silu_gradient(gradient * second, first), gradient * first * sigmoid(first)], axis)
+
+
 @aclnn("GeluV2", "t i -> t")
 def gelu(x: Array, tanh: int) -> Array:
     """GELU, exact (0) or by its approximation with tanh (1)."""

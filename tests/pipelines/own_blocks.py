@@ -1,0 +1,79 @@
+"""What the tests of transformers with blocks of their own share: weights, gradients, and the operations of a graph."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, ParameterTuple, Tensor, nn
+
+from ms_diffsynth.nn.lora import inject_lora, lora_parameters
+
+# float32: the rounding of sums of up to a hundred terms through four blocks, of each tensor's largest element. A
+# gradient that is zero in exact arithmetic (the bias of a key projection, which shifts all scores of a row alike) is
+# rounding noise, so 1e-6 of the network's largest gradient is allowed everywhere.
+RELATIVE, OF_LARGEST = 1e-5, 1e-6
+
+
+def draw(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def with_weights(dit: nn.Cell) -> nn.Cell:
+    """Weights of a network in the middle of training: no zeros that would hide half of the gradients."""
+    for seed, parameter in enumerate(dit.get_parameters()):
+        weight = draw(seed, *parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1)
+        parameter.set_data(Tensor(weight + 1 if "norm" in parameter.name and parameter.ndim == 1 else weight))
+    return dit
+
+
+def with_lora(dit: nn.Cell, targets: tuple[str, ...]) -> list[Parameter]:
+    for seed, cell in enumerate(inject_lora(dit, targets, rank=2).values()):
+        cell.lora_B.set_data(Tensor(0.3 * draw(seed, *cell.lora_B.shape)))
+    return lora_parameters(dit)
+
+
+def value_and_gradients(forward, inputs: list[Tensor], weights: list[Parameter], compiled: bool) -> dict:
+    """Output of ``forward(*inputs)``, and the gradients of a sum of it by inputs and weights, on the host."""
+    def loss(*inputs):
+        out = forward(*inputs)
+        return (out * target).sum(), out
+
+    target = Tensor(draw(99, *forward(*inputs).shape))
+    gradient = ms.value_and_grad(loss, tuple(range(len(inputs))), ParameterTuple(weights), has_aux=True)
+
+    def step(*inputs):
+        return gradient(*inputs)
+
+    (_, out), (of_inputs, of_weights) = (ms.jit(step, fullgraph=True) if compiled else step)(*inputs)
+    return {"output": out.asnumpy().copy(), **{f"input {i}": g.asnumpy().copy() for i, g in enumerate(of_inputs)},
+            **{p.name: g.asnumpy().copy() for p, g in zip(weights, of_weights)}}
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(np.abs(v).max() for name, v in expected.items() if name != "output")
+    wrong = []
+    for name, value in expected.items():
+        allowed = max(RELATIVE * np.abs(value).max(), OF_LARGEST * largest)
+        error = np.abs(found[name] - value).max()
+        if not error <= allowed:
+            wrong.append(f"{name}: {error:.1e}, allowed {allowed:.1e}")
+    assert not wrong, wrong
+
+
+def assert_equal_bit_for_bit(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys() and all(np.abs(value).max() > 0 for value in expected.values())
+    assert not [name for name, value in expected.items() if not (found[name] == value).all()]
+
+
+def final_operations(run, folder: Path, names: tuple[str, ...]) -> dict[str, int]:
+    """How often operations stand in the graph that is executed; gradients have kernels of other names."""
+    ms.set_context(save_graphs=1, save_graphs_path=str(folder))
+    try:
+        run()
+    finally:
+        ms.set_context(save_graphs=0)
+    graph = sorted(folder.rglob("*_execute_*.ir"))[-1].read_text()
+    return {name: len(re.findall(rf"= (?:PrimFunc_)?{name}\(", graph)) for name in names}
