@@ -7,8 +7,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,11 +42,17 @@ class Family:
     Attributes:
         pipeline: its pipeline class.
         write_tiny: writes a tiny, randomly initialised model in the family's checkpoint format, from a seed.
+        published: settings of its published models: name -> component -> config.json, without those that no training
+            of a prepared data set needs.
+        prepared_shapes: from such configs, the shape of an image's latents and a number of text tokens to the shapes
+            of the prepared slots of a row.
     """
 
     name: str
     pipeline: type[Pipeline]
     write_tiny: Callable[[Path, int], None]
+    published: Mapping[str, Mapping[str, dict[str, Any]]] = field(default_factory=dict)
+    prepared_shapes: Callable[..., dict[str, tuple[int, ...]]] | None = None
 
 
 class UnitSequence(nn.Cell):

@@ -4,6 +4,8 @@ from __future__ import annotations
 import os
 import signal
 
+from device import DEVICE
+
 os.environ.setdefault("GLOG_v", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # a core each: on shared ones MindSpore waits by spinning
@@ -44,4 +46,4 @@ def no_open_gradient():
 def configured():
     from ms_diffsynth import runtime
 
-    return runtime.configure("graph", "CPU")
+    return runtime.configure("graph", DEVICE)

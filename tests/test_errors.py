@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from device import DEVICE
 from huggingface_hub import constants
 from PIL import Image
 
@@ -87,7 +88,7 @@ def world(tmp_path, model, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
     yield tmp_path
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 def process(code: str, *words: str) -> subprocess.Popen:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from device import DEVICE
 
 from ms_diffsynth import runtime
 from ms_diffsynth.cli import run as run_module
@@ -90,7 +91,7 @@ def run_script(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
     return end.value.code
 
 

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Every layer may import those before it. A file that is no layer of its own belongs to its folder.
 LAYERS = ["errors", "program", "data", "io", "launch", "config", "registry", "ops", "runtime", "nn", "evaluate",
-          "units", "diffusion", "components", "pipeline", "template", "train", "pipelines", "debug", "standin", "cli"]
+          "units", "diffusion", "components", "pipeline", "template", "train", "pipelines", "standin", "debug", "cli"]
 NO_MINDSPORE = {"errors", "program", "data", "io", "launch", "config", "registry", "standin"}
 ALLOWED = {("ops", "runtime"), ("registry", "pipeline")}  # a guard that asks for the device; a name for type checkers
 EXECUTES = "template/code.py"  # runs a template's model.py, once its user trusts it

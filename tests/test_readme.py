@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from device import DEVICE
 
 from ms_diffsynth import runtime
 from ms_diffsynth.cli.main import main
@@ -38,7 +39,7 @@ def checkout(tmp_path):
     """The commands are given in the top folder; here it is one that holds the examples and may be written to."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 def test_it_begins_with_two_commands_that_do_all_the_set_up():

@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
+from device import DEVICE
 from huggingface_hub import constants, utils
 from PIL import Image
 from upload_server import UploadServer
@@ -114,7 +115,7 @@ def planted(monkeypatch, tmp_path):
         server.token = PLANTS["environment HF_TOKEN"]
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
         yield server
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 def mistakes():

@@ -19,7 +19,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, mint, ops
 
 from ms_diffsynth.diffusion import losses
 from ms_diffsynth.diffusion.schedule import linspace, obeyed
@@ -215,8 +215,8 @@ class LookupNoise(TensorUnit):
         self.weights = Tensor(schedule.loss_weights(snr_gamma))
 
     def construct(self, timestep_index):
-        return (ops.gather(self.signal_scales, timestep_index, 0), ops.gather(self.sigmas, timestep_index, 0),
-                ops.gather(self.weights, timestep_index, 0))
+        return (mint.index_select(self.signal_scales, 0, timestep_index),
+                mint.index_select(self.sigmas, 0, timestep_index), mint.index_select(self.weights, 0, timestep_index))
 
 
 class AddNoise(TensorUnit):

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import mindspore as ms
-from mindspore import Tensor, ops
+from mindspore import Tensor, mint
 
 
 def weighted_mse(velocity: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -11,8 +11,8 @@ def weighted_mse(velocity: Tensor, target: Tensor, weight: Tensor) -> tuple[Tens
     Shapes: velocity, target float [B, ...]; weight float32 [B] -> loss float32 scalar, weighted losses float32 [B].
     """
     error = (velocity.astype(ms.float32) - target.astype(ms.float32)).reshape((velocity.shape[0], -1))
-    per_sample = weight.astype(ms.float32) * ops.mean(error * error, 1)
-    return ops.mean(per_sample), per_sample
+    per_sample = weight.astype(ms.float32) * mint.mean(mint.square(error), 1)
+    return mint.mean(per_sample), per_sample
 
 
 def prior_preservation(per_sample: Tensor, prior_loss_weight: float) -> Tensor:
@@ -28,5 +28,5 @@ def prior_preservation(per_sample: Tensor, prior_loss_weight: float) -> Tensor:
     batch = per_sample.shape[0]
     if batch % 2 != 0:
         raise ValueError(f"a batch of {batch} with prior preservation: expected instances, then as many class images.")
-    half = batch // 2
-    return ops.mean(per_sample[:half]) + prior_loss_weight * ops.mean(per_sample[half:])
+    instances, images = mint.split(per_sample, batch // 2)
+    return mint.mean(instances) + prior_loss_weight * mint.mean(images)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, mint, ops
 
 from ms_diffsynth.diffusion import density, flow, losses, weighting
 from ms_diffsynth.ops.clamp import clamp
@@ -86,7 +86,7 @@ class LookupSigma(TensorUnit):
         self.weights = Tensor(weighting.table(scheme, sigmas), ms.float32)
 
     def construct(self, timestep_index):
-        return ops.gather(self.sigmas, timestep_index, 0), ops.gather(self.weights, timestep_index, 0)
+        return mint.index_select(self.sigmas, 0, timestep_index), mint.index_select(self.weights, 0, timestep_index)
 
 
 class SampleLatents(TensorUnit):
@@ -117,11 +117,10 @@ class SampleLatents(TensorUnit):
             self.scaling_factor, self.shift_factor = config["scaling_factor"], config.get("shift_factor") or 0.0
 
     def construct(self, moments, posterior_noise=None):
-        channels = moments.shape[1] // 2
-        latents = moments[:, :channels]
+        latents, log_variance = mint.split(moments, moments.shape[1] // 2, 1)
         if self.is_sampled:
             # exp(x / 2) as a power: the CPU's exp is good to 5e-6 only, its pow to 1e-7
-            log_variance = clamp(moments[:, channels:], -30.0, 20.0)
+            log_variance = clamp(log_variance, -30.0, 20.0)
             latents = latents + ops.pow(Tensor(np.float32(np.exp(0.5))), log_variance) * posterior_noise
         return ((latents - self.shift_factor) * self.scaling_factor,)
 

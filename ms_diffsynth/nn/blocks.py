@@ -1,7 +1,7 @@
 """Networks whose equal blocks are one cell: which cell computes a block, and with which weights.
 
-Compiling a step of FLUX.1 at full depth, every block a cell of its own that recomputes, takes MindSpore 2.10 twice as
-long and half as much memory again as with one cell for all (docs/compiled_step.md has the table).
+A step of FLUX.1 at full depth that recomputes is compiled in 77 s of processor time and 2.75 GiB; with a cell for every
+block and MindSpore's own recompute it was 108 s and 3.8 GiB (docs/compiled_step.md has the table).
 """
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from typing import Any
 
 from mindspore import nn
 
-from ms_diffsynth.nn.functional import Layer
+from ms_diffsynth.nn.functional import functions, layer_of
+from ms_diffsynth.nn.lora import FlatLoRA, LoRALinear
 from ms_diffsynth.nn.recompute import Kept, Offloaded, Recomputed
-
-# layers of a block, and what it computes beside them -> the cell that computes it
-Build = Callable[[list[nn.Cell]], nn.Cell]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Blocks of one list: ``layers(block)`` in the order in which ``build`` takes them; ``build`` adds the rest."""
+    """The blocks of one list: ``names`` of their layers, dotted, in the order in which ``build`` takes their functions
+    to make the cell of a block."""
 
     list_name: str
-    layers: Callable[[nn.Cell], list[Layer]]
-    build: Build
+    names: Sequence[str]
+    build: Callable[[list[nn.Cell]], nn.Cell]
 
 
 class Arranged:
     """For a cell whose class has ``kinds``: name -> Kind. A construct reads, for each name,
 
-    - ``self.<name>_cells``: one cell per different block: ``cell(activations, weights)``, see `nn.recompute.Kept`;
+    - ``self.<name>_cells``: one cell per different block: ``cell(activations, weights, lora)``, see
+      `nn.recompute.Kept`;
     - ``self.<name>_cell_of``: for each block the index of its cell;
-    - ``self.<name>_weights``: for each block its weights.
+    - ``self.<name>_weights``: for each block its weights;
+    - ``self.<name>_lora``: for each block its place in what ``self.lora`` gives, a `FlatLoRA` which is there when
+      ``self.has_lora``, or else in ``self.no_lora``.
 
     They are worked out when they are read, from the layers that the blocks have then: a LoRA, storage in 8 bits and
     recompute (``is_recomputed``, ``is_offloaded`` of a block) may come in any order before the first step.
@@ -42,25 +44,51 @@ class Arranged:
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
-        for what in ("_cells", "_cell_of", "_weights"):
+        for what in ("_cells", "_cell_of", "_weights", "_lora"):
             if name.endswith(what) and name.removesuffix(what) in self.kinds():
                 return self._arrange(name.removesuffix(what))[what]
+        if name == "no_lora":
+            placeholder = min(self.get_parameters(), key=lambda parameter: parameter.size)  # see `nn.lora.FlatLoRA`
+            return (placeholder,) * sum(map(len, self._lora_layers().values()))
+        if name == "has_lora":
+            return "lora" in self.__dict__["_cells"]
         return super().__getattr__(name)
 
     def _arrange(self, name: str) -> dict[str, Any]:
         kind = self.kinds()[name]
         known = self.__dict__.setdefault("_known_blocks", {})  # not an attribute: a cell would take it for its own
-        blocks = [(block, kind.layers(block)) for block in getattr(self, kind.list_name)]
+        blocks = [(block, [layer_of(cell) for cell in at(block, kind.names)])
+                  for block in getattr(self, kind.list_name)]
         signatures = [(name, getattr(block, "is_recomputed", False), getattr(block, "is_offloaded", False),
                        *(layer.kind for layer in layers)) for block, layers in blocks]
         for signature, (_, layers) in zip(signatures, blocks):
             if signature not in known:
-                cell = kind.build([layer.function for layer in layers])
+                cell = kind.build(functions(layers))
                 known[signature] = (Offloaded if signature[2] else Recomputed if signature[1] else Kept)(cell)
         different = list(dict.fromkeys(signatures))
         return {"_cells": nn.CellList([known[s] for s in different], auto_prefix=False) if different else (),
                 "_cell_of": tuple(different.index(s) for s in signatures),
-                "_weights": tuple(tuple(layer.weights for layer in layers) for _, layers in blocks)}
+                "_weights": tuple(tuple(layer.weights for layer in layers) for _, layers in blocks),
+                "_lora": self._lora_places(name)}
+
+    def take_lora(self) -> None:
+        """Put the LoRAs of all blocks into one Parameter. Called when LoRAs were put on the layers."""
+        blocks = [layers for blocks in self._lora_layers().values() for layers in blocks]
+        if any(blocks):
+            self.insert_child_to_cell("lora", FlatLoRA(blocks))
+
+    def _lora_layers(self) -> dict[str, list[list[LoRALinear]]]:
+        """Of each kind, for each block, the layers that have a LoRA, in the order of its layers."""
+        return {name: [[cell for cell in at(block, kind.names) if isinstance(cell, LoRALinear)]
+                       for block in getattr(self, kind.list_name)] for name, kind in self.kinds().items()}
+
+    def _lora_places(self, name: str) -> tuple[int, ...]:
+        begin = 0
+        for kind, blocks in self._lora_layers().items():
+            if kind == name:
+                return tuple(range(begin, begin + len(blocks)))
+            begin += len(blocks)
+        return ()
 
 
 def at(block: nn.Cell, names: Sequence[str]) -> list[nn.Cell]:

@@ -7,13 +7,12 @@ from contextlib import contextmanager
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
-from mindspore.ops import operations as P
 
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.nn.names import load_state, to_numpy
+from ms_diffsynth.ops.update import put
 
 _each = ops.HyperMap()
-_assign = P.Assign()
 
 
 class EMA(nn.Cell):
@@ -51,7 +50,7 @@ class EMA(nn.Cell):
         warm_up = ops.select(self.step == 0, self.one, 9.0 / (10.0 + step))
         rate = ops.select(is_finite, ops.maximum(self.least, warm_up), self.zero)
         followed = _each(ops.partial(_follow, rate), self.average, self.parameters if weights is None else weights)
-        _assign(self.step, ops.select(is_finite, self.step + 1, self.step + 0))
+        put(self.step, ops.select(is_finite, self.step + 1, self.step + 0))
         return followed
 
     @contextmanager
@@ -76,4 +75,4 @@ class EMA(nn.Cell):
 
 
 def _follow(rate, average, parameter):
-    return ops.depend(True, _assign(average, average + rate * (parameter.astype(average.dtype) - average)))
+    return put(average, average + rate * (parameter.astype(average.dtype) - average))

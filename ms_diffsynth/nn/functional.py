@@ -9,14 +9,14 @@ Nothing here has an ``if`` in a function that is compiled; see `ops.network` for
 """
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import mindspore as ms
 from mindspore import mint, nn, ops
 from mindspore.ops import operations as P
 
-from ms_diffsynth.nn.lora import LoRALinear
+from ms_diffsynth.nn.lora import LoRALinear, LoRAMatrices, NoMatrices
 from ms_diffsynth.nn.quant import StoredLinear
 from ms_diffsynth.ops import network
 
@@ -25,33 +25,51 @@ Weights = tuple  # Parameters, or tuples of them
 
 @dataclass(frozen=True)
 class Layer:
-    """What a layer computes: ``function(x, weights)``; two layers of one ``kind`` compute the same."""
+    """What a layer computes: ``function(x, weights, lora)``; two layers of one ``kind`` compute the same.
+
+    ``lora`` are the LoRA matrices of the layer's block, as `nn.lora.LoRAMatrices` gives them. With ``lora`` (the cell
+    of a LoRA) ``function`` leaves it out: `LowRank` adds it.
+    """
 
     kind: Hashable
     function: nn.Cell
     weights: Weights
+    lora: LoRALinear | None = None
 
 
 class Linear(nn.Cell):
-    def construct(self, x, weights):
+    def construct(self, x, weights, lora):
         return network.linear(x, weights[0], weights[1])
 
 
 class LinearWithoutBias(nn.Cell):
-    def construct(self, x, weights):
+    def construct(self, x, weights, lora):
         return network.linear_without_bias(x, weights[0])
 
 
 class LowRank(nn.Cell):
-    """A linear layer with a LoRA: weights are those of the layer, A and B."""
+    """A linear layer with a LoRA of scale 1, whose matrices are ``lora[place]`` [in, r] and ``lora[place + 1]``
+    [r, out]."""
 
-    def __init__(self, base: nn.Cell, scale: float):
+    def __init__(self, base: nn.Cell, place: int):
         super().__init__(auto_prefix=False)
-        self.base, self.scale = base, scale
+        self.base, self.place = base, place
 
-    def construct(self, x, weights):
-        low = network.linear_without_bias(x, weights[1].astype(x.dtype))
-        return self.base(x, weights[0]) + network.linear_without_bias(low, weights[2].astype(x.dtype)) * self.scale
+    def construct(self, x, weights, lora):
+        x, same = network.shared(x, 2)
+        return self.base(x, weights, lora) + network.low_rank(same, lora[self.place], lora[self.place + 1])
+
+
+class ScaledLowRank(LowRank):
+    """The same with another scale."""
+
+    def __init__(self, base: nn.Cell, place: int, scale: float):
+        super().__init__(base, place)
+        self.scale = scale
+
+    def construct(self, x, weights, lora):
+        x, same = network.shared(x, 2)
+        return self.base(x, weights, lora) + network.low_rank(same, lora[self.place], lora[self.place + 1] * self.scale)
 
 
 class _StoredMatmul(nn.Cell):
@@ -72,12 +90,12 @@ class Stored(nn.Cell):
         super().__init__(auto_prefix=False)
         self.matmul = _StoredMatmul()
 
-    def construct(self, x, weights):
+    def construct(self, x, weights, lora):
         return self.matmul(x, weights[0], weights[1]) + weights[2]
 
 
 class StoredWithoutBias(Stored):
-    def construct(self, x, weights):
+    def construct(self, x, weights, lora):
         return self.matmul(x, weights[0], weights[1])
 
 
@@ -86,7 +104,7 @@ class RMSNorm(nn.Cell):
         super().__init__(auto_prefix=False)
         self.eps = eps
 
-    def construct(self, x, weights):
+    def construct(self, x, weights, lora):
         return network.rms_norm(x, weights[0], self.eps)
 
 
@@ -97,26 +115,34 @@ def _unpack(q, scale, dtype):
     return (q.astype(ms.float32) * scale.expand_dims(1)).astype(dtype)
 
 
-def linear(layer: nn.Cell) -> Layer:
-    """A linear layer, its LoRA and its storage in 8 bits included.
+def layer_of(cell: nn.Cell) -> Layer:
+    """What a cell computes: a linear layer, its LoRA and its storage in 8 bits included, or mindone's RMSNorm.
 
     Raises: TypeError for any other cell.
     """
-    if isinstance(layer, LoRALinear):
-        base = linear(layer.base)
-        return Layer(("lora", base.kind, layer.scale), LowRank(base.function, layer.scale),
-                     (base.weights, layer.lora_A, layer.lora_B))
-    bias = () if getattr(layer, "bias", None) is None else (layer.bias,)
-    if type(layer) is StoredLinear:
+    if isinstance(cell, LoRALinear):
+        base = layer_of(cell.base)
+        return replace(base, kind=("lora", base.kind, cell.scale, cell.shapes), lora=cell)
+    if type(cell).__name__ == "RMSNorm":  # mindone's, which this layer of the package may not import
+        return Layer(("rms_norm", cell.eps), RMSNorm(cell.eps), (cell.weight,))
+    bias = () if getattr(cell, "bias", None) is None else (cell.bias,)
+    if type(cell) is StoredLinear:
         return Layer(("stored", len(bias)), Stored() if bias else StoredWithoutBias(),
-                     (layer.weight, layer.weight_scale, *bias))
-    if type(layer) is mint.nn.Linear:
-        return Layer(("linear", len(bias)), Linear() if bias else LinearWithoutBias(), (layer.weight, *bias))
-    raise TypeError(f"{type(layer).__name__} is no linear layer whose weights are known: expected "
+                     (cell.weight, cell.weight_scale, *bias))
+    if type(cell) is mint.nn.Linear:
+        return Layer(("linear", len(bias)), Linear() if bias else LinearWithoutBias(), (cell.weight, *bias))
+    raise TypeError(f"{type(cell).__name__} is not a layer whose weights are known: expected mindone's RMSNorm or "
                     "mindspore.mint.nn.Linear, with a LoRA or stored in 8 bits or not.")
 
 
-def rms_norm(layer: nn.Cell) -> Layer:
-    """A norm over the last axis with a weight, such as mindone's RMSNorm."""
-    return Layer(("rms_norm", layer.eps), RMSNorm(layer.eps), (layer.weight,))
-
+def functions(layers: Sequence[Layer]) -> list[nn.Cell]:
+    """The functions of a block's layers with their LoRAs, and the cell that gives the matrices of these."""
+    found, loras = [], []
+    for layer in layers:
+        function, place = layer.function, 2 * len(loras)
+        if layer.lora is not None:
+            loras.append(layer.lora)
+            scale = layer.lora.scale
+            function = LowRank(function, place) if scale == 1 else ScaledLowRank(function, place, scale)
+        found.append(function)
+    return [*found, LoRAMatrices(loras) if loras else NoMatrices()]

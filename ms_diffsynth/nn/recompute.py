@@ -41,16 +41,16 @@ class Kept(nn.Cell):
     """A block that computes once and keeps what backward needs.
 
     Args:
-        block: a cell without parameters: ``block(*activations, weights)``. Activations are Tensors, weights a tuple of
-            Parameters, nested or not. One such cell serves all blocks that are equal.
+        block: a cell without parameters: ``block(*activations, weights, lora)``. Activations are Tensors, weights a
+            tuple of Parameters, nested or not, lora a tuple of LoRA matrices. One such cell serves all equal blocks.
     """
 
     def __init__(self, block: nn.Cell):
         super().__init__(auto_prefix=False)
         self.block = block
 
-    def construct(self, activations, weights):
-        return self.block(*activations, weights)
+    def construct(self, activations, weights, lora):
+        return self.block(*activations, weights, lora)
 
 
 class Recomputed(Kept):
@@ -58,25 +58,47 @@ class Recomputed(Kept):
 
     def __init__(self, block: nn.Cell):
         super().__init__(block)
+        self.again = _Again(block)
+
+    def __call__(self, activations, weights, lora):
+        """Eager code, where a ``bprop`` cannot take tuples; compiled code reads ``construct``."""
+        return ms.recompute(self.block, *activations, weights, lora, **_OPTIONS)
+
+    def construct(self, activations, weights, lora):
+        return self.again(activations, _each(_value, weights), lora)
+
+
+_each, _reshape = ops.HyperMap(), ops.Reshape()
+
+
+def _value(weight):
+    """A weight as what it holds now, by a reshape to its own shape, of which the compiled graph keeps nothing."""
+    return _reshape(weight, weight.shape)
+
+
+class _Again(Kept):
+    """What `Recomputed` compiles. Its weights are values, not Parameters: those MindSpore 2.10 reads anew in ``bprop``,
+    and where a view (``mint.split``, say) lies between two readings, it copies the weights before each of them: all of
+    the network, twice, at the beginning of forward and of backward (TensorMove; FLUX.1-dev at full depth 66 GiB).
+    """
+
+    def __init__(self, block: nn.Cell):
+        super().__init__(block)
         self.gradient = ops.GradOperation(get_all=True, sens_param=True)
 
-    def __call__(self, activations, weights):
-        """Eager code, where a ``bprop`` cannot take tuples; compiled code reads ``construct`` and ``bprop``."""
-        return ms.recompute(self.block, *activations, weights, **_OPTIONS)
-
-    def bprop(self, activations, weights, out, dout):
+    def bprop(self, activations, weights, lora, out, dout):
         again = ()
         for x in activations:
             again += (ops.depend(x, dout),)
-        gradients = self.gradient(self.block)(*again, weights, dout)
-        return gradients[:-1], gradients[-1]
+        gradients = self.gradient(self.block)(*again, weights, lora, dout)
+        return gradients[:-2], gradients[-2], gradients[-1]
 
 
 class Offloaded(Kept):
     """The same, computed again in backward from activations that are kept on the host; eager code only."""
 
-    def __call__(self, activations, weights):
-        return _offloaded_forward(self.block.construct, *activations, weights)
+    def __call__(self, activations, weights, lora):
+        return _offloaded_forward(self.block.construct, *activations, weights, lora)
 
 
 def use_recompute(model: nn.Cell, blocks: Sequence[str] | None = None, offload: bool = False) -> int:

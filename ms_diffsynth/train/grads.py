@@ -9,21 +9,14 @@ from collections.abc import Sequence
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, ops
+from mindspore import Parameter, ParameterTuple, Tensor, mint, ops
 from mindspore.ops import constexpr
 from mindspore.ops import operations as P
 
-from ms_diffsynth import runtime
+from ms_diffsynth.ops.update import is_cpu, put
 
 _each = ops.HyperMap()
 _dot = P.MatMul(transpose_b=True)
-_assign = P.Assign()
-_assign_add = P.AssignAdd()
-
-
-@constexpr
-def _is_cpu() -> bool:
-    return runtime.current().device == "CPU"
 
 
 @constexpr
@@ -38,9 +31,12 @@ def sum_of_squares(grads: tuple[Tensor, ...]) -> Tensor:
     Not finite when any element is not finite, and also when the sum of squares overflows: norms above 1.8e19.
     Source: torch.nn.utils.clip_grad_norm_, with the sum of squares taken at once.
     """
-    if _is_cpu():
+    if is_cpu():
         return ops.sum(ops.addn(_each(_gram, grads)) * _diagonal(16))
-    return ops.addn(_each(_squares_by_sum, grads))
+    squares = _each(_squares_by_sum, grads)
+    if len(squares) == 1:
+        return squares[0]
+    return mint.sum(mint.stack(squares))
 
 
 def is_finite(value: Tensor) -> Tensor:
@@ -56,7 +52,7 @@ def clip_coefficient(norm: Tensor, max_grad_norm: float | None) -> Tensor:
     """
     if max_grad_norm is None:
         return ops.ones_like(norm)
-    coefficient = max_grad_norm / (norm + 1e-6)
+    coefficient = max_grad_norm * ops.reciprocal(norm + 1e-6)
     return ops.select(coefficient > 1.0, ops.ones_like(coefficient), coefficient)  # a minimum may lose NaN
 
 
@@ -100,7 +96,7 @@ def _squares_by_sum(grad):
 
 
 def _accumulate(accumulator, grad):
-    return ops.depend(True, _assign_add(accumulator, grad.astype(accumulator.dtype)))
+    return put(accumulator, accumulator + grad.astype(accumulator.dtype))
 
 
 def _add(accumulator, grad):
@@ -108,4 +104,4 @@ def _add(accumulator, grad):
 
 
 def _reset(accumulator):
-    return ops.depend(True, _assign(accumulator, ops.zeros_like(accumulator)))
+    return put(accumulator, ops.zeros_like(accumulator))

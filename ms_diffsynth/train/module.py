@@ -208,7 +208,7 @@ class DiffusionTrainingModule:
         """Write what was trained: a LoRA in diffusers naming, or weights by name. Never half a file."""
         if self.lora_base_model and set(self.trainable) == {self.lora_base_model}:
             model = getattr(self.pipe, self.lora_base_model)
-            alpha = next(cell.scale * cell.lora_A.shape[0] for cell in lora_modules(model).values())
+            alpha = next(cell.scale * cell.rank for cell in lora_modules(model).values())
             prefix = self.pipe.lora_prefixes.get(self.lora_base_model, self.lora_base_model)
             save_lora(path, lora_pairs(model), alpha=alpha, prefix=prefix, metadata=metadata or {})
         else:

@@ -5,9 +5,9 @@ clipping, and where the flag is False nothing changes. There is no branch in the
 rate and the decay become 0 and both betas 1, which leaves weights, moments and step count as they were. (A weight of
 -0.0 may become 0.0.) `guarded` gives any ``mindspore.nn.Optimizer`` the same call.
 
-Values a compiled step reads are set with ``ops.assign``. ``Parameter.set_data`` replaces the memory, which a function
-compiled by ``ms.jit`` before goes on reading: the new value is silently ignored (MindSpore 2.10, 2026-11-21,
-tests/train/test_optim.py shows it).
+Values a compiled step reads are set with ``ops.assign``. ``Parameter.set_data`` replaces the memory, which on the CPU a
+function compiled by ``ms.jit`` before goes on reading: the new value is silently ignored (MindSpore 2.10, 2026-11-21,
+tests/train/test_optim.py shows it; on an Ascend it is seen).
 """
 from __future__ import annotations
 
@@ -17,19 +17,17 @@ from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
+from mindspore import Parameter, ParameterTuple, Tensor, mint, nn, ops
 from mindspore.ops import operations as P
 
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, TrainingError, listing, nearest
 from ms_diffsynth.nn.names import load_state
+from ms_diffsynth.ops.update import adamw, put
 
 SCHEDULES = ("constant", "linear", "cosine")
 
 _each = ops.HyperMap()
-_assign = P.Assign()
-_descend = P.ApplyGradientDescent()  # p -= a * g in one pass; a product and Assign take up to twice as long
-_adam = P.Adam()  # CPU, 10M elements: 10 ms compiled, P.AdamWeightDecay 31, composed of operations 108 (2026-11-21)
 _scale = P.MulNoNan()  # x * y, and 0 where y is 0 even if x is NaN or infinite; as fast as a product
 
 
@@ -118,16 +116,15 @@ class AdamW(nn.Cell):
         is_finite = self.true if is_finite is None else is_finite
         coefficient = ops.select(is_finite, self.one if coefficient is None else coefficient, self.zero)
         step = self.step + 1
-        index = ops.minimum(step, self.last)
+        index = ops.minimum(step, self.last).reshape((1,))
         learning_rate = ops.select(is_finite, self.learning_rate, self.zero)
-        rate = learning_rate * ops.gather(self.rates, index, 0)
-        eps = self.eps * ops.gather(self.roots, index, 0)
+        rate = learning_rate * mint.index_select(self.rates, 0, index).reshape(())
+        eps = self.eps * mint.index_select(self.roots, 0, index).reshape(())
         beta1, beta2 = ops.select(is_finite, self.beta1, self.one), ops.select(is_finite, self.beta2, self.one)
-        if self.weight_decay != 0:
-            _each(ops.partial(_decay, learning_rate * self.weight_decay), self.parameters)
-        updated = _each(ops.partial(_update, coefficient, self.zero, rate, beta1, beta2, eps),
+        decay = learning_rate * self.weight_decay
+        updated = _each(ops.partial(adamw, coefficient, rate, decay, beta1, beta2, eps, self.zero),
                         self.parameters, self.moment1, self.moment2, gradients)
-        _assign(self.step, ops.select(is_finite, step, self.step))
+        put(self.step, ops.select(is_finite, step, self.step))
         return updated
 
     def set_learning_rate(self, value: float) -> None:
@@ -228,19 +225,9 @@ def _corrections(beta1: float, beta2: float) -> tuple[np.ndarray, np.ndarray]:
     return np.append(1, rates).astype(np.float32), np.append(1, roots).astype(np.float32)
 
 
-def _decay(rate, parameter):
-    return ops.depend(True, _descend(parameter, rate, parameter))
-
-
-def _update(coefficient, zero, rate, beta1, beta2, eps, parameter, moment1, moment2, gradient):
-    # the two zeros stand for powers of the betas: the kernel's own correction is switched off
-    return ops.depend(True, _adam(parameter, moment1, moment2, zero, zero, rate, beta1, beta2, eps,
-                                  _scaled(coefficient, gradient)))
-
-
 def _scaled(coefficient, gradient):
     return _scale(gradient.astype(ms.float32), coefficient)
 
 
 def _keep(is_finite, before, parameter):
-    return ops.depend(True, _assign(parameter, ops.select(is_finite, parameter, before)))
+    return put(parameter, ops.select(is_finite, parameter, before))

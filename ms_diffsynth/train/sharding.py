@@ -13,14 +13,13 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
-from mindspore.ops import operations as P
 
 from ms_diffsynth.errors import ConfigError, listing
 from ms_diffsynth.nn.names import check_state, to_numpy
+from ms_diffsynth.ops.update import put
 from ms_diffsynth.train.exchange import Exchange
 from ms_diffsynth.train.optim import AdamW
 
-_assign = P.Assign()
 _each = ops.HyperMap()
 
 
@@ -139,4 +138,4 @@ def _cast(dtype, value):
 
 
 def _set(parameter, value):
-    return ops.depend(True, _assign(parameter, value.astype(parameter.dtype)))
+    return put(parameter, value.astype(parameter.dtype))

@@ -178,9 +178,9 @@ class TrainStep(nn.Cell):
         loss, squares = values[1], gradients.sum_of_squares(grads)
         if self.exchange is not None:
             loss, squares = self.exchange.totals(loss, squares)
-        unscale = 1.0 / group_size
+        unscale = ops.reciprocal(group_size)
         if self.loss_scale is not None:
-            unscale = unscale / self.loss_scale
+            unscale = unscale * ops.reciprocal(self.loss_scale)
         norm = ops.sqrt(squares) * unscale
         is_finite = ops.logical_and(gradients.is_finite(norm), gradients.is_finite(loss))
         coefficient = unscale

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from device import DEVICE
 from PIL import Image
 
 import ms_diffsynth
@@ -39,7 +40,7 @@ run:
 @pytest.fixture(autouse=True)
 def runtime_restored():
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Tensor, nn
 
 from ms_diffsynth import runtime
@@ -17,7 +18,7 @@ class Path(nn.Cell):
 
 @pytest.fixture(scope="module", autouse=True)
 def _cpu():
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 @pytest.mark.parametrize("mode", ["pynative", "graph"])

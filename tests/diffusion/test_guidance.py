@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Tensor
 
 from ms_diffsynth import runtime
@@ -12,7 +13,7 @@ from ms_diffsynth.diffusion.packing import pack
 
 @pytest.fixture(scope="module", autouse=True)
 def _cpu():
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 def normal(*shape):

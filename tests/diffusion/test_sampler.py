@@ -4,6 +4,7 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Tensor
 
 from ms_diffsynth import runtime
@@ -13,7 +14,7 @@ from ms_diffsynth.diffusion.schedule import FLUX_SCHNELL, diffsynth_flux
 
 @pytest.fixture(scope="module", autouse=True)
 def _cpu():
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 def normal(*shape):

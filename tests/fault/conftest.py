@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from device import DEVICE
 
 import ms_diffsynth
 from ms_diffsynth import runtime
@@ -18,7 +19,7 @@ from ms_diffsynth.cli.main import main
 @pytest.fixture(autouse=True)
 def runtime_restored():
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Tensor, mint, nn
 from mindspore.nn.utils import no_init_parameters
 
@@ -24,11 +25,11 @@ class Step(TrainStep):
 @pytest.fixture(autouse=True)
 def restored():
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 def build(mode, decay=0.9):
-    runtime.configure(mode, "CPU")
+    runtime.configure(mode, DEVICE)
     ms.set_seed(3)
     model = mint.nn.Linear(4, 2)
     ema = EMA(model.trainable_params(), decay)
@@ -52,7 +53,7 @@ def test_the_average_follows_the_weights_of_every_update(mode):
 
 def test_the_first_updates_are_those_of_diffusers():
     """diffusers 0.42.1, EMAModel(decay=0.9): weights of 1, 4, 9, ... 49 after 0, which is forgotten at once."""
-    runtime.configure("pynative", "CPU")
+    runtime.configure("pynative", DEVICE)
     weight = ms.Parameter(Tensor(np.zeros(1, np.float32)), name="w")
     ema, found = EMA([weight], 0.9), []
     for k in range(1, 8):
@@ -66,7 +67,7 @@ def test_the_first_updates_are_those_of_diffusers():
 @pytest.mark.parametrize("mode", ["pynative", "graph"])
 def test_of_rounded_weights_the_float32_values_are_averaged(mode):
     """Float16 stands for bfloat16; updates are below the last digit of the weights, which stand still at first."""
-    runtime.configure(mode, "CPU")
+    runtime.configure(mode, DEVICE)
     model = mint.nn.Linear(4, 2)
     for p in model.trainable_params():
         p.set_dtype(ms.float16)
@@ -111,7 +112,7 @@ def test_the_compiled_step_reads_the_weights_again_after_the_average_was_applied
 
 
 def test_the_average_begins_at_weights_that_were_loaded():
-    runtime.configure("pynative", "CPU")
+    runtime.configure("pynative", DEVICE)
     with no_init_parameters():
         model = mint.nn.Linear(4, 2)
     weights = {"weight": np.full((2, 4), 0.25, np.float32), "bias": np.full(2, 0.5, np.float32)}

@@ -11,7 +11,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, mint, nn, ops
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, DeviceError
 from ms_diffsynth.nn import recompute
-from ms_diffsynth.nn.lora import inject_lora, lora_parameters
+from ms_diffsynth.nn.lora import inject_lora, lora_pairs, lora_parameters, set_lora
 from ms_diffsynth.nn.recompute import gradient_checkpoint_forward, use_recompute
 
 COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["pynative", "graph"])
@@ -236,9 +236,9 @@ class Flux(nn.Cell):
             parameter.set_data(Tensor(draw(seed, *parameter.shape) * max(parameter.shape[-1], 4) ** -0.5))
         if is_own:
             transformer.use_own_blocks(self.dit)
-        for seed, cell in enumerate(inject_lora(self.dit, ["attn.to_q", "attn.to_out.0", "ff.net.2", "proj_out"],
-                                                rank=2).values()):
-            cell.lora_B.set_data(Tensor(0.3 * draw(seed, *cell.lora_B.shape)))
+        inject_lora(self.dit, ["attn.to_q", "attn.to_out.0", "ff.net.2", "proj_out"], rank=2)
+        set_lora(self.dit, {name: (a, 0.3 * draw(seed, *b.shape))
+                            for seed, (name, (a, b)) in enumerate(lora_pairs(self.dit).items())})
         self.text_ids = Tensor(np.zeros((4, 3), np.float32))
         self.ids = Tensor(np.array([(0, i, j) for i in range(2) for j in range(3)], np.float32))
 
@@ -254,8 +254,7 @@ FLUX_INPUTS = (Tensor(draw(1, 2, 6, 16)), Tensor([0.5, 0.3], ms.float32), Tensor
 
 @pytest.mark.slow
 @COMPILED
-@pytest.mark.parametrize("trained", ["lora", "all"])
-@pytest.mark.parametrize("is_own", [False, True], ids=["mindone", "own"])
+@pytest.mark.parametrize(("is_own", "trained"), [(False, "lora"), (True, "lora"), (True, "all")])
 def test_flux_is_equal_bit_for_bit(is_own, trained, compiled):
     results = []
     for recomputed in (False, True):

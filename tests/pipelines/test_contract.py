@@ -6,6 +6,7 @@ import json
 import mindspore as ms
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Tensor, nn, ops
 from PIL import Image
 
@@ -252,7 +253,7 @@ def test_the_cache_gives_what_prepare_gave(folders, name, tmp_path):
                                             task=f"sft:{stage}")
         modules.append(module)
     first, second = modules
-    cache = launch_data_process_task(Accelerator(1, "graph", "CPU"), [row(0), row(1)], first, ModelLogger(tmp_path))
+    cache = launch_data_process_task(Accelerator(1, "graph", DEVICE), [row(0), row(1)], first, ModelLogger(tmp_path))
     rows, _ = open_cache(cache.folder, second, second.training_cut())
     for k in range(2):
         wanted = in_bucket(first.prepare(row(k), first.training_cut()), (SIDE, SIDE), first.pipe)

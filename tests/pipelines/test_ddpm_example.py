@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from device import DEVICE
 from PIL import Image
 
 from ms_diffsynth import UnconditionalImagePipeline, runtime
@@ -34,7 +35,7 @@ def train(example, tmp_path):
         return example["main"](config)
 
     yield run
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 def test_with_draws_of_the_host_it_can_be_repeated_and_leaves_a_grid_and_a_model(train, tmp_path, caplog):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import ops
 from PIL import Image
 
@@ -38,8 +39,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def eager():
-    yield runtime.configure("pynative", "CPU")
-    runtime.configure("graph", "CPU")
+    yield runtime.configure("pynative", DEVICE)
+    runtime.configure("graph", DEVICE)
 
 
 def module_on(folder, **objective):
@@ -84,7 +85,7 @@ def test_the_folder_of_a_run_that_trains_all_of_the_network_is_a_pipeline(folder
     before, weight = state_dict(module.pipe.unet), module.trainable_parameters()[0]
     for number in range(2):  # the second replaces the first
         ops.assign(weight, weight + 1)
-        logger.save_model(Accelerator(1, "pynative", "CPU"), module, f"step-{number}.safetensors")
+        logger.save_model(Accelerator(1, "pynative", DEVICE), module, f"step-{number}.safetensors")
     again = UnconditionalImagePipeline.from_pretrained(str(tmp_path / "run"))
     assert again.noise_schedule == NoiseSchedule(prediction_type="v_prediction")
     expected = before if has_average else state_dict(module.pipe.unet)
@@ -100,7 +101,7 @@ def test_the_folder_of_a_lora_is_none(folder, tmp_path):
     module.switch_pipe_to_training_mode(module.pipe, lora_base_model="unet", lora_rank=2)
     logger = ModelLogger(tmp_path / "run")
     logger.start({})
-    logger.save_model(Accelerator(1, "pynative", "CPU"), module, "step-0.safetensors")
+    logger.save_model(Accelerator(1, "pynative", DEVICE), module, "step-0.safetensors")
     assert not (tmp_path / "run/model_index.json").exists() and not (tmp_path / "run/unet").exists()
 
 
@@ -171,7 +172,7 @@ def test_training_by_the_loop_learns_and_its_weights_load_into_a_fresh_pipeline(
     assert module.training_cut().draws == ("noise", "timestep_index", "flip_draw")
     before = state_dict(module.pipe.unet)
     logger = ModelLogger(tmp_path / "run", "pipe.unet.")
-    launch_training_task(Accelerator(1, "pynative", "CPU"), pictures(), module, logger, learning_rate=3e-3,
+    launch_training_task(Accelerator(1, "pynative", DEVICE), pictures(), module, logger, learning_rate=3e-3,
                          num_epochs=None, batch_size=4, max_train_steps=8, save_steps=8)
     losses = [loss for _, loss in logger.losses]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])

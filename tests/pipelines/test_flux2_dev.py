@@ -10,6 +10,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import yaml
+from device import DEVICE
 from mindspore import Tensor, mint
 from PIL import Image
 
@@ -71,9 +72,9 @@ def write_tokenizer(folder):
 
 @pytest.fixture(scope="module", autouse=True)
 def eager():
-    runtime.configure("pynative", "CPU")
+    runtime.configure("pynative", DEVICE)
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture(scope="module")

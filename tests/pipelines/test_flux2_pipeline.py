@@ -7,6 +7,7 @@ import shutil
 import mindspore as ms
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Tensor, mint
 from PIL import Image
 
@@ -25,9 +26,9 @@ GUIDANCE = Tensor(np.float32([4.0]))
 @pytest.fixture(scope="module", autouse=True)
 def eager():
     """Without compilation, which tests/pipelines/test_contract.py covers."""
-    runtime.configure("pynative", "CPU")
+    runtime.configure("pynative", DEVICE)
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 def with_statistics(folder, seed=4):
@@ -319,7 +320,7 @@ def test_the_documents_way_to_load(tiny_flux2, tmp_path, monkeypatch):
     monkeypatch.setenv("MS_DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path))
     four, base = "black-forest-labs/FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-base-4B"
     loaded = Flux2ImagePipeline.from_pretrained(
-        mindspore_dtype=ms.float32, device="CPU",
+        mindspore_dtype=ms.float32, device=DEVICE,
         model_configs=[
             ModelConfig(model_id=four, origin_file_pattern="text_encoder/*.safetensors"),
             ModelConfig(model_id=base, origin_file_pattern="transformer/*.safetensors"),

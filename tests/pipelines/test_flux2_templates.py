@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Tensor
 from PIL import Image
 
@@ -27,9 +28,9 @@ DRAWS = {"noise": Draws(1).normal("noise", np.arange(2), (128, 2, 2)),
 
 @pytest.fixture(autouse=True)
 def eager():
-    runtime.configure("pynative", "CPU")
+    runtime.configure("pynative", DEVICE)
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture

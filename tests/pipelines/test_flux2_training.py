@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Tensor
 from PIL import Image
 
@@ -48,15 +49,15 @@ def step_of(module, data, mode):
 
 @pytest.fixture(autouse=True)
 def eager():
-    runtime.configure("pynative", "CPU")
+    runtime.configure("pynative", DEVICE)
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture(scope="module")
 def plain(tiny_flux2):
     """Loss and gradient norm, eager and with nothing special."""
-    runtime.configure("pynative", "CPU")
+    runtime.configure("pynative", DEVICE)
     return step_of(EditingModule(tiny_flux2), row(), "pynative")
 
 

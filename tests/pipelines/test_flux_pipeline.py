@@ -8,6 +8,7 @@ import sys
 import mindspore as ms
 import numpy as np
 import pytest
+from device import DEVICE
 from hub_server import HubServer
 from mindspore import Tensor
 from PIL import Image
@@ -166,9 +167,9 @@ def test_a_picture_of_odd_size_is_refused(pipe):
 @pytest.fixture
 def eager():
     """Sampling without compilation, which tests/pipelines/test_contract.py covers."""
-    runtime.configure("pynative", "CPU")
+    runtime.configure("pynative", DEVICE)
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 def test_images_depend_on_seed_prompt_guidance_and_size_is_rounded_up(pipe, eager, caplog):

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from device import DEVICE
 from PIL import Image
 
 from ms_diffsynth import runtime
@@ -26,7 +27,7 @@ ROWS = [{"image": Image.fromarray(np.random.default_rng(k).integers(0, 256, (32,
 @pytest.fixture(autouse=True, scope="module")
 def runtime_restored():
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 def module(folder, task="sft", name="flux", tokenizers=None, **how):
@@ -39,7 +40,7 @@ def module(folder, task="sft", name="flux", tokenizers=None, **how):
 
 def losses(folder, out, **how):
     made = module(folder, **how)
-    launch_training_task(Accelerator(1, "pynative", "CPU"), ROWS, made, ModelLogger(out), learning_rate=1e-2,
+    launch_training_task(Accelerator(1, "pynative", DEVICE), ROWS, made, ModelLogger(out), learning_rate=1e-2,
                          max_train_steps=3, num_epochs=None)
     with open(out / "loss.csv", newline="") as file:
         return [row["loss"] for row in csv.DictReader(file)], made
@@ -60,7 +61,7 @@ def test_recompute_changes_no_bit_and_eight_bits_little(tiny_flux, tmp_path):
 
 
 def cache(path, folder, **how):
-    return launch_data_process_task(Accelerator(1, "pynative", "CPU"), ROWS, module(folder, "sft:data_process", **how),
+    return launch_data_process_task(Accelerator(1, "pynative", DEVICE), ROWS, module(folder, "sft:data_process", **how),
                                     ModelLogger(path))
 
 
@@ -84,7 +85,7 @@ def test_a_cache_of_another_tokenizer_library_is_refused(tiny_flux, tmp_path, mo
 def test_stage_two_refuses_a_cache_of_another_tokenizer_or_family(tiny_flux, tmp_path):
     def is_refused(folder, says, **how):
         with pytest.raises(CacheError, match=says):
-            launch_training_task(Accelerator(1, "pynative", "CPU"), UnifiedDataset(str(folder)),
+            launch_training_task(Accelerator(1, "pynative", DEVICE), UnifiedDataset(str(folder)),
                                  module(tiny_flux, "sft:train", **how), ModelLogger(tmp_path / "out"))
         assert not (tmp_path / "out").exists()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Tensor
 from PIL import Image
 
@@ -34,7 +35,7 @@ def places(tiny_qwen, tmp_path, monkeypatch):
     (tmp_path / "data/example_image_dataset").symlink_to(CAT)
     monkeypatch.setenv("MS_DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 def test_the_simple_script_trains():
@@ -70,8 +71,8 @@ def test_two_tokenizers_are_refused(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_both_scripts_give_the_same_loss_for_the_same_draws(monkeypatch):
-    runtime.configure("pynative", "CPU")
-    simple = runpy.run_path(str(SIMPLE))["QwenImageTrainingModule"]("CPU")
+    runtime.configure("pynative", DEVICE)
+    simple = runpy.run_path(str(SIMPLE))["QwenImageTrainingModule"](DEVICE)
     namespace = runpy.run_path(str(FULL))
     words = ["--model_paths", "models/Qwen/Qwen-Image", "--dataset_base_path", str(CAT), "--dataset_metadata_path",
              str(CAT / "metadata.csv"), "--lora_rank", "32", "--lora_target_modules", TARGETS, "--num_epochs", "1"]

@@ -6,6 +6,7 @@ import json
 import mindspore as ms
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Tensor
 from PIL import Image
 
@@ -23,9 +24,9 @@ PROMPT = "a red cat by the sea, in the style of an old photograph"
 @pytest.fixture(scope="module", autouse=True)
 def eager():
     """Without compilation, which tests/pipelines/test_contract.py covers."""
-    runtime.configure("pynative", "CPU")
+    runtime.configure("pynative", DEVICE)
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,7 @@ def test_the_documents_way_to_load(tiny_qwen, tmp_path, monkeypatch):
     patterns = ("transformer/diffusion_pytorch_model*.safetensors", "text_encoder/model*.safetensors",
                 "vae/diffusion_pytorch_model.safetensors")
     loaded = QwenImagePipeline.from_pretrained(
-        mindspore_dtype=ms.float32, device="CPU",
+        mindspore_dtype=ms.float32, device=DEVICE,
         model_configs=[ModelConfig(model_id="Qwen/Qwen-Image", origin_file_pattern=pattern) for pattern in patterns],
         tokenizer_config=ModelConfig(model_id="Qwen/Qwen-Image", origin_file_pattern="tokenizer/"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Tensor
 
 from ms_diffsynth import runtime
@@ -23,7 +24,7 @@ FIRST = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _cpu():
-    runtime.configure("pynative", "CPU")
+    runtime.configure("pynative", DEVICE)
 
 
 @pytest.mark.parametrize("buckets, max_distance", FIRST)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from device import DEVICE
 from hub_server import HubServer
 from huggingface_hub import constants, utils
 from mindspore import ops
@@ -52,12 +53,12 @@ class TemplateDenoise(Denoise):
         if template_cache is not None:
             for k, v in template_cache["kv_cache"].values():
                 prompt_embeds = ops.cat((prompt_embeds, k.flatten(start_dim=2), v.flatten(start_dim=2)), 1)
-        return (self.dit(latents, sigma, prompt_embeds),)
+        return super().construct(latents, sigma, prompt_embeds)
 
 
 class TemplateToy(ToyImagePipeline):
     def build_denoise(self):
-        return TemplateDenoise()
+        return TemplateDenoise(self.dtype)
 
 
 @pytest.fixture(scope="session")
@@ -118,9 +119,9 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture(autouse=True)
 def eager():
-    runtime.configure("pynative", "CPU")
+    runtime.configure("pynative", DEVICE)
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture

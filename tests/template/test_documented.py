@@ -5,6 +5,7 @@ import importlib
 import sys
 
 import numpy as np
+from device import DEVICE
 
 from ms_diffsynth import DiffusionTrainingModule, TemplatePipeline, UnifiedDataset, load_template_model, save_state_dict
 from ms_diffsynth.io.weights import load_state_dict as read
@@ -17,7 +18,7 @@ from ms_diffsynth.train.loop import launch_training_task
 from ms_diffsynth.train.split import launch_data_process_task
 
 TRUST = {"trust_template_code": True}
-CPU = Accelerator(1, "pynative", "CPU")
+EAGER = Accelerator(1, "pynative", DEVICE)
 
 
 def module_of(pipe, folder, what="template_model", task="sft"):
@@ -30,7 +31,7 @@ def module_of(pipe, folder, what="template_model", task="sft"):
 
 def trained(path, module, data):
     """The file of the weights after five steps."""
-    logger = launch_training_task(CPU, data, module, ModelLogger(path, "pipe.template_model."), learning_rate=1e-2,
+    logger = launch_training_task(EAGER, data, module, ModelLogger(path, "pipe.template_model."), learning_rate=1e-2,
                                   max_train_steps=5, num_epochs=None)
     return logger.saved[-1]
 
@@ -89,7 +90,7 @@ def stage_two(value):
     folder, data = template(source + "IS_STAGE_TWO = False\n"), [row(k, (16, 16)) for k in range(2)]
     what = "template_model.mlp"
     first = module_of(toy(), folder, what, "sft:data_process")
-    cache = launch_data_process_task(CPU, data, first, ModelLogger(tmp_path / "cache"))
+    cache = launch_data_process_task(EAGER, data, first, ModelLogger(tmp_path / "cache"))
     sys.modules[type(first.pipe.template_model).__module__].IS_STAGE_TWO = True
     second = module_of(toy(), folder, what, "sft:train")
     two = read(trained(tmp_path / "two", second, UnifiedDataset(str(cache.folder))))

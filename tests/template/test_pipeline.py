@@ -4,6 +4,7 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Tensor
 
 from ms_diffsynth import Flux2ImagePipeline, TemplatePipeline, runtime
@@ -111,7 +112,7 @@ def test_lazy_loading_keeps_one_model_and_gives_the_same(toy, folders, seen, mon
 def test_compiled_sampling_gives_the_eager_picture_and_compiles_once_a_branch(toy, folders):
     templates, pictures = TemplatePipeline.from_pretrained(folders, **TRUST), {}
     for mode in ("pynative", "graph"):
-        runtime.configure(mode, "CPU")
+        runtime.configure(mode, DEVICE)
         pipe = toy()
         pictures[mode] = [pixels(templates(pipe, cfg_scale=2, template_inputs=[{"scale": s}], **OPTIONS))
                           for s in (9, -9)]

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Tensor
 
 from ms_diffsynth import DiffusionTrainingModule, Flux2ImagePipeline, UnifiedDataset, attach_template
@@ -156,12 +157,13 @@ def test_a_batch_of_two_is_two_batches_of_one_recomputed_and_compiled(flux2, row
 
 
 def train(path, module, dataset, mode="pynative", **options):
-    return launch_training_task(Accelerator(1, mode, "CPU"), dataset, module, ModelLogger(path, "pipe.template_model."),
+    logger = ModelLogger(path, "pipe.template_model.")
+    return launch_training_task(Accelerator(1, mode, DEVICE), dataset, module, logger,
                                 **{"learning_rate": 1e-2, "max_train_steps": 30, "num_epochs": None, **options})
 
 
 def process(path, module, dataset):
-    return launch_data_process_task(Accelerator(1, "pynative", "CPU"), dataset, module, ModelLogger(path))
+    return launch_data_process_task(Accelerator(1, "pynative", DEVICE), dataset, module, ModelLogger(path))
 
 
 def rows_of(row, count=3):

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from device import DEVICE
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
 
@@ -72,7 +74,7 @@ def run(name: str, model: Path, data: Path, out: Path, steps: int | None = None,
         pictures: int | None = None, full: int | None = None, other_seed: int | None = None, in_order: bool = False,
         resume: str = "none", **options: Any) -> str:
     """One of `RUNS`, in this process and all others of the job. Returns: a digest of the weights it ended with."""
-    accelerator = Accelerator(options.get("accumulation", 1), options.get("mode", "pynative"), "CPU")
+    accelerator = Accelerator(options.get("accumulation", 1), options.get("mode", "pynative"), DEVICE)
     ranks = accelerator.num_processes
     module = kind(model, "sft", Objective(prior_loss_weight=1.0) if prior else None, **(how or {}))
     with pytest.MonkeyPatch.context() as patch:
@@ -142,7 +144,7 @@ def _no_space(*_: Any, **__: Any) -> None:
 
 def cache(model: Path, data: Path, out: Path) -> None:
     """Stage one of split training."""
-    launch_data_process_task(Accelerator(1, "pynative", "CPU"), dataset_of(data), Module(model, "sft:data_process"),
+    launch_data_process_task(Accelerator(1, "pynative", DEVICE), dataset_of(data), Module(model, "sft:data_process"),
                              ModelLogger(out / "cache"))
 
 

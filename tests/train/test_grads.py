@@ -4,6 +4,7 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ms_diffsynth import runtime
@@ -15,7 +16,7 @@ SHAPES = ((), (3,), (2, 5), (4, 3, 2, 2), (300, 300))
 
 @pytest.fixture(scope="module", autouse=True)
 def _cpu():
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from itertools import count
 import mindspore as ms
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Parameter, Tensor, mint, nn, ops
 from mindspore.amp import DynamicLossScaler, StaticLossScaler
 
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.fault
 @pytest.fixture(autouse=True, scope="module")
 def runtime_restored():
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 class Network(nn.Cell):

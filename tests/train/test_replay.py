@@ -10,6 +10,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 import toy_run
+from device import DEVICE
 from mindspore import Tensor, ops
 from toy_run import Module, dataset_of, digests, files, rows, toy_model
 
@@ -48,7 +49,7 @@ def train(path, module, dataset, *how, **options):
 
 def replay(path, step, module, dataset, mode="pynative", accumulation=1, **options):
     before = digests(path)
-    found = replay_training_step(Accelerator(accumulation, mode, "CPU"), dataset, module, path, step,
+    found = replay_training_step(Accelerator(accumulation, mode, DEVICE), dataset, module, path, step,
                                  **{"learning_rate": 1e-2, "num_epochs": 2, **options})
     after = digests(path)
     assert after.pop(f"replay-step-{step}.json") and after == before, "nothing else of the run changes"
@@ -233,7 +234,7 @@ def test_the_third_of_three_micro_steps(folder, tmp_path, poison, mode):
 
 def test_a_bad_entry_of_a_cache(folder, tmp_path):
     first = Module(folder, "sft:data_process")
-    launch_data_process_task(Accelerator(1, "pynative", "CPU"), files(tmp_path / "data", 5), first,
+    launch_data_process_task(Accelerator(1, "pynative", DEVICE), files(tmp_path / "data", 5), first,
                              ModelLogger(tmp_path / "cache"))
     cache = Cache(tmp_path / "cache")
     row = cache.rows("instance")[3]
@@ -332,7 +333,7 @@ def test_a_run_that_went_on_from_another_one(folder, tmp_path):
 
 def test_no_run_no_step_and_a_run_that_is_going_on(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere holds no run: there is no loss\.csv"):
-        replay_training_step(Accelerator(1, "pynative", "CPU"), rows(3), Module(folder), tmp_path / "nowhere", 1)
+        replay_training_step(Accelerator(1, "pynative", DEVICE), rows(3), Module(folder), tmp_path / "nowhere", 1)
     assert not (tmp_path / "nowhere").exists()
     train(tmp_path / "run", Module(folder), rows(3), num_epochs=1)
     for step in (0, 4, -1):

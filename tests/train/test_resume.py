@@ -6,6 +6,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
+from device import DEVICE
 from PIL import Image
 from toy_run import (
     Crash,
@@ -146,7 +147,7 @@ def test_other_kinds_of_runs(folder, tmp_path, crash, kind):
         make = lambda: Own(folder)  # noqa: E731
     else:
         first = Module(folder, "sft:data_process")
-        launch_data_process_task(Accelerator(1, "pynative", "CPU"), files(tmp_path / "data", 5), first,
+        launch_data_process_task(Accelerator(1, "pynative", DEVICE), files(tmp_path / "data", 5), first,
                                  ModelLogger(tmp_path / "cache"))
         make, data = lambda: Module(folder, "sft:train"), UnifiedDataset(str(tmp_path / "cache"))
     options |= {"num_epochs": 3, "checkpoint_steps": 2}

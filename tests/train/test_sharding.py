@@ -7,6 +7,7 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
+from device import DEVICE
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffsynth import runtime
@@ -25,7 +26,7 @@ OPTIONS = {"learning_rate": 1e-2, "weight_decay": 0.1}
 def small_buckets(monkeypatch):
     monkeypatch.setattr(exchange.plan_buckets, "__defaults__", (50,))
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 def weights(dtype=ms.float32):
@@ -59,7 +60,7 @@ class Step(TrainStep):
 
 
 def trained(kind, dtype, mode, accumulation=1, steps=8):
-    runtime.configure(mode, "CPU")
+    runtime.configure(mode, DEVICE)
     net = Net(dtype)
     optimizer = kind(list(net.weights), **OPTIONS)
     step = Step(net, optimizer, max_grad_norm=0.5, gradient_accumulation_steps=accumulation, mode=mode)
@@ -87,7 +88,7 @@ def test_float32_weights_are_updated_as_adamw_does(mode, stage, accumulation):
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
 def test_float16_weights_are_float32_ones_rounded(mode):
     """Updates a thousand times smaller than the last digit of a weight add up."""
-    runtime.configure(mode, "CPU")
+    runtime.configure(mode, DEVICE)
     rounded, exact = weights(ms.float16), weights(ms.float16)
     exact = [Parameter(p.astype(ms.float32), name=p.name) for p in exact]
     one, two = ShardedAdamW(rounded, learning_rate=1e-5), AdamW(exact, learning_rate=1e-5)

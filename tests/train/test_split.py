@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from device import DEVICE
 from PIL import Image
 
 from ms_diffsynth import runtime
@@ -46,7 +47,7 @@ def pictures(base, count=3, first=0, side=16, repeat=1, extra=None):
 @pytest.fixture(autouse=True, scope="module")
 def runtime_restored():
     yield
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 class Module(DiffusionTrainingModule):
@@ -62,11 +63,11 @@ class Module(DiffusionTrainingModule):
 
 
 def process(path, module, dataset, **options):
-    return launch_data_process_task(Accelerator(1, "pynative", "CPU"), dataset, module, ModelLogger(path), **options)
+    return launch_data_process_task(Accelerator(1, "pynative", DEVICE), dataset, module, ModelLogger(path), **options)
 
 
 def train(path, module, dataset, mode="pynative", **options):
-    return launch_training_task(Accelerator(1, mode, "CPU"), dataset, module, ModelLogger(path),
+    return launch_training_task(Accelerator(1, mode, DEVICE), dataset, module, ModelLogger(path),
                                 **{"learning_rate": 1e-2, "max_train_steps": 7, "num_epochs": None, **options})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from device import DEVICE
 from PIL import Image
 
 from ms_diffsynth import UnifiedDataset, runtime
@@ -29,7 +30,7 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path = tmp_path_factory.mktemp("models") / "toy"
     family("toy").write_tiny(path, 0)
     yield path
-    runtime.configure("graph", "CPU")
+    runtime.configure("graph", DEVICE)
 
 
 # -- data ----------------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ class Own(Module):
 def train(path: Path, module: DiffusionTrainingModule, dataset: Any, mode: str = "pynative", accumulation: int = 1,
           **options: Any) -> ModelLogger:
     """A run whose folder is ``path``."""
-    return loop.launch_training_task(Accelerator(accumulation, mode, "CPU"), dataset, module, ModelLogger(path),
+    return loop.launch_training_task(Accelerator(accumulation, mode, DEVICE), dataset, module, ModelLogger(path),
                                      **{"learning_rate": 1e-2, **options})
 
 

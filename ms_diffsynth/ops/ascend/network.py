@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, mint, ops
+from mindspore import Tensor, nn, ops
 from mindspore.ops import operations as P
-from mindspore.ops.auto_generate import Dense, LayerNormExt, RotaryPositionEmbedding, SplitWithSize, Swiglu
+from mindspore.ops.auto_generate import (
+    Dense,
+    GeluExt,
+    LayerNormExt,
+    RmsNorm,
+    RotaryPositionEmbedding,
+    SplitWithSize,
+    Swiglu,
+)
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
-_dense, _layer_norm, _rotary = Dense(), LayerNormExt(), RotaryPositionEmbedding()
+_dense, _gelu, _layer_norm, _rotary = Dense(), GeluExt(), LayerNormExt(), RotaryPositionEmbedding()
+_matmul = P.MatMul()
 _swiglu, _softmax = Swiglu(), P.Softmax(-1)
 _bmm, _bmm_nt = P.BatchMatMul(), P.BatchMatMul(transpose_b=True)
 _join, _join_last, _split = P.Concat(1), P.Concat(-1), SplitWithSize()
@@ -27,6 +36,30 @@ def _filled(length, value, dtype):
     return Tensor(np.full(length, value, np.float32), dtype)
 
 
+class _Shared(nn.Cell):
+    """``shared``: MindSpore would add up the gradients by AddN, of which there is only the old aclop kernel."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def construct(self, x):
+        return (x,) * self.number
+
+    def bprop(self, x, out, dout):
+        total = dout[0]
+        for k in range(1, self.number):
+            total = total + dout[k]
+        return (total,)
+
+
+_shared = {number: _Shared(number) for number in (2, 3, 4)}
+
+
+def shared(x, number):
+    return _shared[number](x)
+
+
 def linear(x, weight, bias):
     return _dense(x, weight, bias)
 
@@ -35,8 +68,13 @@ def linear_without_bias(x, weight):
     return _dense(x, weight, None)
 
 
+def low_rank(x, down, up):
+    rows = _matmul(_matmul(x.reshape(-1, x.shape[-1]), down), up)
+    return rows.reshape((*x.shape[:-1], up.shape[1]))
+
+
 def gelu_tanh(x):
-    return mint.nn.functional.gelu(x, approximate="tanh")
+    return _gelu(x, "tanh")
 
 
 def layer_norm_modulate(x, scale, shift, eps):
@@ -46,14 +84,14 @@ def layer_norm_modulate(x, scale, shift, eps):
 
 
 def rms_norm(x, weight, eps):
-    return ops.rms_norm(x, weight, eps)[0]
+    return RmsNorm(eps)(x, weight)[0]
 
 
 def gate_add(residual, gate, x):
     return residual + gate.expand_dims(1) * x
 
 
-def low_rank(x, a, b):
+def low_rank_each(x, a, b):
     return _bmm_nt(_bmm_nt(x, a), b)
 
 

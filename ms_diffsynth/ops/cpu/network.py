@@ -10,10 +10,10 @@ from ms_diffsynth.ops.cpu.fast import gate_add, gelu_tanh, layer_norm_modulate, 
 from ms_diffsynth.ops.cpu.fast import rotary as rotate
 
 __all__ = ["attention", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate", "linear",
-           "linear_without_bias", "low_rank", "masked_attention", "part", "parts", "positions", "rms_norm", "rotate",
-           "swiglu", "text_mask"]
+           "linear_without_bias", "low_rank", "low_rank_each", "masked_attention", "part", "parts", "positions",
+           "rms_norm", "rotate", "shared", "swiglu", "text_mask"]
 
-_matmul_nt = P.MatMul(transpose_b=True)
+_matmul, _matmul_nt = P.MatMul(), P.MatMul(transpose_b=True)
 _bmm_nt = P.BatchMatMul(transpose_b=True)
 _join, _join_last, _split = P.Concat(1), P.Concat(-1), SplitWithSize()
 
@@ -26,7 +26,16 @@ def linear_without_bias(x, weight):
     return _matmul_nt(x.reshape(-1, x.shape[-1]), weight).reshape((*x.shape[:-1], weight.shape[0]))
 
 
-def low_rank(x, a, b):
+def low_rank(x, down, up):
+    rows = _matmul(_matmul(x.reshape(-1, x.shape[-1]), down), up)
+    return rows.reshape((*x.shape[:-1], up.shape[1]))
+
+
+def shared(x, number):
+    return (x,) * number
+
+
+def low_rank_each(x, a, b):
     return _bmm_nt(_bmm_nt(x, a), b)
 
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 from functools import partial
 
 import mindspore as ms
-from mindspore import mint, nn
+import numpy as np
+from mindspore import Tensor, mint, nn, ops
 
-from ms_diffsynth.nn import functional
-from ms_diffsynth.nn.blocks import Arranged, Kind, at
+from ms_diffsynth.nn.blocks import Arranged, Kind
 from ms_diffsynth.ops import network
 from ms_diffsynth.pipelines.quiet import quiet_imports
 
@@ -26,44 +26,58 @@ with quiet_imports():
 EPS = 1e-6  # of the norms without weights, in mindone as in diffusers
 
 
+@ops.constexpr
+def frequencies(axes, theta):
+    """What the places of a token on each axis are multiplied by to be the angles of its rotation: float32 [axes, D],
+    every frequency twice, for the two channels of a pair. Source: diffusers 0.42, get_1d_rotary_pos_embed."""
+    table, column = np.zeros((len(axes), sum(axes)), np.float64), 0
+    for axis, size in enumerate(axes):
+        powers = theta ** (np.arange(0, size, 2) / size)
+        table[axis, column:column + size] = np.repeat(1 / powers, 2)
+        column += size
+    return Tensor(table.astype(np.float32))
+
+
 class DoubleBlock(nn.Cell):
     """Text and image as two streams that attend to each other; the weights are those of ``NAMES``, in that order."""
 
-    LINEAR = ("norm1.linear", "norm1_context.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj",
-              "attn.add_k_proj", "attn.add_v_proj", "attn.to_out.0", "attn.to_add_out", "ff.net.0.proj", "ff.net.2",
-              "ff_context.net.0.proj", "ff_context.net.2")
-    NORMS = ("attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k")
+    NAMES = ("norm1.linear", "norm1_context.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj",
+             "attn.add_k_proj", "attn.add_v_proj", "attn.to_out.0", "attn.to_add_out", "ff.net.0.proj", "ff.net.2",
+             "ff_context.net.0.proj", "ff_context.net.2", "attn.norm_q", "attn.norm_k", "attn.norm_added_q",
+             "attn.norm_added_k")
 
     def __init__(self, layers: list[nn.Cell], heads: int, dtype: ms.Type):
         super().__init__(auto_prefix=False)
         (self.modulate, self.text_modulate, self.to_q, self.to_k, self.to_v, self.text_q, self.text_k, self.text_v,
          self.to_out, self.text_out, self.up, self.down, self.text_up, self.text_down,
-         self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k) = layers
+         self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k, self.matrices) = layers
         self.heads, self.attend, self.is_float16 = heads, network.attention(dtype), dtype == ms.float16
 
-    def construct(self, text, image, emb, cos, sin, weights):
+    def construct(self, text, image, emb, cos, sin, weights, lora):
         """text [B, L, D], image [B, N, D], emb [B, D], cos and sin of `network.positions` -> text, image."""
         (w_modulate, w_text_modulate, w_q, w_k, w_v, w_text_q, w_text_k, w_text_v, w_out, w_text_out, w_up, w_down,
          w_text_up, w_text_down, w_norm_q, w_norm_k, w_text_norm_q, w_text_norm_k) = weights
-        shift, scale, gate, shift_2, scale_2, gate_2 = network.chunks(self.modulate(emb, w_modulate), 6)
+        lora = self.matrices(lora)
+        shift, scale, gate, shift_2, scale_2, gate_2 = network.chunks(self.modulate(emb, w_modulate, lora), 6)
         text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = network.chunks(
-            self.text_modulate(emb, w_text_modulate), 6)
-        x = network.layer_norm_modulate(image, scale, shift, EPS)
-        y = network.layer_norm_modulate(text, text_scale, text_shift, EPS)
-        q = network.join(self.text_norm_q(_heads(self.text_q(y, w_text_q), self.heads), w_text_norm_q),
-                         self.norm_q(_heads(self.to_q(x, w_q), self.heads), w_norm_q))
-        k = network.join(self.text_norm_k(_heads(self.text_k(y, w_text_k), self.heads), w_text_norm_k),
-                         self.norm_k(_heads(self.to_k(x, w_k), self.heads), w_norm_k))
-        v = network.join(_heads(self.text_v(y, w_text_v), self.heads), _heads(self.to_v(x, w_v), self.heads))
+            self.text_modulate(emb, w_text_modulate, lora), 6)
+        (image, x), (text, y) = network.shared(image, 2), network.shared(text, 2)
+        x_q, x_k, x_v = network.shared(network.layer_norm_modulate(x, scale, shift, EPS), 3)
+        y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, text_scale, text_shift, EPS), 3)
+        q = network.join(self.text_norm_q(_heads(self.text_q(y_q, w_text_q, lora), self.heads), w_text_norm_q, lora),
+                         self.norm_q(_heads(self.to_q(x_q, w_q, lora), self.heads), w_norm_q, lora))
+        k = network.join(self.text_norm_k(_heads(self.text_k(y_k, w_text_k, lora), self.heads), w_text_norm_k, lora),
+                         self.norm_k(_heads(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
+        v = network.join(_heads(self.text_v(y_v, w_text_v, lora), self.heads),
+                         _heads(self.to_v(x_v, w_v, lora), self.heads))
         q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
         y, x = network.part(self.attend(q, k, v), text.shape[1])
-        image = network.gate_add(image, gate, self.to_out(x, w_out))
-        text = network.gate_add(text, text_gate, self.text_out(y, w_text_out))
-        x = network.layer_norm_modulate(image, scale_2, shift_2, EPS)
-        y = network.layer_norm_modulate(text, text_scale_2, text_shift_2, EPS)
-        image = network.gate_add(image, gate_2, self.down(network.gelu_tanh(self.up(x, w_up)), w_down))
-        text = network.gate_add(text, text_gate_2,
-                                self.text_down(network.gelu_tanh(self.text_up(y, w_text_up)), w_text_down))
+        image, x = network.shared(network.gate_add(image, gate, self.to_out(x, w_out, lora)), 2)
+        text, y = network.shared(network.gate_add(text, text_gate, self.text_out(y, w_text_out, lora)), 2)
+        x = self.up(network.layer_norm_modulate(x, scale_2, shift_2, EPS), w_up, lora)
+        y = self.text_up(network.layer_norm_modulate(y, text_scale_2, text_shift_2, EPS), w_text_up, lora)
+        image = network.gate_add(image, gate_2, self.down(network.gelu_tanh(x), w_down, lora))
+        text = network.gate_add(text, text_gate_2, self.text_down(network.gelu_tanh(y), w_text_down, lora))
         if self.is_float16:
             text = text.clamp(-65504, 65504)
         return text, image
@@ -72,25 +86,27 @@ class DoubleBlock(nn.Cell):
 class SingleBlock(nn.Cell):
     """Text and image as one stream: attention and feed-forward side by side."""
 
-    LINEAR = ("norm.linear", "proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v", "proj_out")
-    NORMS = ("attn.norm_q", "attn.norm_k")
+    NAMES = ("norm.linear", "proj_mlp", "attn.to_q", "attn.to_k", "attn.to_v", "proj_out", "attn.norm_q", "attn.norm_k")
 
     def __init__(self, layers: list[nn.Cell], heads: int, dtype: ms.Type):
         super().__init__(auto_prefix=False)
-        (self.modulate, self.up, self.to_q, self.to_k, self.to_v, self.out, self.norm_q, self.norm_k) = layers
+        (self.modulate, self.up, self.to_q, self.to_k, self.to_v, self.out, self.norm_q, self.norm_k,
+         self.matrices) = layers
         self.heads, self.attend, self.is_float16 = heads, network.attention(dtype), dtype == ms.float16
 
-    def construct(self, x, emb, cos, sin, weights):
+    def construct(self, x, emb, cos, sin, weights, lora):
         """x [B, S, D], emb [B, D], cos and sin of `network.positions` -> [B, S, D]."""
         w_modulate, w_up, w_q, w_k, w_v, w_out, w_norm_q, w_norm_k = weights
-        shift, scale, gate = network.chunks(self.modulate(emb, w_modulate), 3)
-        y = network.layer_norm_modulate(x, scale, shift, EPS)
-        q = self.norm_q(_heads(self.to_q(y, w_q), self.heads), w_norm_q)
-        k = self.norm_k(_heads(self.to_k(y, w_k), self.heads), w_norm_k)
+        lora = self.matrices(lora)
+        shift, scale, gate = network.chunks(self.modulate(emb, w_modulate, lora), 3)
+        x, y = network.shared(x, 2)
+        y, y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, scale, shift, EPS), 4)
+        q = self.norm_q(_heads(self.to_q(y_q, w_q, lora), self.heads), w_norm_q, lora)
+        k = self.norm_k(_heads(self.to_k(y_k, w_k, lora), self.heads), w_norm_k, lora)
         q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
-        attended = self.attend(q, k, _heads(self.to_v(y, w_v), self.heads))
-        hidden = network.gelu_tanh(self.up(y, w_up))
-        x = network.gate_add(x, gate, self.out(network.join_last(attended, hidden), w_out))
+        attended = self.attend(q, k, _heads(self.to_v(y_v, w_v, lora), self.heads))
+        hidden = network.gelu_tanh(self.up(y, w_up, lora))
+        x = network.gate_add(x, gate, self.out(network.join_last(attended, hidden), w_out, lora))
         if self.is_float16:
             x = x.clamp(-65504, 65504)
         return x
@@ -123,16 +139,20 @@ class FluxTransformer(Arranged, mindone.FluxTransformer2DModel):
             temb = temb + self.embed(embedders.guidance_embedder, guidance, image.dtype)
         temb = temb + embedders.text_embedder(pooled_projections)
         emb = mint.nn.functional.silu(temb)
-        cos, sin = self.pos_embed(mint.cat((txt_ids, img_ids), dim=0))
-        cos = network.positions(cos.expand_dims(0), image.shape[0], self.heads, image.dtype)
-        sin = network.positions(sin.expand_dims(0), image.shape[0], self.heads, image.dtype)
-        cells, cell_of, weights = self.double_cells, self.double_cell_of, self.double_weights
+        axes = frequencies(self.pos_embed.axes_dim, self.pos_embed.theta)
+        angles = mint.matmul(mint.cat((txt_ids, img_ids), dim=0).astype(ms.float32), axes)
+        cos = network.positions(mint.cos(angles).expand_dims(0), image.shape[0], self.heads, image.dtype)
+        sin = network.positions(mint.sin(angles).expand_dims(0), image.shape[0], self.heads, image.dtype)
+        lora = self.lora(image) if self.has_lora else self.no_lora
+        cells, cell_of = self.double_cells, self.double_cell_of
+        weights, places = self.double_weights, self.double_lora
         for i in range(len(cell_of)):
-            text, image = cells[cell_of[i]]((text, image, emb, cos, sin), weights[i])
+            text, image = cells[cell_of[i]]((text, image, emb, cos, sin), weights[i], lora[places[i]])
         x, text_tokens = network.join(text, image), text.shape[1]
-        cells, cell_of, weights = self.single_cells, self.single_cell_of, self.single_weights
+        cells, cell_of = self.single_cells, self.single_cell_of
+        weights, places = self.single_weights, self.single_lora
         for i in range(len(cell_of)):
-            x = cells[cell_of[i]]((x, emb, cos, sin), weights[i])
+            x = cells[cell_of[i]]((x, emb, cos, sin), weights[i], lora[places[i]])
         image = network.part(x, text_tokens)[1]
         scale, shift = network.chunks(self.norm_out.linear(emb), 2)
         return (self.proj_out(network.layer_norm_modulate(image, scale, shift, EPS)),)
@@ -142,17 +162,12 @@ class FluxTransformer(Arranged, mindone.FluxTransformer2DModel):
         return embedder(self.time_text_embed.time_proj(number.astype(ms.float32) * 1000).astype(dtype))
 
     def kinds(self):
-        return {"double": Kind("transformer_blocks", partial(_layers, DoubleBlock), partial(self._build, DoubleBlock)),
-                "single": Kind("single_transformer_blocks", partial(_layers, SingleBlock),
-                               partial(self._build, SingleBlock))}
+        return {"double": Kind("transformer_blocks", DoubleBlock.NAMES, partial(self._build, DoubleBlock)),
+                "single": Kind("single_transformer_blocks", SingleBlock.NAMES, partial(self._build, SingleBlock))}
 
     def _build(self, kind, layers):
         # a bias, because the weight may be stored in 8 bits
         return kind(layers, self.heads, self.x_embedder.bias.dtype)
-
-
-def _layers(kind, block):
-    return [*map(functional.linear, at(block, kind.LINEAR)), *map(functional.rms_norm, at(block, kind.NORMS))]
 
 
 def _heads(x, heads):
@@ -178,6 +193,7 @@ def use_own_blocks(dit: nn.Cell) -> nn.Cell:
         block.__class__ = FluxBlock
     for block in dit.single_transformer_blocks:
         block.__class__ = FluxSingleBlock
+    dit.take_lora()
     return dit
 
 

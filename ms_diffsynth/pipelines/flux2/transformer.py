@@ -15,7 +15,6 @@ from functools import partial
 import mindspore as ms
 from mindspore import mint, nn
 
-from ms_diffsynth.nn import functional
 from ms_diffsynth.nn.blocks import Arranged, Kind, at
 from ms_diffsynth.ops import network
 from ms_diffsynth.pipelines.flux2.template import JOINT_LAYERS, SINGLE_LAYERS, joined
@@ -32,56 +31,58 @@ class Adapted(nn.Cell):
         super().__init__(auto_prefix=False)
         self.base = base
 
-    def construct(self, x, weights):
-        y = self.base(x, weights[0])
+    def construct(self, x, weights, lora):
+        y = self.base(x, weights[0], lora)
         for a, b in weights[1]:
-            y = y + network.low_rank(x, a, b)
+            y = y + network.low_rank_each(x, a, b)
         return y
 
 
 class DoubleBlock(nn.Cell):
-    """Image and text as two streams that attend to each other; the weights are those of ``LINEAR`` and ``NORMS``.
+    """Image and text as two streams that attend to each other; the weights are those of ``NAMES``, in that order.
 
     No mask: padding of the text is attended to, as FLUX.2 was trained. Keys and values of a template have no position,
     so they join after the rotation. Source of their order: DiffSynth-Studio 2.1.12, Flux2DiT.
     """
 
     LINEAR = JOINT_LAYERS
-    NORMS = ("attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k")
+    NAMES = (*LINEAR, "attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k")
 
     def __init__(self, layers: list[nn.Cell], heads: int, eps: float, dtype: ms.Type):
         super().__init__(auto_prefix=False)
         (self.to_q, self.to_k, self.to_v, self.to_out, self.text_q, self.text_k, self.text_v, self.text_out, self.up,
          self.down, self.text_up, self.text_down,
-         self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k) = layers
+         self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k, self.matrices) = layers
         self.heads, self.eps = heads, eps
         self.attend, self.is_float16 = network.attention(dtype), dtype == ms.float16
 
-    def construct(self, image, text, modulation, text_modulation, cos, sin, weights):
+    def construct(self, image, text, modulation, text_modulation, cos, sin, weights, lora):
         """image [B, N, D], text [B, L, D], modulations [B, 6 D], cos and sin of `network.positions`, weights of
         `template.joined` -> image, text."""
         (w_q, w_k, w_v, w_out, w_text_q, w_text_k, w_text_v, w_text_out, w_up, w_down, w_text_up, w_text_down,
          w_norm_q, w_norm_k, w_text_norm_q, w_text_norm_k) = weights[0]
+        lora = self.matrices(lora)
         shift, scale, gate, shift_2, scale_2, gate_2 = network.chunks(modulation, 6)
         text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = network.chunks(text_modulation, 6)
-        x = network.layer_norm_modulate(image, scale, shift, self.eps)
-        y = network.layer_norm_modulate(text, text_scale, text_shift, self.eps)
-        q = network.join(self.text_norm_q(_heads(self.text_q(y, w_text_q), self.heads), w_text_norm_q),
-                         self.norm_q(_heads(self.to_q(x, w_q), self.heads), w_norm_q))
-        k = network.join(self.text_norm_k(_heads(self.text_k(y, w_text_k), self.heads), w_text_norm_k),
-                         self.norm_k(_heads(self.to_k(x, w_k), self.heads), w_norm_k))
-        v = network.join(_heads(self.text_v(y, w_text_v), self.heads), _heads(self.to_v(x, w_v), self.heads))
+        (image, x), (text, y) = network.shared(image, 2), network.shared(text, 2)
+        x_q, x_k, x_v = network.shared(network.layer_norm_modulate(x, scale, shift, self.eps), 3)
+        y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, text_scale, text_shift, self.eps), 3)
+        q = network.join(self.text_norm_q(_heads(self.text_q(y_q, w_text_q, lora), self.heads), w_text_norm_q, lora),
+                         self.norm_q(_heads(self.to_q(x_q, w_q, lora), self.heads), w_norm_q, lora))
+        k = network.join(self.text_norm_k(_heads(self.text_k(y_k, w_text_k, lora), self.heads), w_text_norm_k, lora),
+                         self.norm_k(_heads(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
+        v = network.join(_heads(self.text_v(y_v, w_text_v, lora), self.heads),
+                         _heads(self.to_v(x_v, w_v, lora), self.heads))
         q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
         for keys, values in weights[1]:
             k, v = network.join(k, keys), network.join(v, values)
         y, x = network.part(self.attend(q, k, v), text.shape[1])
-        image = network.gate_add(image, gate, self.to_out(x, w_out))
-        text = network.gate_add(text, text_gate, self.text_out(y, w_text_out))
-        x = network.layer_norm_modulate(image, scale_2, shift_2, self.eps)
-        y = network.layer_norm_modulate(text, text_scale_2, text_shift_2, self.eps)
-        image = network.gate_add(image, gate_2, self.down(network.swiglu(self.up(x, w_up)), w_down))
-        text = network.gate_add(text, text_gate_2,
-                                self.text_down(network.swiglu(self.text_up(y, w_text_up)), w_text_down))
+        image, x = network.shared(network.gate_add(image, gate, self.to_out(x, w_out, lora)), 2)
+        text, y = network.shared(network.gate_add(text, text_gate, self.text_out(y, w_text_out, lora)), 2)
+        x = self.up(network.layer_norm_modulate(x, scale_2, shift_2, self.eps), w_up, lora)
+        y = self.text_up(network.layer_norm_modulate(y, text_scale_2, text_shift_2, self.eps), w_text_up, lora)
+        image = network.gate_add(image, gate_2, self.down(network.swiglu(x), w_down, lora))
+        text = network.gate_add(text, text_gate_2, self.text_down(network.swiglu(y), w_text_down, lora))
         if self.is_float16:
             text = text.clamp(-65504, 65504)
         return image, text
@@ -91,27 +92,28 @@ class SingleBlock(nn.Cell):
     """Text and image as one stream: attention and feed-forward side by side, with one projection in and one out."""
 
     LINEAR = SINGLE_LAYERS
-    NORMS = ("attn.norm_q", "attn.norm_k")
+    NAMES = (*LINEAR, "attn.norm_q", "attn.norm_k")
 
     def __init__(self, layers: list[nn.Cell], heads: int, eps: float, dtype: ms.Type):
         super().__init__(auto_prefix=False)
-        self.project, self.out, self.norm_q, self.norm_k = layers
+        self.project, self.out, self.norm_q, self.norm_k, self.matrices = layers
         self.heads, self.eps = heads, eps
         self.attend, self.is_float16 = network.attention(dtype), dtype == ms.float16
 
-    def construct(self, x, modulation, cos, sin, weights):
+    def construct(self, x, modulation, cos, sin, weights, lora):
         """x [B, S, D], modulation [B, 3 D], the rest as for `DoubleBlock` -> [B, S, D]."""
         w_project, w_out, w_norm_q, w_norm_k = weights[0]
+        lora = self.matrices(lora)
         shift, scale, gate = network.chunks(modulation, 3)
-        width = x.shape[2]
-        projected = self.project(network.layer_norm_modulate(x, scale, shift, self.eps), w_project)
+        (x, y), width = network.shared(x, 2), x.shape[2]
+        projected = self.project(network.layer_norm_modulate(y, scale, shift, self.eps), w_project, lora)
         q, k, v, hidden = network.parts(projected, (width, width, width, projected.shape[2] - 3 * width))
-        q, k = self.norm_q(_heads(q, self.heads), w_norm_q), self.norm_k(_heads(k, self.heads), w_norm_k)
+        q, k = self.norm_q(_heads(q, self.heads), w_norm_q, lora), self.norm_k(_heads(k, self.heads), w_norm_k, lora)
         q, k, v = network.rotate(q, cos, sin), network.rotate(k, cos, sin), _heads(v, self.heads)
         for keys, values in weights[1]:
             k, v = network.join(k, keys), network.join(v, values)
         hidden = network.join_last(self.attend(q, k, v), network.swiglu(hidden))
-        x = network.gate_add(x, gate, self.out(hidden, w_out))
+        x = network.gate_add(x, gate, self.out(hidden, w_out, lora))
         if self.is_float16:
             x = x.clamp(-65504, 65504)
         return x
@@ -147,16 +149,18 @@ class Flux2Transformer(Arranged, mindone.Flux2Transformer2DModel):
         text_modulation = self.double_stream_modulation_txt.linear(emb)
         cos = network.positions(cos, image.shape[0], self.heads, image.dtype)
         sin = network.positions(sin, image.shape[0], self.heads, image.dtype)
-        cells, cell_of, weights = self.double_cells, self.double_cell_of, self.double_weights
+        lora = self.lora(image) if self.has_lora else self.no_lora
+        cells, cell_of, weights, places = self.double_cells, self.double_cell_of, self.double_weights, self.double_lora
         for i in range(len(cell_of)):
             image, text = cells[cell_of[i]]((image, text, modulation, text_modulation, cos, sin),
-                                            joined(weights[i], template, f"double_{i}", self.double_shapes))
+                                            joined(weights[i], template, f"double_{i}", self.double_shapes),
+                                            lora[places[i]])
         x, text_tokens = network.join(text, image), text.shape[1]
         modulation = self.single_stream_modulation.linear(emb)
-        cells, cell_of, weights = self.single_cells, self.single_cell_of, self.single_weights
+        cells, cell_of, weights, places = self.single_cells, self.single_cell_of, self.single_weights, self.single_lora
         for i in range(len(cell_of)):
             x = cells[cell_of[i]]((x, modulation, cos, sin),
-                                  joined(weights[i], template, f"single_{i}", self.single_shapes))
+                                  joined(weights[i], template, f"single_{i}", self.single_shapes), lora[places[i]])
         image = network.part(x, text_tokens)[1]
         scale, shift = network.chunks(self.norm_out.linear(emb), 2)
         return self.proj_out(network.layer_norm_modulate(image, scale, shift, self.eps))
@@ -166,19 +170,14 @@ class Flux2Transformer(Arranged, mindone.Flux2Transformer2DModel):
         return embedder(self.time_guidance_embed.time_proj(number.astype(ms.float32) * 1000).astype(dtype))
 
     def kinds(self):
-        return {"double": Kind("transformer_blocks", partial(_layers, DoubleBlock), partial(self._build, DoubleBlock)),
-                "single": Kind("single_transformer_blocks", partial(_layers, SingleBlock),
-                               partial(self._build, SingleBlock))}
+        return {"double": Kind("transformer_blocks", DoubleBlock.NAMES, partial(self._build, DoubleBlock)),
+                "single": Kind("single_transformer_blocks", SingleBlock.NAMES, partial(self._build, SingleBlock))}
 
     def _build(self, kind, layers):
         # the dtype of a norm, because the weights of linear layers may be stored in 8 bits
         dtype = self.transformer_blocks[0].attn.norm_q.weight.dtype
         layers = [*map(Adapted, layers[:len(kind.LINEAR)]), *layers[len(kind.LINEAR):]]
         return kind(layers, self.heads, self.eps, dtype)
-
-
-def _layers(kind, block):
-    return [*map(functional.linear, at(block, kind.LINEAR)), *map(functional.rms_norm, at(block, kind.NORMS))]
 
 
 def _heads(x, heads):

@@ -13,8 +13,7 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import mint, nn, ops
 
-from ms_diffsynth.nn import functional
-from ms_diffsynth.nn.blocks import Arranged, Kind, at
+from ms_diffsynth.nn.blocks import Arranged, Kind
 from ms_diffsynth.ops import network
 from ms_diffsynth.pipelines.quiet import quiet_imports
 
@@ -22,46 +21,47 @@ with quiet_imports():
     from mindone.diffusers.models.transformers import transformer_qwenimage as mindone
 
 EPS = 1e-6  # of the norms without weights, in mindone as in diffusers
-LINEAR = ("img_mod.1", "txt_mod.1", "attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj",
-          "attn.add_v_proj", "attn.to_out.0", "attn.to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2",
-          "txt_mlp.net.0.proj", "txt_mlp.net.2")
-NORMS = ("attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k")
+NAMES = ("img_mod.1", "txt_mod.1", "attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj",
+         "attn.add_v_proj", "attn.to_out.0", "attn.to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2",
+         "txt_mlp.net.0.proj", "txt_mlp.net.2", "attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k")
 
 
 class Block(nn.Cell):
-    """Image and text as two streams that attend to each other; the weights are those of LINEAR and NORMS."""
+    """Image and text as two streams that attend to each other; the weights are those of NAMES, in that order."""
 
     def __init__(self, layers: list[nn.Cell], heads: int, dtype: ms.Type):
         super().__init__(auto_prefix=False)
         (self.modulate, self.text_modulate, self.to_q, self.to_k, self.to_v, self.text_q, self.text_k, self.text_v,
          self.to_out, self.text_out, self.up, self.down, self.text_up, self.text_down,
-         self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k) = layers
+         self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k, self.matrices) = layers
         self.heads, self.attend, self.is_float16 = heads, network.masked_attention(dtype), dtype == ms.float16
 
-    def construct(self, image, text, emb, cos, sin, mask, weights):
+    def construct(self, image, text, emb, cos, sin, mask, weights, lora):
         """image [B, N, D], text [B, L, D], emb [B, D], cos and sin of `network.positions`, mask of
         `network.text_mask` -> image, text."""
         (w_modulate, w_text_modulate, w_q, w_k, w_v, w_text_q, w_text_k, w_text_v, w_out, w_text_out, w_up, w_down,
          w_text_up, w_text_down, w_norm_q, w_norm_k, w_text_norm_q, w_text_norm_k) = weights
-        shift, scale, gate, shift_2, scale_2, gate_2 = network.chunks(self.modulate(emb, w_modulate), 6)
+        lora = self.matrices(lora)
+        shift, scale, gate, shift_2, scale_2, gate_2 = network.chunks(self.modulate(emb, w_modulate, lora), 6)
         text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = network.chunks(
-            self.text_modulate(emb, w_text_modulate), 6)
-        x = network.layer_norm_modulate(image, scale, shift, EPS)
-        y = network.layer_norm_modulate(text, text_scale, text_shift, EPS)
-        q = network.join(self.text_norm_q(_heads(self.text_q(y, w_text_q), self.heads), w_text_norm_q),
-                         self.norm_q(_heads(self.to_q(x, w_q), self.heads), w_norm_q))
-        k = network.join(self.text_norm_k(_heads(self.text_k(y, w_text_k), self.heads), w_text_norm_k),
-                         self.norm_k(_heads(self.to_k(x, w_k), self.heads), w_norm_k))
-        v = network.join(_heads(self.text_v(y, w_text_v), self.heads), _heads(self.to_v(x, w_v), self.heads))
+            self.text_modulate(emb, w_text_modulate, lora), 6)
+        (image, x), (text, y) = network.shared(image, 2), network.shared(text, 2)
+        x_q, x_k, x_v = network.shared(network.layer_norm_modulate(x, scale, shift, EPS), 3)
+        y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, text_scale, text_shift, EPS), 3)
+        q = network.join(self.text_norm_q(_heads(self.text_q(y_q, w_text_q, lora), self.heads), w_text_norm_q, lora),
+                         self.norm_q(_heads(self.to_q(x_q, w_q, lora), self.heads), w_norm_q, lora))
+        k = network.join(self.text_norm_k(_heads(self.text_k(y_k, w_text_k, lora), self.heads), w_text_norm_k, lora),
+                         self.norm_k(_heads(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
+        v = network.join(_heads(self.text_v(y_v, w_text_v, lora), self.heads),
+                         _heads(self.to_v(x_v, w_v, lora), self.heads))
         q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
         y, x = network.part(self.attend(q, k, v, mask), text.shape[1])
-        image = network.gate_add(image, gate, self.to_out(x, w_out))
-        text = network.gate_add(text, text_gate, self.text_out(y, w_text_out))
-        x = network.layer_norm_modulate(image, scale_2, shift_2, EPS)
-        y = network.layer_norm_modulate(text, text_scale_2, text_shift_2, EPS)
-        image = network.gate_add(image, gate_2, self.down(network.gelu_tanh(self.up(x, w_up)), w_down))
-        text = network.gate_add(text, text_gate_2,
-                                self.text_down(network.gelu_tanh(self.text_up(y, w_text_up)), w_text_down))
+        image, x = network.shared(network.gate_add(image, gate, self.to_out(x, w_out, lora)), 2)
+        text, y = network.shared(network.gate_add(text, text_gate, self.text_out(y, w_text_out, lora)), 2)
+        x = self.up(network.layer_norm_modulate(x, scale_2, shift_2, EPS), w_up, lora)
+        y = self.text_up(network.layer_norm_modulate(y, text_scale_2, text_shift_2, EPS), w_text_up, lora)
+        image = network.gate_add(image, gate_2, self.down(network.gelu_tanh(x), w_down, lora))
+        text = network.gate_add(text, text_gate_2, self.text_down(network.gelu_tanh(y), w_text_down, lora))
         if self.is_float16:
             image, text = image.clamp(-65504, 65504), text.clamp(-65504, 65504)
         return image, text
@@ -93,22 +93,19 @@ class QwenImageTransformer(Arranged, mindone.QwenImageTransformer2DModel):
             prompt_mask = ops.ones((batch, text.shape[1]), ms.float32)
         keys = ops.cat((prompt_mask, ops.ones((batch, image.shape[1]), ms.float32)), 1)
         mask = network.text_mask(keys, keys.shape[1], self.heads, image.dtype)
-        cells, cell_of, weights = self.block_cells, self.block_cell_of, self.block_weights
+        lora = self.lora(image) if self.has_lora else self.no_lora
+        cells, cell_of, weights, places = self.block_cells, self.block_cell_of, self.block_weights, self.block_lora
         for i in range(len(cell_of)):
-            image, text = cells[cell_of[i]]((image, text, emb, cos, sin, mask), weights[i])
+            image, text = cells[cell_of[i]]((image, text, emb, cos, sin, mask), weights[i], lora[places[i]])
         scale, shift = network.chunks(self.norm_out.linear(emb), 2)
         return self.proj_out(network.layer_norm_modulate(image, scale, shift, EPS))
 
     def kinds(self):
-        return {"block": Kind("transformer_blocks", _layers, self._build)}
+        return {"block": Kind("transformer_blocks", NAMES, self._build)}
 
     def _build(self, layers):
         # a bias, because the weight may be stored in 8 bits
         return Block(layers, self.heads, self.img_in.bias.dtype)
-
-
-def _layers(block):
-    return [*map(functional.linear, at(block, LINEAR)), *map(functional.rms_norm, at(block, NORMS))]
 
 
 def _heads(x, heads):

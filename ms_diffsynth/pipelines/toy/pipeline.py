@@ -11,6 +11,7 @@ from mindspore import Tensor
 from ms_diffsynth.diffusion.schedule import FLUX_SCHNELL, Schedule, diffsynth_flux, flow_match_euler
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.pipeline import Component
+from ms_diffsynth.pipelines import vae_units
 from ms_diffsynth.pipelines.image import ImagePipeline
 from ms_diffsynth.pipelines.tiny import write_model
 from ms_diffsynth.pipelines.toy.networks import PATCH, ToyAutoencoder, ToyTextEncoder, ToyTransformer
@@ -38,7 +39,7 @@ class EncodePrompt(TensorUnit):
     onload_model_names = ("text_encoder",)
 
     def construct(self, ids):
-        return (self.text_encoder(ids),)
+        return (self.text_encoder(ids).astype(ms.float32),)
 
 
 class LoadPixels(PipelineUnit):
@@ -51,37 +52,34 @@ class LoadPixels(PipelineUnit):
         return {"pixels": pipe.preprocess_image(input_image)}
 
 
-class EncodeImage(TensorUnit):
-    """pixels float32 [B, 3, H, W] -> moments float32 [B, 2C, H/4, W/4]."""
-
-    input_params = ("pixels",)
-    output_params = ("moments",)
-    onload_model_names = ("vae",)
+class EncodeImage(vae_units.EncodeImage):
+    """pixels float32 [B, 3, H, W] -> moments float32 [B, 2C, H/4, W/4]; computed in ``dtype``."""
 
     def construct(self, pixels):
-        return (self.vae.encode(pixels),)
+        return (self.vae.encode(pixels.astype(self.dtype)).astype(ms.float32),)
 
 
 class Denoise(TensorUnit):
-    """latents [B, C, h, w], sigma [B], prompt_embeds [B, 16, D] -> velocity [B, C, h, w]."""
+    """latents [B, C, h, w], sigma [B], prompt_embeds [B, 16, D] -> velocity float32 [B, C, h, w]; by ``dtype``."""
 
     input_params = ("latents", "sigma", "prompt_embeds", "guidance?")
     output_params = ("velocity",)
     onload_model_names = ("dit",)
 
+    def __init__(self, dtype: ms.Type):
+        super().__init__()
+        self.dtype = dtype
+
     def construct(self, latents, sigma, prompt_embeds, guidance=None):
-        return (self.dit(latents, sigma, prompt_embeds),)
+        velocity = self.dit(latents.astype(self.dtype), sigma.astype(self.dtype), prompt_embeds.astype(self.dtype))
+        return (velocity.astype(ms.float32),)
 
 
-class Decode(TensorUnit):
-    """latents [B, C, h, w] -> pixels [B, 3, 4h, 4w]."""
-
-    input_params = ("latents",)
-    output_params = ("pixels",)
-    onload_model_names = ("vae",)
+class Decode(vae_units.Decode):
+    """latents float32 [B, C, h, w] -> pixels float32 [B, 3, 4h, 4w]; computed in ``dtype``."""
 
     def construct(self, latents):
-        return (self.vae.decode(latents),)
+        return (self.vae.decode(latents.astype(self.dtype)).astype(ms.float32),)
 
 
 def _arguments(config: dict) -> dict:
@@ -120,13 +118,13 @@ class ToyImagePipeline(ImagePipeline):
         return cls._from_configs(model_configs, {}, mindspore_dtype, device)
 
     def build_units(self) -> list:
-        return [TokenizePrompt(), EncodePrompt(), LoadPixels(), EncodeImage()]
+        return [TokenizePrompt(), EncodePrompt(), LoadPixels(), EncodeImage(self.dtype)]
 
     def build_denoise(self) -> Denoise:
-        return Denoise()
+        return Denoise(self.dtype)
 
     def build_decode(self) -> Decode:
-        return Decode()
+        return Decode(self.dtype)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         return (self.config("vae")["latent_channels"], height // PATCH, width // PATCH)

@@ -1,0 +1,67 @@
+"""Memory of a LoRA's training step at full size, on the stand-in for CANN: the table of docs/memory.md.
+
+    python benchmarks/memory.py                       # all of it: an hour and a half on one core, 6 GB of this machine
+    python benchmarks/memory.py --only flux:FLUX.1-dev --sizes 1024 --json memory.jsonl
+
+Peaks are those of MindSpore's own allocator, in GiB; weights are memory that nobody writes, kernels are recorded and
+not computed. What is in the file of ``--json`` already is not run again.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ms_diffsynth.debug.skeleton import Plan, Report, measure
+from ms_diffsynth.errors import UserError
+
+MODELS = ("flux:FLUX.1-dev", "flux2:FLUX.2-klein-4B", "flux2:FLUX.2-klein-9B", "qwen_image:Qwen-Image",
+          "flux2:FLUX.2-dev")
+GIB = 2**30
+
+
+def row(plan: Plan, report: Report) -> str:
+    recompute = "yes" if plan.recompute else "no"
+    return (f"| {plan.model} | {plan.height} | {recompute} | {report.held / GIB:.2f} | {report.peak / GIB:.2f} "
+            f"| {report.kernels} | {report.casts} | {report.transposes} | {report.synchronisations} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="family:model")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024], help="sides of the images, pixels")
+    parser.add_argument("--recompute", nargs="+", choices=["yes", "no"], default=["yes", "no"])
+    parser.add_argument("--memory", type=float, default=256, help="GiB the device has (default: 256, so that all fit)")
+    parser.add_argument("--json", type=Path, help="append each result to this file, and take from it what is there")
+    arguments = parser.parse_args()
+    known = {}
+    if arguments.json and arguments.json.is_file():
+        for line in arguments.json.read_text().splitlines():
+            plan, report = json.loads(line)
+            known[json.dumps(plan)] = Report(**report)
+    print("| model | pixels | recompute | held | peak | kernels | casts | transposes | waits |\n"
+          "|---|---|---|---|---|---|---|---|---|")
+    for name in arguments.only:
+        for size in arguments.sizes:
+            for recompute in arguments.recompute:
+                family, model = name.split(":")
+                plan = Plan(family=family, model=model, height=size, width=size, recompute=recompute == "yes")
+                key = json.dumps(asdict(plan))
+                if key not in known:
+                    try:
+                        known[key] = measure(plan, memory=arguments.memory)
+                    except UserError as error:
+                        print(f"{name} {size} recompute {recompute}: {error}", file=sys.stderr, flush=True)
+                        continue
+                    if arguments.json:
+                        with arguments.json.open("a") as file:
+                            file.write(json.dumps([asdict(plan), asdict(known[key])]) + "\n")
+                print(row(plan, known[key]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

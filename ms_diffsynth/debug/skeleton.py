@@ -1,0 +1,212 @@
+"""A published model without its weights, trained for a step: its memory on a device, kernels, and waits of the host.
+
+The weights are memory of the device that nothing is written to, so that a network of 24 GB is built in seconds and, on
+the stand-in for CANN (`ms_diffsynth.standin`), takes no place on this machine. What runs is the step of the second
+stage of split training: prepared slots of zeros, a LoRA, the optimizer, compiled as ever.
+
+    python -m ms_diffsynth.debug.skeleton '{"family": "flux", "model": "FLUX.1-dev", "height": 1024, "width": 1024}'
+
+`measure` does that in a process on the stand-in and reads its log; `train` in this one, on whatever device it has.
+"""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, mint, nn
+from mindspore.nn.utils import no_init_parameters
+
+from ms_diffsynth import runtime
+from ms_diffsynth.components import Component
+from ms_diffsynth.diffusion.units import TASKS, Objective
+from ms_diffsynth.errors import ConfigError, DeviceError, nearest
+from ms_diffsynth.nn.names import torch_parameters
+from ms_diffsynth.pipeline import Pipeline
+from ms_diffsynth.program import Cut
+from ms_diffsynth.registry import family
+from ms_diffsynth.standin import Log, environment, mark
+from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.train.optim import AdamW
+from ms_diffsynth.train.program_step import ProgramTrainStep
+
+RESULT = "RESULT "
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is trained, and how.
+
+    Attributes:
+        model: one of the family's published models, e.g. ``FLUX.1-dev``.
+        height, width: of the images, pixels.
+        batch_size: images a step.
+        text_tokens: of a prompt; None is the family's ``max_sequence_length``.
+        recompute: ``use_gradient_checkpointing``.
+        settings: of the network, other than as published: fewer blocks (``num_layers``), say.
+        steps: how many; the first compiles, and the last is the one that is counted.
+    """
+
+    family: str
+    model: str
+    height: int = 1024
+    width: int = 1024
+    batch_size: int = 1
+    text_tokens: int | None = None
+    lora_rank: int = 16
+    recompute: bool = True
+    dtype: str = "bfloat16"
+    mode: str = "graph"
+    task: str = "sft"
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a step took. Bytes are those of MindSpore's own allocator; workspaces of kernels are not among them.
+
+    Attributes:
+        parameters: of the network, the LoRA not counted.
+        held: bytes held between steps: weights, LoRA and moments, and the batch.
+        peak: the most bytes that were held at one time during the last step.
+        compile_seconds: of the first step, its execution included.
+        kernels, casts, transposes, synchronisations: of the last step; None without the stand-in's log.
+    """
+
+    parameters: int
+    trained: int
+    held: int
+    peak: int
+    compile_seconds: float
+    kernels: int | None = None
+    casts: int | None = None
+    transposes: int | None = None
+    synchronisations: int | None = None
+
+
+def published(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The config.json of each component of the planned model, ``plan.settings`` put into the network's.
+
+    Raises: ConfigError for a model that the family does not have.
+    """
+    known = family(plan.family).published
+    if plan.model not in known:
+        raise ConfigError(f"'{plan.model}' is not a published model of the family {plan.family}: expected one of "
+                          f"{', '.join(known) or '(it has none)'}.{nearest(plan.model, known)}")
+    network = family(plan.family).pipeline(dtype=ms.float32).network
+    changes = {network: plan.settings}
+    return {name: config | changes.get(name, {}) for name, config in known[plan.model].items()}
+
+
+def build(component: Component, config: Mapping[str, Any], dtype: ms.Type, is_allocated: bool = True) -> nn.Cell:
+    """A component's cell, frozen, in evaluation mode, with weights of the dtypes that loading it would give them.
+
+    Args:
+        is_allocated: whether the weights have memory on the device; without, they are names, shapes and dtypes only.
+    """
+    with no_init_parameters():
+        cell = component.build(dict(config))
+    for name, parameter in torch_parameters(cell).items():
+        parameter.set_dtype(component.weight_dtype(name, dtype))
+        parameter.requires_grad = False
+        if is_allocated:
+            parameter.set_data(mint.empty(parameter.shape, dtype=parameter.dtype, device=runtime.current().device))
+    return cell.set_train(False)
+
+
+def pipeline(plan: Plan) -> Pipeline:
+    """The family's pipeline with its network as published, the weights unwritten memory; other models are absent."""
+    configs = published(plan)
+    pipe = family(plan.family).pipeline(dtype=runtime.compute_dtype(plan.dtype))
+    pipe.known_configs = configs
+    component = next(c for c in pipe.components if c.name == pipe.network)
+    pipe.models[pipe.network] = build(component, configs[pipe.network], pipe.dtype)
+    return pipe
+
+
+class _LoRA(DiffusionTrainingModule):
+    def __init__(self, plan: Plan):
+        super().__init__()
+        self.pipe = pipeline(plan)
+        self.switch_pipe_to_training_mode(
+            self.pipe, lora_base_model=self.pipe.network, lora_rank=plan.lora_rank, task=f"{plan.task}:train",
+            objective=Objective(**TASKS[plan.task]), use_gradient_checkpointing=plan.recompute,
+            lora_uniform=lambda _, shape: np.zeros(shape, np.float32))
+
+
+def inputs(plan: Plan, pipe: Pipeline, cut: Cut) -> list[Tensor]:
+    """Zeros for the prepared slots and the draws of a batch, in the order of the step."""
+    latent = pipe.latent_shape(plan.height, plan.width)
+    tokens = plan.text_tokens or pipe.max_sequence_length
+    shapes = family(plan.family).prepared_shapes(pipe.known_configs, latent, tokens)
+    draws = {name: pipe.objective.draw(name, (plan.batch_size, *latent), len(pipe.sigmas),
+                                       lambda _, kind, shape: np.zeros(shape, np.float32)) for name in cut.draws}
+    slots = {name: np.zeros((plan.batch_size, *shapes[name]), np.float32) for name in cut.cache}
+    return [runtime.to_device(value) for value in (*slots.values(), *draws.values())]
+
+
+def train(plan: Plan) -> Report:
+    """Train for ``plan.steps`` steps in this process, on the device it has. Needs the memory that it reports."""
+    module = _LoRA(plan)
+    network = getattr(module.pipe, module.pipe.network)
+    cut, trained = module.training_cut(), module.trainable_parameters()
+    step = ProgramTrainStep(module, cut, AdamW(trained), max_grad_norm=1.0)
+    batch = inputs(plan, module.pipe, cut)
+    began = time.perf_counter()
+    for number in range(1, plan.steps + 1):
+        ms.runtime.reset_peak_memory_stats()
+        mark(f"step {number} begins")
+        step.step(*batch)
+        ms.runtime.synchronize()
+        mark(f"step {number} ends")
+        if number == 1:
+            seconds = time.perf_counter() - began
+    count = sum(p.size for p in trained)
+    return Report(parameters=sum(p.size for p in network.get_parameters()) - count, trained=count,
+                  held=ms.runtime.memory_allocated(), peak=ms.runtime.max_memory_allocated(), compile_seconds=seconds)
+
+
+def measure(plan: Plan, memory: float = 128.0, folder: str | Path | None = None) -> Report:
+    """Train in a process on the stand-in for CANN, shapes only, and count what the last step launched.
+
+    Args:
+        memory: of the device, GiB; a plan that needs more is an error there, as on a device.
+        folder: where the log and what the process says are left; None leaves neither.
+
+    Raises: DeviceError when the step cannot be built or does not fit, with the process's last words.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(folder or temporary)
+        log = place / "log.jsonl"
+        log.unlink(missing_ok=True)
+        done = subprocess.run([sys.executable, "-m", "ms_diffsynth.debug.skeleton", json.dumps(asdict(plan))],
+                              cwd=temporary, env=environment(log, memory=memory, shapes_only=True), text=True,
+                              capture_output=True, check=False)
+        (place / "messages").write_text(done.stdout + done.stderr, encoding="utf-8")
+        found = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
+        if done.returncode or not found:
+            raise DeviceError(f"{plan.model} at {plan.height} x {plan.width} pixels: the process ended with "
+                              f"{done.returncode}. Expected a report. Its last words:\n{done.stderr[-3000:]}")
+        step = Log.read(log).between(f"step {plan.steps} begins", f"step {plan.steps} ends")
+        counted = {"kernels": len(step.kernels()), "casts": step.casts(), "transposes": step.transposes(),
+                   "synchronisations": step.synchronisations()}
+        return Report(**{**json.loads(found[-1].removeprefix(RESULT)), **counted})
+
+
+def _main(text: str) -> None:
+    plan = Plan(**json.loads(text))
+    runtime.configure(plan.mode, "Ascend")
+    sys.stdout.write(RESULT + json.dumps(asdict(train(plan))) + "\n")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,34 @@
+"""FLUX.1 as it is published: the settings of its transformer and VAE, without the weights.
+
+Source: black-forest-labs/FLUX.1-dev and FLUX.1-schnell on the Hugging Face hub, ``transformer/config.json`` and
+``vae/config.json``; the transformer's are also the defaults of diffusers 0.42.1, FluxTransformer2DModel, but for
+``guidance_embeds``. DiffSynth-Studio knows FLUX.1-dev's files by the hash of their names and shapes, and a network of
+these settings has that hash (tests/golden/published.json).
+"""
+from __future__ import annotations
+
+from typing import Any
+
+_VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+    "act_fn": "silu", "latent_channels": 16, "norm_num_groups": 32, "sample_size": 1024, "scaling_factor": 0.3611,
+    "shift_factor": 0.1159, "force_upcast": True, "mid_block_add_attention": True, "use_quant_conv": False,
+    "use_post_quant_conv": False}
+_DEV: dict[str, Any] = {
+    "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 64, "out_channels": None, "num_layers": 19,
+    "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": [16, 56, 56]}
+
+PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+    "FLUX.1-dev": {"dit": _DEV, "vae": _VAE},
+    "FLUX.1-schnell": {"dit": _DEV | {"guidance_embeds": False}, "vae": _VAE},
+}
+
+
+def prepared_shapes(configs: dict[str, dict[str, Any]], latent: tuple[int, int, int],
+                    text_tokens: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the prepared slots of a row, for latents [C, h, w] and a prompt of ``text_tokens``."""
+    dit = configs["dit"]
+    return {"moments": (2 * latent[0], *latent[1:]), "prompt_embeds": (text_tokens, dit["joint_attention_dim"]),
+            "pooled_prompt_embeds": (dit["pooled_projection_dim"],)}

@@ -1,0 +1,55 @@
+"""Names and shapes of the published transformers, by diffusers on torch's meta device: writes published.json beside it.
+
+    TORCH_ENV/bin/python tests/golden/make_published.py      # torch 2.13, diffusers 0.42.1; no weights are downloaded
+
+The settings are those of ms_diffsynth/pipelines/*/published.py. ``digest`` is the SHA-256 of the lines "name shape
+dtype", sorted. ``diffsynth`` is the hash of names and shapes by which DiffSynth-Studio tells published files apart
+(diffsynth/core/loader/file.py, hash_model_file), computed here; ``is_known`` says that its model_configs.py (commit
+fed7b18f, 2026-08-20) lists that hash, so that the published files have these names and shapes.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import runpy
+from pathlib import Path
+
+import diffusers
+import torch
+
+HERE = Path(__file__).parent
+FAMILIES = ("flux", "flux2", "qwen_image")
+KNOWN = {"605c56eab23e9e2af863ad8f0813a25d", "d38e1d5c5aec3b0a11e79327ac6e3b0f", "3bde7b817fec8143028b6825a63180df",
+         "39c6fc48f07bebecedbbaa971ff466c8", "0319a1cb19835fb510907dd3367c95ff"}
+
+
+def shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """Of the state that diffusers' class of this configuration has."""
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
+    with torch.device("meta"):
+        network = getattr(diffusers, config["_class_name"])(**arguments)
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def entry(config: dict) -> dict:
+    found = shapes(config)
+    lines = sorted(f"{name} {list(shape)} bfloat16" for name, shape in found.items())
+    keys = sorted(k for name, shape in found.items() for k in (f"{name}:{'_'.join(map(str, shape))}", name))
+    known = hashlib.md5(",".join(keys).encode()).hexdigest()
+    return {"tensors": len(found), "parameters": sum(math.prod(shape) for shape in found.values()),
+            "digest": hashlib.sha256("\n".join(lines).encode()).hexdigest(), "diffsynth": known,
+            "is_known": known in KNOWN}
+
+
+def main() -> None:
+    result = {}
+    for family in FAMILIES:
+        file = HERE.parents[1] / "ms_diffsynth" / "pipelines" / family / "published.py"
+        for model, configs in runpy.run_path(str(file))["PUBLISHED"].items():
+            result[f"{family}:{model}"] = entry(configs["dit"])
+    (HERE / "published.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
