@@ -3,16 +3,16 @@
 | name | computes | shapes |
 |---|---|---|
 | linear | x W^T + b; b may be missing | x [..., in], weight [out, in], bias [out] -> [..., out] |
+| low_rank | x down up | x [..., in], down [in, r], up [r, out] -> [..., out] |
+| low_rank_each | x A^T B^T, A and B of each sample | x [B, S, in], a [B, r, in], b [B, out, r] -> [B, S, out] |
 | gelu_tanh | the tanh form of GELU | any |
 | layer_norm_modulate | norm(x) (1 + scale) + shift, the norm without affine | x [B, S, D], scale and shift [B, D] |
 | rms_norm | x / sqrt(mean(x^2) + eps) * weight | x [..., D], weight [D] |
 | gate_add | residual + gate x | residual and x [B, S, D], gate [B, D] |
-| low_rank | x down up | x [..., in], down [in, r], up [r, out] -> [..., out] |
-| shared | x as many times as it is used, so that its gradients are added pair by pair | any, 2 to 4 -> tuple |
-| low_rank_each | x A^T B^T, for each sample | x [B, S, in], a [B, r, in], b [B, out, r] -> [B, S, out] |
 | swiglu | silu(first half) second half | [..., 2 D] -> [..., D] |
 | positions | cosines or sines as `rotate` takes them | [1 or B, S, D], B, H, dtype -> the device's own |
 | rotate | pairs (x[2i], x[2i+1]) turned by their token's angles | x [B, S, H, D], cos and sin of `positions` -> as x |
+| shared | x as many times as it is used, so that its gradients are added pair by pair | any, 2 to 4 -> tuple |
 | join, part | concatenation along axis 1 and its inverse | [B, L, ...] and [B, N, ...] <-> [B, L + N, ...] |
 | join_last | concatenation along the last axis | [..., D] and [..., E] -> [..., D + E] |
 | chunks | equal parts along axis 1 | [B, n D] -> n of [B, D] |
@@ -46,7 +46,7 @@ else:
 linear, linear_without_bias, low_rank = device.linear, device.linear_without_bias, device.low_rank
 gelu_tanh, layer_norm_modulate, rms_norm, gate_add = (device.gelu_tanh, device.layer_norm_modulate, device.rms_norm,
                                                       device.gate_add)
-low_rank_each, shared, swiglu = device.low_rank_each, device.shared, device.swiglu
-positions, rotate = device.positions, device.rotate
+low_rank_each, swiglu, positions, rotate = device.low_rank_each, device.swiglu, device.positions, device.rotate
 attention, masked_attention, text_mask = device.attention, device.masked_attention, device.text_mask
 chunks, join, join_last, part, parts = device.chunks, device.join, device.join_last, device.part, device.parts
+shared = device.shared

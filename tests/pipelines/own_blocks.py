@@ -8,7 +8,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn
 
-from ms_diffsynth.nn.lora import inject_lora, lora_parameters
+from ms_diffsynth.nn.lora import inject_lora, lora_pairs, lora_parameters, set_lora
 
 # float32: the rounding of sums of up to a hundred terms through four blocks, of each tensor's largest element. A
 # gradient that is zero in exact arithmetic (the bias of a key projection, which shifts all scores of a row alike) is
@@ -29,13 +29,15 @@ def with_weights(dit: nn.Cell) -> nn.Cell:
 
 
 def with_lora(dit: nn.Cell, targets: tuple[str, ...]) -> list[Parameter]:
-    for seed, cell in enumerate(inject_lora(dit, targets, rank=2).values()):
-        cell.lora_B.set_data(Tensor(0.3 * draw(seed, *cell.lora_B.shape)))
+    """A LoRA away from its start, where B is zero."""
+    inject_lora(dit, targets, rank=2)
+    set_lora(dit, {name: (a, 0.3 * draw(seed, *b.shape))
+                   for seed, (name, (a, b)) in enumerate(lora_pairs(dit).items())})
     return lora_parameters(dit)
 
 
-def value_and_gradients(forward, inputs: list[Tensor], weights: list[Parameter], compiled: bool) -> dict:
-    """Output of ``forward(*inputs)``, and the gradients of a sum of it by inputs and weights, on the host."""
+def value_and_gradients(dit: nn.Cell, forward, inputs: list[Tensor], weights: list[Parameter], compiled: bool) -> dict:
+    """Output of ``forward(*inputs)``, which calls ``dit``, and the gradients of a sum of it by inputs and weights."""
     def loss(*inputs):
         out = forward(*inputs)
         return (out * target).sum(), out
@@ -47,8 +49,11 @@ def value_and_gradients(forward, inputs: list[Tensor], weights: list[Parameter],
         return gradient(*inputs)
 
     (_, out), (of_inputs, of_weights) = (ms.jit(step, fullgraph=True) if compiled else step)(*inputs)
+    found = {p.name: g.asnumpy().copy() for p, g in zip(weights, of_weights)}
+    if "lora" in found:
+        found |= dit.lora.matrices(found.pop("lora"))
     return {"output": out.asnumpy().copy(), **{f"input {i}": g.asnumpy().copy() for i, g in enumerate(of_inputs)},
-            **{p.name: g.asnumpy().copy() for p, g in zip(weights, of_weights)}}
+            **found}
 
 
 def assert_same(found: dict, expected: dict) -> None:

@@ -140,16 +140,16 @@ def composed(dit, guided=True):
 def test_equals_mindones_layers(flux2, told):
     dit = network(flux2, guided=told)
     weights = dit.trainable_params()
-    expected = value_and_gradients(composed(dit, told), inputs(told), weights, False)
-    assert_same(value_and_gradients(own(dit, told), inputs(told), weights, False), expected)
+    expected = value_and_gradients(dit, composed(dit, told), inputs(told), weights, False)
+    assert_same(value_and_gradients(dit, own(dit, told), inputs(told), weights, False), expected)
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["alone", "template"])
 def test_compiled_equals_mindones_layers_with_lora(flux2, told):
-    dit = network(flux2)
-    weights = with_lora(dit, TARGETS)
-    assert_same(value_and_gradients(own(dit), inputs(told), weights, True),
-                value_and_gradients(composed(dit), inputs(told), weights, False))
+    plain, dit = network(flux2), network(flux2)
+    plain.__class__ = flux2.mindone.Flux2Transformer2DModel  # its LoRA stays in the layers
+    expected = value_and_gradients(plain, composed(plain), inputs(told), with_lora(plain, TARGETS), False)
+    assert_same(value_and_gradients(dit, own(dit), inputs(told), with_lora(dit, TARGETS), True), expected)
 
 
 @COMPILED
@@ -163,7 +163,7 @@ def test_blocks_may_differ_and_recompute_changes_no_bit(flux2, told, compiled):
         if recomputed:
             assert use_recompute(dit) == 4
         assert dit.double_cell_of == (0, 1) and dit.single_cell_of == (0, 0)
-        return value_and_gradients(own(dit), inputs(told), weights, compiled)
+        return value_and_gradients(dit, own(dit), inputs(told), weights, compiled)
 
     assert_equal_bit_for_bit(result(True), result(False))
 
@@ -175,7 +175,7 @@ def test_recompute_changes_no_bit_when_all_is_trained(flux2, compiled):
         dit = network(flux2)
         if recomputed:
             use_recompute(dit)
-        return value_and_gradients(own(dit), inputs(True), dit.trainable_params(), compiled)
+        return value_and_gradients(dit, own(dit), inputs(True), dit.trainable_params(), compiled)
 
     assert_equal_bit_for_bit(result(True), result(False))
 
@@ -186,7 +186,7 @@ def test_every_operation_of_a_block_is_computed_twice(flux2, recomputed, tmp_pat
     weights = with_lora(dit, TARGETS)
     if recomputed:
         use_recompute(dit)
-    counts = final_operations(lambda: value_and_gradients(own(dit), inputs(True), weights, True), tmp_path,
+    counts = final_operations(lambda: value_and_gradients(dit, own(dit), inputs(True), weights, True), tmp_path,
                               ("Softmax", "Sigmoid", "LayerNorm"))
     times = 2 if recomputed else 1
     # attention of four blocks; SwiGLU of two streams twice and of one twice; norms before them, and at the end

@@ -104,17 +104,17 @@ def composed(dit, mask=MASK):
 def test_equals_mindones_layers(qwen, masked):
     dit, mask = network(qwen), MASK if masked else None
     weights = dit.trainable_params()
-    expected = value_and_gradients(composed(dit, mask), inputs(), weights, False)
-    assert_same(value_and_gradients(own(dit, mask), inputs(), weights, False), expected)
+    expected = value_and_gradients(dit, composed(dit, mask), inputs(), weights, False)
+    assert_same(value_and_gradients(dit, own(dit, mask), inputs(), weights, False), expected)
     padding = expected["input 1"][0, 3:]
     assert (np.abs(padding).max() < 1e-6) == masked, "padding that is attended to has a gradient"
 
 
-def test_equals_mindones_layers_with_lora(qwen):
-    dit = network(qwen)
-    weights = with_lora(dit, TARGETS)
-    assert_same(value_and_gradients(own(dit), inputs(), weights, True),
-                value_and_gradients(composed(dit), inputs(), weights, False))
+def test_compiled_equals_mindones_layers_with_lora(qwen):
+    plain, dit = network(qwen), network(qwen)
+    plain.__class__ = qwen.mindone.QwenImageTransformer2DModel  # its LoRA stays in the layers
+    expected = value_and_gradients(plain, composed(plain), inputs(), with_lora(plain, TARGETS), False)
+    assert_same(value_and_gradients(dit, own(dit), inputs(), with_lora(dit, TARGETS), True), expected)
 
 
 @COMPILED
@@ -127,7 +127,7 @@ def test_blocks_may_differ_and_recompute_changes_no_bit(qwen, compiled):
         if recomputed:
             assert use_recompute(dit) == 2
         assert dit.block_cell_of == (0, 1) and weights == lora_parameters(dit)
-        return value_and_gradients(own(dit), inputs(), weights, compiled)
+        return value_and_gradients(dit, own(dit), inputs(), weights, compiled)
 
     assert_equal_bit_for_bit(result(True), result(False))
 
@@ -139,7 +139,7 @@ def test_recompute_changes_no_bit_when_all_is_trained(qwen, compiled):
         dit = network(qwen)
         if recomputed:
             use_recompute(dit)
-        return value_and_gradients(own(dit), inputs(), dit.trainable_params(), compiled)
+        return value_and_gradients(dit, own(dit), inputs(), dit.trainable_params(), compiled)
 
     assert_equal_bit_for_bit(result(True), result(False))
 
@@ -150,9 +150,9 @@ def test_every_operation_of_a_block_is_computed_twice(qwen, recomputed, tmp_path
     weights = with_lora(dit, TARGETS)
     if recomputed:
         use_recompute(dit)
-    counts = final_operations(lambda: value_and_gradients(own(dit), inputs(), weights, True), tmp_path,
+    counts = final_operations(lambda: value_and_gradients(dit, own(dit), inputs(), weights, True), tmp_path,
                               ("Softmax", "Sigmoid", "LayerNorm"))
-    # two blocks of two streams, norms before two sub-layers and at the end; the text of the last block is not read,
-    # so its feed-forward stands in no forward, but in what is computed again
+    # two blocks of two streams, norms before two sub-layers and at the end; the text that the last block makes is not
+    # read, so its feed-forward stands in no forward, but in what is computed again
     plain, again = {"Softmax": 2, "Sigmoid": 3, "LayerNorm": 7 + 1}, {"Softmax": 2, "Sigmoid": 4, "LayerNorm": 8}
     assert counts == {name: plain[name] + recomputed * again[name] for name in plain}

@@ -23,8 +23,9 @@ from mindspore.ops.auto_generate import (
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
 
 _dense, _gelu, _layer_norm, _rotary = Dense(), GeluExt(), LayerNormExt(), RotaryPositionEmbedding()
+_matmul = P.MatMul()
 _swiglu, _softmax = Swiglu(), P.Softmax(-1)
-_matmul, _bmm, _bmm_nt = P.MatMul(), P.BatchMatMul(), P.BatchMatMul(transpose_b=True)
+_bmm, _bmm_nt = P.BatchMatMul(), P.BatchMatMul(transpose_b=True)
 _join, _join_last, _split = P.Concat(1), P.Concat(-1), SplitWithSize()
 _INTERLEAVED = 1  # pairs (x[2i], x[2i+1]), as FLUX and Qwen-Image rotate
 LEFT_OUT = -1e30  # added to a score: its weight becomes exactly 0

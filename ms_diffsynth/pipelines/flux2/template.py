@@ -67,7 +67,7 @@ def for_samples(x: Tensor, batch: int) -> Tensor:
 def joined(weights: tuple, template: dict, block: str, shapes: tuple[tuple[int, int], ...]) -> tuple:
     """The weights of a block with what a template has for it: (layer weights, pairs of keys and values).
 
-    The weights of its first layers, those of `layers_of`, become (weights, pairs of A and B), one pair or none.
+    The weights of its first layers, those of `layers_of`, become (weights, pairs of A and B), with one pair or none.
 
     Args:
         weights: of each layer. template: of `by_block`. shapes: (out, in) of the first layers.

@@ -39,7 +39,7 @@ class Adapted(nn.Cell):
 
 
 class DoubleBlock(nn.Cell):
-    """Image and text as two streams that attend to each other; the weights are those of ``NAMES``.
+    """Image and text as two streams that attend to each other; the weights are those of ``NAMES``, in that order.
 
     No mask: padding of the text is attended to, as FLUX.2 was trained. Keys and values of a template have no position,
     so they join after the rotation. Source of their order: DiffSynth-Studio 2.1.12, Flux2DiT.
@@ -105,8 +105,7 @@ class SingleBlock(nn.Cell):
         w_project, w_out, w_norm_q, w_norm_k = weights[0]
         lora = self.matrices(lora)
         shift, scale, gate = network.chunks(modulation, 3)
-        width = x.shape[2]
-        x, y = network.shared(x, 2)
+        (x, y), width = network.shared(x, 2), x.shape[2]
         projected = self.project(network.layer_norm_modulate(y, scale, shift, self.eps), w_project, lora)
         q, k, v, hidden = network.parts(projected, (width, width, width, projected.shape[2] - 3 * width))
         q, k = self.norm_q(_heads(q, self.heads), w_norm_q, lora), self.norm_k(_heads(k, self.heads), w_norm_k, lora)
@@ -151,16 +150,14 @@ class Flux2Transformer(Arranged, mindone.Flux2Transformer2DModel):
         cos = network.positions(cos, image.shape[0], self.heads, image.dtype)
         sin = network.positions(sin, image.shape[0], self.heads, image.dtype)
         lora = self.lora(image) if self.has_lora else self.no_lora
-        cells, cell_of = self.double_cells, self.double_cell_of
-        weights, places = self.double_weights, self.double_lora
+        cells, cell_of, weights, places = self.double_cells, self.double_cell_of, self.double_weights, self.double_lora
         for i in range(len(cell_of)):
             image, text = cells[cell_of[i]]((image, text, modulation, text_modulation, cos, sin),
                                             joined(weights[i], template, f"double_{i}", self.double_shapes),
                                             lora[places[i]])
         x, text_tokens = network.join(text, image), text.shape[1]
         modulation = self.single_stream_modulation.linear(emb)
-        cells, cell_of = self.single_cells, self.single_cell_of
-        weights, places = self.single_weights, self.single_lora
+        cells, cell_of, weights, places = self.single_cells, self.single_cell_of, self.single_weights, self.single_lora
         for i in range(len(cell_of)):
             x = cells[cell_of[i]]((x, modulation, cos, sin),
                                   joined(weights[i], template, f"single_{i}", self.single_shapes), lora[places[i]])

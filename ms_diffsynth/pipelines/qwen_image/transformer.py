@@ -94,8 +94,7 @@ class QwenImageTransformer(Arranged, mindone.QwenImageTransformer2DModel):
         keys = ops.cat((prompt_mask, ops.ones((batch, image.shape[1]), ms.float32)), 1)
         mask = network.text_mask(keys, keys.shape[1], self.heads, image.dtype)
         lora = self.lora(image) if self.has_lora else self.no_lora
-        cells, cell_of = self.block_cells, self.block_cell_of
-        weights, places = self.block_weights, self.block_lora
+        cells, cell_of, weights, places = self.block_cells, self.block_cell_of, self.block_weights, self.block_lora
         for i in range(len(cell_of)):
             image, text = cells[cell_of[i]]((image, text, emb, cos, sin, mask), weights[i], lora[places[i]])
         scale, shift = network.chunks(self.norm_out.linear(emb), 2)
