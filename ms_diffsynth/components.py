@@ -68,6 +68,9 @@ def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.C
     except TypeError as error:
         raise WeightError(f"no {component.class_name} can be built from {source.folder / 'config.json'} ({error}). "
                           "Expected the settings of that class; download the file again.") from error
+    for _, part in cell.cells_and_names():
+        if hasattr(part, "set_flash_attention_force_cast_dtype"):  # mindone's, which casts float32 to float16 on Ascend
+            part.set_flash_attention_force_cast_dtype(None)
     checkpoint = open_checkpoint(list(source.files) or source.folder)
     found = {k: v for k, v in checkpoint.shapes.items() if not k.startswith(component.ignored)}
     match(torch_shapes(cell), found, where=str(source.folder))

@@ -12,12 +12,16 @@ import atexit
 import contextlib
 import logging
 import os
+import platform
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor
 
+from ms_diffsynth import __version__
 from ms_diffsynth.errors import ConfigError, DeviceError, nearest
 from ms_diffsynth.ops import install_cpu_kernels
 
@@ -25,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 MODES = ("graph", "pynative")
 DEVICES = ("CPU", "Ascend")
+ASCEND = Path("/usr/local/Ascend")  # where CANN and its driver are installed unless the environment says otherwise
 DTYPES = {"float32": ms.float32, "float16": ms.float16, "bfloat16": ms.bfloat16}
 
 
@@ -152,6 +157,24 @@ def _set_up_ascend(device_memory: float | None) -> None:
     ms.device_context.ascend.op_precision.conv_allow_hf32(False)  # or float32 convolutions keep 12 bits of a number
     if os.environ.get("MS_LAUNCH_BLOCKING") == "1":
         ms.runtime.launch_blocking()
+
+
+def versions() -> dict[str, str]:
+    """What a report of numbers must say of where they come from: packages, and on an Ascend device, CANN and driver."""
+    found = {"ms_diffsynth": __version__} | {name: version(name) for name in ("mindspore", "mindone", "numpy")}
+    found |= {"python": platform.python_version(), "machine": platform.machine(), "device": current().device}
+    if current().device == "Ascend":
+        found["device"] = ms.hal.get_device_name(0)
+        home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+        found["cann"] = _version_in(Path(home or ASCEND / "ascend-toolkit/latest") / "compiler" / "version.info")
+        found["driver"] = _version_in(ASCEND / "driver" / "version.info")
+    return found
+
+
+def _version_in(file: Path) -> str:
+    """The version in a file of CANN or of its driver, as MindSpore's own check reads it."""
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    return next((line.partition("=")[2].strip() for line in lines if line.lower().startswith("version=")), "unknown")
 
 
 def to_device(value: Any) -> Tensor:

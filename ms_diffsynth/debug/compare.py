@@ -1,11 +1,40 @@
 """Compared quantities: what was found, what a reference holds, how far they differ, and how far they may."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ms_diffsynth.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerances:
+    """The largest relative error allowed, by what is compared: losses, values of the network, gradients, and what five
+    updates make of the weights."""
+
+    loss: float
+    value: float
+    gradient: float
+    trained: float
+
+
+# Float32: other orders of sums, and 1e-4 where sums cancel. Bfloat16: one rounding is up to 2 ** -8 = 0.4 % of a
+# number, and some forty lie between the weights and a value of a tiny network or VAE. They are compared with the
+# reference's float32 as vectors in the Euclidean norm, where errors of random sign add up as the root of their number:
+# sqrt(40) * 2 ** -8 = 2.5 % of a value, twice that of a gradient, which goes the way back as well (found: 1.8 % and
+# 1.4 %, 2026-11-29). Of a mean over thousands of elements, such as a loss, one rounding is left.
+TOLERANCES = {"float32": Tolerances(loss=1e-5, value=1e-5, gradient=1e-4, trained=1e-4),
+              "bfloat16": Tolerances(loss=4e-3, value=2.5e-2, gradient=5e-2, trained=5e-2)}
+
+# On another device than the reference's exp and tanh are other polynomials: 6e-5 of a gradient, which Adam makes 3e-4
+# of the weights where a gradient is near its eps (`together`).
+ON_ASCEND = {"float32": replace(TOLERANCES["float32"], trained=1e-3), "bfloat16": TOLERANCES["bfloat16"]}
+
+
+def tolerances(dtype: str, device: str) -> Tolerances:
+    """What is allowed for a dtype on "CPU" or "Ascend"."""
+    return (ON_ASCEND if device == "Ascend" else TOLERANCES)[dtype]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn
 
+from ms_diffsynth import runtime
 from ms_diffsynth.components import Component, Source
-from ms_diffsynth.debug.compare import Quantity, relative_error, together, worst
+from ms_diffsynth.debug.compare import Quantity, relative_error, together, tolerances, worst
 from ms_diffsynth.debug.end_to_end import check_end_to_end
 from ms_diffsynth.debug.gradients import Gradients
 from ms_diffsynth.diffusion.ddpm import DDPMObjective
@@ -23,7 +24,7 @@ from ms_diffsynth.diffusion.weighting import table
 from ms_diffsynth.errors import DataError
 from ms_diffsynth.io.weights import load_state_dict
 from ms_diffsynth.nn.lora import inject_lora, lora_pairs, set_lora
-from ms_diffsynth.nn.names import state_dict, torch_parameters
+from ms_diffsynth.nn.names import state_dict, to_numpy, torch_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Cut, Program, is_optional, slot
 from ms_diffsynth.registry import family
@@ -31,9 +32,10 @@ from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import AdamW
 from ms_diffsynth.train.program_step import ProgramTrainStep
+from ms_diffsynth.train.sharding import ShardedAdamW, needs_float32
 from ms_diffsynth.units import TensorUnit
 
-LOSS, VALUE, GRADIENT, TRAINED = 1e-5, 1e-5, 1e-4, 1e-4  # largest relative error allowed, float32
+CASES = Path(__file__).parent / "cases"  # those that travel in the package
 OBJECTIVES = {"flow_match_sft": "sft", "flux_dreambooth": "dreambooth", "ddpm_epsilon": "sft"}
 # what a case records under another name than the slot's
 INPUTS = {"images": "input_latents"}
@@ -46,7 +48,7 @@ def read_case(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "case.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{folder} is no reference case: it has no case.json. Give a folder such as "
-                        "tests/golden/flux.") from None
+                        f"{CASES / 'flux'}.") from None
     except ValueError as error:
         raise DataError(f"{folder / 'case.json'} is not JSON ({error}): copy the case again.") from None
 
@@ -54,8 +56,9 @@ def read_case(folder: Path) -> dict[str, Any]:
 class Case:
     """A reference case of one network, loaded."""
 
-    def __init__(self, folder: Path, info: dict[str, Any]):
+    def __init__(self, folder: Path, info: dict[str, Any], dtype: str = "float32"):
         self.folder, self.info = folder, info
+        self.dtype, self.tolerances = runtime.DTYPES[dtype], tolerances(dtype, runtime.current().device)
         if self.info.get("objective") not in OBJECTIVES:
             raise DataError(f"{folder / 'case.json'}: objective {self.info.get('objective')!r} cannot be run; expected "
                             f"one of {', '.join(OBJECTIVES)}.")
@@ -85,11 +88,22 @@ class Case:
 
     def pipeline(self) -> Pipeline:
         """The family's pipeline with the case's models."""
-        pipe = family(self.info["family"]).pipeline(dtype=ms.float32)
+        pipe = family(self.info["family"]).pipeline(dtype=self.dtype)
         for component in pipe.components:
             if (self.folder / component.folder / "config.json").is_file():
                 pipe.sources[component.name] = Source(self.folder / component.folder)
         return pipe
+
+    def gradients(self, name: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> Quantity:
+        """Float32 judges each tensor by itself; of bfloat16 some are little but rounding, and all are one vector."""
+        judge = worst if self.dtype == ms.float32 else together
+        return judge(name, pairs, self.tolerances.gradient)
+
+    def value(self, name: str, found: np.ndarray, expected: np.ndarray) -> Quantity:
+        """Float32 by the largest difference; bfloat16 in the Euclidean norm."""
+        if self.dtype == ms.float32:
+            return Quantity(name, relative_error(found, expected), self.tolerances.value)
+        return together(name, {name: (found, expected)}, self.tolerances.value)
 
     def given(self, k: int) -> dict[str, np.ndarray]:
         """Slots that the case fixes at evaluation ``k``; draws are recorded for each evaluation."""
@@ -104,12 +118,19 @@ class Case:
         return slots | {"noise": self.inputs["noise"][k], "timestep_index": index}
 
 
-def check_case(folder: Path, mode: str) -> list[Quantity]:
-    """Run one case in ``mode`` and return every compared quantity."""
+def check_case(folder: Path, mode: str, dtype: str = "float32") -> list[Quantity]:
+    """Run one case in ``mode``, computed in ``dtype``, and return every compared quantity.
+
+    Raises: DataError for a case from end to end in another dtype than float32.
+    """
     info = read_case(Path(folder))
     if info.get("kind") == "end_to_end":
+        if dtype != "float32":
+            raise DataError(f"{folder} is a case from end to end, whose ids and images are compared one by one: "
+                            f"expected --dtype float32, got {dtype}. Give a case of one network, such as "
+                            f"{CASES / 'flux'}.")
         return check_end_to_end(Path(folder), info, mode)
-    case = Case(Path(folder), info)
+    case = Case(Path(folder), info, dtype)
     pipe, objective = case.pipeline(), case.objective
     schedule = pipe.training_schedule(OBJECTIVES[case.info["objective"]])
     quantities = []
@@ -118,7 +139,7 @@ def check_case(folder: Path, mode: str) -> list[Quantity]:
         quantities.append(Quantity("sigma grid", relative_error(schedule.sigmas, grid), 1e-6))
     if "grid.weights" in case.inputs:
         weights = table(objective.weighting_scheme, schedule.sigmas)
-        quantities.append(Quantity("loss weights", relative_error(weights, case.inputs["grid.weights"]), LOSS))
+        quantities.append(Quantity("loss weights", relative_error(weights, case.inputs["grid.weights"]), 1e-5))
     if "template_kv_cache" in case.info:
         pipe.components = (*pipe.components, Component(name="template_model", folder="", build=None))
         pipe.models["template_model"] = RecordedKeys(case.inputs)
@@ -162,15 +183,15 @@ def _first_evaluation(case: Case, pipe: Pipeline, program: Program, mode: str) -
         parameter.requires_grad = True
     step = CompiledStep(Gradients(UnitSequence(cut, pipe), list(parameters.values())).run, "the gradients", mode)
     values = step(*_tensors(case, pipe, cut, 0))
-    slots = dict(zip(cut.outputs, [v.asnumpy() for v in values[: len(cut.outputs)]]))
-    found = dict(zip(parameters, [v.asnumpy() for v in values[len(cut.outputs) :]]))
-    quantities = [Quantity(expected[slot].replace("_", " "), relative_error(slots[slot], case.expected[expected[slot]]),
-                           VALUE) for slot in observed]
-    quantities.append(Quantity("loss", relative_error(slots["loss"], case.expected["loss"]), LOSS))
+    arrays = [to_numpy(v).astype(np.float32) for v in values]
+    slots, found = dict(zip(cut.outputs, arrays)), dict(zip(parameters, arrays[len(cut.outputs):]))
+    quantities = [case.value(expected[slot].replace("_", " "), slots[slot], case.expected[expected[slot]])
+                  for slot in observed]
+    quantities.append(Quantity("loss", relative_error(slots["loss"], case.expected["loss"]), case.tolerances.loss))
     recorded = {name: case.expected[f"grad.{name}"] for name in found}
     pairs = {name: (case.rows(gradient).reshape(recorded[name].shape), recorded[name])
              for name, gradient in found.items()}
-    return [*quantities, worst("gradients", pairs, GRADIENT)]
+    return [*quantities, case.gradients("gradients", pairs)]
 
 
 class RecordedKeys(nn.Cell):
@@ -215,16 +236,20 @@ def _training(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Q
                            for n in lora["target_modules"]})
     fused = [unit.name for unit in program.units if unit.is_always_fused]
     cut = program.cut(("loss", "sample_losses"), (pipe.network,), fused)
-    optimizer = AdamW(module.trainable_parameters(), learning_rate=settings["lr"], betas=tuple(settings["betas"]),
+    parameters = module.trainable_parameters()
+    kind = ShardedAdamW if needs_float32(parameters) else AdamW
+    optimizer = kind(parameters, learning_rate=settings["lr"], betas=tuple(settings["betas"]),
                       eps=settings["eps"], weight_decay=settings["weight_decay"])
     step = ProgramTrainStep(module, cut, optimizer, max_grad_norm=settings["max_grad_norm"], mode=mode)
     count = len(expected["train.losses"])
     results = [step.step(*_tensors(case, pipe, cut, k + 1)) for k in range(count)]
     losses = np.array([r.loss.asnumpy() for r in results])
-    quantities = [Quantity(f"losses of {count} steps", relative_error(losses, expected["train.losses"]), TRAINED)]
+    quantities = [Quantity(f"losses of {count} steps", relative_error(losses, expected["train.losses"]),
+                           max(case.tolerances.loss, 1e-4))]
     if "train.grad_norms" in expected:
         norms = np.array([r.grad_norm.asnumpy() for r in results])
-        quantities.append(Quantity("gradient norms", relative_error(norms, expected["train.grad_norms"]), TRAINED))
+        quantities.append(Quantity("gradient norms", relative_error(norms, expected["train.grad_norms"]),
+                                   case.tolerances.gradient))
     if "lora" in case.info:
         weights = {f"{name}.lora_{letter}.weight": array for name, pair in lora_pairs(network).items()
                    for letter, array in zip("AB", pair)}
@@ -232,4 +257,4 @@ def _training(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Q
         weights = {name: case.rows(array) for name, array in state_dict(network).items()}
     pairs = {name: (array, expected[f"train.{name}"]) for name, array in weights.items()}
     trained = "LoRA" if "lora" in case.info else "weights"
-    return [*quantities, together(f"{trained} after {count} steps", pairs, TRAINED)]
+    return [*quantities, together(f"{trained} after {count} steps", pairs, case.tolerances.trained)]

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 
 from ms_diffsynth.debug.compare import Quantity, relative_error, together, worst
+from ms_diffsynth.debug.parity import CASES as CASES_OF_PACKAGE
 from ms_diffsynth.errors import DataError
 from ms_diffsynth.io.weights import load_state_dict, save_state_dict
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+FLUX, UNET = CASES_OF_PACKAGE / "flux", CASES_OF_PACKAGE / "ddpm_unet"
 CASES = ("flux", "flux_dreambooth_cosmap", "flux2_klein", "qwen_image")
 
 
 @pytest.mark.parametrize("case", [case if case == "flux" else pytest.param(case, marks=pytest.mark.slow)
                                   for case in CASES])
 def test_the_reference_cases_pass_eagerly(run, case):
-    code, out, _ = run("parity", GOLDEN / case, "--mode", "pynative")
+    code, out, _ = run("parity", FLUX if case == "flux" else GOLDEN / case, "--mode", "pynative")
     assert code == 0 and "FAIL" not in out and out.endswith("all quantities are within tolerance\n")
     assert all(f"ok   {name}" in out for name in ("loss", "gradients", "velocity", "input latents", "sigma grid"))
     assert ("LoRA after 5 steps" in out) == (case != "flux_dreambooth_cosmap")
@@ -38,9 +40,31 @@ def test_the_keys_and_values_of_a_template_and_their_gradients(run, tmp_path):
     assert code == 1 and out.count("FAIL") == 1 and "(kv_cache.double_0.v)" in out
 
 
+def test_without_folders_the_cases_of_the_package_and_a_report_of_them(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ms_diffsynth.cli.parity.CASES", tmp_path / "cases")
+    shutil.copytree(GOLDEN / "flux2_template_kv", tmp_path / "cases" / "one")
+    code, out, _ = run("parity", "--mode", "pynative", "--report", tmp_path / "report.json")
+    assert code == 0 and out.endswith("all quantities are within tolerance\n")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["verdict"] == "all quantities are within tolerance" and not report["is_standin"]
+    assert {"ms_diffsynth", "mindspore", "mindone", "device", "python"} <= set(report["versions"])
+    (one,) = report["runs"]
+    assert (one["case"], one["mode"], report["dtype"]) == ("one", "pynative", "float32")
+    assert all(q["passes"] and q["error"] <= q["tolerance"] for q in one["quantities"]) and len(one["quantities"]) > 3
+
+
+def test_the_package_has_cases_of_two_kinds_of_network():
+    assert sorted(path.name for path in CASES_OF_PACKAGE.iterdir()) == ["ddpm_unet", "flux"]
+
+
+def test_a_dtype_that_the_cpu_has_not(run):
+    code, _, err = run("parity", "--device", "CPU", "--dtype", "bfloat16")
+    assert code != 0 and "no bfloat16 matrix product: expected --dtype float32, or --device Ascend" in err
+
+
 @pytest.mark.slow
 def test_a_network_whose_every_weight_is_trained(run):
-    code, out, _ = run("parity", GOLDEN / "ddpm_unet", "--mode", "pynative")
+    code, out, _ = run("parity", UNET, "--mode", "pynative")
     assert code == 0 and "FAIL" not in out
     assert all(f"ok   {name}" in out for name in ("noisy images", "noise pred", "loss", "gradients (144 tensors)",
                                                   "losses of 5 steps", "weights after 5 steps (144 tensors)"))
@@ -48,7 +72,7 @@ def test_a_network_whose_every_weight_is_trained(run):
 
 @pytest.mark.slow
 def test_the_reference_cases_pass_compiled(run):
-    cases = [GOLDEN / case for case in (*CASES, "flux2_template_kv", "ddpm_unet")]
+    cases = [FLUX, UNET, *(GOLDEN / case for case in (*CASES[1:], "flux2_template_kv"))]
     code, out, _ = run("parity", *cases, "--mode", "graph")
     assert code == 0 and "FAIL" not in out
 
