@@ -1,4 +1,4 @@
-"""Trains a tiny model a few steps, in this process: ``python trainings.py FOLDER FAMILY DEVICE:DTYPE:MODE ...``.
+"""Trains a tiny model a few steps: ``python trainings.py FOLDER FAMILY DEVICE:DTYPE:MODE[:recompute] ...``.
 
 Every run writes FOLDER/<device>-<dtype>-<mode>/loss.csv. On the stand-in the log has the marks "training step N begins"
 and "training step N ends". Started by `test_training.py`; the model must be in FOLDER/model.
@@ -30,11 +30,12 @@ FAMILIES = {
 }
 
 
-def train(folder: Path, family: str, device: str, dtype: str, mode: str) -> int:
+def train(folder: Path, family: str, device: str, dtype: str, mode: str, recompute: str = "") -> int:
     """One training by the command line, from the same draws and rows whatever the device."""
     settings = FAMILIES[family] | {
         "family": family, "model_paths": folder / "model", "max_train_steps": STEPS, "lr_warmup_steps": 1,
-        "device": device, "dtype": dtype, "mode": mode, "output_path": folder / f"{device}-{dtype}-{mode}"}
+        "device": device, "dtype": dtype, "mode": mode, "output_path": folder / f"{device}-{dtype}-{mode}{recompute}",
+        "use_gradient_checkpointing": str(bool(recompute)).lower()}
     return main(["train", *(f"--{name}={value}" for name, value in settings.items())])
 
 
