@@ -211,6 +211,11 @@ def model_base_path() -> str | None:
     return os.environ.get("MS_DIFFSYNTH_MODEL_BASE_PATH") or None
 
 
+def memory_text(size: int) -> str:
+    """Bytes as ``1.3 GiB``, or as ``20 MiB`` where that is little."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 // 10 else f"{size / 2**20:.0f} MiB"
+
+
 def peak_memory_bytes() -> int:
     """The largest size so far, in bytes: of what MindSpore holds on the Ascend, or of this process on the CPU."""
     if current().device == "Ascend":

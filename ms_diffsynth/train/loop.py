@@ -378,13 +378,14 @@ class _Run:
 
     def _finish(self) -> None:
         logger, step, skipped = self.logger, self.step, self.report.skipped
-        peak = runtime.peak_memory_bytes() / 2**30
+        peak = runtime.peak_memory_bytes()
         logger.event("end", compilations=step.compilations, compile_seconds=round(step.compile_seconds, 2),
-                     skipped=skipped, peak_memory_gib=round(peak, 2))
+                     skipped=skipped, peak_memory_gib=round(peak / 2**30, 2))
         passed_over = f", {skipped} skipped as non-finite" if skipped else ""
         compiled = (f"; the step was compiled {step.compilations} time(s), {step.compile_seconds:.1f} s"
                     if self.accelerator.mode == "graph" and not self.is_eager else "")
-        self.progress.say(f"trained {logger.num_steps} steps{passed_over}{compiled}; peak memory {peak:.1f} GiB; "
+        self.progress.say(f"trained {logger.num_steps} steps{passed_over}{compiled}; "
+                          f"peak memory {runtime.memory_text(peak)}; "
                           f"loaded: {describe_loaded(self.model.pipe)}")
         folder = logger.output_path
         for path in [*logger.saved[-1:], folder / "loss.png", folder / "samples/before_after.png"]:

@@ -129,7 +129,8 @@ def _fill(accelerator: Accelerator, cache: Cache, rows: dict[str, list[PlannedRo
     each = f" ({seconds / written:.2f} s and {size / written / 1e3:,.0f} kB a row)" if written else ""
     progress.say(f"cache in {cache.folder}: {sum(map(len, rows.values()))} rows, {written} prepared{each}, "
                  f"{len(todo) - written} there already{f'; {len(done)} ranks' if len(done) > 1 else ''}")
-    progress.say(f"loaded: {describe_loaded(model.pipe)}; peak memory {runtime.peak_memory_bytes() / 2**30:.1f} GiB")
+    progress.say(f"loaded: {describe_loaded(model.pipe)}; peak memory "
+                 f"{runtime.memory_text(runtime.peak_memory_bytes())}")
 
 
 def open_cache(folder: str | Path, module: DiffusionTrainingModule, cut: Cut,
