@@ -17,12 +17,18 @@ from ms_diffsynth.train.compile import CompiledStep
 ROOT = Path(__file__).parents[2]
 STEPS = 3
 CAT = ROOT / "examples/data/dreambooth_cat_fluent"
+TILES = ROOT / "examples/data/photo_tiles64"
 SMILEYS = ROOT / "examples/data/smileys64"
 ROWS = {"dataset_base_path": CAT, "dataset_metadata_path": CAT / "metadata.csv", "height": 128, "width": 128,
         "batch_size": 3, "lora_rank": 16, "learning_rate": 2e-3}
 FAMILIES = {
     "qwen_image": ROWS,
     "flux2": ROWS | {"max_sequence_length": 64},
+    "flux2_template": {
+        "dataset_base_path": TILES, "dataset_metadata_path": TILES / "train.jsonl", "height": 64, "width": 64,
+        "batch_size": 2, "max_sequence_length": 24, "learning_rate": 4e-3, "extra_inputs": "template_inputs",
+        "template_model_id_or_path": ROOT / "examples/flux2/templates/brightness", "trust_template_code": True,
+        "trainable_models": "template_model", "remove_prefix_in_ckpt": "pipe.template_model."},
     "flux": ROWS | {"max_sequence_length": 32},
     "ddpm_unet": {"dataset_base_path": SMILEYS, "dataset_metadata_path": SMILEYS / "metadata.csv", "height": 32,
                   "width": 32, "batch_size": 4, "learning_rate": 1e-3, "trainable_models": "unet",
@@ -33,8 +39,9 @@ FAMILIES = {
 def train(folder: Path, family: str, device: str, dtype: str, mode: str, recompute: str = "") -> int:
     """One training by the command line, from the same draws and rows whatever the device."""
     settings = FAMILIES[family] | {
-        "family": family, "model_paths": folder / "model", "max_train_steps": STEPS, "lr_warmup_steps": 1,
-        "device": device, "dtype": dtype, "mode": mode, "output_path": folder / f"{device}-{dtype}-{mode}{recompute}",
+        "family": family.removesuffix("_template"), "model_paths": folder / "model",
+        "max_train_steps": STEPS, "lr_warmup_steps": 1, "device": device, "dtype": dtype, "mode": mode,
+        "output_path": folder / f"{device}-{dtype}-{mode}{recompute}",
         "use_gradient_checkpointing": str(bool(recompute)).lower()}
     return main(["train", *(f"--{name}={value}" for name, value in settings.items())])
 
