@@ -42,6 +42,21 @@ def no_open_gradient():
     assert not is_open
 
 
+@pytest.fixture(scope="session")
+def on_standin():
+    """`standin.environment`, of a stand-in for CANN that is built. Where it cannot be, a skip; in CI, an error."""
+    from ms_diffsynth.errors import DeviceError
+    from ms_diffsynth.standin import environment
+
+    try:
+        environment()
+    except DeviceError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"NOT TESTED, the stand-in for CANN cannot be built here: {error}")
+    return environment
+
+
 @pytest.fixture(scope="session", autouse=True)
 def configured():
     from ms_diffsynth import runtime

@@ -3,14 +3,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import mindspore as ms
 import pytest
 
 from ms_diffsynth.debug.skeleton import Plan, build, measure, published
-from ms_diffsynth.errors import ConfigError, DeviceError
+from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.nn.names import torch_parameters, torch_shapes
 from ms_diffsynth.registry import family
 from ms_diffsynth.standin import Log
@@ -44,17 +43,8 @@ def test_another_model_is_an_error_that_names_those_there_are():
         published(Plan(family="toy", model="x"))
 
 
-def standin(plan: Plan, **options):
-    try:
-        return measure(plan, **options)
-    except DeviceError as error:
-        if "cannot be built" not in str(error) or os.environ.get("CI"):
-            raise
-        pytest.skip(f"NOT TESTED, the stand-in for CANN cannot be built here: {error}")
-
-
-def test_a_recomputed_step_reads_its_weights_where_they_lie(tmp_path):
-    report = standin(Plan(family="flux", model="FLUX.1-dev", height=64, width=64, settings=SMALL), folder=tmp_path)
+def test_a_recomputed_step_reads_its_weights_where_they_lie(on_standin, tmp_path):
+    report = measure(Plan(family="flux", model="FLUX.1-dev", height=64, width=64, settings=SMALL), folder=tmp_path)
     step = Log.read(tmp_path / "log.jsonl").between("step 2 begins", "step 2 ends")
     moved = [k.tensors()[0]["shape"] for k in step.kernels() if k.name == "TensorMove"]
     assert not [shape for shape in moved if len(shape) > 1], "MindSpore copies weights"  # the flat LoRA, it does
