@@ -37,8 +37,8 @@ def execute(args: argparse.Namespace) -> int:
         for mode in runtime.MODES if args.mode == "both" else (args.mode,):
             runtime.configure(mode, args.device)
             if runtime.current().device == "CPU" and args.dtype != "float32":
-                raise ConfigError(f"--dtype {args.dtype} on the CPU, which has no {args.dtype} matrix product: expected "
-                                  "--dtype float32, or --device Ascend.")
+                raise ConfigError(f"--dtype {args.dtype} on the CPU, which has no {args.dtype} matrix product: "
+                                  "expected --dtype float32, or --device Ascend.")
             _say(f"{folder} ({mode})")
             try:
                 quantities = check_case(folder, mode, args.dtype)
