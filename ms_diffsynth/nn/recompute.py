@@ -79,7 +79,7 @@ def _value(weight):
 class _Again(Kept):
     """What `Recomputed` compiles. Its weights are values, not Parameters: those MindSpore 2.10 reads anew in ``bprop``,
     and where a view (``mint.split``, say) lies between two readings, it copies the weights before each of them: all of
-    the network, twice, at the beginning of forward and of backward (TensorMove; FLUX.1-dev at full depth 66 GiB).
+    the network, twice, at the beginning of forward and of backward (TensorMove), which is three times its memory.
     """
 
     def __init__(self, block: nn.Cell):
