@@ -22,7 +22,6 @@ from ms_diffsynth.errors import ConfigError, WeightError
     (["tiny", "flx", "m"], "family='flx' is unknown: expected one of ddpm_unet, flux, flux2, qwen_image, toy. "
                          "Did you mean 'flux'?"),
     (["tiny", "toy"], "the following arguments are required: DIR."),
-    (["parity"], "the following arguments are required: DIR."),
     (["parity", "x", "--mode", "eager"], "argument --mode: invalid choice: 'eager'"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_what_cannot_be_meant(run, words, expected):

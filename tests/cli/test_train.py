@@ -180,10 +180,11 @@ def test_a_lora_starts_from_the_seed_of_the_run():
 def test_every_setting_is_read():
     """A setting nobody reads would be obeyed by nobody. The options of the loop are handed on as a whole."""
     source = Path(run_module.__file__).read_text()
-    assert "args=settings" in source
+    assert "args=settings" in source and "Accelerator.of(settings" in source
     source += Path(publish_module.__file__).read_text()
     handed_on = set(TrainingOptions.__dataclass_fields__)
     by_name = {"tokenizer_path", "tokenizer_1_path", "tokenizer_2_path"}  # read as f"{name}_path"
+    by_name |= {"mode", "jit_level", "device_memory"}  # by `Accelerator.of`
     by_name |= {name for name, s in SETTINGS.items() if s.section == "objective"}  # by `objective_of`, as fields
     unread = [n for n in SETTINGS if n not in handed_on | by_name and not re.search(rf"\.{n}\b", source)]
     assert not unread

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 
 import pytest
@@ -54,7 +55,10 @@ def shown(command, targets, log, read):
     while process.poll() is None:
         screen.wait(0.05)
         read()
-    screen.finish(5)
+    finish = threading.Thread(target=screen.finish, args=(60,))  # what is left is passed on as it is read
+    finish.start()
+    while finish.is_alive():
+        read(0.01)
     return read(0.5)
 
 
