@@ -89,13 +89,16 @@ class Training:
         return self.case.wanted(f"{self.name}.{name}")
 
     def _pairs(self, kind: str, parameters: Iterable[Parameter | Tensor]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Name -> (found, expected) of one tensor for each trained parameter."""
+        """Name -> (found, expected) of one tensor for each trained weight, of the matrices of a LoRA each."""
         torch_names = {id(p): name for name, p in torch_parameters(self.network).items()}
+        flats = {id(cell.flat.flat): cell.flat for cell in lora_modules(self.network).values() if cell.flat is not None}
         pairs = {}
         for own, tensor in zip(self.parameters, parameters):
-            name = own.name if self.run["lora_rank"] else torch_names[id(own)]
-            wanted = self._expected(f"{kind}.{name}")
-            pairs[name] = (self.case.rows(to_numpy(tensor)).reshape(wanted.shape), wanted)
+            array = to_numpy(tensor)
+            own_name = own.name if self.run["lora_rank"] else torch_names[id(own)]
+            for name, found in (flats[id(own)].matrices(array) if id(own) in flats else {own_name: array}).items():
+                wanted = self._expected(f"{kind}.{name}")
+                pairs[name] = (self.case.rows(found).reshape(wanted.shape), wanted)
         return pairs
 
     def quantities(self) -> list[Quantity]:
