@@ -18,7 +18,7 @@ from own_blocks import (
     with_weights,
 )
 
-from ms_diffsynth.nn.lora import lora_parameters
+from ms_diffsynth.nn.lora import lora_modules, lora_pairs, lora_parameters
 from ms_diffsynth.nn.quant import store_8bit
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.pipelines.qwen_image.rotary import image_table
@@ -108,6 +108,18 @@ def test_equals_mindones_layers(qwen, masked):
     assert_same(value_and_gradients(dit, own(dit, mask), inputs(), weights, False), expected)
     padding = expected["input 1"][0, 3:]
     assert (np.abs(padding).max() < 1e-6) == masked, "padding that is attended to has a gradient"
+
+
+def test_an_array_laid_out_as_the_loras_parameter_is_taken_apart_by_the_names_in_files(qwen):
+    dit = network(qwen)
+    with_lora(dit, TARGETS)
+    own(dit)(*inputs())
+    (flat,) = {id(cell.flat): cell.flat for cell in lora_modules(dit).values()}.values()
+    found = flat.matrices(flat.flat.asnumpy())
+    expected = {f"{name}.lora_{letter}.weight": array for name, pair in lora_pairs(dit).items()
+                for letter, array in zip("AB", pair)}
+    assert list(found) and set(found) == set(expected)
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
 
 
 def test_compiled_equals_mindones_layers_with_lora(qwen):
