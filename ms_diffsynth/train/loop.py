@@ -198,7 +198,8 @@ class _Run:
         count = sum(int(np.prod(p.shape)) for p in self.optimizer.parameters)
         where = "eagerly, by the module's own forward" if self.is_eager else f"in {self.accelerator.mode} mode"
         ranks = self.accelerator.num_processes
-        self.progress.say(f"training {count:,} parameters in {len(self.optimizer.parameters)} tensors {where} on "
+        tensors = len(self.optimizer.parameters)
+        self.progress.say(f"training {count:,} parameters in {tensors} tensor{'s' if tensors > 1 else ''} {where} on "
                           f"{self.accelerator.device}{f', {ranks} ranks' if ranks > 1 else ''}: {self.total} steps, "
                           f"{len(self.loader)} batches per epoch")
 
