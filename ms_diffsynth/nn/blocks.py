@@ -18,12 +18,12 @@ from ms_diffsynth.nn.recompute import Kept, Offloaded, Recomputed
 
 @dataclass(frozen=True)
 class Kind:
-    """The blocks of one list: ``names`` of their layers, dotted, in the order in which ``build`` takes their functions
-    to make the cell of a block."""
+    """The blocks of one list: ``names`` of their layers, dotted, in the order in which ``build`` takes their functions,
+    after the block itself, to make the cell of a block. Blocks with equal layers and of one class are equal."""
 
     list_name: str
     names: Sequence[str]
-    build: Callable[[list[nn.Cell]], nn.Cell]
+    build: Callable[[nn.Cell, list[nn.Cell]], nn.Cell]
 
 
 class Arranged:
@@ -59,11 +59,11 @@ class Arranged:
         known = self.__dict__.setdefault("_known_blocks", {})  # not an attribute: a cell would take it for its own
         blocks = [(block, [layer_of(cell) for cell in at(block, kind.names)])
                   for block in getattr(self, kind.list_name)]
-        signatures = [(name, getattr(block, "is_recomputed", False), getattr(block, "is_offloaded", False),
+        signatures = [(type(block), getattr(block, "is_recomputed", False), getattr(block, "is_offloaded", False),
                        *(layer.kind for layer in layers)) for block, layers in blocks]
-        for signature, (_, layers) in zip(signatures, blocks):
+        for signature, (block, layers) in zip(signatures, blocks):
             if signature not in known:
-                cell = kind.build(functions(layers))
+                cell = kind.build(block, functions(layers))
                 known[signature] = (Offloaded if signature[2] else Recomputed if signature[1] else Kept)(cell)
         different = list(dict.fromkeys(signatures))
         return {"_cells": nn.CellList([known[s] for s in different], auto_prefix=False) if different else (),

@@ -165,7 +165,7 @@ class FluxTransformer(Arranged, mindone.FluxTransformer2DModel):
         return {"double": Kind("transformer_blocks", DoubleBlock.NAMES, partial(self._build, DoubleBlock)),
                 "single": Kind("single_transformer_blocks", SingleBlock.NAMES, partial(self._build, SingleBlock))}
 
-    def _build(self, kind, layers):
+    def _build(self, kind, _, layers):
         # a bias, because the weight may be stored in 8 bits
         return kind(layers, self.heads, self.x_embedder.bias.dtype)
 

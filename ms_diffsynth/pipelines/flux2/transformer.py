@@ -173,7 +173,7 @@ class Flux2Transformer(Arranged, mindone.Flux2Transformer2DModel):
         return {"double": Kind("transformer_blocks", DoubleBlock.NAMES, partial(self._build, DoubleBlock)),
                 "single": Kind("single_transformer_blocks", SingleBlock.NAMES, partial(self._build, SingleBlock))}
 
-    def _build(self, kind, layers):
+    def _build(self, kind, _, layers):
         # the dtype of a norm, because the weights of linear layers may be stored in 8 bits
         dtype = self.transformer_blocks[0].attn.norm_q.weight.dtype
         layers = [*map(Adapted, layers[:len(kind.LINEAR)]), *layers[len(kind.LINEAR):]]

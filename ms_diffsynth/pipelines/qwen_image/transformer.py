@@ -29,16 +29,17 @@ NAMES = ("img_mod.1", "txt_mod.1", "attn.to_q", "attn.to_k", "attn.to_v", "attn.
 class Block(nn.Cell):
     """Image and text as two streams that attend to each other; the weights are those of NAMES, in that order."""
 
-    def __init__(self, layers: list[nn.Cell], heads: int, dtype: ms.Type):
+    def __init__(self, layers: list[nn.Cell], heads: int, dtype: ms.Type, is_last: bool):
         super().__init__(auto_prefix=False)
         (self.modulate, self.text_modulate, self.to_q, self.to_k, self.to_v, self.text_q, self.text_k, self.text_v,
          self.to_out, self.text_out, self.up, self.down, self.text_up, self.text_down,
          self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k, self.matrices) = layers
-        self.heads, self.attend, self.is_float16 = heads, network.masked_attention(dtype), dtype == ms.float16
+        self.heads, self.attend, self.is_last = heads, network.masked_attention(dtype), is_last
+        self.is_float16 = dtype == ms.float16
 
     def construct(self, image, text, emb, cos, sin, mask, weights, lora):
         """image [B, N, D], text [B, L, D], emb [B, D], cos and sin of `network.positions`, mask of
-        `network.text_mask` -> image, text."""
+        `network.text_mask` -> image, text; of the last block the image only."""
         (w_modulate, w_text_modulate, w_q, w_k, w_v, w_text_q, w_text_k, w_text_v, w_out, w_text_out, w_up, w_down,
          w_text_up, w_text_down, w_norm_q, w_norm_k, w_text_norm_q, w_text_norm_k) = weights
         lora = self.matrices(lora)
@@ -57,13 +58,17 @@ class Block(nn.Cell):
         q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
         y, x = network.part(self.attend(q, k, v, mask), text.shape[1])
         image, x = network.shared(network.gate_add(image, gate, self.to_out(x, w_out, lora)), 2)
-        text, y = network.shared(network.gate_add(text, text_gate, self.text_out(y, w_text_out, lora)), 2)
         x = self.up(network.layer_norm_modulate(x, scale_2, shift_2, EPS), w_up, lora)
-        y = self.text_up(network.layer_norm_modulate(y, text_scale_2, text_shift_2, EPS), w_text_up, lora)
         image = network.gate_add(image, gate_2, self.down(network.gelu_tanh(x), w_down, lora))
+        if self.is_float16:
+            image = image.clamp(-65504, 65504)
+        if self.is_last:
+            return image
+        text, y = network.shared(network.gate_add(text, text_gate, self.text_out(y, w_text_out, lora)), 2)
+        y = self.text_up(network.layer_norm_modulate(y, text_scale_2, text_shift_2, EPS), w_text_up, lora)
         text = network.gate_add(text, text_gate_2, self.text_down(network.gelu_tanh(y), w_text_down, lora))
         if self.is_float16:
-            image, text = image.clamp(-65504, 65504), text.clamp(-65504, 65504)
+            text = text.clamp(-65504, 65504)
         return image, text
 
 
@@ -71,6 +76,10 @@ class QwenImageBlock(mindone.QwenImageTransformerBlock):
     """The weights of a block."""
 
     is_arranged = True
+
+
+class QwenImageLastBlock(QwenImageBlock):
+    """The weights of the last block. Nothing reads what becomes of its text after attention: it is not computed."""
 
 
 class QwenImageTransformer(Arranged, mindone.QwenImageTransformer2DModel):
@@ -95,17 +104,19 @@ class QwenImageTransformer(Arranged, mindone.QwenImageTransformer2DModel):
         mask = network.text_mask(keys, keys.shape[1], self.heads, image.dtype)
         lora = self.lora(image) if self.has_lora else self.no_lora
         cells, cell_of, weights, places = self.block_cells, self.block_cell_of, self.block_weights, self.block_lora
-        for i in range(len(cell_of)):
+        last = len(cell_of) - 1
+        for i in range(last):
             image, text = cells[cell_of[i]]((image, text, emb, cos, sin, mask), weights[i], lora[places[i]])
+        image = cells[cell_of[last]]((image, text, emb, cos, sin, mask), weights[last], lora[places[last]])
         scale, shift = network.chunks(self.norm_out.linear(emb), 2)
         return self.proj_out(network.layer_norm_modulate(image, scale, shift, EPS))
 
     def kinds(self):
         return {"block": Kind("transformer_blocks", NAMES, self._build)}
 
-    def _build(self, layers):
+    def _build(self, block, layers):
         # a bias, because the weight may be stored in 8 bits
-        return Block(layers, self.heads, self.img_in.bias.dtype)
+        return Block(layers, self.heads, self.img_in.bias.dtype, isinstance(block, QwenImageLastBlock))
 
 
 def _heads(x, heads):
@@ -122,4 +133,5 @@ def build_transformer(config: dict) -> QwenImageTransformer:
     dit.__class__, dit.heads = QwenImageTransformer, dit.config.num_attention_heads
     for block in dit.transformer_blocks:
         block.__class__ = QwenImageBlock
+    dit.transformer_blocks[-1].__class__ = QwenImageLastBlock
     return dit
