@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from mindspore import nn
@@ -55,6 +56,7 @@ class TensorUnit(nn.Cell):
     onload_model_names: tuple[str, ...] = ()
     is_host = False
     is_always_fused = False  # True: it runs in the training step although it could be prepared
+    has_few_shapes = False  # True: its inputs do, so that it may be compiled to prepare many rows
     no_grad = False
 
     def __init__(self):
@@ -66,10 +68,16 @@ class TensorUnit(nn.Cell):
         for name in self.onload_model_names:
             setattr(self, name, getattr(pipe, name))
 
+    def detach(self, model_names: Iterable[str]) -> None:
+        """Let go of these models, as far as they are attached."""
+        for name in set(model_names) & set(self._cells):
+            delattr(self, name)
+
     def process(self, pipe: PipeView, **inputs: Any) -> dict[str, Any]:
-        """Run eagerly on named inputs and name the outputs."""
+        """Run on named inputs, outside of a step, and name the outputs."""
         self.attach(pipe)
-        return dict(zip(self.output_params, self(*[inputs[slot(p)] for p in self.input_params])))
+        outputs = pipe.function_of(self)(*[inputs[slot(p)] for p in self.input_params])
+        return dict(zip(self.output_params, outputs))
 
 
 class PipeView:

@@ -1,9 +1,11 @@
 """Pipelines: where models come from, what is wrong with them when something is, and the three dictionaries."""
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -53,6 +55,18 @@ def test_models_are_loaded_at_first_use_frozen_and_in_evaluation_mode(tiny):
         pipe.load_models_to_device(["dot"])
     with pytest.raises(AttributeError, match="has no attribute 'control'"):
         _ = pipe.control
+
+
+def test_models_that_are_unloaded_are_gone_and_come_back_when_they_are_used(tiny):
+    pipe = ToyImagePipeline.from_pretrained(str(tiny))
+    pixels = {"pixels": Tensor(np.zeros((1, 3, 16, 16), np.float32))}
+    (encode,) = (unit for unit in pipe.units if unit.name == "encode_image")
+    moments = pipe.run([encode], pixels)["moments"].asnumpy()
+    vae = weakref.ref(pipe.vae)
+    pipe.unload_models(["vae", "dit"])  # dit was not loaded
+    gc.collect()
+    assert vae() is None and pipe.models == {}
+    assert (pipe.run([encode], pixels)["moments"].asnumpy() == moments).all()
 
 
 def test_components_can_be_given_one_by_one_as_folders_or_files(tiny):

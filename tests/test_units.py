@@ -15,6 +15,9 @@ class FakePipe:
     dit = "the dit"
     dtype = "float32"
 
+    def function_of(self, unit):
+        return unit
+
 
 class ReadCaption(PipelineUnit):
     input_params = ("text", "extra?")

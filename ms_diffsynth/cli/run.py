@@ -57,9 +57,10 @@ def run(config: TrainConfig) -> ModelLogger:
     records = ModelLogger(settings.output_path, settings.remove_prefix_in_ckpt, settings.enable_tensorboard_log)
     records.metadata = {"ms_diffsynth.family": settings.family}
     if stage == "data_process" or (cache_dir and not stage):
+        pipe.keeps_models = stage == "data_process"  # and the process ends
         module = build_module(settings, pipe, f"{settings.task.partition(':')[0]}:data_process")
         launch_data_process_task(accelerator, sets[0], module, records, sets[1], cache_dir)
-        pipe.models.clear()  # both stages are never in memory together
+        pipe.unload_models(pipe.model_names)  # both stages are never in memory together
     if stage == "data_process":
         return records
     module = build_module(settings, pipe, settings.task)

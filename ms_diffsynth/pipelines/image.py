@@ -10,7 +10,6 @@ import numpy as np
 from mindspore import Tensor
 from PIL import Image
 
-from ms_diffsynth import runtime
 from ms_diffsynth.data.images import to_pil
 from ms_diffsynth.diffusion.guidance import classifier_free
 from ms_diffsynth.diffusion.sampler import euler
@@ -20,7 +19,7 @@ from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Program
 from ms_diffsynth.template.cache import JoinTemplateCache, TemplateCache, to_slots
-from ms_diffsynth.train.compile import Announce, CompiledStep, _log_only
+from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.units import TensorUnit, run_unit
 
@@ -36,7 +35,6 @@ class ImagePipeline(Pipeline):
         latent_patch: sides of the square of latents that is one image token.
     """
 
-    announce: Announce = staticmethod(_log_only)
     default_cfg_scale = 1.0
     sft_grid: Grid
     dynamic_mu: Callable[[int, int], float] | None = None
@@ -46,7 +44,6 @@ class ImagePipeline(Pipeline):
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
         super().__init__(models, dtype)
         self._scheduler_settings: FlowMatchSettings | None = None
-        self._steps: dict[tuple[str, ...], CompiledStep] = {}
 
     @classmethod
     def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
@@ -173,18 +170,14 @@ class ImagePipeline(Pipeline):
 
     def _sampling_step(self, slots: tuple[str, ...]) -> CompiledStep:
         """The step that reads these slots; a branch with a template and one without are two."""
-        if slots not in self._steps:
+        def build():
             join = JoinTemplateCache(slots)
             units = [join, self.denoise] if join.input_params else [self.denoise]
             fuse = [unit.name for unit in units if unit.is_always_fused]
             cut = Program(units, slots, ("latents", "sigma")).cut(("velocity",), fuse=fuse)
-            sequence = UnitSequence(cut, self, inputs=(*slots, "latents", "sigma"))
-            self._steps[slots] = CompiledStep(sequence.positional, "the sampling step", runtime.current().mode,
-                                              announce=lambda name, shapes: self.announce(name, shapes))
-        return self._steps[slots]
+            return UnitSequence(cut, self, inputs=(*slots, "latents", "sigma")).positional
 
-    def forget_compiled(self) -> None:
-        self._steps.clear()
+        return self.compiled("the sampling step", build, slots)
 
 
 _OPTIONS = ("cfg_scale", "embedded_guidance", "height", "width", "seed", "num_inference_steps", "on_step")

@@ -16,6 +16,7 @@ class EncodeImage(TensorUnit):
     input_params = ("pixels",)
     output_params = ("moments",)
     onload_model_names = ("vae",)
+    has_few_shapes = True
 
     def __init__(self, dtype: ms.Type):
         super().__init__()

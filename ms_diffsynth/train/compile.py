@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Announce = Callable[[str, str], Callable[[float], None]]
 
 
-def _log_only(name: str, shapes: str) -> Callable[[float], None]:
+def log_only(name: str, shapes: str) -> Callable[[float], None]:
     logger.info("compiling %s for %s", name, shapes)
     return lambda seconds: logger.info("compiled %s in %.1f s", name, seconds)
 
@@ -65,7 +65,7 @@ class CompiledStep:
     """
 
     def __init__(self, function: Callable[..., Any], name: str, mode: str, planned: int | None = None,
-                 announce: Announce = _log_only):
+                 announce: Announce = log_only):
         self.name, self.mode, self.planned, self.announce = name, mode, planned, announce
         self._function = function
         if mode == "graph":

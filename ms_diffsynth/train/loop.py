@@ -104,9 +104,9 @@ def _from_cache(accelerator: Accelerator, model: DiffusionTrainingModule, model_
                           "forward, or train with task='sft' and no cache_dir.")
     cut = model.training_cut()
     if stage != "train":
+        model.pipe.keeps_models = False
         launch_data_process_task(accelerator, dataset, model, model_logger, class_dataset, folder)
-        for name in set(cut.models("prepare")) - set(cut.models("step")):
-            model.pipe.models.pop(name, None)
+        model.pipe.unload_models(set(cut.models("prepare")) - set(cut.models("step")))
     return open_cache(folder or dataset.base_path, model, cut, repeat=getattr(dataset, "repeat", 1))
 
 
@@ -127,8 +127,7 @@ class _Run:
         if is_stage_two and sampler is not None:
             self.progress.say("sample pictures need the models that this stage does not load: make them afterwards "
                               "with ms-diffsynth sample")
-        if hasattr(model.pipe, "announce"):
-            model.pipe.announce = self._announce
+        model.pipe.announce = self._announce
         self.evaluation = self._build_evaluation(args)
         self.identity = resume.identity(accelerator, model, self.cut, options, args, dataset, class_dataset)
         self.checkpoints = resume.Checkpoints(accelerator, logger, options, self.identity, captions)
@@ -180,6 +179,8 @@ class _Run:
             self.dataset, self.class_dataset = sets[0], sets[1] if len(sets) > 1 else None
             is_cached = isinstance(self.dataset, CachedRows)
             self.progress.begin(sum(d.rows for d in sets), "reading" if is_cached else "preparing", "row")
+            if not is_cached:
+                self.model.pipe.compile_to_prepare(self.cut.prepare, sum(d.rows for d in sets))
             for rows in sets:
                 rows.prepare_all(self.progress.advance)
             self.progress.end()

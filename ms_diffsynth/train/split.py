@@ -110,6 +110,8 @@ def _fill(accelerator: Accelerator, cache: Cache, rows: dict[str, list[PlannedRo
     began, written, size = time.perf_counter(), 0, 0
     todo = {row.key: (name, index) for name, planned in rows.items() for index, row in enumerate(planned)}
     own = list(todo.items())[accelerator.process_index::accelerator.num_processes]
+    model.pipe.announce = progress.announce
+    model.pipe.compile_to_prepare(cut.prepare, len(todo))
     progress.begin(len(own), "caching", "row")
     beat(0, "prepare")
     for key, (name, index) in own:

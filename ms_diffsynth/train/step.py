@@ -18,7 +18,7 @@ from ms_diffsynth import runtime
 from ms_diffsynth.errors import TrainingError, nearest
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.train import grads as gradients
-from ms_diffsynth.train.compile import Announce, CompiledStep, _log_only
+from ms_diffsynth.train.compile import Announce, CompiledStep, log_only
 from ms_diffsynth.train.exchange import broadcast, exchange_for
 from ms_diffsynth.train.optim import guarded
 from ms_diffsynth.train.sharding import ShardedAdamW
@@ -74,7 +74,7 @@ class TrainStep(nn.Cell):
     def __init__(self, model: nn.Cell, optimizer: nn.Cell, loss_scaler: Any = None, max_grad_norm: float | None = None,
                  gradient_accumulation_steps: int | None = None,
                  gradient_accumulation_kwargs: dict[str, Any] | None = None, *, ema: EMA | None = None,
-                 mode: str | None = None, planned_compilations: int | None = None, announce: Announce = _log_only):
+                 mode: str | None = None, planned_compilations: int | None = None, announce: Announce = log_only):
         super().__init__(auto_prefix=False)
         accumulation = gradient_accumulation_kwargs or {}
         _check(optimizer, max_grad_norm, gradient_accumulation_steps, accumulation)

@@ -337,8 +337,7 @@ def test_a_saved_lora_gives_the_same_velocity_in_a_fresh_pipeline(folders, name,
 
 def compilations(pipe):
     """How often the sampling step was compiled since it was forgotten."""
-    steps = [pipe._step] if "_step" in vars(pipe) else pipe._steps.values()
-    return sum(step.compilations for step in steps)
+    return sum(step.compilations for step in pipe.compiled_steps.values())
 
 
 def test_sampling_depends_on_the_seed_and_on_the_weights_of_the_moment(pipe):

@@ -218,7 +218,7 @@ def test_pictures_depend_on_the_seed_and_not_on_the_batch(folder, eager, options
 
 def test_the_size_and_the_number_of_steps_are_the_networks_and_the_samplers_own(folder, eager):
     pipe, steps = UnconditionalImagePipeline.from_pretrained(str(folder)), []
-    pipe._step = lambda latents, index: steps.append(int(index.asnumpy()[0])) or (latents,)
+    pipe._sampling_step = lambda: lambda latents, index: steps.append(int(index.asnumpy()[0])) or (latents,)
     picture = pipe(seed=0)[0]
     assert picture.size == (32, 32) and len(steps) == 50 and steps[0] == 980 and steps[-1] == 0
 

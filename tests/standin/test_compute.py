@@ -272,6 +272,9 @@ def test_triangles_and_indices():
     out = empty(2, 3)
     call("Embedding", x, index.astype(np.int32), out)
     np.testing.assert_array_equal(out, x[[2, 0]])
+    index_gradient = empty(4, 2)
+    call("EmbeddingDenseBackward", normal(3, 2), np.array([1, 3, 1], np.int64), 4, -1, 0, index_gradient)
+    np.testing.assert_allclose(index_gradient, [[0, 0], normal(3, 2)[0] + normal(3, 2)[2], [0, 0], normal(3, 2)[1]])
     call("Index", x, (index,), out)
     np.testing.assert_array_equal(out, x[[2, 0]])
     out = empty(3, 2)
@@ -584,6 +587,7 @@ def test_older_operators():
             ("ReduceMean", (x, axes), np.sum(x, 1)[:, None] / 4, {"keep_dims": True}),
             ("BiasAdd", (x, y[0]), x + y[0], {}),
             ("GatherV2", (x, np.array([2, 0], np.int32), axes), x[:, [2, 0]], {}),
+            ("GatherNd", (x, np.array([[2, 0], [1, 3]], np.int64)), np.array([x[2, 0], x[1, 3]]), {}),
             ("Pack", (x, y), np.stack([x, y], 1), {"axis": 1}),
             ("Fill", (np.array([2, 3], np.int64), np.array(1.5, np.float32)), np.full((2, 3), 1.5), {}),
             ("StridedSlice", (x, np.array([0, 3], np.int64), np.array([2, 0], np.int64), np.array([1, -2], np.int64)),
@@ -652,6 +656,19 @@ def test_adamw_of_two_kinds():
     out = [empty(6) for _ in range(3)]
     older("AdamApplyOneWithDecayAssign", (g, v, m, p, *constants), out)
     np.testing.assert_allclose(out[2], p - 1e-2 * (m2 / (np.sqrt(v2) + 1e-8) + 0.1 * p), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_twice(nesterov):
+    p, total = normal(6), np.zeros(6, np.float32)
+    expected = p.astype(np.float64)
+    for step in (1, 2):
+        g = normal(6, seed=step)
+        older("ApplyMomentum", (p, total, np.array(0.1, np.float32), g, np.array(0.9, np.float32)), [p],
+              use_nesterov=nesterov)
+        whole = g if step == 1 else 0.9 * normal(6, seed=1) + g
+        expected -= 0.1 * (g + 0.9 * whole if nesterov else whole)
+    np.testing.assert_allclose(p, expected, rtol=1e-5)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

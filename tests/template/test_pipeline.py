@@ -119,7 +119,7 @@ def test_compiled_sampling_gives_the_eager_picture_and_compiles_once_a_branch(to
     for a, b in zip(*pictures.values()):
         assert np.abs(a - b).max() <= 1
     assert (pictures["graph"][0] != pictures["graph"][1]).any()
-    assert [step.compilations for step in pipe._steps.values()] == [1, 1], "with a template, and without"
+    assert [step.compilations for step in pipe.compiled_steps.values()] == [1, 1], "with a template, and without"
 
 
 @pytest.mark.parametrize("inputs, message", [

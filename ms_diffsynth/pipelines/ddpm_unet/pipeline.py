@@ -13,7 +13,6 @@ import numpy as np
 from mindspore import Tensor
 from PIL import Image
 
-from ms_diffsynth import runtime
 from ms_diffsynth.data.images import to_pil
 from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule, ddim, ddpm, ddpm_units
 from ms_diffsynth.diffusion.units import Objective
@@ -27,7 +26,7 @@ from ms_diffsynth.pipeline import SCHEDULER_FILE, Component, Pipeline, UnitSeque
 from ms_diffsynth.pipelines.ddpm_unet.units import Denoise, LoadPixels
 from ms_diffsynth.pipelines.quiet import quiet_imports
 from ms_diffsynth.program import Program
-from ms_diffsynth.train.compile import Announce, CompiledStep, _log_only
+from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.units import TensorUnit
 
@@ -69,7 +68,6 @@ class UnconditionalImagePipeline(Pipeline):
     objective_class = DDPMObjective
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
     lora_prefixes = {"unet": "unet"}
-    announce: Announce = staticmethod(_log_only)
 
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None,
                  noise_schedule: NoiseSchedule | None = None):
@@ -198,14 +196,8 @@ class UnconditionalImagePipeline(Pipeline):
 
     def _sampling_step(self) -> CompiledStep:
         """The network, compiled once per shape in mode graph."""
-        if "_step" not in self.__dict__:
-            sequence = UnitSequence(self.sampling_program().cut(self.denoise.output_params), self)
-            self._step = CompiledStep(sequence.positional, "the sampling step", runtime.current().mode,
-                                      announce=lambda name, shapes: self.announce(name, shapes))
-        return self._step
-
-    def forget_compiled(self) -> None:
-        self.__dict__.pop("_step", None)
+        return self.compiled("the sampling step", lambda: UnitSequence(
+            self.sampling_program().cut(self.denoise.output_params), self).positional)
 
     # -- files ---------------------------------------------------------------------------------------------------
 

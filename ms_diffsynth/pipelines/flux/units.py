@@ -48,6 +48,7 @@ class EncodePrompt(TensorUnit):
     input_params = ("clip_ids", "t5_ids")
     output_params = ("prompt_embeds", "pooled_prompt_embeds")
     onload_model_names = ("text_encoder_1", "text_encoder_2")
+    has_few_shapes = True  # prompts are padded to one length
 
     def construct(self, clip_ids, t5_ids):
         pooled_prompt_embeds = self.text_encoder_1(clip_ids, return_dict=False)[1]

@@ -9,7 +9,7 @@ import logging
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, mint, nn, ops
 from PIL import Image
 
 from ms_diffsynth.components import class_name_of
@@ -62,6 +62,7 @@ class EncodePrompt(TensorUnit):
     input_params = ("prompt_ids", "prompt_mask")
     output_params = ("prompt_embeds",)
     onload_model_names = ("text_encoder",)
+    has_few_shapes = True  # prompts are padded to one length
 
     def construct(self, prompt_ids, prompt_mask):
         return (self.text_encoder(prompt_ids, prompt_mask).astype(ms.float32),)
@@ -137,7 +138,7 @@ def normalised_moments(vae: nn.Cell, pixels: Tensor, dtype: ms.Type, eps: float)
     moments = vae.encoder(pixels.astype(dtype))
     if vae.quant_conv is not None:
         moments = vae.quant_conv(moments)
-    mean, log_variance = ops.chunk(moments.astype(ms.float32), 2, 1)
+    mean, log_variance = mint.chunk(moments.astype(ms.float32), 2, 1)
     shift, variance = statistics(vae, eps)
     log_variance = to_patches(clamp(log_variance, -30.0, 20.0)) - ops.log(variance)
     return ops.cat(((to_patches(mean) - shift) / ops.sqrt(variance), log_variance), 1)

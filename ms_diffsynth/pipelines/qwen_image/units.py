@@ -5,7 +5,7 @@ import logging
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, mint, ops
 
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.ops.clamp import clamp
@@ -54,6 +54,16 @@ class EncodePrompt(TensorUnit):
     input_params = ("prompt_ids",)
     output_params = ("prompt_embeds",)
     onload_model_names = ("text_encoder",)
+    has_few_shapes = True
+
+    def process(self, pipe, prompt_ids):
+        """Compiled, a prompt is padded to the next of the pipeline's lengths."""
+        length = prompt_ids.shape[1]
+        if self.name not in pipe.units_to_compile:
+            return super().process(pipe, prompt_ids=prompt_ids)
+        longer = next((n for n in sorted(pipe.prompt_lengths) if n >= length), length)
+        padded = mint.nn.functional.pad(prompt_ids, (0, longer - length))
+        return {"prompt_embeds": super().process(pipe, prompt_ids=padded)["prompt_embeds"][:, :length]}
 
     def construct(self, prompt_ids):
         prefix = ops.broadcast_to(Tensor([PREFIX], ms.int32), (prompt_ids.shape[0], len(PREFIX)))

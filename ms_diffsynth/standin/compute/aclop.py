@@ -49,6 +49,12 @@ def gather(attributes: dict[str, Any], x: Array, index: Array, axis: Array) -> A
     return np.take(x, index, axis.item())
 
 
+@aclop("GatherNd")
+def gather_nd(attributes: dict[str, Any], x: Array, index: Array) -> Array:
+    """The last axis of ``index`` counts along the first axes of ``x``."""
+    return x[tuple(np.moveaxis(index, -1, 0))]
+
+
 @aclop("Pack")
 def pack(attributes: dict[str, Any], *parts: Array) -> Array:
     return np.stack(parts, int(attributes.get("axis", 0)))

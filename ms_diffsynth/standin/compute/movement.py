@@ -23,6 +23,19 @@ aclnn("Gather", "r i r -> t", lambda x, axis, index: np.take_along_axis(x, index
 aclnn("Embedding", "r r -> t", lambda weight, index: weight[index])
 
 
+@aclnn("EmbeddingDenseBackward", "t r i i b -> t")
+def embedding_gradient(gradient: Array, index: Array, rows: int, padding: int, by_frequency: bool) -> Array:
+    """Of the weight: the sum of what came in for each row; none for that of ``padding``, where it is not negative."""
+    if by_frequency:
+        raise NotImplementedError("scaled by frequency it is not computed by the stand-in: write it in "
+                                  "compute/movement.py")
+    weight = np.zeros((rows, gradient.shape[-1]), gradient.dtype)
+    np.add.at(weight, index.ravel(), gradient.reshape(-1, gradient.shape[-1]))
+    if 0 <= padding < rows:
+        weight[padding] = 0
+    return weight
+
+
 @aclnn("SplitTensor", "r i i -> T")
 def split(x: Array, size: int, axis: int) -> list[Array]:
     """Pieces of ``size``; the last may be smaller."""

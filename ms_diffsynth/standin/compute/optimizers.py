@@ -43,5 +43,15 @@ def adamw_assign(attributes: dict, gradient: Array, v: Array, m: Array, paramete
     return v, m, parameter - rate * (m / (np.sqrt(v) + epsilon) + decay * parameter)
 
 
+@aclop("ApplyMomentum")
+def momentum(attributes: dict, parameter: Array, sum_of_gradients: Array, rate: Array, gradient: Array,
+             share: Array) -> Array:
+    """The sum is written in place, which float32 is; only the parameter is an output."""
+    sum_of_gradients[...] = sum_of_gradients * share + gradient
+    if attributes.get("use_nesterov"):
+        return parameter - rate * (gradient + share * sum_of_gradients)
+    return parameter - rate * sum_of_gradients
+
+
 aclop("ApplyGradientDescent", lambda attributes, x, rate, gradient: x - rate * gradient)
 aclop("SGD", lambda attributes, x, gradient, rate, *rest: x - rate * gradient)
