@@ -36,7 +36,7 @@ _WHERE = {
     "launch_data_process_task": "train.split",
     "TrainStep": "train.step", "AttrJitWrapper": "train.step", "AdamW": "train.optim", "LearningRate": "train.optim",
     "ShardedAdamW": "train.sharding",
-    "Draws": "train.draws",
+    "Draws": "draws",
     # evaluation
     "Evaluator": "evaluate.report", "Evaluation": "evaluate.report",
     # scripts

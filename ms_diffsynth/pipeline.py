@@ -18,6 +18,7 @@ from mindspore import Tensor, nn
 from PIL import Image
 
 from ms_diffsynth import runtime
+from ms_diffsynth.compile import Announce, CompiledStep, log_only
 from ms_diffsynth.components import Component, Source, class_name_of, files_digest, load_component, read_config
 from ms_diffsynth.data.images import to_pixels
 from ms_diffsynth.diffusion.schedule import Schedule
@@ -28,7 +29,6 @@ from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.lora_files import load_lora
 from ms_diffsynth.nn.lora import fuse_lora, linear_modules
 from ms_diffsynth.program import Cut, Program, slot
-from ms_diffsynth.train.compile import Announce, CompiledStep, log_only
 from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """The only reader of the environment and the only writer of MindSpore's context: device, mode, dtype, rank.
 
 ``configure()`` is called once, before any network is built. The process always stays in PyNative mode: in mode
-``"graph"`` the training and sampling steps are compiled by `train.compile`, and everything else (``prepare``) runs
+``"graph"`` the training and sampling steps are compiled by `compile`, and everything else (``prepare``) runs
 eagerly. On the CPU it runs blocking too, which makes its many small operations forty times faster (1240 ms -> 29 ms for
 a tiny FLUX forward, MindSpore 2.10, 2026-11-21). On an Ascend blocking would wait after every kernel of the compiled
 step as well: ``MS_LAUNCH_BLOCKING=1`` in the environment asks for it where an error is to be found.

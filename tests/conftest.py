@@ -32,8 +32,8 @@ def own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_open_gradient():
-    """One that never ended would enclose every later one of the process: see `train.compile.eagerly`."""
-    from ms_diffsynth.train.compile import _pynative_executor
+    """One that never ended would enclose every later one of the process: see `compile.eagerly`."""
+    from ms_diffsynth.compile import _pynative_executor
 
     yield
     is_open = _pynative_executor.grad_flag()

@@ -24,6 +24,7 @@ from ms_diffsynth.data.buckets import Bucket, make_buckets
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.units import TASKS, Objective
+from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, listing
 from ms_diffsynth.io.cache import Cache
 from ms_diffsynth.io.hub import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
@@ -33,7 +34,6 @@ from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
 from ms_diffsynth.template.units import trained_template_cache
 from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.loop import launch_training_task
 from ms_diffsynth.train.module import DiffusionTrainingModule

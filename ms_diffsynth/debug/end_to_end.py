@@ -18,6 +18,7 @@ import numpy as np
 from mindspore import Tensor, nn
 from PIL import Image
 
+from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.components import read_config
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.debug.compare import Quantity, relative_error, worst
@@ -28,7 +29,6 @@ from ms_diffsynth.nn.names import torch_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Program, is_optional, slot
 from ms_diffsynth.registry import family
-from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.train.prepared import in_bucket
 
 EMBEDDING, LATENTS, SIGMAS = 3e-5, 1e-5, 1e-6  # largest relative error allowed, float32

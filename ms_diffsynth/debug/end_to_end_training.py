@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore.amp import StaticLossScaler
 
+from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.loader import collate
 from ms_diffsynth.debug.compare import Quantity, relative_error, together, worst
@@ -19,7 +20,6 @@ from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.nn.lora import lora_modules, set_lora
 from ms_diffsynth.nn.names import to_numpy, torch_parameters
 from ms_diffsynth.pipeline import UnitSequence
-from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import AdamW, LearningRate
 from ms_diffsynth.train.prepared import PreparedRows

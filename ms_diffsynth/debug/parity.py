@@ -14,6 +14,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn
 
 from ms_diffsynth import runtime
+from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.components import Component, Source
 from ms_diffsynth.debug.compare import Quantity, relative_error, together, tolerances, worst
 from ms_diffsynth.debug.end_to_end import check_end_to_end
@@ -28,7 +29,6 @@ from ms_diffsynth.nn.names import state_dict, to_numpy, torch_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Cut, Program, is_optional, slot
 from ms_diffsynth.registry import family
-from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import AdamW
 from ms_diffsynth.train.program_step import ProgramTrainStep

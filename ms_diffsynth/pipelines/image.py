@@ -10,17 +10,17 @@ import numpy as np
 from mindspore import Tensor
 from PIL import Image
 
+from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.data.images import to_pil
 from ms_diffsynth.diffusion.guidance import classifier_free
 from ms_diffsynth.diffusion.sampler import euler
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule
+from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Program
 from ms_diffsynth.template.cache import JoinTemplateCache, TemplateCache, to_slots
-from ms_diffsynth.train.compile import CompiledStep
-from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.units import TensorUnit, run_unit
 
 logger = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.data.loader import Batch, Loader, collate
+from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, UserError
 from ms_diffsynth.io.checkpoint import Checkpoint
 from ms_diffsynth.io.redact import redact
@@ -19,7 +20,6 @@ from ms_diffsynth.launch.worker import beat
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.train import resume
 from ms_diffsynth.train.distributed import Accelerator, Agreement
-from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.evaluation import RunEvaluation
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule

@@ -19,6 +19,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor
 
+from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.data.loader import Batch
 from ms_diffsynth.errors import CheckpointError, ConfigError, listing
 from ms_diffsynth.io.checkpoint import Checkpoint, differences, latest, open_checkpoint_folder
@@ -27,7 +28,6 @@ from ms_diffsynth.io.lock import lock_folder
 from ms_diffsynth.io.settings import without_secrets
 from ms_diffsynth.nn.names import load_state, to_numpy
 from ms_diffsynth.train import resume
-from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger, _text
 from ms_diffsynth.train.loop import _from_cache, _Run

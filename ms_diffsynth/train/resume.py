@@ -1,6 +1,6 @@
 """Exact resume: what of a run is saved, which checkpoint it goes on from, and whether that is the same run.
 
-Every random number is drawn on the host, keyed by the seed and the number of the sample (`train.draws`), and the order
+Every random number is drawn on the host, keyed by the seed and the number of the sample (`draws`), and the order
 of the data is computed (`data.loader`). So the state is what a step changes, and a few whole numbers.
 """
 from __future__ import annotations

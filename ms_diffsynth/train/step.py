@@ -15,10 +15,10 @@ import numpy as np
 from mindspore import ParameterTuple, Tensor, nn, ops
 
 from ms_diffsynth import runtime
+from ms_diffsynth.compile import Announce, CompiledStep, log_only
 from ms_diffsynth.errors import TrainingError, nearest
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.train import grads as gradients
-from ms_diffsynth.train.compile import Announce, CompiledStep, log_only
 from ms_diffsynth.train.exchange import broadcast, exchange_for
 from ms_diffsynth.train.optim import guarded
 from ms_diffsynth.train.sharding import ShardedAdamW
@@ -64,7 +64,7 @@ class TrainStep(nn.Cell):
             epoch an update of its own, unless ``sync_with_dataloader`` is False.
         ema: follows the weights after every update.
         mode: ``"graph"`` or ``"pynative"``; None takes the runtime's.
-        planned_compilations, announce: see `train.compile.CompiledStep`.
+        planned_compilations, announce: see `compile.CompiledStep`.
 
     Settings are read when the step is compiled; changing an attribute after the first call has no effect in mode graph.
 
@@ -114,7 +114,7 @@ class TrainStep(nn.Cell):
         return loss
 
     def draws(self, *batch: Tensor) -> tuple[Tensor, ...]:
-        """Random inputs drawn on the host and appended to ``batch``; none by default. See `train.draws`."""
+        """Random inputs drawn on the host and appended to ``batch``; none by default. See `draws`."""
         return ()
 
     def __call__(self, *batch: Tensor) -> tuple[Tensor, ...]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import mindspore as ms
 
 from ms_diffsynth.cli.main import main
+from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.standin import mark
-from ms_diffsynth.train.compile import CompiledStep
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3

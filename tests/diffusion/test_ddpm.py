@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.diffusion.ddpm import (
     AddNoise,
     DDPMObjective,
@@ -20,7 +21,6 @@ from ms_diffsynth.diffusion.ddpm import (
     ddpm_units,
 )
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.units import TensorUnit
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}

@@ -10,16 +10,16 @@ from device import DEVICE
 from mindspore import Tensor, nn, ops
 from PIL import Image
 
+from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.diffusion.ddpm import DDPMObjective
 from ms_diffsynth.diffusion.units import Objective
+from ms_diffsynth.draws import Draws
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.weights import load_state_dict, save_sharded
 from ms_diffsynth.nn.lora import lora_pairs, set_lora
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.registry import FAMILIES, family
-from ms_diffsynth.train.compile import CompiledStep
 from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import AdamW

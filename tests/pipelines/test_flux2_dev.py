@@ -15,6 +15,8 @@ from mindspore import Tensor, mint
 from PIL import Image
 
 from ms_diffsynth import DiffusionTrainingModule, Flux2ImagePipeline, runtime
+from ms_diffsynth.compile import CompiledStep
+from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.weights import load_state_dict, save_sharded
@@ -22,8 +24,6 @@ from ms_diffsynth.pipelines.flux2.pipeline import DEV_COMPONENTS
 from ms_diffsynth.pipelines.flux2.prompt import SYSTEM_MESSAGE
 from ms_diffsynth.pipelines.flux2.tiny import CONFIGS
 from ms_diffsynth.pipelines.tiny import write_model
-from ms_diffsynth.train.compile import CompiledStep
-from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.optim import AdamW
 from ms_diffsynth.train.prepared import in_bucket
 from ms_diffsynth.train.program_step import ProgramTrainStep

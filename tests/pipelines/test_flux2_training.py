@@ -9,8 +9,8 @@ from PIL import Image
 
 from ms_diffsynth import DiffusionTrainingModule, Flux2ImagePipeline, runtime
 from ms_diffsynth.diffusion.units import Objective
+from ms_diffsynth.draws import Draws
 from ms_diffsynth.nn.lora import lora_pairs, set_lora
-from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.optim import AdamW
 from ms_diffsynth.train.prepared import in_bucket
 from ms_diffsynth.train.program_step import ProgramTrainStep

@@ -10,11 +10,11 @@ from mindspore import Tensor
 
 from ms_diffsynth import DiffusionTrainingModule, Flux2ImagePipeline, UnifiedDataset, attach_template
 from ms_diffsynth.diffusion.density import timestep_index
+from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, DataError, TemplateError
 from ms_diffsynth.io.weights import load_state_dict
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.loop import launch_training_task
 from ms_diffsynth.train.optim import AdamW

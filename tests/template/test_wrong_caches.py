@@ -12,10 +12,10 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 import ms_diffsynth
+from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.errors import TemplateError
 from ms_diffsynth.pipelines.flux2.template import by_block, joined, with_text
 from ms_diffsynth.template.cache import check_cache
-from ms_diffsynth.train.compile import CompiledStep
 
 TO_Q = "transformer_blocks.0.attn.to_q"
 

@@ -13,12 +13,12 @@ from toy_run import SIDE, Module, poison, rows, toy_model, train
 from ms_diffsynth import FlowMatchSFTLoss, UnifiedDataset
 from ms_diffsynth.data.loader import Loader
 from ms_diffsynth.diffusion.units import Objective
+from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, DataError, TrainingError
 from ms_diffsynth.io.weights import load_state_dict
 from ms_diffsynth.nn.lora import lora_parameters
 from ms_diffsynth.train import loop
 from ms_diffsynth.train.distributed import Accelerator, DistributedDataParallelKwargs
-from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import COLUMNS, ModelLogger
 
 

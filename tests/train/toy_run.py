@@ -14,11 +14,11 @@ from device import DEVICE
 from PIL import Image
 
 from ms_diffsynth import UnifiedDataset, runtime
+from ms_diffsynth.draws import Draws
 from ms_diffsynth.io.checkpoint import latest
 from ms_diffsynth.registry import family
 from ms_diffsynth.train import loop
 from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
 

@@ -13,9 +13,11 @@ import numpy as np
 from mindspore import Tensor
 from PIL import Image
 
+from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.data.images import to_pil
 from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule, ddim, ddpm, ddpm_units
 from ms_diffsynth.diffusion.units import Objective
+from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, WeightError, nearest
 from ms_diffsynth.io.files import sha256_of, stage_folder, write_file
 from ms_diffsynth.io.hub import ModelConfig
@@ -26,8 +28,6 @@ from ms_diffsynth.pipeline import SCHEDULER_FILE, Component, Pipeline, UnitSeque
 from ms_diffsynth.pipelines.ddpm_unet.units import Denoise, LoadPixels
 from ms_diffsynth.pipelines.quiet import quiet_imports
 from ms_diffsynth.program import Program
-from ms_diffsynth.train.compile import CompiledStep
-from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.units import TensorUnit
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from mindspore.amp import StaticLossScaler
 
 from ms_diffsynth.diffusion import density, flow, losses, weighting
 from ms_diffsynth.diffusion.packing import pack, unpack
+from ms_diffsynth.draws import Draws
 from ms_diffsynth.ops.clamp import clamp
 from ms_diffsynth.pipelines.flux.denoise import image_ids
-from ms_diffsynth.train.draws import Draws
 from ms_diffsynth.train.step import AttrJitWrapper, TrainStep
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.train.draws import Draws
 
 KINDS = ("normal", "uniform")
 NORMAL = [[0.671653986, -0.775167048, 0.440511882], [-0.269591779, 1.47672737, -1.71567321]]

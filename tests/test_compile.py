@@ -12,8 +12,8 @@ import pytest
 from mindspore import Parameter, Tensor, nn
 
 import ms_diffsynth
+from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.errors import TrainingError
-from ms_diffsynth.train.compile import CompiledStep
 
 
 def double(x):
