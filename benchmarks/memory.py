@@ -26,7 +26,8 @@ GIB = 2**30
 
 def row(plan: Plan, report: Report) -> str:
     recompute = "yes" if plan.recompute else "no"
-    return (f"| {plan.model} | {plan.height} | {recompute} | {report.held / GIB:.2f} | {report.peak / GIB:.2f} "
+    model = plan.model + (", 8 bits" if plan.is_8bit else "")
+    return (f"| {model} | {plan.height} | {recompute} | {report.held / GIB:.2f} | {report.peak / GIB:.2f} "
             f"| {report.kernels} | {report.casts} | {report.transposes} | {report.synchronisations} |")
 
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="family:model")
     parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024], help="sides of the images, pixels")
     parser.add_argument("--recompute", nargs="+", choices=["yes", "no"], default=["yes", "no"])
+    parser.add_argument("--bits", type=int, choices=[8, 16], default=16, help="of the stored weights")
     parser.add_argument("--memory", type=float, default=256, help="GiB the device has (default: 256, so that all fit)")
     parser.add_argument("--json", type=Path, help="append each result to this file, and take from it what is there")
     arguments = parser.parse_args()
@@ -49,7 +51,8 @@ def main() -> None:
         for size in arguments.sizes:
             for recompute in arguments.recompute:
                 family, model = name.split(":")
-                plan = Plan(family=family, model=model, height=size, width=size, recompute=recompute == "yes")
+                plan = Plan(family=family, model=model, height=size, width=size, recompute=recompute == "yes",
+                            is_8bit=arguments.bits == 8)
                 key = json.dumps(asdict(plan))
                 if key not in known:
                     try:

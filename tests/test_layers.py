@@ -13,9 +13,9 @@ PACKAGE = Path(ms_diffsynth.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Every layer may import those before it. A file that is no layer of its own belongs to its folder.
-LAYERS = ["errors", "program", "draws", "data", "io", "launch", "config", "registry", "ops", "runtime", "compile", "nn",
-          "evaluate", "units", "diffusion", "components", "pipeline", "template", "train", "pipelines", "standin", "debug",
-          "cli"]
+LAYERS = ["errors", "program", "draws", "data", "io", "launch", "config", "registry", "ops", "runtime", "compile",
+          "nn", "evaluate", "units", "diffusion", "components", "pipeline", "template", "train", "pipelines", "standin",
+          "debug", "cli"]
 NO_MINDSPORE = {"errors", "program", "draws", "data", "io", "launch", "config", "registry", "standin"}
 ALLOWED = {("ops", "runtime"), ("registry", "pipeline")}  # a guard that asks for the device; a name for type checkers
 EXECUTES = "template/code.py"  # runs a template's model.py, once its user trusts it

@@ -24,13 +24,16 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint, nn
+from mindspore.common.initializer import Zero
 from mindspore.nn.utils import no_init_parameters
 
 from ms_diffsynth import runtime
 from ms_diffsynth.components import Component
 from ms_diffsynth.diffusion.units import TASKS, Objective
 from ms_diffsynth.errors import ConfigError, DeviceError, nearest
+from ms_diffsynth.nn.lora import linear_modules
 from ms_diffsynth.nn.names import torch_parameters
+from ms_diffsynth.nn.quant import hold_8bit
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
 from ms_diffsynth.registry import family
@@ -52,6 +55,7 @@ class Plan:
         batch_size: images a step.
         text_tokens: of a prompt; None is the family's ``max_sequence_length``.
         recompute: ``use_gradient_checkpointing``.
+        is_8bit: ``fp8_models`` names the network.
         settings: of the network, other than as published: fewer blocks (``num_layers``), say.
         steps: how many; the first compiles, and the last is the one that is counted.
         device: ``Ascend``, or ``CPU`` to see what compiling costs.
@@ -65,6 +69,7 @@ class Plan:
     text_tokens: int | None = None
     lora_rank: int = 16
     recompute: bool = True
+    is_8bit: bool = False
     dtype: str = "bfloat16"
     mode: str = "graph"
     task: str = "sft"
@@ -112,18 +117,25 @@ def published(plan: Plan) -> dict[str, dict[str, Any]]:
     return {name: config | changes.get(name, {}) for name, config in known[plan.model].items()}
 
 
-def build(component: Component, config: Mapping[str, Any], dtype: ms.Type, is_allocated: bool = True) -> nn.Cell:
+def build(component: Component, config: Mapping[str, Any], dtype: ms.Type, is_allocated: bool = True,
+          is_8bit: bool = False) -> nn.Cell:
     """A component's cell, frozen, in evaluation mode, with weights of the dtypes that loading it would give them.
 
     Args:
         is_allocated: whether the weights have memory on the device; without, they are names, shapes and dtypes only.
+        is_8bit: whether its linear layers are stored in 8 bits.
     """
     with no_init_parameters():
         cell = component.build(dict(config))
     for name, parameter in torch_parameters(cell).items():
         parameter.set_dtype(component.weight_dtype(name, dtype))
         parameter.requires_grad = False
-        if is_allocated:
+    if is_8bit:
+        for layer in linear_modules(cell).values():
+            hold_8bit(layer, Tensor(shape=layer.weight.shape, dtype=ms.int8, init=Zero()),
+                      Tensor(shape=layer.weight.shape[:1], dtype=ms.float32, init=Zero()))
+    if is_allocated:
+        for parameter in cell.get_parameters():
             parameter.set_data(mint.empty(parameter.shape, dtype=parameter.dtype, device=runtime.current().device))
     return cell.set_train(False)
 
@@ -134,7 +146,7 @@ def pipeline(plan: Plan) -> Pipeline:
     pipe = family(plan.family).pipeline(dtype=runtime.compute_dtype(plan.dtype))
     pipe.known_configs = configs
     component = next(c for c in pipe.components if c.name == pipe.network)
-    pipe.models[pipe.network] = build(component, configs[pipe.network], pipe.dtype)
+    pipe.models[pipe.network] = build(component, configs[pipe.network], pipe.dtype, is_8bit=plan.is_8bit)
     return pipe
 
 

@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
-import mindspore as ms
-from mindspore import mint, nn, ops
-from mindspore.ops import operations as P
+from mindspore import mint, nn
 
 from ms_diffsynth.nn.lora import LoRALinear, LoRAMatrices, NoMatrices
-from ms_diffsynth.nn.quant import StoredLinear
+from ms_diffsynth.nn.quant import StoredLinear, StoredProduct
 from ms_diffsynth.ops import network
 
 Weights = tuple  # Parameters, or tuples of them
@@ -72,31 +70,20 @@ class ScaledLowRank(LowRank):
         return self.base(x, weights, lora) + network.low_rank(same, lora[self.place], lora[self.place + 1] * self.scale)
 
 
-class _StoredMatmul(nn.Cell):
-    """x (scale q)^T, as `nn.quant` computes it."""
-
-    def construct(self, x, q, scale):
-        return network.linear_without_bias(x, _unpack(q, scale, x.dtype))
-
-    def bprop(self, x, q, scale, out, dout):
-        weight = _unpack(ops.depend(q, dout), scale, x.dtype)
-        return _matmul(dout.reshape(-1, dout.shape[-1]), weight).reshape(x.shape), _zeros_like(q), _zeros_like(scale)
-
-
 class Stored(nn.Cell):
     """A linear layer whose weight is stored in 8 bits: weights are q, its scale and the bias."""
 
     def __init__(self):
         super().__init__(auto_prefix=False)
-        self.matmul = _StoredMatmul()
+        self.product = StoredProduct()
 
     def construct(self, x, weights, lora):
-        return self.matmul(x, weights[0], weights[1]) + weights[2]
+        return self.product(x, weights[0], weights[1]) + weights[2]
 
 
 class StoredWithoutBias(Stored):
     def construct(self, x, weights, lora):
-        return self.matmul(x, weights[0], weights[1])
+        return self.product(x, weights[0], weights[1])
 
 
 class RMSNorm(nn.Cell):
@@ -106,13 +93,6 @@ class RMSNorm(nn.Cell):
 
     def construct(self, x, weights, lora):
         return network.rms_norm(x, weights[0], self.eps)
-
-
-_matmul, _zeros_like = P.MatMul(), P.ZerosLike()
-
-
-def _unpack(q, scale, dtype):
-    return (q.astype(ms.float32) * scale.expand_dims(1)).astype(dtype)
 
 
 def layer_of(cell: nn.Cell) -> Layer:

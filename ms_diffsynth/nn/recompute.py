@@ -76,6 +76,10 @@ def _value(weight):
     return _reshape(weight, weight.shape)
 
 
+def _after(dout, weight):
+    return ops.depend(weight, dout)
+
+
 class _Again(Kept):
     """What `Recomputed` compiles. Its weights are values, not Parameters: those MindSpore 2.10 reads anew in ``bprop``,
     and where a view (``mint.split``, say) lies between two readings, it copies the weights before each of them: all of
@@ -90,7 +94,8 @@ class _Again(Kept):
         again = ()
         for x in activations:
             again += (ops.depend(x, dout),)
-        gradients = self.gradient(self.block)(*again, weights, lora, dout)
+        # weights too: what is unpacked of 8 bits would be shared
+        gradients = self.gradient(self.block)(*again, _each(ops.partial(_after, dout), weights), lora, dout)
         return gradients[:-2], gradients[-2], gradients[-1]
 
 
