@@ -159,6 +159,8 @@ class RunSection:
                                                 "or a JSON list of one each")
     sample_seed: int = _field(0, "seed of the sample pictures", "0 <= sample_seed < 4294967296")
     num_inference_steps: int = _field(20, "sampling steps of the sample pictures", "1 <= num_inference_steps")
+    sampler: str | None = _field(None, "of the sample pictures: euler, heun or dpmpp_2m; of ddpm_unet ddim or ddpm; "
+                                 "null = the first of these")
     sample_height: int | None = _field(None, "height of the sample pictures in pixels", "1 <= sample_height")
     sample_width: int | None = _field(None, "width of the sample pictures in pixels", "1 <= sample_width")
     evaluation_steps: int | None = _field(None, "compare sample pictures with real ones before the first step, every "

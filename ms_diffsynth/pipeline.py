@@ -136,6 +136,7 @@ class Pipeline:
     fusible: tuple[str, ...] = ()  # units that may be compiled into the training step although they could be prepared
     prepare_settings: tuple[str, ...] = ()  # attributes that shape what is prepared; a cache must have the same
     padded_slots: tuple[str, ...] = ()  # prepared slots [B, L, ...] of varying L, padded with zeros outside prepare
+    samplers: tuple[str, ...] = ()  # names of those that fit what the network predicts; the first is the default
     prompt_lengths: tuple[int, ...] = ()  # the lengths they are padded to; each is one compilation
     announce: Announce = staticmethod(log_only)  # what is told when something is compiled
 
@@ -405,6 +406,14 @@ class Pipeline:
         if not component.class_name:
             return component.build(source.folder)
         return load_component(component, source, self.dtype)
+
+    @classmethod
+    def check_sampler(cls, name: str | None) -> str:
+        """A sampler's name; the family's default for None. Raises: ConfigError for one that the family has not."""
+        if name is not None and name not in cls.samplers:
+            raise ConfigError(f"sampler='{name}': expected one of {', '.join(cls.samplers)}."
+                              f"{nearest(name, cls.samplers)}")
+        return name or cls.samplers[0]
 
     # -- pictures ------------------------------------------------------------------------------------------------
 

@@ -281,6 +281,7 @@ def build_sampler(settings: Any, pipe: Pipeline) -> tuple[Sampler | None, list[s
     ``sampler(count)`` makes so many, with the prompts in turn. For a family without prompts, ``sampler()`` makes
     ``sample_count`` pictures.
     """
+    pipe.check_sampler(settings.sampler)
     prompts = list(settings.sample_prompts)
     if "prompt" not in pipe.inputs:
         return (_sampler_without_prompts(settings, pipe) if settings.sample_count else None), []
@@ -298,7 +299,7 @@ def build_sampler(settings: Any, pipe: Pipeline) -> tuple[Sampler | None, list[s
         for k, (prompt, cache) in enumerate(turns):
             still()
             pictures.append(pipe(prompt=prompt, height=height, width=width, seed=settings.sample_seed + k,
-                                 num_inference_steps=settings.num_inference_steps,
+                                 num_inference_steps=settings.num_inference_steps, sampler=settings.sampler,
                                  **({"template_cache": cache} if cache else {})))
         return pictures
 
@@ -313,7 +314,8 @@ def _sampler_without_prompts(settings: Any, pipe: Pipeline) -> Sampler:
         for k in range(-(-count // size)):  # groups of one size, for which the network is compiled once
             still()
             pictures += pipe(batch_size=size, seed=settings.sample_seed + k, height=settings.sample_height,
-                             width=settings.sample_width, num_inference_steps=settings.num_inference_steps)
+                             width=settings.sample_width, num_inference_steps=settings.num_inference_steps,
+                             sampler=settings.sampler)
         return pictures[:count]
 
     return sampler

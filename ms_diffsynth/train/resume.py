@@ -58,8 +58,8 @@ MAY_CHANGE = frozenset("""
     trust_template_code trust_template_sha256 num_epochs max_train_steps num_workers find_unused_parameters
     device_memory zero_stage resume accept_changes checkpoint_steps keep_checkpoints grace_seconds save_steps
     evaluation_steps evaluation_count evaluation_reference
-    sample_count sample_steps sample_prompts sample_template_inputs sample_seed num_inference_steps sample_height
-    sample_width enable_tensorboard_log push_to_hub hub_model_id hub_private_repo hub""".split())
+    sample_count sample_steps sample_prompts sample_template_inputs sample_seed num_inference_steps sampler
+    sample_height sample_width enable_tensorboard_log push_to_hub hub_model_id hub_private_repo hub""".split())
 
 
 # -- where a run goes on ---------------------------------------------------------------------------------------------
