@@ -92,7 +92,9 @@ class ObjectiveSection:
     """What is minimised."""
 
     task: str = _field("sft", "training objective, or with :data_process or :train one stage of it", choices=(
-        "sft", "dreambooth", "sft:data_process", "sft:train", "dreambooth:data_process", "dreambooth:train"))
+        "sft", "dreambooth", "direct_distill", "sft:data_process", "sft:train", "dreambooth:data_process",
+        "dreambooth:train", "direct_distill:data_process", "direct_distill:train"))
+    distill_steps: int = _field(4, "direct_distill: sampling steps of the student", "1 <= distill_steps <= 50")
     weighting_scheme: str | None = _field(
         None, "distribution and weight of the training sigmas; null = diffsynth for sft, none for dreambooth",
         choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap", "diffsynth"))

@@ -22,7 +22,8 @@ from ms_diffsynth.compile import Announce, CompiledStep, log_only
 from ms_diffsynth.components import Component, Source, class_name_of, files_digest, load_component, read_config
 from ms_diffsynth.data.images import to_pixels
 from ms_diffsynth.diffusion.schedule import Schedule
-from ms_diffsynth.diffusion.units import TASKS, Objective, SampleLatents, flow_match_units
+from ms_diffsynth.diffusion.tasks import TASKS, Task
+from ms_diffsynth.diffusion.units import Objective, SampleLatents
 from ms_diffsynth.errors import ConfigError, HubError, ProgramError, WeightError, listing, nearest
 from ms_diffsynth.io.files import sha256_of
 from ms_diffsynth.io.hub import ModelConfig
@@ -130,7 +131,7 @@ class Pipeline:
     components: tuple[Component, ...] = ()
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
     division_factor = 16  # heights and widths are multiples of this many pixels
-    objective_class: type = Objective  # what it is trained for; its fields are settings
+    objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `TASKS`
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
     lora_prefixes: dict[str, str] = {}  # model name -> its prefix in a LoRA file, as diffusers names it
     fusible: tuple[str, ...] = ()  # units that may be compiled into the training step although they could be prepared
@@ -187,18 +188,14 @@ class Pipeline:
 
     # -- programs ------------------------------------------------------------------------------------------------
 
-    def objective_for(self, objective: Objective | None, task: str = "sft") -> Objective:
-        """What is minimised when ``objective`` is asked for; None is that of the task, `diffusion.units.TASKS`."""
-        return objective or Objective(**TASKS[task])
+    def objective_for(self, objective: Task | None, task: str = "sft") -> Task:
+        """What is minimised when ``objective`` is asked for; None is that of the task, `diffusion.tasks.TASKS`."""
+        return objective or TASKS[task].task(**TASKS[task].defaults)
 
-    def objective_units(self, objective: Objective, sigmas: np.ndarray) -> list[TensorUnit]:
-        """From ``input_latents`` and the draws to ``loss``, around ``denoise``; by flow matching here."""
-        return flow_match_units(objective, sigmas, self.denoise)
-
-    def training_program(self, objective: Objective, sigmas: np.ndarray) -> Program:
+    def training_program(self, objective: Task, sigmas: np.ndarray) -> Program:
         """Everything from a row of the data set to ``loss``: ``units``, then the objective around ``denoise``."""
         units = [SampleLatents(objective.posterior) if isinstance(u, SampleLatents) else u for u in self.units]
-        return Program([*units, *self.objective_units(objective, sigmas)], self.inputs, objective.draws)
+        return Program([*units, *objective.units(self, sigmas)], (*self.inputs, *objective.inputs), objective.draws)
 
     def sampling_program(self, extra: Sequence[str] = ()) -> Program:
         """From a prompt, and the ``extra`` inputs, to ``velocity`` at given ``latents`` and ``sigma``."""

@@ -23,7 +23,7 @@ from ms_diffsynth.config import SETTINGS, TrainConfig, to_yaml
 from ms_diffsynth.data.buckets import Bucket, make_buckets
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
-from ms_diffsynth.diffusion.units import TASKS, Objective
+from ms_diffsynth.diffusion.tasks import TASKS
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, listing
 from ms_diffsynth.io.cache import Cache
@@ -215,17 +215,22 @@ def objective_of(settings: Any) -> Any:
 
     Raises: ConfigError for a setting of another kind of objective.
     """
-    cls = family(settings.family).pipeline.objective_class
+    kind, own = settings.task.split(":")[0], family(settings.family).pipeline.objective_class
+    if own and kind not in ("sft", "dreambooth"):
+        raise ConfigError(f"task={settings.task}: the family {settings.family} is trained for one task. Remove it.")
+    cls = own or TASKS[kind].task
     given = {f.name: getattr(settings, f.name) for f in fields(cls) if hasattr(settings, f.name)}
     known = {*given, "task"}
-    if cls is Objective:
+    if own is None:
+        given |= {n: v for n, v in TASKS[kind].defaults.items() if getattr(settings, n) is None}
+    if "prior_loss_weight" in given:
         known.add("with_prior_preservation")
-        given |= {n: v for n, v in TASKS[settings.task.split(":")[0]].items() if getattr(settings, n) is None}
         given["prior_loss_weight"] = settings.prior_loss_weight if settings.with_prior_preservation else None
     odd = [f"{name}={getattr(settings, name)}" for name, setting in SETTINGS.items() if setting.section == "objective"
            and name not in known and getattr(settings, name) != setting.default]
     if odd:
-        raise ConfigError(f"{listing(odd)}: the family {settings.family} has no such setting. Remove it.")
+        raise ConfigError(f"{listing(odd)}: the family {settings.family} has no such setting for task={kind}. "
+                          "Remove it.")
     return cls(**given)
 
 

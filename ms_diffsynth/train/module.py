@@ -61,7 +61,7 @@ class DiffusionTrainingModule:
             lora_target_modules: names, or ends of names, of its linear layers; empty takes the family's choice.
             lora_checkpoint: a LoRA file to go on from.
             task: ``sft`` or ``dreambooth``; with ``:data_process`` or ``:train`` one stage of split training.
-            objective: what is minimised; None is the family's own, for most that of the task (`diffusion.units.TASKS`).
+            objective: what is minimised; None is the family's own, for most that of the task (`diffusion.tasks.TASKS`).
             use_gradient_checkpointing, use_gradient_checkpointing_offload: recompute the blocks of what gradients pass
                 through; offload keeps their inputs on the host (eager only). See `nn.recompute`.
             fp8_models: frozen models stored in 8 bits, by name or as ``owner/name:pattern``. See `nn.quant`.
@@ -227,7 +227,7 @@ class DiffusionTrainingModule:
                             f"Expected the columns {' and '.join(map(repr, self._columns))}; rename yours, or override "
                             "get_pipeline_inputs.")
         shared = {"input_image": data["image"], "height": data["image"].size[1], "width": data["image"].size[0],
-                  "cfg_scale": 1, **{name: data[name] for name in self._extra_inputs}}
+                  "cfg_scale": 1, **{name: data[name] for name in (*self._extra_inputs, *self.pipe.objective.inputs)}}
         if "prompt" not in self._columns:
             return shared, {}, {}
         return shared, {"prompt": data["prompt"]}, {"negative_prompt": ""}
@@ -235,7 +235,8 @@ class DiffusionTrainingModule:
     @property
     def _columns(self) -> list[str]:
         """The columns `get_pipeline_inputs` reads: those the pipeline has an input for."""
-        return ["image", *(["prompt"] if "prompt" in self.pipe.inputs else []), *self._extra_inputs]
+        return ["image", *(["prompt"] if "prompt" in self.pipe.inputs else []), *self._extra_inputs,
+                *self.pipe.objective.inputs]
 
     @property
     def _extra_inputs(self) -> list[str]:

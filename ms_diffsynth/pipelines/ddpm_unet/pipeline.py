@@ -15,7 +15,7 @@ from PIL import Image
 
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.data.images import to_pil
-from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule, ddim, ddpm, ddpm_units
+from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule, ddim, ddpm
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, WeightError
@@ -28,7 +28,6 @@ from ms_diffsynth.pipeline import SCHEDULER_FILE, Component, Pipeline, UnitSeque
 from ms_diffsynth.pipelines.ddpm_unet.units import Denoise, LoadPixels
 from ms_diffsynth.pipelines.quiet import quiet_imports
 from ms_diffsynth.program import Program
-from ms_diffsynth.units import TensorUnit
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +114,6 @@ class UnconditionalImagePipeline(Pipeline):
                               "the settings that belong to it.")
         return objective
 
-    def objective_units(self, objective: DDPMObjective | Objective, sigmas: np.ndarray) -> list[TensorUnit]:
-        objective = self.objective_for(objective)
-        return ddpm_units(objective, self._schedule_for(objective), self.denoise)
-
     def sampling_program(self, extra: Sequence[str] = ()) -> Program:
         return Program([self.denoise], (), ("latents", "timestep_index"))
 
@@ -127,9 +122,10 @@ class UnconditionalImagePipeline(Pipeline):
     @property
     def noise_schedule(self) -> NoiseSchedule:
         """How noise is added and taken away, and what the network predicts: the objective decides that."""
-        return self._schedule_for(self.objective)
+        return self.schedule_for(self.objective)
 
-    def _schedule_for(self, objective: DDPMObjective) -> NoiseSchedule:
+    def schedule_for(self, objective: DDPMObjective) -> NoiseSchedule:
+        """The noise schedule, with what ``objective`` lets the network predict."""
         if self._schedule is None:
             self._schedule = self._read_schedule()
         kind = objective.prediction_type
