@@ -7,7 +7,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffsynth.errors import ConfigError, WeightError, listing
-from ms_diffsynth.io.lora_files import Format
+from ms_diffsynth.io.lora_files import Format, label
 from ms_diffsynth.nn.adapters.contract import Adapter, Uniform
 from ms_diffsynth.nn.adapters.flat import FlatTensors
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear, adapted_layers, linear_modules, match_targets, put
@@ -54,14 +54,14 @@ class LinearAdapter(Adapter):
 
     def load(self, network: nn.Cell, tensors: Mapping[str, np.ndarray]) -> None:
         cells = adapted_layers(network)
-        expected = {f"{name}.{part}": shape for name, cell in cells.items()
-                    for part, shape in zip(cell.parts, cell.shapes)}
-        modules = dict.fromkeys(self._module(name) for name in tensors)
-        wrong = [f"{name}: not in the file" for name in cells if name not in modules]
-        wrong += [f"{name}: no {self.format.name} there" for name in modules if name not in cells]
-        wrong += [f"{name}: {tuple(tensors[name].shape) if name in tensors else 'missing'}, expected {shape}"
-                  for name, shape in expected.items() if self._module(name) in modules
-                  and (name not in tensors or tuple(tensors[name].shape) != shape)]
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, array in tensors.items():
+            module, part = self._split(name)
+            shapes.setdefault(module, {})[part] = array.shape
+        wrong = [f"{name}: not in the file" for name in cells if name not in shapes]
+        wrong += [f"{name}: no {self.format.name} there" for name in shapes if name not in cells]
+        wrong += [f"{name}: {_said(found)}, expected {_said(expected)}" for name, found in shapes.items()
+                  if name in cells and found != (expected := dict(zip(cells[name].parts, cells[name].shapes)))]
         if wrong:
             raise WeightError(f"these {self.format.name} weights do not fit the model: {listing(wrong)}. Expected the "
                               "same lora_target_modules and lora_rank as when they were saved.")
@@ -76,8 +76,14 @@ class LinearAdapter(Adapter):
     def fused(self, weight: np.ndarray, parts: Mapping[str, np.ndarray], scale: float) -> np.ndarray:
         raise NotImplementedError
 
-    def _module(self, name: str) -> str:
-        return next((name.removesuffix(f".{part}") for part in self.format.parts if name.endswith(f".{part}")), name)
+    def _split(self, name: str) -> tuple[str, str]:
+        """Module and part of a tensor."""
+        part = next((part for part in self.format.parts if name.endswith(f".{part}")), "")
+        return name.removesuffix(f".{part}"), part
+
+
+def _said(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{label(part)} {shape}" for part, shape in shapes.items())
 
 
 def fuse(adapter: Adapter, model: nn.Cell, modules: Mapping[str, Mapping[str, np.ndarray]],
