@@ -234,6 +234,8 @@ def _rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            "task=dreambooth without instance_prompt: give it, or dataset_metadata_path with a prompt column.")
     yield (c.model.trainable_models is not None and c.model.lora_checkpoint is not None,
            f"lora_checkpoint={c.model.lora_checkpoint} with trainable_models, which trains no LoRA: remove one.")
+    yield (c.model.trainable_models is not None and c.model.adapter != SETTINGS["adapter"].default,
+           f"adapter={c.model.adapter} with trainable_models, which trains no adapter: remove one.")
     extra = [n.strip() for n in (c.data.extra_inputs or "").split(",") if n.strip()]
     odd = [name for name in extra if name not in EXTRA_INPUTS]
     yield (bool(odd), f"extra_inputs names {', '.join(map(repr, odd))}: expected some of {', '.join(EXTRA_INPUTS)}."

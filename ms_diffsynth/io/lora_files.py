@@ -28,10 +28,15 @@ Pair = tuple[np.ndarray, np.ndarray]
 Scaled = tuple[np.ndarray, np.ndarray, float]
 
 
-def fit_of(parts: Parts) -> int:
+def rank_of(parts: Parts) -> int:
     """The rank r of A [r, in] and B [out, r]; 0 when they do not fit together."""
     a, b = parts["lora_A.weight"], parts["lora_B.weight"]
     return a.shape[0] if a.ndim == 2 and b.ndim == 2 and a.shape[0] == b.shape[1] else 0
+
+
+def fits(parts: Parts, weight: tuple[int, int]) -> bool:
+    """Whether A [r, in] and B [out, r] belong to a weight [out, in]."""
+    return (parts["lora_B.weight"].shape[0], parts["lora_A.weight"].shape[1]) == weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +49,7 @@ class Format:
             or leave out. A part is the end of a tensor's name as it is written, behind the module.
         scaled: the part that takes the scale of the file: the weight depends on the scale times it.
         rank: of the tensors of a module, 0 when they do not fit together.
+        fits: whether these belong to a weight of this shape [out, in].
         settings: of peft's adapter, next to its rank, scale and modules.
     """
 
@@ -53,19 +59,16 @@ class Format:
     parts: Mapping[str, tuple[str, ...]]
     scaled: str
     rank: Callable[[Parts], int]
+    fits: Callable[[Parts, tuple[int, int]], bool]
     settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def weight_shape(self, parts: Parts) -> tuple[int, int]:
-        """[out, in] of the weight that the tensors of a module belong to."""
-        return parts["lora_B.weight"].shape[0], parts["lora_A.weight"].shape[1]
 
     def missing(self, parts: Iterable[str]) -> list[str]:
         """The parts that are not among ``parts``, as messages call them."""
         return [label(part) for part in self.parts if part not in parts]
 
 
-LORA = Format(name="LoRA", group="pair", shapes="A [r, in] and B [out, r]", scaled="lora_B.weight", rank=fit_of,
-              parts={"lora_A.weight": ("lora_A", "lora_down"), "lora_B.weight": ("lora_B", "lora_up")})
+LORA = Format(name="LoRA", group="pair", shapes="A [r, in] and B [out, r]", scaled="lora_B.weight", rank=rank_of,
+              fits=fits, parts={"lora_A.weight": ("lora_A", "lora_down"), "lora_B.weight": ("lora_B", "lora_up")})
 
 
 def label(part: str) -> str:
@@ -184,7 +187,7 @@ def load_adapter(path: str | os.PathLike[str], modules: Iterable[str] | None = N
             tensors[module], scales[module] = found.read(module, checkpoint, settings, file_format)
         except WeightError as error:
             problems.append(str(error))
-    for name in {name: None for f in formats for name in f.settings} if settings else ():
+    for name in {name: None for f in formats for name, is_set in f.settings.items() if is_set} if settings else ():
         if bool(settings.get(name)) != bool(file_format.settings.get(name)):
             problems.append(f"the metadata say {name}={settings.get(name)}, the tensors are those of a "
                             f"{file_format.name}")

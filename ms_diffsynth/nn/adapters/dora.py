@@ -20,7 +20,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import operations as P
 
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.io.lora_files import LORA, fit_of
+from ms_diffsynth.io.lora_files import LORA, rank_of
 from ms_diffsynth.nn.adapters.contract import Uniform
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear
 from ms_diffsynth.nn.adapters.linear import LinearAdapter
@@ -40,8 +40,10 @@ _matmul, _transpose, _sum, _maximum, _sqrt = P.MatMul(), P.Transpose(), P.Reduce
 class DoRA(LinearAdapter):
     name = "dora"
     format = replace(LORA, name="DoRA", group="triple", parts={**LORA.parts, MAGNITUDE: (MAGNITUDE,)},
-                     shapes="A [r, in], B [out, r] and magnitude_vector [out]", settings={"use_dora": True},
-                     rank=lambda parts: fit_of(parts) * (parts[MAGNITUDE].shape == parts["lora_B.weight"].shape[:1]))
+                     shapes="A [r, in], B [out, r] and magnitude_vector [out]",
+                     # without a rank_pattern diffusers 0.39 ends in a KeyError
+                     settings={"use_dora": True, "rank_pattern": {}},
+                     rank=lambda parts: rank_of(parts) * (parts[MAGNITUDE].shape == parts["lora_B.weight"].shape[:1]))
 
     def layer(self, base: nn.Cell, name: str, rank: int, scale: float, uniform: Uniform) -> AdaptedLinear:
         if getattr(base, "activation_flag", False):

@@ -101,7 +101,7 @@ def fuse(adapter: Adapter, model: nn.Cell, modules: Mapping[str, Mapping[str, np
         raise WeightError(f"a {kind} cannot be added to weights that are stored in 8 bits: {listing(stored)}. Load the "
                           f"{kind} first, then store the model in 8 bits (fp8_models).")
     wrong = [n for n, parts in modules.items()
-             if n not in layers or adapter.format.weight_shape(parts) != tuple(layers[n].weight.shape)]
+             if n not in layers or not adapter.format.fits(parts, tuple(layers[n].weight.shape))]
     if wrong or not modules:
         raise WeightError(f"{len(wrong)} of {len(modules)} {kind} modules do not fit {type(model).__name__}: "
                           f"{listing(wrong)}. Expected a {kind} trained on this architecture.")
