@@ -47,6 +47,7 @@ class ModelSection:
     tokenizer_1_path: str | None = _field(None, "folder, or owner/name:tokenizer/; null = shipped or model's own")
     tokenizer_2_path: str | None = _field(None, "folder, or owner/name:tokenizer_2/; null = shipped or model's own")
     lora_base_model: str | None = _field("dit", "model that gets the LoRA; unused when trainable_models is set")
+    adapter: str = _field("lora", "what that model gets: lora, or dora (all settings lora_... are its own too)")
     lora_target_modules: str = _field("", "layers that get a LoRA, with commas; empty = the family's own choice")
     lora_rank: int = _field(16, "rank of the LoRA", "1 <= lora_rank")
     lora_alpha: float | None = _field(None, "the LoRA is scaled by lora_alpha / lora_rank; null = lora_rank",
@@ -237,6 +238,8 @@ def _rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            "task=dreambooth without instance_prompt: give it, or dataset_metadata_path with a prompt column.")
     yield (c.model.trainable_models is not None and c.model.lora_checkpoint is not None,
            f"lora_checkpoint={c.model.lora_checkpoint} with trainable_models, which trains no LoRA: remove one.")
+    yield (c.model.trainable_models is not None and c.model.adapter != SETTINGS["adapter"].default,
+           f"adapter={c.model.adapter} with trainable_models, which trains no adapter: remove one.")
     extra = [n.strip() for n in (c.data.extra_inputs or "").split(",") if n.strip()]
     odd = [name for name in extra if name not in EXTRA_INPUTS]
     yield (bool(odd), f"extra_inputs names {', '.join(map(repr, odd))}: expected some of {', '.join(EXTRA_INPUTS)}."

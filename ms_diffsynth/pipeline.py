@@ -27,8 +27,10 @@ from ms_diffsynth.diffusion.units import Objective, SampleLatents
 from ms_diffsynth.errors import ConfigError, HubError, ProgramError, WeightError, listing, nearest
 from ms_diffsynth.io.files import sha256_of
 from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.io.lora_files import load_lora
-from ms_diffsynth.nn.lora import fuse_lora, linear_modules
+from ms_diffsynth.io.lora_files import load_adapter
+from ms_diffsynth.nn.adapters import adapter_of, formats
+from ms_diffsynth.nn.adapters.layer import linear_modules
+from ms_diffsynth.nn.adapters.linear import fuse
 from ms_diffsynth.program import Cut, Program, slot
 from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
 
@@ -296,16 +298,19 @@ class Pipeline:
             getattr(self, name)
 
     def load_lora(self, module: nn.Cell, path: str | Path, alpha: float = 1.0) -> int:
-        """Fuse a LoRA file into a model's weights, ``alpha`` times its own scale; returns the number of layers.
+        """Fuse the file of a LoRA, or of another adapter, into a model's weights; returns the number of layers.
+
+        Args:
+            alpha: factor on the file's own scale.
 
         Raises: WeightError when a key of the file fits no layer.
         """
-        loaded = load_lora(path, modules=list(linear_modules(module)))
-        fuse_lora(module, {name: (a, b * np.float32(scale)) for name, (a, b, scale) in loaded.items()}, alpha)
+        file = load_adapter(path, list(linear_modules(module)), formats())
+        fuse(adapter_of(file.format), module, file.with_scale(), alpha)
         for name, model in self.models.items():
             if model is module:
-                self.weight_changes.setdefault(name, []).append(f"LoRA {sha256_of(path)} x {alpha}")
-        return len(loaded)
+                self.weight_changes.setdefault(name, []).append(f"{file.format.name} {sha256_of(path)} x {alpha}")
+        return len(file.modules)
 
     def config(self, name: str) -> dict[str, Any]:
         """config.json of a component, without loading its weights."""

@@ -243,6 +243,7 @@ def training_mode(settings: Any) -> dict[str, Any]:
     return {
         "trainable_models": settings.trainable_models,
         "lora_base_model": None if settings.trainable_models else settings.lora_base_model,
+        "adapter": settings.adapter,
         "lora_target_modules": settings.lora_target_modules,
         "lora_rank": settings.lora_rank,
         "lora_alpha": settings.lora_alpha,

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=16, help="how many, of a family without prompts (default: 16)")
     parser.add_argument("--weights", type=Path, help="weights that training saved, of a family without prompts")
     parser.add_argument("--negative_prompt", default="", help="what cfg_scale leads away from")
-    parser.add_argument("--lora", type=Path, help="LoRA file to fuse into the transformer")
+    parser.add_argument("--lora", type=Path, help="file of a LoRA, or of another adapter, to fuse into the transformer")
     parser.add_argument("--lora_scale", type=float, default=1.0, help="factor on the LoRA (default: 1)")
     parser.add_argument("--template", action="append", default=[],
                         help="folder of a template, or owner/name: on a hub; several times for several")

@@ -16,8 +16,8 @@ from ms_diffsynth.debug.compare import Quantity, relative_error, together, worst
 from ms_diffsynth.debug.gradients import Gradients
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.diffusion.weighting import table
+from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.ema import EMA
-from ms_diffsynth.nn.lora import lora_modules, set_lora
 from ms_diffsynth.nn.names import to_numpy, torch_parameters
 from ms_diffsynth.pipeline import UnitSequence
 from ms_diffsynth.train.module import DiffusionTrainingModule
@@ -54,8 +54,8 @@ class Training:
         self.network = getattr(self.pipe, network)
         if run["lora_rank"]:
             start = f"{self.name}.lora"
-            set_lora(self.network, {n: tuple(case.inputs[f"{start}.{n}.lora_{x}.weight"] for x in "AB")
-                                    for n in lora_modules(self.network)})
+            self.module.adapter.load(self.network, {name: case.inputs[f"{start}.{name}"]
+                                                    for name in self.module.adapter.tensors(self.network)})
         self.parameters = self.module.trainable_parameters()
         self.cut = self.module.training_cut()
         self.rows = PreparedRows(self._dataset(), self.module, self.cut)
@@ -91,7 +91,8 @@ class Training:
     def _pairs(self, kind: str, parameters: Iterable[Parameter | Tensor]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Name -> (found, expected) of one tensor for each trained weight, of the matrices of a LoRA each."""
         torch_names = {id(p): name for name, p in torch_parameters(self.network).items()}
-        flats = {id(cell.flat.flat): cell.flat for cell in lora_modules(self.network).values() if cell.flat is not None}
+        flats = {id(cell.flat.flat): cell.flat for cell in adapted_layers(self.network).values()
+                 if cell.flat is not None}
         pairs = {}
         for own, tensor in zip(self.parameters, parameters):
             array = to_numpy(tensor)

@@ -24,7 +24,6 @@ from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.diffusion.weighting import table
 from ms_diffsynth.errors import DataError
 from ms_diffsynth.io.weights import load_state_dict
-from ms_diffsynth.nn.lora import inject_lora, lora_pairs, set_lora
 from ms_diffsynth.nn.names import state_dict, to_numpy, torch_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Cut, Program, is_optional, slot
@@ -231,9 +230,8 @@ def _training(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Q
     module.lora_base_model = pipe.network if "lora" in case.info else None
     if "lora" in case.info:
         lora = case.info["lora"]
-        inject_lora(network, lora["target_modules"], lora["rank"], lora["alpha"])
-        set_lora(network, {n: (case.inputs[f"lora.{n}.lora_A.weight"], case.inputs[f"lora.{n}.lora_B.weight"])
-                           for n in lora["target_modules"]})
+        module.adapter.inject(network, lora["target_modules"], lora["rank"], lora["alpha"])
+        module.adapter.load(network, {name: case.inputs[f"lora.{name}"] for name in module.adapter.tensors(network)})
     fused = [unit.name for unit in program.units if unit.is_always_fused]
     cut = program.cut(("loss", "sample_losses"), (pipe.network,), fused)
     parameters = module.trainable_parameters()
@@ -251,8 +249,7 @@ def _training(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Q
         quantities.append(Quantity("gradient norms", relative_error(norms, expected["train.grad_norms"]),
                                    case.tolerances.gradient))
     if "lora" in case.info:
-        weights = {f"{name}.lora_{letter}.weight": array for name, pair in lora_pairs(network).items()
-                   for letter, array in zip("AB", pair)}
+        weights = module.adapter.tensors(network)
     else:
         weights = {name: case.rows(array) for name, array in state_dict(network).items()}
     pairs = {name: (array, expected[f"train.{name}"]) for name, array in weights.items()}

@@ -31,7 +31,7 @@ from ms_diffsynth import runtime
 from ms_diffsynth.components import Component
 from ms_diffsynth.diffusion.tasks import TASKS
 from ms_diffsynth.errors import ConfigError, DeviceError, nearest
-from ms_diffsynth.nn.lora import linear_modules
+from ms_diffsynth.nn.adapters.layer import linear_modules
 from ms_diffsynth.nn.names import torch_parameters
 from ms_diffsynth.nn.quant import hold_8bit
 from ms_diffsynth.pipeline import Pipeline

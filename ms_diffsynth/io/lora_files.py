@@ -1,4 +1,4 @@
-"""LoRA files: one naming out (that of diffusers, which diffusers and ComfyUI read), the common namings in.
+"""Files of adapters: one naming out (that of diffusers, which diffusers and ComfyUI read), the common namings in.
 
 A file's scale is alpha / rank. Some readers take it from the metadata, some from ``.alpha`` tensors, some not at all,
 so it is folded into B when a file is written, with ``lora_alpha = r`` in the metadata: it means the same everywhere.
@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,105 @@ from ms_diffsynth.io.weights import FLOATS, Checkpoint, native, save_state_dict
 ADAPTER_METADATA = "lora_adapter_metadata"
 PREFIXES = ("transformer.", "unet.", "diffusion_model.")
 KOHYA = "lora_unet_"
-_KEY = re.compile(r"(?P<stem>.+)\.(?:(?P<part>lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight|(?P<alpha>alpha))")
-_SIDES = {"lora_A": "A", "lora_down": "A", "lora_B": "B", "lora_up": "B"}
+ALPHA = "alpha"
 
+Parts = Mapping[str, np.ndarray]  # part -> tensor of one module
 Pair = tuple[np.ndarray, np.ndarray]
 Scaled = tuple[np.ndarray, np.ndarray, float]
+
+
+def rank_of(parts: Parts) -> int:
+    """The rank r of A [r, in] and B [out, r]; 0 when they do not fit together."""
+    a, b = parts["lora_A.weight"], parts["lora_B.weight"]
+    return a.shape[0] if a.ndim == 2 and b.ndim == 2 and a.shape[0] == b.shape[1] else 0
+
+
+def fits(parts: Parts, weight: tuple[int, int]) -> bool:
+    """Whether A [r, in] and B [out, r] belong to a weight [out, in]."""
+    return (parts["lora_B.weight"].shape[0], parts["lora_A.weight"].shape[1]) == weight
+
+
+@dataclass(frozen=True, eq=False)
+class Format:
+    """How an adapter is written: the tensors of a module, and what the metadata say of them.
+
+    Attributes:
+        name: what messages call it. group, shapes: what they call the tensors of a module, and expect of them.
+        parts: part -> what it is called in files, before a ``.default`` and a ``.weight`` that readers of all kinds add
+            or leave out. A part is the end of a tensor's name as it is written, behind the module.
+        scaled: the part that takes the scale of the file: the weight depends on the scale times it.
+        rank: of the tensors of a module, 0 when they do not fit together.
+        fits: whether these belong to a weight of this shape [out, in].
+        settings: of peft's adapter, next to its rank, scale and modules.
+    """
+
+    name: str
+    group: str
+    shapes: str
+    parts: Mapping[str, tuple[str, ...]]
+    scaled: str
+    rank: Callable[[Parts], int]
+    fits: Callable[[Parts, tuple[int, int]], bool]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def missing(self, parts: Iterable[str]) -> list[str]:
+        """The parts that are not among ``parts``, as messages call them."""
+        return [label(part) for part in self.parts if part not in parts]
+
+
+LORA = Format(name="LoRA", group="pair", shapes="A [r, in] and B [out, r]", scaled="lora_B.weight", rank=rank_of,
+              fits=fits, parts={"lora_A.weight": ("lora_A", "lora_down"), "lora_B.weight": ("lora_B", "lora_up")})
+
+
+def label(part: str) -> str:
+    """What messages call a part: ``A`` for ``lora_A.weight``."""
+    return part.partition(".")[0].removeprefix("lora_")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a file holds: ``modules`` as module -> part -> tensor, the scale of each not yet in it."""
+
+    format: Format
+    modules: Mapping[str, Parts]
+    scales: Mapping[str, float]
+
+    def with_scale(self, divided_by: Mapping[str, float] | None = None) -> dict[str, dict[str, np.ndarray]]:
+        """The tensors with their scale in them, or with that of ``divided_by`` for those who apply this one later."""
+        scaled = {}
+        for module, parts in self.modules.items():
+            scale = self.scales[module] / (divided_by or {}).get(module, 1.0)
+            scaled[module] = {**parts, self.format.scaled: parts[self.format.scaled] * np.float32(scale)}
+        return scaled
+
+
+def save_adapter(path: str | os.PathLike[str], file_format: Format, modules: Mapping[str, Parts], scale: float,
+                 prefix: str = "transformer", metadata: Mapping[str, str] | None = None) -> None:
+    """Write an adapter as ``<prefix>.<module>.<part>``.
+
+    Args:
+        modules: module -> part -> tensor, the same rank everywhere.
+        scale: alpha / rank; folded into one part in float32.
+        prefix: "transformer" (diffusers, ComfyUI), "diffusion_model" (ComfyUI, DiffSynth-Studio) or "".
+
+    Raises: WeightError for tensors that do not fit together; OutputError when the file cannot be written.
+    """
+    if not modules:
+        raise WeightError(f"{path}: no {file_format.name} {file_format.group}s to save. Expected at least one module "
+                          f"with a {file_format.name}.")
+    ranks = {module: file_format.rank(parts) for module, parts in modules.items()}
+    wrong = [f"{module}: {_shapes(modules[module])}" for module, rank in ranks.items() if not rank]
+    if wrong or len(set(ranks.values())) > 1:
+        wrong = wrong or [f"ranks {listing(sorted(set(ranks.values())))}"]
+        raise WeightError(f"{path}: {file_format.name} {file_format.group}s do not fit together: {listing(wrong)}. "
+                          f"Expected {file_format.shapes} with one r.")
+    rank = next(iter(ranks.values()))
+    dot = prefix.rstrip(".") + "." if prefix else ""
+    tensors = {f"{dot}{module}.{part}": _scaled(parts[part], scale) if part == file_format.scaled else parts[part]
+               for module, parts in modules.items() for part in file_format.parts}
+    adapter = {"r": rank, "lora_alpha": rank, "target_modules": sorted(modules), **file_format.settings}
+    text = json.dumps({f"{dot}{name}": value for name, value in adapter.items()}, indent=2, sort_keys=True)
+    save_state_dict(path, tensors, dict(metadata or {}) | {ADAPTER_METADATA: text})
 
 
 def save_lora(path: str | os.PathLike[str], pairs: Mapping[str, Pair], alpha: float, prefix: str = "transformer",
@@ -40,88 +134,113 @@ def save_lora(path: str | os.PathLike[str], pairs: Mapping[str, Pair], alpha: fl
 
     Raises: WeightError for pairs that do not fit together; OutputError when the file cannot be written.
     """
-    if not pairs:
-        raise WeightError(f"{path}: no LoRA pairs to save. Expected at least one module with a LoRA.")
-    wrong = [f"{m}: A {a.shape}, B {b.shape}" for m, (a, b) in pairs.items() if not _fits(a, b)]
-    ranks = sorted({a.shape[0] for a, _ in pairs.values() if a.ndim == 2})
-    if wrong or len(ranks) > 1:
-        raise WeightError(f"{path}: LoRA pairs do not fit together: {listing(wrong) or f'ranks {listing(ranks)}'}. "
-                          "Expected A [r, in] and B [out, r] with one r.")
-    rank = ranks[0]
-    dot = prefix.rstrip(".") + "." if prefix else ""
-    tensors = {}
-    for module, (a, b) in pairs.items():
-        tensors[f"{dot}{module}.lora_A.weight"] = a
-        tensors[f"{dot}{module}.lora_B.weight"] = b if alpha == rank else _scaled(b, alpha / rank)
-    adapter = {f"{dot}r": rank, f"{dot}lora_alpha": rank, f"{dot}target_modules": sorted(pairs)}
-    text = json.dumps(adapter, indent=2, sort_keys=True)
-    save_state_dict(path, tensors, dict(metadata or {}) | {ADAPTER_METADATA: text})
+    modules = {module: dict(zip(LORA.parts, pair)) for module, pair in pairs.items()}
+    rank = next((rank for parts in modules.values() if (rank := LORA.rank(parts))), 1)
+    save_adapter(path, LORA, modules, alpha / rank, prefix, metadata)
 
 
 def load_lora(path: str | os.PathLike[str], modules: Iterable[str] | None = None) -> dict[str, Scaled]:
     """Read a LoRA file as module -> (A [r, in], B [out, r], scale); the weight change is scale * B @ A.
+
+    The names it accepts, ``modules`` and errors are those of `load_adapter`.
+    """
+    found = load_adapter(path, modules)
+    return {module: (*(parts[part] for part in LORA.parts), found.scales[module])
+            for module, parts in found.modules.items()}
+
+
+def load_adapter(path: str | os.PathLike[str], modules: Iterable[str] | None = None,
+                 formats: Sequence[Format] = (LORA,)) -> AdapterFile:
+    """Read the file of an adapter, of the first of ``formats`` that has all of its tensors.
 
     Accepts names with ``transformer.``, ``unet.``, ``diffusion_model.`` or no prefix, with or without ``.default``,
     with lora_A / lora_B or lora_down / lora_up and ``.alpha``; and kohya's ``lora_unet_`` names where ``modules`` tells
     what they mean.
 
     Args:
-        modules: the names of the model's modules; every pair of the file must belong to one of them.
+        modules: the names of the model's modules; every tensor of the file must belong to one of them.
 
     Raises: WeightError listing everything that is not understood, unmatched or incomplete.
     """
     checkpoint = Checkpoint([path])
     names = None if modules is None else _Names(modules)
+    key_of = _Keys(formats)
     raw: dict[str, _Raw] = {}
     problems: list[str] = []
     for key in checkpoint.entries:
-        found = _KEY.fullmatch(key)
-        module = _module(found["stem"], names, problems) if found else None
-        if found is None:
-            problems.append(f"{key} is no part of a LoRA")
+        stem, part = key_of.parse(key)
+        if part is None:
+            problems.append(f"{key} is no part of a {' or a '.join(f.name for f in formats)}")
+            continue
+        module = _module(stem, names, problems)
         if module is None:
             continue
-        side = "alpha" if found["alpha"] else _SIDES[found["part"]]
-        if side in raw.setdefault(module, _Raw()).keys:
-            problems.append(f"{key} and {raw[module].keys[side]} both mean {module}")
-        raw[module].keys[side] = key
+        if part in raw.setdefault(module, _Raw()).keys:
+            problems.append(f"{key} and {raw[module].keys[part]} both mean {module}")
+        raw[module].keys[part] = key
     settings = _settings(checkpoint.metadata, path)
-    result = {}
-    for module, pair in raw.items():
+    parts = {part for found in raw.values() for part in found.keys} - {ALPHA}
+    file_format = next((f for f in formats if parts <= f.parts.keys()), formats[0])
+    tensors, scales = {}, {}
+    for module, found in raw.items():
         try:
-            result[module] = pair.read(module, checkpoint, settings)
+            tensors[module], scales[module] = found.read(module, checkpoint, settings, file_format)
         except WeightError as error:
             problems.append(str(error))
+    for name in {name: None for f in formats for name, is_set in f.settings.items() if is_set} if settings else ():
+        if bool(settings.get(name)) != bool(file_format.settings.get(name)):
+            problems.append(f"the metadata say {name}={settings.get(name)}, the tensors are those of a "
+                            f"{file_format.name}")
     if problems:
         problems = list(dict.fromkeys(problems))
         raise WeightError(f"{path}: {len(problems)} entries cannot be used: {listing(problems)}. "
                           "Nothing was loaded. Give a LoRA made for this model, in diffusers naming.")
-    if not result:
+    if not tensors:
         raise WeightError(f"{path} holds no LoRA: expected names that end in .lora_A.weight and .lora_B.weight.")
-    return result
+    return AdapterFile(file_format, tensors, scales)
+
+
+class _Keys:
+    """Which part of which module a key is."""
+
+    def __init__(self, formats: Sequence[Format]):
+        self.parts = {name: part for f in formats for part, names in f.parts.items() for name in names}
+        names = "|".join(map(re.escape, self.parts))
+        self.pattern = re.compile(rf"(?P<stem>.+)\.(?:(?P<name>{names})(?:\.default)?(?P<weight>\.weight)?|alpha)")
+
+    def parse(self, key: str) -> tuple[str, str | None]:
+        """The module, with its prefix, and the part; None when it is no part. Only a vector goes without .weight."""
+        found = self.pattern.fullmatch(key)
+        if found is None:
+            return key, None
+        part = self.parts.get(found["name"], ALPHA)
+        return found["stem"], None if part.endswith(".weight") and not found["weight"] else part
 
 
 @dataclass
 class _Raw:
-    """The keys of one module's A, B and alpha."""
+    """The keys of one module's parts and alpha."""
 
     keys: dict[str, str] = field(default_factory=dict)
 
-    def read(self, module: str, checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Scaled:
-        if absent := [side for side in ("A", "B") if side not in self.keys]:
+    def read(self, module: str, checkpoint: Checkpoint, settings: Mapping[str, Any],
+             file_format: Format) -> tuple[dict[str, np.ndarray], float]:
+        """The tensors and their scale. Raises: WeightError."""
+        if absent := file_format.missing(self.keys):
             raise WeightError(f"{module} has no {' and no '.join(absent)}")
-        a, b = checkpoint[self.keys["A"]], checkpoint[self.keys["B"]]
-        if not _fits(a, b):
-            raise WeightError(f"{module}: A {a.shape} and B {b.shape} are no pair [r, in], [out, r]")
-        if not {a.dtype.name, b.dtype.name} <= FLOATS.keys():
-            raise WeightError(f"{module}: A is {a.dtype} and B {b.dtype}, expected {listing(FLOATS)}")
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        parts = {part: checkpoint[self.keys[part]] for part in file_format.parts}
+        rank = file_format.rank(parts)
+        if not rank:
+            raise WeightError(f"{module}: {_shapes(parts)} are no {file_format.group} {file_format.shapes}")
+        if not {array.dtype.name for array in parts.values()} <= FLOATS.keys():
+            found = " and ".join(f"{label(part)} is {array.dtype}" for part, array in parts.items())
+            raise WeightError(f"{module}: {found}, expected {listing(FLOATS)}")
+        if not all(np.isfinite(array).all() for array in parts.values()):
             raise WeightError(f"{module} holds numbers that are not finite")
-        rank = a.shape[0]
         told = _metadata_scale(module, rank, settings)
-        if "alpha" not in self.keys:
-            return a, b, 1.0 if told is None else told
-        alpha = checkpoint[self.keys["alpha"]]
+        if ALPHA not in self.keys:
+            return parts, 1.0 if told is None else told
+        alpha = checkpoint[self.keys[ALPHA]]
         if alpha.size != 1:
             raise WeightError(f"{module}: alpha has shape {alpha.shape}, expected one number")
         scale = float(alpha.reshape(())) / rank
@@ -129,7 +248,7 @@ class _Raw:
             raise WeightError(f"{module}: alpha is {alpha.reshape(())}, expected a finite number")
         if told is not None and not math.isclose(told, scale, rel_tol=1e-2):  # bfloat16 alpha has 8 bits
             raise WeightError(f"{module}: scale {scale:g} by its .alpha but {told:g} by the metadata")
-        return a, b, scale
+        return parts, scale
 
 
 class _Names:
@@ -193,10 +312,12 @@ def _is_alpha(value: Any) -> bool:
     return value is None or (type(value) in (int, float) and math.isfinite(value))
 
 
-def _fits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.ndim == 2 and b.ndim == 2 and a.shape[0] == b.shape[1] and a.shape[0] > 0
+def _shapes(parts: Parts) -> str:
+    return " and ".join(f"{label(part)} {array.shape}" for part, array in parts.items())
 
 
-def _scaled(b: np.ndarray, scale: float) -> np.ndarray:
-    b = native(b)
-    return (b.astype(np.float32) * np.float32(scale)).astype(b.dtype)
+def _scaled(array: np.ndarray, scale: float) -> np.ndarray:
+    if scale == 1:
+        return array
+    array = native(array)
+    return (array.astype(np.float32) * np.float32(scale)).astype(array.dtype)

@@ -1,1 +1,1 @@
-"""Cells and operations on cells: LoRA, reading and writing weights."""
+"""Cells and operations on cells: adapters, reading and writing weights."""

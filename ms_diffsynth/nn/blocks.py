@@ -11,8 +11,9 @@ from typing import Any
 
 from mindspore import nn
 
+from ms_diffsynth.nn.adapters.flat import FlatTensors
+from ms_diffsynth.nn.adapters.layer import AdaptedLinear
 from ms_diffsynth.nn.functional import functions, layer_of
-from ms_diffsynth.nn.lora import FlatLoRA, LoRALinear
 from ms_diffsynth.nn.recompute import Kept, Offloaded, Recomputed
 
 
@@ -33,10 +34,10 @@ class Arranged:
       `nn.recompute.Kept`;
     - ``self.<name>_cell_of``: for each block the index of its cell;
     - ``self.<name>_weights``: for each block its weights;
-    - ``self.<name>_lora``: for each block its place in what ``self.lora`` gives, a `FlatLoRA` which is there when
-      ``self.has_lora``, or else in ``self.no_lora``.
+    - ``self.<name>_lora``: for each block its place in what ``self.lora`` gives, a `FlatTensors` which is there
+      when ``self.has_lora``, or else in ``self.no_lora``. The name is ``lora`` whatever the adapter.
 
-    They are worked out when they are read, from the layers that the blocks have then: a LoRA, storage in 8 bits and
+    They are worked out when they are read, from the layers that the blocks have then: an adapter, storage in 8 bits and
     recompute (``is_recomputed``, ``is_offloaded`` of a block) may come in any order before the first step.
     """
 
@@ -48,7 +49,7 @@ class Arranged:
             if name.endswith(what) and name.removesuffix(what) in self.kinds():
                 return self._arrange(name.removesuffix(what))[what]
         if name == "no_lora":
-            placeholder = min(self.get_parameters(), key=lambda parameter: parameter.size)  # see `nn.lora.FlatLoRA`
+            placeholder = min(self.get_parameters(), key=lambda parameter: parameter.size)  # see `FlatTensors`
             return (placeholder,) * sum(map(len, self._lora_layers().values()))
         if name == "has_lora":
             return "lora" in self.__dict__["_cells"]
@@ -72,14 +73,14 @@ class Arranged:
                 "_lora": self._lora_places(name)}
 
     def take_lora(self) -> None:
-        """Put the LoRAs of all blocks into one Parameter. Called when LoRAs were put on the layers."""
+        """Put the adapters of all blocks into one Parameter. Called when they were put on the layers."""
         blocks = [layers for blocks in self._lora_layers().values() for layers in blocks]
         if any(blocks):
-            self.insert_child_to_cell("lora", FlatLoRA(blocks))
+            self.insert_child_to_cell("lora", FlatTensors(blocks))
 
-    def _lora_layers(self) -> dict[str, list[list[LoRALinear]]]:
-        """Of each kind, for each block, the layers that have a LoRA, in the order of its layers."""
-        return {name: [[cell for cell in at(block, kind.names) if isinstance(cell, LoRALinear)]
+    def _lora_layers(self) -> dict[str, list[list[AdaptedLinear]]]:
+        """Of each kind, for each block, the layers that have an adapter, in the order of its layers."""
+        return {name: [[cell for cell in at(block, kind.names) if isinstance(cell, AdaptedLinear)]
                        for block in getattr(self, kind.list_name)] for name, kind in self.kinds().items()}
 
     def _lora_places(self, name: str) -> tuple[int, ...]:

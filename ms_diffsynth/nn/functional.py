@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 from mindspore import mint, nn
 
-from ms_diffsynth.nn.lora import LoRALinear, LoRAMatrices, NoMatrices
+from ms_diffsynth.nn.adapters.flat import BlockTensors, NoTensors
+from ms_diffsynth.nn.adapters.layer import AdaptedLinear
 from ms_diffsynth.nn.quant import StoredLinear, StoredProduct
 from ms_diffsynth.ops import network
 
@@ -25,14 +26,14 @@ Weights = tuple  # Parameters, or tuples of them
 class Layer:
     """What a layer computes: ``function(x, weights, lora)``; two layers of one ``kind`` compute the same.
 
-    ``lora`` are the LoRA matrices of the layer's block, as `nn.lora.LoRAMatrices` gives them. With ``lora`` (the cell
-    of a LoRA) ``function`` leaves it out: `LowRank` adds it.
+    ``lora`` are the tensors of the adapters of the layer's block, as `nn.adapters.flat.BlockTensors` gives them. With
+    ``adapter`` (the cell of an adapter) ``function`` leaves it out: `functions` puts it in.
     """
 
     kind: Hashable
     function: nn.Cell
     weights: Weights
-    lora: LoRALinear | None = None
+    adapter: AdaptedLinear | None = None
 
 
 class Linear(nn.Cell):
@@ -43,31 +44,6 @@ class Linear(nn.Cell):
 class LinearWithoutBias(nn.Cell):
     def construct(self, x, weights, lora):
         return network.linear_without_bias(x, weights[0])
-
-
-class LowRank(nn.Cell):
-    """A linear layer with a LoRA of scale 1, whose matrices are ``lora[place]`` [in, r] and ``lora[place + 1]``
-    [r, out]."""
-
-    def __init__(self, base: nn.Cell, place: int):
-        super().__init__(auto_prefix=False)
-        self.base, self.place = base, place
-
-    def construct(self, x, weights, lora):
-        x, same = network.shared(x, 2)
-        return self.base(x, weights, lora) + network.low_rank(same, lora[self.place], lora[self.place + 1])
-
-
-class ScaledLowRank(LowRank):
-    """The same with another scale."""
-
-    def __init__(self, base: nn.Cell, place: int, scale: float):
-        super().__init__(base, place)
-        self.scale = scale
-
-    def construct(self, x, weights, lora):
-        x, same = network.shared(x, 2)
-        return self.base(x, weights, lora) + network.low_rank(same, lora[self.place], lora[self.place + 1] * self.scale)
 
 
 class Stored(nn.Cell):
@@ -96,13 +72,13 @@ class RMSNorm(nn.Cell):
 
 
 def layer_of(cell: nn.Cell) -> Layer:
-    """What a cell computes: a linear layer, its LoRA and its storage in 8 bits included, or mindone's RMSNorm.
+    """What a cell computes: a linear layer, its adapter and its storage in 8 bits included, or mindone's RMSNorm.
 
     Raises: TypeError for any other cell.
     """
-    if isinstance(cell, LoRALinear):
+    if isinstance(cell, AdaptedLinear):
         base = layer_of(cell.base)
-        return replace(base, kind=("lora", base.kind, cell.scale, cell.shapes), lora=cell)
+        return replace(base, kind=cell.kind(base.kind), weights=(*base.weights, *cell.frozen), adapter=cell)
     if type(cell).__name__ == "RMSNorm":  # mindone's, which this layer of the package may not import
         return Layer(("rms_norm", cell.eps), RMSNorm(cell.eps), (cell.weight,))
     bias = () if getattr(cell, "bias", None) is None else (cell.bias,)
@@ -112,17 +88,17 @@ def layer_of(cell: nn.Cell) -> Layer:
     if type(cell) is mint.nn.Linear:
         return Layer(("linear", len(bias)), Linear() if bias else LinearWithoutBias(), (cell.weight, *bias))
     raise TypeError(f"{type(cell).__name__} is not a layer whose weights are known: expected mindone's RMSNorm or "
-                    "mindspore.mint.nn.Linear, with a LoRA or stored in 8 bits or not.")
+                    "mindspore.mint.nn.Linear, with an adapter or stored in 8 bits or not.")
 
 
 def functions(layers: Sequence[Layer]) -> list[nn.Cell]:
-    """The functions of a block's layers with their LoRAs, and the cell that gives the matrices of these."""
-    found, loras = [], []
+    """The functions of a block's layers with their adapters, and the cell that gives the tensors of these."""
+    found, adapted, place = [], [], 0
     for layer in layers:
-        function, place = layer.function, 2 * len(loras)
-        if layer.lora is not None:
-            loras.append(layer.lora)
-            scale = layer.lora.scale
-            function = LowRank(function, place) if scale == 1 else ScaledLowRank(function, place, scale)
+        cell, function = layer.adapter, layer.function
+        if cell is not None:
+            function = cell.function(layer_of(cell.base), place)
+            adapted.append(cell)
+            place += len(cell.parts)
         found.append(function)
-    return [*found, LoRAMatrices(loras) if loras else NoMatrices()]
+    return [*found, BlockTensors(adapted) if adapted else NoTensors()]

@@ -104,7 +104,7 @@ def storage_dtype() -> ms.Type:
 
 
 def store_8bit(model: nn.Cell, dtype: ms.Type | None = None) -> StorageReport:
-    """Store the weights of every linear layer of ``model`` in 8 bits: before compilation, LoRA injected or not.
+    """Store the weights of every linear layer of ``model`` in 8 bits: before compilation, an adapter injected or not.
 
     Parameters keep their names; each layer gets one more, ``weight_scale``. A layer of a subclass is taken for what
     its base class computes. Layers that are stored already stay as they are.
@@ -128,6 +128,9 @@ def store_8bit(model: nn.Cell, dtype: ms.Type | None = None) -> StorageReport:
     before, errors = _bytes(model), []
     for name, cell in layers.items():
         errors.append(_store(name, cell, ms.int8 if name.removesuffix(".base").endswith(_ALWAYS_INT8) else dtype))
+    for _, cell in model.cells_and_names():
+        if hasattr(cell, "weight_changed"):  # an adapter
+            cell.weight_changed()
     error = np.concatenate(errors) if errors else np.zeros(1)
     return StorageReport(layers=len(layers), bytes_before=before, bytes_after=_bytes(model), dtype=_dtype_name(dtype),
                          largest_error=float(error.max()), mean_error=float(error.mean()))

@@ -1,6 +1,6 @@
 """Recompute (gradient checkpointing): a block keeps its inputs and computes the rest again in backward.
 
-A property of the cells, set before the step is compiled and after LoRA was injected. Two forms:
+A property of the cells, set before the step is compiled and after an adapter was injected. Two forms:
 
 **Blocks that are one cell with their weights as arguments** (`nn.blocks`): `Recomputed`, a cell whose ``bprop`` runs
 the block again, on inputs that depend on the gradient that comes in, so that the compiler cannot share what forward
@@ -114,7 +114,7 @@ class Offloaded(Kept):
 def use_recompute(model: nn.Cell, blocks: Sequence[str] | None = None, offload: bool = False) -> int:
     """Recompute the repeated blocks of ``model`` in backward; gradients stay the same bit for bit.
 
-    Call it after `inject_lora`, before compilation; a second call leaves blocks that recompute already as they are.
+    Call it after an adapter was injected, before compilation; a second call leaves blocks that recompute already as they are.
 
     Args:
         blocks: names of cells; a CellList means each of its cells. None takes every CellList that is in no other.

@@ -11,9 +11,12 @@ from mindspore import Parameter, Tensor, nn
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, TrainingError, listing, nearest
 from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.io.lora_files import load_lora, save_lora
+from ms_diffsynth.io.lora_files import load_adapter, save_adapter
 from ms_diffsynth.io.weights import save_state_dict
-from ms_diffsynth.nn.lora import Uniform, inject_lora, lora_modules, lora_pairs, lora_parameters, set_lora
+from ms_diffsynth.nn.adapters import Adapter, adapter_of, formats
+from ms_diffsynth.nn.adapters import adapter as adapter_called
+from ms_diffsynth.nn.adapters.contract import Uniform
+from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import to_numpy, torch_parameters
 from ms_diffsynth.nn.quant import store_models_8bit
 from ms_diffsynth.nn.recompute import use_recompute
@@ -33,6 +36,7 @@ class DiffusionTrainingModule:
     Attributes:
         fuse: units pulled into the compiled step although they could be prepared (``("encode_image",)`` puts the VAE
             there).
+        adapter: what ``lora_base_model`` gets.
     """
 
     pipe: Pipeline
@@ -41,6 +45,7 @@ class DiffusionTrainingModule:
     def __init__(self):
         self.trainable: tuple[str, ...] = ()
         self.task = "sft"
+        self.adapter: Adapter = adapter_called("lora")
         self.use_gradient_checkpointing = self.use_gradient_checkpointing_offload = False
 
     # -- set up --------------------------------------------------------------------------------------------------
@@ -52,14 +57,15 @@ class DiffusionTrainingModule:
                                      objective: Objective | None = None, lora_uniform: Uniform | None = None,
                                      use_gradient_checkpointing: bool = False,
                                      use_gradient_checkpointing_offload: bool = False,
-                                     fp8_models: str | None = None, extra_inputs: str | None = None) -> None:
+                                     fp8_models: str | None = None, extra_inputs: str | None = None,
+                                     adapter: str = "lora") -> None:
         """Freeze everything, then make trainable what is named.
 
         Args:
             trainable_models: comma-separated models or dotted sub-modules to train whole (``"dit"``).
-            lora_base_model: the model that gets a LoRA; its own weights stay frozen.
+            lora_base_model: the model that gets a LoRA, or another ``adapter``; its own weights stay frozen.
             lora_target_modules: names, or ends of names, of its linear layers; empty takes the family's choice.
-            lora_checkpoint: a LoRA file to go on from.
+            lora_checkpoint: a file of the same adapter to go on from.
             task: ``sft`` or ``dreambooth``; with ``:data_process`` or ``:train`` one stage of split training.
             objective: what is minimised; None is the family's own, for most that of the task (`diffusion.tasks.TASKS`).
             use_gradient_checkpointing, use_gradient_checkpointing_offload: recompute the blocks of what gradients pass
@@ -67,10 +73,12 @@ class DiffusionTrainingModule:
             fp8_models: frozen models stored in 8 bits, by name or as ``owner/name:pattern``. See `nn.quant`.
             extra_inputs: columns of the data set that are inputs too, with commas, such as
                 ``edit_image,template_inputs``.
+            adapter: a name of `nn.adapters.ADAPTERS`.
 
         Raises: ConfigError for names that are not there, for nothing to train, or for a model to be trained both ways.
         """
         self.task, (kind, _, stage) = task, task.partition(":")
+        self.adapter = adapter_called(adapter)
         names = self._checked_names(pipe, trainable_models, lora_base_model)
         for model in pipe.models.values():
             if isinstance(model, nn.Cell):
@@ -90,7 +98,7 @@ class DiffusionTrainingModule:
             targets = lora_target_modules.split(",") if isinstance(lora_target_modules, str) else lora_target_modules
             targets = [t for t in targets if t] or pipe.lora_target_modules
             model = getattr(pipe, lora_base_model)
-            inject_lora(model, targets, lora_rank, lora_alpha, lora_uniform)
+            self.adapter.inject(model, targets, lora_rank, lora_alpha, lora_uniform)
             if lora_checkpoint:
                 self._resume_lora(model, lora_checkpoint)
         for name in names:
@@ -151,11 +159,15 @@ class DiffusionTrainingModule:
                 self.pipe.weight_changes[name].append("8 bits")
 
     def _resume_lora(self, model: Any, path: str | Path) -> None:
-        cells = lora_modules(model)
-        loaded = load_lora(path, modules=list(cells))
+        cells = adapted_layers(model)
+        file = load_adapter(path, list(cells), formats())
+        if (found := adapter_of(file.format).name) != self.adapter.name:
+            raise ConfigError(f"lora_checkpoint={path} holds the adapter {found}: expected {self.adapter.name}, as the "
+                              f"setting adapter says. Set adapter={found}, or give another file.")
         # a file's scale is folded into B; ours is alpha / rank, applied at run time
-        set_lora(model, {n: (a, b * (scale / cells[n].scale) if n in cells else b)
-                         for n, (a, b, scale) in loaded.items()})
+        modules = file.with_scale({name: cell.scale for name, cell in cells.items()})
+        self.adapter.load(model, {f"{module}.{part}": array for module, parts in modules.items()
+                                  for part, array in parts.items()})
 
     @staticmethod
     def _parameters_under(pipe: Pipeline, name: str) -> list[Parameter]:
@@ -175,7 +187,7 @@ class DiffusionTrainingModule:
         found: dict[int, Parameter] = {}
         for name in self.trainable:
             if name == self.lora_base_model:
-                parameters = lora_parameters(getattr(self.pipe, name))
+                parameters = self.adapter.parameters(getattr(self.pipe, name))
             else:
                 parameters = self._parameters_under(self.pipe, name)
             found.update((id(p), p) for p in parameters if p.requires_grad)
@@ -205,12 +217,12 @@ class DiffusionTrainingModule:
                 and hasattr(self.pipe, "update_pretrained"))
 
     def save(self, path: Path, remove_prefix: str | None = None, metadata: dict[str, str] | None = None) -> None:
-        """Write what was trained: a LoRA in diffusers naming, or weights by name. Never half a file."""
+        """Write what was trained: an adapter in diffusers naming, or weights by name. Never half a file."""
         if self.lora_base_model and set(self.trainable) == {self.lora_base_model}:
-            model = getattr(self.pipe, self.lora_base_model)
-            alpha = next(cell.scale * cell.rank for cell in lora_modules(model).values())
+            cells = adapted_layers(getattr(self.pipe, self.lora_base_model))
             prefix = self.pipe.lora_prefixes.get(self.lora_base_model, self.lora_base_model)
-            save_lora(path, lora_pairs(model), alpha=alpha, prefix=prefix, metadata=metadata or {})
+            save_adapter(path, self.adapter.format, {name: cell.tensors() for name, cell in cells.items()},
+                         scale=next(cell.scale for cell in cells.values()), prefix=prefix, metadata=metadata or {})
         else:
             save_state_dict(path, self.export_trainable_state_dict(remove_prefix), metadata)
 

@@ -62,6 +62,10 @@ MAY_CHANGE = frozenset("""
     sample_height sample_width enable_tensorboard_log push_to_hub hub_model_id hub_private_repo hub""".split())
 
 
+# What settings were before they existed, in checkpoints from then
+BEFORE = {"adapter": "lora"}
+
+
 # -- where a run goes on ---------------------------------------------------------------------------------------------
 
 
@@ -170,7 +174,8 @@ def identity(accelerator: Accelerator, module: DiffusionTrainingModule, cut: Cut
     settings["batch_size"] = options.batch_size * accelerator.num_processes  # more ranks may take smaller batches
     settings |= dataclasses.asdict(pipe.objective)
     settings |= {"task": module.task, "mode": accelerator.mode, "device": accelerator.device,
-                 "dtype": runtime.dtype_name(pipe.dtype), "fuse": module.fuse, "pipeline": type(pipe).__name__}
+                 "dtype": runtime.dtype_name(pipe.dtype), "fuse": module.fuse, "pipeline": type(pipe).__name__,
+                 "adapter": module.adapter.name}
     data = {f"{name}.{part}": value for name, found in (("data", dataset), ("class_data", class_dataset))
             if found is not None for part, value in _content(found).items()}
     models = set(pipe.sources) if cut is None else {*cut.models("step")}
@@ -213,7 +218,7 @@ def check_identity(checkpoint: Checkpoint, now: Mapping[str, Any], accept: Colle
     Returns: a line for each field. Raises: CheckpointError listing what was not accepted; ConfigError for a name that
         is none.
     """
-    saved = checkpoint.state["identity"]
+    saved = BEFORE | checkpoint.state["identity"]
     fields = {*saved, *now}
     groups = {field.partition(".")[0] for field in fields}
     unknown = [name for name in accept if name not in fields | groups | SETTINGS.keys()]

@@ -9,8 +9,9 @@ import pytest
 from safetensors import safe_open
 
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.io.lora_files import load_lora, save_lora
+from ms_diffsynth.io.lora_files import LORA, load_adapter, load_lora, save_adapter, save_lora
 from ms_diffsynth.io.weights import load_state_dict, save_state_dict
+from ms_diffsynth.nn.adapters.dora import DoRA
 
 MODULES = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0", "proj_out"]
 
@@ -187,3 +188,62 @@ def test_two_scales_that_disagree_are_refused(tmp_path):
         load_lora(write(path, {A: a, B: b, "proj_out.alpha": np.array(4)}, metadata))
     with pytest.raises(WeightError, match="is no JSON object"):
         load_lora(write(path, {A: a, B: b}, {"lora_adapter_metadata": "x"}))
+
+
+DORA = DoRA.format
+M = "transformer.proj_out.lora_magnitude_vector"
+
+
+def triples():
+    """A LoRA's pairs and a magnitude vector each, by part."""
+    magnitude = np.arange(1, 7, dtype=np.float32)
+    return {module: dict(zip(DORA.parts, (*pair, magnitude))) for module, pair in pairs().items()}
+
+
+def test_a_dora_is_written_as_diffusers_writes_it(tmp_path):
+    path = tmp_path / "f.safetensors"
+    save_adapter(path, DORA, triples(), scale=2.0)
+    assert set(load_state_dict(path)) == {f"transformer.{m}.{part}" for m in MODULES for part in (
+        "lora_A.weight", "lora_B.weight", "lora_magnitude_vector")}
+    settings = json.loads(metadata_of(path)["lora_adapter_metadata"])
+    assert settings["transformer.use_dora"] is True and settings["transformer.lora_alpha"] == settings["transformer.r"]
+    found = load_adapter(path, MODULES, [LORA, DORA])
+    assert found.format is DORA and set(found.scales.values()) == {1.0}
+    for module, parts in triples().items():
+        for part, array in parts.items():
+            expected = 2 * array if part == "lora_B.weight" else array
+            assert found.modules[module][part].tobytes() == expected.tobytes()
+    with pytest.raises(WeightError, match="lora_magnitude_vector is no part of a LoRA"):
+        load_lora(path, MODULES)
+
+
+@pytest.mark.parametrize("end", ["", ".weight", ".default", ".default.weight"])
+def test_magnitudes_of_others(tmp_path, end):
+    path = tmp_path / "f.safetensors"
+    parts = triples()["proj_out"]
+    write(path, {A: parts["lora_A.weight"], B: parts["lora_B.weight"], M + end: parts["lora_magnitude_vector"]})
+    assert load_adapter(path, MODULES, [LORA, DORA]).format is DORA
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("change, metadata, text", [
+    ({M: np.ones(5, np.float32)}, {}, r"magnitude_vector \(5,\) are no triple A \[r, in\]"),
+    ({M: np.full(6, np.nan, np.float32)}, {}, "not finite"),
+    ({"transformer.x.lora_A.weight": np.ones((4, 8), np.float32),
+      "transformer.x.lora_B.weight": np.ones((6, 4), np.float32)}, {}, "x has no magnitude_vector"),
+    ({}, {"transformer.use_dora": False}, "the metadata say use_dora=False, the tensors are those of a DoRA"),
+    ({M: None}, {"transformer.use_dora": True}, "the metadata say use_dora=True, the tensors are those of a LoRA"),
+])
+def test_a_dora_that_makes_no_sense(tmp_path, change, metadata, text):
+    parts = triples()["proj_out"]
+    entries = {A: parts["lora_A.weight"], B: parts["lora_B.weight"], M: parts["lora_magnitude_vector"]} | change
+    path = write(tmp_path / "f.safetensors", {name: array for name, array in entries.items() if array is not None},
+                 {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None)
+    with pytest.raises(WeightError, match=text):
+        load_adapter(path, [*MODULES, "x"], [LORA, DORA])
+
+
+def test_triples_that_do_not_fit_are_not_saved(tmp_path):
+    wrong = {"x": {**triples()["proj_out"], "lora_magnitude_vector": np.ones(5, np.float32)}}
+    with pytest.raises(WeightError, match=r"DoRA triples do not fit together: x: A .* Expected A \[r, in\], B"):
+        save_adapter(tmp_path / "f.safetensors", DORA, wrong, scale=1.0)

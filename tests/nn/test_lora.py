@@ -4,18 +4,17 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
+from low_rank import (
+    fuse_lora,
+    inject_lora,
+    lora_pairs,
+    lora_parameters,
+    set_lora,
+)
 from mindspore import Tensor, mint, nn
 
 from ms_diffsynth.errors import ConfigError, WeightError
-from ms_diffsynth.nn.lora import (
-    fuse_lora,
-    inject_lora,
-    linear_modules,
-    lora_pairs,
-    lora_parameters,
-    match_targets,
-    set_lora,
-)
+from ms_diffsynth.nn.adapters.layer import linear_modules, match_targets
 from ms_diffsynth.nn.names import state_dict
 
 

@@ -8,11 +8,11 @@ import weakref
 import mindspore as ms
 import numpy as np
 import pytest
+from low_rank import fuse_lora, inject_lora, lora_pairs, lora_parameters
 from mindspore import Parameter, ParameterTuple, Tensor, mint, nn
 
 from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.nn import quant
-from ms_diffsynth.nn.lora import fuse_lora, inject_lora, lora_pairs, lora_parameters
 from ms_diffsynth.nn.names import state_dict, torch_parameters
 from ms_diffsynth.nn.quant import store_8bit, store_models_8bit
 

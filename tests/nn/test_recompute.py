@@ -6,12 +6,12 @@ import re
 import mindspore as ms
 import numpy as np
 import pytest
+from low_rank import inject_lora, lora_pairs, lora_parameters, set_lora
 from mindspore import Parameter, ParameterTuple, Tensor, mint, nn, ops
 
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, DeviceError
 from ms_diffsynth.nn import recompute
-from ms_diffsynth.nn.lora import inject_lora, lora_pairs, lora_parameters, set_lora
 from ms_diffsynth.nn.recompute import gradient_checkpoint_forward, use_recompute
 
 COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["pynative", "graph"])

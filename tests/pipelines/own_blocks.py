@@ -6,9 +6,8 @@ from pathlib import Path
 
 import mindspore as ms
 import numpy as np
+from low_rank import inject_lora, lora_pairs, lora_parameters, set_lora
 from mindspore import Parameter, ParameterTuple, Tensor, nn
-
-from ms_diffsynth.nn.lora import inject_lora, lora_pairs, lora_parameters, set_lora
 
 # float32: the rounding of sums of up to a hundred terms through four blocks, of each tensor's largest element. A
 # gradient that is zero in exact arithmetic (the bias of a key projection, which shifts all scores of a row alike) is

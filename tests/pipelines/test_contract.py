@@ -7,6 +7,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from device import DEVICE
+from low_rank import lora_pairs, set_lora
 from mindspore import Tensor, nn, ops
 from PIL import Image
 
@@ -16,7 +17,6 @@ from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.weights import load_state_dict, save_sharded
-from ms_diffsynth.nn.lora import lora_pairs, set_lora
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.registry import FAMILIES, family
 from ms_diffsynth.train.distributed import Accelerator

@@ -4,13 +4,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from device import DEVICE
+from low_rank import lora_pairs, set_lora
 from mindspore import Tensor
 from PIL import Image
 
 from ms_diffsynth import DiffusionTrainingModule, Flux2ImagePipeline, runtime
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.nn.lora import lora_pairs, set_lora
 from ms_diffsynth.train.optim import AdamW
 from ms_diffsynth.train.prepared import in_bucket
 from ms_diffsynth.train.program_step import ProgramTrainStep

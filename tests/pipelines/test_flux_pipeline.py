@@ -195,8 +195,9 @@ def test_on_the_cpu_bfloat16_is_a_logged_fallback(tiny_flux, caplog):
 
 
 def test_a_fused_lora_equals_one_beside(tiny_flux, tmp_path):
+    from low_rank import inject_lora, lora_pairs, set_lora
+
     from ms_diffsynth.io.lora_files import save_lora
-    from ms_diffsynth.nn.lora import inject_lora, lora_pairs, set_lora
 
     def velocity(pipe):
         rng = np.random.default_rng(0)

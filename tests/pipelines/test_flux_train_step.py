@@ -6,10 +6,10 @@ from argparse import Namespace
 import mindspore as ms
 import numpy as np
 import pytest
+from low_rank import inject_lora, lora_pairs, lora_parameters, set_lora
 from mindspore import Tensor
 
 from ms_diffsynth.diffusion.units import Objective
-from ms_diffsynth.nn.lora import inject_lora, lora_pairs, lora_parameters, set_lora
 from ms_diffsynth.pipelines.flux import FAMILY
 from ms_diffsynth.pipelines.flux.train_step import TrainStepForFluxDevDB
 from ms_diffsynth.train.module import DiffusionTrainingModule

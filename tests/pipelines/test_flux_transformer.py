@@ -9,9 +9,9 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
+from low_rank import inject_lora, lora_pairs, lora_parameters, set_lora
 from mindspore import ParameterTuple, Tensor
 
-from ms_diffsynth.nn.lora import inject_lora, lora_pairs, lora_parameters, set_lora
 from ms_diffsynth.nn.quant import store_8bit
 from ms_diffsynth.nn.recompute import use_recompute
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from device import DEVICE
+from low_rank import lora_pairs, set_lora
 from mindspore import Tensor
 from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.nn.lora import lora_pairs, set_lora
 from ms_diffsynth.train.optim import AdamW
 from ms_diffsynth.train.prepared import in_bucket
 from ms_diffsynth.train.program_step import ProgramTrainStep

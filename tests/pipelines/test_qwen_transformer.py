@@ -7,6 +7,7 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
+from low_rank import lora_pairs, lora_parameters
 from mindspore import Tensor, mint, ops
 from own_blocks import (
     assert_equal_bit_for_bit,
@@ -18,7 +19,7 @@ from own_blocks import (
     with_weights,
 )
 
-from ms_diffsynth.nn.lora import lora_modules, lora_pairs, lora_parameters
+from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.quant import store_8bit
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.pipelines.qwen_image.rotary import image_table
@@ -114,7 +115,7 @@ def test_an_array_laid_out_as_the_loras_parameter_is_taken_apart_by_the_names_in
     dit = network(qwen)
     with_lora(dit, TARGETS)
     own(dit)(*inputs())
-    (flat,) = {id(cell.flat): cell.flat for cell in lora_modules(dit).values()}.values()
+    (flat,) = {id(cell.flat): cell.flat for cell in adapted_layers(dit).values()}.values()
     found = flat.matrices(flat.flat.asnumpy())
     expected = {f"{name}.lora_{letter}.weight": array for name, pair in lora_pairs(dit).items()
                 for letter, array in zip("AB", pair)}

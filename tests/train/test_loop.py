@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from low_rank import lora_parameters
 from mindspore import Tensor, ops
 from PIL import Image
 from toy_run import SIDE, Module, poison, rows, toy_model, train
@@ -16,7 +17,6 @@ from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, DataError, TrainingError
 from ms_diffsynth.io.weights import load_state_dict
-from ms_diffsynth.nn.lora import lora_parameters
 from ms_diffsynth.train import loop
 from ms_diffsynth.train.distributed import Accelerator, DistributedDataParallelKwargs
 from ms_diffsynth.train.logger import COLUMNS, ModelLogger

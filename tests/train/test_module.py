@@ -3,13 +3,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from low_rank import lora_pairs, set_lora
 from mindspore import Tensor
 from PIL import Image
 
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, ProgramError, TrainingError, WeightError
 from ms_diffsynth.io.weights import load_state_dict
-from ms_diffsynth.nn.lora import lora_pairs, set_lora
 from ms_diffsynth.registry import family
 from ms_diffsynth.train.losses import FlowMatchSFTLoss
 from ms_diffsynth.train.module import DiffusionTrainingModule

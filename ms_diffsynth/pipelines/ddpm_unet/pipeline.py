@@ -22,7 +22,7 @@ from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.io.files import sha256_of, stage_folder, write_file
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.weights import load_state_dict, match, save_sharded
-from ms_diffsynth.nn.lora import lora_modules
+from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import assign, state_dict, torch_shapes
 from ms_diffsynth.pipeline import SCHEDULER_FILE, Component, Pipeline, UnitSequence
 from ms_diffsynth.pipelines.ddpm_unet.units import Denoise, LoadPixels
@@ -233,7 +233,7 @@ class UnconditionalImagePipeline(Pipeline):
             write_file(Path(folder) / name, content)
 
     def _save_network(self, folder: Path) -> None:
-        if lora_modules(self.unet):
+        if adapted_layers(self.unet):
             raise WeightError("the network carries a LoRA, which this format has no place for: save the LoRA by "
                               "itself (DiffusionTrainingModule.save), and fuse it by load_lora into a fresh pipeline.")
         config = {"_class_name": "UNet2DModel", **{k: v for k, v in self.config("unet").items() if k[0] != "_"}}
