@@ -271,7 +271,8 @@ def test_help_shows_every_setting_with_choices_and_default():
     add_flags(parser)
     text = " ".join(parser.format_help().split())
     assert all(f"--{name} " in text for name in SETTINGS)
-    assert "where it is a factor and 1 is advised (default: 0.0001)" in text and "(one of graph, pynative; default: \"graph\")" in text
+    assert "where it is a factor and 1 is advised (default: 0.0001)" in text
+    assert "(one of graph, pynative; default: \"graph\")" in text
     assert "(required)" in text and "(default: null)" in text
 
 
