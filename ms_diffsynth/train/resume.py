@@ -60,6 +60,9 @@ MAY_CHANGE = frozenset("""
     sample_count sample_steps sample_prompts sample_template_inputs sample_seed num_inference_steps sample_height
     sample_width enable_tensorboard_log push_to_hub hub_model_id hub_private_repo hub""".split())
 
+# What every run had before there were these settings, so that checkpoints written then can be gone on from.
+BEFORE = {"optimizer": "adamw", "optimizer_args": []}
+
 
 # -- where a run goes on ---------------------------------------------------------------------------------------------
 
@@ -165,9 +168,6 @@ def identity(accelerator: Accelerator, module: DiffusionTrainingModule, cut: Cut
     given = {**vars(args)} if hasattr(args, "__dict__") else {}
     settings = {k: v for k, v in (given | dataclasses.asdict(options)).items() if k not in MAY_CHANGE}
     settings["optimizer_args"] = sorted(options.optimizer_args)
-    for name, default in (("optimizer", "adamw"), ("optimizer_args", [])):  # older checkpoints have only AdamW
-        if settings[name] == default:
-            del settings[name]
     if options.lr_scheduler != "constant":
         settings |= {"num_epochs": options.num_epochs, "max_train_steps": options.max_train_steps}
     settings["batch_size"] = options.batch_size * accelerator.num_processes  # more ranks may take smaller batches
@@ -216,7 +216,7 @@ def check_identity(checkpoint: Checkpoint, now: Mapping[str, Any], accept: Colle
     Returns: a line for each field. Raises: CheckpointError listing what was not accepted; ConfigError for a name that
         is none.
     """
-    saved = checkpoint.state["identity"]
+    saved = BEFORE | checkpoint.state["identity"]
     fields = {*saved, *now}
     groups = {field.partition(".")[0] for field in fields}
     unknown = [name for name in accept if name not in fields | groups | SETTINGS.keys()]
@@ -270,7 +270,7 @@ def restore(step: TrainStep, checkpoint: Checkpoint, now: Mapping[str, Any]) -> 
     Raises: CheckpointError when the checkpoint has no weights or no moments, or holds what is not finite; WeightError
         when they are of others.
     """
-    own = parameters_of(step)
+    own = {group: parameters for group, parameters in parameters_of(step).items() if group != "moments"}
     lost = [name for name in ("weights", "moments") if name not in checkpoint.groups]
     if lost:
         raise CheckpointError(f"{checkpoint.path} has no {' and no '.join(lost)}: it has {listing(checkpoint.groups)}. "
@@ -279,8 +279,7 @@ def restore(step: TrainStep, checkpoint: Checkpoint, now: Mapping[str, Any]) -> 
         own.pop("loss_scale", None)
     for name, parameters in own.items():
         if name in checkpoint.groups:
-            found = _Finite(checkpoint, name)
-            load_state(parameters, found)
+            load_state(parameters, _Finite(checkpoint, name))
     step.optimizer.load_state_tensors(_Finite(checkpoint, "moments"))
     if step.ema is not None and "ema" not in checkpoint.groups:
         for average, weight in zip(step.ema.average, step.ema.parameters):

@@ -21,7 +21,7 @@ from ms_diffsynth.errors import CheckpointError, ConfigError, TrainingError, Wei
 from ms_diffsynth.io.checkpoint import latest
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.registry import OPTIMIZERS, OptimizerEntry
-from ms_diffsynth.train import exchange, grads
+from ms_diffsynth.train import exchange, grads, resume
 from ms_diffsynth.train.optim import (
     AdamW,
     Float32Weights,
@@ -458,17 +458,30 @@ def test_a_run_that_goes_on_has_the_same_bits(folder, tmp_path, name, mode):
     assert equal(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_checkpoint_from_before_there_were_other_optimizers_is_gone_on_from(folder, tmp_path, monkeypatch):
+    train(tmp_path / "whole", Module(folder), rows(3), num_epochs=2)
+    with monkeypatch.context() as then:
+        identity = resume.identity
+        then.setattr(resume, "identity", lambda *given: {name: value for name, value in identity(*given).items()
+                                                         if not name.startswith("optimizer")})
+        train(tmp_path / "run", Module(folder), rows(3), num_epochs=1)
+    assert "optimizer" not in latest(tmp_path / "run/checkpoints").state["identity"]
+    with pytest.raises(CheckpointError, match=r"optimizer: \"adamw\" when saved, \"came\" now"):
+        train(tmp_path / "run", Module(folder), rows(3), num_epochs=2, optimizer="came", resume="auto")
+    train(tmp_path / "run", Module(folder), rows(3), num_epochs=2, resume="auto")
+    assert equal(tmp_path / "whole", tmp_path / "run")
+
+
 def test_another_optimizer_is_another_run(folder, tmp_path):
     def run(**more):
         return train(tmp_path / "run", Module(folder), rows(3), **{"num_epochs": 1} | more)
 
     run()
-    assert not {"optimizer", "optimizer_args"} & latest(tmp_path / "run/checkpoints").state["identity"].keys()
-    with pytest.raises(CheckpointError, match=r"optimizer: not set when saved, \"prodigy\" now\nSet them back"):
+    with pytest.raises(CheckpointError, match=r"optimizer: \"adamw\" when saved, \"prodigy\" now\nSet them back"):
         run(optimizer="prodigy", resume="auto", num_epochs=2)
     with pytest.raises(WeightError, match=r"missing: .*prodigy.d.*optimizer settings the checkpoint was written with"):
         run(optimizer="prodigy", resume="auto", num_epochs=2, accept_changes=("optimizer",))
     train(tmp_path / "other", Module(folder), rows(3), optimizer="prodigy", optimizer_args=("d0=1e-5",))
     assert "moments/prodigy.d" in state(tmp_path / "other")[0]
-    with pytest.raises(CheckpointError, match=r"optimizer_args: \[\"d0=1e-5\"\] when saved, not set now"):
+    with pytest.raises(CheckpointError, match=r"optimizer_args: \[\"d0=1e-5\"\] when saved, \[\] now"):
         train(tmp_path / "other", Module(folder), rows(3), optimizer="prodigy", resume="auto", num_epochs=2)

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mindone.trainers.came import CAME as MindoneCAME
 from mindspore import Parameter
 
+from ms_diffsynth import runtime
 from ms_diffsynth.train.optim.contract import check
 from ms_diffsynth.train.optim.foreign import Guarded
 
@@ -30,5 +30,8 @@ class CAME(Guarded):
             (not min(eps1, eps2) > 0, f"eps1={eps1}, eps2={eps2}: expected numbers above 0. Try 1e-30 and 1e-16."),
             (not clip_threshold > 0, f"clip_threshold={clip_threshold}: expected a number above 0. Try 1."),
         ])
+        runtime.current()  # what mindone imports is adapted to the CPU then, and not afterwards
+        from mindone.trainers.came import CAME as MindoneCAME
+
         return cls(MindoneCAME(parameters, learning_rate, (eps1, eps2), clip_threshold, (beta1, beta2, beta3),
                                weight_decay))
