@@ -37,6 +37,7 @@ from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.loop import launch_training_task
 from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.train.optim import optimizer_arguments
 from ms_diffsynth.train.prepared import CachedRows
 from ms_diffsynth.train.publish import check_token
 from ms_diffsynth.train.resume import check_folder
@@ -50,6 +51,7 @@ def run(config: TrainConfig) -> ModelLogger:
     accelerator = Accelerator.of(settings)
     _tag_logs(accelerator)
     check_token(accelerator, settings)
+    optimizer_arguments(settings)
     if stage != "data_process":
         check_folder(Path(settings.output_path), settings.resume)
     sets = build_datasets(settings, family(settings.family).pipeline.division_factor)

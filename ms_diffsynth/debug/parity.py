@@ -29,9 +29,8 @@ from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Cut, Program, is_optional, slot
 from ms_diffsynth.registry import family
 from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.optim import AdamW
+from ms_diffsynth.train.optim import AdamW, ShardedAdamW, needs_float32
 from ms_diffsynth.train.program_step import ProgramTrainStep
-from ms_diffsynth.train.sharding import ShardedAdamW, needs_float32
 from ms_diffsynth.units import TensorUnit
 
 CASES = Path(__file__).parent / "cases"  # those that travel in the package

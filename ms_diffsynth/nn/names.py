@@ -68,9 +68,14 @@ def load_state(own: Mapping[str, Parameter], state: Mapping[str, Tensor | np.nda
 
     Raises: WeightError that lists every missing, superfluous or misshapen tensor; nothing is assigned then.
     """
-    check_state({n: parameter.shape for n, parameter in own.items()}, {n: tensor.shape for n, tensor in state.items()})
+    check_state({n: parameter.shape for n, parameter in own.items()}, shapes_of(state))
     for name, parameter in own.items():
         ops.assign(parameter, Tensor(state[name]).astype(parameter.dtype))
+
+
+def shapes_of(state: Mapping[str, Tensor | np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape; of arrays that are read when they are asked for, such as a checkpoint's, as its ``shapes`` say."""
+    return state.shapes if hasattr(state, "shapes") else {name: tensor.shape for name, tensor in state.items()}
 
 
 def check_state(own: Mapping[str, tuple[int, ...]], state: Mapping[str, tuple[int, ...]]) -> None:
