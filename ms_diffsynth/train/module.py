@@ -14,7 +14,7 @@ from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.lora_files import load_lora, save_lora
 from ms_diffsynth.io.weights import save_state_dict
 from ms_diffsynth.nn.lora import Uniform, inject_lora, lora_modules, lora_pairs, lora_parameters, set_lora
-from ms_diffsynth.nn.names import to_numpy, torch_parameters
+from ms_diffsynth.nn.names import to_numpy, torch_parameters, trainable_parameters
 from ms_diffsynth.nn.quant import store_models_8bit
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.pipeline import Pipeline
@@ -160,10 +160,11 @@ class DiffusionTrainingModule:
     @staticmethod
     def _parameters_under(pipe: Pipeline, name: str) -> list[Parameter]:
         root, _, inner = name.partition(".")
-        found = {n: p for n, p in torch_parameters(getattr(pipe, root)).items()
+        weights = trainable_parameters(getattr(pipe, root))
+        found = {n: p for n, p in weights.items()
                  if not inner or n == inner or n.startswith(inner + ".")}
         if not found:
-            tops = sorted({n.split(".")[0] for n in torch_parameters(getattr(pipe, root))})
+            tops = sorted({n.split(".")[0] for n in weights})
             raise ConfigError(f"trainable_models='{name}' names no weights: '{root}' has {listing(tops)}."
                               f"{nearest(inner, tops)}")
         return list(found.values())
