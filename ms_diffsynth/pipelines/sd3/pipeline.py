@@ -36,8 +36,13 @@ def _build_dit(config: dict[str, Any]):
     return SD3Transformer(**arguments(config))
 
 
-_CLIP = {"class_name": "CLIPTextModelWithProjection", "build": build_clip_with_projection,
-         "ignored": ("text_model.embeddings.position_ids",)}
+def _build_clip_g(config: dict[str, Any]):
+    cell = build_clip_with_projection(config)
+    cell.update_parameters_name("text_encoder_2.")  # in compiled code CLIP-L's Parameters have the same names
+    return cell
+
+
+_CLIP = {"class_name": "CLIPTextModelWithProjection", "ignored": ("text_model.embeddings.position_ids",)}
 COMPONENTS = (
     Component(name="tokenizer_1", folder="tokenizer", build=build_clip_tokenizer, default_folder=CLIP_TOKENIZER,
               libraries=("transformers", "ftfy")),
@@ -45,8 +50,8 @@ COMPONENTS = (
               default_folder=Path(__file__).parent / "tokenizer_2", libraries=("transformers", "ftfy")),
     Component(name="tokenizer_3", folder="tokenizer_3", build=build_t5_tokenizer, default_folder=T5_TOKENIZER,
               libraries=("transformers", "sentencepiece")),
-    Component(name="text_encoder_1", folder="text_encoder", **_CLIP),
-    Component(name="text_encoder_2", folder="text_encoder_2", **_CLIP),
+    Component(name="text_encoder_1", folder="text_encoder", build=build_clip_with_projection, **_CLIP),
+    Component(name="text_encoder_2", folder="text_encoder_2", build=_build_clip_g, **_CLIP),
     Component(name="text_encoder_3", folder="text_encoder_3", class_name="T5EncoderModel", build=build_t5,
               ignored=("encoder.embed_tokens.weight",), weight_dtype=weight_dtype),
     Component(name="vae", folder="vae", class_name="AutoencoderKL", build=build_autoencoder_kl),

@@ -28,7 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_post_quant_conv": False},
     "dit": {
         "_class_name": "SD3Transformer2DModel", "sample_size": 16, "patch_size": 2, "in_channels": 16,
-        "out_channels": 16, "num_layers": 3, "attention_head_dim": 32, "num_attention_heads": 3,
+        "out_channels": 16, "num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 3,
         "joint_attention_dim": 48, "caption_projection_dim": 96, "pooled_projection_dim": 40,
         "pos_embed_max_size": 24, "dual_attention_layers": [], "qk_norm": None},
 }
