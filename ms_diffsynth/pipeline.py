@@ -357,15 +357,26 @@ class Pipeline:
                     self.sources[component.name] = Source(folder / component.folder)
             return
         class_name = class_name_of(read_config(folder))
-        names = {c.class_name: c.name for c in self.components if c.class_name}
-        if class_name not in names:
-            raise WeightError(f"{folder / 'config.json'} describes a {class_name}, but {type(self).__name__} is made "
-                              f"of {listing(names)}. Give the folder or files of one of those.")
-        self.sources[names[class_name]] = Source(folder, () if paths[0].is_dir() else tuple(paths))
+        name = self._name_of(folder, class_name)
+        self.sources[name] = Source(folder, () if paths[0].is_dir() else tuple(paths))
         if config.model_id:
-            self.given_as[f"{config.model_id}:{config.origin_file_pattern}"] = names[class_name]
-            if names[class_name] == self.network and self.scheduler_file is None:
+            self.given_as[f"{config.model_id}:{config.origin_file_pattern}"] = name
+            if name == self.network and self.scheduler_file is None:
                 self._fetch_scheduler(config)
+
+    def _name_of(self, folder: Path, class_name: str) -> str:
+        """The component that a folder holds: the one of its class; of two of a class the one its name tells."""
+        of_class = [c for c in self.components if c.class_name == class_name]
+        if not of_class:
+            raise WeightError(f"{folder / 'config.json'} describes a {class_name}, but {type(self).__name__} is made "
+                              f"of {listing(c.class_name for c in self.components if c.class_name)}. Give the folder "
+                              "or files of one of those.")
+        named = of_class if len(of_class) == 1 else [c for c in of_class if folder.name in (c.folder, c.name)]
+        if not named:
+            raise WeightError(f"{folder} holds a {class_name}, of which {type(self).__name__} has "
+                              f"{listing(c.name for c in of_class)}: expected a folder called "
+                              f"{' or '.join(c.folder for c in of_class)}, by which they are told apart. Rename it.")
+        return named[0].name
 
     def _fetch_scheduler(self, config: ModelConfig) -> None:
         """Take the scheduler_config.json of the network's repository, where it has one."""

@@ -14,6 +14,7 @@ FAMILIES = {
     "flux": "ms_diffsynth.pipelines.flux",
     "flux2": "ms_diffsynth.pipelines.flux2",
     "qwen_image": "ms_diffsynth.pipelines.qwen_image",
+    "sd3": "ms_diffsynth.pipelines.sd3",
     "toy": "ms_diffsynth.pipelines.toy",
 }
 

@@ -32,6 +32,16 @@ def torch_parameters(cell: nn.Cell) -> dict[str, Parameter]:
     return named
 
 
+def trainable_parameters(cell: nn.Cell) -> dict[str, Parameter]:
+    """`torch_parameters` without PyTorch's buffers, which are loaded and saved, but learn nothing.
+
+    These are the running statistics of norms, and what a cell names in ``buffer_names``.
+    """
+    buffers = {f"{owner}.{name}" if owner else name for owner, part in cell.cells_and_names()
+               for name in (*getattr(part, "buffer_names", ()), "running_mean", "running_var")}
+    return {name: parameter for name, parameter in torch_parameters(cell).items() if name not in buffers}
+
+
 def torch_shapes(cell: nn.Cell) -> dict[str, tuple[int, ...]]:
     """PyTorch name -> PyTorch shape of every parameter."""
     flat = {f"{name}.weight" for name, c in cell.cells_and_names() if isinstance(c, (nn.Conv1d, nn.Conv1dTranspose))}

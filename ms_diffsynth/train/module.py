@@ -17,7 +17,7 @@ from ms_diffsynth.nn.adapters import Adapter, adapter_of, formats
 from ms_diffsynth.nn.adapters import adapter as adapter_called
 from ms_diffsynth.nn.adapters.contract import Uniform
 from ms_diffsynth.nn.adapters.layer import adapted_layers
-from ms_diffsynth.nn.names import to_numpy, torch_parameters
+from ms_diffsynth.nn.names import to_numpy, torch_parameters, trainable_parameters
 from ms_diffsynth.nn.quant import store_models_8bit
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.pipeline import Pipeline
@@ -172,10 +172,11 @@ class DiffusionTrainingModule:
     @staticmethod
     def _parameters_under(pipe: Pipeline, name: str) -> list[Parameter]:
         root, _, inner = name.partition(".")
-        found = {n: p for n, p in torch_parameters(getattr(pipe, root)).items()
+        weights = trainable_parameters(getattr(pipe, root))
+        found = {n: p for n, p in weights.items()
                  if not inner or n == inner or n.startswith(inner + ".")}
         if not found:
-            tops = sorted({n.split(".")[0] for n in torch_parameters(getattr(pipe, root))})
+            tops = sorted({n.split(".")[0] for n in weights})
             raise ConfigError(f"trainable_models='{name}' names no weights: '{root}' has {listing(tops)}."
                               f"{nearest(inner, tops)}")
         return list(found.values())

@@ -22,7 +22,7 @@ class Adafactor(OptimizerCell):
         a = lr (with scale_parameter: times max(eps2, rms(p))),  p -= a wd p,  p -= a u
 
     A weight of one dimension has no rows and columns: its second moment is kept whole, v = b v + (1 - b) (g^2 + eps1)
-    and u = g / sqrt(v). So has the one flat Parameter of a LoRA (`nn.lora.FlatLoRA`), in which no matrix can be seen;
+    and u = g / sqrt(v). So has the one flat Parameter of a LoRA (`nn.adapters.flat`), in which no matrix can be seen;
     rms(u) and rms(p) are then those of the whole LoRA. Of more than two dimensions the last two are factored.
 
     With ``momentum`` above 0 the update is its moving average, which costs as much memory as a moment of AdamW.
