@@ -53,7 +53,9 @@ def save_lora(path: str | os.PathLike[str], pairs: Mapping[str, Pair], alpha: fl
     for module, (a, b) in pairs.items():
         tensors[f"{dot}{module}.lora_A.weight"] = a
         tensors[f"{dot}{module}.lora_B.weight"] = b if alpha == rank else _scaled(b, alpha / rank)
-    adapter = {f"{dot}r": rank, f"{dot}lora_alpha": rank, f"{dot}target_modules": sorted(pairs)}
+    # diffusers 0.39 makes peft's LoraConfig of these, and reads rank_pattern before it does
+    adapter = {f"{dot}r": rank, f"{dot}lora_alpha": rank, f"{dot}rank_pattern": {},
+               f"{dot}target_modules": sorted(pairs)}
     text = json.dumps(adapter, indent=2, sort_keys=True)
     save_state_dict(path, tensors, dict(metadata or {}) | {ADAPTER_METADATA: text})
 

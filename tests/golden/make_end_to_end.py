@@ -5,8 +5,9 @@
 
 Runs in a PyTorch environment; nothing of ms_diffsynth or mindone is imported, only the tiny weights are read. FLUX.1
 and Stable Diffusion 3 need transformers 4.57 with ftfy, because their CLIP tokens are those of the slow CLIPTokenizer
-with ftfy, which DiffSynth-Studio requires (diffusers 0.35.2 and 0.39.0); FLUX.2 and Qwen-Image were made with diffusers 0.42.1 and transformers 5.
-The layout of a case is in docs/parity.md. A new family is a subclass of `Reference` and a line in `FAMILIES`.
+with ftfy, which DiffSynth-Studio requires (diffusers 0.35.2 and 0.39.0); FLUX.2 and Qwen-Image were made with diffusers
+0.42.1 and transformers 5. The layout of a case is in docs/parity.md. A new family is a subclass of `Reference` and a
+line in `FAMILIES`.
 """
 from __future__ import annotations
 
@@ -996,7 +997,8 @@ class DdpmUnet(Reference):
         return ((prediction - draws["noise"]) ** 2).mean()
 
 
-FAMILIES = {"flux": Flux, "sd3": Sd3, "flux2": Flux2, "flux2_dev": Flux2Dev, "qwen_image": QwenImage, "ddpm_unet": DdpmUnet}
+FAMILIES = {"flux": Flux, "sd3": Sd3, "flux2": Flux2, "flux2_dev": Flux2Dev, "qwen_image": QwenImage,
+            "ddpm_unet": DdpmUnet}
 
 
 def main(models: str, output: str, *names: str) -> None:
