@@ -11,6 +11,7 @@ import numpy as np
 
 from ms_diffsynth.components import read_config
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, diffsynth_flux, linspace, sampling_sigmas
+from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.pipeline import Component
 from ms_diffsynth.pipelines.flux.units import Decode, EncodeImage, LoadPixels
@@ -122,8 +123,19 @@ class SD3ImagePipeline(ImagePipeline):
         return not is_listed or read_config(folder, "model_index.json").get("text_encoder_3") != [None, None]
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of one sample's latents.
+
+        Raises: ConfigError for sides that the transformer, where it is here, has no positions for.
+        """
         config = self.config("vae")
         factor = 2 ** (len(config["block_out_channels"]) - 1)  # each VAE level but the last halves the sides
+        if "dit" in self.models or "dit" in self.sources:
+            dit = self.config("dit")
+            most = dit["pos_embed_max_size"] * dit["patch_size"] * factor
+            if max(height, width) > most:
+                raise ConfigError(f"height={height}, width={width}: this transformer has positions for sides of at "
+                                  f"most {most} pixels (pos_embed_max_size={dit['pos_embed_max_size']}). Make the "
+                                  "picture smaller.")
         return (config["latent_channels"], height // factor, width // factor)
 
     def published_scheduler(self) -> FlowMatchSettings:
