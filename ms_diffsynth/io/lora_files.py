@@ -117,7 +117,9 @@ def save_adapter(path: str | os.PathLike[str], file_format: Format, modules: Map
     dot = prefix.rstrip(".") + "." if prefix else ""
     tensors = {f"{dot}{module}.{part}": _scaled(parts[part], scale) if part == file_format.scaled else parts[part]
                for module, parts in modules.items() for part in file_format.parts}
-    adapter = {"r": rank, "lora_alpha": rank, "target_modules": sorted(modules), **file_format.settings}
+    # diffusers 0.34 to 0.39 and mindone make peft's LoraConfig of these, and read both patterns before they do
+    adapter = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {},
+               "target_modules": sorted(modules), **file_format.settings}
     text = json.dumps({f"{dot}{name}": value for name, value in adapter.items()}, indent=2, sort_keys=True)
     save_state_dict(path, tensors, dict(metadata or {}) | {ADAPTER_METADATA: text})
 
@@ -134,30 +136,9 @@ def save_lora(path: str | os.PathLike[str], pairs: Mapping[str, Pair], alpha: fl
 
     Raises: WeightError for pairs that do not fit together; OutputError when the file cannot be written.
     """
-<<<<<<< HEAD
     modules = {module: dict(zip(LORA.parts, pair)) for module, pair in pairs.items()}
     rank = next((rank for parts in modules.values() if (rank := LORA.rank(parts))), 1)
     save_adapter(path, LORA, modules, alpha / rank, prefix, metadata)
-=======
-    if not pairs:
-        raise WeightError(f"{path}: no LoRA pairs to save. Expected at least one module with a LoRA.")
-    wrong = [f"{m}: A {a.shape}, B {b.shape}" for m, (a, b) in pairs.items() if not _fits(a, b)]
-    ranks = sorted({a.shape[0] for a, _ in pairs.values() if a.ndim == 2})
-    if wrong or len(ranks) > 1:
-        raise WeightError(f"{path}: LoRA pairs do not fit together: {listing(wrong) or f'ranks {listing(ranks)}'}. "
-                          "Expected A [r, in] and B [out, r] with one r.")
-    rank = ranks[0]
-    dot = prefix.rstrip(".") + "." if prefix else ""
-    tensors = {}
-    for module, (a, b) in pairs.items():
-        tensors[f"{dot}{module}.lora_A.weight"] = a
-        tensors[f"{dot}{module}.lora_B.weight"] = b if alpha == rank else _scaled(b, alpha / rank)
-    # diffusers 0.39 makes peft's LoraConfig of these, and reads rank_pattern before it does
-    adapter = {f"{dot}r": rank, f"{dot}lora_alpha": rank, f"{dot}rank_pattern": {},
-               f"{dot}target_modules": sorted(pairs)}
-    text = json.dumps(adapter, indent=2, sort_keys=True)
-    save_state_dict(path, tensors, dict(metadata or {}) | {ADAPTER_METADATA: text})
->>>>>>> sd3
 
 
 def load_lora(path: str | os.PathLike[str], modules: Iterable[str] | None = None) -> dict[str, Scaled]:
