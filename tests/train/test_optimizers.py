@@ -20,6 +20,7 @@ from ms_diffsynth import runtime
 from ms_diffsynth.errors import CheckpointError, ConfigError, TrainingError, WeightError
 from ms_diffsynth.io.checkpoint import latest
 from ms_diffsynth.nn.names import to_numpy
+from ms_diffsynth.ops.update import put
 from ms_diffsynth.registry import OPTIMIZERS, OptimizerEntry
 from ms_diffsynth.train import exchange, grads, resume
 from ms_diffsynth.train.optim import (
@@ -274,7 +275,7 @@ class Descent:
 
     def __call__(self, gradients, coefficient=None, is_finite=None):
         rate = ops.select(is_finite, self.rate * coefficient, ops.zeros_like(coefficient))
-        return tuple(ops.assign_sub(p, g * rate) for p, g in zip(self.parameters, gradients))
+        return tuple(put(p, p - g * rate) for p, g in zip(self.parameters, gradients))
 
     def set_learning_rate(self, value):
         ops.assign(self.rate, Tensor(np.float32(value)))
@@ -339,7 +340,7 @@ def test_a_new_optimizer_is_one_file_and_one_line(folder, tmp_path, monkeypatch)
 
         def construct(self, gradients, coefficient=None, is_finite=None):
             rate = ops.select(is_finite, self.learning_rate * self.factor, self.zero)
-            return tuple(ops.assign_sub(p, ops.sign(g) * rate) for p, g in zip(self.parameters, gradients))
+            return tuple(put(p, p - ops.sign(g) * rate) for p, g in zip(self.parameters, gradients))
 
         def state_tensors(self):
             return {self.step.name: self.step}
