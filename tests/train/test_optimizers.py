@@ -4,10 +4,12 @@
 """
 from __future__ import annotations
 
+import importlib.util
+import re
 import sys
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
@@ -20,12 +22,12 @@ from ms_diffsynth import runtime
 from ms_diffsynth.errors import CheckpointError, ConfigError, TrainingError, WeightError
 from ms_diffsynth.io.checkpoint import latest
 from ms_diffsynth.nn.names import to_numpy
+from ms_diffsynth.ops.update import put
 from ms_diffsynth.registry import OPTIMIZERS, OptimizerEntry
 from ms_diffsynth.train import exchange, grads, resume
 from ms_diffsynth.train.optim import (
     AdamW,
     Float32Weights,
-    OptimizerCell,
     Sharded,
     build_optimizer,
     guarded,
@@ -274,7 +276,7 @@ class Descent:
 
     def __call__(self, gradients, coefficient=None, is_finite=None):
         rate = ops.select(is_finite, self.rate * coefficient, ops.zeros_like(coefficient))
-        return tuple(ops.assign_sub(p, g * rate) for p, g in zip(self.parameters, gradients))
+        return tuple(put(p, p - g * rate) for p, g in zip(self.parameters, gradients))
 
     def set_learning_rate(self, value):
         ops.assign(self.rate, Tensor(np.float32(value)))
@@ -325,30 +327,18 @@ def test_mindsporess_optimizers_obey_their_list_of_learning_rates(kind, mode):
     assert found[0] > found[1] > found[2] == found[3] == found[4], found
 
 
-def test_a_new_optimizer_is_one_file_and_one_line(folder, tmp_path, monkeypatch):
-    class SignDescent(OptimizerCell):
-        """w -= lr sign(g)"""
-
-        is_elementwise = True
-
-        @classmethod
-        def from_settings(cls, parameters, learning_rate, weight_decay, *, factor: float = 1.0):
-            found = cls("sign", parameters, learning_rate)
-            found.factor = factor
-            return found
-
-        def construct(self, gradients, coefficient=None, is_finite=None):
-            rate = ops.select(is_finite, self.learning_rate * self.factor, self.zero)
-            return tuple(ops.assign_sub(p, ops.sign(g) * rate) for p, g in zip(self.parameters, gradients))
-
-        def state_tensors(self):
-            return {self.step.name: self.step}
-
-    file = ModuleType("sign_descent")
-    file.SignDescent = SignDescent
-    monkeypatch.setitem(sys.modules, "sign_descent", file)
-    monkeypatch.setitem(OPTIMIZERS, "sign", OptimizerEntry("sign_descent:SignDescent"))
-    how = {"batch_size": 2, "optimizer": "sign", "optimizer_args": ("factor=0.5",), "num_epochs": None}
+def test_the_new_optimizer_of_the_documentation_is_one_file_and_one_line(folder, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs/optimizers.md").read_text(encoding="utf-8")
+    code, line = re.findall(r"```python\n(.*?)```", text.partition("## A new one")[2], re.DOTALL)
+    path = tmp_path / "sign.py"
+    path.write_text(code)  # MindSpore reads the source of what it compiles
+    spec = importlib.util.spec_from_file_location("ms_diffsynth.train.optim.sign", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    name, where = re.fullmatch(r'"(\w+)": OptimizerEntry\("([\w.:]+)"\),', line.partition("#")[0].strip()).groups()
+    monkeypatch.setitem(OPTIMIZERS, name, OptimizerEntry(where))
+    how = {"batch_size": 2, "optimizer": name, "optimizer_args": ("factor=0.5",), "num_epochs": None, "mode": "graph"}
     train(tmp_path / "whole", Module(folder), rows(5), max_train_steps=6, **how)
     for steps in (3, 6):
         train(tmp_path / "run", Module(folder), rows(5), max_train_steps=steps, resume="auto", **how)
