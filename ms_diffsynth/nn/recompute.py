@@ -109,7 +109,7 @@ class Offloaded(Kept):
 def use_recompute(model: nn.Cell, blocks: Sequence[str] | None = None, offload: bool = False) -> int:
     """Recompute the repeated blocks of ``model`` in backward; gradients stay the same bit for bit.
 
-    Call it after an adapter was injected, before compilation; a second call leaves blocks that recompute already as they are.
+    Call it after an adapter was injected, before compilation; a second call leaves blocks that recompute as they are.
 
     Args:
         blocks: names of cells; a CellList means each of its cells. None takes every CellList that is in no other.
