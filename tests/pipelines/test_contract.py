@@ -7,7 +7,6 @@ import mindspore as ms
 import numpy as np
 import pytest
 from device import DEVICE
-from low_rank import lora_pairs, set_lora
 from mindspore import Tensor, nn, ops
 from PIL import Image
 
@@ -17,6 +16,10 @@ from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.weights import load_state_dict, save_sharded
+from ms_diffsynth.nn.adapters import ADAPTERS
+from ms_diffsynth.nn.adapters import adapter as adapter_called
+from ms_diffsynth.nn.adapters.dora import MAGNITUDE
+from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.registry import FAMILIES, family
 from ms_diffsynth.train.distributed import Accelerator
@@ -85,21 +88,22 @@ def draws_of(pipe, objective, count=1):
     return {slot: objective.draw(slot, shape, 1000, random) for slot in objective.draws}
 
 
-def lora_module(pipe, fuse=(), is_moved=True, **objective):
-    """A module that trains a LoRA on the network, moved away from its start, where B is zero."""
+def lora_module(pipe, fuse=(), is_moved=True, kind="lora", **objective):
+    """A module that trains a LoRA, or another adapter, on the network, moved away from its start, where B is zero."""
     module = DiffusionTrainingModule()
     module.pipe, module.fuse = pipe, fuse
-    module.switch_pipe_to_training_mode(pipe, lora_base_model=pipe.network, lora_rank=2, lora_alpha=3.0,
+    module.switch_pipe_to_training_mode(pipe, lora_base_model=pipe.network, lora_rank=2, lora_alpha=3.0, adapter=kind,
                                         objective=objective_of(pipe, weighting_scheme="diffsynth", **objective))
     if is_moved:
-        move_lora(pipe)
+        move_lora(pipe, kind=kind)
     return module
 
 
-def move_lora(pipe, size=0.3):
-    rng, network = np.random.default_rng(3), getattr(pipe, pipe.network)
-    set_lora(network, {n: tuple((size * rng.standard_normal(a.shape)).astype(np.float32) for a in pair)
-                       for n, pair in lora_pairs(network).items()})
+def move_lora(pipe, size=0.3, kind="lora"):
+    adapter, rng, network = adapter_called(kind), np.random.default_rng(3), getattr(pipe, pipe.network)
+    moved = {n: (size * rng.standard_normal(array.shape)).astype(np.float32) + (array if MAGNITUDE in n else 0)
+             for n, array in adapter.tensors(network).items()}
+    adapter.load(network, moved)
 
 
 def step_of(module, mode="pynative"):
@@ -310,8 +314,9 @@ def test_every_component_survives_saving_and_loading(folders, name, pipe, tmp_pa
                 assert np.array_equal(value, wanted[key]), key
 
 
-def test_a_saved_lora_gives_the_same_velocity_in_a_fresh_pipeline(folders, name, pipe, tmp_path):
-    module = lora_module(pipe)
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_saved_adapter_gives_the_same_velocity_in_a_fresh_pipeline(folders, name, pipe, tmp_path, kind):
+    module = lora_module(pipe, kind=kind)
     cut = module.training_cut()
     inputs = dict(zip((*cut.cache, *cut.draws), inputs_of(module, cut)))
     slots = {k: v for k, v in inputs.items() if k not in ("moments", *cut.draws)}
@@ -321,14 +326,14 @@ def test_a_saved_lora_gives_the_same_velocity_in_a_fresh_pipeline(folders, name,
     fresh = pipeline(folders(name), name)
     plain = fresh.model_fn(**slots).asnumpy()
     count = fresh.load_lora(getattr(fresh, fresh.network), tmp_path / "lora.safetensors")
-    assert count == len(lora_pairs(getattr(pipe, pipe.network)))
+    assert count == len(adapted_layers(getattr(pipe, pipe.network)))
     wanted = pipe.model_fn(**slots).asnumpy()
     assert_close(fresh.model_fn(**slots).asnumpy(), wanted, 1e-5)  # W + s B A is rounded once more when fused
     assert np.abs(wanted - plain).max() > 1e-2 * np.abs(wanted).max()
     resumed = DiffusionTrainingModule()
     resumed.pipe = pipeline(folders(name), name)
     resumed.switch_pipe_to_training_mode(resumed.pipe, lora_base_model=pipe.network, lora_rank=2, lora_alpha=1.0,
-                                         lora_checkpoint=tmp_path / "lora.safetensors")
+                                         lora_checkpoint=tmp_path / "lora.safetensors", adapter=kind)
     assert_close(resumed.pipe.model_fn(**slots).asnumpy(), wanted, 1e-5)  # though its scale is another
 
 
