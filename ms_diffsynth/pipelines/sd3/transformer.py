@@ -2,8 +2,8 @@
 
 Equal blocks are one cell that takes the weights as arguments (`nn.blocks`). mindone's own network puts patches together
 by ``mint.einsum``, which MindSpore 2.10 has for Ascend only, computes the table of positions in float64 on the device
-although a checkpoint holds it, and takes it for a weight; with a LoRA on its attention it does not compile for an
-Ascend, where gradients of more than a few uses of one Tensor have no kernel (`ops.network.shared`).
+although a checkpoint holds it, and takes it for a weight; with a LoRA on queries, keys and values MindSpore 2.10 cannot
+compile it for an Ascend ("Invalid datatype:26").
 
 Shape legend: B batch, L text tokens, N image tokens, D width, p patch size, S side of the table of positions.
 """
