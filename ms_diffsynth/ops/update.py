@@ -51,13 +51,12 @@ def adamw(coefficient: Tensor, rate: Tensor, decay: Tensor, beta1: Tensor, beta2
 
     Shapes: float32 scalars; parameter, moments and gradient of one shape.
     """
-    gradient = gradient.astype(ms.float32)
+    gradient = scaled(gradient, coefficient, zero)
     if is_cpu():
         decayed = _descend(parameter, decay, parameter)
         # the two zeros stand for powers of the betas: the kernel's own correction is switched off
         return ops.depend(True, _adam(ops.depend(parameter, decayed), moment1, moment2, zero, zero, rate, beta1, beta2,
-                                      eps, _scale(gradient, coefficient)))
-    gradient = mint.where(coefficient == 0, zero, gradient) * coefficient
+                                      eps, gradient))
     # In place: two copies of each Tensor less at the peak. (Where the parameter is read in forward MindSpore 2.10 makes
     # of it products and an Assign; of InplaceCopy it made copies of the parameter before either reading.)
     mean = _add(_multiply(moment1, beta1), gradient * (1 - beta1))

@@ -19,7 +19,8 @@ from ms_diffsynth.io.weights import load_state_dict
 from ms_diffsynth.launch.ports import free_port
 
 CI = ("lora", "prior", "own forward", "bad sample", "zero 1", "zero 2 eager", "cache")
-REST = ("lora eager", "full", "zero 2", "zero 1 eager", "zero 2 prodigy", "adafactor")
+REST = ("lora eager", "full", "zero 2", "zero 1 eager")
+OTHERS = ("zero 2 prodigy", "adafactor")
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,12 @@ def resumable(tmp_path, source):
 def test_every_run(folder, data, alone, tmp_path, count):
     job(tmp_path, folder, data, count, *CI, *REST)
     check(tmp_path, alone, (*CI, *REST))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_with_other_optimizers(folder, data, alone, tmp_path):
+    job(tmp_path, folder, data, 2, *OTHERS)
+    check(tmp_path, alone, OTHERS)
 
 
 @pytest.mark.slow

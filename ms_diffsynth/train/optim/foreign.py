@@ -7,15 +7,13 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
-from mindspore.ops import operations as P
 
 from ms_diffsynth.errors import ConfigError, TrainingError
 from ms_diffsynth.nn.names import load_state
-from ms_diffsynth.ops.update import put
+from ms_diffsynth.ops.update import put, scaled
 from ms_diffsynth.train.optim.contract import Optimizer
 
 _each = ops.HyperMap()
-_scale = P.MulNoNan()  # x * y, and 0 where y is 0 even if x is NaN or infinite; as fast as a product
 
 
 class Guarded(nn.Cell):
@@ -49,7 +47,7 @@ class Guarded(nn.Cell):
         is_finite = self.true if is_finite is None else is_finite
         coefficient = ops.select(is_finite, self.one if coefficient is None else coefficient, self.zero)
         before = _each(ops.deepcopy, self.everything)  # a plain reference would show the updated values
-        updated = self.optimizer(_each(ops.partial(_scaled, coefficient), gradients))
+        updated = self.optimizer(_each(ops.partial(_scaled, coefficient, self.zero), gradients))
         _each(ops.partial(_keep, is_finite), before, self.everything)
         return updated
 
@@ -101,8 +99,8 @@ def guarded(optimizer: Any) -> Optimizer:
     return Guarded(optimizer)
 
 
-def _scaled(coefficient, gradient):
-    return _scale(gradient.astype(ms.float32), coefficient)
+def _scaled(coefficient, zero, gradient):
+    return scaled(gradient, coefficient, zero)
 
 
 def _keep(is_finite, before, parameter):
