@@ -157,6 +157,7 @@ class Pipeline:
         self._digests: dict[Source, str] = {}  # of the files of each model: ten gigabytes are read once
         self.known_configs: dict[str, dict[str, Any]] = {}  # of models whose files are not here: a cache brings them
         self.weight_changes: dict[str, list[str]] = {}  # model name -> what was done to its weights after loading
+        self._read: dict[str, tuple[Source, dict[str, Any]]] = {}  # configs that were read, and from where
         self.compiled_steps: dict[tuple[str, tuple[str, ...]], CompiledStep] = {}
         self.units_to_compile: frozenset[str] = frozenset()
         self.keeps_models = True  # False: what has prepared the rows is unloaded then
@@ -317,9 +318,12 @@ class Pipeline:
         if name in self.models:
             config = self.models[name].config
             return config.to_dict() if hasattr(config, "to_dict") else dict(config)  # transformers has classes
-        if name not in self.sources and name in self.known_configs:
-            return self.known_configs[name]
-        return read_config(self._source(name).folder)
+        if name in self.sources or name not in self.known_configs:
+            source = self._source(name)
+            if self._read.get(name, (None,))[0] != source:  # each file is read once: a step asks for the VAE's
+                self._read[name] = source, read_config(source.folder)
+            return self._read[name][1]
+        return self.known_configs[name]
 
     @classmethod
     def _from_configs(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str,

@@ -57,6 +57,15 @@ def test_models_are_loaded_at_first_use_frozen_and_in_evaluation_mode(tiny):
         _ = pipe.control
 
 
+def test_a_config_is_read_once(tiny, monkeypatch):
+    pipe = ToyImagePipeline.from_pretrained(str(tiny))
+    read = []
+    monkeypatch.setattr("ms_diffsynth.pipeline.read_config", lambda folder, *name: read.append(folder) or {"a": 1})
+    for _ in range(3):
+        assert pipe.config("vae") == {"a": 1}
+    assert read == [tiny / "vae"]
+
+
 def test_models_that_are_unloaded_are_gone_and_come_back_when_they_are_used(tiny):
     pipe = ToyImagePipeline.from_pretrained(str(tiny))
     pixels = {"pixels": Tensor(np.zeros((1, 3, 16, 16), np.float32))}

@@ -53,7 +53,8 @@ class HuggingFace:
             found = self._ask(f"{model_id}: looking at the repository", lambda _: self.api.model_info(model_id))
             if private and not found.private:
                 raise HubError(f"{model_id} on {self.host} is public, and a private repository was asked for; nothing "
-                               "was sent. Make it private on its page, choose another name, or give --hub_public.")
+                               "was sent. Make it private on its page, choose another name, or let it be public: "
+                               "hub_private_repo: false of a training, --hub_public of ms-diffsynth push.")
             self._ask(f"{model_id}: the upload",
                       lambda attempt: self._commit(stage, names, model_id, message, attempt))
             commit = self._ask(f"{model_id}: comparing", lambda _: self.api.model_info(model_id)).sha

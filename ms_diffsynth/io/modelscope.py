@@ -83,7 +83,8 @@ class ModelScope:
                           lambda: self.api.legacy.get_repo_info(model_id, "model"))
         if found.get("Visibility") != PRIVATE:
             raise HubError(f"{model_id} on {self.host} is public, and a private repository was asked for; nothing was "
-                           "sent. Make it private on its page, choose another name, or give --hub_public.")
+                           "sent. Make it private on its page, choose another name, or let it be public: "
+                               "hub_private_repo: false of a training, --hub_public of ms-diffsynth push.")
 
     def _commit(self, stage: Path, files: dict[str, tuple[int, str]], model_id: str, message: str) -> None:
         is_large = {name: name.endswith(".safetensors") or size > _LARGEST_INLINE for name, (size, _) in files.items()}

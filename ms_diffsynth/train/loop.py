@@ -333,10 +333,15 @@ class _Run:
         return [runtime.to_device(slots[name]) for name in (*self.cut.cache, *self.cut.draws)]
 
     def _eager_step(self, batch: Batch) -> StepResult:
-        def begin(k: int) -> None:
-            self.model.pipe.random = self.draws.of(batch.sample_indices[k : k + 1])
+        pipe, random = self.model.pipe, self.model.pipe.random
 
-        return self.step.step_rows(batch.items, begin)
+        def begin(k: int) -> None:
+            pipe.random = self.draws.of(batch.sample_indices[k : k + 1])
+
+        try:
+            return self.step.step_rows(batch.items, begin)
+        finally:
+            pipe.random = random
 
     # -- after the steps ------------------------------------------------------------------------------------------
 
