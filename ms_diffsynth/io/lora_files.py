@@ -233,8 +233,8 @@ class _Raw:
         if not rank:
             raise WeightError(f"{module}: {_shapes(parts)} are no {file_format.group} {file_format.shapes}")
         if not {array.dtype.name for array in parts.values()} <= FLOATS.keys():
-            found = " and ".join(f"{label(part)} is {array.dtype}" for part, array in parts.items())
-            raise WeightError(f"{module}: {found}, expected {listing(FLOATS)}")
+            found = " and ".join(f"{label(part)} {array.dtype}" for part, array in parts.items())
+            raise WeightError(f"{module}: {found.replace(' ', ' is ', 1)}, expected {listing(FLOATS)}")
         if not all(np.isfinite(array).all() for array in parts.values()):
             raise WeightError(f"{module} holds numbers that are not finite")
         told = _metadata_scale(module, rank, settings)
