@@ -35,7 +35,8 @@ _WHERE = {
     "replay_training_step": "train.replay",
     "launch_data_process_task": "train.split",
     "TrainStep": "train.step", "AttrJitWrapper": "train.step", "AdamW": "train.optim", "LearningRate": "train.optim",
-    "ShardedAdamW": "train.sharding",
+    "ShardedAdamW": "train.optim", "Sharded": "train.optim", "Prodigy": "train.optim.prodigy",
+    "Adafactor": "train.optim.adafactor", "Optimizer": "train.optim", "OptimizerCell": "train.optim",
     "Draws": "draws",
     # evaluation
     "Evaluator": "evaluate.report", "Evaluation": "evaluate.report",

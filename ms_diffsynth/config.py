@@ -19,6 +19,7 @@ from ms_diffsynth.errors import ConfigError, listing, nearest
 from ms_diffsynth.io.redact import redact
 from ms_diffsynth.io.sections import Written, read_sections
 from ms_diffsynth.io.settings import Setting, Wrong, without_secrets
+from ms_diffsynth.registry import OPTIMIZERS
 
 TOKEN_FLAGS = ("hub_token", "token")  # known, so that they are refused before anybody repeats their value
 NO_TOKEN = ("a token is never a flag and never a setting: it would stay in files, in the shell's history and in the "
@@ -93,7 +94,9 @@ class ObjectiveSection:
     """What is minimised."""
 
     task: str = _field("sft", "training objective, or with :data_process or :train one stage of it", choices=(
-        "sft", "dreambooth", "sft:data_process", "sft:train", "dreambooth:data_process", "dreambooth:train"))
+        "sft", "dreambooth", "direct_distill", "sft:data_process", "sft:train", "dreambooth:data_process",
+        "dreambooth:train", "direct_distill:data_process", "direct_distill:train"))
+    distill_steps: int = _field(4, "direct_distill: sampling steps of the student", "1 <= distill_steps <= 50")
     weighting_scheme: str | None = _field(
         None, "distribution and weight of the training sigmas; null = diffsynth for sft, none for dreambooth",
         choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap", "diffsynth"))
@@ -118,11 +121,18 @@ class ObjectiveSection:
 class OptimizerSection:
     """How it is minimised."""
 
-    learning_rate: float = _field(1e-4, "learning rate", "0 < lr <= 0.1")
+    optimizer: str = _field("adamw", "how weights follow their gradients; see docs/optimizers.md",
+                            choices=tuple(OPTIMIZERS))
+    optimizer_args: tuple[str, ...] = _field((), "further arguments of the optimizer, with commas, such as "
+                                             "d_coef=2,safeguard_warmup=true of prodigy", has_commas=True)
+    learning_rate: float = _field(1e-4, "learning rate; above 0.1 only for prodigy, where it is a factor and 1 is "
+                                  "advised", "0 < lr <= 10")
     weight_decay: float = _field(0.01, "decoupled weight decay", "0 <= weight_decay <= 1")
-    adam_beta1: float = _field(0.9, "decay of the first moment", "0 <= adam_beta1 < 1")
-    adam_beta2: float = _field(0.999, "decay of the second moment", "0 <= adam_beta2 < 1")
-    adam_epsilon: float = _field(1e-8, "added to the root of the second moment", "0 < adam_epsilon <= 1")
+    adam_beta1: float = _field(0.9, "decay of the first moment, of optimizers that have beta1", "0 <= adam_beta1 < 1")
+    adam_beta2: float = _field(0.999, "decay of the second moment, of optimizers that have beta2",
+                               "0 <= adam_beta2 < 1")
+    adam_epsilon: float = _field(1e-8, "added to the root of the second moment, of optimizers that have epsilon",
+                                 "0 < adam_epsilon <= 1")
     max_grad_norm: float | None = _field(1.0, "gradients are scaled down to this norm; null = left as they are",
                                          "0 < max_grad_norm")
     lr_scheduler: str = _field("constant", "course of the learning rate", choices=("constant", "linear", "cosine"))
@@ -160,6 +170,8 @@ class RunSection:
                                                 "or a JSON list of one each")
     sample_seed: int = _field(0, "seed of the sample pictures", "0 <= sample_seed < 4294967296")
     num_inference_steps: int = _field(20, "sampling steps of the sample pictures", "1 <= num_inference_steps")
+    sampler: str | None = _field(None, "of the sample pictures: euler, heun or dpmpp_2m; of ddpm_unet ddim or ddpm; "
+                                 "null = the first of these")
     sample_height: int | None = _field(None, "height of the sample pictures in pixels", "1 <= sample_height")
     sample_width: int | None = _field(None, "width of the sample pictures in pixels", "1 <= sample_width")
     evaluation_steps: int | None = _field(None, "compare sample pictures with real ones before the first step, every "
@@ -245,6 +257,11 @@ def _rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            "extra_inputs=template_inputs.")
     yield (c.model.template_model_id_or_path is None and "template_inputs" in extra,
            "extra_inputs names template_inputs without a template: set template_model_id_or_path.")
+    rate, highest = c.optimizer.learning_rate, OPTIMIZERS["adamw"].highest_rate
+    if c.optimizer.optimizer in OPTIMIZERS:
+        highest = OPTIMIZERS[c.optimizer.optimizer].highest_rate
+    yield (rate > highest,
+           f"learning_rate={rate}: expected 0 < lr <= {highest} for optimizer={c.optimizer.optimizer}.")
     limit = c.run.max_train_steps
     yield (limit is not None and c.optimizer.lr_warmup_steps > limit,
            f"lr_warmup_steps={c.optimizer.lr_warmup_steps} exceeds max_train_steps={limit}: warm up for fewer steps.")

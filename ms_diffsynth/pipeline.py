@@ -22,7 +22,8 @@ from ms_diffsynth.compile import Announce, CompiledStep, log_only
 from ms_diffsynth.components import Component, Source, class_name_of, files_digest, load_component, read_config
 from ms_diffsynth.data.images import to_pixels
 from ms_diffsynth.diffusion.schedule import Schedule
-from ms_diffsynth.diffusion.units import TASKS, Objective, SampleLatents, flow_match_units
+from ms_diffsynth.diffusion.tasks import TASKS, Task
+from ms_diffsynth.diffusion.units import Objective, SampleLatents
 from ms_diffsynth.errors import ConfigError, HubError, ProgramError, WeightError, listing, nearest
 from ms_diffsynth.io.files import sha256_of
 from ms_diffsynth.io.hub import ModelConfig
@@ -132,12 +133,13 @@ class Pipeline:
     components: tuple[Component, ...] = ()
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
     division_factor = 16  # heights and widths are multiples of this many pixels
-    objective_class: type = Objective  # what it is trained for; its fields are settings
+    objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `TASKS`
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
     lora_prefixes: dict[str, str] = {}  # model name -> its prefix in a LoRA file, as diffusers names it
     fusible: tuple[str, ...] = ()  # units that may be compiled into the training step although they could be prepared
     prepare_settings: tuple[str, ...] = ()  # attributes that shape what is prepared; a cache must have the same
     padded_slots: tuple[str, ...] = ()  # prepared slots [B, L, ...] of varying L, padded with zeros outside prepare
+    samplers: tuple[str, ...] = ()  # names of those that fit what the network predicts; the first is the default
     prompt_lengths: tuple[int, ...] = ()  # the lengths they are padded to; each is one compilation
     announce: Announce = staticmethod(log_only)  # what is told when something is compiled
 
@@ -188,18 +190,14 @@ class Pipeline:
 
     # -- programs ------------------------------------------------------------------------------------------------
 
-    def objective_for(self, objective: Objective | None, task: str = "sft") -> Objective:
-        """What is minimised when ``objective`` is asked for; None is that of the task, `diffusion.units.TASKS`."""
-        return objective or Objective(**TASKS[task])
+    def objective_for(self, objective: Task | None, task: str = "sft") -> Task:
+        """What is minimised when ``objective`` is asked for; None is that of the task, `diffusion.tasks.TASKS`."""
+        return objective or TASKS[task].task(**TASKS[task].defaults)
 
-    def objective_units(self, objective: Objective, sigmas: np.ndarray) -> list[TensorUnit]:
-        """From ``input_latents`` and the draws to ``loss``, around ``denoise``; by flow matching here."""
-        return flow_match_units(objective, sigmas, self.denoise)
-
-    def training_program(self, objective: Objective, sigmas: np.ndarray) -> Program:
+    def training_program(self, objective: Task, sigmas: np.ndarray) -> Program:
         """Everything from a row of the data set to ``loss``: ``units``, then the objective around ``denoise``."""
         units = [SampleLatents(objective.posterior) if isinstance(u, SampleLatents) else u for u in self.units]
-        return Program([*units, *self.objective_units(objective, sigmas)], self.inputs, objective.draws)
+        return Program([*units, *objective.units(self, sigmas)], (*self.inputs, *objective.inputs), objective.draws)
 
     def sampling_program(self, extra: Sequence[str] = ()) -> Program:
         """From a prompt, and the ``extra`` inputs, to ``velocity`` at given ``latents`` and ``sigma``."""
@@ -359,15 +357,26 @@ class Pipeline:
                     self.sources[component.name] = Source(folder / component.folder)
             return
         class_name = class_name_of(read_config(folder))
-        names = {c.class_name: c.name for c in self.components if c.class_name}
-        if class_name not in names:
-            raise WeightError(f"{folder / 'config.json'} describes a {class_name}, but {type(self).__name__} is made "
-                              f"of {listing(names)}. Give the folder or files of one of those.")
-        self.sources[names[class_name]] = Source(folder, () if paths[0].is_dir() else tuple(paths))
+        name = self._name_of(folder, class_name)
+        self.sources[name] = Source(folder, () if paths[0].is_dir() else tuple(paths))
         if config.model_id:
-            self.given_as[f"{config.model_id}:{config.origin_file_pattern}"] = names[class_name]
-            if names[class_name] == self.network and self.scheduler_file is None:
+            self.given_as[f"{config.model_id}:{config.origin_file_pattern}"] = name
+            if name == self.network and self.scheduler_file is None:
                 self._fetch_scheduler(config)
+
+    def _name_of(self, folder: Path, class_name: str) -> str:
+        """The component that a folder holds: the one of its class; of two of a class the one its name tells."""
+        of_class = [c for c in self.components if c.class_name == class_name]
+        if not of_class:
+            raise WeightError(f"{folder / 'config.json'} describes a {class_name}, but {type(self).__name__} is made "
+                              f"of {listing(c.class_name for c in self.components if c.class_name)}. Give the folder "
+                              "or files of one of those.")
+        named = of_class if len(of_class) == 1 else [c for c in of_class if folder.name in (c.folder, c.name)]
+        if not named:
+            raise WeightError(f"{folder} holds a {class_name}, of which {type(self).__name__} has "
+                              f"{listing(c.name for c in of_class)}: expected a folder called "
+                              f"{' or '.join(c.folder for c in of_class)}, by which they are told apart. Rename it.")
+        return named[0].name
 
     def _fetch_scheduler(self, config: ModelConfig) -> None:
         """Take the scheduler_config.json of the network's repository, where it has one."""
@@ -410,6 +419,14 @@ class Pipeline:
         if not component.class_name:
             return component.build(source.folder)
         return load_component(component, source, self.dtype)
+
+    @classmethod
+    def check_sampler(cls, name: str | None) -> str:
+        """A sampler's name; the family's default for None. Raises: ConfigError for one that the family has not."""
+        if name is not None and name not in cls.samplers:
+            raise ConfigError(f"sampler='{name}': expected one of {', '.join(cls.samplers)}."
+                              f"{nearest(name, cls.samplers)}")
+        return name or cls.samplers[0]
 
     # -- pictures ------------------------------------------------------------------------------------------------
 

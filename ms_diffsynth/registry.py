@@ -1,8 +1,8 @@
-"""Family name -> where it is. One line a family; a family is imported when it is asked for."""
+"""Family or optimizer by name -> where it is. One line each; it is imported when it is asked for."""
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ms_diffsynth.errors import ConfigError, nearest
 
@@ -14,7 +14,23 @@ FAMILIES = {
     "flux": "ms_diffsynth.pipelines.flux",
     "flux2": "ms_diffsynth.pipelines.flux2",
     "qwen_image": "ms_diffsynth.pipelines.qwen_image",
+    "sd3": "ms_diffsynth.pipelines.sd3",
     "toy": "ms_diffsynth.pipelines.toy",
+}
+
+
+class OptimizerEntry(NamedTuple):
+    """Where an optimizer is: ``module:class``; and the highest learning rate that is not taken for a slip."""
+
+    where: str
+    highest_rate: float = 0.1
+
+
+OPTIMIZERS = {
+    "adafactor": OptimizerEntry("ms_diffsynth.train.optim.adafactor:Adafactor"),
+    "adamw": OptimizerEntry("ms_diffsynth.train.optim.adamw:AdamW"),
+    "came": OptimizerEntry("ms_diffsynth.train.optim.came:CAME"),
+    "prodigy": OptimizerEntry("ms_diffsynth.train.optim.prodigy:Prodigy", highest_rate=10.0),
 }
 
 

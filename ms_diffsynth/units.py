@@ -7,7 +7,7 @@ from typing import Any
 
 from mindspore import nn
 
-from ms_diffsynth.errors import ProgramError
+from ms_diffsynth.errors import ProgramError, nearest
 from ms_diffsynth.program import is_optional, slot
 
 
@@ -15,7 +15,36 @@ def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
-class PipelineUnit:
+class _Renamable:
+    """A unit whose slots may have other names than its class gives them."""
+
+    def with_slots(self, reads: dict[str, str] | None = None, writes: dict[str, str] | None = None,
+                   name: str | None = None) -> Any:
+        """The unit itself, with other slots: so that one unit serves two images.
+
+            EncodeImage(dtype).with_slots({"pixels": "rejected_pixels"}, {"moments": "rejected_moments"})
+
+        Args:
+            reads, writes: from the names of the class to the new ones.
+            name: of the unit, by which it is fused and told of; it must differ from that of the other one.
+
+        Raises: ProgramError for a slot that the unit has not.
+        """
+        given, taken = reads or {}, writes or {}
+        known = {"reads": {slot(p) for p in self.input_params}, "writes": set(self.output_params)}
+        for what, names in (("reads", given), ("writes", taken)):
+            for odd in sorted(set(names) - known[what]):
+                raise ProgramError(f"unit '{self.name}' {what} no slot '{odd}': it {what} {sorted(known[what])}."
+                                   f"{nearest(odd, known[what])}")
+        self.original_slots = {new: old for old, new in given.items()}, dict(taken)
+        self.input_params = tuple(given.get(slot(p), slot(p)) + ("?" if is_optional(p) else "")
+                                  for p in self.input_params)
+        self.output_params = tuple(taken.get(p, p) for p in self.output_params)
+        self.name = name or self.name
+        return self
+
+
+class PipelineUnit(_Renamable):
     """Host work: strings, pictures and tokenizers go in, anything comes out. Always in ``prepare``.
 
     Declare slots and models as class attributes or through ``__init__`` (the documents' way), and implement
@@ -28,6 +57,7 @@ class PipelineUnit:
     is_host = True
     is_always_fused = False
     no_grad = False
+    original_slots: tuple[dict[str, str], dict[str, str]] = ({}, {})  # new name -> old of inputs, old -> new of outputs
 
     def __init__(self, input_params: tuple[str, ...] | None = None, output_params: tuple[str, ...] | None = None,
                  onload_model_names: tuple[str, ...] | None = None, no_grad: bool | None = None):
@@ -44,7 +74,7 @@ class PipelineUnit:
         raise TypeError(f"unit '{self.name}' has no process(self, pipe, **inputs): implement it.")
 
 
-class TensorUnit(nn.Cell):
+class TensorUnit(_Renamable, nn.Cell):
     """Tensor work: ``construct(self, *inputs) -> tuple``, inputs and outputs in declared order. Can be compiled.
 
     The declared models become attributes of the cell when the unit is attached to a pipeline; they keep their
@@ -104,7 +134,13 @@ def run_unit(unit: PipelineUnit | TensorUnit, pipe: Any, slots: dict[str, Any]) 
             raise ProgramError(f"unit '{unit.name}' needs '{slot(param)}', which was not given; "
                                f"given: {sorted(slots)}.")
         inputs[slot(param)] = slots.get(slot(param))
-    outputs = unit.process(PipeView(pipe, unit), **inputs)
+    if unit.is_host:  # its `process` has keywords
+        reads, writes = unit.original_slots
+        inputs = {reads.get(name, name): value for name, value in inputs.items()}
+        outputs = unit.process(PipeView(pipe, unit), **inputs)
+        outputs = {writes.get(name, name): value for name, value in outputs.items()}
+    else:
+        outputs = unit.process(PipeView(pipe, unit), **inputs)
     if set(outputs) != set(unit.output_params):
         raise ProgramError(f"unit '{unit.name}' returned {sorted(outputs)}, but declares output_params="
                            f"{unit.output_params!r}: make them equal.")

@@ -98,13 +98,14 @@ def test_a_flag_replaces_what_is_wrong_in_the_file(tmp_path):
 def test_the_message_of_a_value_out_of_range(tmp_path):
     text = "\n" * 10 + "optimizer:\n  learning_rate: 1e4\n"
     assert message(tmp_path, text) == (
-        "learning_rate=1e4 in flux_lora.yaml line 12: expected 0 < lr <= 0.1. Did you mean 1e-4?")
-    assert message(tmp_path, learning_rate="0.5") == (
-        "learning_rate=0.5 from the flag --learning_rate: expected 0 < lr <= 0.1.")
+        "learning_rate=1e4 in flux_lora.yaml line 12: expected 0 < lr <= 10. Did you mean 1e-4?")
+    assert message(tmp_path, learning_rate="0.5") == "learning_rate=0.5: expected 0 < lr <= 0.1 for optimizer=adamw."
+    assert message(tmp_path, learning_rate="11", optimizer="prodigy") == (
+        "learning_rate=11 from the flag --learning_rate: expected 0 < lr <= 10.")
 
 
 @pytest.mark.parametrize("name, text, expected", [
-    ("learning_rate", "0", "expected 0 < lr <= 0.1."), ("learning_rate", "-1e-4", "expected 0 < lr"),
+    ("learning_rate", "0", "expected 0 < lr <= 10."), ("learning_rate", "-1e-4", "expected 0 < lr"),
     ("learning_rate", "nan", "expected 0 < lr"), ("learning_rate", "inf", "expected 0 < lr"),
     ("learning_rate", "fast", "expected a number."), ("learning_rate", "", "expected a number."),
     ("learning_rate", "null", "expected a number, not null."),
@@ -216,6 +217,7 @@ def test_settings_that_do_not_go_together(tmp_path, flags, expected):
     {"height": "64", "width": "32"}, {"buckets": "4"}, {"lora_base_model": "null", "trainable_models": "dit"},
     {"device": "cpu", "seed": "4294967295", "sample_steps": "10", "sample_prompts": "a cat"},
     {"adam_beta1": "0", "weight_decay": "0"},
+    {"optimizer": "Prodigy", "learning_rate": "1", "optimizer_args": "d_coef=2,safeguard_warmup=true"},
 ])
 def test_settings_that_do(tmp_path, flags):
     config = load(tmp_path, "", **flags)
@@ -226,7 +228,7 @@ def test_settings_that_do(tmp_path, flags):
 def test_a_configuration_made_in_python_is_checked_too():
     config = load_config(None, NEEDED)
     wrong = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=1e4))
-    with pytest.raises(ConfigError, match=r"learning_rate=10000.0: expected 0 < lr <= 0.1\."):
+    with pytest.raises(ConfigError, match=r"learning_rate=10000.0: expected 0 < lr <= 10\."):
         wrong.validate()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.run.seed = 1
@@ -269,7 +271,8 @@ def test_help_shows_every_setting_with_choices_and_default():
     add_flags(parser)
     text = " ".join(parser.format_help().split())
     assert all(f"--{name} " in text for name in SETTINGS)
-    assert "learning rate (default: 0.0001)" in text and "(one of graph, pynative; default: \"graph\")" in text
+    assert "where it is a factor and 1 is advised (default: 0.0001)" in text
+    assert "(one of graph, pynative; default: \"graph\")" in text
     assert "(required)" in text and "(default: null)" in text
 
 

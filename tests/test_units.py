@@ -6,6 +6,7 @@ import pytest
 from mindspore import Tensor, nn
 
 from ms_diffsynth.errors import ProgramError
+from ms_diffsynth.program import Program
 from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
 
 
@@ -82,3 +83,27 @@ def test_attached_models_keep_their_parameter_names():
     before = [p.name for p in pipe.vae.get_parameters()]
     Uses().attach(pipe)
     assert [p.name for p in pipe.vae.get_parameters()] == before
+
+
+def test_a_unit_with_other_slots_serves_a_second_image():
+    class Load(PipelineUnit):
+        input_params, output_params = ("image", "size?"), ("pixels",)
+
+        def process(self, pipe, image, size):
+            return {"pixels": Tensor(np.float32([image, size or 0]))}
+
+    class Double(TensorUnit):
+        input_params, output_params = ("pixels",), ("moments",)
+
+        def construct(self, pixels):
+            return (pixels * 2,)
+
+    second = [Load().with_slots({"image": "rejected_image"}, {"pixels": "rejected_pixels"}, "load_rejected"),
+              Double().with_slots({"pixels": "rejected_pixels"}, {"moments": "rejected_moments"}, "double_rejected")]
+    program = Program([Load(), Double(), *second], ("image", "rejected_image"))
+    cut = program.cut(("moments", "rejected_moments"), fuse=("double_rejected",))
+    assert [unit.name for unit in cut.prepare] == ["load", "double", "load_rejected"]
+    slots = run_units(program.units, FakePipe(), {"image": 1, "rejected_image": 5})
+    assert slots["moments"].asnumpy().tolist() == [2, 0] and slots["rejected_moments"].asnumpy().tolist() == [10, 0]
+    with pytest.raises(ProgramError, match=r"unit 'double' reads no slot 'pixel': it reads \['pixels'\].*'pixels'"):
+        Double().with_slots({"pixel": "x"})

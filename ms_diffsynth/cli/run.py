@@ -23,7 +23,7 @@ from ms_diffsynth.config import SETTINGS, TrainConfig, to_yaml
 from ms_diffsynth.data.buckets import Bucket, make_buckets
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
-from ms_diffsynth.diffusion.units import TASKS, Objective
+from ms_diffsynth.diffusion.tasks import TASKS
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, listing
 from ms_diffsynth.io.cache import Cache
@@ -37,6 +37,7 @@ from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.loop import launch_training_task
 from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.train.optim import optimizer_arguments
 from ms_diffsynth.train.prepared import CachedRows
 from ms_diffsynth.train.publish import check_token
 from ms_diffsynth.train.resume import check_folder
@@ -50,6 +51,7 @@ def run(config: TrainConfig) -> ModelLogger:
     accelerator = Accelerator.of(settings)
     _tag_logs(accelerator)
     check_token(accelerator, settings)
+    optimizer_arguments(settings)
     if stage != "data_process":
         check_folder(Path(settings.output_path), settings.resume)
     sets = build_datasets(settings, family(settings.family).pipeline.division_factor)
@@ -215,17 +217,22 @@ def objective_of(settings: Any) -> Any:
 
     Raises: ConfigError for a setting of another kind of objective.
     """
-    cls = family(settings.family).pipeline.objective_class
+    kind, own = settings.task.split(":")[0], family(settings.family).pipeline.objective_class
+    if own and kind not in ("sft", "dreambooth"):
+        raise ConfigError(f"task={settings.task}: the family {settings.family} is trained for one task. Remove it.")
+    cls = own or TASKS[kind].task
     given = {f.name: getattr(settings, f.name) for f in fields(cls) if hasattr(settings, f.name)}
     known = {*given, "task"}
-    if cls is Objective:
+    if own is None:
+        given |= {n: v for n, v in TASKS[kind].defaults.items() if getattr(settings, n) is None}
+    if "prior_loss_weight" in given:
         known.add("with_prior_preservation")
-        given |= {n: v for n, v in TASKS[settings.task.split(":")[0]].items() if getattr(settings, n) is None}
         given["prior_loss_weight"] = settings.prior_loss_weight if settings.with_prior_preservation else None
     odd = [f"{name}={getattr(settings, name)}" for name, setting in SETTINGS.items() if setting.section == "objective"
            and name not in known and getattr(settings, name) != setting.default]
     if odd:
-        raise ConfigError(f"{listing(odd)}: the family {settings.family} has no such setting. Remove it.")
+        raise ConfigError(f"{listing(odd)}: the family {settings.family} has no such setting for task={kind}. "
+                          "Remove it.")
     return cls(**given)
 
 
@@ -282,6 +289,7 @@ def build_sampler(settings: Any, pipe: Pipeline) -> tuple[Sampler | None, list[s
     ``sampler(count)`` makes so many, with the prompts in turn. For a family without prompts, ``sampler()`` makes
     ``sample_count`` pictures.
     """
+    pipe.check_sampler(settings.sampler)
     prompts = list(settings.sample_prompts)
     if "prompt" not in pipe.inputs:
         return (_sampler_without_prompts(settings, pipe) if settings.sample_count else None), []
@@ -299,7 +307,7 @@ def build_sampler(settings: Any, pipe: Pipeline) -> tuple[Sampler | None, list[s
         for k, (prompt, cache) in enumerate(turns):
             still()
             pictures.append(pipe(prompt=prompt, height=height, width=width, seed=settings.sample_seed + k,
-                                 num_inference_steps=settings.num_inference_steps,
+                                 num_inference_steps=settings.num_inference_steps, sampler=settings.sampler,
                                  **({"template_cache": cache} if cache else {})))
         return pictures
 
@@ -314,7 +322,8 @@ def _sampler_without_prompts(settings: Any, pipe: Pipeline) -> Sampler:
         for k in range(-(-count // size)):  # groups of one size, for which the network is compiled once
             still()
             pictures += pipe(batch_size=size, seed=settings.sample_seed + k, height=settings.sample_height,
-                             width=settings.sample_width, num_inference_steps=settings.num_inference_steps)
+                             width=settings.sample_width, num_inference_steps=settings.num_inference_steps,
+                             sampler=settings.sampler)
         return pictures[:count]
 
     return sampler

@@ -37,9 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help="pixels (default: 1024, or the network's own)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones add 1 (default: 0)")
     parser.add_argument("--num_inference_steps", type=int, default=30, help="sampling steps (default: 30)")
+    parser.add_argument("--sampler", help="euler, heun or dpmpp_2m; of ddpm_unet ddim or ddpm (default: the first)")
     parser.add_argument("--cfg_scale", type=float, help="two-branch guidance, 1 is off (default: the family's)")
-    parser.add_argument("--embedded_guidance", type=float, default=3.5,
-                        help="told to guidance-distilled models (default: 3.5)")
+    parser.add_argument("--embedded_guidance", type=float,
+                        help="told to guidance-distilled models (default: the family's)")
     parser.add_argument("--max_sequence_length", type=int, help="text tokens a prompt is padded or cut to")
     parser.add_argument("--mode", default="graph", help="graph or pynative (default: graph)")
     parser.add_argument("--device", help="CPU or Ascend (default: what is there)")
@@ -55,6 +56,7 @@ def execute(args: argparse.Namespace) -> int:
     runtime.configure(args.mode, args.device)
     cls = family(args.family).pipeline
     _check_inputs(args, "prompt" in cls.inputs)
+    cls.check_sampler(args.sampler)
     pipe = cls.from_pretrained(str(args.model), device=args.device)
     if args.max_sequence_length:
         if not hasattr(pipe, "max_sequence_length"):
@@ -80,8 +82,8 @@ def _with_prompts(args: argparse.Namespace, pipe: Any) -> Iterator[Image.Image]:
     for k, prompt in enumerate(args.prompt):
         yield generate(prompt=prompt, negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale,
                        height=args.height or 1024, width=args.width or 1024, seed=args.seed + k,
-                       num_inference_steps=args.num_inference_steps, embedded_guidance=args.embedded_guidance,
-                       **inputs)
+                       num_inference_steps=args.num_inference_steps, sampler=args.sampler,
+                       embedded_guidance=args.embedded_guidance, **inputs)
 
 
 def _without_prompts(args: argparse.Namespace, pipe: Any) -> list[Image.Image]:
@@ -89,7 +91,7 @@ def _without_prompts(args: argparse.Namespace, pipe: Any) -> list[Image.Image]:
     if args.weights:
         pipe.load_weights(args.weights)
     return pipe(batch_size=args.count, seed=args.seed, num_inference_steps=args.num_inference_steps,
-                height=args.height, width=args.width)
+                sampler=args.sampler, height=args.height, width=args.width)
 
 
 def _with_templates(args: argparse.Namespace, pipe: Any) -> tuple[Callable[..., Any], dict[str, Any]]:

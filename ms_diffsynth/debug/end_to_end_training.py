@@ -61,7 +61,7 @@ class Training:
         self.rows = PreparedRows(self._dataset(), self.module, self.cut)
 
     def _objective(self) -> Objective | None:
-        if self.pipe.objective_class is not Objective:
+        if self.pipe.objective_class is not None:
             return None  # the family's own
         return Objective(**{name: self.run[name] for name in ("weighting_scheme", "posterior", "guidance_scale",
                                                               "prior_loss_weight")})

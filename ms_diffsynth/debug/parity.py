@@ -24,14 +24,13 @@ from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.diffusion.weighting import table
 from ms_diffsynth.errors import DataError
 from ms_diffsynth.io.weights import load_state_dict
-from ms_diffsynth.nn.names import state_dict, to_numpy, torch_parameters
+from ms_diffsynth.nn.names import state_dict, to_numpy, trainable_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Cut, Program, is_optional, slot
 from ms_diffsynth.registry import family
 from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.optim import AdamW
+from ms_diffsynth.train.optim import AdamW, ShardedAdamW, needs_float32
 from ms_diffsynth.train.program_step import ProgramTrainStep
-from ms_diffsynth.train.sharding import ShardedAdamW, needs_float32
 from ms_diffsynth.units import TensorUnit
 
 CASES = Path(__file__).parent / "cases"  # those that travel in the package
@@ -177,7 +176,7 @@ def _first_evaluation(case: Case, pipe: Pipeline, program: Program, mode: str) -
     fused = [unit.name for unit in program.units if unit.is_always_fused or unit.name in pipe.fusible]
     cut = program.cut(("loss", "sample_losses", *observed), (pipe.network,), fused)
     parameters = {name: p for model in (pipe.network, "template_model") if model in cut.models("step")
-                  for name, p in torch_parameters(getattr(pipe, model)).items()}
+                  for name, p in trainable_parameters(getattr(pipe, model)).items()}
     for parameter in parameters.values():
         parameter.requires_grad = True
     step = CompiledStep(Gradients(UnitSequence(cut, pipe), list(parameters.values())).run, "the gradients", mode)

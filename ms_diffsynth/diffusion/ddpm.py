@@ -158,6 +158,7 @@ class DDPMObjective:
     random_flip: bool = False
 
     # of every objective (`diffusion.units.Objective`); pixels have no posterior, and unnamed pictures no class
+    inputs = ()
     posterior = "mean"
     prior_loss_weight = None
 
@@ -183,6 +184,10 @@ class DDPMObjective:
         if name == "flip_draw":
             return random(name, "uniform", shape[:1])
         return Objective().draw(name, shape, grid_size, random)
+
+    def units(self, pipe: Any, sigmas: np.ndarray) -> list[TensorUnit]:
+        """As `diffusion.tasks.Task.units`."""
+        return ddpm_units(self, pipe.schedule_for(self), pipe.denoise)
 
 
 class RandomFlip(TensorUnit):

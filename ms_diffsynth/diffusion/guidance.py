@@ -4,7 +4,7 @@ from __future__ import annotations
 from mindspore import Tensor, ops
 
 from ms_diffsynth.diffusion.packing import pack, unpack
-from ms_diffsynth.diffusion.sampler import Denoise
+from ms_diffsynth.diffusion.samplers import Denoise
 
 
 def classifier_free(denoise_positive: Denoise, denoise_negative: Denoise, cfg_scale: float) -> Denoise:

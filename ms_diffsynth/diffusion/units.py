@@ -19,11 +19,6 @@ from ms_diffsynth.units import TensorUnit
 Random = Callable[[str, str, tuple[int, ...]], np.ndarray]  # (stream, "normal" or "uniform", shape) -> float32
 
 
-# what each task minimises unless it is told otherwise: DiffSynth-Studio's supervised script, and document 003's
-TASKS = {"sft": {"weighting_scheme": "diffsynth", "posterior": "mean", "guidance_scale": 1.0},
-         "dreambooth": {"weighting_scheme": "none", "posterior": "sample", "guidance_scale": 3.5}}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """What flow-matching training minimises.
@@ -45,6 +40,8 @@ class Objective:
     posterior: str = "mean"
     guidance_scale: float = 1.0
     prior_loss_weight: float | None = None
+
+    inputs = ()
 
     def __str__(self) -> str:
         """What a run says of it at its start."""
@@ -69,6 +66,10 @@ class Objective:
         u = density.density(density_draw, self.density or self.weighting_scheme, self.logit_mean, self.logit_std,
                             self.mode_scale)
         return density.timestep_index(u, grid_size)
+
+    def units(self, pipe, sigmas: np.ndarray) -> list[TensorUnit]:
+        """As `diffusion.tasks.Task.units`."""
+        return flow_match_units(self, sigmas, pipe.denoise)
 
 
 class LookupSigma(TensorUnit):

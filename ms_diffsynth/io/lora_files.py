@@ -117,7 +117,9 @@ def save_adapter(path: str | os.PathLike[str], file_format: Format, modules: Map
     dot = prefix.rstrip(".") + "." if prefix else ""
     tensors = {f"{dot}{module}.{part}": _scaled(parts[part], scale) if part == file_format.scaled else parts[part]
                for module, parts in modules.items() for part in file_format.parts}
-    adapter = {"r": rank, "lora_alpha": rank, "target_modules": sorted(modules), **file_format.settings}
+    # diffusers 0.34 to 0.39 and mindone make peft's LoraConfig of these, and read both patterns before they do
+    adapter = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {},
+               "target_modules": sorted(modules), **file_format.settings}
     text = json.dumps({f"{dot}{name}": value for name, value in adapter.items()}, indent=2, sort_keys=True)
     save_state_dict(path, tensors, dict(metadata or {}) | {ADAPTER_METADATA: text})
 

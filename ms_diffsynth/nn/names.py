@@ -32,6 +32,16 @@ def torch_parameters(cell: nn.Cell) -> dict[str, Parameter]:
     return named
 
 
+def trainable_parameters(cell: nn.Cell) -> dict[str, Parameter]:
+    """`torch_parameters` without PyTorch's buffers, which are loaded and saved, but learn nothing.
+
+    These are the running statistics of norms, and what a cell names in ``buffer_names``.
+    """
+    buffers = {f"{owner}.{name}" if owner else name for owner, part in cell.cells_and_names()
+               for name in (*getattr(part, "buffer_names", ()), "running_mean", "running_var")}
+    return {name: parameter for name, parameter in torch_parameters(cell).items() if name not in buffers}
+
+
 def torch_shapes(cell: nn.Cell) -> dict[str, tuple[int, ...]]:
     """PyTorch name -> PyTorch shape of every parameter."""
     flat = {f"{name}.weight" for name, c in cell.cells_and_names() if isinstance(c, (nn.Conv1d, nn.Conv1dTranspose))}
@@ -68,9 +78,14 @@ def load_state(own: Mapping[str, Parameter], state: Mapping[str, Tensor | np.nda
 
     Raises: WeightError that lists every missing, superfluous or misshapen tensor; nothing is assigned then.
     """
-    check_state({n: parameter.shape for n, parameter in own.items()}, {n: tensor.shape for n, tensor in state.items()})
+    check_state({n: parameter.shape for n, parameter in own.items()}, shapes_of(state))
     for name, parameter in own.items():
         ops.assign(parameter, Tensor(state[name]).astype(parameter.dtype))
+
+
+def shapes_of(state: Mapping[str, Tensor | np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape; of arrays that are read when they are asked for, such as a checkpoint's, as its ``shapes`` say."""
+    return state.shapes if hasattr(state, "shapes") else {name: tensor.shape for name, tensor in state.items()}
 
 
 def check_state(own: Mapping[str, tuple[int, ...]], state: Mapping[str, tuple[int, ...]]) -> None:

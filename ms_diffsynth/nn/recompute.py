@@ -50,7 +50,12 @@ class Kept(nn.Cell):
         self.block = block
 
     def construct(self, activations, weights, lora):
-        return self.block(*activations, weights, lora)
+        # Nothing of the block may begin before the first activation is there: MindSpore would compute what needs the
+        # others only (modulations by the time embedding, with weights unpacked of 8 bits) for all blocks at once.
+        begun = (activations[0],)
+        for x in activations[1:]:
+            begun += (ops.depend(x, activations[0]),)
+        return self.block(*begun, weights, lora)
 
 
 class Recomputed(Kept):

@@ -31,6 +31,17 @@ def put(parameter: Parameter, value: Tensor) -> bool:
     return ops.depend(True, _copy(parameter, value))
 
 
+def scaled(gradient: Tensor, coefficient: Tensor, zero: Tensor) -> Tensor:
+    """``coefficient * gradient``, and 0 where the coefficient is 0, whatever the gradient: float32.
+
+    Shapes: coefficient and zero float32 scalars.
+    """
+    gradient = gradient.astype(ms.float32)
+    if is_cpu():
+        return _scale(gradient, coefficient)
+    return mint.where(coefficient == 0, zero, gradient) * coefficient
+
+
 def adamw(coefficient: Tensor, rate: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor, zero: Tensor,
           parameter: Parameter, moment1: Parameter, moment2: Parameter, gradient: Tensor) -> bool:
     """One update of AdamW, with everything that depends on the step worked out:

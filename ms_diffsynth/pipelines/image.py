@@ -13,7 +13,7 @@ from PIL import Image
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.data.images import to_pil
 from ms_diffsynth.diffusion.guidance import classifier_free
-from ms_diffsynth.diffusion.sampler import euler
+from ms_diffsynth.diffusion.samplers import SAMPLERS
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest
@@ -36,6 +36,8 @@ class ImagePipeline(Pipeline):
     """
 
     default_cfg_scale = 1.0
+    default_embedded_guidance = 3.5
+    samplers = tuple(SAMPLERS)
     sft_grid: Grid
     dynamic_mu: Callable[[int, int], float] | None = None
     latent_patch = 2
@@ -59,33 +61,36 @@ class ImagePipeline(Pipeline):
         return cls._from_configs(model_configs, {"tokenizer": tokenizer_config}, mindspore_dtype, device)
 
     def __call__(self, prompt: str, negative_prompt: str = "", cfg_scale: float | None = None,
-                 embedded_guidance: float = 3.5, height: int = 1024, width: int = 1024, seed: int | None = None,
-                 num_inference_steps: int = 30, on_step: Callable[[int, int], None] | None = None,
-                 **inputs: Any) -> Image.Image:
+                 embedded_guidance: float | None = None, height: int = 1024, width: int = 1024,
+                 seed: int | None = None, num_inference_steps: int = 30, sampler: str | None = None,
+                 on_step: Callable[[int, int], None] | None = None, **inputs: Any) -> Image.Image:
         """Generate one picture.
 
         Args:
             cfg_scale: two-branch guidance with ``negative_prompt``; 1 runs one branch, None is the family's choice.
-            embedded_guidance: the scale told to a guidance-distilled network; others ignore it.
+            embedded_guidance: the scale told to a guidance-distilled network, None is the family's; others ignore it.
             height, width: pixels, rounded up to the family's division factor.
             seed: of the initial noise; None is fresh.
+            sampler: one of `diffusion.samplers.SAMPLERS`; None is the first, ``"euler"``.
             on_step: called with (step, steps) after every step.
             inputs: further inputs of the family; ``template_cache``; with ``negative_`` in front, those of the branch
                 of the negative prompt, instead of the same.
 
-        Raises: ConfigError for an input the family does not have.
+        Raises: ConfigError for an input the family does not have, or an unknown sampler.
         """
         self._check_inputs(inputs)
+        sampler = self.check_sampler(sampler)
         height, width = self.check_resize_height_width(height, width)
         shape = self.latent_shape(height, width)
         cfg_scale = self.default_cfg_scale if cfg_scale is None else cfg_scale
         seed = int(np.random.SeedSequence().entropy % 2**63) if seed is None else seed
         latents = Draws(seed).normal("latents", np.array([0]), shape)
-        inputs["guidance"] = Tensor(np.full(1, embedded_guidance, np.float32))
+        guidance = self.default_embedded_guidance if embedded_guidance is None else embedded_guidance
+        inputs["guidance"] = Tensor(np.full(1, guidance, np.float32))
         positive = self.condition(prompt, **_positive(inputs))
         negative = self.condition(negative_prompt, **_negative(inputs)) if cfg_scale != 1 else None
         sigmas = self.sampling_sigmas(num_inference_steps, shape)
-        return self.generate(positive, negative, latents, sigmas, cfg_scale, on_step)[0]
+        return self.generate(positive, negative, latents, sigmas, cfg_scale, on_step, sampler)[0]
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
         known = [name for name in self.optional_units if name != "template_inputs"]  # TemplatePipeline takes those
@@ -150,8 +155,8 @@ class ImagePipeline(Pipeline):
         return lambda latents, sigma: step(*condition.values(), latents, sigma)[0]
 
     def generate(self, positive: dict[str, Any], negative: dict[str, Any] | None, latents: np.ndarray,
-                 sigmas: np.ndarray, cfg_scale: float = 1.0,
-                 on_step: Callable[[int, int], None] | None = None) -> list[Image.Image]:
+                 sigmas: np.ndarray, cfg_scale: float = 1.0, on_step: Callable[[int, int], None] | None = None,
+                 sampler: str = "euler") -> list[Image.Image]:
         """Integrate from noise to pictures.
 
         Args:
@@ -161,7 +166,7 @@ class ImagePipeline(Pipeline):
         denoise = self.denoiser(positive)
         if cfg_scale != 1 and negative is not None:
             denoise = self.guidance_rule(denoise, self.denoiser(negative), cfg_scale)
-        return self.decode(euler(denoise, Tensor(latents), sigmas, on_step))
+        return self.decode(SAMPLERS[sampler](denoise, Tensor(latents), sigmas, on_step))
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures from latents."""
@@ -180,7 +185,7 @@ class ImagePipeline(Pipeline):
         return self.compiled("the sampling step", build, slots)
 
 
-_OPTIONS = ("cfg_scale", "embedded_guidance", "height", "width", "seed", "num_inference_steps", "on_step")
+_OPTIONS = ("cfg_scale", "embedded_guidance", "height", "width", "seed", "num_inference_steps", "sampler", "on_step")
 
 
 def _positive(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -23,14 +23,13 @@ from ms_diffsynth.train.distributed import Accelerator, Agreement
 from ms_diffsynth.train.evaluation import RunEvaluation
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.optim import AdamW, LearningRate
+from ms_diffsynth.train.optim import LearningRate, build_optimizer
 from ms_diffsynth.train.options import TrainingOptions
 from ms_diffsynth.train.prepared import CachedRows, PreparedRow, PreparedRows
 from ms_diffsynth.train.program_step import ModuleTrainStep, ProgramTrainStep
 from ms_diffsynth.train.progress import Progress
 from ms_diffsynth.train.publish import check_token, publishing
 from ms_diffsynth.train.report import StepReport
-from ms_diffsynth.train.sharding import ShardedAdamW, needs_float32
 from ms_diffsynth.train.signals import Interrupted, StopRequest, stopping_on_signals
 from ms_diffsynth.train.split import describe_loaded, launch_data_process_task, open_cache, stage_of
 from ms_diffsynth.train.step import StepResult
@@ -193,7 +192,7 @@ class _Run:
         self.total = self._total_steps()
         self.rate = LearningRate(schedule=options.lr_scheduler, base=options.learning_rate,
                                  warmup_steps=options.lr_warmup_steps, total_steps=self.total)
-        self.optimizer = self._build_optimizer()
+        self.optimizer = build_optimizer(options, self.model.trainable_parameters())
         self.step = self._build_step()
         self.report = StepReport(self.logger, self.progress, self.step, self.dataset, self.class_dataset)
         count = sum(int(np.prod(p.shape)) for p in self.optimizer.parameters)
@@ -212,15 +211,6 @@ class _Run:
         options = self.options
         by_epochs = None if options.num_epochs is None else options.num_epochs * self.steps_per_epoch
         return min(n for n in (by_epochs, options.max_train_steps) if n is not None)
-
-    def _build_optimizer(self) -> AdamW | ShardedAdamW:
-        options = self.options
-        given = {"learning_rate": options.learning_rate, "weight_decay": options.weight_decay,
-                 "eps": options.adam_epsilon, "betas": (options.adam_beta1, options.adam_beta2)}
-        parameters = list(self.model.trainable_parameters())
-        if needs_float32(parameters) or (options.zero_stage and self.accelerator.num_processes > 1):
-            return ShardedAdamW(parameters, max(options.zero_stage, 1), **given)
-        return AdamW(parameters, **given)
 
     def _build_step(self) -> ProgramTrainStep | ModuleTrainStep:
         options = self.options

@@ -33,7 +33,7 @@ def FlowMatchSFTLoss(pipe: Pipeline, **inputs: Any) -> Tensor:
              for name in objective.draws if name != "posterior_noise"}  # `_latents` has drawn that one
     if objective.prior_loss_weight is not None:
         objective = replace(objective, prior_loss_weight=None)
-    units = pipe.objective_units(objective, pipe.sigmas)
+    units = objective.units(pipe, pipe.sigmas)
     return pipe.run(units, inputs | drawn | {"input_latents": latents})["loss"]
 
 

@@ -17,7 +17,7 @@ from ms_diffsynth.nn.adapters import Adapter, adapter_of, formats
 from ms_diffsynth.nn.adapters import adapter as adapter_called
 from ms_diffsynth.nn.adapters.contract import Uniform
 from ms_diffsynth.nn.adapters.layer import adapted_layers
-from ms_diffsynth.nn.names import to_numpy, torch_parameters
+from ms_diffsynth.nn.names import to_numpy, torch_parameters, trainable_parameters
 from ms_diffsynth.nn.quant import store_models_8bit
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.pipeline import Pipeline
@@ -67,7 +67,7 @@ class DiffusionTrainingModule:
             lora_target_modules: names, or ends of names, of its linear layers; empty takes the family's choice.
             lora_checkpoint: a file of the same adapter to go on from.
             task: ``sft`` or ``dreambooth``; with ``:data_process`` or ``:train`` one stage of split training.
-            objective: what is minimised; None is the family's own, for most that of the task (`diffusion.units.TASKS`).
+            objective: what is minimised; None is the family's own, for most that of the task (`diffusion.tasks.TASKS`).
             use_gradient_checkpointing, use_gradient_checkpointing_offload: recompute the blocks of what gradients pass
                 through; offload keeps their inputs on the host (eager only). See `nn.recompute`.
             fp8_models: frozen models stored in 8 bits, by name or as ``owner/name:pattern``. See `nn.quant`.
@@ -172,10 +172,11 @@ class DiffusionTrainingModule:
     @staticmethod
     def _parameters_under(pipe: Pipeline, name: str) -> list[Parameter]:
         root, _, inner = name.partition(".")
-        found = {n: p for n, p in torch_parameters(getattr(pipe, root)).items()
+        weights = trainable_parameters(getattr(pipe, root))
+        found = {n: p for n, p in weights.items()
                  if not inner or n == inner or n.startswith(inner + ".")}
         if not found:
-            tops = sorted({n.split(".")[0] for n in torch_parameters(getattr(pipe, root))})
+            tops = sorted({n.split(".")[0] for n in weights})
             raise ConfigError(f"trainable_models='{name}' names no weights: '{root}' has {listing(tops)}."
                               f"{nearest(inner, tops)}")
         return list(found.values())
@@ -239,7 +240,7 @@ class DiffusionTrainingModule:
                             f"Expected the columns {' and '.join(map(repr, self._columns))}; rename yours, or override "
                             "get_pipeline_inputs.")
         shared = {"input_image": data["image"], "height": data["image"].size[1], "width": data["image"].size[0],
-                  "cfg_scale": 1, **{name: data[name] for name in self._extra_inputs}}
+                  "cfg_scale": 1, **{name: data[name] for name in (*self._extra_inputs, *self.pipe.objective.inputs)}}
         if "prompt" not in self._columns:
             return shared, {}, {}
         return shared, {"prompt": data["prompt"]}, {"negative_prompt": ""}
@@ -247,7 +248,8 @@ class DiffusionTrainingModule:
     @property
     def _columns(self) -> list[str]:
         """The columns `get_pipeline_inputs` reads: those the pipeline has an input for."""
-        return ["image", *(["prompt"] if "prompt" in self.pipe.inputs else []), *self._extra_inputs]
+        return ["image", *(["prompt"] if "prompt" in self.pipe.inputs else []), *self._extra_inputs,
+                *self.pipe.objective.inputs]
 
     @property
     def _extra_inputs(self) -> list[str]:

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ms_diffsynth.errors import ConfigError, nearest
+from ms_diffsynth.train.optim import optimizer_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """How long, how fast, how often. Every interval counts steps: one step is one optimizer update."""
 
+    optimizer: str = "adamw"
+    optimizer_args: tuple[str, ...] = ()  # such as ("d_coef=2",)
     learning_rate: float = 1e-5
     weight_decay: float = 1e-2
     adam_beta1: float = 0.9
@@ -66,5 +69,9 @@ class TrainingOptions:
         if isinstance(self.accept_changes, str):
             wrong.append(f"accept_changes='{self.accept_changes}': expected a list of names, such as "
                          f"{self.accept_changes.split(',')}.")
+        if isinstance(self.optimizer_args, str):
+            wrong.append(f"optimizer_args='{self.optimizer_args}': expected a list, such as "
+                         f"{self.optimizer_args.split(',')}.")
         if wrong:
             raise ConfigError("\n".join(wrong))
+        optimizer_arguments(self)

@@ -42,7 +42,6 @@ from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.options import TrainingOptions
 from ms_diffsynth.train.prepared import CachedRows, PreparedRows
-from ms_diffsynth.train.sharding import ShardedAdamW
 from ms_diffsynth.train.split import pictures_of
 from ms_diffsynth.train.step import TrainStep
 
@@ -58,12 +57,15 @@ MAY_CHANGE = frozenset("""
     trust_template_code trust_template_sha256 num_epochs max_train_steps num_workers find_unused_parameters
     device_memory zero_stage resume accept_changes checkpoint_steps keep_checkpoints grace_seconds save_steps
     evaluation_steps evaluation_count evaluation_reference
-    sample_count sample_steps sample_prompts sample_template_inputs sample_seed num_inference_steps sample_height
-    sample_width enable_tensorboard_log push_to_hub hub_model_id hub_private_repo hub""".split())
+    sample_count sample_steps sample_prompts sample_template_inputs sample_seed num_inference_steps sampler
+    sample_height sample_width enable_tensorboard_log push_to_hub hub_model_id hub_private_repo hub""".split())
 
 
 # What settings were before they existed, in checkpoints from then
 BEFORE = {"adapter": "lora"}
+
+# What every run had before there were these settings, so that checkpoints written then can be gone on from.
+BEFORE = {"optimizer": "adamw", "optimizer_args": []}
 
 
 # -- where a run goes on ---------------------------------------------------------------------------------------------
@@ -169,6 +171,7 @@ def identity(accelerator: Accelerator, module: DiffusionTrainingModule, cut: Cut
     pipe = module.pipe
     given = {**vars(args)} if hasattr(args, "__dict__") else {}
     settings = {k: v for k, v in (given | dataclasses.asdict(options)).items() if k not in MAY_CHANGE}
+    settings["optimizer_args"] = sorted(options.optimizer_args)
     if options.lr_scheduler != "constant":
         settings |= {"num_epochs": options.num_epochs, "max_train_steps": options.max_train_steps}
     settings["batch_size"] = options.batch_size * accelerator.num_processes  # more ranks may take smaller batches
@@ -253,7 +256,7 @@ def parameters_of(step: TrainStep) -> dict[str, dict[str, Parameter]]:
     Accumulators are empty between two steps.
     """
     groups = {"weights": {p.name: p for p in step.weights}}
-    if not isinstance(step.optimizer, ShardedAdamW):
+    if not step.optimizer.is_divided:
         groups["moments"] = step.optimizer.state_tensors()
     if step.ema is not None:
         groups["ema"] = step.ema.state_tensors()
@@ -272,7 +275,7 @@ def restore(step: TrainStep, checkpoint: Checkpoint, now: Mapping[str, Any]) -> 
     Raises: CheckpointError when the checkpoint has no weights or no moments, or holds what is not finite; WeightError
         when they are of others.
     """
-    own = parameters_of(step)
+    own = {group: parameters for group, parameters in parameters_of(step).items() if group != "moments"}
     lost = [name for name in ("weights", "moments") if name not in checkpoint.groups]
     if lost:
         raise CheckpointError(f"{checkpoint.path} has no {' and no '.join(lost)}: it has {listing(checkpoint.groups)}. "
@@ -281,10 +284,8 @@ def restore(step: TrainStep, checkpoint: Checkpoint, now: Mapping[str, Any]) -> 
         own.pop("loss_scale", None)
     for name, parameters in own.items():
         if name in checkpoint.groups:
-            found = _Finite(checkpoint, name)
-            load_state(parameters, {n: found[n] for n in found.shapes})
-    if isinstance(step.optimizer, ShardedAdamW):
-        step.optimizer.load_state_tensors(_Finite(checkpoint, "moments"))
+            load_state(parameters, _Finite(checkpoint, name))
+    step.optimizer.load_state_tensors(_Finite(checkpoint, "moments"))
     if step.ema is not None and "ema" not in checkpoint.groups:
         for average, weight in zip(step.ema.average, step.ema.parameters):
             ops.assign(average, weight.astype(average.dtype))
@@ -333,7 +334,7 @@ class Checkpoints:
         Raises: OutputError, on every rank when one of them cannot write its part.
         """
         self._saved_at = self.records.num_steps
-        if not isinstance(step.optimizer, ShardedAdamW):
+        if not step.optimizer.is_divided:
             if self.accelerator.is_main_process:
                 self._commit(step, state, {})
             return

@@ -21,7 +21,6 @@ from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.train import grads as gradients
 from ms_diffsynth.train.exchange import broadcast, exchange_for
 from ms_diffsynth.train.optim import guarded
-from ms_diffsynth.train.sharding import ShardedAdamW
 
 ACCUMULATION_SETTINGS = ("length_of_dataloader", "sync_with_dataloader")
 
@@ -54,9 +53,9 @@ class TrainStep(nn.Cell):
 
     Args:
         model: the network that is trained; it is put into training mode.
-        optimizer: `train.optim.AdamW`, or any ``mindspore.nn.Optimizer``; its ``parameters`` are trained. In a job of
-            several ranks, gradients are averaged over these once per update; `train.sharding.ShardedAdamW` divides its
-            moments among them.
+        optimizer: what fulfils `train.optim.Optimizer`, such as `AdamW`, or any of ``mindspore.nn``, ``mint.optim`` or
+            ``experimental.optim``; its ``parameters`` are trained. In a job of several ranks, gradients are averaged
+            over these once per update; `train.optim.Sharded` divides its moments among them.
         loss_scaler: ``mindspore.amp.StaticLossScaler`` or ``DynamicLossScaler``; None scales by 1.
         max_grad_norm: clip the global gradient norm to this; None leaves it.
         gradient_accumulation_steps: micro-steps per update; None means 1.
@@ -78,24 +77,22 @@ class TrainStep(nn.Cell):
         super().__init__(auto_prefix=False)
         accumulation = gradient_accumulation_kwargs or {}
         _check(optimizer, max_grad_norm, gradient_accumulation_steps, accumulation)
+        optimizer = guarded(optimizer)
         self.model = model.set_train(True)
-        self.optimizer = guarded(optimizer)
+        self.optimizer = optimizer
         self.ema = ema
         self.weights = ParameterTuple(optimizer.parameters)
-        self.exchange = optimizer.exchange if isinstance(optimizer, ShardedAdamW) else exchange_for(self.weights)
-        self.sums_early = isinstance(optimizer, ShardedAdamW) and optimizer.stage == 2  # at each micro-step
-        self.has_rounded = isinstance(optimizer, ShardedAdamW) and optimizer.has_rounded
+        self.exchange = exchange_for(self.weights) if optimizer.exchange is None else optimizer.exchange
+        self.sums_early = optimizer.sums_early  # at each micro-step
         broadcast(self.weights)  # a random start that no seed decides is that of rank 0
-        if isinstance(optimizer, ShardedAdamW):
-            optimizer.take_weights()
+        optimizer.take_weights()
         self.loss_scaler = loss_scaler
         self.loss_scale = getattr(loss_scaler, "scale_value", None)
         self.max_grad_norm = max_grad_norm
         self.accumulation_steps = gradient_accumulation_steps or 1
         is_synced = accumulation.get("sync_with_dataloader", True)
         self.length_of_dataloader = (accumulation.get("length_of_dataloader") or 0) if is_synced else 0
-        summed = optimizer.shards if self.sums_early else self.weights
-        self.accumulators = gradients.accumulators_for(summed) if self.accumulation_steps > 1 else ()
+        self.accumulators = gradients.accumulators_for(optimizer.accumulated) if self.accumulation_steps > 1 else ()
         self.value_and_grad = ms.value_and_grad(self._scaled_forward, None, self.weights, has_aux=True)
         mode = mode or runtime.current().mode
         plan = {"mode": mode, "planned": planned_compilations, "announce": announce}
@@ -188,7 +185,7 @@ class TrainStep(nn.Cell):
             coefficient = unscale * gradients.clip_coefficient(norm, self.max_grad_norm)
         self.optimizer(grads, coefficient, is_finite)
         if self.ema is not None:
-            self.ema(is_finite, self.optimizer.float32_weights() if self.has_rounded else None)
+            self.ema(is_finite, self.optimizer.float32_weights())
         if self.accumulation_steps > 1:
             gradients.reset(self.accumulators)
         if self.loss_scaler is not None:
@@ -200,7 +197,7 @@ class TrainStep(nn.Cell):
 def _check(optimizer: nn.Cell, max_grad_norm: float | None, accumulation_steps: int | None,
            accumulation: dict[str, Any]) -> None:
     wrong = []
-    if not optimizer.parameters:
+    if not getattr(optimizer, "parameters", ()):
         wrong.append("the optimizer holds no parameters: expected at least one; name what is to be trained "
                      "(lora_base_model or trainable_models).")
     if max_grad_norm is not None and not max_grad_norm > 0:

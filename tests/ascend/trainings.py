@@ -30,16 +30,24 @@ FAMILIES = {
         "template_model_id_or_path": ROOT / "examples/flux2/templates/brightness", "trust_template_code": True,
         "trainable_models": "template_model", "remove_prefix_in_ckpt": "pipe.template_model."},
     "flux": ROWS | {"max_sequence_length": 32},
+    "flux_whole": ROWS | {"max_sequence_length": 32, "batch_size": 1, "learning_rate": 1e-5,
+                          "lora_base_model": "null", "trainable_models": "dit", "remove_prefix_in_ckpt": "pipe.dit."},
+    "toy": ROWS | {"height": 64, "width": 64},
     "ddpm_unet": {"dataset_base_path": SMILEYS, "dataset_metadata_path": SMILEYS / "metadata.csv", "height": 32,
                   "width": 32, "batch_size": 4, "learning_rate": 1e-3, "trainable_models": "unet",
                   "remove_prefix_in_ckpt": "pipe.unet.", "sample_count": 1, "num_inference_steps": 1},
 }
 
 
+def base_of(name: str) -> str:
+    """The model family of one of FAMILIES."""
+    return name.removesuffix("_template").removesuffix("_whole")
+
+
 def train(folder: Path, family: str, device: str, dtype: str, mode: str, recompute: str = "") -> int:
     """One training by the command line, from the same draws and rows whatever the device."""
     settings = FAMILIES[family] | {
-        "family": family.removesuffix("_template"), "model_paths": folder / "model",
+        "family": base_of(family), "model_paths": folder / "model",
         "max_train_steps": STEPS, "lr_warmup_steps": 1, "device": device, "dtype": dtype, "mode": mode,
         "output_path": folder / f"{device}-{dtype}-{mode}{recompute}",
         "use_gradient_checkpointing": str(bool(recompute)).lower()}

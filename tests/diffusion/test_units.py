@@ -10,8 +10,8 @@ from mindspore import Tensor
 
 from ms_diffsynth.diffusion import density, weighting
 from ms_diffsynth.diffusion.schedule import diffsynth_flux, flow_match_euler
+from ms_diffsynth.diffusion.tasks import TASKS
 from ms_diffsynth.diffusion.units import (
-    TASKS,
     EmbeddedGuidance,
     FlowMatchLoss,
     FlowMatchPath,
@@ -51,10 +51,10 @@ def test_the_objective_says_which_draws_it_needs():
 
 
 def test_what_a_run_says_of_its_objective():
-    assert str(Objective(**TASKS["dreambooth"], prior_loss_weight=0.5)) == (
+    assert str(Objective(**TASKS["dreambooth"].defaults, prior_loss_weight=0.5)) == (
         "noise levels by none, loss weights by none, sample of the VAE's posterior, embedded guidance 3.5, class "
         "images weigh 0.5")
-    assert "mean of the VAE's posterior, embedded guidance 1" in str(Objective(**TASKS["sft"]))
+    assert "mean of the VAE's posterior, embedded guidance 1" in str(Objective(**TASKS["sft"].defaults))
 
 
 def test_a_draw_becomes_an_index_of_the_grid():

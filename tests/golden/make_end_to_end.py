@@ -1,12 +1,13 @@
 """Make the reference cases from end to end: texts, image files, noise and draws, and what PyTorch makes of them.
 
-    ms-diffsynth tiny flux models/flux        # also flux2, qwen_image and ddpm_unet; seed 0
-    python tests/golden/make_end_to_end.py models OUTPUT [flux flux2 flux2_dev qwen_image ddpm_unet]
+    ms-diffsynth tiny flux models/flux        # also sd3, flux2, qwen_image and ddpm_unet; seed 0
+    python tests/golden/make_end_to_end.py models OUTPUT [flux sd3 flux2 flux2_dev qwen_image ddpm_unet]
 
 Runs in a PyTorch environment; nothing of ms_diffsynth or mindone is imported, only the tiny weights are read. FLUX.1
-needs transformers 4.57 with ftfy, because its CLIP tokens are those of the slow CLIPTokenizer with ftfy, which
-DiffSynth-Studio requires (diffusers 0.35.2); FLUX.2 and Qwen-Image were made with diffusers 0.42.1 and transformers 5.
-The layout of a case is in docs/parity.md. A new family is a subclass of `Reference` and a line in `FAMILIES`.
+and Stable Diffusion 3 need transformers 4.57 with ftfy, because their CLIP tokens are those of the slow CLIPTokenizer
+with ftfy, which DiffSynth-Studio requires (diffusers 0.35.2 and 0.39.0); FLUX.2 and Qwen-Image were made with diffusers
+0.42.1 and transformers 5. The layout of a case is in docs/parity.md. A new family is a subclass of `Reference` and a
+line in `FAMILIES`.
 """
 from __future__ import annotations
 
@@ -218,7 +219,7 @@ def schedules(case: Case, reference: Reference) -> None:
         for steps in (4, 9):
             scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
             arguments = {"mu": reference.mu(config, 16 * 24, steps)} if config["use_dynamic_shifting"] else {}
-            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **arguments)
+            reference.set_timesteps(scheduler, steps, **arguments)
             case.info["schedules"].append({"name": f"{name} {steps}", "scheduler_config": config, "height": 256,
                                            "width": 384, "num_inference_steps": steps})
             case.expected[f"sigmas.{name} {steps}"] = scheduler.sigmas
@@ -398,6 +399,10 @@ class Reference:
     def diffsynth_grid(self) -> torch.Tensor:
         raise NotImplementedError
 
+    def set_timesteps(self, scheduler: FlowMatchEulerDiscreteScheduler, steps: int, **mu: float) -> None:
+        """As the family's pipeline of diffusers does."""
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **mu)
+
     def draw(self, case: Case, run: SimpleNamespace, count: int) -> dict[str, torch.Tensor]:
         shape = self.latent_shape(run.height, run.width)
         draws = {"noise": case.normal(count, *shape), "density_draw": case.uniform(count)}
@@ -568,6 +573,76 @@ class Flux(Reference):
     def diffsynth_grid(self):
         sigmas = torch.linspace(1.0, 0.003 / 1.002, LEVELS)
         return 3 * sigmas / (1 + 2 * sigmas)
+
+
+class Sd3(Flux):
+    """Stable Diffusion 3: transformers' slow CLIPTokenizers with ftfy, T5TokenizerFast, StableDiffusion3Pipeline."""
+
+    family, folder, max_length = "sd3", "sd3", 256
+    configs = {"sd3": dynamic(use_dynamic_shifting=False), "dynamic": dynamic()}
+    targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+               "attn.add_v_proj", "attn.to_add_out")
+    samples = [sized("plain", "a red cat by the sea", 128, 128, 4),
+               sized("negative", "a red cat by the sea", 96, 160, 4, 7.0, "ugly, blurry image of a dog"),
+               sized("chinese", CHINESE, 64, 96, 2, 3.0)]
+
+    def __init__(self, models: Path):
+        import ftfy  # noqa: F401 without it the slow tokenizers give other ids
+        from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+        if not transformers.__version__.startswith("4."):
+            raise SystemExit("Stable Diffusion 3's CLIP tokens are those of transformers 4's slow CLIPTokenizer: use "
+                             "4.57.")
+        m = models / self.folder
+        self.network = SD3Transformer2DModel.from_pretrained(m / "transformer").eval()
+        self.vae = AutoencoderKL.from_pretrained(m / "vae").eval()
+        self.pipe = StableDiffusion3Pipeline(
+            transformer=self.network, vae=self.vae,
+            scheduler=FlowMatchEulerDiscreteScheduler.from_config(self.configs["sd3"]),
+            text_encoder=CLIPTextModelWithProjection.from_pretrained(m / "text_encoder").eval(),
+            tokenizer=CLIPTokenizer.from_pretrained(m / "tokenizer"),
+            text_encoder_2=CLIPTextModelWithProjection.from_pretrained(m / "text_encoder_2").eval(),
+            tokenizer_2=CLIPTokenizer.from_pretrained(m / "tokenizer_2"),
+            text_encoder_3=T5EncoderModel.from_pretrained(m / "text_encoder_3").eval(),
+            tokenizer_3=T5TokenizerFast.from_pretrained(m / "tokenizer_3"))
+
+    def make(self, case: Case) -> None:
+        texts(case, self)
+        files(case, self)
+        schedules(case, self)
+        samples(case, self)
+        train(case, self, settings("dreambooth", "dreambooth", weighting_scheme="none", posterior="sample",
+                                   lr_scheduler="cosine", rows=ROWS))
+        train(case, self, settings("sft", "sft", lr_scheduler="linear", lr_warmup_steps=1, rows=ROWS))
+
+    def tokens(self, text):
+        pipe = self.pipe
+        given = {"clip_l_ids": (pipe.tokenizer, 77), "clip_g_ids": (pipe.tokenizer_2, 77),
+                 "t5_ids": (pipe.tokenizer_3, self.max_length)}
+        return {slot: tokenizer(text, padding="max_length", max_length=length, truncation=True).input_ids
+                for slot, (tokenizer, length) in given.items()}
+
+    @torch.no_grad()
+    def encode(self, prompts, length=None):
+        embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False,
+                                                       max_sequence_length=length or self.max_length)
+        return {"prompt_embeds": list(embeds), "pooled_prompt_embeds": list(pooled)}
+
+    @torch.no_grad()
+    def sample(self, s, noise, edit):
+        return self.pipe(s.prompt, negative_prompt=s.negative_prompt, guidance_scale=s.cfg_scale, height=s.height,
+                         width=s.width, latents=noise, num_inference_steps=s.num_inference_steps,
+                         max_sequence_length=self.max_length).images[0]
+
+    def set_timesteps(self, scheduler, steps, **mu):
+        scheduler.set_timesteps(steps, **mu)
+
+    def velocity(self, latents, sigma, rows, run, folder):
+        slots = self.encode([row["prompt"] for row in rows], run.max_sequence_length)
+        return self.network(
+            hidden_states=latents, timestep=sigma * LEVELS, encoder_hidden_states=torch.stack(slots["prompt_embeds"]),
+            pooled_projections=torch.stack(slots["pooled_prompt_embeds"]), return_dict=False)[0]
 
 
 class Flux2(Reference):
@@ -922,7 +997,8 @@ class DdpmUnet(Reference):
         return ((prediction - draws["noise"]) ** 2).mean()
 
 
-FAMILIES = {"flux": Flux, "flux2": Flux2, "flux2_dev": Flux2Dev, "qwen_image": QwenImage, "ddpm_unet": DdpmUnet}
+FAMILIES = {"flux": Flux, "sd3": Sd3, "flux2": Flux2, "flux2_dev": Flux2Dev, "qwen_image": QwenImage,
+            "ddpm_unet": DdpmUnet}
 
 
 def main(models: str, output: str, *names: str) -> None:

@@ -45,7 +45,9 @@ def test_the_scale_is_folded_so_that_every_reader_agrees(tmp_path, alpha):
     metadata = metadata_of(path)
     assert metadata["format"] == "pt" and metadata["note"] == "x"
     assert json.loads(metadata["lora_adapter_metadata"]) == {
-        "transformer.r": 4, "transformer.lora_alpha": 4, "transformer.target_modules": sorted(MODULES)}
+        "transformer.r": 4, "transformer.lora_alpha": 4, "transformer.rank_pattern": {},
+        "transformer.alpha_pattern": {},
+        "transformer.target_modules": sorted(MODULES)}
     loaded = load_lora(path, MODULES)
     for module, (a, b) in mine.items():
         assert loaded[module][2] == 1.0

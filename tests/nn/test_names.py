@@ -6,7 +6,14 @@ import ml_dtypes
 import numpy as np
 from mindspore import Tensor, mint, nn
 
-from ms_diffsynth.nn.names import assign, state_dict, to_numpy, torch_parameters, torch_shapes
+from ms_diffsynth.nn.names import (
+    assign,
+    state_dict,
+    to_numpy,
+    torch_parameters,
+    torch_shapes,
+    trainable_parameters,
+)
 
 
 class Mixed(nn.Cell):
@@ -23,6 +30,13 @@ def test_names_and_shapes_are_pytorchs():
     assert torch_shapes(Mixed()) == {
         "embed.weight": (5, 4), "norm.weight": (4,), "norm.bias": (4,), "group.weight": (4,), "group.bias": (4,),
         "conv.weight": (3, 4, 2), "conv.bias": (3,), "linear.weight": (2, 4), "linear.bias": (2,)}
+
+
+def test_buffers_do_not_learn():
+    cell = nn.SequentialCell(mint.nn.Linear(4, 2), nn.BatchNorm2d(2), nn.SequentialCell(Mixed()))
+    cell[2][0].buffer_names = ("conv.bias", "linear.weight")
+    lost = set(torch_parameters(cell)) - set(trainable_parameters(cell))
+    assert lost == {"1.running_mean", "1.running_var", "2.0.conv.bias", "2.0.linear.weight"}
 
 
 def test_what_is_assigned_comes_back_and_dtype_is_set():

@@ -33,6 +33,14 @@ def tiny_flux2(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory):
+    """Folder of a tiny Stable Diffusion 3 with random weights."""
+    folder = tmp_path_factory.mktemp("models") / "sd3"
+    family("sd3").write_tiny(folder, 0)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def golden():
     """Folder of the recorded numbers."""
     return Path(__file__).parents[1] / "golden"

@@ -11,7 +11,7 @@ from mindspore import Tensor
 from PIL import Image
 
 from ms_diffsynth import QwenImagePipeline, runtime
-from ms_diffsynth.diffusion.sampler import euler
+from ms_diffsynth.diffusion.samplers import euler
 from ms_diffsynth.errors import DataError, WeightError
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.weights import load_state_dict, save_sharded

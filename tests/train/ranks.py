@@ -54,6 +54,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero 1 eager": {"how": FULL, "zero_stage": 1},
     "zero 2 eager": {"how": FULL, "zero_stage": 2, "accumulation": 2, "steps": 12, "checkpoint_steps": 6,
                      "keep_checkpoints": 9},
+    "zero 2 prodigy": {"mode": "graph", "how": FULL, "zero_stage": 2, "accumulation": 2, "optimizer": "prodigy",
+                       "learning_rate": 1.0, "optimizer_args": ("d0=1e-3",), "steps": 8},
+    "adafactor": {"mode": "graph", "how": FULL, "optimizer": "adafactor", "steps": 8},
     "resumed": {"how": FULL, "zero_stage": 2, "accumulation": 2, "steps": 12,
                 "resume": "OUT/zero 2 eager at 6/checkpoints/step-00000006"},
     # by one process, what N ranks compute, in the order in which they sum: rank by rank

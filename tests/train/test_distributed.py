@@ -19,7 +19,7 @@ from ms_diffsynth.io.weights import load_state_dict
 from ms_diffsynth.launch.ports import free_port
 
 CI = ("lora", "prior", "own forward", "bad sample", "zero 1", "zero 2 eager", "cache")
-REST = ("lora eager", "full", "zero 2", "zero 1 eager")
+REST = ("lora eager", "full", "zero 2", "zero 1 eager", "zero 2 prodigy", "adafactor")
 
 
 @pytest.fixture(scope="module")

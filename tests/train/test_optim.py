@@ -30,7 +30,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 from device import DEVICE
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, mint, nn, ops
+from mindspore.experimental import optim
 
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, TrainingError, WeightError
@@ -276,9 +277,31 @@ def test_impossible_settings_are_all_named_at_once():
         AdamW([])
 
 
+def came():
+    from mindone.trainers.came import CAME  # after the CPU kernels are there
+
+    return CAME
+
+
 FOREIGN = {"AdamWeightDecay": lambda p: nn.AdamWeightDecay(p, learning_rate=1e-2, weight_decay=0.1),
            "Momentum": lambda p: nn.Momentum(p, learning_rate=1e-2, momentum=0.9),
-           "dynamic": lambda p: nn.AdamWeightDecay(p, learning_rate=nn.CosineDecayLR(1e-3, 1e-1, 10))}
+           "SGD": lambda p: nn.SGD(p, learning_rate=1e-2, momentum=0.9, weight_decay=0.1),
+           "dynamic": lambda p: nn.AdamWeightDecay(p, learning_rate=nn.CosineDecayLR(1e-3, 1e-1, 10)),
+           "list": lambda p: nn.AdamWeightDecay(p, learning_rate=[1e-2, 5e-2, 1e-1]),
+           "list, Momentum": lambda p: nn.Momentum(p, [1e-2, 5e-2, 1e-1], 0.9),
+           "list, SGD": lambda p: nn.SGD(p, [1e-2, 5e-2, 1e-1]),
+           "groups": lambda p: nn.AdamWeightDecay([{"params": p[:1], "lr": 1e-2},
+                                                   {"params": p[1:], "weight_decay": 0.1}], 1e-3),
+           "groups of lists": lambda p: nn.Momentum([{"params": p[:1], "lr": [1e-2, 5e-2, 1e-1]},
+                                                     {"params": p[1:]}], 1e-3, 0.9),
+           "groups of schedules": lambda p: nn.AdamWeightDecay([{"params": p[:1], "lr": nn.CosineDecayLR(1e-3, 0.1, 9)},
+                                                                {"params": p[1:]}], 1e-3),
+           "mint.optim": lambda p: mint.optim.AdamW(p, lr=1e-2),
+           "experimental.optim": lambda p: optim.Adam(p, lr=1e-2),
+           "experimental.optim, groups": lambda p: optim.SGD([{"params": p[:1], "lr": 1e-1}, {"params": p[1:]}], 1e-2),
+           "mindone's CAME": lambda p: came()(p, [1e-2, 5e-2, 1e-1])}
+OF_ITS_OWN = [kind for kind in FOREIGN if kind not in ("AdamWeightDecay", "Momentum", "SGD", "mint.optim",
+                                                       "experimental.optim")]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -299,7 +322,7 @@ def test_a_foreign_optimizer_is_guarded_and_else_as_it_was(reference, kind, mode
         for old, new, wanted in zip(before, inner.get_parameters(), plain.get_parameters()):
             assert old.tobytes() == new.asnumpy().tobytes(), new.name
             # equal, up to another order of operations in the compiled optimizer
-            np.testing.assert_allclose(new.asnumpy(), wanted.asnumpy(), rtol=1e-6, atol=1e-7, err_msg=new.name)
+            np.testing.assert_allclose(new.asnumpy(), wanted.asnumpy(), rtol=1e-6, atol=3e-7, err_msg=new.name)
 
 
 def test_a_foreign_learning_rate_can_be_set_where_it_is_one_number(reference):
@@ -308,8 +331,20 @@ def test_a_foreign_learning_rate_can_be_set_where_it_is_one_number(reference):
     optimizer((Tensor(np.ones(3, np.float32)),), Tensor(1.0, ms.float32), Tensor(True))
     np.testing.assert_allclose(optimizer.parameters[0].asnumpy(), -0.5)
     assert "block.0.weight" not in optimizer.state_tensors() and "moments.block.0.weight" in optimizer.state_tensors()
+
+
+@pytest.mark.parametrize("kind", OF_ITS_OWN)
+def test_a_foreign_learning_rate_of_its_own_cannot_be_set(kind):
     with pytest.raises(ConfigError, match="learning rate of its own"):
-        guarded(FOREIGN["dynamic"](weights(np.zeros(3)))).set_learning_rate(0.5)
+        guarded(FOREIGN[kind](weights(np.zeros(3), np.zeros(2)))).set_learning_rate(0.5)
+
+
+@pytest.mark.parametrize("kind", ["mint.optim", "experimental.optim"])
+def test_a_learning_rate_as_in_torch_can_be_set(kind):
+    optimizer = guarded(FOREIGN[kind](weights(np.zeros(3), np.zeros(2))))
+    optimizer.set_learning_rate(0.0)
+    optimizer((Tensor(np.ones(3, np.float32)), Tensor(np.ones(2, np.float32))))
+    assert not any(p.asnumpy().any() for p in optimizer.parameters)
 
 
 def test_guarded_leaves_our_own_optimizers_alone():

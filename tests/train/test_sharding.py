@@ -14,8 +14,7 @@ from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.train import exchange
-from ms_diffsynth.train.optim import AdamW
-from ms_diffsynth.train.sharding import ShardedAdamW
+from ms_diffsynth.train.optim import AdamW, ShardedAdamW
 from ms_diffsynth.train.step import TrainStep
 
 SHAPES = ((7, 5), (5,), (30, 4), (3,))

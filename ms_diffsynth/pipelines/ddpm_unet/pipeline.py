@@ -15,10 +15,10 @@ from PIL import Image
 
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.data.images import to_pil
-from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule, ddim, ddpm, ddpm_units
+from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule, ddim, ddpm
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.errors import ConfigError, WeightError, nearest
+from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.io.files import sha256_of, stage_folder, write_file
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.io.weights import load_state_dict, match, save_sharded
@@ -28,11 +28,10 @@ from ms_diffsynth.pipeline import SCHEDULER_FILE, Component, Pipeline, UnitSeque
 from ms_diffsynth.pipelines.ddpm_unet.units import Denoise, LoadPixels
 from ms_diffsynth.pipelines.quiet import quiet_imports
 from ms_diffsynth.program import Program
-from ms_diffsynth.units import TensorUnit
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS = {"ddim": 50, "ddpm": 1000}  # and how many steps each takes when nobody says
+STEPS = {"ddim": 50, "ddpm": 1000}  # samplers, and how many steps each takes by default
 
 
 def build_unet(config: dict[str, Any]):
@@ -68,6 +67,7 @@ class UnconditionalImagePipeline(Pipeline):
     objective_class = DDPMObjective
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
     lora_prefixes = {"unet": "unet"}
+    samplers = tuple(STEPS)
 
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None,
                  noise_schedule: NoiseSchedule | None = None):
@@ -114,10 +114,6 @@ class UnconditionalImagePipeline(Pipeline):
                               "the settings that belong to it.")
         return objective
 
-    def objective_units(self, objective: DDPMObjective | Objective, sigmas: np.ndarray) -> list[TensorUnit]:
-        objective = self.objective_for(objective)
-        return ddpm_units(objective, self._schedule_for(objective), self.denoise)
-
     def sampling_program(self, extra: Sequence[str] = ()) -> Program:
         return Program([self.denoise], (), ("latents", "timestep_index"))
 
@@ -126,9 +122,10 @@ class UnconditionalImagePipeline(Pipeline):
     @property
     def noise_schedule(self) -> NoiseSchedule:
         """How noise is added and taken away, and what the network predicts: the objective decides that."""
-        return self._schedule_for(self.objective)
+        return self.schedule_for(self.objective)
 
-    def _schedule_for(self, objective: DDPMObjective) -> NoiseSchedule:
+    def schedule_for(self, objective: DDPMObjective) -> NoiseSchedule:
+        """The noise schedule, with what ``objective`` lets the network predict."""
         if self._schedule is None:
             self._schedule = self._read_schedule()
         kind = objective.prediction_type
@@ -148,14 +145,15 @@ class UnconditionalImagePipeline(Pipeline):
     # -- sampling ------------------------------------------------------------------------------------------------
 
     def __call__(self, batch_size: int = 1, seed: int | None = None, num_inference_steps: int | None = None,
-                 sampler: str = "ddim", eta: float = 0.0, height: int | None = None, width: int | None = None,
+                 sampler: str | None = None, eta: float = 0.0, height: int | None = None, width: int | None = None,
                  on_step: Callable[[int, int], None] | None = None) -> list[Image.Image]:
         """Generate pictures. The noise of picture k does not depend on the batch size.
 
         Args:
             seed: of all noise; None is fresh.
             num_inference_steps: None is 50 for ddim, 1000 for ddpm.
-            sampler: ``"ddim"``, deterministic from the first noise on unless ``eta`` says otherwise, or ``"ddpm"``.
+            sampler: ``"ddim"``, the default, deterministic from the first noise on unless ``eta`` says otherwise, or
+                ``"ddpm"``.
             eta: of ddim, 0 to 1: how much noise is added on the way.
             height, width: pixels; None is the size the network was made for.
             on_step: called with (step, steps) after every step.
@@ -168,7 +166,7 @@ class UnconditionalImagePipeline(Pipeline):
         return self.generate(draws.normal("latents", samples, shape), num_inference_steps, sampler, eta,
                              lambda k: draws.normal(f"sampling step {k}", samples, shape), on_step)
 
-    def generate(self, latents: np.ndarray, num_inference_steps: int | None = None, sampler: str = "ddim",
+    def generate(self, latents: np.ndarray, num_inference_steps: int | None = None, sampler: str | None = None,
                  eta: float = 0.0, noise: Callable[[int], np.ndarray] | None = None,
                  on_step: Callable[[int, int], None] | None = None) -> list[Image.Image]:
         """Go from noise to pictures.
@@ -179,13 +177,11 @@ class UnconditionalImagePipeline(Pipeline):
 
         Raises: ConfigError for an unknown sampler, or ``eta`` outside 0 to 1, or with ddpm.
         """
-        if sampler not in SAMPLERS:
-            raise ConfigError(f"sampler='{sampler}': expected one of {', '.join(SAMPLERS)}."
-                              f"{nearest(sampler, SAMPLERS)}")
+        sampler = self.check_sampler(sampler)
         if not 0 <= eta <= 1 or (eta and sampler == "ddpm"):
             raise ConfigError(f"eta={eta} with sampler='{sampler}': expected 0 to 1 for ddim, and 0 for ddpm, which "
                               "adds all noise by itself.")
-        steps = num_inference_steps or SAMPLERS[sampler]
+        steps = num_inference_steps or STEPS[sampler]
         start, step = Tensor(latents), self._sampling_step()
         arguments = (lambda x, t: step(x, t)[0], start, self.noise_schedule, steps)
         if sampler == "ddpm":

@@ -2,86 +2,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import mindspore as ms
 
 from ms_diffsynth.diffusion.schedule import FLUX_DEV, FLUX_SCHNELL, FlowMatchSettings, diffsynth_flux
-from ms_diffsynth.errors import DeviceError
 from ms_diffsynth.io.hub import ModelConfig
 from ms_diffsynth.pipeline import Component
 from ms_diffsynth.pipelines.flux import units
 from ms_diffsynth.pipelines.flux.denoise import Denoise
 from ms_diffsynth.pipelines.image import ImagePipeline
-from ms_diffsynth.pipelines.quiet import quiet_imports
-from ms_diffsynth.pipelines.t5 import weight_dtype, with_exact_buckets
-
-HERE = Path(__file__).parent
+from ms_diffsynth.pipelines.parts import (
+    CLIP_TOKENIZER,
+    T5_TOKENIZER,
+    arguments,
+    build_autoencoder_kl,
+    build_clip,
+    build_clip_tokenizer,
+    build_t5,
+    build_t5_tokenizer,
+)
+from ms_diffsynth.pipelines.t5 import weight_dtype
 
 
 def _build_dit(config: dict[str, Any]):
     from ms_diffsynth.pipelines.flux.transformer import build_transformer  # imports mindone's networks
 
-    return build_transformer(_arguments(config))
-
-
-def _build_vae(config: dict[str, Any]):
-    with quiet_imports():
-        from mindone.diffusers import AutoencoderKL
-
-    return AutoencoderKL(**_arguments(config))
-
-
-def _build_clip(config: dict[str, Any]):
-    with quiet_imports():
-        from mindone.transformers import CLIPTextModel
-        from transformers import CLIPTextConfig
-
-    return CLIPTextModel(CLIPTextConfig(**config))
-
-
-def _build_t5(config: dict[str, Any]):
-    with quiet_imports():
-        from mindone.transformers import T5EncoderModel
-        from transformers import T5Config
-
-    return with_exact_buckets(T5EncoderModel(T5Config(**config)))
-
-
-def _build_clip_tokenizer(folder: Path):
-    with quiet_imports():
-        from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    if tokenizer.fix_text is None:  # transformers would go on with another reading of quotes, Chinese and emoji
-        raise DeviceError("the package ftfy is not installed: CLIP's tokenizer needs it, and without it gives other "
-                          "tokens for curly quotes, Chinese and emoji. Install it: pip install ftfy.")
-    return tokenizer
-
-
-def _build_t5_tokenizer(folder: Path):
-    with quiet_imports():
-        from transformers import T5Tokenizer
-
-    return T5Tokenizer.from_pretrained(folder)
-
-
-def _arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments from a diffusers config.json."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
+    return build_transformer(arguments(config))
 
 
 COMPONENTS = (
-    Component(name="tokenizer_1", folder="tokenizer", build=_build_clip_tokenizer, default_folder=HERE / "tokenizer_1",
+    Component(name="tokenizer_1", folder="tokenizer", build=build_clip_tokenizer, default_folder=CLIP_TOKENIZER,
               libraries=("transformers", "ftfy")),
-    Component(name="tokenizer_2", folder="tokenizer_2", build=_build_t5_tokenizer, default_folder=HERE / "tokenizer_2",
+    Component(name="tokenizer_2", folder="tokenizer_2", build=build_t5_tokenizer, default_folder=T5_TOKENIZER,
               libraries=("transformers", "sentencepiece")),
-    Component(name="text_encoder_1", folder="text_encoder", class_name="CLIPTextModel", build=_build_clip,
+    Component(name="text_encoder_1", folder="text_encoder", class_name="CLIPTextModel", build=build_clip,
               ignored=("text_model.embeddings.position_ids",)),
-    Component(name="text_encoder_2", folder="text_encoder_2", class_name="T5EncoderModel", build=_build_t5,
+    Component(name="text_encoder_2", folder="text_encoder_2", class_name="T5EncoderModel", build=build_t5,
               ignored=("encoder.embed_tokens.weight",), weight_dtype=weight_dtype),
-    Component(name="vae", folder="vae", class_name="AutoencoderKL", build=_build_vae),
+    Component(name="vae", folder="vae", class_name="AutoencoderKL", build=build_autoencoder_kl),
     Component(name="dit", folder="transformer", class_name="FluxTransformer2DModel", build=_build_dit),
 )
 

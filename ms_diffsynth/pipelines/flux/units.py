@@ -1,19 +1,12 @@
 """What FLUX.1 encodes: the prompt by CLIP and T5, the picture by the VAE; and how latents are decoded."""
 from __future__ import annotations
 
-import logging
-
 import mindspore as ms
-import numpy as np
-from mindspore import Tensor
 
 from ms_diffsynth.errors import DataError
 from ms_diffsynth.pipelines import vae_units
+from ms_diffsynth.pipelines.parts import CLIP_TOKENS, padded_ids
 from ms_diffsynth.units import PipelineUnit, TensorUnit
-
-logger = logging.getLogger(__name__)
-
-CLIP_TOKENS = 77
 
 
 class TokenizePrompt(PipelineUnit):
@@ -27,15 +20,8 @@ class TokenizePrompt(PipelineUnit):
     onload_model_names = ("tokenizer_1", "tokenizer_2")
 
     def process(self, pipe, prompt):
-        return {"clip_ids": self._ids(pipe.tokenizer_1, prompt, CLIP_TOKENS, "CLIP"),
-                "t5_ids": self._ids(pipe.tokenizer_2, prompt, pipe.max_sequence_length, "T5")}
-
-    def _ids(self, tokenizer, prompt: str, length: int, name: str) -> Tensor:
-        whole = len(tokenizer(prompt).input_ids)
-        if whole > length:
-            logger.warning("prompt of %d %s tokens is cut to %d: %r", whole, name, length, prompt[:80])
-        ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="np").input_ids
-        return Tensor(ids.astype(np.int32))
+        return {"clip_ids": padded_ids(pipe.tokenizer_1, prompt, CLIP_TOKENS, "CLIP"),
+                "t5_ids": padded_ids(pipe.tokenizer_2, prompt, pipe.max_sequence_length, "T5")}
 
 
 class EncodePrompt(TensorUnit):

@@ -146,15 +146,16 @@ class Flux2ImagePipeline(ImagePipeline):
     sft_grid = Grid(to_one_nth, (ExponentialShift(0.8),))  # DiffSynth-Studio 2.1.12, FlowMatchScheduler("FLUX.2")
     dynamic_mu = staticmethod(empirical_mu)
     latent_patch = 1
+    default_embedded_guidance = 4.0
 
-    def __call__(self, prompt: str, *, embedded_guidance: float = 4.0, **options: Any) -> Image.Image:
+    def __call__(self, prompt: str, **options: Any) -> Image.Image:
         """Generate one picture; arguments as `ImagePipeline.__call__`, and:
 
         Args:
             edit_image: a picture, or several, that the prompt speaks of; their sizes are free.
             template_cache: what templates say; see `TemplatePipeline`.
         """
-        return super().__call__(prompt, embedded_guidance=embedded_guidance, **options)
+        return super().__call__(prompt, **options)
 
     def build_units(self) -> list:
         return [units.TokenizePrompt(), units.EncodePrompt(), LoadPixels(), units.EncodeImage(self.dtype)]

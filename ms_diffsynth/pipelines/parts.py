@@ -1,0 +1,85 @@
+"""Models that several families are made of: mindone's CLIP, T5 and AutoencoderKL, and the tokenizers of the first two.
+
+Networks are imported in the functions, so that a family can be described without them.
+"""
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+
+from ms_diffsynth.errors import DeviceError
+from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.pipelines.t5 import with_exact_buckets
+
+logger = logging.getLogger(__name__)
+
+CLIP_TOKENS = 77
+# the tokenizers of CLIP-L and T5 v1.1, as published with FLUX.1
+CLIP_TOKENIZER, T5_TOKENIZER = (Path(__file__).parent / "flux" / name for name in ("tokenizer_1", "tokenizer_2"))
+
+
+def arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments from a diffusers config.json."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
+
+
+def build_autoencoder_kl(config: dict[str, Any]):
+    with quiet_imports():
+        from mindone.diffusers import AutoencoderKL
+
+    return AutoencoderKL(**arguments(config))
+
+
+def build_clip(config: dict[str, Any]):
+    with quiet_imports():
+        from mindone.transformers import CLIPTextModel
+        from transformers import CLIPTextConfig
+
+    return CLIPTextModel(CLIPTextConfig(**config))
+
+
+def build_clip_with_projection(config: dict[str, Any]):
+    with quiet_imports():
+        from mindone.transformers import CLIPTextModelWithProjection
+        from transformers import CLIPTextConfig
+
+    return CLIPTextModelWithProjection(CLIPTextConfig(**config))
+
+
+def build_t5(config: dict[str, Any]):
+    with quiet_imports():
+        from mindone.transformers import T5EncoderModel
+        from transformers import T5Config
+
+    return with_exact_buckets(T5EncoderModel(T5Config(**config)))
+
+
+def build_clip_tokenizer(folder: Path):
+    with quiet_imports():
+        from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    if tokenizer.fix_text is None:  # transformers would go on with another reading of quotes, Chinese and emoji
+        raise DeviceError("the package ftfy is not installed: CLIP's tokenizer needs it, and without it gives other "
+                          "tokens for curly quotes, Chinese and emoji. Install it: pip install ftfy.")
+    return tokenizer
+
+
+def build_t5_tokenizer(folder: Path):
+    with quiet_imports():
+        from transformers import T5Tokenizer
+
+    return T5Tokenizer.from_pretrained(folder)
+
+
+def padded_ids(tokenizer: Any, prompt: str, length: int, name: str) -> Tensor:
+    """The ids of a prompt, padded or cut to ``length``: int32 [1, length]; what is cut off is logged."""
+    whole = len(tokenizer(prompt).input_ids)
+    if whole > length:
+        logger.warning("prompt of %d %s tokens is cut to %d: %r", whole, name, length, prompt[:80])
+    ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="np").input_ids
+    return Tensor(ids.astype(np.int32))

@@ -1,0 +1,155 @@
+"""Stable Diffusion 3 and 3.5: text encoders CLIP-L, CLIP-G and T5, a VAE with 16 channels, joint attention."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+
+from ms_diffsynth.components import read_config
+from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, diffsynth_flux, linspace, sampling_sigmas
+from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.pipeline import Component
+from ms_diffsynth.pipelines.flux.units import Decode, EncodeImage, LoadPixels
+from ms_diffsynth.pipelines.image import ImagePipeline
+from ms_diffsynth.pipelines.parts import (
+    CLIP_TOKENIZER,
+    T5_TOKENIZER,
+    arguments,
+    build_autoencoder_kl,
+    build_clip_tokenizer,
+    build_clip_with_projection,
+    build_t5,
+    build_t5_tokenizer,
+)
+from ms_diffsynth.pipelines.sd3 import units
+from ms_diffsynth.pipelines.sd3.denoise import Denoise
+from ms_diffsynth.pipelines.t5 import weight_dtype
+
+
+def _build_dit(config: dict[str, Any]):
+    from ms_diffsynth.pipelines.sd3.transformer import SD3Transformer  # imports mindone's networks
+
+    return SD3Transformer(**arguments(config))
+
+
+def _build_clip_g(config: dict[str, Any]):
+    cell = build_clip_with_projection(config)
+    cell.update_parameters_name("text_encoder_2.")  # in compiled code CLIP-L's Parameters have the same names
+    return cell
+
+
+_CLIP = {"class_name": "CLIPTextModelWithProjection", "ignored": ("text_model.embeddings.position_ids",)}
+COMPONENTS = (
+    Component(name="tokenizer_1", folder="tokenizer", build=build_clip_tokenizer, default_folder=CLIP_TOKENIZER,
+              libraries=("transformers", "ftfy")),
+    Component(name="tokenizer_2", folder="tokenizer_2", build=build_clip_tokenizer,
+              default_folder=Path(__file__).parent / "tokenizer_2", libraries=("transformers", "ftfy")),
+    Component(name="tokenizer_3", folder="tokenizer_3", build=build_t5_tokenizer, default_folder=T5_TOKENIZER,
+              libraries=("transformers", "sentencepiece")),
+    Component(name="text_encoder_1", folder="text_encoder", build=build_clip_with_projection, **_CLIP),
+    Component(name="text_encoder_2", folder="text_encoder_2", build=_build_clip_g, **_CLIP),
+    Component(name="text_encoder_3", folder="text_encoder_3", class_name="T5EncoderModel", build=build_t5,
+              ignored=("encoder.embed_tokens.weight",), weight_dtype=weight_dtype),
+    Component(name="vae", folder="vae", class_name="AutoencoderKL", build=build_autoencoder_kl),
+    Component(name="dit", folder="transformer", class_name="SD3Transformer2DModel", build=_build_dit),
+)
+
+# What diffusers' train_dreambooth_lora_sd3.py adapts
+LORA_TARGET_MODULES = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
+                       "attn.add_v_proj", "attn.to_add_out")
+
+SCHEDULER = FlowMatchSettings(shift=3.0)  # as published with Stable Diffusion 3 and 3.5
+
+
+class SD3ImagePipeline(ImagePipeline):
+    """Text to image with Stable Diffusion 3 and 3.5, and the units its training reuses.
+
+    Attributes:
+        max_sequence_length: T5 tokens a prompt is padded or cut to; the 77 of CLIP come on top.
+    """
+
+    components = COMPONENTS
+    lora_target_modules = LORA_TARGET_MODULES
+    lora_prefixes = {"dit": "transformer", "text_encoder_1": "text_encoder", "text_encoder_2": "text_encoder_2"}
+    fusible = ("encode_image",)
+    prepare_settings = ("max_sequence_length",)
+    max_sequence_length = 256
+    default_cfg_scale = 7.0
+    sft_grid = diffsynth_flux(3.0).training
+
+    @classmethod
+    def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
+                        tokenizer_1_config: ModelConfig | None = None, tokenizer_2_config: ModelConfig | None = None,
+                        tokenizer_3_config: ModelConfig | None = None, mindspore_dtype: ms.Type | None = None,
+                        device: str | None = None) -> SD3ImagePipeline:
+        """A pipeline whose models are loaded at first use.
+
+        Args:
+            model_configs: a diffusers-format folder, or a ModelConfig for each component.
+            tokenizer_1_config, tokenizer_2_config, tokenizer_3_config: the tokenizers of CLIP-L, CLIP-G and T5; None
+                uses the model's own, or those shipped with the package.
+            mindspore_dtype: compute dtype; None means bfloat16 on Ascend, float32 on the CPU.
+        """
+        tokenizers = {"tokenizer_1": tokenizer_1_config, "tokenizer_2": tokenizer_2_config,
+                      "tokenizer_3": tokenizer_3_config}
+        return cls._from_configs(model_configs, tokenizers, mindspore_dtype, device)
+
+    def build_units(self) -> list:
+        return [units.TokenizePrompt(), units.EncodePrompt(), LoadPixels(), EncodeImage(self.dtype)]
+
+    def build_denoise(self) -> Denoise:
+        return Denoise(self.dtype)
+
+    def build_decode(self) -> Decode:
+        return Decode(self.dtype)
+
+    @property
+    def has_t5(self) -> bool:
+        """False where the model is without T5: ``models["text_encoder_3"]`` is None, or its model_index.json says so.
+
+        A T5 that is only not given is no such model: it is missed when a prompt is encoded.
+        """
+        if "text_encoder_3" in self.models:
+            return self.models["text_encoder_3"] is not None
+        if "text_encoder_3" in self.sources or "text_encoder_1" not in self.sources:
+            return True
+        folder = self.sources["text_encoder_1"].folder.parent
+        is_listed = (folder / "model_index.json").is_file()
+        return not is_listed or read_config(folder, "model_index.json").get("text_encoder_3") != [None, None]
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of one sample's latents.
+
+        Raises: ConfigError for sides that the transformer, where it is here, has no positions for.
+        """
+        config = self.config("vae")
+        factor = 2 ** (len(config["block_out_channels"]) - 1)  # each VAE level but the last halves the sides
+        if "dit" in self.models or "dit" in self.sources:
+            dit = self.config("dit")
+            most = dit["pos_embed_max_size"] * dit["patch_size"] * factor
+            if max(height, width) > most:
+                raise ConfigError(f"height={height}, width={width}: this transformer has positions for sides of at "
+                                  f"most {most} pixels (pos_embed_max_size={dit['pos_embed_max_size']}). Make the "
+                                  "picture smaller.")
+        return (config["latent_channels"], height // factor, width // factor)
+
+    def published_scheduler(self) -> FlowMatchSettings:
+        return SCHEDULER
+
+    def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
+        """Noise levels to integrate over: float32 [num_inference_steps + 1], decreasing, ends with 0.
+
+        Even steps from 1 to the least sigma of training, which is shifted already, and then shifted: with shift 3 the
+        28th of 28 steps is at 0.0089, where FLUX.1's would be at 0.1.
+
+        Source: diffusers 0.39, StableDiffusion3Pipeline.__call__, which gives its scheduler no sigmas.
+        """
+        schedule = self.scheduler_settings.schedule(self.dynamic_mu)
+        tokens = (latent_shape[1] // self.latent_patch) * (latent_shape[2] // self.latent_patch)
+        grid = Grid(partial(linspace, 1.0, schedule.sigmas[-1]), schedule.inference.warps)
+        return sampling_sigmas(num_inference_steps, grid, tokens)
