@@ -50,7 +50,7 @@ class Format:
         scaled: the part that takes the scale of the file: the weight depends on the scale times it.
         rank: of the tensors of a module, 0 when they do not fit together.
         fits: whether these belong to a weight of this shape [out, in].
-        settings: of peft's adapter, next to its rank, scale and modules.
+        settings: what peft's adapter sets, such as ``use_dora``, next to its rank, scale and modules.
     """
 
     name: str
@@ -189,7 +189,7 @@ def load_adapter(path: str | os.PathLike[str], modules: Iterable[str] | None = N
             tensors[module], scales[module] = found.read(module, checkpoint, settings, file_format)
         except WeightError as error:
             problems.append(str(error))
-    for name in {name: None for f in formats for name, is_set in f.settings.items() if is_set} if settings else ():
+    for name in {name: None for f in formats for name in f.settings} if settings else ():
         if bool(settings.get(name)) != bool(file_format.settings.get(name)):
             problems.append(f"the metadata say {name}={settings.get(name)}, the tensors are those of a "
                             f"{file_format.name}")
@@ -235,8 +235,8 @@ class _Raw:
         if not rank:
             raise WeightError(f"{module}: {_shapes(parts)} are no {file_format.group} {file_format.shapes}")
         if not {array.dtype.name for array in parts.values()} <= FLOATS.keys():
-            found = " and ".join(f"{label(part)} is {array.dtype}" for part, array in parts.items())
-            raise WeightError(f"{module}: {found}, expected {listing(FLOATS)}")
+            found = " and ".join(f"{label(part)} {array.dtype}" for part, array in parts.items())
+            raise WeightError(f"{module}: {found.replace(' ', ' is ', 1)}, expected {listing(FLOATS)}")
         if not all(np.isfinite(array).all() for array in parts.values()):
             raise WeightError(f"{module} holds numbers that are not finite")
         told = _metadata_scale(module, rank, settings)

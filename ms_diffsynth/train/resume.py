@@ -61,11 +61,8 @@ MAY_CHANGE = frozenset("""
     sample_height sample_width enable_tensorboard_log push_to_hub hub_model_id hub_private_repo hub""".split())
 
 
-# What settings were before they existed, in checkpoints from then
-BEFORE = {"adapter": "lora"}
-
 # What every run had before there were these settings, so that checkpoints written then can be gone on from.
-BEFORE = {"optimizer": "adamw", "optimizer_args": []}
+BEFORE = {"optimizer": "adamw", "optimizer_args": [], "adapter": "lora"}
 
 
 # -- where a run goes on ---------------------------------------------------------------------------------------------

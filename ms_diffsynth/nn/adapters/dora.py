@@ -40,9 +40,7 @@ _matmul, _transpose, _sum, _maximum, _sqrt = P.MatMul(), P.Transpose(), P.Reduce
 class DoRA(LinearAdapter):
     name = "dora"
     format = replace(LORA, name="DoRA", group="triple", parts={**LORA.parts, MAGNITUDE: (MAGNITUDE,)},
-                     shapes="A [r, in], B [out, r] and magnitude_vector [out]",
-                     # without a rank_pattern diffusers 0.39 ends in a KeyError
-                     settings={"use_dora": True, "rank_pattern": {}},
+                     shapes="A [r, in], B [out, r] and magnitude_vector [out]", settings={"use_dora": True},
                      rank=lambda parts: rank_of(parts) * (parts[MAGNITUDE].shape == parts["lora_B.weight"].shape[:1]))
 
     def layer(self, base: nn.Cell, name: str, rank: int, scale: float, uniform: Uniform) -> AdaptedLinear:
