@@ -171,6 +171,8 @@ def test_the_documents_script_trains_eagerly_with_the_same_losses(folder, tmp_pa
     model_logger = ModelLogger(output_path=tmp_path / "toy", remove_prefix_in_ckpt="pipe.dit.")
     loop.launch_training_task(accelerator, dataset, model, model_logger, learning_rate=1e-2, num_epochs=1)
     assert "eagerly, by the module's own forward" in capfd.readouterr().err
+    drawn = [model.pipe.random("noise", "normal", (4,)).tolist() for _ in range(2)]
+    assert drawn[0] != drawn[1], "draws of a training stay on the pipeline"
     train(tmp_path / "program", Module(folder), dataset, num_epochs=1)
     assert len(records(tmp_path / "toy")) == 6
     for name, tolerance in (("loss", 2e-6), ("grad_norm", 1e-5)):
