@@ -19,7 +19,7 @@ from ms_diffsynth.errors import ConfigError, WeightError
     (["sample", "toy", "m", "--prompt", "a", "--promt", "b"], "does not know --promt b. Did you mean '--prompt'?"),
     (["sample", "toy"], "the following arguments are required: MODEL. See ms-diffsynth sample --help."),
     (["sample", "toy", "m", "--prompt", "a", "--height", "tall"], "argument --height: invalid int value: 'tall'."),
-    (["tiny", "flx", "m"], "family='flx' is unknown: expected one of ddpm_unet, flux, flux2, qwen_image, toy. "
+    (["tiny", "flx", "m"], "family='flx' is unknown: expected one of ddpm_unet, flux, flux2, qwen_image, sd3, toy. "
                          "Did you mean 'flux'?"),
     (["tiny", "toy"], "the following arguments are required: DIR."),
     (["parity", "x", "--mode", "eager"], "argument --mode: invalid choice: 'eager'"),
@@ -31,7 +31,7 @@ def test_what_cannot_be_meant(run, words, expected):
 
 
 def test_debug_shows_the_traceback(capsys):
-    for words in (["train", "--learning_rate", "1", "--debug"], ["--debug", "train", "--learning_rate", "1"]):
+    for words in (["train", "--learning_rate", "20", "--debug"], ["--debug", "train", "--learning_rate", "20"]):
         assert main(words) == 64
         lines = capsys.readouterr().err.splitlines()
         assert lines[0].startswith("Traceback") and "ms_diffsynth.errors.ConfigError: 3 settings are wrong:" in lines

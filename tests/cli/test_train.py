@@ -159,9 +159,9 @@ def test_the_scheme_follows_the_objective():
 
 
 @pytest.mark.parametrize("flags, expected", [
-    ({"family": "toy", "snr_gamma": "5"}, r"snr_gamma=5\.0: the family toy has no such setting\."),
+    ({"family": "toy", "snr_gamma": "5"}, r"snr_gamma=5\.0: the family toy has no such setting for task=sft\."),
     ({"family": "ddpm_unet", "weighting_scheme": "cosmap", "posterior": "sample"},
-     r"weighting_scheme=cosmap, posterior=sample: the family ddpm_unet has no such setting\."),
+     r"weighting_scheme=cosmap, posterior=sample: the family ddpm_unet has no such setting for task=sft\."),
 ])
 def test_a_setting_of_another_objective_is_refused(flags, expected):
     config = load_config(None, {"dataset_base_path": "d", "num_epochs": "1", "instance_prompt": "a"} | flags)

@@ -145,6 +145,9 @@ def test_pictures_without_prompts_come_in_batches_of_one_size(count, batches):
     class Pipe:
         inputs, calls = (), []
 
+        def check_sampler(self, name):
+            assert name is None
+
         def __call__(self, batch_size, seed, **how):
             self.calls.append((batch_size, seed))
             return [(seed, k) for k in range(batch_size)]
