@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, nn, ops
 from mindspore.ops import operations as P
+from mindspore.ops.auto_generate import SplitWithSize
 
 from ms_diffsynth import runtime
 
 MOST_ELEMENTS = 16 << 20  # of a bucket: 64 MiB of float32, MindSpore's own limit for joining AllReduces (comm_fusion)
+
+GROUP = 32  # tensors that one operator takes out of a bucket
+_cut = SplitWithSize()
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,10 @@ class Exchange(nn.Cell):
         self.shapes = tuple(p.shape for p in parameters)
         # compiled code reads plain tuples
         self.spans = tuple((b.first, b.last, b.offsets, b.length - b.offsets[-1]) for b in self.buckets)
+        sizes = [[b - a for a, b in pairwise(bucket.offsets)] for bucket in self.buckets]
+        self.pieces = tuple(tuple(tuple(s[i:i + GROUP]) for i in range(0, len(s), GROUP)) for s in sizes)
+        self.group_sizes = tuple(tuple(sum(piece) for piece in pieces) + ((span[3],) if span[3] else ())
+                                 for pieces, span in zip(self.pieces, self.spans))
         self.own = tuple(tuple(b.pieces(self.rank, self.ranks)) for b in self.buckets)
         self.parts = tuple(b.length // self.ranks for b in self.buckets)
         if self.ranks > 1:
@@ -85,7 +93,7 @@ class Exchange(nn.Cell):
             if self.ranks == 1:
                 summed = summed + (flat,)
             elif not self.is_sharded:
-                summed = summed + self._split(self.all_reduce(flat), self.spans[k])
+                summed = summed + self._tensors(self.all_reduce(flat), k)
             elif self.can_scatter:
                 summed = summed + (self.reduce_scatter(flat),)
             else:
@@ -115,7 +123,7 @@ class Exchange(nn.Cell):
         found = ()
         for k in range(len(self.spans)):
             whole = parts[k] if self.ranks == 1 else self.all_gather(parts[k])
-            found = found + self._split(whole, self.spans[k])
+            found = found + self._tensors(whole, k)
         return found
 
     def _flat(self, tensors, span):
@@ -127,12 +135,20 @@ class Exchange(nn.Cell):
             parts = parts + (ops.zeros((zeros,), ms.float32),)
         return ops.cat(parts)
 
-    def _split(self, flat, span):
-        first, last, offsets, _ = span
-        parts = ()
-        for k in range(first, last):
-            parts = parts + (flat[offsets[k - first]:offsets[k - first + 1]].reshape(self.shapes[k]),)
+    def _tensors(self, flat, bucket):
+        """A bucket's vector as tensors, by two levels of splits: slices would be kernels of the old aclop path on an
+        Ascend, and MindSpore 2.10 cannot compile hundreds of results of one operator."""
+        k, parts = self.spans[bucket][0], ()
+        groups = self._pieces(flat, self.group_sizes[bucket])
+        for g in range(len(self.pieces[bucket])):
+            found = self._pieces(groups[g], self.pieces[bucket][g])
+            for i in range(len(self.pieces[bucket][g])):
+                parts = parts + (found[i].reshape(self.shapes[k + i]),)
+            k = k + len(self.pieces[bucket][g])
         return parts
+
+    def _pieces(self, vector, sizes):
+        return (vector,) if len(sizes) == 1 else _cut(vector, sizes, 0)  # MindSpore 2.10 loses the tuple of one
 
 
 def exchange_for(parameters: Sequence[Parameter]) -> Exchange | None:

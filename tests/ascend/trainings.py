@@ -30,7 +30,7 @@ FAMILIES = {
         "template_model_id_or_path": ROOT / "examples/flux2/templates/brightness", "trust_template_code": True,
         "trainable_models": "template_model", "remove_prefix_in_ckpt": "pipe.template_model."},
     "flux": ROWS | {"max_sequence_length": 32},
-    "flux_whole": ROWS | {"max_sequence_length": 32, "batch_size": 1, "learning_rate": 1e-5,
+    "flux_whole": ROWS | {"max_sequence_length": 32, "batch_size": 1, "learning_rate": 1e-7,
                           "lora_base_model": "null", "trainable_models": "dit", "remove_prefix_in_ckpt": "pipe.dit."},
     "toy": ROWS | {"height": 64, "width": 64},
     "ddpm_unet": {"dataset_base_path": SMILEYS, "dataset_metadata_path": SMILEYS / "metadata.csv", "height": 32,
