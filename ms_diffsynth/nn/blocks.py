@@ -42,7 +42,7 @@ class Arranged:
     """
 
     def kinds(self) -> dict[str, Kind]:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no kinds(self): implement it; return name -> Kind.")
 
     def __getattr__(self, name: str) -> Any:
         for what in ("_cells", "_cell_of", "_weights", "_lora"):

@@ -82,7 +82,7 @@ class AdaptedLinear(nn.Cell):
         ``weights`` are those of ``base`` and `frozen`; ``tensors`` those of all layers of the block, where the parts of
         this one begin at ``place``, transposed: A^T [in, r], B^T [r, out].
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no function(self, base, place): implement it.")
 
 
 def attribute(part: str) -> str:

@@ -22,7 +22,7 @@ class LinearAdapter(Adapter):
 
     def layer(self, base: nn.Cell, name: str, rank: int, scale: float, uniform: Uniform) -> AdaptedLinear:
         """The cell for the linear layer ``base`` at ``name``. Raises: ConfigError for one the adapter does not fit."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no layer(self, base, name, rank, scale, uniform): implement it.")
 
     def inject(self, network: nn.Cell, targets: Iterable[str], rank: int, alpha: float | None = None,
                uniform: Uniform | None = None) -> dict[str, AdaptedLinear]:
@@ -74,7 +74,7 @@ class LinearAdapter(Adapter):
             flat.write(tensors)
 
     def fused(self, weight: np.ndarray, parts: Mapping[str, np.ndarray], scale: float) -> np.ndarray:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no fused(self, weight, parts, scale): implement it.")
 
     def _split(self, name: str) -> tuple[str, str]:
         """Module and part of a tensor."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ms_diffsynth.pipelines.flux.tiny import CONFIGS as FLUX
 from ms_diffsynth.pipelines.sd3.pipeline import COMPONENTS, SCHEDULER
 from ms_diffsynth.pipelines.tiny import write_model
 
@@ -16,16 +17,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_size": 16, "num_hidden_layers": 2, "hidden_act": "quick_gelu", "projection_dim": 16},
     "text_encoder_2": _CLIP | {
         "hidden_size": 24, "num_hidden_layers": 3, "hidden_act": "gelu", "projection_dim": 24},
-    "text_encoder_3": {
-        "architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": 32128, "d_model": 48, "d_kv": 16,
-        "d_ff": 96, "num_layers": 2, "num_heads": 3, "feed_forward_proj": "gated-gelu", "is_encoder_decoder": True,
-        "dropout_rate": 0.1, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128},
-    "vae": {
-        "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3,
-        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": [16, 16, 32, 32], "layers_per_block": 1, "latent_channels": 16, "norm_num_groups": 8,
-        "sample_size": 64, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
-        "use_post_quant_conv": False},
+    "text_encoder_3": FLUX["text_encoder_2"],
+    "vae": FLUX["vae"] | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
     "dit": {
         "_class_name": "SD3Transformer2DModel", "sample_size": 16, "patch_size": 2, "in_channels": 16,
         "out_channels": 16, "num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 3,

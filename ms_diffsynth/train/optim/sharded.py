@@ -30,7 +30,18 @@ _each = ops.HyperMap()
 Build = Callable[[Sequence[Parameter]], Optimizer]  # of float32 parameters, an optimizer
 
 
-class Sharded(nn.Cell):
+class _Around(nn.Cell):
+    """What two optimizers around ``self.optimizer`` share."""
+
+    def divide(self) -> None:
+        """Never called: neither is divided by another."""
+
+    def set_learning_rate(self, value: float) -> None:
+        """Set the learning rate of the following updates; nothing is compiled again."""
+        self.optimizer.set_learning_rate(value)
+
+
+class Sharded(_Around):
     """An optimizer on a rank's part of float32 copies of the weights, called with its parts of the summed gradients.
 
     Args:
@@ -86,13 +97,6 @@ class Sharded(nn.Cell):
         for shard, own in zip(self.shards, self._own(lambda name: to_numpy(by_name[name]))):
             ops.assign(shard, Tensor(own))
         self.optimizer.take_weights()
-
-    def divide(self) -> None:
-        """Never called: it divides by itself."""
-
-    def set_learning_rate(self, value: float) -> None:
-        """Set the learning rate of the following updates; nothing is compiled again."""
-        self.optimizer.set_learning_rate(value)
 
     def state_tensors(self) -> dict[str, Parameter]:
         """What this rank keeps, by names of its own."""
@@ -164,7 +168,7 @@ def ShardedAdamW(parameters: Sequence[Parameter], stage: int = 1, **settings: An
     return Sharded(partial(AdamW, **settings), parameters, stage)
 
 
-class Float32Weights(nn.Cell):
+class Float32Weights(_Around):
     """An optimizer on float32 copies of weights in a shorter dtype, whole on every rank.
 
     Args:
@@ -204,13 +208,6 @@ class Float32Weights(nn.Cell):
         for copy, parameter in zip(self.copies, self.parameters):
             ops.assign(copy, Tensor(to_numpy(parameter).astype(np.float32)))
         self.optimizer.take_weights()
-
-    def divide(self) -> None:
-        """Never called: what is element-wise is divided by `Sharded`."""
-
-    def set_learning_rate(self, value: float) -> None:
-        """Set the learning rate of the following updates; nothing is compiled again."""
-        self.optimizer.set_learning_rate(value)
 
     def state_tensors(self) -> dict[str, Parameter]:
         """The copies, and the optimizer's state, by name."""
