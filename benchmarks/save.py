@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from ms_diffsynth.io.checkpoint import open_checkpoint_folder, remove_old_checkpoints, save_checkpoint
+from ms_diffsynth.storage.checkpoint import open_checkpoint_folder, remove_old_checkpoints, save_checkpoint
 
 TENSORS = 448
 

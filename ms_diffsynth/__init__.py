@@ -19,7 +19,7 @@ _WHERE = {
     # units and programs
     "PipelineUnit": "units", "TensorUnit": "units", "Program": "program", "Cut": "program",
     # pipelines
-    "Pipeline": "pipeline", "Family": "pipeline", "Component": "components", "ModelConfig": "io.hub",
+    "Pipeline": "pipeline", "Family": "pipeline", "Component": "components", "ModelConfig": "hub.download",
     "FluxImagePipeline": "pipelines.flux.pipeline", "TrainStepForFluxDevDB": "pipelines.flux.train_step",
     "Flux2ImagePipeline": "pipelines.flux2.pipeline",
     "QwenImagePipeline": "pipelines.qwen_image.pipeline",
@@ -31,9 +31,9 @@ _WHERE = {
     "Accelerator": "train.distributed", "DistributedDataParallelKwargs": "train.distributed",
     "DiffusionTrainingModule": "train.module", "FlowMatchSFTLoss": "train.losses", "Objective": "diffusion.units",
     "DDPMObjective": "diffusion.ddpm", "NoiseSchedule": "diffusion.ddpm",
-    "ModelLogger": "train.logger", "launch_training_task": "train.loop",
-    "replay_training_step": "train.replay",
-    "launch_data_process_task": "train.split",
+    "ModelLogger": "train.logger", "launch_training_task": "train.trainer",
+    "replay_training_step": "debug.replay",
+    "launch_data_process_task": "train.two_stage",
     "TrainStep": "train.step", "AttrJitWrapper": "train.step", "AdamW": "train.optim", "LearningRate": "train.optim",
     "ShardedAdamW": "train.optim", "Sharded": "train.optim", "Prodigy": "train.optim.prodigy",
     "Adafactor": "train.optim.adafactor", "Optimizer": "train.optim", "OptimizerCell": "train.optim",
@@ -45,8 +45,8 @@ _WHERE = {
     "build_datasets": "cli.run", "training_mode": "cli.run", "template_settings": "cli.run",
     "build_sampler": "cli.run", "compute_dtype": "runtime",
     # weights
-    "load_state_dict": "io.weights", "save_state_dict": "io.weights", "save_lora": "io.lora_files",
-    "load_lora": "io.lora_files",
+    "load_state_dict": "formats.weights", "save_state_dict": "formats.weights", "save_lora": "formats.lora",
+    "load_lora": "formats.lora",
     # templates
     "TemplatePipeline": "template.pipeline", "load_template_model": "template.loading",
     "attach_template": "template.units", "pack_template": "template.package", "no_grad": "template.loading",

@@ -12,9 +12,9 @@ import mindspore as ms
 from mindspore import nn
 
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.io.files import sha256_of
-from ms_diffsynth.io.weights import match, open_checkpoint
+from ms_diffsynth.formats.weights import match, open_checkpoint
 from ms_diffsynth.nn.names import assign, torch_shapes
+from ms_diffsynth.storage.files import sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)

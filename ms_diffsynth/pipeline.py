@@ -25,13 +25,13 @@ from ms_diffsynth.diffusion.schedule import Schedule
 from ms_diffsynth.diffusion.tasks import TASKS, Task
 from ms_diffsynth.diffusion.units import Objective, SampleLatents
 from ms_diffsynth.errors import ConfigError, HubError, ProgramError, WeightError, listing, nearest
-from ms_diffsynth.io.files import sha256_of
-from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.io.lora_files import load_adapter
+from ms_diffsynth.formats.lora import load_adapter
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.adapters import adapter_of, formats
 from ms_diffsynth.nn.adapters.layer import linear_modules
 from ms_diffsynth.nn.adapters.linear import fuse
 from ms_diffsynth.program import Cut, Program, slot
+from ms_diffsynth.storage.files import sha256_of
 from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,13 @@ PACKAGE = Path(ms_diffsynth.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Every layer may import those before it. A file that is no layer of its own belongs to its folder.
-LAYERS = ["errors", "program", "draws", "data", "io", "launch", "registry", "config", "ops", "runtime", "compile",
-          "nn", "evaluate", "units", "diffusion", "components", "pipeline", "template", "train", "pipelines", "standin",
-          "debug", "cli"]
-NO_MINDSPORE = {"errors", "program", "draws", "data", "io", "launch", "config", "registry", "standin"}
-ALLOWED = {("ops", "runtime"), ("registry", "pipeline")}  # a guard that asks for the device; a name for type checkers
+LAYERS = ["errors", "redact", "program", "draws", "data", "formats", "storage", "hub", "launch", "registry", "config",
+          "ops", "runtime", "compile", "nn", "evaluate", "units", "diffusion", "components", "pipeline", "template",
+          "train", "pipelines", "standin", "debug", "cli"]
+NO_MINDSPORE = {"errors", "redact", "program", "draws", "data", "formats", "storage", "hub", "launch", "config",
+                "registry", "standin"}
+# a guard that asks for the device; a name for type checkers; weights are written by the commit protocol
+ALLOWED = {("ops", "runtime"), ("registry", "pipeline"), ("formats", "storage")}
 EXECUTES = "template/code.py"  # runs a template's model.py, once its user trusts it
 COMPILES = {"compile.py", "runtime.py"}
 WRAPS_MINDONE = {"train/optim/came.py"}  # one of its optimizers

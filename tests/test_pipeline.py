@@ -12,8 +12,8 @@ import pytest
 from mindspore import Tensor
 
 from ms_diffsynth.errors import ConfigError, ProgramError, WeightError
-from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.io.weights import load_state_dict, save_sharded, save_state_dict
+from ms_diffsynth.formats.weights import load_state_dict, save_sharded, save_state_dict
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipeline import Pipeline, UnitSequence, _fresh_random
 from ms_diffsynth.pipelines.toy.pipeline import ToyImagePipeline, write_tiny
 from ms_diffsynth.program import Program

@@ -24,9 +24,9 @@ from upload_server import UploadServer
 from ms_diffsynth import runtime
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.errors import TrainingError
-from ms_diffsynth.io import publish as io_publish
-from ms_diffsynth.io.model_card import Card, model_card
-from ms_diffsynth.train import publish
+from ms_diffsynth.hub import publish as io_publish
+from ms_diffsynth.hub.card import Card, model_card
+from ms_diffsynth.train.hooks import publish
 from ms_diffsynth.train.logger import ModelLogger
 
 NAME = "writer/planted"
@@ -201,7 +201,7 @@ def run_that_fails(hub, monkeypatch):
         raise RuntimeError(PLANTS["exception of a client"])
     with monkeypatch.context() as patched:
         patched.setattr(ModelLogger, "on_step_end", step)
-        patched.setattr("ms_diffsynth.io.huggingface.HuggingFace.send", send)
+        patched.setattr("ms_diffsynth.hub.huggingface.HuggingFace.send", send)
         words = ["train", "run.yaml", "--output_path", "out/failed", "--sample_prompts", f"x {PLANTS['flag prompt']}"]
         assert main(words) == 65
         assert main([*words, "--output_path", "out/traced", "--debug"]) == 65

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from ms_diffsynth.errors import CacheError
-from ms_diffsynth.io.cache import Cache
+from ms_diffsynth.storage.cache import Cache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

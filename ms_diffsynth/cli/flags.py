@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from ms_diffsynth import __version__
 from ms_diffsynth.config import NO_TOKEN, SECTIONS, SETTINGS, TOKEN_FLAGS, load_config
 from ms_diffsynth.errors import INTERNAL, ConfigError, UserError, nearest
-from ms_diffsynth.io.redact import RedactFilter, redact
+from ms_diffsynth.redact import RedactFilter, redact
 
 _STDOUT = 1  # the number of its file
 

@@ -12,8 +12,8 @@ from ms_diffsynth import runtime
 from ms_diffsynth.debug.compare import TOLERANCES, Quantity, tolerances
 from ms_diffsynth.debug.parity import CASES, check_case
 from ms_diffsynth.errors import ConfigError, UserError
-from ms_diffsynth.io.files import write_file
 from ms_diffsynth.standin import active
+from ms_diffsynth.storage.files import write_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ms_diffsynth.cli.flags import refuse_tokens
-from ms_diffsynth.io.publish import HUBS, choose, publish
+from ms_diffsynth.hub.publish import HUBS, choose, publish
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from ms_diffsynth.cli.flags import add_flags, overrides_of
 from ms_diffsynth.config import load_config
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.io.lock import lock_folder
-from ms_diffsynth.io.redact import redact
+from ms_diffsynth.redact import redact
+from ms_diffsynth.storage.lock import lock_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,16 +29,16 @@ def execute(args: argparse.Namespace) -> int:
     file = args.run / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{args.run} has no config.yaml, so it is no run of ms-diffsynth train. A script replays its "
-                          "own: train.replay.replay_training_step takes what launch_training_task was given.")
+                          "own: debug.replay.replay_training_step takes what launch_training_task was given.")
     with lock_folder(args.run):  # told before any model is loaded
         pass
     # accept_changes belongs to resume, and what was accepted then is not accepted now
     overrides = {"resume": "auto", "accept_changes": "[]"} | overrides_of(args) | {"output_path": str(args.run)}
     config = load_config(file, overrides)
     from ms_diffsynth.cli.run import build_datasets, build_module, build_pipeline
+    from ms_diffsynth.debug.replay import replay_training_step
     from ms_diffsynth.train.distributed import Accelerator
-    from ms_diffsynth.train.replay import replay_training_step
-    from ms_diffsynth.train.split import open_cache, stage_of
+    from ms_diffsynth.train.two_stage import open_cache, stage_of
 
     settings = SimpleNamespace(**config.flat())
     settings.batch_size *= _ranks_of(args.run)

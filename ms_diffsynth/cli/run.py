@@ -26,22 +26,22 @@ from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.tasks import TASKS
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, listing
-from ms_diffsynth.io.cache import Cache
-from ms_diffsynth.io.hub import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
-from ms_diffsynth.io.redact import redact
+from ms_diffsynth.hub.download import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
+from ms_diffsynth.redact import redact
 from ms_diffsynth.registry import family
+from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.template.units import trained_template_cache
 from ms_diffsynth.train.distributed import Accelerator
+from ms_diffsynth.train.hooks.publish import check_token
 from ms_diffsynth.train.logger import ModelLogger
-from ms_diffsynth.train.loop import launch_training_task
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import optimizer_arguments
 from ms_diffsynth.train.prepared import CachedRows
-from ms_diffsynth.train.publish import check_token
-from ms_diffsynth.train.resume import check_folder
-from ms_diffsynth.train.split import launch_data_process_task, open_cache, stage_of
+from ms_diffsynth.train.same_run import check_folder
+from ms_diffsynth.train.trainer import launch_training_task
+from ms_diffsynth.train.two_stage import launch_data_process_task, open_cache, stage_of
 
 
 def run(config: TrainConfig) -> ModelLogger:

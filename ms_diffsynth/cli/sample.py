@@ -51,7 +51,7 @@ def execute(args: argparse.Namespace) -> int:
     """Generate the pictures, and write each when it is there."""
     _check(args)
     from ms_diffsynth import runtime
-    from ms_diffsynth.io.files import write_file
+    from ms_diffsynth.storage.files import write_file
 
     runtime.configure(args.mode, args.device)
     cls = family(args.family).pipeline

@@ -24,7 +24,7 @@ from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.debug.compare import Quantity, relative_error, worst
 from ms_diffsynth.debug.end_to_end_training import check_training
 from ms_diffsynth.errors import DataError, listing
-from ms_diffsynth.io.weights import load_state_dict
+from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.nn.names import torch_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Program, is_optional, slot

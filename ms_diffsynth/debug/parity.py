@@ -23,7 +23,7 @@ from ms_diffsynth.diffusion.ddpm import DDPMObjective
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.diffusion.weighting import table
 from ms_diffsynth.errors import DataError
-from ms_diffsynth.io.weights import load_state_dict
+from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.nn.names import state_dict, to_numpy, trainable_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Cut, Program, is_optional, slot

@@ -18,7 +18,7 @@ from ms_diffsynth.errors import DataError
 from ms_diffsynth.evaluate.features import Described, Describer, PictureFolder
 from ms_diffsynth.evaluate.kid import FEWEST, LABEL, MOST, Estimate, drawn, floor, kid
 from ms_diffsynth.evaluate.memorisation import Neighbours, neighbours
-from ms_diffsynth.io.files import write_file
+from ms_diffsynth.storage.files import write_file
 
 logger = logging.getLogger(__name__)
 

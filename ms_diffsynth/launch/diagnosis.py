@@ -8,9 +8,9 @@ from functools import partial
 
 from ms_diffsynth.errors import INTERNAL
 from ms_diffsynth.launch.job import Job
+from ms_diffsynth.launch.log_tail import last_exception, last_place
 from ms_diffsynth.launch.process import Process
 from ms_diffsynth.launch.pulse import Pulse
-from ms_diffsynth.launch.words import last_exception, last_place
 
 TRY_AGAIN = 75  # exit code when a worker was killed, stopped or hung: 137 or 143 would be the launcher's own end
 

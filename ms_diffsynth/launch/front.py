@@ -14,11 +14,11 @@ import traceback
 from typing import NoReturn
 
 from ms_diffsynth.errors import INTERNAL
-from ms_diffsynth.io.redact import redact
 from ms_diffsynth.launch.diagnosis import TRY_AGAIN
 from ms_diffsynth.launch.job import Job
 from ms_diffsynth.launch.process import end_with_parent
 from ms_diffsynth.launch.supervise import SIGNALS, Supervisor
+from ms_diffsynth.redact import redact
 
 
 def launch(job: Job) -> int:

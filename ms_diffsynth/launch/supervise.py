@@ -8,12 +8,12 @@ import signal
 import time
 from collections.abc import Callable
 
-from ms_diffsynth.io.redact import redact
 from ms_diffsynth.launch.diagnosis import TRY_AGAIN, Diagnosis, Outcome, code_of
 from ms_diffsynth.launch.job import Job
 from ms_diffsynth.launch.process import Process
 from ms_diffsynth.launch.pulse import Pulse
 from ms_diffsynth.launch.screen import Screen, show
+from ms_diffsynth.redact import redact
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

@@ -55,7 +55,7 @@ def assign(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]],
 
     Args:
         cell: its parameters may be uninitialised (built under ``no_init_parameters``).
-        tensors: (PyTorch name, array); names and shapes have been checked before (`io.weights.match`).
+        tensors: (PyTorch name, array); names and shapes have been checked before (`formats.weights.match`).
         dtype: the dtype parameters get, for all or by name; None keeps each parameter's own.
     """
     parameters = torch_parameters(cell)

@@ -17,7 +17,7 @@ from ms_diffsynth.diffusion.samplers import SAMPLERS
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest
-from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Program
 from ms_diffsynth.template.cache import JoinTemplateCache, TemplateCache, to_slots

@@ -11,10 +11,10 @@ import numpy as np
 from mindspore import nn
 
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.io.files import stage_folder
-from ms_diffsynth.io.weights import save_sharded
+from ms_diffsynth.formats.weights import save_sharded
 from ms_diffsynth.nn.names import torch_shapes
 from ms_diffsynth.pipeline import SCHEDULER_FILE, Component
+from ms_diffsynth.storage.files import stage_folder
 
 
 def write_model(folder: Path, class_name: str, components: Sequence[Component], configs: dict[str, dict[str, Any]],

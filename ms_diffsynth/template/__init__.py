@@ -8,7 +8,7 @@ A template is a folder with a ``model.py`` (`template.code`) that defines TEMPLA
 In training they are three units (`template.units`). In sampling `TemplatePipeline` runs any number of templates, merges
 their caches (`template.cache`) and calls the base pipeline.
 """
-from ms_diffsynth.io.weights import load_state_dict
+from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.template.loading import load_template_model, no_grad
 from ms_diffsynth.template.pipeline import TemplatePipeline
 from ms_diffsynth.template.units import attach_template

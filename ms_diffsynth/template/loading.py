@@ -17,8 +17,8 @@ from mindspore import Tensor, nn, ops
 
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, TemplateError, UserError, listing, nearest
-from ms_diffsynth.io.hub import ModelConfig, parse_path_or_model_id
-from ms_diffsynth.io.weights import match, open_checkpoint
+from ms_diffsynth.formats.weights import match, open_checkpoint
+from ms_diffsynth.hub.download import ModelConfig, parse_path_or_model_id
 from ms_diffsynth.nn.names import assign, torch_shapes
 from ms_diffsynth.template.code import TemplateCode, check_trust, line_in, read_code, run_code, weight_files
 

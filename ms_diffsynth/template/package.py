@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from ms_diffsynth.errors import WeightError, listing, nearest
-from ms_diffsynth.io.files import stage_folder, write_file
-from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.io.weights import load_state_dict, save_state_dict
+from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.names import state_dict
+from ms_diffsynth.storage.files import stage_folder, write_file
 from ms_diffsynth.template.code import is_inside, with_weight_path
 from ms_diffsynth.template.loading import open_template
 

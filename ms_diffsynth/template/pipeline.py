@@ -10,7 +10,7 @@ from mindspore import nn
 
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, listing
-from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.template.cache import TemplateCache, check_cache, merge
 from ms_diffsynth.template.loading import Template, open_template, processed, takes

@@ -9,7 +9,7 @@ from mindspore import nn
 
 from ms_diffsynth.components import Component, Source
 from ms_diffsynth.errors import ConfigError, DataError, TemplateError
-from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.template.cache import TemplateCache, check_cache
 from ms_diffsynth.template.loading import Template, forward_arguments, open_template, processed, takes

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ms_diffsynth.config.setting import without_secrets
 from ms_diffsynth.data.images import grid
 from ms_diffsynth.data.plots import loss_curve
 from ms_diffsynth.errors import ConfigError, OutputError
-from ms_diffsynth.io.files import append_line, write_file
-from ms_diffsynth.io.redact import redact
-from ms_diffsynth.io.settings import without_secrets
 from ms_diffsynth.nn.ema import EMA
+from ms_diffsynth.redact import redact
+from ms_diffsynth.storage.files import append_line, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class ModelLogger:
         files: further files, written by `start`: name -> content.
         saved: files of weights, in the order they were written. saved_at: the step of the last one; -1 before.
         ema: the moving average of what is trained; the loop sets it.
-        after_save: called when a checkpoint is in place; `train.publish` sets it.
+        after_save: called when a checkpoint is in place; `train.hooks.publish` sets it.
     """
 
     def __init__(self, output_path: str | Path, remove_prefix_in_ckpt: str | None = None,

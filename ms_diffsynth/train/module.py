@@ -10,9 +10,9 @@ from mindspore import Parameter, Tensor, nn
 
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, TrainingError, listing, nearest
-from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.io.lora_files import load_adapter, save_adapter
-from ms_diffsynth.io.weights import save_state_dict
+from ms_diffsynth.formats.lora import load_adapter, save_adapter
+from ms_diffsynth.formats.weights import save_state_dict
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.adapters import Adapter, adapter_of, formats
 from ms_diffsynth.nn.adapters import adapter as adapter_called
 from ms_diffsynth.nn.adapters.contract import Uniform

@@ -10,10 +10,10 @@ import numpy as np
 
 from ms_diffsynth.data.loader import Batch
 from ms_diffsynth.errors import DataError, UserError
-from ms_diffsynth.io.cache import Cache
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
+from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.train.module import DiffusionTrainingModule
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class CachedRows(PreparedRows):
     """The same, read from a cache instead of prepared; no model of the prepared half is needed.
 
     Args:
-        cache: checked by `io.cache.Cache.check`. name: ``"instance"`` or ``"class"``.
+        cache: checked by `storage.cache.Cache.check`. name: ``"instance"`` or ``"class"``.
         repeat: how many times an epoch goes through the rows.
     """
 

@@ -19,8 +19,8 @@ from ms_diffsynth.compile import Announce, CompiledStep, log_only
 from ms_diffsynth.errors import TrainingError, nearest
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.train import grads as gradients
-from ms_diffsynth.train.exchange import broadcast, exchange_for
 from ms_diffsynth.train.optim import guarded
+from ms_diffsynth.train.zero import broadcast, exchange_for
 
 ACCUMULATION_SETTINGS = ("length_of_dataloader", "sync_with_dataloader")
 

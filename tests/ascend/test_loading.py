@@ -10,7 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import pytest
 
-from ms_diffsynth.io.weights import load_state_dict, save_state_dict
+from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 from ms_diffsynth.registry import family
 from ms_diffsynth.standin import Log
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ms_diffsynth.io.checkpoint import latest
+from ms_diffsynth.storage.checkpoint import latest
 
 pytestmark = [pytest.mark.fault, pytest.mark.slow]
 

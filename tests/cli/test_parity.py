@@ -11,7 +11,7 @@ import pytest
 from ms_diffsynth.debug.compare import Quantity, relative_error, together, worst
 from ms_diffsynth.debug.parity import CASES as CASES_OF_PACKAGE
 from ms_diffsynth.errors import DataError
-from ms_diffsynth.io.weights import load_state_dict, save_state_dict
+from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FLUX, UNET = CASES_OF_PACKAGE / "flux", CASES_OF_PACKAGE / "ddpm_unet"

@@ -15,9 +15,9 @@ from huggingface_hub import constants, utils
 from upload_server import TOKEN, UploadServer
 
 from ms_diffsynth.errors import TrainingError
-from ms_diffsynth.io import publish as io_publish
-from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.train import publish
+from ms_diffsynth.hub import publish as io_publish
+from ms_diffsynth.hub.download import ModelConfig
+from ms_diffsynth.train.hooks import publish
 from ms_diffsynth.train.logger import ModelLogger
 
 NAME, ENDPOINT = "writer/toy", constants.ENDPOINT

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from toy_run import poison
 
-from ms_diffsynth.io.lock import lock_folder
+from ms_diffsynth.storage.lock import lock_folder
 
 FLAGS = ("--sample_prompts", "[]", "--checkpoint_steps", "1", "--keep_checkpoints", "9")
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from ms_diffsynth.cli.main import main
-from ms_diffsynth.io.checkpoint import latest
-from ms_diffsynth.io.lock import lock_folder
 from ms_diffsynth.registry import family
+from ms_diffsynth.storage.checkpoint import latest
+from ms_diffsynth.storage.lock import lock_folder
 
 BRIGHTNESS = Path(__file__).parents[2] / "examples/flux2/templates/brightness"
 STEPS = 24
@@ -25,20 +25,20 @@ FLAGS = ("--mode", "pynative", "--sample_prompts", "[]", "--max_train_steps", st
 HANG = """
 import sys, time
 from ms_diffsynth.cli.main import main
-from ms_diffsynth.train import loop
-original = loop._Run._train_on
+from ms_diffsynth.train import trainer
+original = trainer._Run._train_on
 def train_on(self, batch):
     if self.logger.num_steps == 8:
         (self.logger.output_path / "hanging").touch()
         time.sleep(60)
     return original(self, batch)
-loop._Run._train_on = train_on
+trainer._Run._train_on = train_on
 sys.exit(main(sys.argv[1:]))
 """
 SLOW_SAVES = """
 import sys, time
 from ms_diffsynth.cli.main import main
-from ms_diffsynth.train import resume
+from ms_diffsynth.train import same_run
 original = resume.Checkpoints.save
 def save(self, step, state):
     (self.records.output_path / f"saving-{self.records.num_steps}").touch()

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ms_diffsynth.io.lora_files import save_lora
-from ms_diffsynth.io.weights import load_state_dict, save_state_dict
+from ms_diffsynth.formats.lora import save_lora
+from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 
 SMALL = ("--height", 16, "--width", 24, "--num_inference_steps", 2)
 

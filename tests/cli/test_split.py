@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ms_diffsynth.io.weights import load_state_dict
+from ms_diffsynth.formats.weights import load_state_dict
 
 QUIET = ("--sample_prompts", "[]")
 

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 import ms_diffsynth.cli.run as run_module
-import ms_diffsynth.train.publish as publish_module
+import ms_diffsynth.train.hooks.publish as publish_module
 from ms_diffsynth.config import SETTINGS, load_config
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.io.lora_files import load_lora
-from ms_diffsynth.io.weights import load_state_dict
+from ms_diffsynth.formats.lora import load_lora
+from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.registry import FAMILIES
-from ms_diffsynth.train.loop import TrainingOptions
+from ms_diffsynth.train.trainer import TrainingOptions
 
 EAGER = ("--mode", "pynative", "--max_train_steps", 1, "--sample_prompts", "[]")
 

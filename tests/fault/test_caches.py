@@ -23,12 +23,12 @@ from PIL import Image
 
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.errors import CacheError, OutputError
-from ms_diffsynth.io import cache as cache_module
-from ms_diffsynth.io import files
-from ms_diffsynth.io.cache import Cache, PlannedRow, digest_of
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
-from ms_diffsynth.train import split
+from ms_diffsynth.storage import cache as cache_module
+from ms_diffsynth.storage import files
+from ms_diffsynth.storage.cache import Cache, PlannedRow, digest_of
+from ms_diffsynth.train import two_stage
 
 pytestmark = pytest.mark.fault
 
@@ -38,7 +38,7 @@ SLOTS = {row.key: {"moments": np.arange(size, dtype=np.float32)} for row, size i
 
 
 def fill(folder, rows=ROWS, fingerprint=FINGERPRINT, calls=files.CALLS, slots=SLOTS):
-    """Stage one without models: what `train.split` does."""
+    """Stage one without models: what `train.two_stage` does."""
     with pytest.MonkeyPatch.context() as patch:
         if calls is not files.CALLS:  # threads that write together must not patch each other
             patch.setattr(cache_module, "write_file", functools.partial(files.write_file, calls=calls))
@@ -83,7 +83,7 @@ def number_of_calls(folder):
     return len(calls.made)
 
 
-@pytest.mark.parametrize("fault", ["kill", errno.ENOSPC])  # others take the same path: tests/io/test_files.py
+@pytest.mark.parametrize("fault", ["kill", errno.ENOSPC])  # others take the same path: tests/storage/test_files.py
 def test_a_fault_at_any_system_call_is_mended_by_the_next_run(tmp_path, clean, fault):
     found = Counter()
     for at in range(number_of_calls(tmp_path / "count")):
@@ -255,10 +255,10 @@ def test_a_cache_of_other_settings_is_refused_field_by_field(run, mine, tmp_path
         name = what.replace(" ", "_")
         shutil.copytree(mine / "1" / name, model / name, dirs_exist_ok=True)
     if what == "dtype":  # the CPU computes in float32 whatever is asked
-        monkeypatch.setattr(split.runtime, "dtype_name", lambda dtype: "bfloat16")
+        monkeypatch.setattr(two_stage.runtime, "dtype_name", lambda dtype: "bfloat16")
     if what == "code":
-        digest = split._code_digest
-        monkeypatch.setattr(split, "_code_digest", lambda cls: digest(cls)[::-1])
+        digest = two_stage._code_digest
+        monkeypatch.setattr(two_stage, "_code_digest", lambda cls: digest(cls)[::-1])
     before = content("cache")
     code, err = run(*stage_two(mine, *flags, model=model))
     assert code == 78 and "was made by another configuration: " in err and says in err, err
@@ -285,7 +285,7 @@ def test_other_captions_and_pictures_are_other_rows(run, mine, tmp_path):
 KILLED = """
 import os, signal, sys
 from ms_diffsynth.cli.main import main
-from ms_diffsynth.io import files
+from ms_diffsynth.storage import files
 write, written = files.Calls.write, []
 def dying(file, data):
     written.append(file)

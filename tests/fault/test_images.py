@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from odd_pictures import (
+from odd_images import (
     DEEP,
     NOISE,
     black_png,

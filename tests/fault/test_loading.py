@@ -13,9 +13,9 @@ import pytest
 from toy_run import Module, digests, rows, table, toy_model, train
 
 from ms_diffsynth.errors import CheckpointError, WeightError
-from ms_diffsynth.io.checkpoint import latest, save_checkpoint
-from ms_diffsynth.io.lora_files import load_lora
-from ms_diffsynth.io.weights import load_state_dict, open_checkpoint, save_state_dict
+from ms_diffsynth.formats.lora import load_lora
+from ms_diffsynth.formats.weights import load_state_dict, open_checkpoint, save_state_dict
+from ms_diffsynth.storage.checkpoint import latest, save_checkpoint
 
 pytestmark = pytest.mark.fault
 

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from odd_pictures import ALPHA, DEEP, GRAY, NOISE, blocks, chunk, deep_png, opened, palette, put, saved
+from odd_images import ALPHA, DEEP, GRAY, NOISE, blocks, chunk, deep_png, opened, palette, put, saved
 from PIL import Image
 
 pytestmark = pytest.mark.fault

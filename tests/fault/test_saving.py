@@ -13,9 +13,9 @@ from faults import FaultyCalls, Killed
 from toy_run import Module, digests, equal, rows, steps_in, toy_model, train
 
 from ms_diffsynth.errors import CheckpointError, OutputError
-from ms_diffsynth.io import files
-from ms_diffsynth.io.checkpoint import latest, save_checkpoint
-from ms_diffsynth.train import resume
+from ms_diffsynth.storage import files
+from ms_diffsynth.storage.checkpoint import latest, save_checkpoint
+from ms_diffsynth.train import same_run
 
 pytestmark = pytest.mark.fault
 
@@ -43,7 +43,7 @@ def make_faulty(patch, number, calls):
         made.append(given[1])
         return save_checkpoint(*given, **how, calls=calls if len(made) == number else files.CALLS)
 
-    patch.setattr(resume, "save_checkpoint", save)
+    patch.setattr(same_run, "save_checkpoint", save)
     return made
 
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from ms_diffsynth.io.weights import load_state_dict, save_state_dict
+from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 
 STRIDE = 4
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import pytest
 
-from ms_diffsynth.launch.words import last_exception, last_place
+from ms_diffsynth.launch.log_tail import last_exception, last_place
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "a.py", line 3, in <module>\n    f()\n{}\n'
 MINDSPORE = "RuntimeError: Launch failed\n\n{0}\n- C++ Call Stack: (For framework developers)\n{0}\nop.cc:671 Run\n"

@@ -14,8 +14,8 @@ from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.diffusion.ddpm import DDPMObjective
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.io.weights import load_state_dict, save_sharded
+from ms_diffsynth.formats.weights import load_state_dict, save_sharded
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.adapters import ADAPTERS
 from ms_diffsynth.nn.adapters import adapter as adapter_called
 from ms_diffsynth.nn.adapters.dora import MAGNITUDE
@@ -28,7 +28,7 @@ from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import AdamW
 from ms_diffsynth.train.prepared import in_bucket
 from ms_diffsynth.train.program_step import ProgramTrainStep
-from ms_diffsynth.train.split import launch_data_process_task, open_cache
+from ms_diffsynth.train.two_stage import launch_data_process_task, open_cache
 
 QUICK = ("toy",)
 WITH_VAE = tuple(n for n in FAMILIES if n != "ddpm_unet")

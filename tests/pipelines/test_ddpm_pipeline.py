@@ -15,17 +15,17 @@ from ms_diffsynth import runtime
 from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, OutputError, WeightError
-from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.io.publish import choose
-from ms_diffsynth.io.weights import load_state_dict
+from ms_diffsynth.formats.weights import load_state_dict
+from ms_diffsynth.hub.download import ModelConfig
+from ms_diffsynth.hub.publish import choose
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipelines.ddpm_unet.pipeline import UnconditionalImagePipeline, build_unet
 from ms_diffsynth.pipelines.ddpm_unet.tiny import CONFIG, write_tiny
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger
-from ms_diffsynth.train.loop import launch_training_task
 from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.train.trainer import launch_training_task
 
 SIDE = 8  # pixels
 

@@ -16,8 +16,8 @@ from ms_diffsynth import DiffusionTrainingModule, Flux2ImagePipeline, runtime
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.io.weights import load_state_dict, save_sharded
+from ms_diffsynth.formats.weights import load_state_dict, save_sharded
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipelines.flux2.pipeline import DEV_COMPONENTS
 from ms_diffsynth.pipelines.flux2.prompt import SYSTEM_MESSAGE
 from ms_diffsynth.pipelines.flux2.tiny import CONFIGS

@@ -13,8 +13,8 @@ from PIL import Image
 
 from ms_diffsynth import DataError, Flux2ImagePipeline, runtime
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.io.weights import load_state_dict, save_sharded
+from ms_diffsynth.formats.weights import load_state_dict, save_sharded
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipelines.flux2.prompt import BEFORE, BEHIND, TEMPLATE
 from ms_diffsynth.pipelines.flux2.rotary import edit_places, edit_table, image_places, picture_table, table, text_places
 from ms_diffsynth.units import run_unit

@@ -14,7 +14,7 @@ from PIL import Image
 from ms_diffsynth import AdamW, DiffusionTrainingModule, Draws, Flux2ImagePipeline, UnifiedDataset, runtime
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.data.loader import collate
-from ms_diffsynth.io.weights import load_state_dict, save_state_dict
+from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.train.program_step import ProgramTrainStep
 

@@ -16,7 +16,7 @@ from PIL import Image
 from ms_diffsynth import FluxImagePipeline, ModelConfig, runtime
 from ms_diffsynth.diffusion.packing import pack, unpack
 from ms_diffsynth.errors import DataError, DeviceError, WeightError
-from ms_diffsynth.io.weights import load_state_dict, save_sharded
+from ms_diffsynth.formats.weights import load_state_dict, save_sharded
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipelines.flux.denoise import image_ids
 
@@ -197,7 +197,7 @@ def test_on_the_cpu_bfloat16_is_a_logged_fallback(tiny_flux, caplog):
 def test_a_fused_lora_equals_one_beside(tiny_flux, tmp_path):
     from low_rank import inject_lora, lora_pairs, set_lora
 
-    from ms_diffsynth.io.lora_files import save_lora
+    from ms_diffsynth.formats.lora import save_lora
 
     def velocity(pipe):
         rng = np.random.default_rng(0)

@@ -13,8 +13,8 @@ from PIL import Image
 from ms_diffsynth import QwenImagePipeline, runtime
 from ms_diffsynth.diffusion.samplers import euler
 from ms_diffsynth.errors import DataError, WeightError
-from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.io.weights import load_state_dict, save_sharded
+from ms_diffsynth.formats.weights import load_state_dict, save_sharded
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipelines.qwen_image.units import PREFIX, TEMPLATE
 from ms_diffsynth.units import run_unit
 

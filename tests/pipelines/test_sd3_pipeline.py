@@ -12,8 +12,8 @@ from mindspore import Tensor, nn
 
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, WeightError
-from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.io.weights import load_state_dict
+from ms_diffsynth.formats.weights import load_state_dict
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipelines.sd3.denoise import Denoise
 from ms_diffsynth.pipelines.sd3.pipeline import SD3ImagePipeline

@@ -12,8 +12,8 @@ from mindspore import ops
 from PIL import Image
 
 from ms_diffsynth import runtime
-from ms_diffsynth.io import hub as hub_module
-from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.hub import download as hub_module
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipelines.toy.pipeline import Denoise, ToyImagePipeline
 from ms_diffsynth.registry import family
 

@@ -17,7 +17,7 @@ from PIL import Image
 from ms_diffsynth import DiffusionTrainingModule, TemplatePipeline, attach_template, load_template_model
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.errors import UntrustedCodeError, UserError
-from ms_diffsynth.io.weights import save_state_dict
+from ms_diffsynth.formats.weights import save_state_dict
 from ms_diffsynth.template import loading
 from ms_diffsynth.template.code import LARGEST, read_code
 from ms_diffsynth.template.package import pack_template

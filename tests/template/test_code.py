@@ -13,7 +13,7 @@ from mindspore import Tensor
 from ms_diffsynth import load_template_model
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.errors import TemplateError, UntrustedCodeError, UserError, WeightError
-from ms_diffsynth.io.weights import save_state_dict
+from ms_diffsynth.formats.weights import save_state_dict
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.template import loading
 from ms_diffsynth.template.code import read_code, run_code, with_weight_path

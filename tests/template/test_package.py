@@ -8,7 +8,7 @@ import pytest
 
 from ms_diffsynth import load_template_model
 from ms_diffsynth.errors import OutputError, UntrustedCodeError, WeightError
-from ms_diffsynth.io.weights import load_state_dict, save_state_dict
+from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.template.code import TemplateCode, with_weight_path
 from ms_diffsynth.template.package import pack_template

@@ -9,7 +9,7 @@ from mindspore import Tensor
 
 from ms_diffsynth import Flux2ImagePipeline, TemplatePipeline, runtime
 from ms_diffsynth.errors import ConfigError, TemplateError, UntrustedCodeError
-from ms_diffsynth.io.lora_files import save_lora
+from ms_diffsynth.formats.lora import save_lora
 from ms_diffsynth.pipelines.toy.pipeline import ToyImagePipeline
 from ms_diffsynth.template.cache import merge
 from ms_diffsynth.template.code import read_code

@@ -7,8 +7,8 @@ from published_run import without_a_login
 from upload_server import ModelScopeServer, UploadServer
 
 from ms_diffsynth import ModelConfig, TemplatePipeline, load_template_model, pack_template
-from ms_diffsynth.io.publish import publish
-from ms_diffsynth.io.weights import save_state_dict
+from ms_diffsynth.formats.weights import save_state_dict
+from ms_diffsynth.hub.publish import publish
 from ms_diffsynth.nn.names import state_dict
 
 NAME = "writer/template"

@@ -33,10 +33,10 @@ from ms_diffsynth.errors import OutputError
 from ms_diffsynth.launch.job import SCHEDULER, Job
 from ms_diffsynth.launch.ports import free_port
 from ms_diffsynth.nn.names import to_numpy
-from ms_diffsynth.train import loop
+from ms_diffsynth.train import trainer
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger
-from ms_diffsynth.train.split import launch_data_process_task
+from ms_diffsynth.train.two_stage import launch_data_process_task
 
 ROWS, BATCH = 16, 8  # pictures, and pictures a step, over all ranks
 FULL = {"trainable_models": "dit"}
@@ -86,7 +86,7 @@ def run(name: str, model: Path, data: Path, out: Path, steps: int | None = None,
         if term is not None and term[0] == accelerator.process_index:
             _send(patch, term[1])
         if full == accelerator.process_index:
-            patch.setattr("ms_diffsynth.train.resume.write_part", _no_space)
+            patch.setattr("ms_diffsynth.train.same_run.write_part", _no_space)
         if other_seed == accelerator.process_index:
             options["seed"] = 7
         if in_order:
@@ -131,14 +131,14 @@ class InOrder(nn.Cell):
 
 def _send(patch: pytest.MonkeyPatch, step: int) -> None:
     """This process gets SIGTERM in the middle of a step."""
-    original = loop._Run.compute
+    original = trainer._Run.compute
 
     def compute(self, batch):
         if self.logger.num_steps == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch)
 
-    patch.setattr(loop._Run, "compute", compute)
+    patch.setattr(trainer._Run, "compute", compute)
 
 
 def _no_space(*_: Any, **__: Any) -> None:

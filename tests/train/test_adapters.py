@@ -9,13 +9,13 @@ from mindspore import Parameter, Tensor, ops
 from toy_run import Module, rows, toy_model, train
 
 from ms_diffsynth.errors import CheckpointError, ConfigError
-from ms_diffsynth.io.checkpoint import latest
-from ms_diffsynth.io.lora_files import LORA
+from ms_diffsynth.formats.lora import LORA
 from ms_diffsynth.nn.adapters import ADAPTERS, adapter
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear, adapted_layers
 from ms_diffsynth.nn.adapters.linear import LinearAdapter
 from ms_diffsynth.registry import family
-from ms_diffsynth.train import resume
+from ms_diffsynth.storage.checkpoint import latest
+from ms_diffsynth.train import same_run
 
 
 class GainLinear(AdaptedLinear):
@@ -108,8 +108,9 @@ def test_another_adapter_is_refused(folder, tmp_path):
 
 
 def test_a_checkpoint_from_before_there_were_adapters_is_that_of_a_lora(folder, tmp_path, monkeypatch):
-    identity = resume.identity
-    monkeypatch.setattr(resume, "identity", lambda *args: {n: v for n, v in identity(*args).items() if n != "adapter"})
+    identity = same_run.identity
+    monkeypatch.setattr(same_run, "identity",
+                        lambda *args: {n: v for n, v in identity(*args).items() if n != "adapter"})
     train(tmp_path / "run", module_of(folder, "lora"), rows(3), num_epochs=None, max_train_steps=1)
     monkeypatch.undo()
     assert "adapter" not in latest(tmp_path / "run/checkpoints").state["identity"]

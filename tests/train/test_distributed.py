@@ -14,9 +14,9 @@ import pytest
 import ranks
 from toy_run import files, state, toy_model
 
-from ms_diffsynth.io.checkpoint import latest
-from ms_diffsynth.io.weights import load_state_dict
+from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.launch.ports import free_port
+from ms_diffsynth.storage.checkpoint import latest
 
 CI = ("lora", "prior", "own forward", "bad sample", "zero 1", "zero 2 eager", "cache")
 REST = ("lora eager", "full", "zero 2", "zero 1 eager")

@@ -17,8 +17,8 @@ from ms_diffsynth.cli.run import build_sampler
 from ms_diffsynth.config import load_config
 from ms_diffsynth.data.plots import kid_curve
 from ms_diffsynth.errors import ConfigError, DataError
-from ms_diffsynth.io.weights import load_state_dict
-from ms_diffsynth.train.evaluation import COLUMNS
+from ms_diffsynth.formats.weights import load_state_dict
+from ms_diffsynth.train.hooks.evaluation import COLUMNS
 from ms_diffsynth.train.signals import Stopped
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ms_diffsynth.train.exchange import plan_buckets
+from ms_diffsynth.train.zero import plan_buckets
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])

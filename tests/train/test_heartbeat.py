@@ -4,7 +4,7 @@ from __future__ import annotations
 import pytest
 from toy_run import Module, rows, toy_model, train
 
-from ms_diffsynth.train import loop, prepared
+from ms_diffsynth.train import prepared, trainer
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def folder(tmp_path_factory):
 
 def test_steps_are_told_apart_from_what_may_take_longer(folder, tmp_path, monkeypatch):
     beats = []
-    monkeypatch.setattr(loop, "beat", lambda step, phase="step": beats.append((step, phase)))
+    monkeypatch.setattr(trainer, "beat", lambda step, phase="step": beats.append((step, phase)))
     train(tmp_path / "run", Module(folder), rows(2), "graph", max_train_steps=2, num_epochs=None)
     assert beats == [(0, "prepare"), (1, "step"), (1, "compile"), (1, "records"), (2, "step"), (2, "records")]
 

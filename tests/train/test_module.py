@@ -9,7 +9,7 @@ from PIL import Image
 
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, ProgramError, TrainingError, WeightError
-from ms_diffsynth.io.weights import load_state_dict
+from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.registry import family
 from ms_diffsynth.train.losses import FlowMatchSFTLoss
 from ms_diffsynth.train.module import DiffusionTrainingModule

@@ -20,11 +20,11 @@ from toy_run import Module, equal, rows, state, toy_model, train
 
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import CheckpointError, ConfigError, TrainingError, WeightError
-from ms_diffsynth.io.checkpoint import latest
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.ops.update import put
 from ms_diffsynth.registry import OPTIMIZERS, OptimizerEntry
-from ms_diffsynth.train import exchange, grads, resume
+from ms_diffsynth.storage.checkpoint import latest
+from ms_diffsynth.train import grads, same_run, zero
 from ms_diffsynth.train.optim import (
     AdamW,
     Float32Weights,
@@ -351,7 +351,7 @@ def test_the_new_optimizer_of_the_documentation_is_one_file_and_one_line(folder,
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_prodigy_in_parts_is_prodigy(stage, mode, monkeypatch):
-    monkeypatch.setattr(exchange.plan_buckets, "__defaults__", (6,))  # a bucket for each weight
+    monkeypatch.setattr(zero.plan_buckets, "__defaults__", (6,))  # a bucket for each weight
     build = partial(Prodigy, weight_decay=0.1, d0=1e-2)
     options = {"gradient_accumulation_steps": 2}
     wanted, whole = losses(build, mode, 24, **options)
@@ -451,8 +451,8 @@ def test_a_run_that_goes_on_has_the_same_bits(folder, tmp_path, name, mode):
 def test_a_checkpoint_from_before_there_were_other_optimizers_is_gone_on_from(folder, tmp_path, monkeypatch):
     train(tmp_path / "whole", Module(folder), rows(3), num_epochs=2)
     with monkeypatch.context() as then:
-        identity = resume.identity
-        then.setattr(resume, "identity", lambda *given: {name: value for name, value in identity(*given).items()
+        identity = same_run.identity
+        then.setattr(same_run, "identity", lambda *given: {name: value for name, value in identity(*given).items()
                                                          if not name.startswith("optimizer")})
         train(tmp_path / "run", Module(folder), rows(3), num_epochs=1)
     assert "optimizer" not in latest(tmp_path / "run/checkpoints").state["identity"]

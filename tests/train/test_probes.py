@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, mint, nn, ops
 
+from ms_diffsynth.debug.probes import MOST, Probes
 from ms_diffsynth.nn.recompute import use_recompute
-from ms_diffsynth.train.probes import MOST, Probes
 from ms_diffsynth.units import TensorUnit
 
 NAMES = count()  # MindSpore wants distinct names of Parameters

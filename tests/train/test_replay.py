@@ -15,14 +15,14 @@ from mindspore import Tensor, ops
 from toy_run import Module, dataset_of, digests, files, rows, toy_model
 
 from ms_diffsynth import FlowMatchSFTLoss, UnifiedDataset
+from ms_diffsynth.debug.replay import Replay, replay_training_step
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import CheckpointError, ConfigError, OutputError
-from ms_diffsynth.io.cache import Cache
-from ms_diffsynth.io.lock import lock_folder
+from ms_diffsynth.storage.cache import Cache
+from ms_diffsynth.storage.lock import lock_folder
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger
-from ms_diffsynth.train.replay import Replay, replay_training_step
-from ms_diffsynth.train.split import launch_data_process_task
+from ms_diffsynth.train.two_stage import launch_data_process_task
 
 MODES = ("pynative", "graph")
 SLOW_GRAPH = ("pynative", pytest.param("graph", marks=pytest.mark.slow))

@@ -12,9 +12,9 @@ from PIL import Image
 from ms_diffsynth import UnifiedDataset
 from ms_diffsynth.data.loader import Batch
 from ms_diffsynth.errors import TrainingError
-from ms_diffsynth.io.cache import PlannedRow
+from ms_diffsynth.storage.cache import PlannedRow
 from ms_diffsynth.train.prepared import CachedRows, PreparedRows, name_row, rows_of
-from ms_diffsynth.train.report import StepReport
+from ms_diffsynth.train.records import StepReport
 from ms_diffsynth.train.step import StepResult
 
 

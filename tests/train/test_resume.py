@@ -27,17 +27,17 @@ from toy_run import (
 
 from ms_diffsynth import UnifiedDataset
 from ms_diffsynth.diffusion.units import Objective
-from ms_diffsynth.io.checkpoint import latest, open_checkpoint_folder
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.pipelines.ddpm_unet import tiny as tiny_unet
 from ms_diffsynth.pipelines.flux import tiny as tiny_flux
 from ms_diffsynth.pipelines.flux2 import tiny as tiny_flux2
 from ms_diffsynth.registry import family
-from ms_diffsynth.train import loop, resume
+from ms_diffsynth.storage.checkpoint import latest, open_checkpoint_folder
+from ms_diffsynth.train import same_run, trainer
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.split import launch_data_process_task
+from ms_diffsynth.train.two_stage import launch_data_process_task
 
 pytestmark = pytest.mark.fault
 
@@ -200,16 +200,17 @@ def test_pictures_are_those_of_a_run_that_was_not_cut(folder, tmp_path, crash):
 
 def test_restoring_reaches_a_step_that_is_compiled(folder, tmp_path):
     """`Parameter.set_data` would not: compiled code goes on reading the memory that it replaced."""
-    options = loop.TrainingOptions(learning_rate=1e-2, num_epochs=2, checkpoint_steps=3, use_ema=True)
-    run = loop._Run(Accelerator(mode="graph"), rows(3), Module(folder), ModelLogger(tmp_path), options, None, None, [])
+    options = trainer.TrainingOptions(learning_rate=1e-2, num_epochs=2, checkpoint_steps=3, use_ema=True)
+    run = trainer._Run(Accelerator(mode="graph"), rows(3), Module(folder), ModelLogger(tmp_path), options, None, None,
+                       [])
     run.start({})
     run.prepare()
     run.train()
-    trained = {f"{g}/{n}": to_numpy(p) for g, own in resume.parameters_of(run.step).items() for n, p in own.items()}
+    trained = {f"{g}/{n}": to_numpy(p) for g, own in same_run.parameters_of(run.step).items() for n, p in own.items()}
     run.restore(open_checkpoint_folder(tmp_path / "checkpoints/step-00000003"))
     run.logger.num_steps = 3
     run.train()
-    again = {f"{g}/{n}": to_numpy(p) for g, own in resume.parameters_of(run.step).items() for n, p in own.items()}
+    again = {f"{g}/{n}": to_numpy(p) for g, own in same_run.parameters_of(run.step).items() for n, p in own.items()}
     assert run.step.compilations == 1 and differing_bits(trained, again) == 0
 
 

@@ -13,9 +13,9 @@ from ms_diffsynth import UnifiedDataset
 from ms_diffsynth.config import SETTINGS
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import CheckpointError, ConfigError, WeightError
-from ms_diffsynth.io.checkpoint import latest
 from ms_diffsynth.registry import family
-from ms_diffsynth.train import resume
+from ms_diffsynth.storage.checkpoint import latest
+from ms_diffsynth.train import same_run
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_another_lora_is_refused_even_when_it_is_accepted(folder, tmp_path):
 
 
 def test_what_may_change_is_a_setting_or_an_option():
-    others = resume.MAY_CHANGE - SETTINGS.keys()
+    others = same_run.MAY_CHANGE - SETTINGS.keys()
     assert others == {"num_workers", "find_unused_parameters"}
 
 
@@ -141,7 +141,7 @@ def test_changed_data_and_weights(folder, tmp_path, change, expected):
 @pytest.mark.fault
 def test_other_versions_are_told(folder, tmp_path, monkeypatch, caplog):
     train(tmp_path / "run", Module(folder), rows(3))
-    monkeypatch.setattr(resume, "version", lambda name: "0.1")
+    monkeypatch.setattr(same_run, "version", lambda name: "0.1")
     with caplog.at_level(logging.WARNING):
         train(tmp_path / "run", Module(folder), rows(3), resume="auto")
     assert "the same bits are not promised" in caplog.text and "mindspore: " in caplog.text

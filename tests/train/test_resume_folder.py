@@ -10,8 +10,8 @@ import pytest
 from toy_run import Module, digests, equal, rows, steps_in, table, toy_model, train
 
 from ms_diffsynth.errors import CheckpointError, OutputError
-from ms_diffsynth.io.lock import lock_folder
-from ms_diffsynth.train import loop
+from ms_diffsynth.storage.lock import lock_folder
+from ms_diffsynth.train import trainer
 from ms_diffsynth.train.logger import COLUMNS, ModelLogger
 from ms_diffsynth.train.signals import Stopped
 
@@ -135,7 +135,7 @@ def test_no_secret_is_in_a_checkpoint(folder, tmp_path):
 def test_a_signal_ends_the_run_after_its_step_with_everything_saved(folder, tmp_path, monkeypatch, capfd):
     options = {"accumulation": 2, "num_epochs": 3, "use_ema": True}
     train(tmp_path / "whole", Module(folder), rows(5), **options)
-    original, seen = loop._Run._train_on, []
+    original, seen = trainer._Run._train_on, []
 
     def train_on(self, batch):
         seen.append(batch)
@@ -143,7 +143,7 @@ def test_a_signal_ends_the_run_after_its_step_with_everything_saved(folder, tmp_
             signal.raise_signal(signal.SIGTERM)
         return original(self, batch)
 
-    monkeypatch.setattr(loop._Run, "_train_on", train_on)
+    monkeypatch.setattr(trainer._Run, "_train_on", train_on)
     with pytest.raises(Stopped) as error:
         train(tmp_path / "run", Module(folder), rows(5), **options)
     assert error.value.code == 143 and table(tmp_path / "run")[-1].startswith("4,1,")

@@ -13,7 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.nn.names import to_numpy
-from ms_diffsynth.train import exchange
+from ms_diffsynth.train import zero
 from ms_diffsynth.train.optim import AdamW, ShardedAdamW
 from ms_diffsynth.train.step import TrainStep
 
@@ -23,7 +23,7 @@ OPTIONS = {"learning_rate": 1e-2, "weight_decay": 0.1}
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    monkeypatch.setattr(exchange.plan_buckets, "__defaults__", (50,))
+    monkeypatch.setattr(zero.plan_buckets, "__defaults__", (50,))
     yield
     runtime.configure("graph", DEVICE)
 

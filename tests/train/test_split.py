@@ -13,15 +13,15 @@ from ms_diffsynth import runtime
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import CacheError, ConfigError
-from ms_diffsynth.io.cache import Cache
-from ms_diffsynth.io.weights import load_state_dict
+from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
+from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger
-from ms_diffsynth.train.loop import launch_training_task
 from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.split import launch_data_process_task, open_cache, stage_of
+from ms_diffsynth.train.trainer import launch_training_task
+from ms_diffsynth.train.two_stage import launch_data_process_task, open_cache, stage_of
 
 
 @pytest.fixture(scope="module")

@@ -33,5 +33,5 @@ def adapter_of(file_format: object) -> Adapter:
 
 
 def formats() -> list[object]:
-    """The file formats of all adapters, for `io.lora_files.load_adapter`."""
+    """The file formats of all adapters, for `formats.lora.load_adapter`."""
     return [kind.format for kind in ADAPTERS.values()]

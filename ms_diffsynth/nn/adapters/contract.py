@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from mindspore import Parameter, nn
 
-from ms_diffsynth.io.lora_files import Format
+from ms_diffsynth.formats.lora import Format
 
 # (module name, shape) -> numbers uniform in [0, 1)
 Uniform = Callable[[str, tuple[int, ...]], np.ndarray]

@@ -20,7 +20,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import operations as P
 
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.io.lora_files import LORA, rank_of
+from ms_diffsynth.formats.lora import LORA, rank_of
 from ms_diffsynth.nn.adapters.contract import Uniform
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear
 from ms_diffsynth.nn.adapters.linear import LinearAdapter

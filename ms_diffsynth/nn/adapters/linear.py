@@ -7,7 +7,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffsynth.errors import ConfigError, WeightError, listing
-from ms_diffsynth.io.lora_files import Format, label
+from ms_diffsynth.formats.lora import Format, label
 from ms_diffsynth.nn.adapters.contract import Adapter, Uniform
 from ms_diffsynth.nn.adapters.flat import FlatTensors
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear, adapted_layers, linear_modules, match_targets, put

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from mindspore import mint, nn
 
-from ms_diffsynth.io.lora_files import LORA
+from ms_diffsynth.formats.lora import LORA
 from ms_diffsynth.nn.adapters.contract import Uniform
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear
 from ms_diffsynth.nn.adapters.linear import LinearAdapter

@@ -19,15 +19,15 @@ from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule, ddim, ddpm
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, WeightError
-from ms_diffsynth.io.files import sha256_of, stage_folder, write_file
-from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.io.weights import load_state_dict, match, save_sharded
+from ms_diffsynth.formats.weights import load_state_dict, match, save_sharded
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import assign, state_dict, torch_shapes
 from ms_diffsynth.pipeline import SCHEDULER_FILE, Component, Pipeline, UnitSequence
 from ms_diffsynth.pipelines.ddpm_unet.units import Denoise, LoadPixels
 from ms_diffsynth.pipelines.quiet import quiet_imports
 from ms_diffsynth.program import Program
+from ms_diffsynth.storage.files import sha256_of, stage_folder, write_file
 
 logger = logging.getLogger(__name__)
 

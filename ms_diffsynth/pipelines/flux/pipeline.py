@@ -7,7 +7,7 @@ from typing import Any
 import mindspore as ms
 
 from ms_diffsynth.diffusion.schedule import FLUX_DEV, FLUX_SCHNELL, FlowMatchSettings, diffsynth_flux
-from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipeline import Component
 from ms_diffsynth.pipelines.flux import units
 from ms_diffsynth.pipelines.flux.denoise import Denoise

@@ -11,8 +11,8 @@ from PIL import Image
 from ms_diffsynth.components import class_name_of, load_component, read_config
 from ms_diffsynth.diffusion.schedule import FLUX_DEV, ExponentialShift, FlowMatchSettings, Grid, to_one_nth
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.io.hub import ModelConfig
-from ms_diffsynth.io.weights import open_checkpoint
+from ms_diffsynth.formats.weights import open_checkpoint
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipeline import Component
 from ms_diffsynth.pipelines.flux.units import LoadPixels
 from ms_diffsynth.pipelines.flux2 import units

@@ -12,7 +12,7 @@ import numpy as np
 from ms_diffsynth.components import read_config
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, diffsynth_flux, linspace, sampling_sigmas
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipeline import Component
 from ms_diffsynth.pipelines.flux.units import Decode, EncodeImage, LoadPixels
 from ms_diffsynth.pipelines.image import ImagePipeline

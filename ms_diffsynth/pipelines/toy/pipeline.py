@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Tensor
 
 from ms_diffsynth.diffusion.schedule import FLUX_SCHNELL, Schedule, diffsynth_flux, flow_match_euler
-from ms_diffsynth.io.hub import ModelConfig
+from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipeline import Component
 from ms_diffsynth.pipelines import vae_units
 from ms_diffsynth.pipelines.image import ImagePipeline

@@ -21,7 +21,7 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, TrainingError, listing
 from ms_diffsynth.nn.names import load_state
-from ms_diffsynth.train.exchange import Exchange
+from ms_diffsynth.train.zero import Exchange
 
 
 class Optimizer(Protocol):

@@ -21,9 +21,9 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 from ms_diffsynth.errors import ConfigError, listing
 from ms_diffsynth.nn.names import check_state, load_state, shapes_of, to_numpy
 from ms_diffsynth.ops.update import put
-from ms_diffsynth.train.exchange import Exchange
 from ms_diffsynth.train.optim.adamw import AdamW
 from ms_diffsynth.train.optim.contract import Optimizer
+from ms_diffsynth.train.zero import Exchange
 
 _each = ops.HyperMap()
 
@@ -126,7 +126,7 @@ class Sharded(_Around):
         """Restore the whole arrays of `state_pieces`, or those of the optimizer, after the weights were restored.
 
         Args:
-            state: gives arrays by name, such as `io.checkpoint.Checkpoint.open`; one is in memory at a time.
+            state: gives arrays by name, such as `storage.checkpoint.Checkpoint.open`; one is in memory at a time.
 
         Raises: WeightError for missing or superfluous names, or other shapes.
         """

@@ -1,0 +1,323 @@
+"""Replay: one recorded step of a run again, to the bit; and where it stopped being finite, when it did.
+
+A step depends on the checkpoint before it, the order of the data and the draws, and all three come from the run's
+folder and the seed. So the steps from the last checkpoint on are made as they were, in the run's own mode. A step that
+is not finite is then made once more, eagerly, under `debug.probes`.
+"""
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor
+
+from ms_diffsynth.compile import CompiledStep
+from ms_diffsynth.config.setting import without_secrets
+from ms_diffsynth.data.loader import Batch
+from ms_diffsynth.debug.probes import MOST, Finding, Probes
+from ms_diffsynth.errors import CheckpointError, ConfigError, listing
+from ms_diffsynth.nn.names import load_state, to_numpy
+from ms_diffsynth.storage.checkpoint import Checkpoint, differences, latest, open_checkpoint_folder
+from ms_diffsynth.storage.files import write_file
+from ms_diffsynth.storage.lock import lock_folder
+from ms_diffsynth.train import same_run
+from ms_diffsynth.train.distributed import Accelerator
+from ms_diffsynth.train.logger import ModelLogger, _text
+from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.train.options import TrainingOptions
+from ms_diffsynth.train.prepared import CachedRows, name_row, rows_of
+from ms_diffsynth.train.records import numbers_of
+from ms_diffsynth.train.trainer import _from_cache, _Run
+
+logger = logging.getLogger(__name__)
+
+COMPARED = ("loss", "learning_rate", "grad_norm", "is_skipped")  # columns of loss.csv
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What a replayed step gave.
+
+    Attributes:
+        after: the step whose state it was made from; 0 for the initial weights. start: that state, in words.
+        mode: the run's own.
+        recorded, found: the numbers of the step in loss.csv, and now; texts, as they are written there.
+        compared: how many steps on the way to it, and itself, loss.csv has. differences: every number of these that is
+            not the recorded one.
+        rows: of each micro-step, see `train.prepared.rows_of`.
+        eager: the numbers of the step made eagerly; None when it was finite. findings: what was not finite in that.
+    """
+
+    step: int
+    after: int
+    start: str
+    mode: str
+    recorded: dict[str, str]
+    found: dict[str, str]
+    compared: int
+    differences: list[str]
+    rows: list[list[dict[str, Any]]]
+    eager: dict[str, str] | None
+    findings: list[Finding]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step was finite, as the guard of the training step sees it."""
+        return self.found["is_skipped"] == "0"
+
+    @property
+    def is_reproduced(self) -> bool:
+        """Whether every number is the recorded one, to the bit."""
+        return not self.differences
+
+    def record(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        findings = [dataclasses.asdict(f) | {"rows": self._rows_of(f)} for f in self.findings]
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return own | {"is_finite": self.is_finite, "is_reproduced": self.is_reproduced, "findings": findings,
+                      "versions": same_run.versions()}
+
+    def describe(self) -> str:
+        """The same for a reader."""
+        state = "finite" if self.is_finite else "not finite, so it changed nothing"
+        lines = [f"step {self.step} in {self.mode} mode, from {self.start}",
+                 f"  loss {self.found['loss']}, gradient norm {self.found['grad_norm']}: {state}"]
+        if self.is_reproduced:
+            others = self.compared - 1
+            way = f", and so are {others} steps on the way to it" if others > 1 else ", and so is the step before it"
+            lines.append(f"  equal to loss.csv to the bit{way if others else ''}")
+        lines += [f"  differs from loss.csv: {line}" for line in self.differences[:10]]
+        for number, rows in enumerate(self.rows, 1):
+            which = f"micro-step {number}" if len(self.rows) > 1 else "rows"
+            lines.append(f"  {which}: {listing(map(name_row, rows))}")
+        return "\n".join([*lines, *self._describe_findings()])
+
+    def _describe_findings(self) -> Iterator[str]:
+        if self.eager is None:
+            return
+        if not self.findings:
+            yield (f"run eagerly, all of it is finite (loss {self.eager['loss']}, gradient norm "
+                   f"{self.eager['grad_norm']}): a number is at the edge of its range, and the modes round differently")
+            return
+        first, *others = self.findings
+        yield f"first not finite, when it is run eagerly: {first.describe()}"
+        yield f"  {first.statistics()}"
+        if first.name == "gradient norm":
+            yield "  every gradient is finite, the sum of their squares is not"
+        if rows := self._rows_of(first):
+            yield f"  in {listing(map(name_row, rows))}"
+        yield from (f"  then {finding.describe()}" for finding in others[:3])
+
+    def _rows_of(self, finding: Finding) -> list[dict[str, Any]]:
+        return [self.rows[finding.micro_step - 1][row] for row in finding.rows]
+
+
+def replay_training_step(accelerator: Accelerator, dataset: Any, model: DiffusionTrainingModule,
+                         output_path: str | Path, step: int, class_dataset: Any = None, args: Any = None,
+                         **options: Any) -> Replay:
+    """Make step ``step`` of the run in ``output_path`` again, and write ``replay-step-N.json`` there, nothing else.
+
+    Args:
+        step: counted from 1, as in loss.csv.
+        accelerator, dataset, model, class_dataset, args, options: what `launch_training_task` was given.
+
+    ``model`` must be as it was when the run began; afterwards it has the weights of the step.
+
+    Returns: what it gave. Raises: ConfigError when there is no such run or step; OutputError when the run is going on;
+        CheckpointError when it cannot be this run, or when nothing is left that it can start from.
+    """
+    folder = Path(output_path)
+    if accelerator.num_processes > 1:
+        raise ConfigError(f"a replay in {accelerator.num_processes} processes: expected one. Give it the batch_size of "
+                          "all ranks of the run.")
+    if not (folder / "loss.csv").is_file():
+        raise ConfigError(f"{folder} holds no run: there is no loss.csv. Give the output_path of one.")
+    given = TrainingOptions.of(args, {"gradient_accumulation_steps": accelerator.gradient_accumulation_steps} | options)
+    with lock_folder(folder):
+        recorded = _recorded(folder)
+        if step not in recorded:
+            known = f"{min(recorded)} to {max(recorded)}" if recorded else "none"
+            raise ConfigError(f"step={step}: {folder / 'loss.csv'} has the steps {known}. Expected one of them.")
+        records = ModelLogger(folder)
+        records.is_writing = False
+        dataset, class_dataset = _from_cache(accelerator, model, records, dataset, class_dataset, args)
+        run = _Run(accelerator, dataset, model, records, dataclasses.replace(given, evaluation_steps=None),
+                   class_dataset, None, [], args)
+        checkpoint = find_start(folder, step)
+        _check_same(run, folder, checkpoint, args)
+        try:
+            run.prepare()
+            replay = _replay(run, recorded, step, checkpoint)
+        finally:
+            run.progress.end()
+        write_file(folder / f"replay-step-{step}.json", (json.dumps(without_secrets(replay.record()), indent=1)
+                                                         + "\n").encode())
+    return replay
+
+
+def find_start(folder: Path, step: int) -> Checkpoint | None:
+    """The newest sound checkpoint before a step, also that of another run which this one went on from.
+
+    Returns: None for a run that began at its first step, and has none. Raises: CheckpointError when there is none, and
+        the run began later.
+    """
+    names = [name for name in same_run._checkpoints_in(folder) if int(name.removeprefix("step-")) < step]
+    for name in reversed(names):
+        try:
+            return open_checkpoint_folder(folder / same_run.CHECKPOINTS / name)
+        except CheckpointError as error:
+            logger.warning("checkpoint skipped: %s", error)
+    other = _went_on_from(folder)
+    if other is None:
+        return None
+    found = open_checkpoint_folder(other)
+    if found.step >= step:
+        raise CheckpointError(f"the run in {folder} went on from {other}, so step {step} is not its own. Replay it in "
+                              f"{same_run.run_folder(found)}.")
+    return found
+
+
+def _went_on_from(folder: Path) -> str | None:
+    """The checkpoint of another run that the run in a folder began with."""
+    events = folder / "events.jsonl"
+    first = events.read_text().partition("\n")[0] if events.is_file() else ""
+    return json.loads(first).get("checkpoint") if first else None
+
+
+def _recorded(folder: Path) -> dict[int, dict[str, str]]:
+    """The rows of loss.csv by step; one that was torn is left out."""
+    with open(folder / "loss.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if None not in row.values() and row["step"].isdigit()]
+    return {int(row["step"]): {name: row[name] for name in COMPARED} for row in rows}
+
+
+def _check_same(run: _Run, folder: Path, checkpoint: Checkpoint | None, args: Any) -> None:
+    """Refuse what was not this run. Without any checkpoint only the settings can be compared.
+
+    Raises: CheckpointError, field by field.
+    """
+    known = checkpoint or latest(folder / same_run.CHECKPOINTS)
+    if known is not None:
+        same_run.check_identity(known, run.identity, run.options.accept_changes)
+        return
+    own = {**(vars(args) if hasattr(args, "__dict__") else {}), **dataclasses.asdict(run.options),
+           "mode": run.accelerator.mode, "device": run.accelerator.device}
+    own["batch_size"] *= run.accelerator.num_processes
+    now = json.loads(json.dumps(without_secrets({k: v for k, v in own.items() if k not in same_run.MAY_CHANGE})))
+    saved = json.loads((folder / "training_args.json").read_text())
+    saved["batch_size"] *= saved.get("num_processes", 1)
+    changed = differences({k: v for k, v in saved.items() if k in now}, now, run.options.accept_changes)
+    if changed:
+        raise CheckpointError(f"{folder} was trained with other settings:\n  " + "\n  ".join(changed) + "\nSet them "
+                              "back.")
+
+
+def _replay(run: _Run, recorded: Mapping[int, dict[str, str]], step: int, checkpoint: Checkpoint | None) -> Replay:
+    """The steps up to ``step``, and that one under probes when it was not finite."""
+    after = 0 if checkpoint is None else checkpoint.step
+    if checkpoint is not None:
+        run.restore_step(checkpoint)
+    batches = itertools.chain.from_iterable(itertools.repeat(run.loader))
+    scales = same_run.parameters_of(run.step).get("loss_scale", {})
+    wrong: list[str] = []
+    run.progress.begin(step - after, "replaying", "step")
+    for number in range(after + 1, step + 1):
+        seen, kept = run.step.batches, {name: to_numpy(scale) for name, scale in scales.items()}
+        used, found = _make_step(run, number, batches)
+        wrong += [f"step {number}: {name} {found[name]}, recorded {value}"
+                  for name, value in recorded.get(number, {}).items() if found[name] != value]
+        run.progress.advance(loss=found["loss"])
+    run.progress.end()
+    eager, findings = None, []
+    if found["is_skipped"] == "1":  # the guard left weights and moments as they were
+        load_state(scales, kept)
+        run.step.batches = seen
+        eager, findings = _look_inside(run, used)
+    return Replay(step=step, after=after, start=_named(checkpoint, run.logger.output_path),
+                  mode="pynative" if run.is_eager else run.accelerator.mode, recorded=recorded[step], found=found,
+                  compared=sum(number in recorded for number in range(after + 1, step + 1)), differences=wrong,
+                  rows=[rows_of(batch, run.dataset, run.class_dataset) for batch in used], eager=eager,
+                  findings=findings)
+
+
+def _named(checkpoint: Checkpoint | None, folder: Path) -> str:
+    """What a replay begins with, in words."""
+    if checkpoint is None:
+        return "the initial weights"
+    is_own = same_run.run_folder(checkpoint).resolve() == folder.resolve()
+    return f"{same_run.CHECKPOINTS}/{checkpoint.path.name}" if is_own else str(checkpoint.path)
+
+
+def _make_step(run: _Run, number: int, batches: Iterator[Batch]) -> tuple[list[Batch], dict[str, str]]:
+    """The next step as training makes it: the batches it took, and its numbers as loss.csv writes them."""
+    rate = run.rate(number - 1)
+    run.optimizer.set_learning_rate(rate)
+    used, results = [], []
+    while not (results and results[-1].is_update):
+        used.append(next(batches))
+        results.append(run.compute(used[-1]))
+    numbers = numbers_of(results[-1], [result.loss for result in results]) | {"learning_rate": rate}
+    return used, {name: _text(numbers[name]) for name in COMPARED}
+
+
+def _look_inside(run: _Run, batches: list[Batch]) -> tuple[dict[str, str], list[Finding]]:
+    """Make a step once more, eagerly and under probes. Returns: its numbers, and what was not finite in it."""
+    step, pipe = run.step, run.model.pipe
+    units = run.cut.step if run.cut is not None else (*pipe.units, pipe.denoise)
+    probes = Probes(units, pipe.models, step.weights)
+
+    def forward(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        outputs = step._scaled_forward(inputs)
+        probes.row = None
+        probes.look("loss", outputs[1])
+        probes.look("scaled loss", outputs[0])
+        probes.end_forward()
+        return outputs
+
+    if run.is_eager:
+        run.model.forward = _counted(run.model.forward, probes)
+    step.value_and_grad = ms.value_and_grad(forward, None, step.weights, has_aux=True)
+    step.compiled_steps = {"update": CompiledStep(step._update, "the step under probes", "pynative"),
+                           "micro": CompiledStep(step._accumulate, "the accumulation under probes", "pynative")}
+    results = []
+    with probes:
+        for batch in batches:
+            probes.begin(len(batch.indices))
+            results.append(run.compute(batch))
+        probes.look("gradient norm", results[-1].grad_norm)
+    numbers = numbers_of(results[-1], [result.loss for result in results])
+    return {name: _text(value) for name, value in numbers.items()}, _from_prepare(run, batches, probes.findings)
+
+
+def _counted(forward: Callable[[Any], Tensor], probes: Probes) -> Callable[[Any], Tensor]:
+    """A module's own forward, which takes one row after the other, telling the probes which one it is at."""
+    def counted(data: Any) -> Tensor:
+        probes.row = 0 if probes.row is None else probes.row + 1
+        return forward(data)
+
+    return counted
+
+
+def _from_prepare(run: _Run, batches: list[Batch], findings: list[Finding]) -> list[Finding]:
+    """The findings, with those of preparing its row in front when the first one came out of the prepared half."""
+    first = findings[0] if findings else None
+    if first is None or run.cut is None or first.module or first.tensor != "input" or first.name not in run.cut.cache:
+        return findings
+    batch, position = batches[first.micro_step - 1], first.rows[0]
+    half = len(batch.indices) if run.class_dataset is None else len(batch.indices) // 2
+    rows = run.dataset if position < half else run.class_dataset
+    if isinstance(rows, CachedRows):
+        return findings
+    with Probes(run.cut.prepare, run.model.pipe.models) as probes:
+        probes.begin(1)
+        rows._make(int(batch.indices[position]) % rows.rows)
+    before = [dataclasses.replace(f, micro_step=first.micro_step, rows=(position,)) for f in probes.findings]
+    return (before + findings)[:MOST]

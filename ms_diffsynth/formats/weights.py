@@ -1,0 +1,308 @@
+"""Weights as NumPy arrays: safetensors files, read lazily, matched strictly, written by the commit protocol.
+
+Pickles (.bin, .pt, .pth, .ckpt) are never read: reading one executes code.
+"""
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ms_diffsynth.errors import WeightError, listing, nearest
+from ms_diffsynth.formats.shards import INDEX, PICKLES, Source, find_files, names_in, pickle_text
+from ms_diffsynth.storage.files import stage_folder, write_file
+
+# the tags of the safetensors format that NumPy and ml_dtypes have a type for
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+}
+# by name: MindSpore's asnumpy() gives a bfloat16 that is not the type of ml_dtypes (MindSpore 2.10)
+TAGS = {dtype.name: tag for tag, dtype in DTYPES.items()}
+FLOATS = {dtype.name: dtype for tag, dtype in DTYPES.items() if tag in ("F64", "F32", "F16", "BF16")}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor is: ``start`` is its first byte in ``file``."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: Path
+    start: int
+
+
+class Checkpoint:
+    """The tensors of one or several files by name. Headers are in memory, tensors are read when asked for.
+
+    Attributes:
+        files: the safetensors files, in order.
+        entries: name -> `Entry`, in the order of the files and of the bytes in them.
+        metadata: the metadata of all files, merged; all strings.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        self.files = list(files)
+        self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, str] = {}
+        twice: list[str] = []
+        for file in self.files:
+            entries, metadata = read_header(file)
+            twice += [f"{n} (in {self.entries[n].file.name} and {file.name})" for n in entries if n in self.entries]
+            self.entries.update(entries)
+            self.metadata.update(metadata)
+        if twice:
+            raise WeightError(f"{len(twice)} tensors are in two files: {listing(twice)}. Expected every name once: "
+                              "name the files of one variant, or delete the superfluous file.")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape."""
+        return {name: entry.shape for name, entry in self.entries.items()}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """One tensor, read from its file. Raises: WeightError for a name that is not there."""
+        if name not in self.entries:
+            raise WeightError(f"tensor '{name}' is not in {listing(f.name for f in self.files)}."
+                              f"{nearest(name, self.entries)}")
+        entry = self.entries[name]
+        with open(entry.file, "rb") as file:
+            return _read(file, entry)
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """All tensors as (name, array), file by file, one in memory at a time. Each array is the caller's own."""
+        by_file = defaultdict(list)
+        for name, entry in self.entries.items():
+            by_file[entry.file].append((name, entry))
+        for path, found in by_file.items():
+            with open(path, "rb") as file:
+                for name, entry in found:
+                    yield name, _read(file, entry)
+
+
+def open_checkpoint(source: Source) -> Checkpoint:
+    """Open a file, a folder, a glob pattern, an ``*.index.json``, or a list of these.
+
+    An index is honoured: every shard it names must be there and hold what it says. Without one, names of the form
+    ``x-00001-of-00003`` must be complete, unless a single file is given by name.
+
+    Raises: WeightError naming the missing shard and its tensors, tensors in two files, a broken file, or a pickle.
+    """
+    files, weight_map = find_files(source)
+    checkpoint = Checkpoint(files)
+    absent = [f"{name} (in {shard})" for name, shard in weight_map.items() if name not in checkpoint]
+    if absent:
+        raise WeightError(f"the index of {files[0].parent} names {len(absent)} tensors that its files do not hold: "
+                          f"{listing(absent)}. The download is incomplete or mixed: download the folder again.")
+    return checkpoint
+
+
+def load_state_dict(path: Source, torch_dtype: Any = None, device: str = "cpu") -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint in memory.
+
+    Args:
+        path: see `open_checkpoint`.
+        torch_dtype: float32, float16, bfloat16 or float64 as a name, a NumPy type or a MindSpore type; floating-point
+            tensors are cast to it, others are not. None keeps what the file holds.
+        device: only "cpu": arrays live on the host.
+
+    Raises: WeightError, also for a value that does not fit into the dtype.
+    """
+    if device != "cpu":
+        raise WeightError(f"device='{device}': expected 'cpu'. Weights are loaded as NumPy arrays.")
+    dtype = None if torch_dtype is None else float_dtype(torch_dtype)
+    tensors = open_checkpoint(path).tensors()
+    return {name: array if dtype is None else cast(array, dtype, name) for name, array in tensors}
+
+
+def float_dtype(dtype: Any) -> np.dtype:
+    """The NumPy dtype of a name, a NumPy type or a MindSpore type. Raises: WeightError."""
+    name = np.dtype(dtype).name if isinstance(dtype, (type, np.dtype)) else str(dtype).lower()
+    if name not in FLOATS:
+        raise WeightError(f"dtype {dtype}: expected one of {listing(FLOATS)}.{nearest(name, FLOATS)}")
+    return FLOATS[name]
+
+
+def native(array: np.ndarray) -> np.ndarray:
+    """The same bits with the dtype of NumPy or ml_dtypes, whoever registered the dtype of ``array``."""
+    dtype = DTYPES[TAGS[array.dtype.name]] if array.dtype.name in TAGS else array.dtype
+    return array if array.dtype == dtype else array.view(dtype)
+
+
+def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """``array`` as floating-point ``dtype``; integers stay. Raises: WeightError when a value becomes infinite."""
+    array = native(array)
+    if array.dtype.name not in FLOATS or array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if np.count_nonzero(np.isinf(result)) > np.count_nonzero(np.isinf(array)):
+        raise WeightError(f"tensor '{name}' holds {np.abs(array[np.isfinite(array)]).max()}, too large for "
+                          f"{dtype.name}. Choose bfloat16 or float32.")
+    return result
+
+
+def save_state_dict(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray],
+                    metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file by the commit protocol. Its metadata always says format "pt", which others demand.
+
+    Raises: OutputError when it cannot be written; WeightError for a dtype or metadata the format cannot hold.
+    """
+    write_file(path, serialize(tensors, metadata))
+
+
+def serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> list[memoryview]:
+    """A safetensors file as buffers: the header, then views of the tensors, widest dtype first so all are aligned.
+
+    Source: the format of safetensors 0.8.
+    """
+    metadata = {str(k): v for k, v in (metadata or {}).items()} | {"format": "pt"}
+    wrong = [f"metadata {k}={v!r} is no text" for k, v in metadata.items() if not isinstance(v, str)]
+    wrong += [f"tensor '{n}' is {type(a).__name__} of {getattr(a, 'dtype', 'no dtype')}" for n, a in tensors.items()
+              if not isinstance(a, np.ndarray) or a.dtype.name not in TAGS]
+    if wrong:
+        raise WeightError(f"safetensors cannot hold {listing(wrong)}. Expected text and arrays of {listing(TAGS, 20)}.")
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    buffers, start = [], 0
+    for name, array in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        offsets = [start, start + array.nbytes]
+        header[name] = {"dtype": TAGS[array.dtype.name], "shape": list(array.shape), "data_offsets": offsets}
+        start += array.nbytes
+        if array.nbytes:
+            buffers.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [memoryview(len(text).to_bytes(8, "little") + text), *buffers]
+
+
+def save_sharded(folder: str | os.PathLike[str], tensors: Mapping[str, np.ndarray],
+                 stem: str = "diffusion_pytorch_model", max_shard_bytes: int = 10 * 10**9,
+                 config: Mapping[str, Any] | None = None, replace: bool = False) -> None:
+    """Write a component folder as diffusers does: config.json and one file, or shards with their index.json.
+
+    Args:
+        stem: "diffusion_pytorch_model" for diffusers, "model" for transformers.
+        max_shard_bytes: a tensor larger than this gets a shard of its own.
+        replace: swap an existing folder; without it one that is not empty is refused.
+
+    Raises: OutputError, WeightError; the folder is complete or not there.
+    """
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
+    for name, array in tensors.items():
+        if shards[-1] and size + array.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size += array.nbytes
+    names = [f"{stem}-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [f"{stem}.safetensors"]
+    with stage_folder(folder, replace=replace) as stage:
+        for name, shard in zip(names, shards):
+            stage.write(name, serialize(shard))
+        if len(shards) > 1:
+            weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+            total = sum(array.nbytes for array in tensors.values())
+            stage.write(stem + INDEX, _json({"metadata": {"total_size": total}, "weight_map": weight_map}))
+        if config is not None:
+            stage.write("config.json", _json(config))
+
+
+def match(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]],
+          where: str = "the checkpoint") -> None:
+    """Check that a checkpoint holds exactly the tensors a model expects.
+
+    Args:
+        expected, found: name -> shape.
+        where: the checkpoint's name for the message.
+
+    Raises: WeightError listing missing, superfluous and mis-shaped tensors: the first ten of each, and how many.
+    """
+    missing = [n for n in expected if n not in found]
+    superfluous = [n for n in found if n not in expected]
+    shapes = [f"{n} {tuple(found[n])}, expected {tuple(expected[n])}" for n in expected
+              if n in found and tuple(found[n]) != tuple(expected[n])]
+    problems = []
+    if missing:
+        near = {n: get_close_matches(n, superfluous, n=1) for n in missing[:10]}
+        hints = [f"{n} (near: {near[n][0]})" if near.get(n) else n for n in missing]
+        problems.append(f"{len(missing)} missing: {listing(hints)}")
+    if superfluous:
+        problems.append(f"{len(superfluous)} superfluous: {listing(superfluous)}")
+    if shapes:
+        problems.append(f"{len(shapes)} of the wrong shape: {listing(shapes)}")
+    if problems:
+        raise WeightError(f"{where} does not fit the model ({len(expected)} tensors expected, {len(found)} found): "
+                          f"{'; '.join(problems)}. Give the checkpoint of this model, or its own config.json.")
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_header(file: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Names, shapes, dtypes and places of the tensors of one file, in the order of their bytes, and its metadata.
+
+    Raises: WeightError for a file that is missing, cut off, damaged, or not safetensors.
+    """
+    file = Path(file)
+    if file.suffix in PICKLES:
+        raise WeightError(pickle_text([file]))
+    try:
+        with safe_open(file, framework="np"):  # refuses bad lengths, and offsets that overlap or leave gaps
+            pass
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length), object_pairs_hook=_unique)
+    except FileNotFoundError:
+        raise WeightError(f"{file} does not exist.{nearest(file.name, names_in(file.parent))}") from None
+    except (SafetensorError, ValueError, OSError) as error:
+        size = file.stat().st_size if file.is_file() else "no"
+        raise WeightError(f"{file} ({size} bytes) is no complete safetensors file: {error}. "
+                          "Download or save it again.") from error
+    metadata = header.pop("__metadata__", {})
+    entries = {}
+    for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if info["dtype"] not in DTYPES:
+            raise WeightError(f"{file}: tensor '{name}' is {info['dtype']}; expected one of {listing(DTYPES, 20)}.")
+        entries[name] = Entry(tuple(info["shape"]), DTYPES[info["dtype"]], file, 8 + length + info["data_offsets"][0])
+    return entries, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no name may come twice: safetensors 0.8 takes the last one."""
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"its header names {listing(twice)} twice")
+    return dict(pairs)
+
+
+def _read(file: Any, entry: Entry) -> np.ndarray:
+    array = np.empty(entry.shape, entry.dtype)
+    if array.nbytes:
+        file.seek(entry.start)
+        if file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:
+            raise WeightError(f"{entry.file} became shorter while it was read. Download or save it again.")
+    return array
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

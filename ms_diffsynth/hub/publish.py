@@ -1,0 +1,315 @@
+"""Publishes files of a folder on the Hugging Face Hub or on ModelScope, in one commit. First save, then publish.
+
+    choose -> copy to a private folder -> look for secrets -> make the repository -> send -> commit -> compare
+
+Only regular files that a list allows are sent. Tokens come from the environment or the login cache, never from a
+setting.
+"""
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+from typing import Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from ms_diffsynth.errors import HubError, listing, nearest
+from ms_diffsynth.redact import redact
+
+logger = logging.getLogger(__name__)
+
+HUBS = ("huggingface", "modelscope")
+ATTEMPTS = 5
+WAIT_SECONDS = 1.0  # before the second attempt, doubled before each further one
+LONGEST_WAIT = 300.0  # seconds a hub may ask us to wait
+
+_FOLDERS = ("transformer", "unet", "vae", "text_encoder*", "tokenizer*", "scheduler")
+ALLOWED = ("README.md", "LICENSE*", "model.py", "model_index.json", "config.json", "*.safetensors",
+           "*.safetensors.index.json", "samples/*.png", *(f"{folder}/*.json" for folder in _FOLDERS),
+           *(f"{folder}/*.safetensors" for folder in _FOLDERS), "tokenizer*/*.txt", "tokenizer*/*.model",
+           "tokenizer*/*.jinja")
+# never sent, whoever asks: hidden files, keys, logs, and what resuming needs
+_PRIVATE = re.compile(r"^\.|\.(env|pem|key|log|pkl|pickle)$|^id_(rsa|ed25519)|token(\.|$)|"
+                      r"(^|[_.-])(optimizer|states?|rng|secrets?|credentials?|passwords?)([_.-]|$)", re.IGNORECASE)
+_LARGEST_TEXT = 1 << 20  # bytes of a file that are searched for secrets: 0.4 seconds (2 cores, 2026-11-21)
+
+T = TypeVar("T")
+
+
+def publish(folder: str | os.PathLike[str], model_id: str, *, hub: str = "huggingface", private: bool = True,
+            endpoint: str | None = None, files: Sequence[str] | None = None,
+            message: str = "Upload from ms_diffsynth") -> str:
+    """Send files of ``folder`` to the repository ``model_id``, which is made when it does not exist.
+
+    Args:
+        hub: "huggingface" or "modelscope".
+        private: make a private repository, and refuse one that is public.
+        endpoint: address of the hub; None is the client's own (``HF_ENDPOINT``, ``MODELSCOPE_ENDPOINT``).
+        files: names or patterns instead of `ALLOWED`; ``*`` stays within one folder.
+
+    Returns: the address of the commit.
+
+    Raises: HubError when there is nothing to send, a file holds a secret, or the hub refuses or cannot be reached;
+        its message holds no token and no address beyond the host.
+    """
+    client = connect(hub, endpoint)
+    names = choose(folder, files)
+    stage = _stage(Path(folder), names)
+    try:
+        _check_for_secrets(folder, stage, names)
+        return client.send(stage, names, model_id, private, redact(message))
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+class Client(Protocol):
+    """A hub and a token for it. ``send`` makes one commit of files below ``stage``, and returns its address."""
+
+    def send(self, stage: Path, names: Sequence[str], model_id: str, private: bool, message: str,
+             is_quiet: bool = False) -> str:
+        """Raises: HubError."""
+
+
+def connect(hub: str, endpoint: str | None = None) -> Client:
+    """The client of a hub; the network is not asked.
+
+    Raises: HubError when the hub is unknown, there is no token, or its client is not installed.
+    """
+    if hub not in HUBS:
+        raise HubError(f"hub='{hub}' is unknown: expected one of {', '.join(HUBS)}.{nearest(hub, HUBS)}")
+    return import_module(f"ms_diffsynth.hub.{hub}").connect(endpoint)  # they import this module
+
+
+# -- what is sent --------------------------------------------------------------------------------------------------
+
+
+def choose(folder: str | os.PathLike[str], files: Sequence[str] | None = None) -> list[str]:
+    """The files of a folder that may be sent, by relative name: those `ALLOWED`, or those ``files`` names.
+
+    Raises: HubError when there are none, when one that is named does not exist, or may never be sent.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise HubError(f"{folder} is no folder. Give the output folder of a run, or of a saved model.")
+    found = sorted(_regular_files(folder))
+    sent = [n for n in found if not any(_PRIVATE.search(part) for part in PurePosixPath(n).parts)]
+    lost = [f for f in files or () if not any(_matches(n, f) for n in sent)]
+    if lost:
+        why = " (hidden files, links, keys, logs and optimizer states are never sent)" if os.path.lexists(
+            folder / lost[0]) else nearest(lost[0], sent)
+        raise HubError(f"{folder} has no file {listing(lost)} to send{why}. It has {listing(sent) or 'none at all'}.")
+    names = [n for n in sent if any(_matches(n, f) for f in (files or ALLOWED))]
+    if not names:
+        raise HubError(f"{folder} has nothing to send: none of its {len(found)} files is a model card, weights, a "
+                       "configuration of a model, or a sample picture. Name files with --files.")
+    return names
+
+
+def _regular_files(folder: Path) -> Iterator[str]:
+    """Names of the regular files below a folder; a link is no regular file, wherever it leads."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".")]  # also spares the walk through .git
+        for name in names:
+            path = Path(parent, name)
+            if path.is_file() and not path.is_symlink():
+                yield path.relative_to(folder).as_posix()
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, wanted = PurePosixPath(name).parts, PurePosixPath(pattern).parts
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+
+
+def _stage(folder: Path, names: Sequence[str]) -> Path:
+    """A private folder that holds the named files as they are now, whatever is written to ``folder`` later.
+
+    Weights are linked: they are only ever replaced as a whole. Everything else is copied.
+
+    Raises: HubError when this cannot be done; nothing is left behind.
+    """
+    try:
+        stage = Path(tempfile.mkdtemp(prefix=".upload-", dir=folder))  # on the same disk, so that links are possible
+    except OSError:
+        stage = Path(tempfile.mkdtemp(prefix="ms-diffsynth-upload-"))
+    try:
+        for name in names:
+            source, target = folder / name, stage / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _take(source, target)
+        links = [n for n in names if (stage / n).is_symlink()]
+        if links:
+            raise HubError(f"{folder}: {listing(links)} became a link meanwhile. Send it again.")
+    except BaseException as error:
+        shutil.rmtree(stage, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise HubError(f"{folder} cannot be copied for sending: {error.strerror or error}. Check the disk, then "
+                           f"run ms-diffsynth push {folder}.") from error
+        raise
+    return stage
+
+
+def _take(source: Path, target: Path) -> None:
+    if target.suffix == ".safetensors":
+        with contextlib.suppress(OSError):  # another disk, or one without links
+            os.link(source, target, follow_symlinks=False)
+            return
+    shutil.copyfile(source, target, follow_symlinks=False)
+
+
+def _check_for_secrets(folder: str | os.PathLike[str], stage: Path, names: Sequence[str]) -> None:
+    """Raises: HubError naming every file, and line, that `redact` would change."""
+    found = []
+    for name in names:
+        if name.startswith("tokenizer"):
+            continue  # the base model's; a vocabulary holds every word, "password" and a number beside it
+        text = _text_of(stage / name)
+        if redact(text) != text:
+            lines = [k for k, line in enumerate(text.splitlines(), 1) if redact(line) != line]
+            found.append(f"{name} line {lines[0]}" if lines and not name.endswith(".safetensors") else name)
+    if found:
+        raise HubError(f"{folder}: what looks like a token or a password is in {listing(found)}; nothing was sent. "
+                       "Remove it, and replace the token: it may have been seen already.")
+
+
+def _text_of(path: Path) -> str:
+    """What of a file may be text: the header of safetensors, the beginning of anything else."""
+    with open(path, "rb") as file:
+        size = _LARGEST_TEXT
+        if path.suffix == ".safetensors":
+            size = min(size, int.from_bytes(file.read(8), "little"))
+        return file.read(size).decode("utf-8", errors="replace")
+
+
+# -- how it is sent ------------------------------------------------------------------------------------------------
+
+
+class Unreachable(Exception):
+    """A hub that may answer later; the message says why, without addresses or tokens.
+
+    Attributes:
+        wait: seconds the hub asks us to wait, or None.
+    """
+
+    def __init__(self, message: str, wait: float | None = None):
+        super().__init__(message)
+        self.wait = wait
+
+
+def patiently(what: str, call: Callable[[int], T]) -> T:
+    """``call(attempt)`` until it is not `Unreachable`, at most ATTEMPTS times, waiting longer each time.
+
+    Raises: HubError when it stays so, or the hub asks for more than LONGEST_WAIT seconds.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call(attempt)
+        except Unreachable as error:
+            wait = WAIT_SECONDS * 2 ** (attempt - 1) if error.wait is None else error.wait
+            if attempt == ATTEMPTS or wait > LONGEST_WAIT:
+                asked = f", which asks to wait {wait:.0f} seconds" if wait > LONGEST_WAIT else ""
+                raise HubError(f"{what} failed in {attempt} attempts: {error}{asked}. What is on this disk is "
+                               "complete: send it again later with ms-diffsynth push.") from error.__cause__
+            logger.warning("%s: %s; attempt %d of %d follows in %.0f seconds.", what, error, attempt + 1, ATTEMPTS,
+                           wait)
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def host_of(endpoint: str) -> str:
+    """The host of a hub's address.
+
+    Raises: HubError for an address that would give the token away: one with a password in it, or without encryption.
+    """
+    address = urlsplit(endpoint)
+    host = address.hostname or ""
+    if address.username or address.password:
+        raise HubError(f"the endpoint of {host} holds a user name or a password, which would end up in logs. "
+                       "Expected the plain address; log in instead.")
+    if not host or (address.scheme != "https" and host not in ("localhost", "127.0.0.1", "::1")):
+        raise HubError(f"endpoint='{redact(endpoint)}' is no address a token may be sent to: expected https://host.")
+    return host
+
+
+def compare(model_id: str, host: str, expected: dict[str, tuple[int, str]], stored: dict[str, tuple[int, str]]) -> None:
+    """Raises: HubError unless the hub has every file in the size, and with the checksum, it was sent with."""
+    wrong = [name for name, sent in expected.items() if stored.get(name) != sent]
+    if wrong:
+        raise HubError(f"{model_id} on {host} does not hold {listing(wrong)} as sent. Check the repository (a "
+                       ".gitignore in it drops files), then send it again.")
+
+
+class BackgroundUpload:
+    """Publishes a folder from one thread while training goes on. Args: as those of `publish`.
+
+    What is wrong at the start is raised, by `connect`; what fails later is not.
+
+    Attributes:
+        failures: one line for each upload that failed.
+    """
+
+    def __init__(self, model_id: str, *, hub: str = "huggingface", private: bool = True, endpoint: str | None = None):
+        self.model_id = model_id
+        self.failures: list[str] = []
+        self._client, self._private = connect(hub, endpoint), private
+        self._waiting: queue.Queue[tuple[Path, Path, list[str], str] | None] = queue.Queue()
+        self._given_up = False
+        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
+        self._thread.start()
+
+    def submit(self, folder: str | os.PathLike[str], message: str = "Upload from ms_diffsynth",
+               files: Sequence[str] | None = None) -> None:
+        """Take what the folder holds now and publish it soon. What waits of the same folder is replaced by it."""
+        try:
+            names = choose(folder, files)
+            stage = _stage(Path(folder), names)
+        except Exception as error:  # training goes on, whatever is wrong with the folder
+            self._failed(error)
+            return
+        with self._waiting.mutex:
+            old = [job for job in self._waiting.queue if job and job[0] == Path(folder)]
+            for job in old:
+                self._waiting.queue.remove(job)
+        for job in old:
+            shutil.rmtree(job[1], ignore_errors=True)
+        self._waiting.put((Path(folder), stage, names, message))
+
+    def close(self, timeout: float = 600.0) -> list[str]:
+        """Wait for what is under way, at most ``timeout`` seconds. Returns: `failures`, which are logged once more."""
+        self._waiting.put(None)
+        if self._thread.is_alive():
+            logger.info("waiting for the upload to %s, at most %.0f seconds.", self.model_id, timeout)
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._given_up = True
+            self._failed(TimeoutError(f"not done after {timeout:.0f} seconds"))
+        if self.failures:
+            logger.warning("%d uploads to %s failed; the files are complete on this disk, ms-diffsynth push sends "
+                           "them. The last failure: %s", len(self.failures), self.model_id, self.failures[-1])
+        return self.failures
+
+    def _work(self) -> None:
+        while (job := self._waiting.get()) is not None and not self._given_up:
+            folder, stage, names, message = job
+            try:
+                _check_for_secrets(folder, stage, names)
+                url = self._client.send(stage, names, self.model_id, self._private, redact(message), is_quiet=True)
+                logger.info("uploaded %d files: %s", len(names), url)
+            except Exception as error:  # of any client, in any version: training goes on
+                self._failed(error)
+            finally:
+                shutil.rmtree(stage, ignore_errors=True)
+
+    def _failed(self, error: Exception) -> None:
+        line = redact(" ".join(f"{type(error).__name__}: {error}".split()))
+        self.failures.append(line)
+        logger.warning("upload to %s failed, training goes on: %s", self.model_id, line)

@@ -1,0 +1,1 @@
+"""What happens between two steps of a run: see `train.hooks.contract.Hook`."""

@@ -1,0 +1,112 @@
+"""Publishing on ModelScope, through its real client, against a stand-in on this machine that fails on demand."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from published_run import NAME, expected, held, without_a_login, write_run
+from upload_server import MODELSCOPE_TOKEN, TOKEN, ModelScopeServer
+
+import ms_diffsynth
+from ms_diffsynth.errors import HubError
+from ms_diffsynth.formats.weights import load_state_dict
+from ms_diffsynth.hub.download import ModelConfig
+from ms_diffsynth.hub.publish import connect, publish
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_run(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch, tmp_path):
+    return without_a_login(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def modelscope():
+    with ModelScopeServer() as server:
+        yield server
+
+
+def test_without_modelscopes_client(monkeypatch):
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
+    with pytest.raises(HubError, match=r"needs its client: pip install 'ms_diffsynth\[modelscope\]'"):
+        connect("modelscope")
+
+
+def test_modelscope_round_trip(modelscope, folder, tmp_path):
+    from modelscope_hub import HubApi, HubConfig
+
+    url = publish(folder, NAME, hub="modelscope", endpoint=modelscope.endpoint, message="two steps")
+    assert url == f"{modelscope.endpoint}/models/{NAME}"
+    assert modelscope.visibility[NAME] == 1 and modelscope.licences[NAME] == "apache-2.0"
+    assert modelscope.messages == ["two steps"] and held(modelscope) == expected(folder)
+    got = HubApi(config=HubConfig(endpoint=modelscope.endpoint)).download_repo(
+        NAME, "model", local_dir=tmp_path / "models" / NAME)
+    config = ModelConfig(model_id=NAME, origin_file_pattern="*.safetensors", local_model_path=tmp_path / "models")
+    assert load_state_dict(config.resolve()[0])["a"][-1] == 49_999
+    assert {n: (Path(got) / n).read_bytes() for n in expected(folder)} == expected(folder)
+
+
+def test_modelscope_says_other_than_apache_of_an_unknown_licence(modelscope, folder):
+    (folder / "README.md").write_text("# no licence named")
+    publish(folder, NAME, hub="modelscope", endpoint=modelscope.endpoint)
+    assert modelscope.licences[NAME] == "Other"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("fault, waited", [
+    ({"where": "POST /api/v1/repos/models/writer/model/commit", "status": 503, "times": 2}, [1, 2]),
+    ({"where": "POST /api/v1/models", "status": 429, "headers": {"Retry-After": "7"}}, [7]),
+    ({"where": "PUT /lfs/", "is_cut": True}, [1]),
+    ({"where": "PUT /lfs/", "status": 503}, [1]),
+    ({"where": "POST", "seconds": 0.1, "times": 9}, []),
+])
+def test_modelscope_faults_that_pass(modelscope, folder, waits, fault, waited):
+    modelscope.fail(**fault)
+    publish(folder, NAME, hub="modelscope", endpoint=modelscope.endpoint)
+    assert held(modelscope) == expected(folder) and len(modelscope.messages) == 1
+    assert waits == waited
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("status, message", [
+    (401, r"was refused by 127\.0\.0\.1 \(401\)\. Set MODELSCOPE_API_TOKEN"), (403, r"\(403\)\. Give the token"),
+    (500, r"failed in 5 attempts: 127\.0\.0\.1 answered 500")])
+def test_modelscope_faults_that_stay(modelscope, folder, status, message):
+    modelscope.fail("POST /api/v1/models", status=status, times=99, body=b'{"Message": "no %s"}' % TOKEN.encode())
+    with pytest.raises(HubError, match=message) as caught:
+        publish(folder, NAME, hub="modelscope", endpoint=modelscope.endpoint)
+    assert TOKEN not in str(caught.value) and MODELSCOPE_TOKEN not in str(caught.value)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("visibility", [3, 5])
+def test_modelscope_a_public_repository_is_not_used(modelscope, folder, visibility):
+    modelscope.make(NAME, visibility)
+    with pytest.raises(HubError, match="is public, and a private repository was asked for; nothing was sent"):
+        publish(folder, NAME, hub="modelscope", endpoint=modelscope.endpoint)
+    assert held(modelscope) == {} and modelscope.calls("PUT") == 0
+
+
+def test_modelscope_needs_an_owner_and_a_token(modelscope, folder, monkeypatch):
+    with pytest.raises(HubError, match="hub_model_id='model' is no repository name"):
+        publish(folder, "model", hub="modelscope", endpoint=modelscope.endpoint)
+    monkeypatch.delenv("MODELSCOPE_API_TOKEN")
+    with pytest.raises(HubError, match=r"no token for 127\.0\.0\.1\. Set MODELSCOPE_API_TOKEN"):
+        connect("modelscope", modelscope.endpoint)
+
+
+def test_modelscopes_client_does_not_import_torch(modelscope, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    code = ("from ms_diffsynth.hub.publish import connect\nimport sys\n"
+            "connect('modelscope')\nsys.exit(int('torch' in sys.modules))")
+    path = os.pathsep.join([str(tmp_path), str(Path(ms_diffsynth.__file__).parents[1])])
+    result = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True,
+                            text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,166 @@
+"""The cache folder: what is written is read back to the bit, and nothing else is believed."""
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from ms_diffsynth.errors import CacheError, OutputError
+from ms_diffsynth.storage.cache import Cache, PlannedRow, differences, digest_of
+
+pytestmark = pytest.mark.fault
+
+SLOTS = {"moments": np.arange(24, dtype=np.float32).reshape(2, 3, 4), "ids": np.array([3, 1, 2], np.int32)}
+FINGERPRINT = {"pipeline": "Toy", "dtype": "float32", "models": {"vae": "a" * 64, "text": "b" * 64},
+               "pictures": {"instance": {"image": {"Crop": {"height": 16, "width": 16}}}}}
+ROWS = {"instance": [PlannedRow(digest_of(k), f"{k}.png") for k in range(3)]}
+
+
+@pytest.fixture
+def cache(tmp_path):
+    cache = Cache(tmp_path / "cache")
+    cache.begin(FINGERPRINT, {"vae": {"channels": 4}}, ROWS)
+    for k, row in enumerate(ROWS["instance"]):
+        cache.write(row.key, {name: array + k for name, array in SLOTS.items()}, (16, 8 * (k + 1)))
+    cache.finish()
+    return cache
+
+
+def test_what_is_written_is_read_back(cache):
+    again = Cache(cache.folder)
+    again.check(FINGERPRINT)
+    assert again.rows("instance") == ROWS["instance"] and again.rows("class") == []
+    assert again.manifest["configs"] == {"vae": {"channels": 4}} and again.unused() == []
+    for k, row in enumerate(again.rows("instance")):
+        slots, size = again.read(row.key)
+        assert size == (16, 8 * (k + 1)) and set(slots) == set(SLOTS)
+        for name, array in SLOTS.items():
+            assert slots[name].dtype == array.dtype and np.array_equal(slots[name], array + k)
+
+
+def test_the_same_content_gives_the_same_bytes(cache, tmp_path):
+    other = Cache(tmp_path / "other")
+    other.begin(FINGERPRINT, {"vae": {"channels": 4}}, ROWS)
+    for k, row in enumerate(ROWS["instance"]):
+        other.write(row.key, {name: array + k for name, array in reversed(SLOTS.items())}, (16, 8 * (k + 1)))
+    other.finish()
+    files = sorted(p.relative_to(cache.folder) for p in cache.folder.rglob("*") if p.is_file())
+    assert len(files) == 4
+    assert all((cache.folder / f).read_bytes() == (other.folder / f).read_bytes() for f in files)
+
+
+def test_sixty_four_flipped_bits_are_sixty_four_found(cache):
+    key = ROWS["instance"][0].key
+    path = cache._path(key)
+    sound = path.read_bytes()
+    generator = np.random.default_rng(0)
+    blanks = sound.index(b"}}") + 2  # a header is padded with blanks, which mean nothing
+    header_end = 8 + int.from_bytes(sound[:8], "little")
+    places = [p for p in generator.permutation(len(sound)) if not blanks <= p < header_end][:64]
+    for place in places:
+        broken = bytearray(sound)
+        broken[place] ^= 1 << generator.integers(8)
+        path.write_bytes(broken)
+        with pytest.raises(CacheError, match="damaged"):
+            cache.read(key)
+        assert not cache.holds(key)
+    path.write_bytes(sound)
+    assert cache.holds(key)
+
+
+@pytest.mark.parametrize("length", [0, 4, 40, -1])
+def test_a_truncated_entry_is_named(cache, length):
+    row = ROWS["instance"][1]
+    path = cache._path(row.key)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(CacheError, match=r"\(1\.png\) is damaged .*data_process again; it replaces what is damaged"):
+        cache.read(row.key, row.label)
+
+
+def test_entries_that_changed_places_are_found(cache):
+    first, second = (cache._path(row.key) for row in ROWS["instance"][:2])
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    with pytest.raises(CacheError, match="another digest"):
+        cache.read(ROWS["instance"][0].key)
+
+
+def test_a_lost_entry_is_named_before_training(cache):
+    cache._path(ROWS["instance"][2].key).unlink()
+    with pytest.raises(CacheError, match=r"lacks the entries of 2\.png"):
+        Cache(cache.folder).check(FINGERPRINT)
+
+
+def test_an_interrupted_cache_says_how_far_it_came(tmp_path):
+    cache = Cache(tmp_path)
+    cache.begin(FINGERPRINT, {}, ROWS)
+    cache.write(ROWS["instance"][0].key, SLOTS, (16, 16))
+    with pytest.raises(CacheError, match="incomplete: 1 of 3 entries are there"):
+        Cache(tmp_path).check(FINGERPRINT)
+    with pytest.raises(CacheError, match=r"lacks the entries of 1\.png, 2\.png"):
+        cache.finish()
+
+
+@pytest.mark.parametrize("changed, expected", [
+    ({"dtype": "bfloat16"}, "dtype: \"float32\", expected \"bfloat16\""),
+    ({"models": {"vae": "c" * 64}}, "models.vae: \"aaaa"),
+    ({"pictures": {"instance": {"image": {"Crop": {"height": 32, "width": 16}}}}},
+     "pictures.instance.image.Crop.height: 16, expected 32"),
+    ({"pipeline": "Flux", "models": {}}, "pipeline: \"Toy\", expected \"Flux\""),
+    ({"models": {"tokenizer": "d" * 64}}, "models.tokenizer: null"),
+])
+def test_a_foreign_cache_is_refused_field_by_field(cache, changed, expected):
+    with pytest.raises(CacheError, match="made by another configuration") as error:
+        cache.check(FINGERPRINT | changed)
+    assert expected in str(error.value) and error.value.exit_code == 78
+
+
+def test_fields_nobody_asks_for_are_not_compared(cache):
+    cache.check({"dtype": "float32", "models": {"vae": "a" * 64}})
+    assert differences({"a": {"b": 1, "c": [1]}}, {"a": {"b": 2, "c": [1, 2]}}) == [
+        "a.b: 1, expected 2", "a.c: [1], expected [1, 2]"]
+
+
+def test_what_is_no_cache_says_what_it_is(tmp_path):
+    with pytest.raises(CacheError, match="no such folder"):
+        Cache(tmp_path / "none").check({})
+    with pytest.raises(CacheError, match="the folder is empty"):
+        Cache(tmp_path).check({})
+    (tmp_path / "note.txt").write_text("x")
+    with pytest.raises(CacheError, match=r"has no cache\.json"):
+        Cache(tmp_path).check({})
+    (tmp_path / "0.pth").write_bytes(b"\x80\x04")
+    with pytest.raises(CacheError, match=r"0\.pth, pickled caches of DiffSynth-Studio. Loading a pickle runs whatever"):
+        Cache(tmp_path).check({})
+
+
+@pytest.mark.parametrize("damage, expected", [
+    (lambda text: text[:50], "damaged"), (lambda text: "[]", "damaged"), (lambda text: "\x00", "damaged"),
+    (lambda text: text.replace("float32", "float64"), "digest is wrong"),
+    (lambda text: json.dumps((lambda m: m | {"digest": digest_of(m)})({"format": 9})), "its format is 9, expected 1"),
+])
+def test_a_damaged_manifest_is_refused(cache, damage, expected):
+    path = cache.folder / "cache.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(CacheError, match=expected):
+        Cache(cache.folder)
+
+
+def test_beginning_again_keeps_a_complete_cache_and_tells_what_changed(cache):
+    assert cache.begin(FINGERPRINT, {"vae": {"channels": 4}}, ROWS) == [] and cache.manifest["complete"]
+    changed = cache.begin(FINGERPRINT | {"dtype": "bfloat16"}, {}, ROWS)
+    assert changed == ['dtype: "float32", expected "bfloat16"'] and not cache.manifest["complete"]
+    assert cache.begin(FINGERPRINT, {}, {"instance": ROWS["instance"][:1]}) and len(cache.unused()) == 2
+
+
+def test_a_full_disk_leaves_no_half_entry(cache, monkeypatch, tmp_path):
+    from ms_diffsynth.storage import files
+
+    other = Cache(tmp_path / "full")
+    other.begin(FINGERPRINT, {}, ROWS)
+    monkeypatch.setattr(files.Calls, "free", staticmethod(lambda folder: 10))
+    with pytest.raises(OutputError):
+        other.write(ROWS["instance"][0].key, SLOTS, (16, 16))
+    assert list(other.entries()) == [] and not [p for p in other.folder.rglob("*") if p.suffix == ".safetensors"]
