@@ -96,7 +96,7 @@ def _join(device: str) -> tuple[int, int]:
 
     if device == "CPU" and _current is None and "DEVICE_ID" in os.environ:
         _take_cores(int(os.environ["DEVICE_ID"]), int(os.environ.get("LOCAL_WORLD_SIZE") or world_size))
-    # On the CPU also how long a rank waits in a collective, while rank 0 makes pictures: 30 s if nobody says otherwise.
+    # On the CPU also how long a rank waits in a collective, while rank 0 makes images: 30 s by default.
     os.environ.setdefault("MS_NODE_TIMEOUT", "1800")
     try:
         communication.init()  # HCCL or MCCL, as the device has it; again, it does nothing
@@ -111,7 +111,7 @@ def _join(device: str) -> tuple[int, int]:
 
 
 def _yield_to_others() -> None:
-    """Let the threads that this one wakes go on first, from now on.
+    """From now on, let the threads that this one wakes run first.
 
     A rank that leaves is told by a thread of MindSpore that it may, and frees the connection at once, while that thread
     is about to look at it again. Of ranks that shared busy cores 3 of 44 ended in a segmentation fault, after all was
@@ -196,7 +196,7 @@ def compute_dtype(name: str | None) -> ms.Type:
     if current().device == "CPU":
         if name not in (None, "float32"):
             logger.warning("dtype=%s: the CPU has no %s matrix product, so everything is computed in float32 "
-                           "(twice the memory for weights). On Ascend the setting is obeyed.", name, name)
+                           "(twice the memory for weights). On Ascend the setting is used.", name, name)
         return ms.float32
     return DTYPES[name or "bfloat16"]
 

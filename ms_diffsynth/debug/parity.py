@@ -45,7 +45,7 @@ def read_case(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "case.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{folder} is no reference case: it has no case.json. Give a folder such as "
+        raise DataError(f"{folder} is not a reference case: case.json is missing. Give a folder such as "
                         f"{CASES / 'flux'}.") from None
     except ValueError as error:
         raise DataError(f"{folder / 'case.json'} is not JSON ({error}): copy the case again.") from None

@@ -131,7 +131,7 @@ def replay_training_step(accelerator: Accelerator, dataset: Any, model: Diffusio
 
     ``model`` must be as it was when the run began; afterwards it has the weights of the step.
 
-    Returns: what it gave. Raises: ConfigError when there is no such run or step; OutputError when the run is going on;
+    Returns: the result. Raises: ConfigError for an unknown run or step; OutputError when the run is still running;
         CheckpointError when it cannot be this run, or when nothing is left that it can start from.
     """
     folder = Path(output_path)
@@ -139,7 +139,7 @@ def replay_training_step(accelerator: Accelerator, dataset: Any, model: Diffusio
         raise ConfigError(f"a replay in {accelerator.num_processes} processes: expected one. Give it the batch_size of "
                           "all ranks of the run.")
     if not (folder / "loss.csv").is_file():
-        raise ConfigError(f"{folder} holds no run: there is no loss.csv. Give the output_path of one.")
+        raise ConfigError(f"{folder} does not contain a run: loss.csv is missing. Give the output_path of a run.")
     given = TrainingOptions.of(args, {"gradient_accumulation_steps": accelerator.gradient_accumulation_steps} | options)
     with lock_folder(folder):
         recorded = _recorded(folder)
@@ -164,7 +164,7 @@ def replay_training_step(accelerator: Accelerator, dataset: Any, model: Diffusio
 
 
 def find_start(folder: Path, step: int) -> Checkpoint | None:
-    """The newest sound checkpoint before a step, also that of another run which this one went on from.
+    """The newest sound checkpoint before a step, also that of another run from which this one was resumed.
 
     Returns: None for a run that began at its first step, and has none. Raises: CheckpointError when there is none, and
         the run began later.
@@ -180,8 +180,8 @@ def find_start(folder: Path, step: int) -> Checkpoint | None:
         return None
     found = open_checkpoint_folder(other)
     if found.step >= step:
-        raise CheckpointError(f"the run in {folder} went on from {other}, so step {step} is not its own. Replay it in "
-                              f"{same_run.run_folder(found)}.")
+        raise CheckpointError(f"the run in {folder} was resumed from {other}, so step {step} is not its own. Replay it "
+                              f"in {same_run.run_folder(found)}.")
     return found
 
 

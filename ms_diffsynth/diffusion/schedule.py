@@ -272,7 +272,7 @@ class FlowMatchSettings:
 
     @property
     def training_shift(self) -> float:
-        """By how much the grid of training is shifted; 1 is not at all."""
+        """The shift of the training grid; 1 means no shift."""
         return 1.0 if self.use_dynamic_shifting else self.shift
 
     def to_config(self) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def _folded(weights: Mapping[str, np.ndarray], conv: str, norm: str) -> tuple[np
 def _depthwise(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """Each channel by itself, as products with its windows.
 
-    8 pictures of 32 channels of 112 x 112 pixels take the CPU's grouped Conv2D 240 ms and this 70 ms (MindSpore 2.10,
+    8 images of 32 channels of 112 x 112 pixels take the CPU's grouped Conv2D 240 ms and this 70 ms (MindSpore 2.10,
     2 cores, 2026-11-21).
     """
     batch, channels, size, _ = x.shape

@@ -1,4 +1,4 @@
-"""The code of a template, ``model.py``: read once, shown, and run only when its user vouches for it.
+"""The code of a template, ``model.py``: read once, shown, and run only when its user trusts it.
 
 To run ``model.py`` is to run code of whoever wrote it, with everything the user may do; nothing here confines it. So
 nothing of it runs without ``trust_template_code``, of a local folder neither. The bytes whose SHA-256 is shown and
@@ -53,8 +53,8 @@ def read_code(folder: Path, origin: str = "") -> TemplateCode:
     """Read ``model.py`` of a template's folder; nothing runs. Raises: TemplateError."""
     path = Path(folder) / "model.py"
     if not path.is_file():
-        raise TemplateError(f"{folder} is no template: expected a folder with a model.py that defines TEMPLATE_MODEL. "
-                            "Give the folder itself, or owner/name: of one on a hub.")
+        raise TemplateError(f"{folder} is not a template: expected a folder with a model.py that defines "
+                            "TEMPLATE_MODEL. Give the folder itself, or owner/name: of one on a hub.")
     try:
         with open_regular(path) as file:
             source = file.read(LARGEST + 1)
@@ -67,7 +67,7 @@ def read_code(folder: Path, origin: str = "") -> TemplateCode:
 
 
 def check_trust(code: TemplateCode, trust_template_code: bool, trust_template_sha256: str | None = None) -> None:
-    """Let code pass that its user vouches for.
+    """Accept code that its user trusts.
 
     Args:
         trust_template_code: the user's word; anything but True is none.
@@ -76,11 +76,11 @@ def check_trust(code: TemplateCode, trust_template_code: bool, trust_template_sh
     Raises: UntrustedCodeError showing path, size and SHA-256.
     """
     if trust_template_code is not True:
-        raise UntrustedCodeError(f"{code} is Python code, and running it gives it everything you may do. Nothing of it "
-                                 "has run. Read it, then pass --trust_template_code (trust_template_code=True), with "
+        raise UntrustedCodeError(f"{code} is Python code; if it runs, it has all your permissions. None of it has run. "
+                                 "Read it, then pass --trust_template_code (trust_template_code=True), with "
                                  f"--trust_template_sha256 {code.sha256} to allow exactly these bytes.")
     if trust_template_sha256 is not None and trust_template_sha256.strip().lower() != code.sha256:
-        raise UntrustedCodeError(f"{code} is not what was allowed: expected sha256 {trust_template_sha256}. Nothing of "
+        raise UntrustedCodeError(f"{code} is not what was allowed: expected sha256 {trust_template_sha256}. None of "
                                  "it has run. Find out who changed it; read it again before you allow its new sha256.")
 
 
@@ -172,7 +172,7 @@ def weight_files(code: TemplateCode, module: types.ModuleType) -> list[Path]:
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Whether a file lies in a folder; the hub's cache keeps links from a snapshot to its own blobs."""
+    """Whether a file is in a folder; the hub's cache keeps links from a snapshot to its own blobs."""
     target, home = file.resolve(), folder.resolve()
     if target.is_relative_to(home):
         return True

@@ -26,11 +26,11 @@ def attach_template(pipe: Pipeline, path: str | Path | ModelConfig, *, trust_tem
     Its weights are float32, whatever the base model's are: they are what learns. ``pipe.use_input("template_inputs")``
     switches the input on.
 
-    Raises: ConfigError for a family that takes no templates; see also `open_template`.
+    Raises: ConfigError for a family that does not support templates; see also `open_template`.
     """
     if "template_cache?" not in pipe.denoise.input_params:
-        raise ConfigError(f"{type(pipe).__name__} takes no templates: its network reads no template cache. Use the "
-                          "family flux2.")
+        raise ConfigError(f"{type(pipe).__name__} does not support templates: its network does not read a "
+                          "template cache. Use the family flux2.")
     template = open_template(path, trust_template_code, trust_template_sha256)
     others = tuple(c for c in pipe.components if c.name != "template_model")
     pipe.components = (*others, Component(name="template_model", folder="", build=lambda folder: template.build()))
@@ -43,7 +43,7 @@ def attach_template(pipe: Pipeline, path: str | Path | ModelConfig, *, trust_tem
 
 
 def trained_template_cache(pipe: Pipeline, template_inputs: dict[str, Any]) -> TemplateCache:
-    """The cache of the template in training, with its present weights, for sample pictures.
+    """The cache of the template in training, with its present weights, for sample images.
 
     ``template_inputs`` are a row's: they go through TEMPLATE_DATA_PROCESSOR.
     """

@@ -106,7 +106,7 @@ def test_stage_two_refuses_a_cache_of_another_tokenizer_or_family(tiny_flux, tmp
 
 
 @pytest.mark.parametrize("how, says", [
-    ({"fp8_models": "dti"}, "fp8_models: 'dti' is no model of FluxImagePipeline"),
+    ({"fp8_models": "dti"}, "fp8_models: 'dti' is not a model of FluxImagePipeline"),
     ({"fp8_models": "dit", "lora_base_model": None, "trainable_models": "dit"}, "is trained"),
 ])
 def test_what_cannot_be_stored_is_refused(tiny_flux, how, says):

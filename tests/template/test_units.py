@@ -316,7 +316,7 @@ TEMPLATE_DATA_PROCESSOR = Processor
 def test_a_family_without_templates_and_inputs_that_are_not_switched_on(toy, toy_folder, template):
     from ms_diffsynth.pipelines.toy.pipeline import ToyImagePipeline
 
-    with pytest.raises(ConfigError, match="ToyImagePipeline takes no templates"):
+    with pytest.raises(ConfigError, match="ToyImagePipeline does not support templates"):
         attach_template(ToyImagePipeline.from_pretrained(str(toy_folder)), template(), **TRUST)
     with pytest.raises(ConfigError, match=r"template_inputs.*Set template_model_id_or_path"):
         DiffusionTrainingModule().switch_pipe_to_training_mode(toy(), trainable_models="dit",

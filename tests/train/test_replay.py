@@ -332,7 +332,7 @@ def test_a_run_that_went_on_from_another_one(folder, tmp_path):
 
 
 def test_no_run_no_step_and_a_run_that_is_going_on(folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere holds no run: there is no loss\.csv"):
+    with pytest.raises(ConfigError, match=r"nowhere does not contain a run: loss\.csv"):
         replay_training_step(Accelerator(1, "pynative", DEVICE), rows(3), Module(folder), tmp_path / "nowhere", 1)
     assert not (tmp_path / "nowhere").exists()
     train(tmp_path / "run", Module(folder), rows(3), num_epochs=1)
