@@ -1,8 +1,8 @@
 """Errors a user can act on. One template: what is wrong, with the value; what was expected; what to do now.
 
 A mistake of the user is a :class:`UserError`: the command line prints its message without a traceback and ends with
-its ``exit_code``, a number of sysexits.h (``--debug`` shows the traceback). Each class has a section in docs/errors.md.
-``assert`` is for our own invariants only.
+its ``exit_code``, a number of sysexits.h (``--debug`` shows the traceback). Each class has a section in
+docs/reference/errors.md. ``assert`` is for our own invariants only.
 """
 from __future__ import annotations
 

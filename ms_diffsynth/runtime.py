@@ -104,7 +104,7 @@ def _join(device: str) -> tuple[int, int]:
         cause = str(error).strip().splitlines()[0].rstrip(". ")
         raise DeviceError(f"rank {os.environ.get('RANK_ID')} of {os.environ.get('RANK_SIZE')} cannot join the others: "
                           f"MindSpore {ms.__version__} says: {cause}. Start all ranks by msrun or ms-diffsynth launch "
-                          "(see docs/distributed.md), or unset RANK_SIZE.") from error
+                          "(see docs/how_to/several_devices.md), or unset RANK_SIZE.") from error
     if _current is None:
         atexit.register(_yield_to_others)  # runs before what MindSpore registered at its import: it leaves the others
     return communication.get_rank(), communication.get_group_size()
@@ -146,7 +146,7 @@ def _set_device(device: str | None) -> str:
         cause = str(error).strip().splitlines()[0].rstrip(". ")
         raise DeviceError(f"device='{wanted}' cannot be used on this machine: MindSpore {ms.__version__} says: "
                           f"{cause}. Expected an Ascend driver, firmware and CANN that fit this MindSpore. "
-                          "Install them (see docs/install.md), or run with --device CPU.") from error
+                          "Install them (see docs/get_started/install.md), or run with --device CPU.") from error
     return wanted
 
 

@@ -1,4 +1,4 @@
-"""Writes the table of settings into docs/configuration.md: ``python docs/settings_table.py``."""
+"""Writes the table of settings into docs/reference/settings.md: ``python docs/reference/settings_table.py``."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from ms_diffsynth.cli.flags import default_of
 from ms_diffsynth.config import SECTIONS, SETTINGS
 
-PAGE = Path(__file__).with_name("configuration.md")
+PAGE = Path(__file__).with_name("settings.md")
 BEGIN, END = "<!-- settings: begin -->\n", "<!-- settings: end -->\n"
 
 

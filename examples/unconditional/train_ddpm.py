@@ -4,7 +4,7 @@
     python examples/unconditional/train_ddpm.py --draws host --num_epochs 20 --output_dir runs/ddpm-host
 
 About half a minute an epoch on two cores. Every field of `TrainingConfig` is a flag. What training does is written out
-here, as in mindone's tutorial; `ms-diffsynth train` has a loop that does it for you. See docs/unconditional.md.
+here, as in mindone's tutorial; `ms-diffsynth train` has a loop that does it for you. See docs/how_to/unconditional.md.
 """
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def overrides_of(args: argparse.Namespace) -> dict[str, str]:
 
 
 def run_main(function: Callable[[], int | None], debug: bool = False) -> int:
-    """Run a script's ``main`` and return its exit code, one of those in docs/errors.md.
+    """Run a script's ``main`` and return its exit code, one of those in docs/reference/errors.md.
 
     A user's mistake ends with its message alone, with ``debug`` with a traceback; what nobody expected with a traceback
     and what to report. From then on no secret is in what is logged, nor in a traceback.
@@ -144,7 +144,8 @@ def run_main(function: Callable[[], int | None], debug: bool = False) -> int:
             return 128 + signal.SIGPIPE
         _show_redacted(type(error), error, error.__traceback__)
         sys.stderr.write("This was not foreseen. Unless it is from code of your own, please report these lines, the "
-                         f"command and its configuration (ms_diffsynth {__version__}, docs/errors.md#{INTERNAL}).\n")
+                         f"command and its configuration (ms_diffsynth {__version__}, "
+                         f"docs/reference/errors.md#{INTERNAL}).\n")
         return INTERNAL
 
 

@@ -30,7 +30,7 @@ def parser(command: str | None) -> Parser:
     """The command line; only ``command`` gets its flags."""
     top = Parser(prog="ms-diffsynth", description="Train and run diffusion models with MindSpore.",
                  epilog="Every kind of error, by the word its message begins with, and every exit code are in "
-                        "docs/errors.md.")
+                        "docs/reference/errors.md.")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():

@@ -121,7 +121,7 @@ class ObjectiveSection:
 class OptimizerSection:
     """How it is minimised."""
 
-    optimizer: str = _field("adamw", "how weights follow their gradients; see docs/optimizers.md",
+    optimizer: str = _field("adamw", "how weights follow their gradients; see docs/reference/optimizers.md",
                             choices=tuple(OPTIMIZERS))
     optimizer_args: tuple[str, ...] = _field((), "further arguments of the optimizer, with commas, such as "
                                              "d_coef=2,safeguard_warmup=true of prodigy", has_commas=True)

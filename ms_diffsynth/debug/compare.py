@@ -94,7 +94,7 @@ def together(name: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], toleran
     """All tensors as one vector, in the Euclidean norm; the largest single error is shown, but does not decide.
 
     Adam's first updates are lr g / (|g| + eps): where a gradient is near eps they magnify its last bit, so that even
-    two versions of the reference differ by 2e-3 in a single weight of the case flux (docs/parity.md).
+    two versions of the reference differ by 2e-3 in a single weight of the case flux (docs/explanation/parity.md).
     """
     single = worst(name, pairs, tolerance)
     difference = sum(np.square(np.asarray(a, np.float64) - b).sum() for a, b in pairs.values())

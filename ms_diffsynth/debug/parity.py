@@ -1,7 +1,7 @@
 """Reference cases of PyTorch implementations: recompute one and compare every number. `debug.compare` judges.
 
-The format of a case is in docs/parity.md. Everything runs through the family's own units, step and optimizer, with the
-draws the case recorded. A case that cannot be run is an error, never a skip.
+The format of a case is in docs/explanation/parity.md. Everything runs through the family's own units, step and
+optimizer, with the draws the case recorded. A case that cannot be run is an error, never a skip.
 """
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def kid(x: np.ndarray, y: np.ndarray) -> Estimate:
 
     It may be negative: zero is its mean when both sets come from one distribution. The interval is value +- 1.96
     standard errors of the delete-one jackknife over both sets: each image is left out once. Nothing in it is random;
-    docs/evaluation.md measures how often it holds the truth.
+    docs/how_to/evaluation.md measures how often it holds the truth.
     """
     m, n = len(x), len(y)
     cross = kernel(x, y)

@@ -1,7 +1,7 @@
 """Which images of a set are copies of a reference: nearest neighbours, and how near the reference is to itself.
 
 Distances are Euclidean, in two spaces, because each is blind to what the other sees: features to noise and to traces of
-compression, coarse pixels to shifts and mirrors (measured in docs/evaluation.md).
+compression, coarse pixels to shifts and mirrors (measured in docs/how_to/evaluation.md).
 """
 from __future__ import annotations
 

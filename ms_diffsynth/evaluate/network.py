@@ -1,8 +1,8 @@
 """EfficientNet-Lite0 up to its pooled features, for inference only.
 
-Source: the PyPI package ``efficientnet-lite-pytorch`` 0.1.0, whose names the weights have; docs/evaluation.md tells how
-the two were compared. Batch normalization is folded into the convolutions, and "same" padding, which is one-sided where
-the stride is 2, is made symmetric by kernels with a leading row and column of zeros.
+Source: the PyPI package ``efficientnet-lite-pytorch`` 0.1.0, whose names the weights have; docs/how_to/evaluation.md
+says how the two were compared. Batch normalization is folded into the convolutions, and "same" padding, which is
+one-sided where the stride is 2, is made symmetric by kernels with a leading row and column of zeros.
 """
 from __future__ import annotations
 

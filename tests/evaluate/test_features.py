@@ -19,7 +19,7 @@ def test_features_equal_those_of_pytorch(describe):
     recorded = np.load(RECORDED)
     found = describe([Image.open(DATA / name) for name in recorded["names"]])
     assert found.features.shape == (3, 1280) and found.features.dtype == np.float64
-    # features go up to 4; the largest difference over 16 pictures was 9e-6 (docs/evaluation.md)
+    # features go up to 4; the largest difference over 16 pictures was 9e-6 (docs/how_to/evaluation.md)
     assert np.abs(found.features - recorded["features"]).max() < 5e-5
     assert np.abs(recorded["features"]).max() > 3 and found.sizes == {(256, 256)}
 

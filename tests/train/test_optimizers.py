@@ -4,9 +4,6 @@
 """
 from __future__ import annotations
 
-import importlib.util
-import re
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +19,7 @@ from ms_diffsynth import runtime
 from ms_diffsynth.errors import CheckpointError, ConfigError, TrainingError, WeightError
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.ops.update import put
-from ms_diffsynth.registry import OPTIMIZERS, OptimizerEntry
+from ms_diffsynth.registry import OPTIMIZERS
 from ms_diffsynth.storage.checkpoint import latest
 from ms_diffsynth.train import grads, same_run, zero
 from ms_diffsynth.train.optim import (
@@ -325,24 +322,6 @@ def test_mindsporess_optimizers_obey_their_list_of_learning_rates(kind, mode):
 
     found, _ = losses(build, mode, 5)
     assert found[0] > found[1] > found[2] == found[3] == found[4], found
-
-
-def test_the_new_optimizer_of_the_documentation_is_one_file_and_one_line(folder, tmp_path, monkeypatch):
-    text = (Path(__file__).parents[2] / "docs/optimizers.md").read_text(encoding="utf-8")
-    code, line = re.findall(r"```python\n(.*?)```", text.partition("## A new one")[2], re.DOTALL)
-    path = tmp_path / "sign.py"
-    path.write_text(code)  # MindSpore reads the source of what it compiles
-    spec = importlib.util.spec_from_file_location("ms_diffsynth.train.optim.sign", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    name, where = re.fullmatch(r'"(\w+)": OptimizerEntry\("([\w.:]+)"\),', line.partition("#")[0].strip()).groups()
-    monkeypatch.setitem(OPTIMIZERS, name, OptimizerEntry(where))
-    how = {"batch_size": 2, "optimizer": name, "optimizer_args": ("factor=0.5",), "num_epochs": None, "mode": "graph"}
-    train(tmp_path / "whole", Module(folder), rows(5), max_train_steps=6, **how)
-    for steps in (3, 6):
-        train(tmp_path / "run", Module(folder), rows(5), max_train_steps=steps, resume="auto", **how)
-    assert equal(tmp_path / "whole", tmp_path / "run")
 
 
 # -- divided, and float32 weights ------------------------------------------------------------------------------------

@@ -115,7 +115,8 @@ def match_targets(model: nn.Cell, targets: Iterable[str]) -> list[str]:
         near = nearest(lost[0], ends + [n.split(".")[-1] for n in names]) if lost else ""
         raise ConfigError(
             f"lora_target_modules: {listing(map(repr, lost)) or 'nothing given'} selects none of the linear layers of "
-            f"{type(model).__name__}.{near} Expected names, or ends of names, of its linear layers: {listing(ends, 30)}.")
+            f"{type(model).__name__}.{near} Expected names, or ends of names, of its linear layers: "
+            f"{listing(ends, 30)}.")
     selected = {n for found in chosen.values() for n in found}
     return [n for n in names if n in selected]
 

@@ -21,7 +21,7 @@ COLUMNS = ("step", "kid", "kid_low", "kid_high", "kid_floor", "memorised")
 
 
 class RunEvaluation:
-    """Compares pictures of a model in training with real ones; docs/evaluation.md says what the numbers mean.
+    """Compares pictures of a model in training with real ones; docs/how_to/evaluation.md says what the numbers mean.
 
     Each call adds a row to ``evaluation.csv`` and an event to events.jsonl, draws ``kid.png`` anew, and writes
     ``samples/nearest-step-N.png``: the pictures nearest to real ones, beside these.

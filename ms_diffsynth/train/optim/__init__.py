@@ -1,4 +1,4 @@
-"""Optimizers under one contract (`contract.Optimizer`), their registry, and learning rates. See docs/optimizers.md."""
+"""Optimizers under one contract (`contract.Optimizer`), and learning rates. See docs/reference/optimizers.md."""
 from ms_diffsynth.train.optim.adamw import AdamW
 from ms_diffsynth.train.optim.build import build_optimizer, optimizer_arguments
 from ms_diffsynth.train.optim.contract import Optimizer, OptimizerCell
