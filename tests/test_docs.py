@@ -6,8 +6,6 @@ import re
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"),
          *(ROOT / "examples").rglob("*.md")]
@@ -27,21 +25,25 @@ def anchors(page: Path) -> set[str]:
             for heading in re.findall(r"(?m)^#+ (.+)$", text)}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_every_link_leads_somewhere(page):
-    text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))
-    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
-        if not target.startswith("https://"):
+def test_every_link_leads_somewhere():
+    lost = []
+    for page in PAGES:
+        text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))
+        for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text):
             path = (page.parent / target).resolve() if target else page
-            assert path.exists(), f"{target} does not exist"
-            assert not anchor or anchor in anchors(path), f"{target}#{anchor}: {sorted(anchors(path))}"
+            if not target.startswith("https://") and not (path.exists() and (not anchor or anchor in anchors(path))):
+                lost.append(f"{name(page)}: {target}#{anchor}")
+    assert not lost
 
 
-@pytest.mark.parametrize("path", NAMED, ids=name)
-def test_every_page_that_is_named_exists(path):
-    for page, anchor in re.findall(r"(?<![\w/])(docs/[\w/]+\.(?:md|py))(?:#([\w-]+))?", path.read_text(encoding="utf-8")):
-        assert (ROOT / page).is_file(), page
-        assert not anchor or anchor in anchors(ROOT / page), f"{page}#{anchor}"
+def test_every_page_that_is_named_exists():
+    lost = []
+    for path in NAMED:
+        text = path.read_text(encoding="utf-8")
+        for page, anchor in re.findall(r"(?<![\w/])(docs/[\w/]+\.(?:md|py))(?:#([\w-]+))?", text):
+            if not (ROOT / page).is_file() or (anchor and anchor not in anchors(ROOT / page)):
+                lost.append(f"{name(path)}: {page}#{anchor}")
+    assert not lost
 
 
 def test_every_page_is_in_the_index():
