@@ -4,7 +4,7 @@
 ``"graph"`` the training and sampling steps are compiled by `compile`, and everything else (``prepare``) runs
 eagerly. On the CPU it runs blocking too, which makes its many small operations forty times faster (1240 ms -> 29 ms for
 a tiny FLUX forward, MindSpore 2.10, 2026-11-21). On an Ascend blocking would wait after every kernel of the compiled
-step as well: ``MS_LAUNCH_BLOCKING=1`` in the environment asks for it where an error is to be found.
+step as well: ``MS_LAUNCH_BLOCKING=1`` in the environment turns it on, to find an error.
 """
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def _join(device: str) -> tuple[int, int]:
 def _yield_to_others() -> None:
     """From now on, let the threads that this one wakes run first.
 
-    A rank that leaves is told by a thread of MindSpore that it may, and frees the connection at once, while that thread
-    is about to look at it again. Of ranks that shared busy cores 3 of 44 ended in a segmentation fault, after all was
+    A thread of MindSpore tells a rank that it may end; the rank then frees the connection while that thread may still
+    read it. Of ranks that shared busy cores 3 of 44 ended in a segmentation fault, after all was
     saved; with this 0 of 170 (MindSpore 2.10, 2026-11-21).
     """
     with contextlib.suppress(AttributeError, OSError):  # no Linux; a sandbox that forbids it

@@ -228,7 +228,7 @@ def apply(root: Path, section: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def copy(tmp_path_factory):
     root = tmp_path_factory.mktemp("extended")
     for folder, _, names in os.walk(ROOT / "ms_diffsynth"):
         target = root / Path(folder).relative_to(ROOT)
@@ -242,9 +242,14 @@ def results(tmp_path_factory):
                            *(root / name for section in CASES for name in files_of(section))],
                           capture_output=True, text=True, cwd=root)
     assert ruff.returncode == 0, ruff.stdout + ruff.stderr
-    work = root / "work"
+    return root
+
+
+@pytest.fixture(scope="module")
+def results(copy):
+    work = copy / "work"
     work.mkdir()
-    place = {"PYTHONPATH": os.pathsep.join(map(str, (root, ROOT / "tests/shared", ROOT / "tests/train")))}
+    place = {"PYTHONPATH": os.pathsep.join(map(str, (copy, ROOT / "tests/shared", ROOT / "tests/train")))}
     child = subprocess.run([sys.executable, __file__, "results.json"], env=os.environ | place, cwd=work,
                            capture_output=True, text=True, timeout=550)
     assert child.returncode == 0, child.stderr
@@ -254,6 +259,23 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("section", CASES)
 def test_an_addition_of_the_page_works(results, section):
     assert not results[section], results[section]
+
+
+ABOUT_A_VAE = "test_programs_build or test_every_tensor_unit or test_split_equals or patches-sample"  # and its units
+
+
+@pytest.mark.slow
+def test_the_tests_over_the_registries_pass_for_the_additions(copy):
+    files = ("train/test_adapters.py", "train/test_optimizers.py", "diffusion/test_samplers.py", "test_registry.py",
+             "pipelines/test_contract.py", "cli/test_tiny.py")
+    child = subprocess.run([sys.executable, "-m", "pytest", "-m", "", "-p", "no:cacheprovider",
+                            "--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-k",
+                            f"(test_contract and patches and not ({ABOUT_A_VAE})) or "
+                            "(not test_contract and (ia3 or lion or ab2 or patches))",
+                            *(ROOT / "tests" / name for name in files)],
+                           env=os.environ | {"PYTHONPATH": str(copy)}, cwd=copy, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout[-5000:]
+    assert int(re.search(r"(\d+) passed", child.stdout)[1]) >= 15, child.stdout[-500:]
 
 
 @pytest.mark.parametrize("section", CASES)

@@ -40,7 +40,7 @@ class UnifiedDataset:
     """The rows of a metadata file, or of a folder of images with captions, with operators applied to their cells.
 
     Args:
-        base_path: the data folder. The files a row names lie below it.
+        base_path: the data folder. The files that a row names are inside it.
         metadata_path: .csv, .json or .jsonl; None: the images below ``base_path`` with .txt or .caption sidecars.
         repeat: how many times an epoch goes through the rows.
         data_file_keys: columns that name files, as a tuple or "image,edit_image". They must be in every row. Those

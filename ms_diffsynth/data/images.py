@@ -1,7 +1,7 @@
-"""Reading images strictly, and going between Pillow images and pixels in [-1, 1].
+"""Reading images strictly, and converting between Pillow images and pixels in [-1, 1].
 
 Pillow alone would turn a 16-bit gray image white (``convert`` saturates), show the hidden colour below transparent
-pixels, leave photographs lying on their side, take the first frame of an animation, show gray where the rest of a JPEG
+pixels, not rotate photographs, take the first frame of an animation, show gray where the rest of a JPEG
 is missing, and unpack 30000 x 30000 pixels from a file of 100 KB. Everything read here is a defined 8-bit RGB image,
 or an error that says what to do.
 """
@@ -77,7 +77,7 @@ def read_image(path: str, mode: str | None = "RGB") -> Image.Image:
             result = image.copy()
         if orientation in _UPRIGHT:
             result = result.transpose(_UPRIGHT[orientation])
-        # What is left would turn the image a second time in the hands of the next reader.
+        # Otherwise the next reader would rotate the image again.
         result.info = {key: value for key, value in result.info.items() if key == "transparency" and mode is None}
         return result
 
@@ -173,8 +173,8 @@ def _odd_pixels(image: Image.Image) -> str:
 def _check_end(image: Image.Image, file: BinaryIO, path: str) -> None:
     """Refuse an image that is cut short, or whose rest was never copied and is zeros.
 
-    `Image.verify` does not see that of a JPEG. Pillow looks at the end of a WebP when it opens it; formats that are
-    seldom in a data set are decoded.
+    `Image.verify` does not see that of a JPEG. Pillow looks at the end of a WebP when it opens it; rare formats are
+    decoded.
     """
     here, is_whole = file.tell(), True
     if image.format in ("JPEG", "MPO"):

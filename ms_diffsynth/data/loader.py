@@ -46,7 +46,7 @@ def permutation(length: int, *key: object) -> np.ndarray:
 class Loader:
     """Batches of ``batch_size`` items of one bucket each; iterating goes to the end of the present epoch.
 
-    In each epoch every item comes once. A bucket seldom holds a multiple of the batch size: ``last="repeat"`` (the
+    In each epoch every item comes once. Few buckets hold a multiple of the batch size: ``last="repeat"`` (the
     default) fills its last batch with the bucket's own first items of that epoch, so that these come twice, and every
     batch has the same shape; "keep" leaves that batch smaller (one more compilation); "drop" leaves its items out of
     this epoch.

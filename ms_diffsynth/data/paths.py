@@ -69,7 +69,7 @@ def plain(name: str, most: int = 60) -> str:
 def open_regular(path: str) -> BinaryIO:
     """Open a regular, non-empty file for reading.
 
-    O_NONBLOCK, because opening a named pipe for reading otherwise waits for a writer for ever.
+    O_NONBLOCK, because opening a named pipe for reading otherwise waits for a writer forever.
 
     Raises: DataError when the file is missing, unreadable, empty, or is a folder, pipe, socket or device.
     """

@@ -70,7 +70,7 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule of a ``scheduler_config.json`` of a DDPMScheduler or a DDIMScheduler.
 
-        Raises: ConfigError for another class, and listing every setting that would not be obeyed.
+        Raises: ConfigError for another class, and listing every setting that is not supported.
         """
         return cls(**obeyed(cls, config, ("DDPMScheduler", "DDIMScheduler"), FIXED, UNUSED))
 

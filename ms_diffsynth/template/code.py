@@ -1,7 +1,7 @@
 """The code of a template, ``model.py``: read once, shown, and run only when its user trusts it.
 
-To run ``model.py`` is to run code of whoever wrote it, with everything the user may do; nothing here confines it. So
-nothing of it runs without ``trust_template_code``, of a local folder neither. The bytes whose SHA-256 is shown and
+``model.py`` runs with all permissions of the user; there is no sandbox. So it never runs without
+``trust_template_code``, not even from a local folder. The bytes whose SHA-256 is shown and
 pinned are the bytes that run: they are read once, and what compiles them again later (MindSpore reads the source of a
 cell when it compiles it) is given the same text.
 """
@@ -70,7 +70,7 @@ def check_trust(code: TemplateCode, trust_template_code: bool, trust_template_sh
     """Accept code that its user trusts.
 
     Args:
-        trust_template_code: the user's word; anything but True is none.
+        trust_template_code: True when the user trusts the code; any other value means no.
         trust_template_sha256: also ask for exactly these bytes.
 
     Raises: UntrustedCodeError showing path, size and SHA-256.
@@ -90,7 +90,7 @@ _loaded: dict[tuple[Path, str], types.ModuleType] = {}
 def run_code(code: TemplateCode) -> types.ModuleType:
     """Run the code of a template, after `check_trust`, and return its module; the same code runs once.
 
-    ``sys.path`` is as before, and its module has a name of its own, so two templates never meet.
+    ``sys.path`` is as before, and its module has a name of its own, so two templates never collide.
 
     Raises: TemplateError for code that does not parse or raises, with the line, or defines no TEMPLATE_MODEL.
     """

@@ -20,7 +20,7 @@ class TemplatePipeline:
     """One or more templates in front of a base pipeline.
 
     Each entry of ``template_inputs`` is the input of one template: ``model_id`` (0 when it is not there) says of
-    which, the rest are the arguments of its ``process_inputs``. A template may be asked several times.
+    which, the rest are the arguments of its ``process_inputs``. A template may be used several times.
     """
 
     def __init__(self, templates: Sequence[Template], dtype: ms.Type, lazy_loading: bool = False):
