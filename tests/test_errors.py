@@ -150,13 +150,13 @@ def test_what_nobody_foresaw_ends_with_its_traceback_and_what_to_report(world, m
 
 
 FAILS = """
-from ms_diffsynth.train import trainer
-original = trainer._Run._train_on
+from ms_diffsynth.train.trainer import Trainer
+original = Trainer.train_on
 def train_on(self, batch):
     if self.logger.num_steps == 2:
         raise RuntimeError("a kernel failed")
     return original(self, batch)
-trainer._Run._train_on = train_on
+Trainer.train_on = train_on
 """
 
 

@@ -18,7 +18,7 @@ from ms_diffsynth.cli.main import main
 from ms_diffsynth.config import SETTINGS, load_config
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.registry import family
-from ms_diffsynth.train.trainer import TrainingOptions
+from ms_diffsynth.train.options import TrainingOptions
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").rglob("*.yaml"))

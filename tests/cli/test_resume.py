@@ -25,14 +25,14 @@ FLAGS = ("--mode", "pynative", "--sample_prompts", "[]", "--max_train_steps", st
 HANG = """
 import sys, time
 from ms_diffsynth.cli.main import main
-from ms_diffsynth.train import trainer
-original = trainer._Run._train_on
+from ms_diffsynth.train.trainer import Trainer
+original = Trainer.train_on
 def train_on(self, batch):
     if self.logger.num_steps == 8:
         (self.logger.output_path / "hanging").touch()
         time.sleep(60)
     return original(self, batch)
-trainer._Run._train_on = train_on
+Trainer.train_on = train_on
 sys.exit(main(sys.argv[1:]))
 """
 SLOW_SAVES = """

@@ -19,7 +19,7 @@ from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.formats.lora import load_lora
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.registry import FAMILIES
-from ms_diffsynth.train.trainer import TrainingOptions
+from ms_diffsynth.train.options import TrainingOptions
 
 EAGER = ("--mode", "pynative", "--max_train_steps", 1, "--sample_prompts", "[]")
 
