@@ -20,7 +20,7 @@ from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.tasks import TASKS, Task
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.errors import ConfigError, listing
+from ms_diffsynth.errors import ConfigError, listing, nearest
 from ms_diffsynth.hub.download import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
@@ -194,6 +194,10 @@ def _dataset(config: TrainConfig, base: str, metadata: str | None, prompt: str |
              repeat: int = 1) -> UnifiedDataset:
     """Images and prompts; ``prompt`` serves every image that has none of its own."""
     extra = [name.strip() for name in (config.data.extra_inputs or "").split(",") if name.strip()]
+    known = {*family(config.model.family).pipeline().optional_units, "template_inputs"}
+    if odd := [name for name in extra if name not in known]:
+        raise ConfigError(f"extra_inputs names {', '.join(map(repr, odd))}: expected some of "
+                          f"{', '.join(sorted(known))}.{nearest(odd[0], known)}")
     needs_prompts = prompt is None and "prompt" in family(config.model.family).pipeline.inputs
     dataset = UnifiedDataset(base_path=base, metadata_path=metadata, repeat=repeat,
                              data_file_keys=config.data.data_file_keys,

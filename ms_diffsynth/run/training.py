@@ -17,7 +17,12 @@ from ms_diffsynth.redact import redact
 from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_pipeline, build_sampler
 from ms_diffsynth.train import same_run
 from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.hooks import Checkpoints, Evaluation, Hook, Publishing, Samples, Validation, check_token
+from ms_diffsynth.train.hooks.checkpoints import Checkpoints
+from ms_diffsynth.train.hooks.contract import Hook
+from ms_diffsynth.train.hooks.evaluation import Evaluation
+from ms_diffsynth.train.hooks.publish import Publishing, check_token
+from ms_diffsynth.train.hooks.samples import Samples
+from ms_diffsynth.train.hooks.validation import Validation
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.optim import optimizer_arguments

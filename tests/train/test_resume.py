@@ -35,7 +35,7 @@ from ms_diffsynth.registry import family
 from ms_diffsynth.storage.checkpoint import latest, open_checkpoint_folder
 from ms_diffsynth.train.batches import Batches
 from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.hooks import Checkpoints
+from ms_diffsynth.train.hooks.checkpoints import Checkpoints
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.options import TrainingOptions
