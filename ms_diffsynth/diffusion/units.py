@@ -42,6 +42,7 @@ class Objective:
     prior_loss_weight: float | None = None
 
     inputs = ()
+    level_draw = "timestep_index"
 
     def __str__(self) -> str:
         """The line that a run logs about it at its start."""
