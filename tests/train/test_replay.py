@@ -323,7 +323,7 @@ def test_a_run_that_went_on_from_another_one(folder, tmp_path):
     train(branch, Module(folder), rows(3), **options)
     found = replay(branch, 4, Module(folder), rows(3), num_epochs=2)
     assert found.is_reproduced and found.after == 2 and found.start == checkpoint
-    with pytest.raises(CheckpointError, match=r"went on from .*step-00000002, so step 2 is not its own.*whole"):
+    with pytest.raises(CheckpointError, match=r"was resumed from .*step-00000002, so step 2 is not its own.*whole"):
         replay(branch, 2, Module(folder), rows(3), num_epochs=2)
     assert digests(whole) == digests(tmp_path / "kept")
     shutil.rmtree(whole)
