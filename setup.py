@@ -27,6 +27,7 @@ setup(
         "pyyaml",
         "ml_dtypes",  # mindone imports it and does not declare it
         "jinja2",  # chat templates of the tokenizers
+        "filelock>=3.30",
         "ftfy",  # CLIP's tokenizer reads quotes, Chinese and emoji otherwise without it, and says nothing
     ],
     extras_require={
