@@ -23,10 +23,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault]
 def start(tmp_path):
     """``start(word, ...)``: a program with this package on its path."""
     path = os.pathsep.join([str(Path(ms_diffsynth.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # msrun looks for "python" there
 
     def call(*words):
         return subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                env=os.environ | {"PYTHONPATH": path})
+                                env=os.environ | {"PYTHONPATH": path, "PATH": programs})
 
     return call
 
