@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import select
 import signal
@@ -11,13 +10,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING
-from types import TracebackType
 from typing import Any, NoReturn
 
 from ms_diffsynth import __version__
 from ms_diffsynth.config import NO_TOKEN, SECTIONS, SETTINGS, TOKEN_FLAGS, load_config
 from ms_diffsynth.errors import INTERNAL, ConfigError, UserError, nearest
-from ms_diffsynth.redact import RedactFilter, redact
+from ms_diffsynth.redact import redact_logs, redacted_terminal
 
 _STDOUT = 1  # the number of its file
 
@@ -35,15 +33,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(redact(f"{message}. See {self.prog} --help."))
+        raise ConfigError(f"{message}. See {self.prog} --help.")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             own = self.inner or self
             known = [flag for flag, action in own._option_string_actions.items() if not isinstance(action, NoToken)]
-            raise ConfigError(redact(f"{own.prog} does not know {' '.join(unknown)}.")
-                              + f"{nearest(unknown[0].partition('=')[0], known)} See {own.prog} --help.")
+            raise ConfigError(f"{own.prog} does not know {' '.join(unknown)}."
+                              f"{nearest(unknown[0].partition('=')[0], known)} See {own.prog} --help.")
         return found
 
 
@@ -122,33 +120,38 @@ def overrides_of(args: argparse.Namespace) -> dict[str, str]:
 def run_main(function: Callable[[], int | None], debug: bool = False) -> int:
     """Run a script's ``main`` and return its exit code, one of those in docs/errors.md.
 
-    A user's mistake ends with its message alone, with ``debug`` with a traceback; what nobody expected with a traceback
-    and what to report. From then on no secret is in what is logged, nor in a traceback.
+    A user's mistake ends with its message alone, with ``debug`` with a traceback; an internal error with a traceback
+    and what to report. No secret is in what is written to the terminal meanwhile, nor in what is logged from then on.
     """
-    _redact_output()
+    redact_logs()
+    with redacted_terminal():
+        return _run(function, debug)
+
+
+def _run(function: Callable[[], int | None], debug: bool) -> int:
     try:
         code = function() or 0
         _flush_stdout()  # while what is wrong with it can still be told
         return code
     except UserError as error:
         if debug:
-            _show_redacted(type(error), error, error.__traceback__)
+            sys.stderr.write("".join(traceback.format_exception(error)))
         else:
-            sys.stderr.write(redact(f"{type(error).__name__}: {error}\n"))
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 128 + signal.SIGINT
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
+        if isinstance(error, BrokenPipeError) and _is_reader_gone():
             return 128 + signal.SIGPIPE
-        _show_redacted(type(error), error, error.__traceback__)
+        sys.stderr.write("".join(traceback.format_exception(error)))
         sys.stderr.write("This was not foreseen. Unless it is from code of your own, please report these lines, the "
                          f"command and its configuration (ms_diffsynth {__version__}, docs/errors.md#{INTERNAL}).\n")
         return INTERNAL
 
 
-def _nobody_reads() -> bool:
+def _is_reader_gone() -> bool:
     """Whether the reader of stdout has closed it, as ``| head`` does; what is left for it is then dropped."""
     poll = select.poll()
     poll.register(_STDOUT, 0)
@@ -161,19 +164,3 @@ def _nobody_reads() -> bool:
 def _flush_stdout() -> None:
     if sys.stdout is not None:  # it is in a process without one
         sys.stdout.flush()
-
-
-def _redact_output() -> None:
-    sys.excepthook = _show_redacted
-    logging.setLogRecordFactory(_redacted_record)
-
-
-def _redacted_record(*given: Any, **named: Any) -> logging.LogRecord:
-    """Redacted before any handler has it: mindone, imported late, brings one and does not hand its records on."""
-    record = logging.LogRecord(*given, **named)
-    RedactFilter().filter(record)
-    return record
-
-
-def _show_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))

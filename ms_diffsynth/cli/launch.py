@@ -90,7 +90,7 @@ def _program(words: Sequence[str]) -> tuple[tuple[str, ...], Path]:
         if flag.lstrip("-") in TOKEN_FLAGS and flag.startswith("-"):
             raise ConfigError(f"{flag}: {NO_TOKEN}")
         if any(redact(part) != part for part in (flag, value)):
-            raise ConfigError(f"{redact(word)}: {NO_TOKEN}")
+            raise ConfigError(f"{word}: {NO_TOKEN}")
     if not words or words == ["--"]:
         raise ConfigError("there is nothing to launch: expected  train CONFIG.yaml ...  or  -- python script.py ...")
     if words[0] == "--":

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from ms_diffsynth.cli.flags import add_flags, overrides_of
 from ms_diffsynth.config import load_config
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.redact import redact
 from ms_diffsynth.storage.lock import lock_folder
 
 
@@ -50,7 +49,7 @@ def execute(args: argparse.Namespace) -> int:
         folder = settings.cache_dir or sets[0].base_path
         sets = open_cache(folder, module, module.training_cut(), repeat=settings.dataset_repeat)
     replay = replay_training_step(accelerator, sets[0], module, args.run, args.step, sets[1], settings)
-    sys.stdout.write(redact(f"{replay.describe()}\n{args.run / f'replay-step-{args.step}.json'}\n"))
+    sys.stdout.write(f"{replay.describe()}\n{args.run / f'replay-step-{args.step}.json'}\n")
     return 0 if replay.is_reproduced else 1  # a comparison was made, and something differs
 
 

@@ -29,7 +29,6 @@ from ms_diffsynth.errors import ConfigError, listing
 from ms_diffsynth.hub.download import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
-from ms_diffsynth.redact import redact
 from ms_diffsynth.registry import family
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.template.units import trained_template_cache
@@ -74,7 +73,7 @@ def run(config: TrainConfig) -> ModelLogger:
     pipe.load_models_to_device(cut.models("step"))
     if accelerator.is_main_process:
         records.files["config.yaml"] = to_yaml(config).encode()
-        sys.stderr.write(redact(_summary(settings, pipe.objective, *sets)))
+        sys.stderr.write(_summary(settings, pipe.objective, *sets))
     sampler, captions = build_sampler(settings, pipe)
     return launch_training_task(accelerator, sets[0], module, records, class_dataset=sets[1], args=settings,
                                 sampler=sampler, sample_captions=captions)

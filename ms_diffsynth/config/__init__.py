@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from ms_diffsynth.config.setting import Setting, Wrong, without_secrets
+from ms_diffsynth.config.setting import Setting, Wrong
 from ms_diffsynth.config.yaml_lines import Written, read_sections
 from ms_diffsynth.errors import ConfigError, listing, nearest
-from ms_diffsynth.redact import redact
+from ms_diffsynth.redact import without_secrets
 from ms_diffsynth.registry import OPTIMIZERS
 
 TOKEN_FLAGS = ("hub_token", "token")  # known, so that they are refused before anybody repeats their value
@@ -362,7 +362,7 @@ def _read(path: str | os.PathLike[str], report: Callable[[str], None]) -> dict[s
 def _raise(problems: list[str]) -> None:
     if problems:
         head = "" if len(problems) == 1 else f"{len(problems)} settings are wrong:\n  "
-        raise ConfigError(redact(head + "\n  ".join(p if p.endswith((".", "?")) else p + "." for p in problems)))
+        raise ConfigError(head + "\n  ".join(p if p.endswith((".", "?")) else p + "." for p in problems))
 
 
 def to_yaml(config: TrainConfig) -> str:

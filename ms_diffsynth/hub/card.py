@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from ms_diffsynth.redact import redact
+from ms_diffsynth.redact import redact, without_secrets
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _PATH = re.compile(r"""(?<![\w.:/])~?/(?:[^\s"',;:=/]+/)+([^\s"',;:=/]*)""")  # absolute, with a folder; not an address
@@ -100,7 +100,7 @@ def model_card(card: Card) -> str:
     loader, licence = card.loader, card.licence
     facts = {"data": card.dataset and PurePath(card.dataset).name, "steps": card.steps, "seed": card.seed,
              **{f"{package} version": version for package, version in card.versions.items()}}
-    settings = {key: _plain(value) for key, value in card.settings.items() if value is not None}
+    settings = _plain({key: value for key, value in without_secrets(card.settings).items() if value is not None})
     fence = "`" * max([3, *(1 + len(run) for run in re.findall("`+", repr(card)))])  # longer than any run inside
     text = ModelCard.from_template(
         _head(card, base), template_path=str(_TEMPLATE),
@@ -116,7 +116,7 @@ def model_card(card: Card) -> str:
         base_path=json.dumps(base or "path/to/the/base/model"),
         prompt=json.dumps(_line(card.instance_prompt or (*card.prompts, "a cat")[0]), ensure_ascii=False),
         facts=[(name, value) for name, value in facts.items() if value is not None],
-        command=shlex.join(_without_folders(word) for word in card.command),
+        command=shlex.join(_without_folders(word) for word in without_secrets(card.command)),
         settings=settings and yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=1000),
         inline=_inline, fence=fence)
     return redact(str(text).rstrip()) + "\n"
@@ -162,8 +162,7 @@ def _plain(value: object) -> object:
 
 
 def _without_folders(text: str) -> str:
-    """Without secrets; absolute paths cut to their last part: the whole text, after ``--flag=``, or a word inside."""
-    text = redact(text)
+    """Absolute paths cut to their last part: the whole text, what follows ``--flag=``, or a word inside."""
     flag, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
     if value.startswith(("/", "~/")):
         return flag + equals + PurePath(value).name

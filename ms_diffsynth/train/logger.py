@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ms_diffsynth.config.setting import without_secrets
 from ms_diffsynth.data.images import grid
 from ms_diffsynth.data.plots import loss_curve
 from ms_diffsynth.errors import ConfigError, OutputError
 from ms_diffsynth.nn.ema import EMA
-from ms_diffsynth.redact import redact
+from ms_diffsynth.redact import redact, without_secrets
 from ms_diffsynth.storage.files import append_line, write_file
 
 logger = logging.getLogger(__name__)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from ms_diffsynth.redact import redact
+
 
 class Progress:
     """The terminal of a training run. Lines go above the bar; without a terminal a line now and then stands for it.
@@ -28,9 +30,9 @@ class Progress:
         self._stop = threading.Event()  # of the timer of the compilation that runs
 
     def say(self, text: str) -> None:
-        """One line above the bar."""
+        """One line above the bar, without secrets."""
         if self.enabled:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(redact(text), file=sys.stderr)
 
     def begin(self, total: int, text: str, unit: str, done: int = 0) -> None:
         """Start the bar of a phase, of which so many are ``done`` already."""

@@ -21,11 +21,11 @@ from mindspore import Parameter, ops
 
 from ms_diffsynth import __version__, runtime
 from ms_diffsynth.config import SETTINGS
-from ms_diffsynth.config.setting import without_secrets
 from ms_diffsynth.errors import CheckpointError, ConfigError, OutputError, listing, nearest
 from ms_diffsynth.formats.weights import FLOATS
 from ms_diffsynth.nn.names import load_state, to_numpy
 from ms_diffsynth.program import Cut
+from ms_diffsynth.redact import without_secrets
 from ms_diffsynth.storage.cache import digest_of
 from ms_diffsynth.storage.checkpoint import (
     Checkpoint,

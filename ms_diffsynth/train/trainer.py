@@ -16,7 +16,6 @@ from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, UserError
 from ms_diffsynth.launch.worker import beat
 from ms_diffsynth.nn.ema import EMA
-from ms_diffsynth.redact import redact
 from ms_diffsynth.storage.checkpoint import Checkpoint
 from ms_diffsynth.train import same_run
 from ms_diffsynth.train.distributed import Accelerator, Agreement
@@ -165,7 +164,7 @@ class _Run:
             same_run.set_later_aside(logger.output_path, checkpoint)
         logger.start(settings, checkpoint.step, same_run.run_folder(checkpoint))
         logger.event("resumed", checkpoint=str(checkpoint.path), changes=changes)
-        self.progress.say(redact(f"going on from {checkpoint.path}" + "".join(f"\n  accepted: {c}" for c in changes)))
+        self.progress.say(f"going on from {checkpoint.path}" + "".join(f"\n  accepted: {c}" for c in changes))
         return checkpoint
 
     def prepare(self) -> None:
@@ -360,7 +359,7 @@ class _Run:
             with self.ema.applied() if self.ema is not None else nullcontext(), stop.interrupting():
                 if is_sampling:
                     path = self.logger.log_samples(self.logger.num_steps, self.sampler(), self.captions)
-                    self.progress.say(redact(f"samples: {path}"))
+                    self.progress.say(f"samples: {path}")
                 if is_evaluating:
                     self.progress.say(self.evaluation())
         except Interrupted:
@@ -370,8 +369,7 @@ class _Run:
         self.logger.event("stopped", reason=stop.signal.name)
         saved = self.checkpoints.last
         then = f"go on from {saved} with --resume auto" if saved else "with checkpoint_steps=0 nothing can go on here"
-        self.progress.say(redact(f"stopped by {stop.signal.name} after step {self.logger.num_steps} of {self.total}: "
-                                 f"{then}"))
+        self.progress.say(f"stopped by {stop.signal.name} after step {self.logger.num_steps} of {self.total}: {then}")
 
     def _finish(self) -> None:
         logger, step, skipped = self.logger, self.step, self.report.skipped
@@ -387,4 +385,4 @@ class _Run:
         folder = logger.output_path
         for path in [*logger.saved[-1:], folder / "loss.png", folder / "samples/before_after.png"]:
             if path.exists():
-                self.progress.say(redact(f"  {path}"))
+                self.progress.say(f"  {path}")
