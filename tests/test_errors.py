@@ -114,7 +114,7 @@ def test_every_code_has_a_section():
 def test_nothing_else_ends_the_process():
     ends = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")
             if re.search(r"\b(os\._exit|sys\.exit|raise SystemExit|os\.abort)\b", path.read_text(encoding="utf-8"))}
-    ends -= {"launch/front.py", "standin/__main__.py"}  # which hand on the code of a worker, or of what failed
+    ends -= {"launch/supervise.py", "standin/__main__.py"}  # which hand on the code of a worker, or of what failed
     assert ends == {"cli/main.py", "train/signals.py"}, "give each of its codes a section in docs/errors.md"
 
 
