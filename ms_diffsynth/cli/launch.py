@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "for other programs launch-DATE-TIME)")
     add("--hang_seconds", type=float, metavar="S", help="end the job when every worker has been in one step for this "
         "long, and for five times its longest step (default: 20; with several machines 300)")
-    add("--compile_seconds", type=float, default=1800.0, metavar="S", help="the same for everything that is no step, "
-        "such as compiling and saving, and for the first step (default: 1800)")
+    add("--compile_seconds", type=float, default=1800.0, metavar="S", help="the same for everything that is not a "
+        "step, such as compiling and saving, and for the first step (default: 1800)")
     add("--grace_seconds", type=float, default=10.0, metavar="S", help="kill what has not saved and ended this long "
         "after a signal (default: 10)")
     add("--start_seconds", type=int, default=600, metavar="S", help="how long workers and machines wait for one "

@@ -111,7 +111,7 @@ def choose(folder: str | os.PathLike[str], files: Sequence[str] | None = None) -
     names = [n for n in sent if any(_matches(n, f) for f in (files or ALLOWED))]
     if not names:
         raise HubError(f"{folder} has nothing to send: none of its {len(found)} files is a model card, weights, a "
-                       "configuration of a model, or a sample picture. Name files with --files.")
+                       "configuration of a model, or a sample image. Name files with --files.")
     return names
 
 
@@ -242,11 +242,11 @@ def compare(model_id: str, host: str, expected: dict[str, tuple[int, str]], stor
                        ".gitignore in it drops files), then send it again.")
 
 
-# -- while training goes on ----------------------------------------------------------------------------------------
+# -- during a training --------------------------------------------------------------------------------------------
 
 
 class BackgroundUpload:
-    """Publishes a folder from one thread while training goes on. Args: as those of `publish`.
+    """Publishes a folder from one thread during a training. Args: as those of `publish`.
 
     What is wrong at the start is raised, by `connect`; what fails later is not.
 
@@ -275,7 +275,7 @@ class BackgroundUpload:
         try:
             names = choose(folder, files)
             stage = _stage(Path(folder), names)
-        except Exception as error:  # training goes on, whatever is wrong with the folder
+        except Exception as error:  # training continues, whatever is wrong with the folder
             self.failed(error)
             return
         with self._waiting.mutex:
@@ -301,10 +301,10 @@ class BackgroundUpload:
         return self.failures
 
     def failed(self, error: Exception) -> None:
-        """Tell that something about an upload failed; training goes on."""
+        """Tell that something about an upload failed; training continues."""
         line = redact(" ".join(f"{type(error).__name__}: {error}".split()))
         self.failures.append(line)
-        logger.warning("upload to %s failed, training goes on: %s", self.model_id, line)
+        logger.warning("upload to %s failed, training continues: %s", self.model_id, line)
         self._tell("upload_failed", reason=line)
 
     def _work(self) -> None:
@@ -316,5 +316,5 @@ class BackgroundUpload:
                 logger.info("uploaded %d files: %s", len(names), url)
                 self.published = f"{message}: {url}"
                 self._tell("upload_finished", upload=message, url=url)
-            except Exception as error:  # of any client, in any version: training goes on
+            except Exception as error:  # of any client, in any version: training continues
                 self.failed(error)

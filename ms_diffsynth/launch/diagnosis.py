@@ -17,8 +17,8 @@ from ms_diffsynth.launch.worker import BEAT_BYTES, STEP
 
 TRY_AGAIN = 75  # exit code when a worker was killed, stopped or hung: 137 or 143 would be the launcher's own end
 
-STOPPED_SECONDS = 5.0  # a worker may be stopped so long
-SLACK = 5.0  # a step may last so many times the longest so far
+STOPPED_SECONDS = 5.0  # a worker may be stopped for this long
+SLACK = 5.0  # a step may last this many times the longest one before
 
 _TAIL = 256 * 1024  # bytes; MindSpore writes long stacks of its own after a Python exception
 _WIDTH = 400

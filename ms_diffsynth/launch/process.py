@@ -26,8 +26,8 @@ def end_with_parent(parent: int, number: signal.Signals) -> None:
 class Process:
     """A process in a session of its own. Output is appended to ``log``, unless ``outputs`` says otherwise.
 
-    A process that has ended is kept as a zombie until `reap`: so long no other process can have its number, nor its
-    group's, and what is sent to them late cannot reach another one.
+    A process that has ended is kept as a zombie until `reap`: until then no other process can have its number, nor
+    its group's, and what is sent to them late cannot reach another one.
 
     Args:
         name: how messages call it.
@@ -82,7 +82,7 @@ class Process:
             os.killpg(self.pid, signal.SIGKILL)
 
     def reap(self, seconds: float) -> bool:
-        """Wait until it has ended, for at most so long. Returns: whether it has."""
+        """Wait until it has ended, for at most this long. Returns: whether it has."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -116,7 +116,7 @@ class Tee:
             thread.start()
 
     def finish(self, seconds: float) -> None:
-        """Wait for what is left when the process has ended, for at most so long."""
+        """Wait for what is left when the process has ended, for at most this long."""
         until = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(until - time.monotonic(), 0))
@@ -135,7 +135,7 @@ class Tee:
     def _show(self, target: int, data: bytes) -> None:
         try:
             write_all(target, data)
-        except OSError:  # the terminal was closed, or the reader of the pipe has ended: the log goes on
+        except OSError:  # the terminal was closed, or the reader of the pipe has ended: the log continues
             self.is_shown = False
 
 

@@ -29,11 +29,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LOOK_SECONDS = 0.5  # between two looks at the workers; a death is seen at once
 SUSPENDED_SECONDS = 5.0  # what is longer between two looks is time in which this process could not run
 AGAIN_SECONDS = 1.0  # a second signal sooner than this is the first one, on another way
-FAILED_SECONDS = 10.0  # the others have so long to end when one has failed: they may just be saving
+FAILED_SECONDS = 10.0  # the others have this long to end when one has failed: they may just be saving
 ABORT_SECONDS = 3.0  # to print every thread's stack
 KILL_SECONDS = 5.0  # a killed process ends at once, unless a disk does not answer
 TERMINAL_SECONDS = 5.0  # for the last of rank 0's output, or a line of our own, on a terminal that may be paused
-SCHEDULER_SECONDS = 60.0  # other machines have so long to end after this one
+SCHEDULER_SECONDS = 60.0  # other machines have this long to end after this one
 SCHEDULER_WORDS_SECONDS = 5.0  # it may know which machine failed before a worker here did
 _ASKED = (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT)  # how a worker ends that was asked to
 
@@ -162,13 +162,13 @@ class Supervisor:
                 return self._end_well()
 
     def _wait(self, seconds: float) -> None:
-        """Wait for a signal, or for the end of a process, for at most so long."""
+        """Wait for a signal, or for the end of a process, for at most this long."""
         select.select([self._reader], [], [], seconds)
         with contextlib.suppress(BlockingIOError):
             self.signals += [signal.Signals(n) for n in os.read(self._reader, 64) if n in SIGNALS]
 
     def _wait_until(self, is_done: Callable[[], object], seconds: float) -> None:
-        """Wait until something is so, for at most so long."""
+        """Wait until a condition holds, for at most this long."""
         until = time.monotonic() + seconds
         while not is_done() and (left := until - time.monotonic()) > 0:
             self._wait(min(left, LOOK_SECONDS))
@@ -207,7 +207,7 @@ class Supervisor:
         return Outcome(128 + first, lambda: f"stopped by {first.name}: all workers have ended")
 
     def _end_workers(self, seconds: float) -> str:
-        """Ask all workers to end. Returns: the names of those that have not after so long, or at another signal."""
+        """Ask all workers to end. Returns: the names of those that have not after this long, or at another signal."""
         for worker in self._running():
             worker.ask_to_end()
         self._wait_until(lambda: not self._running(), min(seconds, AGAIN_SECONDS))

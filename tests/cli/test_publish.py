@@ -26,7 +26,7 @@ QUICK = (*PUSH, "--sample_prompts", "[]", "--checkpoint_steps", "0")
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The hub every client asks; nobody waits before asking again."""
+    """The hub every client asks; none waits before asking again."""
     monkeypatch.setattr(utils._http, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

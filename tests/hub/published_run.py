@@ -1,4 +1,4 @@
-"""What the tests of publishing share: the folder of a run with files nobody may see, and a machine without a login."""
+"""What the tests of publishing share: the folder of a run with private files, and a machine without a login."""
 from __future__ import annotations
 
 import time

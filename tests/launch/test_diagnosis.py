@@ -40,7 +40,7 @@ class Scene:
         self.pulses[rank].look(now)
 
     def run(self, last, seconds=1.0):
-        """Steps 0 to ``last`` of so many seconds each; returns when the last one begins."""
+        """Steps 0 to ``last`` of ``seconds`` each; returns when the last one begins."""
         for step in range(last + 1):
             for rank in (0, 1):
                 self.beat(step * seconds, rank, step)

@@ -59,7 +59,7 @@ def publishing(accelerator: Accelerator, model: DiffusionTrainingModule, logger:
         """Write README.md and hand over what the folder holds now. What fails is told, never raised."""
         try:
             write_file(logger.output_path / "README.md", run_card(model, logger, dataset, args).encode())
-        except Exception as error:  # of any library that a card needs: training goes on, the weights are sent
+        except Exception as error:  # of any library that a card needs: training continues, the weights are sent
             upload.failed(error)
         upload.submit(logger.output_path, f"step {logger.num_steps}")
 
@@ -81,7 +81,7 @@ def publishing(accelerator: Accelerator, model: DiffusionTrainingModule, logger:
 
 
 def run_card(model: DiffusionTrainingModule, logger: ModelLogger, dataset: Any, args: Any) -> str:
-    """README.md of a run as it stands: the weights saved last, and the sample pictures made last."""
+    """README.md of a run as it stands: the weights saved last, and the sample images made last."""
     pipe, prompts, base = model.pipe, tuple(getattr(args, "sample_prompts", ())), _base_model(model, args)
     family = registry.family(args.family)
     return model_card(Card(
