@@ -12,7 +12,7 @@ from urllib.parse import quote
 import pytest
 from huggingface_hub import constants
 
-from ms_diffsynth.cli.flags import run_main
+from ms_diffsynth.cli.run_main import run_main
 from ms_diffsynth.hub.card import Card, model_card
 from ms_diffsynth.redact import redact, redact_logs, without_secrets
 

@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ms_diffsynth.cli.flags import overrides_of, refuse_tokens
 from ms_diffsynth.config import NO_TOKEN, TOKEN_FLAGS, load_config
+from ms_diffsynth.config.flags import overrides_of, refuse_tokens
 from ms_diffsynth.errors import ConfigError, DeviceError, OutputError, nearest
 from ms_diffsynth.launch.job import Job
 from ms_diffsynth.launch.ports import PORT, check_port, free_port, resolve, wait_for_scheduler

@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ms_diffsynth.cli.flags import refuse_tokens
+from ms_diffsynth.config.flags import refuse_tokens
 from ms_diffsynth.hub.publish import HUBS, choose, publish
 
 

@@ -16,6 +16,9 @@ class Progress:
 
     Args:
         enabled: False on every rank but the first.
+
+    Attributes:
+        shown: what is shown beside the bar besides the values of a step, such as the validation loss.
     """
 
     every_seconds = 10.0  # between two lines when there is no terminal
@@ -25,6 +28,7 @@ class Progress:
         self.enabled = enabled
         self.is_terminal = sys.stderr.isatty()
         self.bar: tqdm | None = None
+        self.shown: dict[str, str] = {}
         self._said = 0.0
         self._text = ""
         self._stop = threading.Event()  # of the timer of the compilation that runs
@@ -45,6 +49,7 @@ class Progress:
         """One more, with values to show beside the bar."""
         if self.bar is None:
             return
+        shown |= self.shown
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
         self._count += 1

@@ -81,7 +81,8 @@ def test_a_training_run(jobs, capsys, tmp_path):
         server.bind(("127.0.0.1", job.master_port))
 
 
-def test_several_machines(jobs, capsys, tmp_path):
+def test_several_machines(jobs, capsys, monkeypatch):
+    monkeypatch.setattr("ms_diffsynth.cli.launch.check_port", lambda *_: None)  # another job may have msrun's port here
     words = ["--workers", "4", "--nodes", "2", "--master_address", "127.0.0.1", "--log_dir", "logs"]
     assert launch(capsys, *words, *SCRIPT)[0] == 0
     assert (jobs[0].master_port, jobs[0].hang_seconds, jobs[0].world_size) == (8118, 300, 8)

@@ -33,9 +33,9 @@ from ms_diffsynth.errors import OutputError
 from ms_diffsynth.launch.job import SCHEDULER, Job
 from ms_diffsynth.launch.ports import free_port
 from ms_diffsynth.nn.names import to_numpy
-from ms_diffsynth.train import trainer
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger
+from ms_diffsynth.train.trainer import Trainer
 from ms_diffsynth.train.two_stage import launch_data_process_task
 
 ROWS, BATCH = 16, 8  # pictures, and pictures a step, over all ranks
@@ -88,7 +88,7 @@ def run(name: str, model: Path, data: Path, out: Path, steps: int | None = None,
         if term is not None and term[0] == accelerator.process_index:
             _send(patch, term[1])
         if full == accelerator.process_index:
-            patch.setattr("ms_diffsynth.train.same_run.write_part", _no_space)
+            patch.setattr("ms_diffsynth.train.hooks.checkpoints.write_part", _no_space)
         if other_seed == accelerator.process_index:
             options["seed"] = 7
         if in_order:
@@ -133,14 +133,14 @@ class InOrder(nn.Cell):
 
 def _send(patch: pytest.MonkeyPatch, step: int) -> None:
     """This process gets SIGTERM in the middle of a step."""
-    original = trainer._Run.compute
+    original = Trainer.compute
 
-    def compute(self, batch):
+    def compute(self, *batch):
         if self.logger.num_steps == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch)
+        return original(self, *batch)
 
-    patch.setattr(trainer._Run, "compute", compute)
+    patch.setattr(Trainer, "compute", compute)
 
 
 def _no_space(*_: Any, **__: Any) -> None:

@@ -10,9 +10,11 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ms_diffsynth import __version__, registry
+from ms_diffsynth.config import flat
 from ms_diffsynth.errors import UserError
 from ms_diffsynth.hub.card import Card, model_card
 from ms_diffsynth.hub.download import parse_model_id_with_origin_paths, parse_path_or_model_id
@@ -20,11 +22,29 @@ from ms_diffsynth.hub.publish import BackgroundUpload, connect
 from ms_diffsynth.redact import redact
 from ms_diffsynth.storage.files import write_file
 from ms_diffsynth.train.distributed import Accelerator
+from ms_diffsynth.train.hooks.contract import Hook
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.train.trainer import Trainer
 
 SECONDS_AT_THE_END = 600.0  # that what is under way is waited for
 SECONDS_AFTER_AN_ERROR = 30.0
+
+
+class Publishing(Hook):
+    """Publishes what the logger saves, if ``args.push_to_hub`` asks for it; on the first rank only.
+
+    Args:
+        dataset: what the model card says of the data.
+        args: every setting, as `TrainConfig` or a parsed command line has them.
+    """
+
+    def __init__(self, dataset: Any, args: Any):
+        self.dataset, self.args = dataset, SimpleNamespace(**flat(args))
+
+    def start(self, trainer: Trainer) -> None:
+        trainer.at_exit.enter_context(publishing(trainer.accelerator, trainer.module, trainer.logger, self.dataset,
+                                                 self.args))
 
 
 def check_token(accelerator: Accelerator, args: Any) -> None:
@@ -32,7 +52,7 @@ def check_token(accelerator: Accelerator, args: Any) -> None:
 
     Raises: HubError when there is no token, or the hub's client is not installed.
     """
-    if _is_publishing(accelerator, args):
+    if _is_publishing(accelerator, args := SimpleNamespace(**flat(args))):
         connect(args.hub)
 
 

@@ -1,23 +1,16 @@
-"""Settings as command-line flags, and the parser of the training scripts."""
+"""Settings as command-line flags, and the parser of the command line and of training scripts."""
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import select
-import signal
-import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING
+from pathlib import Path
 from typing import Any, NoReturn
 
-from ms_diffsynth import __version__
-from ms_diffsynth.config import NO_TOKEN, SECTIONS, SETTINGS, TOKEN_FLAGS, load_config
-from ms_diffsynth.errors import INTERNAL, ConfigError, UserError, nearest
-from ms_diffsynth.redact import redact_logs, redacted_terminal
-
-_STDOUT = 1  # the number of its file
+from ms_diffsynth.config.loading import NO_TOKEN, TOKEN_FLAGS, load_config
+from ms_diffsynth.config.settings import SECTIONS, SETTINGS, TrainConfig
+from ms_diffsynth.errors import ConfigError, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,36 +52,43 @@ def refuse_tokens(parser: argparse.ArgumentParser) -> None:
 
 
 class TrainingParser(Parser):
-    """The flags of a training script: every setting of `config`, checked, and those the script adds itself."""
+    """The flags of a training script: every setting of `config.settings`, checked, and those the script adds itself."""
 
     def __init__(self, fixed: dict[str, str], defaults: dict[str, str], **options: Any):
-        super().__init__(usage="%(prog)s --setting value ...", formatter_class=argparse.RawDescriptionHelpFormatter,
-                         **options)
+        super().__init__(usage="%(prog)s [CONFIG.yaml] [--setting value ...]",
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.fixed, self.settings = fixed, defaults
+        self.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="file of settings; flags win")
         add_flags(self, defaults, without=tuple(fixed))
         self.add_argument("--find_unused_parameters", action="store_true",
                           help="no effect: weights without a gradient get zeros (DiffSynth-Studio's commands pass it)")
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        given = super().parse_args(args, namespace)
-        config = load_config(None, self.fixed | self.settings | overrides_of(given))
-        own = {name: value for name, value in vars(given).items() if name not in SETTINGS}
-        return argparse.Namespace(**config.flat(), **own)
+    def parse_config(self, args: Sequence[str] | None = None) -> tuple[TrainConfig, argparse.Namespace]:
+        """The checked configuration, and the values of the flags that the script added."""
+        given = super().parse_args(args)
+        config = load_config(given.config, self.fixed | self.settings | overrides_of(given))
+        return config, argparse.Namespace(**{name: value for name, value in vars(given).items()
+                                             if name not in SETTINGS and name != "config"})
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """Every setting by its name, and the values of the flags that the script added."""
+        config, own = self.parse_config(args)
+        return argparse.Namespace(**config.flat(), **vars(own))
 
 
 _METAVARS = {bool: "BOOL", int: "INT", float: "NUMBER", str: "TEXT", tuple: "LIST"}
 
 
-def training_parser(family: str, description: str | None = None, **defaults: str) -> TrainingParser:
-    """A parser whose ``parse_args`` returns every setting by name, typed and checked; ``add_argument`` adds your own.
+def training_parser(family: str | None = None, description: str | None = None, **defaults: str) -> TrainingParser:
+    """The parser of a training script; ``add_argument`` adds flags of your own.
 
     Args:
-        family: the model family the script is for; it is no flag.
-        defaults: settings, as text, that differ from `config`'s defaults, e.g. ``num_epochs="1"``.
+        family: the model family the script is for; None leaves it to the file or the flag.
+        defaults: settings, as text, that differ from the usual defaults, e.g. ``num_epochs="1"``.
 
-    Raises: ConfigError from ``parse_args``, naming what is wrong and the nearest flag.
+    Raises: ConfigError from ``parse_config``, naming what is wrong and the nearest flag.
     """
-    return TrainingParser({"family": family}, defaults, description=description)
+    return TrainingParser({} if family is None else {"family": family}, defaults, description=description)
 
 
 def add_flags(parser: argparse.ArgumentParser, defaults: dict[str, str] | None = None,
@@ -115,52 +115,3 @@ def default_of(name: str) -> str:
 def overrides_of(args: argparse.Namespace) -> dict[str, str]:
     """The settings given as flags, for `load_config`."""
     return {name: value for name, value in vars(args).items() if name in SETTINGS and isinstance(value, str)}
-
-
-def run_main(function: Callable[[], int | None], debug: bool = False) -> int:
-    """Run a script's ``main`` and return its exit code, one of those in docs/errors.md.
-
-    A user's mistake ends with its message alone, with ``debug`` with a traceback; an internal error with a traceback
-    and what to report. No secret is in what is written to the terminal meanwhile, nor in what is logged from then on.
-    """
-    redact_logs()
-    with redacted_terminal():
-        return _run(function, debug)
-
-
-def _run(function: Callable[[], int | None], debug: bool) -> int:
-    try:
-        code = function() or 0
-        _flush_stdout()  # while what is wrong with it can still be told
-        return code
-    except UserError as error:
-        if debug:
-            sys.stderr.write("".join(traceback.format_exception(error)))
-        else:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 128 + signal.SIGINT
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and _is_reader_gone():
-            return 128 + signal.SIGPIPE
-        sys.stderr.write("".join(traceback.format_exception(error)))
-        sys.stderr.write("This was not foreseen. Unless it is from code of your own, please report these lines, the "
-                         f"command and its configuration (ms_diffsynth {__version__}, docs/errors.md#{INTERNAL}).\n")
-        return INTERNAL
-
-
-def _is_reader_gone() -> bool:
-    """Whether the reader of stdout has closed it, as ``| head`` does; what is left for it is then dropped."""
-    poll = select.poll()
-    poll.register(_STDOUT, 0)
-    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
-    if is_closed:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
-    return is_closed
-
-
-def _flush_stdout() -> None:
-    if sys.stdout is not None:  # it is in a process without one
-        sys.stdout.flush()
