@@ -60,7 +60,7 @@ def test_models_are_loaded_at_first_use_frozen_and_in_evaluation_mode(tiny):
 def test_a_config_is_read_once(tiny, monkeypatch):
     pipe = ToyImagePipeline.from_pretrained(str(tiny))
     read = []
-    monkeypatch.setattr("ms_diffsynth.pipeline.read_config", lambda folder, *name: read.append(folder) or {"a": 1})
+    monkeypatch.setattr("ms_diffsynth.models.read_config", lambda folder, *name: read.append(folder) or {"a": 1})
     for _ in range(3):
         assert pipe.config("vae") == {"a": 1}
     assert read == [tiny / "vae"]

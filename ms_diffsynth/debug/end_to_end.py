@@ -19,12 +19,12 @@ from mindspore import Tensor, nn
 from PIL import Image
 
 from ms_diffsynth.compile import CompiledStep
-from ms_diffsynth.components import read_config
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.debug.compare import Quantity, relative_error, worst
 from ms_diffsynth.debug.end_to_end_training import check_training
 from ms_diffsynth.errors import DataError, listing
 from ms_diffsynth.formats.weights import load_state_dict
+from ms_diffsynth.models import read_config
 from ms_diffsynth.nn.names import torch_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Program, is_optional, slot

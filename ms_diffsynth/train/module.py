@@ -143,8 +143,7 @@ class DiffusionTrainingModule:
         self.use_gradient_checkpointing, self.use_gradient_checkpointing_offload = is_on, is_offloaded
         if is_on or is_offloaded:
             for name in dict.fromkeys((self.pipe.network, *(n.split(".")[0] for n in self.trainable))):
-                is_template = name == "template_model"  # its forward does it by itself
-                if name in self.training_cut().models("step") and not is_template:
+                if name in self.training_cut().models("step") and not self.pipe.store.component(name).recomputes_itself:
                     use_recompute(getattr(self.pipe, name), offload=is_offloaded)
 
     def _store_frozen(self, fp8_models: str | None, stages: tuple[str, ...]) -> None:
@@ -155,8 +154,7 @@ class DiffusionTrainingModule:
         cut = self.training_cut()
         store_models_8bit(self.pipe, ",".join(given), {m for stage in stages for m in cut.models(stage)})
         for name in given:
-            if "8 bits" not in self.pipe.weight_changes.setdefault(name, []):
-                self.pipe.weight_changes[name].append("8 bits")
+            self.pipe.store.note_change(name, "8 bits", is_once=True)
 
     def _resume_lora(self, model: Any, path: str | Path) -> None:
         cells = adapted_layers(model)

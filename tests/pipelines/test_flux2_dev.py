@@ -21,7 +21,7 @@ from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipelines.flux2.pipeline import DEV_COMPONENTS
 from ms_diffsynth.pipelines.flux2.prompt import SYSTEM_MESSAGE
 from ms_diffsynth.pipelines.flux2.tiny import CONFIGS
-from ms_diffsynth.pipelines.tiny import write_model
+from ms_diffsynth.pipelines.shared.tiny import write_model
 from ms_diffsynth.train.optim import AdamW
 from ms_diffsynth.train.prepared import in_bucket
 from ms_diffsynth.train.program_step import ProgramTrainStep
@@ -130,7 +130,8 @@ def test_a_long_prompt_loses_its_end_and_it_is_said(pipe, caplog):
 
 def pipeline_with(pipe, **settings):
     other = Flux2ImagePipeline(models=pipe.models, dtype=ms.float32)
-    other.sources = pipe.sources
+    other.sources.update(pipe.sources)
+    other.store.components = pipe.store.components
     for name, value in settings.items():
         setattr(other, name, value)
     return other
@@ -294,7 +295,7 @@ def test_another_models_tokenizer_is_refused(folder, tmp_path):
 
 def test_klein_keeps_its_own_components(tiny_flux2):
     klein = Flux2ImagePipeline.from_pretrained(str(tiny_flux2))
-    assert [c.class_name for c in klein.components][:2] == ["", "Qwen3ForCausalLM"]
+    assert [c.class_name for c in klein.store.components][:2] == ["", "Qwen3ForCausalLM"]
     assert len(klein.model_names) == len(set(klein.model_names)) == 4
 
 

@@ -197,7 +197,7 @@ def test_a_cache_of_other_weights_or_another_job_is_refused(folder, tmp_path):
 def test_a_lora_fused_into_an_encoder_shapes_the_cache(folder, tmp_path, monkeypatch):
     module = Module(folder, "sft:data_process")
     before = module.pipe.weights_digest("text_encoder")
-    module.pipe.weight_changes["text_encoder"] = ["LoRA abc x 1.0"]
+    module.pipe.store.weight_changes["text_encoder"] = ["LoRA abc x 1.0"]
     assert module.pipe.weights_digest("text_encoder") != before
     assert module.pipe.weights_digest("vae") == Module(folder).pipe.weights_digest("vae")
 
@@ -207,7 +207,7 @@ def test_tokenizer_files_shape_the_cache(tmp_path, monkeypatch):
     pipe = family("flux").pipeline()
     shipped = pipe.weights_digest("tokenizer_1")
     (tmp_path / "vocab.json").write_text("{}")
-    pipe.sources["tokenizer_1"] = type(pipe._source("tokenizer_1"))(tmp_path)
+    pipe.sources["tokenizer_1"] = type(pipe.store.source("tokenizer_1"))(tmp_path)
     assert pipe.weights_digest("tokenizer_1") != shipped and pipe.weights_digest("vae") is None
 
 

@@ -21,11 +21,12 @@ from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.formats.weights import load_state_dict, match, save_sharded
 from ms_diffsynth.hub.download import ModelConfig
+from ms_diffsynth.models import SCHEDULER_FILE, Component
 from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import assign, state_dict, torch_shapes
-from ms_diffsynth.pipeline import SCHEDULER_FILE, Component, Pipeline, UnitSequence
+from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.pipelines.ddpm_unet.units import Denoise, LoadPixels
-from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.program import Program
 from ms_diffsynth.storage.files import sha256_of, stage_folder, write_file
 
@@ -205,7 +206,7 @@ class UnconditionalImagePipeline(Pipeline):
         weights = {name.removeprefix("pipe.unet."): array for name, array in load_state_dict(path).items()}
         match(torch_shapes(self.unet), {name: array.shape for name, array in weights.items()}, where=str(path))
         assign(self.unet, weights.items(), self.dtype)
-        self.weight_changes.setdefault("unet", []).append(f"weights {sha256_of(path)}")
+        self.store.note_change("unet", f"weights {sha256_of(path)}")
         self.forget_compiled()
 
     def save_pretrained(self, folder: str | Path, replace: bool = False) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.nn.names import assign
 from ms_diffsynth.pipelines.ddpm_unet.pipeline import UnconditionalImagePipeline, build_unet
-from ms_diffsynth.pipelines.tiny import random_weights
+from ms_diffsynth.pipelines.shared.tiny import random_weights
 
 CONFIG: dict[str, Any] = {
     "sample_size": 32, "layers_per_block": 1, "block_out_channels": [16, 32], "norm_num_groups": 8,

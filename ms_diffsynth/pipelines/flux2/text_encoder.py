@@ -11,8 +11,8 @@ from typing import Any
 
 from mindspore import Tensor, nn
 
-from ms_diffsynth.pipelines.language_model import LowerLayers, attend, heads
-from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.language_model import LowerLayers, attend, heads
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
 with quiet_imports():
     from mindone.transformers.models.mistral import modeling_mistral as mistral

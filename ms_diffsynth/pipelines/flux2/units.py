@@ -12,15 +12,15 @@ import numpy as np
 from mindspore import Tensor, mint, nn, ops
 from PIL import Image
 
-from ms_diffsynth.components import class_name_of
 from ms_diffsynth.data.images import to_rgb
 from ms_diffsynth.data.operators import ImageCropAndResize
 from ms_diffsynth.errors import DataError
+from ms_diffsynth.models import class_name_of
 from ms_diffsynth.ops.clamp import clamp
-from ms_diffsynth.pipelines import vae_units
 from ms_diffsynth.pipelines.flux2.denoise import to_tokens
 from ms_diffsynth.pipelines.flux2.prompt import dev_ids, klein_ids
 from ms_diffsynth.pipelines.flux2.rotary import edit_places
+from ms_diffsynth.pipelines.shared import vae_units
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 logger = logging.getLogger(__name__)

@@ -9,16 +9,16 @@ from mindspore import Tensor
 
 from ms_diffsynth.diffusion.guidance import classifier_free_with_norms
 from ms_diffsynth.diffusion.schedule import ExponentialShift, FlowMatchSettings, Grid, TerminalStretch, linspace
+from ms_diffsynth.models import Component
 from ms_diffsynth.nn.names import to_numpy
-from ms_diffsynth.pipeline import Component
-from ms_diffsynth.pipelines.flux.units import LoadPixels
-from ms_diffsynth.pipelines.image import ImagePipeline
-from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.pipeline import pad_prompts
 from ms_diffsynth.pipelines.qwen_image import units
 from ms_diffsynth.pipelines.qwen_image.denoise import Denoise
-from ms_diffsynth.train.prepared import in_bucket
+from ms_diffsynth.pipelines.shared.image import ImagePipeline
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.vae_units import LoadPixels
 
-HERE = Path(__file__).parent
+QWEN_TOKENIZER = Path(__file__).parents[1] / "shared" / "tokenizers" / "qwen2"
 # settings newer diffusers write into config.json; with these values the network is the one mindone 0.5.0 knows
 LATER_SETTINGS = {"use_additional_t_cond": False, "use_layer3d_rope": False, "zero_cond_t": False, "input_channels": 3}
 
@@ -57,7 +57,7 @@ def _arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 
 COMPONENTS = (
-    Component(name="tokenizer", folder="tokenizer", build=_build_tokenizer, default_folder=HERE / "tokenizer",
+    Component(name="tokenizer", folder="tokenizer", build=_build_tokenizer, default_folder=QWEN_TOKENIZER,
               libraries=("transformers",)),
     Component(name="text_encoder", folder="text_encoder", class_name="Qwen2_5_VLForConditionalGeneration",
               build=_build_text_encoder, ignored=("visual.", "lm_head.")),
@@ -113,8 +113,8 @@ class QwenImagePipeline(ImagePipeline):
     def condition(self, prompt: str, **extra: Tensor) -> dict[str, Any]:
         """As `ImagePipeline.condition`, with the text padded to one of ``prompt_lengths``: few compilations."""
         slots = super().condition(prompt, **extra)
-        row = in_bucket({n: to_numpy(slots[n])[0] for n in self.padded_slots if n in slots}, (0, 0), self)
-        return slots | {name: Tensor(value[None]) for name, value in row.slots.items()}
+        padded, _ = pad_prompts(self, {n: to_numpy(slots[n])[0] for n in self.padded_slots if n in slots})
+        return slots | {name: Tensor(value[None]) for name, value in padded.items()}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         config = self.config("vae")

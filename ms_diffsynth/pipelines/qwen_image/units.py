@@ -9,7 +9,7 @@ from mindspore import Tensor, mint, ops
 
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.ops.clamp import clamp
-from ms_diffsynth.pipelines import vae_units
+from ms_diffsynth.pipelines.shared import vae_units
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 logger = logging.getLogger(__name__)

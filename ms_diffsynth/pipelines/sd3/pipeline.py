@@ -9,26 +9,25 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 
-from ms_diffsynth.components import read_config
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, diffsynth_flux, linspace, sampling_sigmas
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.pipeline import Component
-from ms_diffsynth.pipelines.flux.units import Decode, EncodeImage, LoadPixels
-from ms_diffsynth.pipelines.image import ImagePipeline
-from ms_diffsynth.pipelines.parts import (
+from ms_diffsynth.models import Component, arguments, read_config
+from ms_diffsynth.pipelines.sd3 import units
+from ms_diffsynth.pipelines.sd3.denoise import Denoise
+from ms_diffsynth.pipelines.shared import autoencoder_kl
+from ms_diffsynth.pipelines.shared.autoencoder_kl import Decode, EncodeImage, build_autoencoder_kl
+from ms_diffsynth.pipelines.shared.image import ImagePipeline
+from ms_diffsynth.pipelines.shared.t5 import weight_dtype
+from ms_diffsynth.pipelines.shared.text import (
     CLIP_TOKENIZER,
     T5_TOKENIZER,
-    arguments,
-    build_autoencoder_kl,
     build_clip_tokenizer,
     build_clip_with_projection,
     build_t5,
     build_t5_tokenizer,
 )
-from ms_diffsynth.pipelines.sd3 import units
-from ms_diffsynth.pipelines.sd3.denoise import Denoise
-from ms_diffsynth.pipelines.t5 import weight_dtype
+from ms_diffsynth.pipelines.shared.vae_units import LoadPixels
 
 
 def _build_dit(config: dict[str, Any]):
@@ -127,16 +126,15 @@ class SD3ImagePipeline(ImagePipeline):
 
         Raises: ConfigError for sides that the transformer, where it is here, has no positions for.
         """
-        config = self.config("vae")
-        factor = 2 ** (len(config["block_out_channels"]) - 1)  # each VAE level but the last halves the sides
+        vae = self.config("vae")
         if "dit" in self.models or "dit" in self.sources:
             dit = self.config("dit")
-            most = dit["pos_embed_max_size"] * dit["patch_size"] * factor
+            most = dit["pos_embed_max_size"] * dit["patch_size"] * autoencoder_kl.scale_factor(vae)
             if max(height, width) > most:
                 raise ConfigError(f"height={height}, width={width}: this transformer has positions for sides of at "
                                   f"most {most} pixels (pos_embed_max_size={dit['pos_embed_max_size']}). Make the "
-                                  "picture smaller.")
-        return (config["latent_channels"], height // factor, width // factor)
+                                  "image smaller.")
+        return autoencoder_kl.latent_shape(vae, (height, width))
 
     def published_scheduler(self) -> FlowMatchSettings:
         return SCHEDULER

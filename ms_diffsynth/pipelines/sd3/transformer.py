@@ -17,7 +17,7 @@ from mindspore.common.initializer import initializer
 
 from ms_diffsynth.nn.blocks import Arranged, Kind
 from ms_diffsynth.ops import network
-from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
 with quiet_imports():
     from mindone.diffusers.models.attention import JointTransformerBlock

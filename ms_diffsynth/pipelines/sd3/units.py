@@ -4,7 +4,7 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import mint
 
-from ms_diffsynth.pipelines.parts import CLIP_TOKENS, padded_ids
+from ms_diffsynth.pipelines.shared.text import CLIP_TOKENS, padded_ids
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 

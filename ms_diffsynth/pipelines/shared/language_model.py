@@ -14,8 +14,8 @@ from mindspore import Tensor, nn, ops
 
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.ops import install_cpu_kernels
-from ms_diffsynth.pipelines.quiet import quiet_imports
-from ms_diffsynth.pipelines.qwen_image.rotary import rotate_halves, text_table
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.rotary import rotate_halves, text_table
 
 install_cpu_kernels()  # a network of mindone is adapted while it is imported
 
