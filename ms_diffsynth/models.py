@@ -174,6 +174,10 @@ class ModelStore:
         """The component called ``name``."""
         return next(c for c in self.components if c.name == name)
 
+    def has_config(self, name: str) -> bool:
+        """Whether `config` has an answer."""
+        return name in self.loaded or name in self.sources or name in self.known_configs
+
     def add_component(self, component: Component, source: Source | None = None, model: Any = None) -> None:
         """A component that is not of the family, in place of one of its name; with its files, or loaded already."""
         self.components = (*(c for c in self.components if c.name != component.name), component)

@@ -197,12 +197,18 @@ class Pipeline:
         units = [SampleLatents(objective.posterior) if isinstance(u, SampleLatents) else u for u in self.units]
         return Program([*units, *objective.units(self, sigmas)], (*self.inputs, *objective.inputs), objective.draws)
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the network is told a guidance scale; so far as its settings are known."""
+        return any(slot(param) == "guidance" for param in self.denoise.input_params)
+
     def sampling_program(self, extra: Sequence[str] = ()) -> Program:
         """From a prompt, and the ``extra`` inputs, to ``velocity`` at given ``latents`` and ``sigma``."""
         optional = {id(unit) for units in self.optional_units.values() for unit in units}
         units = [unit for name in extra for unit in self.optional_units[name]]
         units += [unit for unit in self.units if id(unit) not in optional]
-        return Program([*units, self.denoise], (*type(self).inputs, *extra, "guidance"), ("latents", "sigma"))
+        guidance = ("guidance",) if self.takes_guidance else ()
+        return Program([*units, self.denoise], (*type(self).inputs, *extra, *guidance), ("latents", "sigma"))
 
     def use_input(self, name: str) -> None:
         """Train on a further input: its units join ``units``. Sampling reads it whenever it is given, trained or not.

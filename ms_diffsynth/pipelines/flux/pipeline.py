@@ -96,5 +96,9 @@ class FluxImagePipeline(ImagePipeline):
         return autoencoder_kl.latent_shape(self.config("vae"), (height, width))
 
     def published_scheduler(self) -> FlowMatchSettings:
-        is_here = "dit" in self.models or "dit" in self.sources  # it need not be where only prompts are encoded
-        return FLUX_SCHNELL if is_here and not self.config("dit")["guidance_embeds"] else FLUX_DEV
+        return FLUX_DEV if self.takes_guidance else FLUX_SCHNELL
+
+    @property
+    def takes_guidance(self) -> bool:
+        """True for dev, False for schnell; True where only prompts are encoded and the transformer is not given."""
+        return not self.store.has_config("dit") or bool(self.config("dit")["guidance_embeds"])

@@ -178,5 +178,10 @@ class Flux2ImagePipeline(ImagePipeline):
         factor = 2 * 2 ** (len(config["block_out_channels"]) - 1)  # 2x2 patches of the VAE's latents
         return (4 * config["latent_channels"], height // factor, width // factor)
 
+    @property
+    def takes_guidance(self) -> bool:
+        """True for dev, False for klein; True where only prompts are encoded and the transformer is not given."""
+        return not self.store.has_config("dit") or bool(self.config("dit").get("guidance_embeds", True))
+
     def published_scheduler(self) -> FlowMatchSettings:
         return FLUX_DEV  # FLUX.2's is the same, and takes another mu

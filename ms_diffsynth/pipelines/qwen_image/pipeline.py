@@ -5,13 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor
 
 from ms_diffsynth.diffusion.guidance import classifier_free_with_norms
 from ms_diffsynth.diffusion.schedule import ExponentialShift, FlowMatchSettings, Grid, TerminalStretch, linspace
 from ms_diffsynth.models import Component
-from ms_diffsynth.nn.names import to_numpy
-from ms_diffsynth.pipeline import pad_prompts
 from ms_diffsynth.pipelines.qwen_image import units
 from ms_diffsynth.pipelines.qwen_image.denoise import Denoise
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
@@ -109,12 +106,6 @@ class QwenImagePipeline(ImagePipeline):
 
     def build_decode(self) -> units.Decode:
         return units.Decode(self.dtype)
-
-    def condition(self, prompt: str, **extra: Tensor) -> dict[str, Any]:
-        """As `ImagePipeline.condition`, with the text padded to one of ``prompt_lengths``: few compilations."""
-        slots = super().condition(prompt, **extra)
-        padded, _ = pad_prompts(self, {n: to_numpy(slots[n])[0] for n in self.padded_slots if n in slots})
-        return slots | {name: Tensor(value[None]) for name, value in padded.items()}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         config = self.config("vae")

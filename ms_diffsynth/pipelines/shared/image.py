@@ -18,7 +18,8 @@ from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.pipeline import Pipeline, UnitSequence
+from ms_diffsynth.nn.names import to_numpy
+from ms_diffsynth.pipeline import Pipeline, UnitSequence, pad_prompts
 from ms_diffsynth.program import Program
 from ms_diffsynth.template.cache import JoinTemplateCache, TemplateCache, to_slots
 from ms_diffsynth.units import TensorUnit, run_unit
@@ -87,10 +88,11 @@ class ImagePipeline(Pipeline):
         latents = Draws(seed).normal("latents", np.array([0]), shape)
         guidance = self.default_embedded_guidance if embedded_guidance is None else embedded_guidance
         inputs["guidance"] = Tensor(np.full(1, guidance, np.float32))
-        positive = self.condition(prompt, **_positive(inputs))
-        negative = self.condition(negative_prompt, **_negative(inputs)) if cfg_scale != 1 else None
+        branches = [{"prompt": prompt, **_positive(inputs)}]
+        if cfg_scale != 1:
+            branches.append({"prompt": negative_prompt, **_negative(inputs)})
         sigmas = self.sampling_sigmas(num_inference_steps, shape)
-        return self.generate(positive, negative, latents, sigmas, cfg_scale, on_step, sampler)[0]
+        return self.generate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler)[0]
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
         known = [name for name in self.optional_units if name != "template_inputs"]  # TemplatePipeline takes those
@@ -141,13 +143,38 @@ class ImagePipeline(Pipeline):
 
     def condition(self, prompt: str, template_cache: TemplateCache | None = None, **extra: Any) -> dict[str, Any]:
         """Prepared slots for one prompt, by name: exactly what the sampling step reads besides its draws."""
-        given = {"prompt": prompt, **{name: value for name, value in extra.items() if value is not None}}
-        cut = self.sampling_program([name for name in given if name in self.optional_units]).cut(("velocity",))
-        slots = self.run(cut.prepare, {k: v for k, v in given.items() if k in cut.inputs})
-        lost = [name for name in cut.cache if name not in slots]
-        if lost:
-            raise ProgramError(f"condition() needs {listing(lost)}: pass {listing(n + '=Tensor' for n in lost)}.")
-        return {name: slots[name] for name in cut.cache} | to_slots(template_cache or {})
+        return self.conditions({"prompt": prompt, "template_cache": template_cache, **extra})[0]
+
+    def conditions(self, positive: dict[str, Any],
+                   negative: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """`condition` for both branches of guidance, each given its arguments.
+
+        Of the negative branch only those units run whose inputs, or what they are made of, are other objects than in
+        the positive one: an edit image is encoded once.
+        """
+        found: list[dict[str, Any] | None] = []
+        first: dict[str, Any] = {}  # what the positive branch was given
+        prepared: dict[str, Any] = {}  # and all slots that it has
+        for branch in (positive, negative):
+            if branch is None:
+                found.append(None)
+                continue
+            given = {name: value for name, value in branch.items() if value is not None and name != "template_cache"}
+            program = self.sampling_program([name for name in given if name in self.optional_units])
+            cut = program.cut(("velocity",))
+            slots, units = {name: value for name, value in given.items() if name in cut.inputs}, cut.prepare
+            if first.keys() == given.keys():
+                again = program.branch([name for name in given if given[name] is not first[name]], ("velocity",))
+                slots, units = prepared | slots, tuple(unit for unit in units if unit.name in again)
+            first, prepared = given, self.run(units, slots)
+            lost = [name for name in cut.cache if name not in prepared]
+            if lost:
+                raise ProgramError(f"condition() needs {listing(lost)}: pass {listing(n + '=Tensor' for n in lost)}.")
+            # text is padded to one of few lengths, each of which is one compilation
+            padded, _ = pad_prompts(self, {n: to_numpy(prepared[n])[0] for n in self.padded_slots if n in cut.cache})
+            found.append({name: Tensor(padded[name][None]) if name in padded else prepared[name] for name in cut.cache}
+                         | to_slots(branch.get("template_cache") or {}))
+        return found[0], found[1]
 
     def denoiser(self, condition: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
         """``denoise(latents, sigma) -> velocity`` under one condition; compiled once per shape in mode graph."""
