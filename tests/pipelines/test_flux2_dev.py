@@ -18,7 +18,7 @@ from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.formats.weights import load_state_dict, save_sharded
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.pipelines.flux2.pipeline import DEV_COMPONENTS
+from ms_diffsynth.pipelines.flux2.pipeline import COMPONENTS, DEV_COMPONENTS
 from ms_diffsynth.pipelines.flux2.prompt import SYSTEM_MESSAGE
 from ms_diffsynth.pipelines.flux2.tiny import CONFIGS
 from ms_diffsynth.pipelines.shared.tiny import write_model
@@ -291,6 +291,16 @@ def test_another_models_tokenizer_is_refused(folder, tmp_path):
     parts = [ModelConfig(str(folder / name)) for name in ("text_encoder", "vae", "transformer")]
     with pytest.raises(WeightError, match=r"another model's\. Give the tokenizer/ folder of FLUX\.2-dev"):
         pipeline(parts, tokenizer_config=ModelConfig(str(copy))).encode_prompt("a cat")
+
+
+def test_files_that_do_not_fit_change_nothing(tiny_flux2, tmp_path):
+    pipe = Flux2ImagePipeline.from_pretrained(str(tiny_flux2))
+    before = pipe.store.components
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(WeightError, match="Mistral3ForConditionalGeneration"):  # dev's is named as well
+        pipe.store.add(ModelConfig(str(tmp_path / "odd")), pipe.network)
+    assert pipe.store.components is before and Flux2ImagePipeline.components is COMPONENTS
 
 
 def test_klein_keeps_its_own_components(tiny_flux2):

@@ -9,7 +9,7 @@ import pytest
 from device import DEVICE
 from PIL import Image
 
-from ms_diffsynth import runtime
+from ms_diffsynth import models, runtime
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import CacheError, ConfigError
@@ -108,6 +108,26 @@ def test_the_cut_decides_what_is_loaded_and_cached(folder, tmp_path, how, prepar
     cache = process(tmp_path / "cache", module, pictures(tmp_path / "data"))
     assert set(module.pipe.models) == prepare and set(module.training_cut().models("step")) == step
     assert set(cache.read(cache.keys()[0])[0]) == slots
+
+
+def test_the_second_stage_reads_each_config_once_however_many_steps_it_takes(folder, tmp_path, monkeypatch):
+    cache = process(tmp_path / "cache", Module(folder, "sft:data_process"), pictures(tmp_path / "data"))
+    read, read_config = [], models.read_config
+
+    def noting(folder, name="config.json"):
+        read.append((folder, name))
+        return read_config(folder, name)
+
+    monkeypatch.setattr(models, "read_config", noting)
+    counts = []
+    for steps in (1, 9):
+        read.clear()
+        train(tmp_path / str(steps), Module(folder, "sft:train"), UnifiedDataset(str(cache.folder), repeat=9),
+              max_train_steps=steps)
+        counts.append(sorted(read))
+    assert counts[0] == counts[1] and (folder / "vae", "config.json") in counts[0]
+    built = [(folder / "transformer", "config.json")]  # once more, to build the network
+    assert max(counts[0].count(file) for file in counts[0] if file not in built) == 1
 
 
 def test_class_images_are_cached_beside_the_pictures(folder, tmp_path):
