@@ -41,8 +41,26 @@ ROWS_WORTH_COMPILING = 32
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """What sampling does where it is not told otherwise.
+
+    Attributes:
+        cfg_scale: of two-branch guidance; 1 is none.
+        embedded_guidance: the scale told to a guidance-distilled network; others are told none.
+        height, width: pixels; None is what the network was made for.
+        num_inference_steps: sampling steps; None depends on the sampler.
+    """
+
+    cfg_scale: float = 1.0
+    embedded_guidance: float = 3.5
+    height: int | None = 1024
+    width: int | None = 1024
+    num_inference_steps: int | None = 30
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """What the command line and the tests need to know of a model family.
+    """What is known of a model family without its weights. Nothing outside ``pipelines`` asks for a family by name.
 
     Attributes:
         pipeline: its pipeline class.
@@ -58,6 +76,26 @@ class Family:
     write_tiny: Callable[[Path, int], None]
     published: Mapping[str, Mapping[str, dict[str, Any]]] = field(default_factory=dict)
     prepared_shapes: Callable[..., dict[str, tuple[int, ...]]] | None = None
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether what is sampled follows a prompt."""
+        return "prompt" in self.pipeline.inputs
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Names of its tokenizers; the setting ``<name>_path`` says where one is."""
+        return tuple(c.name for c in self.pipeline.components if not c.class_name)
+
+    @property
+    def sampling(self) -> SamplingDefaults:
+        """What sampling does where it is not told otherwise."""
+        return self.pipeline.sampling
+
+    @property
+    def media(self) -> str:
+        """What it makes: ``"image"``."""
+        return self.pipeline.media
 
 
 class UnitSequence(nn.Cell):
@@ -133,6 +171,8 @@ class Pipeline:
     components: tuple[Component, ...] = ()  # of the family; those of one pipeline are ``store.components``
     variants: tuple[tuple[Component, ...], ...] = ()  # what it may be made of instead, as the given files decide
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
+    media = "image"  # what it makes
+    sampling = SamplingDefaults()
     division_factor = 16  # heights and widths are multiples of this many pixels
     objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `TASKS`
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
@@ -178,8 +218,8 @@ class Pipeline:
         """The unit that calls the network: reads ``latents`` and ``sigma``, writes ``velocity``."""
         raise TypeError(f"{type(self).__name__} has no build_denoise: implement it.")
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one sample's latents for an image of ``height`` x ``width`` pixels."""
+    def latent_shape(self, *size: int) -> tuple[int, ...]:
+        """Shape of one sample's latents for a size in pixels: (height, width), or (frames, height, width) of a film."""
         raise TypeError(f"{type(self).__name__} has no latent_shape: implement it.")
 
     def training_schedule(self, objective: str) -> Schedule:

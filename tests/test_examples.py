@@ -78,7 +78,8 @@ def settings_read(script):
 def test_a_script_honours_every_flag_and_imports_public_names_only(script):
     modules = {node.module for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom)}
     assert modules == {"__future__", "ms_diffsynth"}
-    by_library = {"cache_dir", "tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "push_to_hub", "hub_model_id",
+    by_library = {"cache_dir", "tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "tokenizer_3_path",
+                  "push_to_hub", "hub_model_id",
                   "hub_private_repo", "hub"}  # it takes them from args
     by_library |= {name for name, setting in SETTINGS.items() if setting.section == "objective"}  # `objective_of`
     assert not set(SETTINGS) - settings_read(script) - set(TrainingOptions.__dataclass_fields__) - by_library

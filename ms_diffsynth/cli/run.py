@@ -187,9 +187,9 @@ def tokenizer_configs(settings: Any, pipeline: type[Pipeline]) -> dict[str, Mode
 
     Raises: ConfigError for a tokenizer the pipeline does not have.
     """
-    own = [c.name for c in pipeline.components if c.name.startswith("tokenizer")]
+    own = [c.name for c in pipeline.components if not c.class_name]
     found = {}
-    for name in ("tokenizer", "tokenizer_1", "tokenizer_2"):
+    for name in (n.removesuffix("_path") for n in SETTINGS if n.startswith("tokenizer") and n.endswith("_path")):
         if text := getattr(settings, f"{name}_path"):
             if name not in own:
                 raise ConfigError(f"{name}_path={text}: {pipeline.__name__} has no {name}; it has "

@@ -33,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='JSON list of template inputs, e.g. [{"scale": 0.5}]; "model_id" counts the templates')
     parser.add_argument("--negative_template_inputs", metavar="JSON", help="the same, for the negative prompt")
     add_trust_flags(parser)
-    parser.add_argument("--height", type=int, help="pixels (default: 1024, or the network's own)")
-    parser.add_argument("--width", type=int, help="pixels (default: 1024, or the network's own)")
+    parser.add_argument("--height", type=int, help="pixels (default: the family's)")
+    parser.add_argument("--width", type=int, help="pixels (default: the family's)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones add 1 (default: 0)")
-    parser.add_argument("--num_inference_steps", type=int, default=30, help="sampling steps (default: 30)")
-    parser.add_argument("--sampler", help="euler, heun or dpmpp_2m; of ddpm_unet ddim or ddpm (default: the first)")
+    parser.add_argument("--num_inference_steps", type=int, help="sampling steps (default: the family's)")
+    parser.add_argument("--sampler", help="one of the family's samplers (default: its first)")
     parser.add_argument("--cfg_scale", type=float, help="two-branch guidance, 1 is off (default: the family's)")
     parser.add_argument("--embedded_guidance", type=float,
                         help="told to guidance-distilled models (default: the family's)")
@@ -54,8 +54,9 @@ def execute(args: argparse.Namespace) -> int:
     from ms_diffsynth.storage.files import write_file
 
     runtime.configure(args.mode, args.device)
-    cls = family(args.family).pipeline
-    _check_inputs(args, "prompt" in cls.inputs)
+    chosen = family(args.family)
+    cls = chosen.pipeline
+    _check_inputs(args, chosen.takes_prompts)
     cls.check_sampler(args.sampler)
     pipe = cls.from_pretrained(str(args.model), device=args.device)
     if args.max_sequence_length:
@@ -81,7 +82,7 @@ def _with_prompts(args: argparse.Namespace, pipe: Any) -> Iterator[Image.Image]:
     generate, inputs = _with_templates(args, pipe)
     for k, prompt in enumerate(args.prompt):
         yield generate(prompt=prompt, negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale,
-                       height=args.height or 1024, width=args.width or 1024, seed=args.seed + k,
+                       height=args.height, width=args.width, seed=args.seed + k,
                        num_inference_steps=args.num_inference_steps, sampler=args.sampler,
                        embedded_guidance=args.embedded_guidance, **inputs)
 

@@ -19,7 +19,7 @@ from ms_diffsynth.config.setting import Setting, Wrong, without_secrets
 from ms_diffsynth.config.yaml_lines import Written, read_sections
 from ms_diffsynth.errors import ConfigError, listing, nearest
 from ms_diffsynth.redact import redact
-from ms_diffsynth.registry import OPTIMIZERS
+from ms_diffsynth.registry import OPTIMIZERS, takes_prompts
 
 TOKEN_FLAGS = ("hub_token", "token")  # known, so that they are refused before anybody repeats their value
 NO_TOKEN = ("a token is never a flag and never a setting: it would stay in files, in the shell's history and in the "
@@ -47,6 +47,7 @@ class ModelSection:
     tokenizer_path: str | None = _field(None, "folder, or owner/name:tokenizer/; null = shipped or model's own")
     tokenizer_1_path: str | None = _field(None, "folder, or owner/name:tokenizer/; null = shipped or model's own")
     tokenizer_2_path: str | None = _field(None, "folder, or owner/name:tokenizer_2/; null = shipped or model's own")
+    tokenizer_3_path: str | None = _field(None, "folder, or owner/name:tokenizer_3/; null = shipped or model's own")
     lora_base_model: str | None = _field("dit", "model that gets the LoRA; unused when trainable_models is set")
     adapter: str = _field("lora", "what that model gets: lora, or dora (all settings lora_... are its own too)")
     lora_target_modules: str = _field("", "layers that get a LoRA, with commas; empty = the family's own choice")
@@ -108,11 +109,11 @@ class ObjectiveSection:
     with_prior_preservation: bool = _field(False, "also learn class images, so that the class is not forgotten")
     prior_loss_weight: float = _field(1.0, "weight of the loss of the class images", "0 <= prior_loss_weight")
     prediction_type: str | None = _field(
-        None, "ddpm_unet: what the network learns to give; null = what its scheduler_config.json says",
+        None, "denoising diffusion: what the network learns to give; null = what its scheduler_config.json says",
         choices=("epsilon", "v_prediction", "sample"))
-    snr_gamma: float | None = _field(None, "ddpm_unet: gamma of the min-SNR loss weights, such as 5; null = none",
-                                     "0 < snr_gamma")
-    random_flip: bool = _field(False, "ddpm_unet: mirror pictures at random, anew at every step")
+    snr_gamma: float | None = _field(None, "denoising diffusion: gamma of the min-SNR loss weights, such as 5; null = "
+                                     "none", "0 < snr_gamma")
+    random_flip: bool = _field(False, "denoising diffusion: mirror images at random, anew at every step")
     posterior: str | None = _field(None, "what is taken of the VAE's posterior; null = sample for dreambooth, mean "
                                    "for sft", choices=("mean", "sample"))
 
@@ -163,15 +164,14 @@ class RunSection:
     max_train_steps: int | None = _field(None, "end after so many steps", "1 <= max_train_steps")
     output_path: str = _field("./models/train", "folder for checkpoints, samples and records")
     save_steps: int | None = _field(None, "save every so many steps; null = after every epoch", "1 <= save_steps")
-    sample_count: int = _field(16, "ddpm_unet: how many sample pictures", "0 <= sample_count")
+    sample_count: int = _field(16, "how many sample images, of a family without prompts", "0 <= sample_count")
     sample_steps: int | None = _field(None, "make sample pictures every so many steps", "1 <= sample_steps")
     sample_prompts: tuple[str, ...] = _field((), "prompts of the sample pictures; as a flag one prompt or a JSON list")
     sample_template_inputs: str | None = _field(None, "template inputs of the sample pictures: a JSON object for all, "
                                                 "or a JSON list of one each")
     sample_seed: int = _field(0, "seed of the sample pictures", "0 <= sample_seed < 4294967296")
     num_inference_steps: int = _field(20, "sampling steps of the sample pictures", "1 <= num_inference_steps")
-    sampler: str | None = _field(None, "of the sample pictures: euler, heun or dpmpp_2m; of ddpm_unet ddim or ddpm; "
-                                 "null = the first of these")
+    sampler: str | None = _field(None, "of the sample images, one of the family's; null = its first")
     sample_height: int | None = _field(None, "height of the sample pictures in pixels", "1 <= sample_height")
     sample_width: int | None = _field(None, "width of the sample pictures in pixels", "1 <= sample_width")
     evaluation_steps: int | None = _field(None, "compare sample pictures with real ones before the first step, every "
@@ -272,12 +272,12 @@ def _rules_of_the_run(c: TrainConfig, stage: str) -> Iterator[tuple[bool, str]]:
     """The same for pictures made on the way, publishing and going on."""
     yield (c.run.sample_template_inputs is not None and c.model.template_model_id_or_path is None,
            "sample_template_inputs without a template: set template_model_id_or_path, or remove it.")
-    yield (c.run.sample_steps is not None and not c.run.sample_prompts and c.model.family != "ddpm_unet",
+    yield (c.run.sample_steps is not None and not c.run.sample_prompts and takes_prompts(c.model.family),
            f"sample_steps={c.run.sample_steps} without sample_prompts: say what to make pictures of.")
     yield (c.run.evaluation_steps is not None and stage != "",
            f"evaluation_steps={c.run.evaluation_steps} with task={c.objective.task}, which makes no pictures: evaluate "
            "afterwards, with ms-diffsynth sample and ms-diffsynth evaluate.")
-    yield (c.run.evaluation_steps is not None and not c.run.sample_prompts and c.model.family != "ddpm_unet",
+    yield (c.run.evaluation_steps is not None and not c.run.sample_prompts and takes_prompts(c.model.family),
            f"evaluation_steps={c.run.evaluation_steps} without sample_prompts: say what to make pictures of.")
     yield (c.model.use_gradient_checkpointing_offload and c.run.mode == "graph",
            "use_gradient_checkpointing_offload=true in mode graph: MindSpore cannot move what a compiled step keeps to "

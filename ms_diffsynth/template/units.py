@@ -15,6 +15,7 @@ from ms_diffsynth.template.cache import TemplateCache, check_cache
 from ms_diffsynth.template.loading import Template, forward_arguments, open_template, processed, takes
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
+MODEL = "template_model"  # its name in the pipeline
 PREFIX = "template."  # of the slots that cross from process_inputs to forward
 
 

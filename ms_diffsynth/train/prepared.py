@@ -149,8 +149,8 @@ def _count(dataset: Any) -> int:
     return rows if isinstance(rows, int) else min(len(rows), len(dataset))
 
 
-def picture_size(data: dict[str, Any]) -> tuple[int, int]:
-    """Height and width in pixels of a row's picture."""
+def picture_size(data: dict[str, Any]) -> tuple[int, ...]:
+    """The size of a row's image in pixels: (height, width)."""
     return data["image"].size[1], data["image"].size[0]
 
 

@@ -52,7 +52,8 @@ CHECKPOINTS = "checkpoints"  # folder in the folder of a run
 # Settings that shape no number of a run: places of files, which are known by what they hold, saving, samples, logging.
 # Any other may change only when it is accepted, one of a script's own too.
 MAY_CHANGE = frozenset("""
-    model_paths model_id_with_origin_paths tokenizer_path tokenizer_1_path tokenizer_2_path dataset_base_path
+    model_paths model_id_with_origin_paths tokenizer_path tokenizer_1_path tokenizer_2_path tokenizer_3_path
+    dataset_base_path
     dataset_metadata_path class_base_path class_metadata_path cache_dir output_path remove_prefix_in_ckpt
     trust_template_code trust_template_sha256 num_epochs max_train_steps num_workers find_unused_parameters
     device_memory zero_stage resume accept_changes checkpoint_steps keep_checkpoints grace_seconds save_steps

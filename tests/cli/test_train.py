@@ -183,7 +183,7 @@ def test_every_setting_is_read():
     assert "args=settings" in source and "Accelerator.of(settings" in source
     source += Path(publish_module.__file__).read_text()
     handed_on = set(TrainingOptions.__dataclass_fields__)
-    by_name = {"tokenizer_path", "tokenizer_1_path", "tokenizer_2_path"}  # read as f"{name}_path"
+    by_name = {"tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "tokenizer_3_path"}  # read as f"{name}_path"
     by_name |= {"mode", "jit_level", "device_memory"}  # by `Accelerator.of`
     by_name |= {name for name, s in SETTINGS.items() if s.section == "objective"}  # by `objective_of`, as fields
     unread = [n for n in SETTINGS if n not in handed_on | by_name and not re.search(rf"\.{n}\b", source)]

@@ -24,7 +24,7 @@ from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.models import SCHEDULER_FILE, Component
 from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import assign, state_dict, torch_shapes
-from ms_diffsynth.pipeline import Pipeline, UnitSequence
+from ms_diffsynth.pipeline import Pipeline, SamplingDefaults, UnitSequence
 from ms_diffsynth.pipelines.ddpm_unet.units import Denoise, LoadPixels
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.program import Program
@@ -69,6 +69,7 @@ class UnconditionalImagePipeline(Pipeline):
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
     lora_prefixes = {"unet": "unet"}
     samplers = tuple(STEPS)
+    sampling = SamplingDefaults(height=None, width=None, num_inference_steps=None)
 
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None,
                  noise_schedule: NoiseSchedule | None = None):

@@ -11,6 +11,7 @@ from PIL import Image
 from ms_diffsynth.diffusion.schedule import FLUX_DEV, ExponentialShift, FlowMatchSettings, Grid, to_one_nth
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.models import Component
+from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.flux2 import units
 from ms_diffsynth.pipelines.flux2.denoise import Denoise
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
@@ -141,7 +142,7 @@ class Flux2ImagePipeline(ImagePipeline):
     sft_grid = Grid(to_one_nth, (ExponentialShift(0.8),))  # DiffSynth-Studio 2.1.12, FlowMatchScheduler("FLUX.2")
     dynamic_mu = staticmethod(empirical_mu)
     latent_patch = 1
-    default_embedded_guidance = 4.0
+    sampling = SamplingDefaults(embedded_guidance=4.0)
 
     def __call__(self, prompt: str, **options: Any) -> Image.Image:
         """Generate one picture; arguments as `ImagePipeline.__call__`, and:

@@ -9,6 +9,7 @@ import numpy as np
 from ms_diffsynth.diffusion.guidance import classifier_free_with_norms
 from ms_diffsynth.diffusion.schedule import ExponentialShift, FlowMatchSettings, Grid, TerminalStretch, linspace
 from ms_diffsynth.models import Component
+from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.qwen_image import units
 from ms_diffsynth.pipelines.qwen_image.denoise import Denoise
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
@@ -93,7 +94,7 @@ class QwenImagePipeline(ImagePipeline):
     padded_slots = ("prompt_ids", "prompt_embeds", "prompt_mask")
     prompt_lengths = (64, 128, 256, 512, 1024)
     max_sequence_length = 1024
-    default_cfg_scale = 4.0
+    sampling = SamplingDefaults(cfg_scale=4.0)
     # Source: DiffSynth-Studio 2.1.12, FlowMatchScheduler(template="Qwen-Image")
     sft_grid = Grid(one_to_zero, (ExponentialShift(0.8), TerminalStretch(0.02)))
     guidance_rule = staticmethod(classifier_free_with_norms)

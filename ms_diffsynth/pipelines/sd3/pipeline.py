@@ -13,6 +13,7 @@ from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, diffsynth_f
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.models import Component, arguments, read_config
+from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.sd3 import units
 from ms_diffsynth.pipelines.sd3.denoise import Denoise
 from ms_diffsynth.pipelines.shared import autoencoder_kl
@@ -78,7 +79,7 @@ class SD3ImagePipeline(ImagePipeline):
     fusible = ("encode_image",)
     prepare_settings = ("max_sequence_length",)
     max_sequence_length = 256
-    default_cfg_scale = 7.0
+    sampling = SamplingDefaults(cfg_scale=7.0)
     sft_grid = diffsynth_flux(3.0).training
 
     @classmethod
@@ -148,6 +149,5 @@ class SD3ImagePipeline(ImagePipeline):
         Source: diffusers 0.39, StableDiffusion3Pipeline.__call__, which gives its scheduler no sigmas.
         """
         schedule = self.scheduler_settings.schedule(self.dynamic_mu)
-        tokens = (latent_shape[1] // self.latent_patch) * (latent_shape[2] // self.latent_patch)
         grid = Grid(partial(linspace, 1.0, schedule.sigmas[-1]), schedule.inference.warps)
-        return sampling_sigmas(num_inference_steps, grid, tokens)
+        return sampling_sigmas(num_inference_steps, grid, self.image_tokens(latent_shape))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,8 +37,6 @@ class ImagePipeline(Pipeline):
         latent_patch: sides of the square of latents that is one image token.
     """
 
-    default_cfg_scale = 1.0
-    default_embedded_guidance = 3.5
     samplers = tuple(SAMPLERS)
     sft_grid: Grid
     dynamic_mu: Callable[[int, int], float] | None = None
@@ -62,14 +61,14 @@ class ImagePipeline(Pipeline):
         return cls._from_configs(model_configs, {"tokenizer": tokenizer_config}, mindspore_dtype, device)
 
     def __call__(self, prompt: str, negative_prompt: str = "", cfg_scale: float | None = None,
-                 embedded_guidance: float | None = None, height: int = 1024, width: int = 1024,
-                 seed: int | None = None, num_inference_steps: int = 30, sampler: str | None = None,
+                 embedded_guidance: float | None = None, height: int | None = None, width: int | None = None,
+                 seed: int | None = None, num_inference_steps: int | None = None, sampler: str | None = None,
                  on_step: Callable[[int, int], None] | None = None, **inputs: Any) -> Image.Image:
-        """Generate one picture.
+        """Generate one image. What is None is as in ``sampling``.
 
         Args:
-            cfg_scale: two-branch guidance with ``negative_prompt``; 1 runs one branch, None is the family's choice.
-            embedded_guidance: the scale told to a guidance-distilled network, None is the family's; others ignore it.
+            cfg_scale: two-branch guidance with ``negative_prompt``; 1 runs one branch.
+            embedded_guidance: the scale told to a guidance-distilled network; others ignore it.
             height, width: pixels, rounded up to the family's division factor.
             seed: of the initial noise; None is fresh.
             sampler: one of `diffusion.samplers.SAMPLERS`; None is the first, ``"euler"``.
@@ -81,17 +80,18 @@ class ImagePipeline(Pipeline):
         """
         self._check_inputs(inputs)
         sampler = self.check_sampler(sampler)
-        height, width = self.check_resize_height_width(height, width)
-        shape = self.latent_shape(height, width)
-        cfg_scale = self.default_cfg_scale if cfg_scale is None else cfg_scale
+        own = self.sampling
+        size = self.check_resize_height_width(height or own.height, width or own.width)
+        shape = self.latent_shape(*size)
+        cfg_scale = own.cfg_scale if cfg_scale is None else cfg_scale
         seed = int(np.random.SeedSequence().entropy % 2**63) if seed is None else seed
         latents = Draws(seed).normal("latents", np.array([0]), shape)
-        guidance = self.default_embedded_guidance if embedded_guidance is None else embedded_guidance
+        guidance = own.embedded_guidance if embedded_guidance is None else embedded_guidance
         inputs["guidance"] = Tensor(np.full(1, guidance, np.float32))
         branches = [{"prompt": prompt, **_positive(inputs)}]
         if cfg_scale != 1:
             branches.append({"prompt": negative_prompt, **_negative(inputs)})
-        sigmas = self.sampling_sigmas(num_inference_steps, shape)
+        sigmas = self.sampling_sigmas(num_inference_steps or own.num_inference_steps, shape)
         return self.generate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler)[0]
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
@@ -134,8 +134,13 @@ class ImagePipeline(Pipeline):
 
     def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
         """Noise levels to integrate over: float32 [num_inference_steps + 1], decreasing, ends with 0."""
-        tokens = (latent_shape[1] // self.latent_patch) * (latent_shape[2] // self.latent_patch)
+        tokens = self.image_tokens(latent_shape)
         return self.scheduler_settings.schedule(self.dynamic_mu).sampling(num_inference_steps, tokens)
+
+    def image_tokens(self, latent_shape: tuple[int, ...]) -> int:
+        """Image tokens that the network makes of latents [C, H, W], or of F frames of them, [C, F, H, W]."""
+        *frames, height, width = latent_shape[1:]
+        return math.prod(frames) * (height // self.latent_patch) * (width // self.latent_patch)
 
     def build_decode(self) -> TensorUnit:
         """The unit from ``latents`` to ``pixels``."""

@@ -19,6 +19,7 @@ from ms_diffsynth.hub.download import parse_model_id_with_origin_paths, parse_pa
 from ms_diffsynth.hub.publish import BackgroundUpload, connect
 from ms_diffsynth.redact import redact
 from ms_diffsynth.storage.files import write_file
+from ms_diffsynth.template.units import MODEL
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
@@ -121,7 +122,7 @@ def run_card(model: DiffusionTrainingModule, logger: ModelLogger, dataset: Any, 
         settings=logger.settings, command=[redact(word) for word in _command()],
         versions={"ms_diffsynth": __version__} | {name: version(name) for name in ("mindspore", "mindone")})
     text = model_card(card)
-    return text if "template_model" not in _roots(model) else _with_template(text, card, model, args)
+    return text if MODEL not in _roots(model) else _with_template(text, card, model, args)
 
 
 def _roots(model: DiffusionTrainingModule) -> list[str]:
@@ -137,7 +138,7 @@ def _trained(model: DiffusionTrainingModule, logger: ModelLogger) -> str:
         return "lora" if names == [network] else f"A LoRA of {names[0]}"
     if names == [network] and logger.remove_prefix_in_ckpt == f"pipe.{network}.":
         return "transformer"
-    return "A template" if "template_model" in _roots(model) else f"Trained weights of {', '.join(names)}"
+    return "A template" if MODEL in _roots(model) else f"Trained weights of {', '.join(names)}"
 
 
 def _base_model(model: DiffusionTrainingModule, args: Any) -> str | None:
