@@ -22,7 +22,7 @@ _WHERE = {
     "Pipeline": "pipeline", "Family": "pipeline", "Component": "models", "ModelConfig": "hub.download",
     "FluxImagePipeline": "pipelines.flux.pipeline", "TrainStepForFluxDevDB": "pipelines.flux.train_step",
     "Flux2ImagePipeline": "pipelines.flux2.pipeline",
-    "QwenImagePipeline": "pipelines.qwen_image.pipeline",
+    "QwenImagePipeline": "pipelines.qwen_image.pipeline", "SD3ImagePipeline": "pipelines.sd3.pipeline",
     "UnconditionalImagePipeline": "pipelines.ddpm_unet.pipeline",
     "gradient_checkpoint_forward": "nn.recompute",
     # data

@@ -219,7 +219,7 @@ class Pipeline:
         raise TypeError(f"{type(self).__name__} has no build_denoise: implement it.")
 
     def latent_shape(self, *size: int) -> tuple[int, ...]:
-        """Shape of one sample's latents for a size in pixels: (height, width), or (frames, height, width) of a film."""
+        """Shape of a sample's latents for a size in pixels: (height, width), or (frames, height, width) of a video."""
         raise TypeError(f"{type(self).__name__} has no latent_shape: implement it.")
 
     def training_schedule(self, objective: str) -> Schedule:
@@ -334,8 +334,8 @@ class Pipeline:
         """Load the named models now; otherwise each is loaded at first use."""
         for name in model_names:
             if name not in self.model_names:
-                raise ConfigError(f"'{name}' is no model of {type(self).__name__}: it has {listing(self.model_names)}."
-                                  f"{nearest(name, self.model_names)}")
+                raise ConfigError(f"'{name}' is not a model of {type(self).__name__}: it has "
+                                  f"{listing(self.model_names)}.{nearest(name, self.model_names)}")
             getattr(self, name)
 
     def load_lora(self, module: nn.Cell, path: str | Path, alpha: float = 1.0) -> int:
@@ -393,10 +393,10 @@ class Pipeline:
                               f"{nearest(name, cls.samplers)}")
         return name or cls.samplers[0]
 
-    # -- pictures ------------------------------------------------------------------------------------------------
+    # -- images ------------------------------------------------------------------------------------------------
 
     def preprocess_image(self, image: Image.Image) -> Tensor:
-        """A picture as float32 [1, 3, H, W] in [-1, 1]."""
+        """An image as float32 [1, 3, H, W] in [-1, 1]."""
         return Tensor(to_pixels(image)[None])
 
     def check_resize_height_width(self, height: int, width: int) -> tuple[int, int]:
@@ -410,7 +410,7 @@ class Pipeline:
 
 
 def _fresh_random(stream: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Random numbers when nobody set a seed: ``pipe.random`` is replaced by the training loop's counter-based draws."""
+    """Random numbers when no seed was set: ``pipe.random`` is replaced by the training loop's counter-based draws."""
     generator = np.random.default_rng()
     if kind not in ("normal", "uniform"):
         raise ProgramError(f"draw '{stream}' is of unknown kind '{kind}': expected normal or uniform.")

@@ -46,7 +46,8 @@ def test_the_real_thing_differs_by_a_few_lines():
 
 
 NPU = {"flux/dreambooth_dev_910b.yaml": "FLUX.1-dev", "qwen_image/lora_910b.yaml": "Qwen-Image",
-       "flux2/dev_lora_910b.yaml": "FLUX.2-dev", "flux2/klein_lora_910b.yaml": "FLUX.2-klein-4B"}
+       "flux2/dev_lora_910b.yaml": "FLUX.2-dev", "flux2/klein_lora_910b.yaml": "FLUX.2-klein-4B",
+       "sd3/medium_lora_910b.yaml": "SD3.5-medium"}
 
 
 @pytest.mark.parametrize("file", NPU)
@@ -79,8 +80,7 @@ def test_a_script_honours_every_flag_and_imports_public_names_only(script):
     modules = {node.module for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom)}
     assert modules == {"__future__", "ms_diffsynth"}
     by_library = {"cache_dir", "tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "tokenizer_3_path",
-                  "push_to_hub", "hub_model_id",
-                  "hub_private_repo", "hub"}  # it takes them from args
+                  "push_to_hub", "hub_model_id", "hub_private_repo", "hub"}  # it takes them from args
     by_library |= {name for name, setting in SETTINGS.items() if setting.section == "objective"}  # `objective_of`
     assert not set(SETTINGS) - settings_read(script) - set(TrainingOptions.__dataclass_fields__) - by_library
 

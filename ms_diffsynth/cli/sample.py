@@ -1,4 +1,4 @@
-"""``ms-diffsynth sample``: pictures from a model, with or without a LoRA."""
+"""``ms-diffsynth sample``: images from a model, with or without a LoRA."""
 from __future__ import annotations
 
 import argparse
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust_flags(parser)
     parser.add_argument("--height", type=int, help="pixels (default: the family's)")
     parser.add_argument("--width", type=int, help="pixels (default: the family's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones add 1 (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; the next ones add 1 (default: 0)")
     parser.add_argument("--num_inference_steps", type=int, help="sampling steps (default: the family's)")
     parser.add_argument("--sampler", help="one of the family's samplers (default: its first)")
     parser.add_argument("--cfg_scale", type=float, help="two-branch guidance, 1 is off (default: the family's)")
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Generate the pictures, and write each when it is there."""
+    """Generate the images, and write each when it is there."""
     _check(args)
     from ms_diffsynth import runtime
     from ms_diffsynth.storage.files import write_file
@@ -78,7 +78,7 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _with_prompts(args: argparse.Namespace, pipe: Any) -> Iterator[Image.Image]:
-    """One picture a prompt."""
+    """One image a prompt."""
     generate, inputs = _with_templates(args, pipe)
     for k, prompt in enumerate(args.prompt):
         yield generate(prompt=prompt, negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale,
@@ -88,7 +88,7 @@ def _with_prompts(args: argparse.Namespace, pipe: Any) -> Iterator[Image.Image]:
 
 
 def _without_prompts(args: argparse.Namespace, pipe: Any) -> list[Image.Image]:
-    """``--count`` pictures from one seed."""
+    """``--count`` images from one seed."""
     if args.weights:
         pipe.load_weights(args.weights)
     return pipe(batch_size=args.count, seed=args.seed, num_inference_steps=args.num_inference_steps,
@@ -96,7 +96,7 @@ def _without_prompts(args: argparse.Namespace, pipe: Any) -> list[Image.Image]:
 
 
 def _with_templates(args: argparse.Namespace, pipe: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What to call for a picture, and the arguments templates add."""
+    """What to call for an image, and the arguments templates add."""
     names = ("template_inputs", "negative_template_inputs")
     if not args.template:
         given = [name for name in names if getattr(args, name)]
@@ -138,7 +138,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _check_inputs(args: argparse.Namespace, takes_prompts: bool) -> None:
     if takes_prompts and not args.prompt:
-        raise ConfigError(f"no prompt: pictures of the family {args.family} follow one. Give --prompt.")
+        raise ConfigError(f"no prompt: images of the family {args.family} follow one. Give --prompt.")
     unused = [n for n in (("weights",) if takes_prompts else ("prompt", "lora", "template")) if getattr(args, n)]
     if unused:
         raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")

@@ -43,7 +43,7 @@ def attach_template(pipe: Pipeline, path: str | Path | ModelConfig, *, trust_tem
 
 
 def trained_template_cache(pipe: Pipeline, template_inputs: dict[str, Any]) -> TemplateCache:
-    """The cache of the template in training, with its present weights, for sample pictures.
+    """The cache of the template in training, with its present weights, for sample images.
 
     ``template_inputs`` are a row's: they go through TEMPLATE_DATA_PROCESSOR.
     """

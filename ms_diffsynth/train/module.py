@@ -65,7 +65,7 @@ class DiffusionTrainingModule:
             trainable_models: comma-separated models or dotted sub-modules to train whole (``"dit"``).
             lora_base_model: the model that gets a LoRA, or another ``adapter``; its own weights stay frozen.
             lora_target_modules: names, or ends of names, of its linear layers; empty takes the family's choice.
-            lora_checkpoint: a file of the same adapter to go on from.
+            lora_checkpoint: a file of the same adapter to continue from.
             task: ``sft`` or ``dreambooth``; with ``:data_process`` or ``:train`` one stage of split training.
             objective: what is minimised; None is the family's own, for most that of the task (`diffusion.tasks.TASKS`).
             use_gradient_checkpointing, use_gradient_checkpointing_offload: recompute the blocks of what gradients pass
@@ -230,7 +230,7 @@ class DiffusionTrainingModule:
     def get_pipeline_inputs(self, data: dict[str, Any]) -> tuple[dict, dict, dict]:
         """A row of the data set as the documents' three dictionaries.
 
-        Raises: DataError for a row without a picture, or without a prompt where the family takes one.
+        Raises: DataError for a row without an image, or without a prompt where the family takes one.
         """
         lost = [name for name in self._columns if data.get(name) is None]
         if lost:

@@ -32,7 +32,7 @@ class PreparedRows:
     """A data set whose items are prepared rows.
 
     Args:
-        dataset: rows of pictures and captions; item ``i`` and item ``i + rows`` are the same row.
+        dataset: rows of images and captions; item ``i`` and item ``i + rows`` are the same row.
         module, cut: what prepares, and for which job.
         limit_bytes: rows beyond this much memory are prepared again at every use.
     """
@@ -112,7 +112,7 @@ def prepare_row(dataset: Any, row: int, module: DiffusionTrainingModule,
     """The prepared slots of a row and its size. Raises: what preparing raises, with the name of the row in front."""
     data = dataset[row]
     try:
-        return module.prepare(data, cut), picture_size(data)
+        return module.prepare(data, cut), image_size(data)
     except UserError as error:
         raise type(error)(f"{label_of(dataset, row)}: {error}") from error
 
@@ -149,7 +149,7 @@ def _count(dataset: Any) -> int:
     return rows if isinstance(rows, int) else min(len(rows), len(dataset))
 
 
-def picture_size(data: dict[str, Any]) -> tuple[int, ...]:
+def image_size(data: dict[str, Any]) -> tuple[int, ...]:
     """The size of a row's image in pixels: (height, width)."""
     return data["image"].size[1], data["image"].size[0]
 

@@ -1,4 +1,4 @@
-"""Unconditional pictures: a UNet on pixels, trained and sampled by denoising diffusion."""
+"""Unconditional images: a UNet on pixels, trained and sampled by denoising diffusion."""
 from __future__ import annotations
 
 from ms_diffsynth.pipeline import Family

@@ -1,4 +1,4 @@
-"""Pictures without a prompt: mindone's UNet2DModel on pixels, with DDPM's noise schedule."""
+"""Images without a prompt: mindone's UNet2DModel on pixels, with DDPM's noise schedule."""
 from __future__ import annotations
 
 import json
@@ -55,7 +55,7 @@ COMPONENTS = (Component(name="unet", folder="unet", class_name="UNet2DModel", bu
 
 
 class UnconditionalImagePipeline(Pipeline):
-    """Random pictures of the kind the network was trained on, and the units its training reuses.
+    """Random images of the kind the network was trained on, and the units its training reuses.
 
     Args:
         models: ``{"unet": ...}`` for a network that comes from no folder.
@@ -149,7 +149,7 @@ class UnconditionalImagePipeline(Pipeline):
     def __call__(self, batch_size: int = 1, seed: int | None = None, num_inference_steps: int | None = None,
                  sampler: str | None = None, eta: float = 0.0, height: int | None = None, width: int | None = None,
                  on_step: Callable[[int, int], None] | None = None) -> list[Image.Image]:
-        """Generate pictures. The noise of picture k does not depend on the batch size.
+        """Generate images. The noise of image k does not depend on the batch size.
 
         Args:
             seed: of all noise; None is fresh.
@@ -171,7 +171,7 @@ class UnconditionalImagePipeline(Pipeline):
     def generate(self, latents: np.ndarray, num_inference_steps: int | None = None, sampler: str | None = None,
                  eta: float = 0.0, noise: Callable[[int], np.ndarray] | None = None,
                  on_step: Callable[[int, int], None] | None = None) -> list[Image.Image]:
-        """Go from noise to pictures.
+        """Go from noise to images.
 
         Args:
             latents: float32 [B, 3, H, W], standard normal.

@@ -1,4 +1,4 @@
-"""A UNet of the real architecture for pictures of 32 pixels, with random weights: for tests and first runs."""
+"""A UNet of the real architecture for images of 32 pixels, with random weights: for tests and first runs."""
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What FLUX.1 encodes: the prompt by CLIP and T5, the picture by the VAE; and how latents are decoded."""
+"""What FLUX.1 encodes: the prompt, by CLIP and T5."""
 from __future__ import annotations
 
 import mindspore as ms

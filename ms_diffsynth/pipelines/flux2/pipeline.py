@@ -145,10 +145,10 @@ class Flux2ImagePipeline(ImagePipeline):
     sampling = SamplingDefaults(embedded_guidance=4.0)
 
     def __call__(self, prompt: str, **options: Any) -> Image.Image:
-        """Generate one picture; arguments as `ImagePipeline.__call__`, and:
+        """Generate one image; arguments as `ImagePipeline.__call__`, and:
 
         Args:
-            edit_image: a picture, or several, that the prompt speaks of; their sizes are free.
+            edit_image: an image, or several, that the prompt speaks of; their sizes are free.
             template_cache: what templates say; see `TemplatePipeline`.
         """
         return super().__call__(prompt, **options)

@@ -67,7 +67,7 @@ class Qwen3TextEncoder(nn.Cell):
 
 
 class MistralTextEncoder(nn.Cell):
-    """dev's: hidden states of a prompt after 10, 20 and 30 of 40 layers, joined; without the tower for pictures.
+    """dev's: hidden states of a prompt after 10, 20 and 30 of 40 layers, joined; without the tower for images.
 
     Parameters are named as in FLUX.2-dev's files, ``language_model.model.layers``.
 

@@ -3,7 +3,7 @@
 mindone 0.5.0 multiplies complex numbers inside ``ms._no_grad()``: that neither compiles nor lets a gradient through to
 queries and keys.
 
-Shape legend: B batch, S tokens of text and picture together, H heads, D channels of a head, L text tokens.
+Shape legend: B batch, S tokens of text and image together, H heads, D channels of a head, L text tokens.
 """
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ THETA = 10000.0  # of the transformer; the text encoder has its own
 def image_angles(text_tokens: int, height: int, width: int, axes: tuple[int, ...]) -> np.ndarray:
     """Angle of every token and pair of channels, text first: float32 [S, D / 2]; sides in tokens.
 
-    The picture is centred: rows count from -ceil(height / 2), columns likewise, and the frame is 0. Text goes on where
-    the picture ends, on all three axes at once: token l is at max(height // 2, width // 2) + l.
+    The image is centred: rows count from -ceil(height / 2), columns likewise, and the frame is 0. Text continues where
+    the image ends, on all three axes at once: token l is at max(height // 2, width // 2) + l.
 
     Source: diffusers 0.35, QwenEmbedRope with scale_rope (use_layer3d_rope is another one).
     """

@@ -1,4 +1,4 @@
-"""What Qwen-Image encodes: the prompt by Qwen2.5-VL, the picture as a film of one frame by the VAE; and decoding."""
+"""What Qwen-Image encodes: the prompt by Qwen2.5-VL, the image as a video of one frame by the VAE; and decoding."""
 from __future__ import annotations
 
 import logging

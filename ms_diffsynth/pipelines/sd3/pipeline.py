@@ -112,7 +112,7 @@ class SD3ImagePipeline(ImagePipeline):
     def has_t5(self) -> bool:
         """False where the model is without T5: ``models["text_encoder_3"]`` is None, or its model_index.json says so.
 
-        A T5 that is only not given is no such model: it is missed when a prompt is encoded.
+        A model whose T5 is only not given has one: it is missed when a prompt is encoded.
         """
         if "text_encoder_3" in self.models:
             return self.models["text_encoder_3"] is not None

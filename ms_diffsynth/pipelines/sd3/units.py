@@ -1,4 +1,5 @@
-"""What Stable Diffusion 3 encodes: the prompt by two CLIPs and T5. Pictures go through FLUX.1's units."""
+"""What Stable Diffusion 3 encodes: the prompt by two CLIPs and T5. Images go through the units of
+AutoencoderKL (`shared.autoencoder_kl`)."""
 from __future__ import annotations
 
 import mindspore as ms

@@ -1,4 +1,4 @@
-"""What every picture pipeline shares: sampling with a compiled step, and decoding."""
+"""What every image pipeline shares: sampling with a compiled step, and decoding."""
 from __future__ import annotations
 
 import logging
@@ -189,7 +189,7 @@ class ImagePipeline(Pipeline):
     def generate(self, positive: dict[str, Any], negative: dict[str, Any] | None, latents: np.ndarray,
                  sigmas: np.ndarray, cfg_scale: float = 1.0, on_step: Callable[[int, int], None] | None = None,
                  sampler: str = "euler") -> list[Image.Image]:
-        """Integrate from noise to pictures.
+        """Integrate from noise to images.
 
         Args:
             positive, negative: conditions from `condition`; ``negative`` is used when ``cfg_scale`` is not 1.
@@ -201,7 +201,7 @@ class ImagePipeline(Pipeline):
         return self.decode(SAMPLERS[sampler](denoise, Tensor(latents), sigmas, on_step))
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures from latents."""
+        """Images from latents."""
         pixels = run_unit(self.build_decode(), self, {"latents": latents})["pixels"].asnumpy()
         return [to_pil(p) for p in pixels]
 

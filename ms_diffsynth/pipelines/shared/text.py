@@ -51,7 +51,7 @@ def build_clip_tokenizer(folder: Path):
         from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    if tokenizer.fix_text is None:  # transformers would go on with another reading of quotes, Chinese and emoji
+    if tokenizer.fix_text is None:  # transformers would continue with another reading of quotes, Chinese and emoji
         raise DeviceError("the package ftfy is not installed: CLIP's tokenizer needs it, and without it gives other "
                           "tokens for curly quotes, Chinese and emoji. Install it: pip install ftfy.")
     return tokenizer
