@@ -52,6 +52,11 @@ class Component:
     build_for: Callable[[dict[str, Any], Iterable[str]], nn.Cell] | None = None
     recomputes_itself: bool = False
 
+    @property
+    def is_tokenizer(self) -> bool:
+        """Whether it is built from a folder of the model's, without weights."""
+        return bool(self.folder) and not self.class_name
+
 
 @dataclass(frozen=True)
 class Source:

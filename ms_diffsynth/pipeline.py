@@ -85,7 +85,7 @@ class Family:
     @property
     def tokenizers(self) -> tuple[str, ...]:
         """Names of its tokenizers; the setting ``<name>_path`` says where one is."""
-        return tuple(c.name for c in self.pipeline.components if not c.class_name)
+        return tuple(c.name for c in self.pipeline.components if c.is_tokenizer)
 
     @property
     def sampling(self) -> SamplingDefaults:
@@ -163,7 +163,6 @@ class Pipeline:
 
     Attributes:
         store: the models: where they lie, and what was done to them.
-        models: those that are loaded, by name. sources: where the files of each are. Both are the store's.
         units: from the inputs to conditions and ``input_latents``, in order. Every program is made of this list: a unit
             added to it is part of training and sampling.
     """
@@ -188,8 +187,6 @@ class Pipeline:
         self.dtype = dtype or runtime.compute_dtype(None)
         cls = type(self)
         self.store = ModelStore(cls.components, self.dtype, cls.__name__, cls.variants, models)
-        self.models, self.sources = self.store.loaded, self.store.sources
-        self.given_as, self.known_configs = self.store.given_as, self.store.known_configs
         self.device = runtime.current().device
         self.objective = Objective()
         self.sigmas: np.ndarray | None = None  # the grid trained on, float32 [1000]
@@ -283,6 +280,26 @@ class Pipeline:
     def network(self) -> str:
         """Name of the model that ``denoise`` calls."""
         return self.denoise.onload_model_names[0]
+
+    @property
+    def models(self) -> dict[str, Any]:
+        """The models and tokenizers that are loaded, by name."""
+        return self.store.loaded
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Where the files of each are."""
+        return self.store.sources
+
+    @property
+    def given_as(self) -> dict[str, str]:
+        """``"owner/name:pattern"`` -> the model that these files turned out to be."""
+        return self.store.given_as
+
+    @property
+    def known_configs(self) -> dict[str, dict[str, Any]]:
+        """config.json of models whose files are not here, by name: a cache of prepared rows brings them."""
+        return self.store.known_configs
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -187,7 +187,7 @@ def tokenizer_configs(settings: Any, pipeline: type[Pipeline]) -> dict[str, Mode
 
     Raises: ConfigError for a tokenizer the pipeline does not have.
     """
-    own = [c.name for c in pipeline.components if not c.class_name]
+    own = [c.name for c in pipeline.components if c.is_tokenizer]
     found = {}
     for name in (n.removesuffix("_path") for n in SETTINGS if n.startswith("tokenizer") and n.endswith("_path")):
         if text := getattr(settings, f"{name}_path"):

@@ -65,7 +65,7 @@ def execute(args: argparse.Namespace) -> int:
                               "have one fixed length. Remove it.")
         pipe.max_sequence_length = args.max_sequence_length
     if args.lora:
-        fused = pipe.load_lora(pipe.dit, args.lora, args.lora_scale)
+        fused = pipe.load_lora(getattr(pipe, pipe.network), args.lora, args.lora_scale)
         sys.stderr.write(f"{args.lora}: fused into {fused} layers\n")
     images = _with_prompts(args, pipe) if args.prompt else _without_prompts(args, pipe)
     for k, image in enumerate(images):

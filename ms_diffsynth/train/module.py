@@ -129,9 +129,10 @@ class DiffusionTrainingModule:
             raise ConfigError("nothing would be trained: set lora_base_model or trainable_models, e.g. to dit.")
         for name in [*names, *([lora_base_model] if lora_base_model else [])]:
             root = name.split(".")[0]
-            if root not in pipe.model_names or root.startswith("tokenizer"):
+            trainable = [c.name for c in pipe.store.components if not c.is_tokenizer]
+            if root not in trainable:
                 raise ConfigError(f"'{name}' cannot be trained: {type(pipe).__name__} has the models "
-                                  f"{listing(n for n in pipe.model_names if not n.startswith('tokenizer'))}."
+                                  f"{listing(trainable)}."
                                   f"{nearest(root, pipe.model_names)}")
         if lora_base_model in names:
             raise ConfigError(f"'{lora_base_model}' is in trainable_models and is lora_base_model: expected one of the "
