@@ -46,7 +46,7 @@ def fingerprint(module: DiffusionTrainingModule, cut: Cut, pictures: Mapping[str
     """
     pipe = module.pipe
     models = {name: pipe.weights_digest(name) for name in cut.models("prepare")}
-    libraries = {package for name in models for package in pipe._component(name).libraries}
+    libraries = {package for name in models for package in pipe.store.component(name).libraries}
     found = {
         "pipeline": type(pipe).__name__,
         "slots": list(cut.cache),
@@ -84,7 +84,7 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
     stamp = digest_of(shaped_by)
     rows = {name: [_plan(stamp, data, index, model.row_fields) for index in range(_rows_of(data))]
             for name, data in sets.items()}
-    configs = {name: pipe.config(name) for name in cut.models("prepare") if pipe._component(name).class_name}
+    configs = {name: pipe.config(name) for name in cut.models("prepare") if pipe.store.component(name).class_name}
     progress = Progress(accelerator.is_main_process)
     cache, changed = _begin(accelerator, folder, shaped_by, configs, rows)
     if changed:
@@ -229,7 +229,7 @@ def _code_digest(cls: type) -> str:
             is_folder = base.__module__.startswith(("ms_diffsynth.pipelines.", "ms_diffsynth.template."))
             files |= set(file.parent.glob("*.py")) if is_folder else {file}
             if is_folder and file.parent.parent.name == "pipelines":  # what several families share
-                files |= set(file.parent.parent.glob("*.py"))
+                files |= set((file.parent.parent / "shared").glob("*.py"))
     digest = hashlib.sha256(cls.__qualname__.encode())
     for file in sorted(files):
         digest.update(f"{file.name} {sha256_of(file)}\n".encode())
