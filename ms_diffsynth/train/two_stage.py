@@ -41,7 +41,7 @@ def fingerprint(module: DiffusionTrainingModule, cut: Cut, pictures: Mapping[str
     """Everything that shapes what `prepare` writes, as a JSON value. Two equal ones give equal caches.
 
     Args:
-        pictures: data set name -> what is done to its pictures; left out where it is not known.
+        pictures: data set name -> what is done to its images; left out where it is not known.
     Models without files here (in stage two) are left out. Nothing of the optimizer or of memory saving is in it.
     """
     pipe = module.pipe
@@ -73,7 +73,7 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
     In a job of several ranks each prepares its share of the rows, and all return when the cache is complete.
 
     Returns: the complete cache. Raises: DataError for a row that cannot be prepared, OutputError; running it again
-        goes on where it stopped.
+        continues where it stopped.
     """
     folder = cache_dir or flat(args).get("cache_dir") or model_logger.output_path
     cut, pipe = model.training_cut(), model.pipe
@@ -103,7 +103,7 @@ def _begin(accelerator: Accelerator, folder: str | Path, *content: Any) -> tuple
     rows = {name: [row.key for row in planned] for name, planned in content[2].items()}
     if len(set(accelerator.gather_text(digest_of([content[0], rows])))) > 1:
         raise CacheError(f"the ranks would not write the same cache into {folder}. Expected the same code, settings, "
-                         "pictures and weights on every machine: copy them, or use storage that all see.")
+                         "images and weights on every machine: copy them, or use storage that all see.")
     return (cache if accelerator.is_main_process else Cache(folder)), changed
 
 
@@ -120,8 +120,8 @@ def _fill(accelerator: Accelerator, cache: Cache, rows: dict[str, list[PlannedRo
     for key, (name, index) in own:
         still()
         if not cache.holds(key):
-            slots, picture = prepare_row(sets[name], index, model, cut)
-            cache.write(key, slots, picture)
+            slots, size_of_image = prepare_row(sets[name], index, model, cut)
+            cache.write(key, slots, size_of_image)
             written += 1
             size += sum(array.nbytes for array in slots.values())
         progress.advance()
@@ -156,7 +156,7 @@ def open_cache(folder: str | Path, module: DiffusionTrainingModule, cut: Cut,
 
 
 def images_of(dataset: Any) -> Any:
-    """What a data set does to its pictures, as a JSON value."""
+    """What a data set does to its images, as a JSON value."""
     return dataset.operators() if hasattr(dataset, "operators") else type(dataset).__qualname__
 
 
