@@ -114,7 +114,7 @@ def test_every_code_has_a_section():
 def test_nothing_else_ends_the_process():
     ends = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")
             if re.search(r"\b(os\._exit|sys\.exit|raise SystemExit|os\.abort)\b", path.read_text(encoding="utf-8"))}
-    ends -= {"launch/front.py", "standin/__main__.py"}  # which hand on the code of a worker, or of what failed
+    ends -= {"launch/supervise.py", "standin/__main__.py"}  # which hand on the code of a worker, or of what failed
     assert ends == {"cli/main.py", "train/signals.py"}, "give each of its codes a section in docs/reference/errors.md"
 
 
@@ -163,7 +163,7 @@ Trainer.train_on = train_on
 def test_a_step_that_fails_ends_the_process_with_that_code_and_the_run_can_go_on(world, capsys):
     child = process(FAILS + COMMAND, "train", "cats.yaml", "--save_steps", "1", "--max_train_steps", "4")
     _, err = child.communicate(timeout=120)
-    assert child.returncode == INTERNAL and "RuntimeError: a kernel failed\n" in err
+    assert child.returncode == INTERNAL and "RuntimeError: a kernel failed\nThis is an internal error." in err
     assert main(["train", "cats.yaml", "--max_train_steps", "4", "--resume", "auto"]) == 0
     assert "/runs/cats/checkpoints/step-00000002\n" in capsys.readouterr().err
 

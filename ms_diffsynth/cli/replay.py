@@ -10,7 +10,6 @@ from pathlib import Path
 from ms_diffsynth.config import load_config
 from ms_diffsynth.config.flags import add_flags, overrides_of
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.redact import redact
 from ms_diffsynth.storage.lock import lock_folder
 
 
@@ -45,7 +44,7 @@ def execute(args: argparse.Namespace) -> int:
     sets = build_datasets(config)
     module = build_module(config, build_pipeline(config))
     replay = replay_training_step(accelerator, sets.instance, module, args.run, args.step, sets.classes, config)
-    sys.stdout.write(redact(f"{replay.describe()}\n{args.run / f'replay-step-{args.step}.json'}\n"))
+    sys.stdout.write(f"{replay.describe()}\n{args.run / f'replay-step-{args.step}.json'}\n")
     return 0 if replay.is_reproduced else 1  # a comparison was made, and something differs
 
 

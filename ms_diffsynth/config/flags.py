@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 from ms_diffsynth.config.loading import NO_TOKEN, TOKEN_FLAGS, load_config
 from ms_diffsynth.config.settings import SECTIONS, SETTINGS, TrainConfig
 from ms_diffsynth.errors import ConfigError, nearest
-from ms_diffsynth.redact import redact
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,20 +26,20 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(redact(f"{message}. See {self.prog} --help."))
+        raise ConfigError(f"{message}. See {self.prog} --help.")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             own = self.inner or self
             known = [flag for flag, action in own._option_string_actions.items() if not isinstance(action, NoToken)]
-            raise ConfigError(redact(f"{own.prog} does not know {' '.join(unknown)}.")
-                              + f"{nearest(unknown[0].partition('=')[0], known)} See {own.prog} --help.")
+            raise ConfigError(f"{own.prog} does not know {' '.join(unknown)}."
+                              f"{nearest(unknown[0].partition('=')[0], known)} See {own.prog} --help.")
         return found
 
 
 class NoToken(argparse.Action):
-    """A flag that is there to be refused before anybody repeats its value."""
+    """A flag that is there to be refused, so that its value is never repeated."""
 
     def __call__(self, *_: object) -> NoReturn:
         raise ConfigError(f"{self.option_strings[0]}: {NO_TOKEN}")

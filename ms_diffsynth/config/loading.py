@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from ms_diffsynth.config.rules import rules
-from ms_diffsynth.config.setting import Wrong, without_secrets
+from ms_diffsynth.config.setting import Wrong
 from ms_diffsynth.config.settings import SECTIONS, SETTINGS, TrainConfig
 from ms_diffsynth.config.yaml_lines import Written, read_sections
 from ms_diffsynth.errors import ConfigError, nearest
-from ms_diffsynth.redact import redact
+from ms_diffsynth.redact import without_secrets
 
 TOKEN_FLAGS = ("hub_token", "token")  # known, so that they are refused and their value is never repeated
 NO_TOKEN = ("a token is never a flag and never a setting: it would stay in files, in the shell's history and in the "
@@ -110,4 +110,4 @@ def _read(path: str | os.PathLike[str], report: Callable[[str], None]) -> dict[s
 def _raise(problems: list[str]) -> None:
     if problems:
         head = "" if len(problems) == 1 else f"{len(problems)} settings are wrong:\n  "
-        raise ConfigError(redact(head + "\n  ".join(p if p.endswith((".", "?")) else p + "." for p in problems)))
+        raise ConfigError(head + "\n  ".join(p if p.endswith((".", "?")) else p + "." for p in problems))

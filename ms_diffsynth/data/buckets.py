@@ -21,6 +21,11 @@ class Bucket:
     height: int
     width: int
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.height, self.width
+
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"
 
@@ -71,4 +76,4 @@ class BucketCropAndResize(DataProcessingOperator):
 
     def __call__(self, data: Image.Image) -> Image.Image:
         bucket = nearest_bucket(*data.size, self.buckets)
-        return crop_and_resize(data, bucket.height, bucket.width)
+        return crop_and_resize(data, *bucket.size)

@@ -21,11 +21,11 @@ from mindspore import Tensor
 
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.config import flat
-from ms_diffsynth.config.setting import without_secrets
 from ms_diffsynth.data.loader import Batch
 from ms_diffsynth.debug.probes import MOST, Finding, Probes
 from ms_diffsynth.errors import CheckpointError, ConfigError, listing
 from ms_diffsynth.nn.names import load_state, to_numpy
+from ms_diffsynth.redact import without_secrets
 from ms_diffsynth.run.build import DataSets
 from ms_diffsynth.run.training import rows_of_run
 from ms_diffsynth.storage.checkpoint import Checkpoint, differences, latest, open_checkpoint_folder

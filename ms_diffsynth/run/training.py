@@ -13,7 +13,6 @@ from PIL import Image
 
 from ms_diffsynth.config import TrainConfig, flat, to_yaml
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.redact import redact
 from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_pipeline, build_sampler
 from ms_diffsynth.train import same_run
 from ms_diffsynth.train.distributed import Accelerator
@@ -70,7 +69,7 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> ModelLogger:
     pipe.load_models_to_device(cut.models("step"))
     if accelerator.is_main_process:
         logger.files["config.yaml"] = to_yaml(config).encode()
-        sys.stderr.write(redact(_summary(config, module, sets)))
+        sys.stderr.write(_summary(config, module, sets))
     sampler, captions = build_sampler(config, pipe)
     return launch_training_task(accelerator, sets.instance, module, logger, class_dataset=sets.classes,
                                 validation_dataset=sets.validation, args=config, sampler=sampler,
