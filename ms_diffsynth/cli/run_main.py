@@ -45,7 +45,8 @@ def _run(function: Callable[[], int | None], debug: bool) -> int:
             return 128 + signal.SIGPIPE
         sys.stderr.write("".join(traceback.format_exception(error)))
         sys.stderr.write("This is an internal error. Unless it is from code of your own, please report these lines, "
-                         f"the command and its configuration (ms_diffsynth {__version__}, docs/errors.md#{INTERNAL}).\n")
+                         "the command and its configuration "
+                         f"(ms_diffsynth {__version__}, docs/errors.md#{INTERNAL}).\n")
         return INTERNAL
 
 
