@@ -258,7 +258,7 @@ def test_the_cache_gives_what_prepare_gave(folders, name, tmp_path):
         modules.append(module)
     first, second = modules
     cache = launch_data_process_task(Accelerator(1, "graph", DEVICE), [row(0), row(1)], first, ModelLogger(tmp_path))
-    rows, _ = open_cache(cache.folder, second, second.training_cut())
+    rows, *_ = open_cache(cache.folder, second, second.training_cut())
     for k in range(2):
         wanted = in_bucket(first.prepare(row(k), first.training_cut()), (SIDE, SIDE), first.pipe)
         assert rows[k].bucket == wanted.bucket and rows[k].slots.keys() == wanted.slots.keys()
