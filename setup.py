@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["ms_diffsynth", "ms_diffsynth.*"]),
-    package_data={"ms_diffsynth": ["pipelines/*/tokenizer*/*", "pipelines/shared/tokenizers/*/*",
+    package_data={"ms_diffsynth": ["hub/*.jinja", "pipelines/*/tokenizer*/*", "pipelines/shared/tokenizers/*/*",
                                    "standin/native/*", "debug/cases/*/*.*",
                                    "debug/cases/*/*/*"]},
     install_requires=[
@@ -28,6 +28,7 @@ setup(
         "pyyaml",
         "ml_dtypes",  # mindone imports it and does not declare it
         "jinja2",  # chat templates of the tokenizers
+        "filelock>=3.30",
         "ftfy",  # CLIP's tokenizer reads quotes, Chinese and emoji otherwise without it, and says nothing
     ],
     extras_require={

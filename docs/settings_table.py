@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ms_diffsynth.cli.flags import default_of
 from ms_diffsynth.config import SECTIONS, SETTINGS
+from ms_diffsynth.config.flags import default_of
 
 PAGE = Path(__file__).with_name("configuration.md")
 BEGIN, END = "<!-- settings: begin -->\n", "<!-- settings: end -->\n"

@@ -31,7 +31,8 @@ _WHERE = {
     "Accelerator": "train.distributed", "DistributedDataParallelKwargs": "train.distributed",
     "DiffusionTrainingModule": "train.module", "FlowMatchSFTLoss": "train.losses", "Objective": "diffusion.units",
     "DDPMObjective": "diffusion.ddpm", "NoiseSchedule": "diffusion.ddpm",
-    "ModelLogger": "train.logger", "launch_training_task": "train.trainer",
+    "ModelLogger": "train.logger", "Trainer": "train.trainer", "Hook": "train.hooks.contract",
+    "launch_training_task": "run.training",
     "replay_training_step": "debug.replay",
     "launch_data_process_task": "train.two_stage",
     "TrainStep": "train.step", "AttrJitWrapper": "train.step", "AdamW": "train.optim", "LearningRate": "train.optim",
@@ -41,9 +42,9 @@ _WHERE = {
     # evaluation
     "Evaluator": "evaluate.report", "Evaluation": "evaluate.report",
     # scripts
-    "training_parser": "cli.flags", "run_main": "cli.flags", "model_configs": "cli.run", "tokenizer_configs": "cli.run",
-    "build_datasets": "cli.run", "training_mode": "cli.run", "template_settings": "cli.run",
-    "build_sampler": "cli.run", "compute_dtype": "runtime",
+    "load_config": "config", "TrainConfig": "config", "train": "run.training", "build_pipeline": "run.build",
+    "build_datasets": "run.build", "build_module": "run.build", "build_sampler": "run.build",
+    "training_parser": "config.flags", "run_main": "cli.run_main", "compute_dtype": "runtime",
     # weights
     "load_state_dict": "formats.weights", "save_state_dict": "formats.weights", "save_lora": "formats.lora",
     "load_lora": "formats.lora",

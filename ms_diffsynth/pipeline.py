@@ -24,6 +24,7 @@ from ms_diffsynth.diffusion.tasks import TASKS, Task
 from ms_diffsynth.diffusion.units import Objective, SampleLatents
 from ms_diffsynth.errors import ConfigError, DataError, ProgramError, listing, nearest
 from ms_diffsynth.formats.lora import load_adapter
+from ms_diffsynth.hub.card import Licence, Loader
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.models import Component, ModelStore, Source
 from ms_diffsynth.nn.adapters import adapter_of, formats
@@ -69,6 +70,9 @@ class Family:
             of a prepared data set needs.
         prepared_shapes: from such configs, the shape of an image's latents and a number of text tokens to the shapes
             of the prepared slots of a row.
+        licences: base model -> the licence of what is trained from it, for the model card.
+        loader: from the name of the base model, or None, the names by which model cards say how to load it; None when
+            only this package can.
     """
 
     name: str
@@ -76,6 +80,8 @@ class Family:
     write_tiny: Callable[[Path, int], None]
     published: Mapping[str, Mapping[str, dict[str, Any]]] = field(default_factory=dict)
     prepared_shapes: Callable[..., dict[str, tuple[int, ...]]] | None = None
+    licences: Mapping[str, Licence] = field(default_factory=dict)
+    loader: Callable[[str | None], Loader | None] = lambda base_model: None
 
     @property
     def takes_prompts(self) -> bool:

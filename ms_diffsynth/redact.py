@@ -4,6 +4,9 @@ Two nets. What is known to be secret is found by its value, also percent-encoded
 with such a name, and the token of huggingface_hub's login. What only looks secret is found by its form: ``hf_...``,
 ``ms-...``, ``Bearer ...``, ``user:password@`` in an address, ``password=...``. It is the one place outside `runtime`
 that reads the environment, and nothing of it is kept.
+
+Text leaves a run by two doors, and is redacted there: log records (`redact_logs`), and writers: of the terminal
+(`redacted_terminal`), of files (`without_secrets` before they are made, since JSON and YAML escape what is in them).
 """
 from __future__ import annotations
 
@@ -12,7 +15,11 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, TextIO
 from urllib.parse import quote
 
 from huggingface_hub import get_token
@@ -53,34 +60,73 @@ def redact(text: str, *secrets: str) -> str:
     return text
 
 
-class RedactFilter(logging.Filter):
-    """Redacts log records, tracebacks included: ``handler.addFilter(RedactFilter())``."""
+def without_secrets(value: Any, name: str = "") -> Any:
+    """A value that is written as JSON, YAML or metadata, with every secret taken out, in the names of a mapping too.
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Redact the record in place and let it pass."""
+    Args:
+        name: what the value is called: ``api_key`` gives away that it is a secret.
+    """
+    if isinstance(value, Mapping):
+        return {redact(str(key)): without_secrets(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(item, name) for item in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return redact(f"{redact(name)}={redact(str(value))}").removeprefix(f"{redact(name)}=")
+
+
+def redact_logs() -> None:
+    """From now on no secret is in a log record, of this package or of any library, nor in a traceback of one.
+
+    The record is redacted when it is made: mindone, imported late, brings a handler and does not hand its records on,
+    and a hub's client logs addresses that are signed.
+    """
+    make = logging.getLogRecordFactory()
+    if getattr(make, "is_redacting", False):
+        return
+
+    def record(*given: Any, **named: Any) -> logging.LogRecord:
+        made = make(*given, **named)
         try:
-            message = record.getMessage()
+            message = made.getMessage()
         except (TypeError, ValueError, KeyError):  # of a library whose arguments do not fit its text
-            message = f"{record.msg} {record.args}"
-        record.msg, record.args = redact(message), None
-        if record.exc_info:
-            record.exc_text = record.exc_text or logging.Formatter().formatException(record.exc_info)
-        if record.exc_text:
-            record.exc_text = redact(record.exc_text)
-        return True
+            message = f"{made.msg} {made.args}"
+        made.msg, made.args = redact(message), None
+        if made.exc_info:
+            made.exc_text = redact(made.exc_text or logging.Formatter().formatException(made.exc_info))
+        return made
+
+    record.is_redacting = True
+    logging.setLogRecordFactory(record)
 
 
 @contextlib.contextmanager
-def redacted_logs(name: str) -> Iterator[None]:
-    """Redact what the library ``name`` logs: a hub's client names addresses, and those of its storage are signed."""
-    redacting, handlers = RedactFilter(), list(logging.getLogger(name).handlers)
-    for handler in handlers:
-        handler.addFilter(redacting)
-    try:
+def redacted_terminal() -> Iterator[None]:
+    """Inside the block, and in tracebacks that end the process after it, no secret is written to stdout or stderr."""
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+    sys.excepthook = show
+    with contextlib.redirect_stdout(_Redacted.of(sys.stdout)), contextlib.redirect_stderr(_Redacted.of(sys.stderr)):
         yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(redacting)
+
+
+class _Redacted:
+    """A stream that redacts what is written to it, and is the one it was made of in all else."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    @classmethod
+    def of(cls, stream: TextIO | None) -> Any:
+        return stream if stream is None or isinstance(stream, cls) else cls(stream)
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _known() -> Iterator[str]:

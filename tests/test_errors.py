@@ -18,9 +18,9 @@ from PIL import Image
 
 import ms_diffsynth
 from ms_diffsynth import runtime
-from ms_diffsynth.cli import run as run_module
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.errors import INTERNAL, UserError
+from ms_diffsynth.run import training as run_module
 from ms_diffsynth.train.signals import HUNG, SIGNALS
 
 PACKAGE = Path(ms_diffsynth.__file__).parent
@@ -114,7 +114,7 @@ def test_every_code_has_a_section():
 def test_nothing_else_ends_the_process():
     ends = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")
             if re.search(r"\b(os\._exit|sys\.exit|raise SystemExit|os\.abort)\b", path.read_text(encoding="utf-8"))}
-    ends -= {"launch/front.py", "standin/__main__.py"}  # which hand on the code of a worker, or of what failed
+    ends -= {"launch/supervise.py", "standin/__main__.py"}  # which hand on the code of a worker, or of what failed
     assert ends == {"cli/main.py", "train/signals.py"}, "give each of its codes a section in docs/errors.md"
 
 
@@ -150,13 +150,13 @@ def test_what_nobody_foresaw_ends_with_its_traceback_and_what_to_report(world, m
 
 
 FAILS = """
-from ms_diffsynth.train import trainer
-original = trainer._Run._train_on
-def train_on(self, batch):
+from ms_diffsynth.train.trainer import Trainer
+original = Trainer.train_on
+def train_on(self, *batch):
     if self.logger.num_steps == 2:
         raise RuntimeError("a kernel failed")
-    return original(self, batch)
-trainer._Run._train_on = train_on
+    return original(self, *batch)
+Trainer.train_on = train_on
 """
 
 
@@ -176,7 +176,7 @@ def test_debug_changes_the_traceback_and_not_the_code(world, capsys):
 
 @pytest.mark.parametrize("reads", [True, False])
 def test_what_reads_the_output_may_close_it(reads):
-    child = process("import sys\nfrom ms_diffsynth.cli.flags import run_main\n"
+    child = process("import sys\nfrom ms_diffsynth.cli.run_main import run_main\n"
                     "sys.exit(run_main(lambda: sys.stdout.write('a line\\n' * 100_000) and 0))")
     if reads:
         assert child.stdout.readline() == "a line\n"
@@ -186,6 +186,6 @@ def test_what_reads_the_output_may_close_it(reads):
 
 
 def test_a_process_without_an_output_ends_as_any_other():
-    child = process("import sys\nfrom ms_diffsynth.cli.flags import run_main\nsys.stdout = None\n"
+    child = process("import sys\nfrom ms_diffsynth.cli.run_main import run_main\nsys.stdout = None\n"
                     "sys.exit(run_main(lambda: 3))")
     assert child.communicate(timeout=60)[1] == "" and child.returncode == 3

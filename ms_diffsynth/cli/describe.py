@@ -4,10 +4,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-from ms_diffsynth.cli.flags import add_flags, overrides_of
 from ms_diffsynth.config import load_config
+from ms_diffsynth.config.flags import add_flags, overrides_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,13 +20,13 @@ def execute(args: argparse.Namespace) -> int:
     """Print the cut of the configured run."""
     config = load_config(args.config, overrides_of(args))
     from ms_diffsynth import runtime
-    from ms_diffsynth.cli.run import build_pipeline, objective_of
+    from ms_diffsynth.run import build_pipeline, build_task
 
     runtime.configure(config.run.mode, config.run.device)
     pipe = build_pipeline(config)
     schedule = pipe.training_schedule(config.objective.task.split(":")[0])
     trainable = [n for n in (config.model.trainable_models or config.model.lora_base_model).split(",") if n]
-    program = pipe.training_program(objective_of(SimpleNamespace(**config.flat())), schedule.sigmas)
+    program = pipe.training_program(build_task(config), schedule.sigmas)
     cut = program.cut(("loss",), trainable, (*pipe.always_fused, *config.model.fuse))
     sys.stdout.write(cut.describe() + "\n")
     for stage in ("prepare", "step"):

@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ms_diffsynth.cli.flags import overrides_of, refuse_tokens
 from ms_diffsynth.config import NO_TOKEN, TOKEN_FLAGS, load_config
+from ms_diffsynth.config.flags import overrides_of, refuse_tokens
 from ms_diffsynth.errors import ConfigError, DeviceError, OutputError, nearest
 from ms_diffsynth.launch.job import Job
 from ms_diffsynth.launch.ports import PORT, check_port, free_port, resolve, wait_for_scheduler
@@ -27,18 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, required=True, metavar="N", help="processes on this machine, one for each device")
     add("--log_dir", type=Path, metavar="DIR", help="folder for worker-K.log (default: logs in the run's output_path, "
         "for other programs launch-DATE-TIME)")
-    add("--hang_seconds", type=float, metavar="S", help="end the job when every worker has been in one step for so "
+    add("--hang_seconds", type=float, metavar="S", help="end the job when every worker has been in one step for this "
         "long, and for five times its longest step (default: 20; with several machines 300)")
-    add("--compile_seconds", type=float, default=1800.0, metavar="S", help="the same for everything that is no step, "
-        "such as compiling and saving, and for the first step (default: 1800)")
-    add("--grace_seconds", type=float, default=10.0, metavar="S", help="kill what has not saved and ended so long "
+    add("--compile_seconds", type=float, default=1800.0, metavar="S", help="the same for everything that is not a "
+        "step, such as compiling and saving, and for the first step (default: 1800)")
+    add("--grace_seconds", type=float, default=10.0, metavar="S", help="kill what has not saved and ended this long "
         "after a signal (default: 10)")
     add("--start_seconds", type=int, default=600, metavar="S", help="how long workers and machines wait for one "
         "another at the start (default: 600)")
     add("--nodes", type=int, default=1, metavar="N", help="machines; every one starts --workers workers (default: 1)")
     add("--node_rank", type=int, default=0, metavar="K", help="which machine this is, from 0 (default: 0)")
     add("--master_address", metavar="HOST", help="an address of machine 0 that all reach (default: 127.0.0.1)")
-    add("--master_port", type=int, metavar="PORT", help=f"a free port of machine 0 (default: one is looked for; with "
+    add("--master_port", type=int, metavar="PORT", help=f"a free port of machine 0 (default: one is chosen; with "
         f"several machines {PORT})")
     add("job", nargs=argparse.REMAINDER, metavar="train CONFIG.yaml ... | -- PROGRAM ...", help="what each worker runs")
 
@@ -64,7 +64,7 @@ def execute(args: argparse.Namespace) -> int:
     job = Job(command=command, workers=args.workers, nodes=args.nodes, node_rank=args.node_rank, master_address=address,
               master_port=port, log_dir=_make(args.log_dir or folder), hang_seconds=hang_seconds,
               compile_seconds=args.compile_seconds, grace_seconds=args.grace_seconds, start_seconds=args.start_seconds)
-    from ms_diffsynth.launch.front import launch
+    from ms_diffsynth.launch.supervise import launch
 
     return launch(job)
 
@@ -90,12 +90,12 @@ def _program(words: Sequence[str]) -> tuple[tuple[str, ...], Path]:
         if flag.lstrip("-") in TOKEN_FLAGS and flag.startswith("-"):
             raise ConfigError(f"{flag}: {NO_TOKEN}")
         if any(redact(part) != part for part in (flag, value)):
-            raise ConfigError(f"{redact(word)}: {NO_TOKEN}")
+            raise ConfigError(f"{word}: {NO_TOKEN}")
     if not words or words == ["--"]:
         raise ConfigError("there is nothing to launch: expected  train CONFIG.yaml ...  or  -- python script.py ...")
     if words[0] == "--":
         if shutil.which(words[1]) is None:
-            raise ConfigError(f"'{words[1]}' is no program: expected one, such as  -- python script.py ...")
+            raise ConfigError(f"'{words[1]}' is not a program: expected one, such as  -- python script.py ...")
         return tuple(words[1:]), Path(time.strftime("launch-%Y%m%d-%H%M%S"))
     if words[0] != "train":
         raise ConfigError(f"'{words[0]}' cannot be launched: expected  train CONFIG.yaml ...  or  -- python script.py "

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from ms_diffsynth.cli.flags import Parser, run_main
+from ms_diffsynth.cli.run_main import run_main
+from ms_diffsynth.config.flags import Parser
 from ms_diffsynth.errors import ConfigError, nearest
 
 # One file of this folder each, imported when it is asked for: MindSpore takes seconds to import, a help text must not.

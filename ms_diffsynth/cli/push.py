@@ -5,19 +5,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from ms_diffsynth.cli.flags import refuse_tokens
+from ms_diffsynth.config.flags import refuse_tokens
 from ms_diffsynth.hub.publish import HUBS, choose, publish
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What goes where, and who may see it."""
-    parser.description += (" Sent are the model card, weights, their configuration and sample pictures; never "
+    parser.description += (" Sent are the model card, weights, their configuration and sample images; never "
                            "optimizer states, logs, hidden files or links. The repository is private unless "
                            "--hub_public is given.")
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("--hub_model_id", required=True, metavar="OWNER/NAME", help="made when it does not exist")
     parser.add_argument("--hub", choices=HUBS, default=HUBS[0], help=f"where (default: {HUBS[0]})")
-    parser.add_argument("--hub_public", action="store_true", help="everybody may see it")
+    parser.add_argument("--hub_public", action="store_true", help="make the repository public")
     parser.add_argument("--files", nargs="+", metavar="NAME",
                         help="names or patterns of what is sent instead; * stays within one folder")
     parser.add_argument("--message", default="Upload from ms_diffsynth", help="of the commit")

@@ -2,15 +2,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-from ms_diffsynth.cli.flags import add_flags, overrides_of
 from ms_diffsynth.config import load_config
+from ms_diffsynth.config.flags import add_flags, overrides_of
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.redact import redact
 from ms_diffsynth.storage.lock import lock_folder
 
 
@@ -28,29 +27,24 @@ def execute(args: argparse.Namespace) -> int:
     """Replay the step, and say what it gave."""
     file = args.run / "config.yaml"
     if not file.is_file():
-        raise ConfigError(f"{args.run} has no config.yaml, so it is no run of ms-diffsynth train. A script replays its "
-                          "own: debug.replay.replay_training_step takes what launch_training_task was given.")
+        raise ConfigError(f"{args.run} has no config.yaml, so it is not a run of ms-diffsynth train. A script replays "
+                          "its own: debug.replay.replay_training_step takes what launch_training_task was given.")
     with lock_folder(args.run):  # told before any model is loaded
         pass
     # accept_changes belongs to resume, and what was accepted then is not accepted now
     overrides = {"resume": "auto", "accept_changes": "[]"} | overrides_of(args) | {"output_path": str(args.run)}
     config = load_config(file, overrides)
-    from ms_diffsynth.cli.run import build_datasets, build_module, build_pipeline
     from ms_diffsynth.debug.replay import replay_training_step
+    from ms_diffsynth.run import build_datasets, build_module, build_pipeline
     from ms_diffsynth.train.distributed import Accelerator
-    from ms_diffsynth.train.two_stage import open_cache, stage_of
 
-    settings = SimpleNamespace(**config.flat())
-    settings.batch_size *= _ranks_of(args.run)
-    accelerator = Accelerator.of(settings)
-    pipe = build_pipeline(config)
-    sets = build_datasets(settings, pipe.division_factor)
-    module = build_module(settings, pipe, settings.task)
-    if settings.cache_dir or stage_of(settings.task) == "train":
-        folder = settings.cache_dir or sets[0].base_path
-        sets = open_cache(folder, module, module.training_cut(), repeat=settings.dataset_repeat)
-    replay = replay_training_step(accelerator, sets[0], module, args.run, args.step, sets[1], settings)
-    sys.stdout.write(redact(f"{replay.describe()}\n{args.run / f'replay-step-{args.step}.json'}\n"))
+    ranks = _ranks_of(args.run)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, batch_size=config.run.batch_size * ranks))
+    accelerator = Accelerator.of(config.flat())
+    sets = build_datasets(config)
+    module = build_module(config, build_pipeline(config))
+    replay = replay_training_step(accelerator, sets.instance, module, args.run, args.step, sets.classes, config)
+    sys.stdout.write(f"{replay.describe()}\n{args.run / f'replay-step-{args.step}.json'}\n")
     return 0 if replay.is_reproduced else 1  # a comparison was made, and something differs
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ms_diffsynth.cli.flags import add_flags, overrides_of
 from ms_diffsynth.config import load_config
+from ms_diffsynth.config.flags import add_flags, overrides_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Train as configured."""
     config = load_config(args.config, overrides_of(args))
-    from ms_diffsynth.cli.run import run  # a mistake in the file is told before MindSpore is imported
+    from ms_diffsynth.run import train  # a mistake in the file is told before MindSpore is imported
 
-    run(config)
+    train(config)
     return 0

@@ -10,7 +10,6 @@ from typing import Any
 
 from ms_diffsynth.config.yaml_lines import Written
 from ms_diffsynth.errors import listing, nearest
-from ms_diffsynth.redact import redact
 
 
 class Wrong(Exception):
@@ -112,18 +111,3 @@ def _texts(text: str, has_commas: bool) -> tuple[str, ...]:
             raise Wrong('expected a JSON list of texts such as ["a", "b"]')
         return tuple(items)
     return tuple(t for part in (text.split(",") if has_commas else [text]) if (t := part.strip()))
-
-
-def without_secrets(value: Any, name: str = "") -> Any:
-    """A value of a file in JSON or YAML with every secret taken out, in the names of a mapping too.
-
-    Args:
-        name: what the value is called: ``api_key`` gives away that it is a secret.
-    """
-    if isinstance(value, Mapping):
-        return {redact(str(key)): without_secrets(item, str(key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_secrets(item, name) for item in value]
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    return redact(f"{redact(name)}={redact(str(value))}").removeprefix(f"{redact(name)}=")

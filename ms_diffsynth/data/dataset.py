@@ -1,6 +1,7 @@
 """UnifiedDataset: rows of metadata in, dictionaries with loaded pictures out; every row is checked beforehand."""
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -12,6 +13,7 @@ from typing import Any
 from ..errors import ConfigError, DataError, UserError, listing, nearest
 from .buckets import Bucket, BucketCropAndResize
 from .images import SUFFIXES, image_size
+from .loader import permutation
 from .metadata import read_folder, read_metadata
 from .operators import (
     DataProcessingOperator,
@@ -138,6 +140,26 @@ class UnifiedDataset:
         for name in sorted(names):
             digest.update(self._file_digest(name).encode())
         return digest.hexdigest()
+
+    def split(self, share: float, seed: int) -> tuple[UnifiedDataset, UnifiedDataset]:
+        """Two data sets: the rows without a share of them, and that share, chosen by the seed; both in their order.
+
+        Raises: DataError when no row would be left on one side.
+        """
+        count = len(self.rows)
+        held_out = max(1, round(share * count))
+        if held_out >= count:
+            raise DataError(f"{self.table.source} has {count} rows: a share of {share:g} held out leaves none to train "
+                            "on. Expected two rows or more.")
+        chosen = set(permutation(count, seed, "held out")[:held_out].tolist())
+        return self._only([k for k in range(count) if k not in chosen]), self._only(sorted(chosen))
+
+    def _only(self, rows: list[int]) -> UnifiedDataset:
+        part = copy.copy(self)
+        part.rows, part.numbers = [self.rows[k] for k in rows], rows
+        part.table = copy.copy(self.table)
+        part.table.rows, part.table.places = part.rows, [self.table.places[k] for k in rows]
+        return part
 
     def content(self, index: int, fields: Sequence[str] | None = None) -> dict[str, Any]:
         """What row ``index`` is made of: its cells, and the SHA-256 of the files in place of their names.

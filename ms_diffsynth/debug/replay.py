@@ -20,11 +20,14 @@ import mindspore as ms
 from mindspore import Tensor
 
 from ms_diffsynth.compile import CompiledStep
-from ms_diffsynth.config.setting import without_secrets
+from ms_diffsynth.config import flat
 from ms_diffsynth.data.loader import Batch
 from ms_diffsynth.debug.probes import MOST, Finding, Probes
 from ms_diffsynth.errors import CheckpointError, ConfigError, listing
 from ms_diffsynth.nn.names import load_state, to_numpy
+from ms_diffsynth.redact import without_secrets
+from ms_diffsynth.run.build import DataSets
+from ms_diffsynth.run.training import rows_of_run
 from ms_diffsynth.storage.checkpoint import Checkpoint, differences, latest, open_checkpoint_folder
 from ms_diffsynth.storage.files import write_file
 from ms_diffsynth.storage.lock import lock_folder
@@ -35,7 +38,8 @@ from ms_diffsynth.train.module import DiffusionTrainingModule
 from ms_diffsynth.train.options import TrainingOptions
 from ms_diffsynth.train.prepared import CachedRows, name_row, rows_of
 from ms_diffsynth.train.records import numbers_of
-from ms_diffsynth.train.trainer import _from_cache, _Run
+from ms_diffsynth.train.state import CHECKPOINTS, parameters_of, run_folder, versions
+from ms_diffsynth.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +87,7 @@ class Replay:
         findings = [dataclasses.asdict(f) | {"rows": self._rows_of(f)} for f in self.findings]
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return own | {"is_finite": self.is_finite, "is_reproduced": self.is_reproduced, "findings": findings,
-                      "versions": same_run.versions()}
+                      "versions": versions()}
 
     def describe(self) -> str:
         """The same for a reader."""
@@ -148,16 +152,17 @@ def replay_training_step(accelerator: Accelerator, dataset: Any, model: Diffusio
             raise ConfigError(f"step={step}: {folder / 'loss.csv'} has the steps {known}. Expected one of them.")
         records = ModelLogger(folder)
         records.is_writing = False
-        dataset, class_dataset = _from_cache(accelerator, model, records, dataset, class_dataset, args)
-        run = _Run(accelerator, dataset, model, records, dataclasses.replace(given, evaluation_steps=None),
-                   class_dataset, None, [], args)
+        sets = rows_of_run(accelerator, model, records, DataSets(dataset, class_dataset), args)
+        cut = None if model.has_own_forward else model.training_cut()
+        identity = same_run.identity(accelerator, model, cut, given, args, sets.instance, sets.classes)
         checkpoint = find_start(folder, step)
-        _check_same(run, folder, checkpoint, args)
+        _check_same(identity, given, accelerator, folder, checkpoint, args)
+        trainer = Trainer(accelerator, sets.instance, model, records, given, class_dataset=sets.classes,
+                          identity=identity, resume_from=checkpoint)
         try:
-            run.prepare()
-            replay = _replay(run, recorded, step, checkpoint)
+            replay = _replay(trainer, recorded, step, checkpoint)
         finally:
-            run.progress.end()
+            trainer.progress.end()
         write_file(folder / f"replay-step-{step}.json", (json.dumps(without_secrets(replay.record()), indent=1)
                                                          + "\n").encode())
     return replay
@@ -169,10 +174,10 @@ def find_start(folder: Path, step: int) -> Checkpoint | None:
     Returns: None for a run that began at its first step, and has none. Raises: CheckpointError when there is none, and
         the run began later.
     """
-    names = [name for name in same_run._checkpoints_in(folder) if int(name.removeprefix("step-")) < step]
+    names = [name for name in same_run.checkpoints_in(folder) if int(name.removeprefix("step-")) < step]
     for name in reversed(names):
         try:
-            return open_checkpoint_folder(folder / same_run.CHECKPOINTS / name)
+            return open_checkpoint_folder(folder / CHECKPOINTS / name)
         except CheckpointError as error:
             logger.warning("checkpoint skipped: %s", error)
     other = _went_on_from(folder)
@@ -181,7 +186,7 @@ def find_start(folder: Path, step: int) -> Checkpoint | None:
     found = open_checkpoint_folder(other)
     if found.step >= step:
         raise CheckpointError(f"the run in {folder} went on from {other}, so step {step} is not its own. Replay it in "
-                              f"{same_run.run_folder(found)}.")
+                              f"{run_folder(found)}.")
     return found
 
 
@@ -199,34 +204,32 @@ def _recorded(folder: Path) -> dict[int, dict[str, str]]:
     return {int(row["step"]): {name: row[name] for name in COMPARED} for row in rows}
 
 
-def _check_same(run: _Run, folder: Path, checkpoint: Checkpoint | None, args: Any) -> None:
+def _check_same(identity: Mapping[str, Any], options: TrainingOptions, accelerator: Accelerator, folder: Path,
+                checkpoint: Checkpoint | None, args: Any) -> None:
     """Refuse what was not this run. Without any checkpoint only the settings can be compared.
 
     Raises: CheckpointError, field by field.
     """
-    known = checkpoint or latest(folder / same_run.CHECKPOINTS)
+    known = checkpoint or latest(folder / CHECKPOINTS)
     if known is not None:
-        same_run.check_identity(known, run.identity, run.options.accept_changes)
+        same_run.check_identity(known, identity, options.accept_changes)
         return
-    own = {**(vars(args) if hasattr(args, "__dict__") else {}), **dataclasses.asdict(run.options),
-           "mode": run.accelerator.mode, "device": run.accelerator.device}
-    own["batch_size"] *= run.accelerator.num_processes
+    own = {**flat(args), **dataclasses.asdict(options), "mode": accelerator.mode, "device": accelerator.device}
     now = json.loads(json.dumps(without_secrets({k: v for k, v in own.items() if k not in same_run.MAY_CHANGE})))
     saved = json.loads((folder / "training_args.json").read_text())
     saved["batch_size"] *= saved.get("num_processes", 1)
-    changed = differences({k: v for k, v in saved.items() if k in now}, now, run.options.accept_changes)
+    changed = differences({k: v for k, v in saved.items() if k in now}, {k: v for k, v in now.items() if k in saved},
+                          options.accept_changes)
     if changed:
         raise CheckpointError(f"{folder} was trained with other settings:\n  " + "\n  ".join(changed) + "\nSet them "
                               "back.")
 
 
-def _replay(run: _Run, recorded: Mapping[int, dict[str, str]], step: int, checkpoint: Checkpoint | None) -> Replay:
+def _replay(run: Trainer, recorded: Mapping[int, dict[str, str]], step: int, checkpoint: Checkpoint | None) -> Replay:
     """The steps up to ``step``, and that one under probes when it was not finite."""
     after = 0 if checkpoint is None else checkpoint.step
-    if checkpoint is not None:
-        run.restore_step(checkpoint)
     batches = itertools.chain.from_iterable(itertools.repeat(run.loader))
-    scales = same_run.parameters_of(run.step).get("loss_scale", {})
+    scales = parameters_of(run.step).get("loss_scale", {})
     wrong: list[str] = []
     run.progress.begin(step - after, "replaying", "step")
     for number in range(after + 1, step + 1):
@@ -252,11 +255,11 @@ def _named(checkpoint: Checkpoint | None, folder: Path) -> str:
     """What a replay begins with, in words."""
     if checkpoint is None:
         return "the initial weights"
-    is_own = same_run.run_folder(checkpoint).resolve() == folder.resolve()
-    return f"{same_run.CHECKPOINTS}/{checkpoint.path.name}" if is_own else str(checkpoint.path)
+    is_own = run_folder(checkpoint).resolve() == folder.resolve()
+    return f"{CHECKPOINTS}/{checkpoint.path.name}" if is_own else str(checkpoint.path)
 
 
-def _make_step(run: _Run, number: int, batches: Iterator[Batch]) -> tuple[list[Batch], dict[str, str]]:
+def _make_step(run: Trainer, number: int, batches: Iterator[Batch]) -> tuple[list[Batch], dict[str, str]]:
     """The next step as training makes it: the batches it took, and its numbers as loss.csv writes them."""
     rate = run.rate(number - 1)
     run.optimizer.set_learning_rate(rate)
@@ -268,9 +271,9 @@ def _make_step(run: _Run, number: int, batches: Iterator[Batch]) -> tuple[list[B
     return used, {name: _text(numbers[name]) for name in COMPARED}
 
 
-def _look_inside(run: _Run, batches: list[Batch]) -> tuple[dict[str, str], list[Finding]]:
+def _look_inside(run: Trainer, batches: list[Batch]) -> tuple[dict[str, str], list[Finding]]:
     """Make a step once more, eagerly and under probes. Returns: its numbers, and what was not finite in it."""
-    step, pipe = run.step, run.model.pipe
+    step, pipe = run.step, run.module.pipe
     units = run.cut.step if run.cut is not None else (*pipe.units, pipe.denoise)
     probes = Probes(units, pipe.models, step.weights)
 
@@ -283,7 +286,7 @@ def _look_inside(run: _Run, batches: list[Batch]) -> tuple[dict[str, str], list[
         return outputs
 
     if run.is_eager:
-        run.model.forward = _counted(run.model.forward, probes)
+        run.module.forward = _counted(run.module.forward, probes)
     step.value_and_grad = ms.value_and_grad(forward, None, step.weights, has_aux=True)
     step.compiled_steps = {"update": CompiledStep(step._update, "the step under probes", "pynative"),
                            "micro": CompiledStep(step._accumulate, "the accumulation under probes", "pynative")}
@@ -306,7 +309,7 @@ def _counted(forward: Callable[[Any], Tensor], probes: Probes) -> Callable[[Any]
     return counted
 
 
-def _from_prepare(run: _Run, batches: list[Batch], findings: list[Finding]) -> list[Finding]:
+def _from_prepare(run: Trainer, batches: list[Batch], findings: list[Finding]) -> list[Finding]:
     """The findings, with those of preparing its row in front when the first one came out of the prepared half."""
     first = findings[0] if findings else None
     if first is None or run.cut is None or first.module or first.tensor != "input" or first.name not in run.cut.cache:
@@ -316,7 +319,7 @@ def _from_prepare(run: _Run, batches: list[Batch], findings: list[Finding]) -> l
     rows = run.dataset if position < half else run.class_dataset
     if isinstance(rows, CachedRows):
         return findings
-    with Probes(run.cut.prepare, run.model.pipe.models) as probes:
+    with Probes(run.cut.prepare, run.module.pipe.models) as probes:
         probes.begin(1)
         rows._make(int(batch.indices[position]) % rows.rows)
     before = [dataclasses.replace(f, micro_step=first.micro_step, rows=(position,)) for f in probes.findings]

@@ -161,6 +161,7 @@ class DDPMObjective:
     inputs = ()
     posterior = "mean"
     prior_loss_weight = None
+    level_draw = "timestep_index"
 
     def __post_init__(self):
         if self.prediction_type is not None:

@@ -37,6 +37,7 @@ class DirectDistillation:
     draws = ()
     posterior = "mean"
     prior_loss_weight = None
+    level_draw = None
 
     def __str__(self) -> str:
         """What a run says of it at its start."""

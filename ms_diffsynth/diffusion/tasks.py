@@ -20,11 +20,13 @@ class Task(Protocol):
         draws: random slots that are drawn anew at every step.
         posterior: ``"mean"`` or ``"sample"`` of the VAE's posterior.
         prior_loss_weight: weight of the class images; None when there are none.
+        level_draw: which of ``draws`` is the noise level, as int32 positions on the training grid; None when none is.
     """
 
     inputs: tuple[str, ...]
     posterior: str
     prior_loss_weight: float | None
+    level_draw: str | None
 
     @property
     def draws(self) -> tuple[str, ...]: ...

@@ -42,6 +42,7 @@ class Objective:
     prior_loss_weight: float | None = None
 
     inputs = ()
+    level_draw = "timestep_index"
 
     def __str__(self) -> str:
         """What a run says of it at its start."""

@@ -36,7 +36,7 @@ _NETWORK_ERRORS = (OSError, HfHubHTTPError.__bases__[0])
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 3  # a download goes on where it was cut
+ATTEMPTS = 3  # a download resumes where it was cut
 TOO_MUCH_IS_HERE = 416  # the answer to a request for what comes after the end of a file
 WAIT_SECONDS = 1.0  # before the second attempt, doubled before each further one
 
@@ -263,7 +263,8 @@ class _Repository:
         try:
             return call()
         except HFValidationError as error:
-            raise HubError(f"model_id='{self.config.model_id}' is no repository name: expected owner/name.") from error
+            name = self.config.model_id
+            raise HubError(f"model_id='{name}' is not a repository name: expected owner/name.") from error
         except GatedRepoError as error:
             raise self._error("is gated (403)", "Accept its terms on the hub's page and log in with "
                               "'hf auth login'") from error
@@ -315,7 +316,7 @@ def _refuse_damaged(folder: Path, names: list[str], since: float) -> None:
 
 
 def _is_of_wrong_size(error: BaseException | None) -> bool:
-    """Whether what arrived is too long to be gone on with; huggingface_hub would try that for ever."""
+    """Whether what arrived is too long to be resumed; huggingface_hub would try that for ever."""
     return "Consistency check failed" in str(error) or (isinstance(error, HfHubHTTPError)
                                                        and _status(error) == TOO_MUCH_IS_HERE)
 

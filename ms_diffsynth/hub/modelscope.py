@@ -6,26 +6,22 @@ folder arrived, makes a missing repository public, and prints a report to standa
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import metadata_load
 
 from ms_diffsynth.errors import HubError
-from ms_diffsynth.hub.publish import Unreachable, compare, host_of, patiently
-from ms_diffsynth.redact import redact, redacted_logs
+from ms_diffsynth.hub.publish import compare, host_of, not_reached, refuse_public, refused
 from ms_diffsynth.storage.files import sha256_of
 
 PRIVATE = 1  # of ModelScope's numbers for visibility; 3 is internal, 5 public
 BRANCH = "master"
 _LARGEST_INLINE = 1 << 20  # bytes that travel in the commit itself
 _LICENCES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0", "gpl-3.0")
-_REMEDIES = {401: "Set MODELSCOPE_API_TOKEN, or log in with 'modelscope login'",
-             403: "Give the token write access to it, or choose a name of your own",
-             404: "Check the name, and that the token may see it"}
-
-T = TypeVar("T")
+_LOGIN = "Set MODELSCOPE_API_TOKEN, or log in with 'modelscope login'"
 
 
 def connect(endpoint: str | None) -> ModelScope:
@@ -38,7 +34,7 @@ def connect(endpoint: str | None) -> ModelScope:
     config = HubConfig(endpoint=endpoint)
     host = host_of(config.endpoint)
     if not config.token:
-        raise HubError(f"there is no token for {host}. {_REMEDIES[401]}.")
+        raise HubError(f"there is no token for {host}. {_LOGIN}.")
     return ModelScope(host, config, HubApi(config=config))
 
 
@@ -52,12 +48,14 @@ class ModelScope:
              is_quiet: bool = False) -> str:
         """See `publish.Client`; there are no progress bars to silence. Returns: the address of the repository."""
         if model_id.count("/") != 1 or not all(model_id.split("/")):
-            raise HubError(f"hub_model_id='{redact(model_id)}' is no repository name: expected owner/name.")
+            raise HubError(f"hub_model_id='{model_id}' is not a repository name: expected owner/name.")
         files = {name: ((stage / name).stat().st_size, sha256_of(stage / name)) for name in names}
-        with redacted_logs("modelscope_hub"):
+        with self._explained(f"{model_id}: making the repository"):
             self._make(model_id, private, _licence(stage))
-            self._ask(f"{model_id}: the upload", lambda: self._commit(stage, files, model_id, message))
-            stored = self._ask(f"{model_id}: comparing", lambda: self.api.list_repo_files(model_id, "model"))
+        with self._explained(f"{model_id}: the upload"):
+            self._commit(stage, files, model_id, message)
+        with self._explained(f"{model_id}: comparing"):
+            stored = self.api.list_repo_files(model_id, "model")
         sizes = {name: (size, "") for name, (size, _) in files.items()}
         compare(model_id, self.host, sizes, {e.path: (e.size, "") for e in stored})
         sums = {e.path: (e.size, e.sha256) for e in stored if e.sha256}  # told of large files
@@ -68,23 +66,13 @@ class ModelScope:
         """Make the repository, or see that the one there is may be used."""
         from modelscope_hub.errors import is_repo_exists_error
 
-        def make() -> bool:
-            try:
-                self.api.create_repo(model_id, "model", visibility="private" if private else "public", license=licence)
-            except Exception as error:
-                if is_repo_exists_error(error):
-                    return False
+        try:
+            self.api.create_repo(model_id, "model", visibility="private" if private else "public", license=licence)
+        except Exception as error:
+            if not is_repo_exists_error(error):
                 raise
-            return True
-
-        if self._ask(f"{model_id}: making the repository", make) or not private:
-            return
-        found = self._ask(f"{model_id}: looking at the repository",
-                          lambda: self.api.legacy.get_repo_info(model_id, "model"))
-        if found.get("Visibility") != PRIVATE:
-            raise HubError(f"{model_id} on {self.host} is public, and a private repository was asked for; nothing was "
-                           "sent. Make it private on its page, choose another name, or let it be public: "
-                               "hub_private_repo: false of a training, --hub_public of ms-diffsynth push.")
+            if private and self.api.legacy.get_repo_info(model_id, "model").get("Visibility") != PRIVATE:
+                raise refuse_public(model_id, self.host) from error
 
     def _commit(self, stage: Path, files: dict[str, tuple[int, str]], model_id: str, message: str) -> None:
         is_large = {name: name.endswith(".safetensors") or size > _LARGEST_INLINE for name, (size, _) in files.items()}
@@ -103,28 +91,20 @@ class ModelScope:
                             "encoding": "" if is_large[name] else "base64"})
         self.api.legacy.create_commit(model_id, "model", actions, message, BRANCH)
 
-    def _ask(self, what: str, call: Callable[[], T]) -> T:
-        """Ask again where that helps, and say in our words what was answered. Raises: HubError."""
-        return patiently(what, lambda _: self._once(what, call))
-
-    def _once(self, what: str, call: Callable[[], T]) -> T:
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Say in our words what was answered, without addresses and tokens. Raises: HubError."""
         from modelscope_hub.errors import HubError as ClientError
 
         try:
-            return call()
+            yield
         except ClientError as error:
             status = getattr(error, "status_code", None)
-            if error.retryable:
-                answer = f"{self.host} answered {status}" if status else f"the connection to {self.host} failed"
-                raise Unreachable(answer, getattr(error, "retry_after", None)) from error
-            remedy = _REMEDIES.get(status, "Check the repository, and what is sent")
-            raise HubError(f"{what} was refused by {self.host} ({status or type(error).__name__}). "
-                           f"{remedy}.") from error
+            if status is None and error.retryable:
+                raise not_reached(what, self.host, error) from error
+            raise refused(what, self.host, status, _LOGIN) from error
         except OSError as error:
-            if error.errno is not None and not isinstance(error, (ConnectionError, TimeoutError)):
-                raise HubError(f"{what} failed on this machine: {error.strerror}. Check the disk, then send it "
-                               "again.") from error
-            raise Unreachable(f"the connection to {self.host} failed ({type(error).__name__})") from error
+            raise not_reached(what, self.host, error) from error
 
 
 def _licence(stage: Path) -> str:

@@ -15,35 +15,29 @@ import re
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path, PurePosixPath
-from typing import Protocol, TypeVar
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from ms_diffsynth.errors import HubError, listing, nearest
-from ms_diffsynth.redact import redact
+from ms_diffsynth.redact import redact, redact_logs
 
 logger = logging.getLogger(__name__)
 
 HUBS = ("huggingface", "modelscope")
-ATTEMPTS = 5
-WAIT_SECONDS = 1.0  # before the second attempt, doubled before each further one
-LONGEST_WAIT = 300.0  # seconds a hub may ask us to wait
 
 _FOLDERS = ("transformer", "unet", "vae", "text_encoder*", "tokenizer*", "scheduler")
 ALLOWED = ("README.md", "LICENSE*", "model.py", "model_index.json", "config.json", "*.safetensors",
            "*.safetensors.index.json", "samples/*.png", *(f"{folder}/*.json" for folder in _FOLDERS),
            *(f"{folder}/*.safetensors" for folder in _FOLDERS), "tokenizer*/*.txt", "tokenizer*/*.model",
            "tokenizer*/*.jinja")
-# never sent, whoever asks: hidden files, keys, logs, and what resuming needs
+# never sent, even when named: hidden files, keys, logs, and what resuming needs
 _PRIVATE = re.compile(r"^\.|\.(env|pem|key|log|pkl|pickle)$|^id_(rsa|ed25519)|token(\.|$)|"
                       r"(^|[_.-])(optimizer|states?|rng|secrets?|credentials?|passwords?)([_.-]|$)", re.IGNORECASE)
 _LARGEST_TEXT = 1 << 20  # bytes of a file that are searched for secrets: 0.4 seconds (2 cores, 2026-11-21)
-
-T = TypeVar("T")
 
 
 def publish(folder: str | os.PathLike[str], model_id: str, *, hub: str = "huggingface", private: bool = True,
@@ -64,10 +58,15 @@ def publish(folder: str | os.PathLike[str], model_id: str, *, hub: str = "huggin
     """
     client = connect(hub, endpoint)
     names = choose(folder, files)
-    stage = _stage(Path(folder), names)
+    return _send(client, folder, _stage(Path(folder), names), names, model_id, private, message)
+
+
+def _send(client: Client, folder: str | os.PathLike[str], stage: Path, names: Sequence[str], model_id: str,
+          private: bool, message: str, is_quiet: bool = False) -> str:
+    """Look for secrets, send, and remove the stage."""
     try:
         _check_for_secrets(folder, stage, names)
-        return client.send(stage, names, model_id, private, redact(message))
+        return client.send(stage, names, model_id, private, redact(message), is_quiet)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -85,6 +84,7 @@ def connect(hub: str, endpoint: str | None = None) -> Client:
 
     Raises: HubError when the hub is unknown, there is no token, or its client is not installed.
     """
+    redact_logs()  # a client logs addresses that are signed
     if hub not in HUBS:
         raise HubError(f"hub='{hub}' is unknown: expected one of {', '.join(HUBS)}.{nearest(hub, HUBS)}")
     return import_module(f"ms_diffsynth.hub.{hub}").connect(endpoint)  # they import this module
@@ -100,7 +100,7 @@ def choose(folder: str | os.PathLike[str], files: Sequence[str] | None = None) -
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise HubError(f"{folder} is no folder. Give the output folder of a run, or of a saved model.")
+        raise HubError(f"{folder} is not a folder. Give the output folder of a run, or of a saved model.")
     found = sorted(_regular_files(folder))
     sent = [n for n in found if not any(_PRIVATE.search(part) for part in PurePosixPath(n).parts)]
     lost = [f for f in files or () if not any(_matches(n, f) for n in sent)]
@@ -111,12 +111,12 @@ def choose(folder: str | os.PathLike[str], files: Sequence[str] | None = None) -
     names = [n for n in sent if any(_matches(n, f) for f in (files or ALLOWED))]
     if not names:
         raise HubError(f"{folder} has nothing to send: none of its {len(found)} files is a model card, weights, a "
-                       "configuration of a model, or a sample picture. Name files with --files.")
+                       "configuration of a model, or a sample image. Name files with --files.")
     return names
 
 
 def _regular_files(folder: Path) -> Iterator[str]:
-    """Names of the regular files below a folder; a link is no regular file, wherever it leads."""
+    """Names of the regular files below a folder; a link is not one, wherever it leads."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if not f.startswith(".")]  # also spares the walk through .git
         for name in names:
@@ -193,36 +193,29 @@ def _text_of(path: Path) -> str:
 # -- how it is sent ------------------------------------------------------------------------------------------------
 
 
-class Unreachable(Exception):
-    """A hub that may answer later; the message says why, without addresses or tokens.
-
-    Attributes:
-        wait: seconds the hub asks us to wait, or None.
-    """
-
-    def __init__(self, message: str, wait: float | None = None):
-        super().__init__(message)
-        self.wait = wait
+def refused(what: str, host: str, status: int | None, login: str) -> HubError:
+    """The error for an answer of a hub; the client has asked again where it does that."""
+    remedies = {401: login, 403: "Give the token write access to it, or choose a name of your own",
+                404: "Check the name, and that the token may see it"}
+    remedy = remedies.get(status, "Check the repository, and what is sent")
+    if status is None or status in (408, 429) or status >= 500:
+        remedy = "What is on this disk is complete: send it again later with ms-diffsynth push"
+    return HubError(f"{what} was refused by {host} ({status or 'without a status'}). {remedy}.")
 
 
-def patiently(what: str, call: Callable[[int], T]) -> T:
-    """``call(attempt)`` until it is not `Unreachable`, at most ATTEMPTS times, waiting longer each time.
+def not_reached(what: str, host: str, error: OSError | Exception) -> HubError:
+    """The error for a connection that failed, or for a disk here that did."""
+    if getattr(error, "errno", None) is not None and not isinstance(error, (ConnectionError, TimeoutError)):
+        return HubError(f"{what} failed on this machine: {error.strerror}. Check the disk, then send it again.")
+    return HubError(f"{what} failed: the connection to {host} failed ({type(error).__name__}). What is on this disk is "
+                    "complete: send it again later with ms-diffsynth push.")
 
-    Raises: HubError when it stays so, or the hub asks for more than LONGEST_WAIT seconds.
-    """
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return call(attempt)
-        except Unreachable as error:
-            wait = WAIT_SECONDS * 2 ** (attempt - 1) if error.wait is None else error.wait
-            if attempt == ATTEMPTS or wait > LONGEST_WAIT:
-                asked = f", which asks to wait {wait:.0f} seconds" if wait > LONGEST_WAIT else ""
-                raise HubError(f"{what} failed in {attempt} attempts: {error}{asked}. What is on this disk is "
-                               "complete: send it again later with ms-diffsynth push.") from error.__cause__
-            logger.warning("%s: %s; attempt %d of %d follows in %.0f seconds.", what, error, attempt + 1, ATTEMPTS,
-                           wait)
-            time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
+
+def refuse_public(model_id: str, host: str) -> HubError:
+    """The error for a repository that is public when a private one was asked for."""
+    return HubError(f"{model_id} on {host} is public, and a private repository was asked for; nothing was sent. Make "
+                    "it private on its page, choose another name, or let it be public: hub_private_repo: false of a "
+                    "training, --hub_public of ms-diffsynth push.")
 
 
 def host_of(endpoint: str) -> str:
@@ -236,7 +229,8 @@ def host_of(endpoint: str) -> str:
         raise HubError(f"the endpoint of {host} holds a user name or a password, which would end up in logs. "
                        "Expected the plain address; log in instead.")
     if not host or (address.scheme != "https" and host not in ("localhost", "127.0.0.1", "::1")):
-        raise HubError(f"endpoint='{redact(endpoint)}' is no address a token may be sent to: expected https://host.")
+        raise HubError(f"endpoint={address.scheme}://{host} is not an address to which a token may be sent: expected "
+                       "https://host.")
     return host
 
 
@@ -248,19 +242,28 @@ def compare(model_id: str, host: str, expected: dict[str, tuple[int, str]], stor
                        ".gitignore in it drops files), then send it again.")
 
 
+# -- during a training --------------------------------------------------------------------------------------------
+
+
 class BackgroundUpload:
-    """Publishes a folder from one thread while training goes on. Args: as those of `publish`.
+    """Publishes a folder from one thread during a training. Args: as those of `publish`.
 
     What is wrong at the start is raised, by `connect`; what fails later is not.
 
+    Args:
+        tell: called with what happens, by the thread of the upload: ``tell("upload_begun", upload=message, files=3)``,
+            ``"upload_finished"`` with ``url``, ``"upload_failed"`` with ``reason``.
+
     Attributes:
+        published: what was uploaded last, and where it is; an empty text before.
         failures: one line for each upload that failed.
     """
 
-    def __init__(self, model_id: str, *, hub: str = "huggingface", private: bool = True, endpoint: str | None = None):
-        self.model_id = model_id
+    def __init__(self, model_id: str, *, hub: str = "huggingface", private: bool = True, endpoint: str | None = None,
+                 tell: Callable[..., None] | None = None):
+        self.model_id, self.published = model_id, ""
         self.failures: list[str] = []
-        self._client, self._private = connect(hub, endpoint), private
+        self._client, self._private, self._tell = connect(hub, endpoint), private, tell or (lambda *_, **__: None)
         self._waiting: queue.Queue[tuple[Path, Path, list[str], str] | None] = queue.Queue()
         self._given_up = False
         self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
@@ -272,8 +275,8 @@ class BackgroundUpload:
         try:
             names = choose(folder, files)
             stage = _stage(Path(folder), names)
-        except Exception as error:  # training goes on, whatever is wrong with the folder
-            self._failed(error)
+        except Exception as error:  # training continues, whatever is wrong with the folder
+            self.failed(error)
             return
         with self._waiting.mutex:
             old = [job for job in self._waiting.queue if job and job[0] == Path(folder)]
@@ -291,25 +294,27 @@ class BackgroundUpload:
         self._thread.join(timeout)
         if self._thread.is_alive():
             self._given_up = True
-            self._failed(TimeoutError(f"not done after {timeout:.0f} seconds"))
+            self.failed(TimeoutError(f"not done after {timeout:.0f} seconds"))
         if self.failures:
             logger.warning("%d uploads to %s failed; the files are complete on this disk, ms-diffsynth push sends "
                            "them. The last failure: %s", len(self.failures), self.model_id, self.failures[-1])
         return self.failures
 
+    def failed(self, error: Exception) -> None:
+        """Tell that something about an upload failed; training continues."""
+        line = redact(" ".join(f"{type(error).__name__}: {error}".split()))
+        self.failures.append(line)
+        logger.warning("upload to %s failed, training continues: %s", self.model_id, line)
+        self._tell("upload_failed", reason=line)
+
     def _work(self) -> None:
         while (job := self._waiting.get()) is not None and not self._given_up:
             folder, stage, names, message = job
             try:
-                _check_for_secrets(folder, stage, names)
-                url = self._client.send(stage, names, self.model_id, self._private, redact(message), is_quiet=True)
+                self._tell("upload_begun", upload=message, files=len(names))
+                url = _send(self._client, folder, stage, names, self.model_id, self._private, message, is_quiet=True)
                 logger.info("uploaded %d files: %s", len(names), url)
-            except Exception as error:  # of any client, in any version: training goes on
-                self._failed(error)
-            finally:
-                shutil.rmtree(stage, ignore_errors=True)
-
-    def _failed(self, error: Exception) -> None:
-        line = redact(" ".join(f"{type(error).__name__}: {error}".split()))
-        self.failures.append(line)
-        logger.warning("upload to %s failed, training goes on: %s", self.model_id, line)
+                self.published = f"{message}: {url}"
+                self._tell("upload_finished", upload=message, url=url)
+            except Exception as error:  # of any client, in any version: training continues
+                self.failed(error)

@@ -1,20 +1,31 @@
-"""What is wrong with a job, if anything, and how that is told in one line."""
+"""What is wrong with a job, if anything, and how that is told in one line: from exit codes, heartbeats and logs."""
 from __future__ import annotations
 
+import json
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 from ms_diffsynth.errors import INTERNAL
 from ms_diffsynth.launch.job import Job
-from ms_diffsynth.launch.log_tail import last_exception, last_place
 from ms_diffsynth.launch.process import Process
-from ms_diffsynth.launch.pulse import Pulse
+from ms_diffsynth.launch.worker import BEAT_BYTES, STEP
 
 TRY_AGAIN = 75  # exit code when a worker was killed, stopped or hung: 137 or 143 would be the launcher's own end
 
-STOPPED_SECONDS = 5.0  # a worker may be stopped so long
+STOPPED_SECONDS = 5.0  # a worker may be stopped for this long
+SLACK = 5.0  # a step may last this many times the longest one before
+
+_TAIL = 256 * 1024  # bytes; MindSpore writes long stacks of its own after a Python exception
+_WIDTH = 400
+_TRACEBACK = "Traceback (most recent call last):"
+_KINDS = "Error|Exception|Interrupt|Exit|Timeout"
+_NAMED = re.compile(rf"(?:[A-Za-z_][\w.]*(?:{_KINDS})|Fatal Python error)(?::\s.*)?")
+_WHERE = re.compile(r'\s+File "(.+)", line (\d+) in (\S+)')
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class Diagnosis:
         how = f"failed with exit code {process.code}" if process.code > 0 else f"was killed by {_name(-process.code)}"
         how += self._at(process)
         if process.code == -signal.SIGKILL:  # which leaves no words; those in the log are of another matter
-            how, words = f"{how} (by somebody, or by the system because memory ran out)", ""
+            how, words = f"{how} (by a user, or by the system because memory ran out)", ""
         if self.job.nodes > 1 and self.scheduler not in (None, process) and (self.scheduler.code or 0) > 0:
             words += f"; the scheduler: {last_exception(self.scheduler.log, self.scheduler.log_begin)}"
         return f"{process.name} {how}{f': {words}' if words else ''} (log: {process.log})"
@@ -96,7 +107,7 @@ class Diagnosis:
         """One line about the worker that the others wait for: who waits in a collective is inside MindSpore."""
         places = {w: last_place(w.log, w.log_begin) for w in self.workers}
         first = min(behind, key=lambda w: places[w] is not None and "/mindspore/" in places[w].file)
-        told = {w: f"{self._at(w)}, {places[w] or 'nobody knows where'}" for w in self.workers}
+        told = {w: f"{self._at(w)}, {places[w] or 'at an unknown place'}" for w in self.workers}
         others = "".join(f"; {w.name}{told[w]}" for w in self.workers if w is not first)
         return (f"{first.name} hung: nothing begun for {seconds:.0f} s{told[first]}{others}; every thread's stack is "
                 f"in the logs (log: {first.log})")
@@ -112,3 +123,90 @@ def code_of(process: Process) -> int:
 
 def _name(number: int) -> str:
     return {s.value: s.name for s in signal.Signals}.get(number, f"signal {number}")
+
+
+# -- heartbeats, read --------------------------------------------------------------------------------------------------
+
+
+class Pulse:
+    """The heartbeat of one rank. A worker that never calls `beat` has none, and cannot be found to hang.
+
+    Times are those at which the launcher saw a change, on its own clock: clocks of two processes are never compared.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.step: int | None = None
+        self.phase = ""
+        self.since = 0.0  # when it was first seen in this phase
+        self._text = b" " * BEAT_BYTES
+        self._longest: float | None = None  # seconds of a step; None before the first, which does not count, is done
+        path.write_bytes(self._text)
+
+    def look(self, now: float) -> None:
+        """Read the file."""
+        text = self.path.read_bytes()
+        if text == self._text:
+            return
+        try:
+            found = json.loads(text)
+        except ValueError:  # half of it was written this moment
+            return
+        if self.phase == STEP:
+            self._longest = 0.0 if self._longest is None else max(self._longest, now - self.since)
+        self._text, self.step, self.phase, self.since = text, found["step"], found["phase"], now
+
+    def is_late(self, now: float, hang_seconds: float, compile_seconds: float) -> bool:
+        """Whether it has been in this phase for longer than that phase may last."""
+        if self.phase != STEP or self._longest is None:
+            return now - self.since > compile_seconds
+        return now - self.since > max(hang_seconds, SLACK * self._longest)
+
+    def __str__(self) -> str:
+        return "" if self.step is None else f" in phase '{self.phase}' of step {self.step}"
+
+
+# -- the last lines of a log -------------------------------------------------------------------------------------------
+
+
+def last_exception(log: Path, begin: int = 0) -> str:
+    """The last exception written after ``begin`` bytes, without its traceback; empty when there is none.
+
+    It is the line that ends a traceback, whatever its class is called, or a line that begins like ``DataError: ...``.
+    """
+    found, is_inside = "", False
+    for line in _lines(log, begin):
+        if line.endswith(_TRACEBACK):
+            is_inside = True
+        elif is_inside and line and not line.startswith((" ", "|", "+")):
+            found, is_inside = line, False
+        elif _NAMED.fullmatch(line):
+            found = line
+    return found if len(found) <= _WIDTH else found[:_WIDTH] + " ..."
+
+
+class Place(NamedTuple):
+    """A line of source."""
+
+    file: str
+    line: str
+    function: str
+
+    def __str__(self) -> str:
+        return f"{Path(self.file).name}:{self.line} in {self.function}"
+
+
+def last_place(log: Path, begin: int = 0) -> Place | None:
+    """Where the main thread, which comes last, was when SIGABRT ended a process; None when it did not say."""
+    found, is_next = None, False
+    for line in _lines(log, begin):
+        if is_next and (match := _WHERE.fullmatch(line)):
+            found = Place(*match.groups())
+        is_next = line.endswith(" (most recent call first):")
+    return found
+
+
+def _lines(log: Path, begin: int) -> list[str]:
+    with open(log, "rb") as file:
+        file.seek(max(begin, file.seek(0, 2) - _TAIL))
+        return file.read().decode(errors="replace").splitlines()

@@ -15,7 +15,7 @@ _FIRST, _COUNT = 20000, 12000
 
 
 def resolve(address: str) -> str:
-    """The number of a host name. Raises: ConfigError when nobody knows the name."""
+    """The number of a host name. Raises: ConfigError when the name is unknown."""
     try:
         return socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0]
     except OSError as error:
@@ -24,7 +24,7 @@ def resolve(address: str) -> str:
 
 
 def free_port(address: str) -> int:
-    """A port on which nobody listens. Raises: ConfigError when ``address`` is none of this machine's."""
+    """A port on which no process listens. Raises: ConfigError when ``address`` is not one of this machine."""
     for _ in range(100):
         port = _FIRST + secrets.randbelow(_COUNT)
         if _is_free(address, port):
@@ -40,7 +40,7 @@ def check_port(address: str, port: int) -> None:
 
 
 def wait_for_scheduler(address: str, port: int, seconds: float) -> None:
-    """Return when somebody listens there. Raises: DeviceError when nobody does for so long."""
+    """Return when a process listens there. Raises: DeviceError when none does for this long."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -48,22 +48,23 @@ def wait_for_scheduler(address: str, port: int, seconds: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > until:
-                raise DeviceError(f"nobody listens on {address}:{port} for {seconds:g} s ({error.strerror or error}). "
-                                  "Start the machine with --node_rank 0 first, give all machines its address and port, "
-                                  "and let the port through its firewall.") from error
+                why = error.strerror or error
+                raise DeviceError(f"no process listens on {address}:{port} after {seconds:g} s ({why}). Start the "
+                                  "machine with --node_rank 0 first, give all machines its address and port, and let "
+                                  "the port through its firewall.") from error
             time.sleep(0.5)
 
 
 def _is_free(address: str, port: int) -> bool:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what the last job left behind is no listener
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what the last job left behind does not listen
         try:
             server.bind((address, port))
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
-                raise ConfigError(f"master_address={address} is no address of this machine, but --node_rank 0 is. Give "
-                                  "one of its own, or the --node_rank this machine has.") from error
+                raise ConfigError(f"master_address={address} is not an address of this machine, but --node_rank 0 is. "
+                                  "Give one of its own, or the --node_rank this machine has.") from error
             if error.errno == errno.EACCES:
                 raise ConfigError(f"master_port={port}: ports below 1024 are the administrator's. Give a higher "
                                   "one.") from error

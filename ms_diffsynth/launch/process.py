@@ -1,11 +1,14 @@
 """One process of a job, and whatever it starts: watched, asked to end, killed."""
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
+import select
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -23,8 +26,8 @@ def end_with_parent(parent: int, number: signal.Signals) -> None:
 class Process:
     """A process in a session of its own. Output is appended to ``log``, unless ``outputs`` says otherwise.
 
-    A process that has ended is kept as a zombie until `reap`: so long nobody else can have its number, nor its group's,
-    and what is sent to them late cannot reach a stranger.
+    A process that has ended is kept as a zombie until `reap`: until then no other process can have its number, nor
+    its group's, and what is sent to them late cannot reach another one.
 
     Args:
         name: how messages call it.
@@ -79,9 +82,65 @@ class Process:
             os.killpg(self.pid, signal.SIGKILL)
 
     def reap(self, seconds: float) -> bool:
-        """Wait until it has ended, for at most so long. Returns: whether it has."""
+        """Wait until it has ended, for at most this long. Returns: whether it has."""
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             return False
         return True
+
+
+class Tee:
+    """Copies what a process writes to its stdout and stderr to ours, and both to its log. One thread for each.
+
+    A terminal that is paused holds up the process, as it would without a launcher, but never the launcher.
+
+    Attributes:
+        outputs: what the process gets for stdout and stderr.
+        is_shown: set it to False, and only the log gets what is written from now on.
+    """
+
+    def __init__(self, log: Path):
+        self._log = open(log, "ab", buffering=0)
+        pipes = [os.pipe(), os.pipe()]
+        self.outputs = tuple(writer for _, writer in pipes)
+        self.is_shown = True
+        self._threads = [threading.Thread(target=self._copy, args=(reader, target), daemon=True)
+                         for target, (reader, _) in enumerate(pipes, 1)]
+
+    def start(self) -> None:
+        """Begin, when the process has its ends: ours are closed, so that its end is seen."""
+        for writer in self.outputs:
+            os.close(writer)
+        for thread in self._threads:
+            thread.start()
+
+    def finish(self, seconds: float) -> None:
+        """Wait for what is left when the process has ended, for at most this long."""
+        until = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(until - time.monotonic(), 0))
+
+    def _copy(self, source: int, target: int) -> None:
+        is_in_line = False
+        while data := os.read(source, 1 << 16):
+            with contextlib.suppress(OSError):  # a full disk: the run itself will say so, on the terminal
+                self._log.write(data)
+            if self.is_shown:
+                is_in_line = not data.endswith(b"\n")
+                self._show(target, data)
+        if is_in_line:
+            self._show(target, b"\n")
+
+    def _show(self, target: int, data: bytes) -> None:
+        try:
+            write_all(target, data)
+        except OSError:  # the terminal was closed, or the reader of the pipe has ended: the log continues
+            self.is_shown = False
+
+
+def write_all(target: int, data: bytes) -> None:
+    """Write to a file, pipe or terminal, also to one that does not block. Raises: OSError."""
+    while data:
+        select.select([], [target], [])
+        data = data[os.write(target, data):]

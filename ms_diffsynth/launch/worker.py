@@ -32,7 +32,7 @@ def beat(step: int, phase: str = STEP) -> None:
 
 
 def still() -> None:
-    """Say that the present phase goes on: before each of many parts of a long one, such as pictures."""
+    """Say that the present phase continues: before each of many parts of a long one, such as images."""
     beat(*_last)
 
 

@@ -1,13 +1,12 @@
 """Who owns an output folder: one run at a time, and what a dead one left behind is removed.
 
-The lock is an flock on ``FOLDER/.lock``: the system gives it back when its process ends, however it ends. The file also
-says who holds it, for the message, and for file systems without flock.
+The lock is filelock's, on ``FOLDER/.lock``: the system gives it back when its process ends, however it ends. The file
+also says who holds it, for the message, and for file systems without locks.
 """
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -18,13 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import lock_descriptor  # not FileLock: before 4.2 it empties the file that says who holds it
+
 from ms_diffsynth.errors import OutputError
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 
-_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _STAGE = re.compile(r"\.(?:tmp|trash)-(\d{1,9})-[0-9a-f]{8}")  # names of storage.files
 _ASIDE = re.compile(r"\.old-(.+)-[0-9a-f]{8}")
@@ -39,7 +39,7 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     path = Path(folder) / LOCK
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, _OPEN, 0o666)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:
         raise OutputError(f"{path} cannot be opened for writing: {_name_of(error)}. Choose another output "
                           "folder.") from error
@@ -59,22 +59,22 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def _take(file: int, path: Path) -> dict[str, Any]:
     """Take the lock. Returns: who held it and never gave it back, or nothing. Raises: OutputError."""
-    is_known = True
+    remedy = "wait until that run has ended."
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OutputError(_occupied(path, _read(file)) + ", or wait until that run has ended.") from None
+        is_free = lock_descriptor(file, blocking=False)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise OutputError(f"{path} cannot be locked: {_name_of(error)}. Choose another output folder.") from error
-        is_known = False
+        is_free = not _may_be_running(_read(file))
+        remedy = f"delete {path} when that process has ended: this file system has no locks that would show it."
     owner = _read(file)
-    if not is_known and owner and _may_be_running(owner):
-        raise OutputError(_occupied(path, owner) + f", or delete {path} when that process is gone: this file system "
-                          "has no locks that would tell.")
+    pid, host = owner.get("pid", "unknown"), owner.get("host", "unknown")
+    if not is_free:
+        raise OutputError(f"{path.parent} is in use by another run: process {pid} on host {host}. Choose another "
+                          f"output folder, or {remedy}")
     if owner:
-        logger.warning("%s: the lock of process %s on host %s was left behind and is taken over.", path.parent,
-                       owner.get("pid"), owner.get("host"))
+        logger.warning("%s: the lock of process %s on host %s was left behind and is taken over.", path.parent, pid,
+                       host)
     return owner
 
 
@@ -85,11 +85,6 @@ def _sign(file: int, path: Path) -> None:
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {_name_of(error)}. Free some space or choose another output "
                           "folder.") from error
-
-
-def _occupied(path: Path, owner: dict[str, Any]) -> str:
-    return (f"{path.parent} is in use by another run: process {owner.get('pid', 'unknown')} on host "
-            f"{owner.get('host', 'unknown')}. Choose another output folder")
 
 
 def _me() -> dict[str, Any]:
@@ -112,9 +107,10 @@ def _read(file: int) -> dict[str, Any]:
 
 def _may_be_running(owner: dict[str, Any]) -> bool:
     me = _me()
-    if owner.get("host") != me["host"]:
-        return True  # nobody can tell from here
-    return owner.get("boot_id") == me["boot_id"] and owner["pid"] != me["pid"] and _is_running(owner["pid"])
+    if owner and owner.get("host") != me["host"]:
+        return True  # it cannot be seen from here
+    return bool(owner) and owner.get("boot_id") == me["boot_id"] and owner["pid"] != me["pid"] and _is_running(
+        owner["pid"])
 
 
 def _is_running(pid: int) -> bool:
@@ -123,7 +119,7 @@ def _is_running(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # somebody else's
+        pass  # of another user
     return True
 
 

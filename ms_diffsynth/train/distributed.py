@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +42,10 @@ class Accelerator:
         self.kwargs_handlers = kwargs_handlers or []
 
     @classmethod
-    def of(cls, settings: Any, **options: Any) -> Accelerator:
-        """That of a run whose settings are attributes of ``settings``."""
+    def of(cls, settings: Mapping[str, Any], **options: Any) -> Accelerator:
+        """That of a run with these settings: name -> value."""
         names = ("gradient_accumulation_steps", "mode", "device", "jit_level", "device_memory")
-        return cls(**{name: getattr(settings, name) for name in names}, **options)
+        return cls(**{name: settings[name] for name in names}, **options)
 
     @property
     def device(self) -> str:

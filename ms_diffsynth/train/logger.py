@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ms_diffsynth.config.setting import without_secrets
 from ms_diffsynth.data.images import grid
 from ms_diffsynth.data.plots import loss_curve
 from ms_diffsynth.errors import ConfigError, OutputError
+from ms_diffsynth.launch.worker import beat
 from ms_diffsynth.nn.ema import EMA
-from ms_diffsynth.redact import redact
+from ms_diffsynth.redact import redact, without_secrets
 from ms_diffsynth.storage.files import append_line, write_file
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class ModelLogger:
         settings: what training_args.json holds.
         files: further files, written by `start`: name -> content.
         saved: files of weights, in the order they were written. saved_at: the step of the last one; -1 before.
+        checkpoint: folder of the newest checkpoint; None before the first.
         ema: the moving average of what is trained; the loop sets it.
         after_save: called when a checkpoint is in place; `train.hooks.publish` sets it.
     """
@@ -59,6 +60,7 @@ class ModelLogger:
         self.saved: list[Path] = []
         self.saved_at = -1
         self.is_writing = True
+        self.checkpoint: Path | None = None
         self.after_save: Callable[[], None] | None = None
         self.ema: EMA | None = None
         self._events = threading.Lock()  # an upload tells of itself from a thread of its own
@@ -164,6 +166,7 @@ class ModelLogger:
         made what `from_pretrained` loads, with the moving average if there is one.
         """
         self.saved_at = self.num_steps
+        beat(self.num_steps + 1, "save")
         if accelerator.is_main_process:
             self._save(model, file_name)
             with self.ema.applied() if self.ema is not None else contextlib.nullcontext():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
+from ms_diffsynth.diffusion.tasks import Task
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, TrainingError, listing, nearest
 from ms_diffsynth.formats.lora import load_adapter, save_adapter
@@ -195,10 +196,10 @@ class DiffusionTrainingModule:
             raise TrainingError("no parameter is trainable: call switch_pipe_to_training_mode first.")
         return list(found.values())
 
-    def training_cut(self) -> Cut:
-        """The training program of the pipeline, cut for what is trained."""
-        program = self.pipe.training_program(self.pipe.objective, self.pipe.sigmas)
-        return program.cut(("loss", "sample_losses"), self.trainable, (*self.pipe.always_fused, *self.fuse))
+    def training_cut(self, task: Task | None = None, outputs: Sequence[str] = ("loss", "sample_losses")) -> Cut:
+        """The training program of the pipeline, or that of another ``task``, cut for what is trained."""
+        program = self.pipe.training_program(self.pipe.objective if task is None else task, self.pipe.sigmas)
+        return program.cut(outputs, self.trainable, (*self.pipe.always_fused, *self.fuse))
 
     def export_trainable_state_dict(self, remove_prefix: str | None = None) -> dict[str, np.ndarray]:
         """Trained weights by name, ``pipe.<model>.<weight>`` with ``remove_prefix`` taken off."""

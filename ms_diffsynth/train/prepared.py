@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from ms_diffsynth.pipeline import Pipeline, pad_prompts
 from ms_diffsynth.program import Cut
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.train.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +65,6 @@ class PreparedRows:
                            "use.", self.limit_bytes / 2**30, row)
         return prepared
 
-    def prepare_all(self, on_row: Callable[[], None]) -> None:
-        """Prepare every row, calling ``on_row`` after each."""
-        for row in range(self.rows):
-            still()
-            self[row]
-            on_row()
-
     def bucket_of(self, index: int) -> tuple[int, ...]:
         """The bucket of a row; see `PreparedRow`."""
         row = index % self.rows
@@ -107,6 +101,18 @@ class CachedRows(PreparedRows):
         return self.cache.read(self.planned[row].key, self.planned[row].label)
 
 
+def prepare_all(sets: Sequence[PreparedRows], progress: Progress) -> None:
+    """Prepare every row of the data sets, or read it from its cache."""
+    what = "reading" if isinstance(sets[0], CachedRows) else "preparing"
+    progress.begin(sum(rows.rows for rows in sets), what, "row")
+    for rows in sets:
+        for row in range(rows.rows):
+            still()
+            rows[row]
+            progress.advance()
+    progress.end()
+
+
 def prepare_row(dataset: Any, row: int, module: DiffusionTrainingModule,
                 cut: Cut) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
     """The prepared slots of a row and its size. Raises: what preparing raises, with the name of the row in front."""
@@ -132,7 +138,7 @@ def rows_of(batch: Batch, dataset: Any, class_dataset: Any = None) -> list[dict[
     for k, (index, sample) in enumerate(zip(indices, samples)):
         source, kind = (dataset, {}) if k < half else (class_dataset, {"set": "class"})
         row = index % _count(source)
-        found.append({"row": row + 1, "name": label_of(source, row), "sample": sample} | kind)
+        found.append({"row": _number(source, row) + 1, "name": label_of(source, row), "sample": sample} | kind)
     return found
 
 
@@ -141,6 +147,12 @@ def name_row(row: dict[str, Any]) -> str:
     number, kind = f"row {row['row']}", "class image " if "set" in row else ""
     place = "" if row["name"] == number else f"{number}, "
     return f"{kind}{row['name']} ({place}sample {row['sample']})"
+
+
+def _number(dataset: Any, row: int) -> int:
+    """Row ``row`` of a data set by its number in the metadata, from which others may be held out."""
+    numbers = getattr(getattr(dataset, "dataset", dataset), "numbers", None)
+    return row if numbers is None else numbers[row]
 
 
 def _count(dataset: Any) -> int:

@@ -8,12 +8,17 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from ms_diffsynth.redact import redact
+
 
 class Progress:
     """The terminal of a training run. Lines go above the bar; without a terminal a line now and then stands for it.
 
     Args:
         enabled: False on every rank but the first.
+
+    Attributes:
+        shown: what is shown beside the bar besides the values of a step, such as the validation loss.
     """
 
     every_seconds = 10.0  # between two lines when there is no terminal
@@ -23,14 +28,15 @@ class Progress:
         self.enabled = enabled
         self.is_terminal = sys.stderr.isatty()
         self.bar: tqdm | None = None
+        self.shown: dict[str, str] = {}
         self._said = 0.0
         self._text = ""
         self._stop = threading.Event()  # of the timer of the compilation that runs
 
     def say(self, text: str) -> None:
-        """One line above the bar."""
+        """One line above the bar, without secrets."""
         if self.enabled:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(redact(text), file=sys.stderr)
 
     def begin(self, total: int, text: str, unit: str, done: int = 0) -> None:
         """Start the bar of a phase, of which so many are ``done`` already."""
@@ -43,6 +49,7 @@ class Progress:
         """One more, with values to show beside the bar."""
         if self.bar is None:
             return
+        shown |= self.shown
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(1)
         self._count += 1

@@ -10,7 +10,6 @@ from mindspore import Tensor
 
 from ms_diffsynth.data.loader import Batch
 from ms_diffsynth.errors import TrainingError, listing
-from ms_diffsynth.redact import redact
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.prepared import name_row, rows_of
 from ms_diffsynth.train.progress import Progress
@@ -87,8 +86,8 @@ class StepReport:
         self.skipped += 1
         rows = self._rows_of(batches)
         self.logger.event("skipped", at=record["step"], loss=record["loss"], grad_norm=record["grad_norm"], rows=rows)
-        self.progress.say(redact(f"step {record['step']} was not finite and changed nothing: loss {record['loss']:.4g},"
-                                 f" gradient norm {record['grad_norm']:.4g}; {listing(map(name_row, rows))}"))
+        self.progress.say(f"step {record['step']} was not finite and changed nothing: loss {record['loss']:.4g}, "
+                          f"gradient norm {record['grad_norm']:.4g}; {listing(map(name_row, rows))}")
 
     def _tell_rise(self, record: dict[str, Any], batches: list[Batch]) -> None:
         """Say when a loss is far above the moving average: a broken picture, or a run that comes apart."""
@@ -96,8 +95,8 @@ class StepReport:
         if self._averaged >= 20 and loss > MOST_RISE * before > 0:
             rows = self._rows_of(batches)
             self.logger.event("loss_rose", at=record["step"], loss=loss, average=before, rows=rows)
-            self.progress.say(redact(f"step {record['step']} has a loss of {loss:.4g}, {loss / before:.0f} times the "
-                                     f"average before it; {listing(map(name_row, rows))}"))
+            self.progress.say(f"step {record['step']} has a loss of {loss:.4g}, {loss / before:.0f} times the average "
+                              f"before it; {listing(map(name_row, rows))}")
         self._averaged += 1
         self._average += (loss - before) * max(0.02, 1 / self._averaged)
 

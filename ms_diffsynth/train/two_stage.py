@@ -21,6 +21,7 @@ from mindspore import nn
 from PIL import Image
 
 from ms_diffsynth import runtime
+from ms_diffsynth.config import flat
 from ms_diffsynth.errors import CacheError, ConfigError, listing
 from ms_diffsynth.launch.worker import beat, still
 from ms_diffsynth.pipeline import Pipeline
@@ -61,10 +62,11 @@ def fingerprint(module: DiffusionTrainingModule, cut: Cut, pictures: Mapping[str
 
 def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: DiffusionTrainingModule,
                              model_logger: ModelLogger, class_dataset: Any = None, cache_dir: str | Path | None = None,
-                             args: Any = None, **options: Any) -> Cache:
+                             args: Any = None, validation_dataset: Any = None, **options: Any) -> Cache:
     """Stage one: prepare every row of the data sets and write it to a cache; what is there already is kept.
 
     Args:
+        validation_dataset: rows that are held out for the validation loss.
         cache_dir: where; None takes ``args.cache_dir``, else the folder of ``model_logger``.
         options: those of `launch_training_task`; none of them shapes the cache.
 
@@ -73,11 +75,12 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
     Returns: the complete cache. Raises: DataError for a row that cannot be prepared, OutputError; running it again
         goes on where it stopped.
     """
-    folder = cache_dir or getattr(args, "cache_dir", None) or model_logger.output_path
+    folder = cache_dir or flat(args).get("cache_dir") or model_logger.output_path
     cut, pipe = model.training_cut(), model.pipe
     tell_unneeded(pipe, cut, "prepare")
-    sets = {"instance": dataset, **({"class": class_dataset} if class_dataset is not None else {})}
-    shaped_by = fingerprint(model, cut, {name: pictures_of(data) for name, data in sets.items()})
+    sets = {name: data for name, data in (("instance", dataset), ("class", class_dataset),
+                                          ("validation", validation_dataset)) if data is not None}
+    shaped_by = fingerprint(model, cut, {name: images_of(data) for name, data in sets.items()})
     stamp = digest_of(shaped_by)
     rows = {name: [_plan(stamp, data, index, model.row_fields) for index in range(_rows_of(data))]
             for name, data in sets.items()}
@@ -136,8 +139,10 @@ def _fill(accelerator: Accelerator, cache: Cache, rows: dict[str, list[PlannedRo
 
 
 def open_cache(folder: str | Path, module: DiffusionTrainingModule, cut: Cut,
-               pictures: Mapping[str, Any] | None = None, repeat: int = 1) -> tuple[CachedRows, CachedRows | None]:
-    """Stage two's data: the rows of a complete cache that this job may train on, and its class images if it has any.
+               pictures: Mapping[str, Any] | None = None,
+               repeat: int = 1) -> tuple[CachedRows, CachedRows | None, CachedRows | None]:
+    """Stage two's data: the rows of a complete cache that this job may train on, its class images and its held-out rows
+    if it has any.
 
     Raises: CacheError naming every field in which the cache was made otherwise, or what is missing or damaged.
     """
@@ -145,11 +150,12 @@ def open_cache(folder: str | Path, module: DiffusionTrainingModule, cut: Cut,
     cache.check(fingerprint(module, cut, pictures))
     module.pipe.known_configs.update(cache.manifest["configs"])
     tell_unneeded(module.pipe, cut, "step")
-    classes = CachedRows(cache, "class", module) if cache.rows("class") else None
-    return CachedRows(cache, "instance", module, repeat), classes
+    classes, held_out = (CachedRows(cache, name, module) if cache.rows(name) else None
+                         for name in ("class", "validation"))
+    return CachedRows(cache, "instance", module, repeat), classes, held_out
 
 
-def pictures_of(dataset: Any) -> Any:
+def images_of(dataset: Any) -> Any:
     """What a data set does to its pictures, as a JSON value."""
     return dataset.operators() if hasattr(dataset, "operators") else type(dataset).__qualname__
 

@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.fault, pytest.mark.slow]
 
 STEPS = 400
 FLAGS = ("--mode", "pynative", "--sample_prompts", "[]", "--max_train_steps", str(STEPS), "--save_steps", "1000",
-         "--checkpoint_steps", "5", "--trainable_models", "dit", "--zero_stage", "1", "--dataset_repeat", "4")
+         "--checkpoint_steps", "5", "--trainable_models", "dit", "--zero_stage", "1", "--dataset_repeat", "4",
+         "--grace_seconds", "600")
 
 
 @pytest.fixture
@@ -24,7 +25,8 @@ def start(config, begin):
     """``start(workers, flag, ...)`` trains in a job, or in one process."""
 
     def call(workers, *flags):
-        launch = ["launch", "--workers", str(workers), "--grace_seconds", "60"] if workers > 1 else []
+        launch = ["launch", "--workers", str(workers), "--grace_seconds", "600",
+                  "--hang_seconds", "600"] if workers > 1 else []
         return begin("-m", "ms_diffsynth.cli.main", *launch, "train", str(config), *FLAGS, *flags)
 
     return call
@@ -37,7 +39,7 @@ def losses(folder):
 
 def has_steps(process, count):
     """Wait for a step of the run in "out", and give its worker's numbers of processes."""
-    path, until = Path("out/loss.csv"), time.monotonic() + 120
+    path, until = Path("out/loss.csv"), time.monotonic() + 900
     while not (path.exists() and path.read_text().count("\n") > count):
         assert process.poll() is None and time.monotonic() < until, process.communicate()[1]
         time.sleep(0.01)
@@ -58,23 +60,23 @@ def worker(process, rank):
 def test_stopped_killed_and_gone_on_by_one(start):
     """The losses are those of one process that is never cut, whatever cuts the job and whoever goes on."""
     whole = start(1, "--batch_size", "2", "--output_path", "whole")
-    _, err = whole.communicate(timeout=300)
+    _, err = whole.communicate(timeout=900)
     assert whole.returncode == 0, err
     stopped = start(2, "--batch_size", "1")
     has_steps(stopped, 10)
     stopped.send_signal(signal.SIGTERM)
-    _, err = stopped.communicate(timeout=120)
+    _, err = stopped.communicate(timeout=900)
     assert stopped.returncode == 143 and err.rstrip().endswith("stopped by SIGTERM: all workers have ended"), err
     at = latest("out/checkpoints").step
     assert 10 < at < STEPS and len(losses("out")) == at
     killed = start(2, "--batch_size", "1", "--resume", "auto")
     has_steps(killed, at + 20)
     os.kill(worker(killed, 1), signal.SIGKILL)
-    _, err = killed.communicate(timeout=120)
+    _, err = killed.communicate(timeout=900)
     assert killed.returncode == 75 and "rank 1 was killed by SIGKILL" in err.splitlines()[-1], err
     assert latest("out/checkpoints").step > at
     last = start(1, "--batch_size", "2", "--resume", "auto")
-    _, err = last.communicate(timeout=300)
+    _, err = last.communicate(timeout=900)
     assert last.returncode == 0 and "going on from" in err, err
     assert np.allclose(losses("out"), losses("whole"), rtol=1e-5) and len(losses("out")) == STEPS
     assert not [path for path in Path("out/checkpoints").iterdir() if path.name.startswith(".tmp")]

@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import pytest
 
-from ms_diffsynth.cli.flags import run_main, training_parser
 from ms_diffsynth.cli.main import COMMANDS, main
+from ms_diffsynth.cli.run_main import run_main
+from ms_diffsynth.config.flags import training_parser
 from ms_diffsynth.errors import ConfigError, WeightError
 
 

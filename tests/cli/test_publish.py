@@ -15,7 +15,6 @@ from huggingface_hub import constants, utils
 from upload_server import TOKEN, UploadServer
 
 from ms_diffsynth.errors import TrainingError
-from ms_diffsynth.hub import publish as io_publish
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.train.hooks import publish
 from ms_diffsynth.train.logger import ModelLogger
@@ -27,8 +26,7 @@ QUICK = (*PUSH, "--sample_prompts", "[]", "--checkpoint_steps", "0")
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The hub every client asks; nobody waits before asking again."""
-    monkeypatch.setattr(io_publish, "time", SimpleNamespace(sleep=lambda _: None))
+    """The hub every client asks; none waits before asking again."""
     monkeypatch.setattr(utils._http, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -74,7 +72,7 @@ def test_what_was_trained_can_be_downloaded(run, config, hub, monkeypatch, tmp_p
     assert told[-1]["event"] == "upload_finished" and told[-1]["url"] == last.split()[-1]
     card = (got / "README.md").read_text()
     for text in ("| steps | 4 |", "| seed | 3 |", r"\(3 rows\) |", "1. a red square", "2. a blue square",
-                 "lora_rank: 2", "![sample pictures](samples/step-4.png)", "ms-diffsynth train toy.yaml --seed 3",
+                 "lora_rank: 2", "![sample images](samples/step-4.png)", "ms-diffsynth train toy.yaml --seed 3",
                  "mindspore version", 'load_state_dict("step-4.safetensors")', "LoRA for a model that is not on a hub"):
         assert text in card, text
     assert str(tmp_path) not in card and "/opt" not in card and TOKEN not in card

@@ -25,14 +25,14 @@ FLAGS = ("--mode", "pynative", "--sample_prompts", "[]", "--max_train_steps", st
 HANG = """
 import sys, time
 from ms_diffsynth.cli.main import main
-from ms_diffsynth.train import trainer
-original = trainer._Run._train_on
-def train_on(self, batch):
+from ms_diffsynth.train.trainer import Trainer
+original = Trainer.train_on
+def train_on(self, *batch):
     if self.logger.num_steps == 8:
         (self.logger.output_path / "hanging").touch()
         time.sleep(60)
-    return original(self, batch)
-trainer._Run._train_on = train_on
+    return original(self, *batch)
+Trainer.train_on = train_on
 sys.exit(main(sys.argv[1:]))
 """
 SLOW_SAVES = """
@@ -88,7 +88,7 @@ def table(folder):
 def go_on(run, config, whole):
     """Train until the end, and compare with the run that was not cut."""
     code, _, err = run("train", config, *FLAGS, "--resume", "auto")
-    assert code == 0 and "going on from " in err
+    assert code == 0 and "resumed from " in err
     assert table("out") == table(whole) and len(table("out")) == STEPS + 1
     for name in ("step-18.safetensors", "step-24.safetensors", "step-24-ema.safetensors"):
         assert Path("out", name).read_bytes() == (whole / name).read_bytes()
@@ -114,7 +114,7 @@ def test_a_signal(run, config, start, whole, number, code):
     _, err = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in err
     done = len(table("out")) - 1
-    assert f"stopped by {number.name} after step {done} of 24: go on from out/checkpoints/step-{done:08d}" in err
+    assert f"stopped by {number.name} after step {done} of 24: resume from out/checkpoints/step-{done:08d}" in err
     assert latest("out/checkpoints").step == done >= 8 and Path(f"out/step-{done}-ema.safetensors").exists()
     assert '"event": "stopped"' in Path("out/events.jsonl").read_text().splitlines()[-1]
     assert Path("out/.lock").read_bytes() == b""

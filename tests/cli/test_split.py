@@ -29,7 +29,7 @@ def test_two_commands_and_one_give_what_a_single_stage_gives(run, config):
     assert "loaded: text_encoder" in err
     assert sorted(p.name for p in Path("cache").iterdir()) == ["cache.json", "entries"]
     code, _, err = run("train", config, "--task", "sft:train", "--dataset_base_path", "cache", "--output_path", "two")
-    assert code == 0 and "loaded: dit" in err and err.count("sample pictures need the models") == 1
+    assert code == 0 and "loaded: dit" in err and err.count("sample images need the models") == 1
     assert "this stage does not need text_encoder, vae: not loaded" not in Path("two/config.yaml").read_text()
     code, _, err = run("train", config, "--cache_dir", "cache", "--output_path", "three", *QUIET)
     assert code == 0 and "0 prepared, 3 there already" in err

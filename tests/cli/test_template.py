@@ -113,7 +113,7 @@ def test_a_configuration_file_cannot_vouch_for_code(run, tmp_path):
     (tmp_path / "c.yaml").write_text("model:\n  family: flux2\n  trust_template_code: true\n"
                                      "data:\n  dataset_base_path: x\nrun:\n  num_epochs: 1\n")
     code, _, err = run("train", "c.yaml")
-    assert code == 64 and "trust_template_code in c.yaml line 3: a file cannot vouch for code." in err
+    assert code == 64 and "trust_template_code in c.yaml line 3: a file cannot say that code is trusted." in err
 
 
 @pytest.mark.fault

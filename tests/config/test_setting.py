@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ms_diffsynth.config import load_config, to_yaml
-from ms_diffsynth.config.setting import without_secrets
+from ms_diffsynth.redact import without_secrets
 
 TOKEN = "hf_abcdefghijklmnop0123"
 

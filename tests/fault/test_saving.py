@@ -15,7 +15,7 @@ from toy_run import Module, digests, equal, rows, steps_in, toy_model, train
 from ms_diffsynth.errors import CheckpointError, OutputError
 from ms_diffsynth.storage import files
 from ms_diffsynth.storage.checkpoint import latest, save_checkpoint
-from ms_diffsynth.train import same_run
+from ms_diffsynth.train.hooks import checkpoints
 
 pytestmark = pytest.mark.fault
 
@@ -43,7 +43,7 @@ def make_faulty(patch, number, calls):
         made.append(given[1])
         return save_checkpoint(*given, **how, calls=calls if len(made) == number else files.CALLS)
 
-    patch.setattr(same_run, "save_checkpoint", save)
+    patch.setattr(checkpoints, "save_checkpoint", save)
     return made
 
 

@@ -31,7 +31,7 @@ def shallow():
     (f"run: {CANARY}\n", "run in c.yaml line 1"),
     ("run:\n  seed: !!python/name:os.system\n", "seed=None in c.yaml line 2: expected a whole number"),
     ("run:\n  seed: !!python/object/new:os.system [touch canary]\n", "in c.yaml line 2: expected a whole number"),
-    (BOMB, "b in c.yaml line 3 is no setting"),
+    (BOMB, "b in c.yaml line 3 is not a setting"),
     ("run:\n  sample_prompts:\n" + "    - a prompt of some words\n" * 400_000, " bytes, expected at most 1048576"),
     ("run: " + "[" * 5_000, "c.yaml is no YAML: maximum recursion depth exceeded"),
     ("run: " + "{a: " * 5_000, "c.yaml is no YAML: maximum recursion depth exceeded"),
@@ -40,7 +40,7 @@ def shallow():
     ("run:\n  seed: 010x\n", "seed=010x in c.yaml line 2: expected a whole number"),
     ("run:\n  output_path: \0\n", "is no YAML"), ("run:\n\toutput_path: x\n", "c.yaml line 2 is no YAML"),
     ("run: &x\n  seed: 1\ndata: *x\n", "seed in c.yaml line 2: it belongs into section 'run'"),
-    ("optimizer:\n  customized_optimizer: os.system\n", "customized_optimizer in c.yaml line 2 is no setting"),
+    ("optimizer:\n  customized_optimizer: os.system\n", "customized_optimizer in c.yaml line 2 is not a setting"),
 ])
 def test_a_configuration_runs_nothing_and_takes_no_time(run, text, expected):
     Path("c.yaml").write_text(text)

@@ -1,4 +1,4 @@
-"""What the tests of publishing share: the folder of a run with files nobody may see, and a machine without a login."""
+"""What the tests of publishing share: the folder of a run with private files, and a machine without a login."""
 from __future__ import annotations
 
 import time
@@ -10,7 +10,6 @@ from huggingface_hub import constants, utils
 from upload_server import MODELSCOPE_TOKEN, TOKEN
 
 from ms_diffsynth.formats.weights import save_state_dict
-from ms_diffsynth.hub import publish as publish_module
 
 NAME = "writer/model"
 PUBLIC = {
@@ -44,10 +43,8 @@ def write_run(tmp_path: Path) -> Path:
     return folder
 
 
-def without_a_login(monkeypatch, tmp_path: Path) -> list[float]:
-    """No waiting, no login, no network but this machine's; returns what would have been waited."""
-    found: list[float] = []
-    monkeypatch.setattr(publish_module, "time", SimpleNamespace(sleep=found.append))
+def without_a_login(monkeypatch, tmp_path: Path) -> None:
+    """No waiting, no login, no network but this machine's."""
     monkeypatch.setattr(utils._http, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -58,7 +55,6 @@ def without_a_login(monkeypatch, tmp_path: Path) -> list[float]:
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", MODELSCOPE_TOKEN)
     if hasattr(utils, "reset_sessions"):  # huggingface_hub < 1 decides when it makes a session
         utils.reset_sessions()
-    return found
 
 
 def expected(folder):

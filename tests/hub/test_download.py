@@ -107,7 +107,7 @@ def test_no_match_lists_the_files(config):
 @pytest.mark.parametrize("change, text", [
     ({"model_id": "team/modle"}, r"team/modle:vae/ on 127.0.0.1 does not exist or is private \(404\)\. Check the name"),
     ({"revision": "v9"}, r"team/model@v9:vae/ on 127.0.0.1 has no revision 'v9' \(404\)"),
-    ({"model_id": "a/b/c"}, "model_id='a/b/c' is no repository name: expected owner/name"),
+    ({"model_id": "a/b/c"}, "model_id='a/b/c' is not a repository name: expected owner/name"),
 ])
 def test_names_that_are_wrong(config, change, text):
     with pytest.raises(HubError, match=text):

@@ -34,7 +34,7 @@ class Fault:
     times: int = 1
     is_cut: bool = False  # the connection ends when half of the body has arrived
     seconds: float = 0.0  # before the answer
-    until: threading.Event | None = None  # before the answer, a minute at most
+    until: threading.Event | None = None  # before the answer, ten minutes at most
     body: bytes = b""
 
 
@@ -117,7 +117,7 @@ class _Writer(_Handler):
         if fault:
             time.sleep(fault.seconds)
             if fault.until:
-                fault.until.wait(60)
+                fault.until.wait(600)
         if fault and fault.status:
             return self.reply(fault.status, fault.body, fault.headers)
         if not self.hub.is_allowed(self.headers) and not (self.command == "PUT" or self.command == "GET"):

@@ -1,4 +1,4 @@
-"""Who is to blame, decided on processes that are only said to run."""
+"""Which process is to blame, decided on processes that are only said to run; the last exception of a log."""
 from __future__ import annotations
 
 import signal
@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ms_diffsynth.launch.diagnosis import Diagnosis
+from ms_diffsynth.launch.diagnosis import Diagnosis, Pulse, last_exception, last_place
 from ms_diffsynth.launch.job import Job
-from ms_diffsynth.launch.pulse import Pulse
 
 
 @dataclass(eq=False)
@@ -41,7 +40,7 @@ class Scene:
         self.pulses[rank].look(now)
 
     def run(self, last, seconds=1.0):
-        """Steps 0 to ``last`` of so many seconds each; returns when the last one begins."""
+        """Steps 0 to ``last`` of ``seconds`` each; returns when the last one begins."""
         for step in range(last + 1):
             for rank in (0, 1):
                 self.beat(step * seconds, rank, step)
@@ -61,8 +60,8 @@ def test_two_steps_that_last(scene):
     now = scene.run(3)
     assert scene.line(now + 19.9) is None
     code, line = scene.line(now + 20.1)
-    assert code == 75 and line.startswith("rank 0 hung: nothing begun for 20 s in phase 'step' of step 3, nobody knows "
-                                          "where; rank 1 in phase 'step' of step 3, nobody knows where")
+    assert code == 75 and line.startswith("rank 0 hung: nothing begun for 20 s in phase 'step' of step 3, at an "
+                                          "unknown place; rank 1 in phase 'step' of step 3, at an unknown place")
 
 
 def test_who_is_a_step_behind_is_waited_for(scene):
@@ -125,7 +124,7 @@ def test_a_rank_without_heartbeat_is_no_excuse_and_not_to_blame(scene):
     assert scene.line(23)[1].startswith("rank 0 hung: ")
 
 
-def test_nobody_beats(scene):
+def test_programs_without_heartbeats_are_never_said_to_hang(scene):
     assert scene.line(1e6) is None
 
 
@@ -147,6 +146,7 @@ def test_a_worker_before_the_scheduler(scene):
     assert scene.line(0)[1].startswith("rank 1 failed with exit code 3")
 
 
+@pytest.mark.fault
 def test_stopped_for_five_seconds_on_end(scene):
     scene.workers[1].is_stopped = True
     assert scene.line(0) is None and scene.line(4.9) is None
@@ -155,3 +155,50 @@ def test_stopped_for_five_seconds_on_end(scene):
     scene.workers[1].is_stopped = True
     assert scene.line(6) is None and scene.line(10.9) is None
     assert scene.line(11) == (75, f"rank 1 was stopped by a signal for 5 s (log: {scene.workers[1].log})")
+
+
+# -- the last exception of a log, among all that MindSpore and the interpreter write around it -------------------------
+
+TRACEBACK = 'Traceback (most recent call last):\n  File "a.py", line 3, in <module>\n    f()\n{}\n'
+MINDSPORE = "RuntimeError: Launch failed\n\n{0}\n- C++ Call Stack: (For framework developers)\n{0}\nop.cc:671 Run\n"
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("", ""),
+    ("step 1\nstep 2\n", ""),
+    (TRACEBACK.format("ValueError: boom"), "ValueError: boom"),
+    (TRACEBACK.format("KeyboardInterrupt"), "KeyboardInterrupt"),
+    (TRACEBACK.format("mine.Strange: without a usual name"), "mine.Strange: without a usual name"),
+    (TRACEBACK.format(MINDSPORE.format("-" * 50)) + "[INFO] DISTRIBUTED(1): over\n", "RuntimeError: Launch failed"),
+    (TRACEBACK.format("KeyError: 1") + "\nDuring handling of the above exception, another exception occurred:\n\n"
+     + TRACEBACK.format("ValueError: 2"), "ValueError: 2"),
+    (TRACEBACK.format("KeyError: 1") + "going on\nCheckpointError: step-7 is damaged: say --resume none\n",
+     "CheckpointError: step-7 is damaged: say --resume none"),
+    ("Fatal Python error: Segmentation fault\n\nThread 0x1:\n  File x\n", "Fatal Python error: Segmentation fault"),
+    ("\r 10%|# | 1/10\rDataError: row 3\n", "DataError: row 3"),
+    ("WARNING: an Error: of no kind\nerror: x\n", ""),
+    (TRACEBACK.format("ValueError: " + "x" * 1000), "ValueError: " + "x" * 388 + " ..."),
+])
+def test_last_exception(tmp_path, text, expected):
+    (tmp_path / "log").write_text("OSError: of an earlier job\n" + text)
+    assert last_exception(tmp_path / "log", len("OSError: of an earlier job\n")) == expected
+
+
+def test_a_large_log(tmp_path):
+    (tmp_path / "log").write_text("KeyError: long ago\n" + "x" * 10**6 + "\n" + TRACEBACK.format("ValueError: boom"))
+    assert last_exception(tmp_path / "log") == "ValueError: boom"
+    (tmp_path / "log").write_bytes(b"\xff\xfe\n" + b"ValueError: \xff\n")
+    assert last_exception(tmp_path / "log") == "ValueError: �"
+
+
+def test_last_place(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("nothing\n")
+    assert last_place(log) is None
+    log.write_text("Fatal Python error: Aborted\n\n"
+                   'Thread 0x7f (most recent call first):\n  File "/a/x.py", line 1 in w\n\n'
+                   'Current thread 0x7e (most recent call first):\n  File "/a/b.py", line 12 in wait\n'
+                   '  File "/a/c.py", line 3 in main\n')
+    assert str(last_place(log)) == "b.py:12 in wait" and last_place(log).file == "/a/b.py"
+    log.write_text(log.read_text().replace("Current thread", "Thread"))  # when a thread of C++ took the signal
+    assert str(last_place(log)) == "b.py:12 in wait"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launched import HANGING
 
 import ms_diffsynth
 
@@ -22,25 +23,26 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault]
 def start(tmp_path):
     """``start(word, ...)``: a program with this package on its path."""
     path = os.pathsep.join([str(Path(ms_diffsynth.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # msrun looks for "python" there
 
     def call(*words):
         return subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                env=os.environ | {"PYTHONPATH": path})
+                                env=os.environ | {"PYTHONPATH": path, "PATH": programs})
 
     return call
 
 
-@pytest.mark.parametrize("case, code, saved, seconds, line", [
-    ("kill -9 of rank 1 (1)", 75, 0, 30, "rank 1 was killed by SIGKILL in phase 'step' of step"),
-    ("exception in rank 1", 1, 0, 30, "rank 1 failed with exit code 1 in phase 'step' of step 5: ValueError: boom"),
-    ("rank 1 hangs outside a collective", 75, 0, 30, "rank 1 hung: nothing begun for 2"),
-    ("SIGTERM to the launcher", 143, 2, 15, "stopped by SIGTERM: all workers have ended"),
-    ("SIGKILL to the launcher", -9, 2, 15, "stopped by SIGTERM: all workers have ended"),
+@pytest.mark.parametrize("case, code, saved, line", [
+    ("kill -9 of rank 1 (1)", 75, 0, "rank 1 was killed by SIGKILL in phase 'step' of step"),
+    ("exception in rank 1", 1, 0, "rank 1 failed with exit code 1 in phase 'step' of step 5: ValueError: boom"),
+    ("rank 1 hangs outside a collective", 75, 0, "rank 1 hung: nothing begun for "),
+    ("SIGTERM to the launcher", 143, 2, "stopped by SIGTERM: all workers have ended"),
+    ("SIGKILL to the launcher", -9, 2, "stopped by SIGTERM: all workers have ended"),
 ])
-def test_measured(start, case, code, saved, seconds, line):
-    out = start(sys.executable, str(HERE / "measure.py"), case).communicate(timeout=200)[0]
+def test_measured(start, case, code, saved, line):
+    out = start(sys.executable, str(HERE / "measure.py"), "--patient", case).communicate(timeout=HANGING)[0]
     found = [cell.strip() for cell in out.strip().strip("|").split("|")]
-    assert found[0] == case and float(found[1]) <= seconds, out
+    assert found[0] == case, out
     assert found[2:5] == ["0", str(saved), str(code)] and found[5].startswith(line), out
 
 
@@ -51,7 +53,7 @@ def test_measured(start, case, code, saved, seconds, line):
 ], ids=["launch", "msrun"])
 def test_one_script_for_both_launchers(start, tmp_path, command):
     process = start(*command, "5", str(tmp_path))
-    out = process.communicate(timeout=200)[0]
+    out = process.communicate(timeout=HANGING)[0]
     assert process.returncode == 0, out
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == ["5", "5"]
 
@@ -89,7 +91,7 @@ def test_two_machines(start, tmp_path, machines, what, codes, told):
     flags = ["--workers", "2", "--nodes", "2", "--master_address", "10.99.0.1", "--log_dir", "logs", "--node_rank"]
     processes = [start(*inside, *LAUNCH, *flags, str(k), "--", sys.executable, SCRIPT, "5", str(tmp_path), *what)
                  for k, inside in enumerate(machines)]
-    found = [process.communicate(timeout=240)[0] for process in processes]
+    found = [process.communicate(timeout=HANGING)[0] for process in processes]
     assert [process.returncode for process in processes] == codes, found
     for text, line in zip(found, told):
         assert line in (text.splitlines()[-1] if what else text), text

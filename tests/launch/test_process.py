@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from launched import HANGING, until
 
 import ms_diffsynth
 from ms_diffsynth.launch.process import Process
@@ -25,13 +25,11 @@ def start(tmp_path):
     yield call
     for process in started:
         process.kill()
-        process.reap(5)
+        process.reap(HANGING)
 
 
 def ended(process):
-    until = time.monotonic() + 10
-    while process.code is None and time.monotonic() < until:
-        time.sleep(0.01)
+    until(lambda: process.code is not None)
     return process.code
 
 
@@ -42,39 +40,35 @@ def test_how_it_ended(start, code, expected):
     assert ended(process) == expected
     assert Path(f"/proc/{process.pid}").exists(), "its number is kept"
     process.kill()
-    assert process.reap(1) and process.code == expected
-    process.kill()  # nobody is meant any more
+    assert process.reap(HANGING) and process.code == expected
+    process.kill()  # no process is meant any more
 
 
 def test_it_leads_a_session_of_its_own(start):
-    process = start("import os; raise SystemExit(os.getsid(0) != os.getpid())")
-    assert ended(process) == 0
+    assert ended(start("import os; raise SystemExit(os.getsid(0) != os.getpid())")) == 0
 
 
 def test_a_parent_that_has_ended_before_it_could_be_told():
     code = ("import os, signal, time\nfrom ms_diffsynth.launch.process import end_with_parent\n"
-            "end_with_parent(os.getppid() + 1, signal.SIGKILL)\ntime.sleep(60)")
-    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=20,
+            "end_with_parent(os.getppid() + 1, signal.SIGKILL)\ntime.sleep(3600)")
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=HANGING,
                           env=os.environ | {"PYTHONPATH": str(Path(ms_diffsynth.__file__).parents[1])})
     assert done.returncode == -signal.SIGKILL
 
 
 def test_stopped_and_asked(start):
-    process = start("import time; print(1, flush=True); time.sleep(60)")
-    while not process.log.read_text().endswith("1\n"):
-        time.sleep(0.01)
+    process = start("import time; print(1, flush=True); time.sleep(3600)")
+    until(lambda: process.log.read_text().endswith("1\n"))
     assert not process.is_stopped
     os.kill(process.pid, signal.SIGSTOP)
-    while not process.is_stopped:
-        time.sleep(0.01)
+    until(lambda: process.is_stopped)
     process.ask_to_end()
     assert ended(process) == -signal.SIGTERM
 
 
 def test_aborted_without_a_core(start, tmp_path):
     process = start("import resource, time; resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit("
-                    "resource.RLIMIT_CORE)[1],) * 2); print(1, flush=True); time.sleep(60)")
-    while not process.log.read_text().endswith("1\n"):
-        time.sleep(0.01)
+                    "resource.RLIMIT_CORE)[1],) * 2); print(1, flush=True); time.sleep(3600)")
+    until(lambda: process.log.read_text().endswith("1\n"))
     process.abort()
     assert ended(process) == -signal.SIGABRT and [p.name for p in tmp_path.iterdir()] == ["log"]

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from ms_diffsynth.launch import worker
-from ms_diffsynth.launch.pulse import Pulse
+from ms_diffsynth.launch.diagnosis import Pulse
 from ms_diffsynth.launch.worker import BEAT_BYTES, HEARTBEAT, beat, still
 
 
@@ -27,6 +27,7 @@ def test_outside_a_launch_nothing_happens(tmp_path, monkeypatch):
 
 
 def test_what_is_written_and_read(pulse):
+    began = time.time()
     pulse.look(1.0)
     assert pulse.step is None and str(pulse) == ""
     beat(7, "compile")
@@ -37,7 +38,7 @@ def test_what_is_written_and_read(pulse):
     pulse.look(4.0)
     assert str(pulse) == " in phase 'step' of step 8"
     found = json.loads(pulse.path.read_text())
-    assert abs(found["time"] - time.time()) < 60 and pulse.path.stat().st_size == BEAT_BYTES
+    assert began - 0.001 <= found["time"] <= time.time() + 0.001 and pulse.path.stat().st_size == BEAT_BYTES
 
 
 def test_a_phase_of_many_parts(pulse):
@@ -78,7 +79,7 @@ def test_several_threads(pulse):
 
 
 def test_it_costs_nothing(pulse):
-    began = time.perf_counter()
+    began = time.thread_time()  # of the processor
     for step in range(1000):
         beat(step)
-    assert time.perf_counter() - began < 1.0  # a thousandth of a second each would be too much
+    assert time.thread_time() - began < 1.0  # a thousandth of a second each would be too much

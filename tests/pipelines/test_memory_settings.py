@@ -14,10 +14,10 @@ from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.errors import CacheError, ConfigError
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.registry import family
+from ms_diffsynth.run.training import launch_training_task
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.trainer import launch_training_task
 from ms_diffsynth.train.two_stage import launch_data_process_task, loaded_bytes, open_cache
 
 ROWS = [{"image": Image.fromarray(np.random.default_rng(k).integers(0, 256, (32, 32, 3), np.uint8)),

@@ -225,6 +225,6 @@ def test_msrun_starts_the_same_script(folder, data, alone, tmp_path):
                f"--master_port={free_port('127.0.0.1')}", f"--log_dir={tmp_path / 'logs'}", ranks.__file__,
                folder, data, tmp_path, "own forward"]
     path = {"PYTHONPATH": os.pathsep.join(sys.path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, env=os.environ | path, text=True, capture_output=True, timeout=200)
+    done = subprocess.run(command, env=os.environ | path, text=True, capture_output=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     same(alone("own forward"), tmp_path, "own forward")

@@ -4,7 +4,8 @@ from __future__ import annotations
 import pytest
 from toy_run import Module, rows, toy_model, train
 
-from ms_diffsynth.train import prepared, trainer
+from ms_diffsynth.train import logger, prepared, trainer
+from ms_diffsynth.train.hooks import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -14,9 +15,10 @@ def folder(tmp_path_factory):
 
 def test_steps_are_told_apart_from_what_may_take_longer(folder, tmp_path, monkeypatch):
     beats = []
-    monkeypatch.setattr(trainer, "beat", lambda step, phase="step": beats.append((step, phase)))
+    for module in (checkpoints, logger, trainer):
+        monkeypatch.setattr(module, "beat", lambda step, phase="step": beats.append((step, phase)))
     train(tmp_path / "run", Module(folder), rows(2), "graph", max_train_steps=2, num_epochs=None)
-    assert beats == [(0, "prepare"), (1, "step"), (1, "compile"), (1, "records"), (2, "step"), (2, "records")]
+    assert beats == [(0, "prepare"), (1, "step"), (1, "compile"), (2, "step"), (3, "save"), (3, "checkpoint")]
 
 
 def test_each_row_that_is_prepared_says_that_it_goes_on(folder, tmp_path, monkeypatch):

@@ -17,9 +17,11 @@ from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, DataError, TrainingError
 from ms_diffsynth.formats.weights import load_state_dict
-from ms_diffsynth.train import trainer
+from ms_diffsynth.run.training import launch_training_task
 from ms_diffsynth.train.distributed import Accelerator, DistributedDataParallelKwargs
 from ms_diffsynth.train.logger import COLUMNS, ModelLogger
+from ms_diffsynth.train.options import TrainingOptions
+from ms_diffsynth.train.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def test_intervals_count_steps_and_part_of_an_epoch_is_no_epoch(folder, tmp_path
 def test_whole_weights_are_saved_by_name(folder, tmp_path):
     module = Module(folder, trainable_models="dit.layer_2,vae.encoder")
     logger = ModelLogger(tmp_path / "run", remove_prefix_in_ckpt="pipe.dit.")
-    trainer.launch_training_task(Accelerator(mode="pynative"), rows(2), module, logger, learning_rate=1e-2,
+    launch_training_task(Accelerator(mode="pynative"), rows(2), module, logger, learning_rate=1e-2,
                                  num_epochs=1)
     saved = load_state_dict(tmp_path / "run/epoch-0.safetensors")
     assert sorted(saved) == ["layer_2.bias", "layer_2.weight", "pipe.vae.encoder.bias", "pipe.vae.encoder.weight"]
@@ -170,7 +172,7 @@ def test_the_documents_script_trains_eagerly_with_the_same_losses(folder, tmp_pa
             base_path=str(data), height=SIDE, width=SIDE, height_division_factor=16, width_division_factor=16))
     model = Documented(folder)
     model_logger = ModelLogger(output_path=tmp_path / "toy", remove_prefix_in_ckpt="pipe.dit.")
-    trainer.launch_training_task(accelerator, dataset, model, model_logger, learning_rate=1e-2, num_epochs=1)
+    launch_training_task(accelerator, dataset, model, model_logger, learning_rate=1e-2, num_epochs=1)
     assert "eagerly, by the module's own forward" in capfd.readouterr().err
     drawn = [model.pipe.random("noise", "normal", (4,)).tolist() for _ in range(2)]
     assert drawn[0] != drawn[1], "draws of a training stay on the pipeline"
@@ -211,14 +213,12 @@ def test_accumulation_averages_and_the_rest_of_an_epoch_is_a_step(folder, tmp_pa
 
 def test_each_rank_gets_its_rows_of_what_one_process_gets(folder, tmp_path):
     module = Module(folder, objective=Objective(weighting_scheme="logit_normal", posterior="sample"))
-    run = trainer._Run(Accelerator(mode="pynative"), rows(5), module, ModelLogger(tmp_path),
-                       trainer.TrainingOptions(), None, None, [])
-    run.prepare()
+    run = Trainer(Accelerator(mode="pynative"), rows(5), module, ModelLogger(tmp_path), TrainingOptions())
     whole = Loader(run.dataset, 4, seed=9)
     parts = [Loader(run.dataset, 2, seed=9, rank=r, world_size=2) for r in range(2)]
     for _ in range(2):
         for batches in zip(whole, *parts):
-            one, *two = [[t.asnumpy() for t in run._inputs(b)] for b in batches]
+            one, *two = [[t.asnumpy() for t in run.inputs(b)] for b in batches]
             assert len(one) == len(run.cut.cache) + len(run.cut.draws) == 5
             for a, *b in zip(one, *two):
                 assert a.shape[0] == 4 and np.array_equal(a, np.concatenate(b))
@@ -227,15 +227,13 @@ def test_each_rank_gets_its_rows_of_what_one_process_gets(folder, tmp_path):
 def test_each_bucket_is_compiled_once_and_no_other_shape_is(folder, tmp_path):
     module = Module(folder)
     dataset = [*rows(3), *rows(2, 10, (8, 32))]
-    run = trainer._Run(Accelerator(mode="graph"), dataset, module, ModelLogger(tmp_path),
-                    trainer.TrainingOptions(num_epochs=2, batch_size=2), None, None, [])
-    run.prepare()
-    run.logger.start({})
-    run.train()
+    run = Trainer(Accelerator(mode="graph"), dataset, module, ModelLogger(tmp_path),
+                  TrainingOptions(num_epochs=2, batch_size=2))
+    run.run()
     assert run.step.compilations == 2 and len(records(tmp_path)) == 6
     batch = next(iter(Loader(run.dataset, 1)))  # a batch size that was not planned
     with pytest.raises(TrainingError, match=r"compilation 3.*2 were planned from the buckets"):
-        run.step.step(*run._inputs(batch))
+        run.step.step(*run.inputs(batch))
 
 
 # -- what is not finite ----------------------------------------------------------------------------------------------
@@ -312,5 +310,5 @@ def test_options_of_a_command_line_win():
         learning_rate = 3.0
         other = 1
 
-    options = trainer.TrainingOptions.of(Arguments(), {"learning_rate": 1.0, "batch_size": 4})
+    options = TrainingOptions.of(Arguments(), {"learning_rate": 1.0, "batch_size": 4})
     assert (options.learning_rate, options.batch_size) == (3.0, 4)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from ms_diffsynth.errors import DataError, TemplateError
-from ms_diffsynth.train.prepared import PreparedRows, in_bucket
+from ms_diffsynth.train.prepared import PreparedRows, in_bucket, prepare_all
+from ms_diffsynth.train.progress import Progress
 
 
 class Module:
@@ -36,10 +37,10 @@ class Dataset:
 
 
 def test_each_row_is_prepared_once_however_often_it_comes():
-    module, ticks = Module(), []
+    module = Module()
     rows = PreparedRows(Dataset(), module, None)
-    rows.prepare_all(lambda: ticks.append(1))
-    assert module.calls == [0, 1, 2] and len(ticks) == rows.rows == 3 and len(rows) == 6
+    prepare_all([rows], Progress(enabled=False))
+    assert module.calls == [0, 1, 2] and rows.rows == 3 and len(rows) == 6
     for index in range(6):
         assert rows[index].slots["moments"].tolist() == [index % 3] * 4
         assert rows[index].size == rows.bucket_of(index) == (16, 8 * (index % 3 + 1))  # height, width
@@ -49,7 +50,7 @@ def test_each_row_is_prepared_once_however_often_it_comes():
 def test_fewer_items_than_rows():
     module = Module()
     rows = PreparedRows(Dataset(length=2), module, None)
-    rows.prepare_all(lambda: None)
+    prepare_all([rows], Progress(enabled=False))
     assert module.calls == [0, 1] and rows.rows == 2
 
 
@@ -63,7 +64,7 @@ def test_rows_beyond_the_limit_are_prepared_again_and_that_is_said_once(caplog, 
     module = Module()
     rows = PreparedRows(Dataset(), module, None, limit_bytes=limit)
     with caplog.at_level(logging.WARNING):
-        rows.prepare_all(lambda: None)
+        prepare_all([rows], Progress(enabled=False))
         for index in range(6):
             assert rows[index].slots["moments"][0] == index % 3
             rows.bucket_of(index)

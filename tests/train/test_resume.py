@@ -33,10 +33,14 @@ from ms_diffsynth.pipelines.flux import tiny as tiny_flux
 from ms_diffsynth.pipelines.flux2 import tiny as tiny_flux2
 from ms_diffsynth.registry import family
 from ms_diffsynth.storage.checkpoint import latest, open_checkpoint_folder
-from ms_diffsynth.train import same_run, trainer
+from ms_diffsynth.train.batches import Batches
 from ms_diffsynth.train.distributed import Accelerator
+from ms_diffsynth.train.hooks.checkpoints import Checkpoints
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.train.options import TrainingOptions
+from ms_diffsynth.train.state import parameters_of
+from ms_diffsynth.train.trainer import Trainer
 from ms_diffsynth.train.two_stage import launch_data_process_task
 
 pytestmark = pytest.mark.fault
@@ -200,17 +204,16 @@ def test_pictures_are_those_of_a_run_that_was_not_cut(folder, tmp_path, crash):
 
 def test_restoring_reaches_a_step_that_is_compiled(folder, tmp_path):
     """`Parameter.set_data` would not: compiled code goes on reading the memory that it replaced."""
-    options = trainer.TrainingOptions(learning_rate=1e-2, num_epochs=2, checkpoint_steps=3, use_ema=True)
-    run = trainer._Run(Accelerator(mode="graph"), rows(3), Module(folder), ModelLogger(tmp_path), options, None, None,
-                       [])
-    run.start({})
-    run.prepare()
-    run.train()
-    trained = {f"{g}/{n}": to_numpy(p) for g, own in same_run.parameters_of(run.step).items() for n, p in own.items()}
+    options = TrainingOptions(learning_rate=1e-2, num_epochs=2, checkpoint_steps=3, use_ema=True)
+    run = Trainer(Accelerator(mode="graph"), rows(3), Module(folder), ModelLogger(tmp_path), options,
+                  hooks=[Checkpoints(None, 3, 2)])
+    run.run()
+    trained = {f"{g}/{n}": to_numpy(p) for g, own in parameters_of(run.step).items() for n, p in own.items()}
     run.restore(open_checkpoint_folder(tmp_path / "checkpoints/step-00000003"))
-    run.logger.num_steps = 3
-    run.train()
-    again = {f"{g}/{n}": to_numpy(p) for g, own in same_run.parameters_of(run.step).items() for n, p in own.items()}
+    run.logger.num_steps, batches = 3, Batches(run.loader, run.inputs)
+    while not run.is_done:
+        run.train_on(*batches.next())
+    again = {f"{g}/{n}": to_numpy(p) for g, own in parameters_of(run.step).items() for n, p in own.items()}
     assert run.step.compilations == 1 and differing_bits(trained, again) == 0
 
 

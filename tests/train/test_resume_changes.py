@@ -16,6 +16,7 @@ from ms_diffsynth.errors import CheckpointError, ConfigError, WeightError
 from ms_diffsynth.registry import family
 from ms_diffsynth.storage.checkpoint import latest
 from ms_diffsynth.train import same_run
+from ms_diffsynth.train import state as state_module
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +55,9 @@ def test_changed_settings_are_refused_one_by_one_and_accepted_one_by_one(folder,
     with pytest.raises(CheckpointError) as error:
         run(**changes)
     assert str(error.value).splitlines()[1:] == [
-        "  learning_rate: 0.01 when saved, 0.02 now", "  batch_size: 1 when saved, 2 now",
-        "  seed: 42 when saved, 3 now", "Set them back, or go on with the change by --accept_changes "
-        "learning_rate,batch_size,seed, or choose another output_path to start afresh with --resume none."]
+        "  learning_rate: 0.01 when saved, 0.02 now", "  seed: 42 when saved, 3 now",
+        "  batch_size: 1 when saved, 2 now", "Set them back, or go on with the change by --accept_changes "
+        "learning_rate,seed,batch_size, or choose another output_path to start afresh with --resume none."]
     with pytest.raises(CheckpointError, match=r"than this one:\n  seed: 42 when saved, 3 now\nSet"):
         run(**changes, accept_changes=("learning_rate", "batch_size"))
     with pytest.raises(CheckpointError, match=r"posterior: \"mean\" when saved, \"sample\" now"):
@@ -141,7 +142,7 @@ def test_changed_data_and_weights(folder, tmp_path, change, expected):
 @pytest.mark.fault
 def test_other_versions_are_told(folder, tmp_path, monkeypatch, caplog):
     train(tmp_path / "run", Module(folder), rows(3))
-    monkeypatch.setattr(same_run, "version", lambda name: "0.1")
+    monkeypatch.setattr(state_module, "version", lambda name: "0.1")
     with caplog.at_level(logging.WARNING):
         train(tmp_path / "run", Module(folder), rows(3), resume="auto")
     assert "the same bits are not promised" in caplog.text and "mindspore: " in caplog.text

@@ -11,9 +11,9 @@ from toy_run import Module, digests, equal, rows, steps_in, table, toy_model, tr
 
 from ms_diffsynth.errors import CheckpointError, OutputError
 from ms_diffsynth.storage.lock import lock_folder
-from ms_diffsynth.train import trainer
 from ms_diffsynth.train.logger import COLUMNS, ModelLogger
 from ms_diffsynth.train.signals import Stopped
+from ms_diffsynth.train.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -135,21 +135,21 @@ def test_no_secret_is_in_a_checkpoint(folder, tmp_path):
 def test_a_signal_ends_the_run_after_its_step_with_everything_saved(folder, tmp_path, monkeypatch, capfd):
     options = {"accumulation": 2, "num_epochs": 3, "use_ema": True}
     train(tmp_path / "whole", Module(folder), rows(5), **options)
-    original, seen = trainer._Run._train_on, []
+    original, seen = Trainer.train_on, []
 
-    def train_on(self, batch):
+    def train_on(self, *batch):
         seen.append(batch)
         if len(seen) == 6:  # the first micro-step of step 4
             signal.raise_signal(signal.SIGTERM)
-        return original(self, batch)
+        return original(self, *batch)
 
-    monkeypatch.setattr(trainer._Run, "_train_on", train_on)
+    monkeypatch.setattr(Trainer, "train_on", train_on)
     with pytest.raises(Stopped) as error:
         train(tmp_path / "run", Module(folder), rows(5), **options)
     assert error.value.code == 143 and table(tmp_path / "run")[-1].startswith("4,1,")
     assert (tmp_path / "run/step-4.safetensors").exists() and (tmp_path / "run/step-4-ema.safetensors").exists()
     said = capfd.readouterr().err
-    assert "stopped by SIGTERM after step 4 of 9: go on from" in said and "step-00000004 with --resume auto" in said
+    assert "stopped by SIGTERM after step 4 of 9: resume from" in said and "step-00000004 with --resume auto" in said
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train(tmp_path / "run", Module(folder), rows(5), **options, resume="auto")
     assert equal(tmp_path / "whole", tmp_path / "run")

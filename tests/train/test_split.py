@@ -16,11 +16,11 @@ from ms_diffsynth.errors import CacheError, ConfigError
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
+from ms_diffsynth.run.training import launch_training_task
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.trainer import launch_training_task
 from ms_diffsynth.train.two_stage import launch_data_process_task, open_cache, stage_of
 
 

@@ -16,11 +16,12 @@ from PIL import Image
 from ms_diffsynth import UnifiedDataset, runtime
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.registry import family
+from ms_diffsynth.run.training import launch_training_task
 from ms_diffsynth.storage.checkpoint import latest
-from ms_diffsynth.train import trainer
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.logger import ModelLogger
 from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.train.trainer import Trainer
 
 SIDE = 16
 
@@ -81,7 +82,7 @@ class Own(Module):
 def train(path: Path, module: DiffusionTrainingModule, dataset: Any, mode: str = "pynative", accumulation: int = 1,
           **options: Any) -> ModelLogger:
     """A run whose folder is ``path``."""
-    return trainer.launch_training_task(Accelerator(accumulation, mode, DEVICE), dataset, module, ModelLogger(path),
+    return launch_training_task(Accelerator(accumulation, mode, DEVICE), dataset, module, ModelLogger(path),
                                      **{"learning_rate": 1e-2, **options})
 
 
@@ -109,7 +110,7 @@ class Crashing:
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self._monkeypatch, self._original = monkeypatch, trainer._Run._train_on
+        self._monkeypatch, self._original = monkeypatch, Trainer.train_on
 
     def __call__(self, count: int | None) -> None:
         def die(run, seen):
@@ -125,15 +126,15 @@ class Crashing:
 
         self._after_each_batch(copy)
 
-    def _after_each_batch(self, call: Callable[[trainer._Run, int], None]) -> None:
+    def _after_each_batch(self, call: Callable[[Trainer, int], None]) -> None:
         original, seen = self._original, itertools.count(1)
 
-        def train_on(run, batch):
-            found = original(run, batch)
+        def train_on(run, *batch):
+            found = original(run, *batch)
             call(run, next(seen))
             return found
 
-        self._monkeypatch.setattr(trainer._Run, "_train_on", train_on)
+        self._monkeypatch.setattr(Trainer, "train_on", train_on)
 
 
 # -- what they left ------------------------------------------------------------------------------------------------

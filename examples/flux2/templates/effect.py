@@ -10,14 +10,20 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from mindspore import Tensor
 
-from ms_diffsynth import ConfigError, Draws, load_state_dict, run_main
-from ms_diffsynth.cli.run import build_datasets, build_module, build_pipeline
-from ms_diffsynth.config import load_config
+from ms_diffsynth import (
+    ConfigError,
+    Draws,
+    build_datasets,
+    build_module,
+    build_pipeline,
+    load_config,
+    load_state_dict,
+    run_main,
+)
 from ms_diffsynth.data.loader import collate
 from ms_diffsynth.nn.names import assign
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
@@ -35,21 +41,20 @@ def losses(run: Path, metadata: str, trust_template_code: bool, times: int = 8, 
 
     Returns: float32 [3, times, rows].
     """
-    config = load_config(run / "config.yaml", {"dataset_metadata_path": metadata,
-                                               "trust_template_code": str(trust_template_code).lower()})
-    settings, pipe = SimpleNamespace(**config.flat()), build_pipeline(config)
-    module = build_module(settings, pipe, settings.task)
+    config = load_config(run / "config.yaml", dataset_metadata_path=metadata, trust_template_code=trust_template_code)
+    pipe = build_pipeline(config)
+    module = build_module(config, pipe)
     checkpoints = sorted(run.glob("step-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
     if not checkpoints:
         raise ConfigError(f"{run} holds no step-*.safetensors: expected the output_path of a run with save_steps.")
     assign(pipe.template_model, load_state_dict(checkpoints[-1]).items())
     cut, loss_with = loss_of(pipe)
-    dataset, _ = build_datasets(settings, pipe.division_factor)
+    dataset = build_datasets(config).instance
     slots = collate([module.prepare(dataset[k], cut) for k in range(len(dataset))])
     pipe.units = [unit for unit in pipe.units if unit not in pipe.optional_units["template_inputs"]]
     _, loss_without = loss_of(pipe)
     draws, rows, found = Draws(seed), len(dataset), []
-    shape = (rows, *pipe.latent_shape(settings.height, settings.width))
+    shape = (rows, *pipe.latent_shape(config.data.height, config.data.width))
     for k in range(times):
         samples = np.arange(k * rows, (k + 1) * rows)
         fresh = {name: pipe.objective.draw(name, shape, len(pipe.sigmas), draws.of(samples)) for name in cut.draws}

@@ -1,10 +1,22 @@
 """FLUX.1 (dev and schnell)."""
 from __future__ import annotations
 
+from ms_diffsynth.hub.card import APACHE, Licence, Loader
 from ms_diffsynth.pipeline import Family
 from ms_diffsynth.pipelines.flux.pipeline import FluxImagePipeline
 from ms_diffsynth.pipelines.flux.published import PUBLISHED, prepared_shapes
 from ms_diffsynth.pipelines.flux.tiny import write_tiny
 
+_HUB = "https://huggingface.co/black-forest-labs"
+LICENCES = {
+    "black-forest-labs/FLUX.1-dev": Licence("other", "flux-1-dev-non-commercial-license",
+                                            f"{_HUB}/FLUX.1-dev/blob/main/LICENSE.md"),
+    "black-forest-labs/FLUX.1-schnell": APACHE,
+}
+LOADER = Loader(here="FluxImagePipeline", diffusers="FluxPipeline", mindone="FluxPipeline",
+                files=("transformer/*.safetensors", "text_encoder/*.safetensors", "text_encoder_2/*.safetensors",
+                       "vae/*.safetensors"),
+                transformer="FluxTransformer2DModel", tags=("flux", "flux-diffusers"))
+
 FAMILY = Family(name="flux", pipeline=FluxImagePipeline, write_tiny=write_tiny, published=PUBLISHED,
-                prepared_shapes=prepared_shapes)
+                prepared_shapes=prepared_shapes, licences=LICENCES, loader=lambda base: LOADER)

@@ -1,1 +1,1 @@
-"""What happens between two steps of a run: see `train.hooks.contract.Hook`."""
+"""What happens between two steps of a run; `contract.Hook` says what a hook is."""

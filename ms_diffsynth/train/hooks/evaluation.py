@@ -1,4 +1,4 @@
-"""Evaluation while a run goes on: KID of fresh sample pictures, and how many are copies, every so many steps."""
+"""Evaluation during a run: KID of fresh sample images, and how many of them are copies, every N steps."""
 from __future__ import annotations
 
 import csv
@@ -14,61 +14,77 @@ from ms_diffsynth.data.plots import kid_curve
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.evaluate import Evaluator
 from ms_diffsynth.storage.files import write_file
-from ms_diffsynth.train.logger import ModelLogger
+from ms_diffsynth.train.hooks.contract import Hook, is_due
+from ms_diffsynth.train.state import run_folder
+from ms_diffsynth.train.trainer import Trainer
 
 FILE = "evaluation.csv"
 COLUMNS = ("step", "kid", "kid_low", "kid_high", "kid_floor", "memorised")
 
 
-class RunEvaluation:
-    """Compares pictures of a model in training with real ones; docs/evaluation.md says what the numbers mean.
+class Evaluation(Hook):
+    """Compares images of a model in training with real ones, before the first step, every N steps and at the end;
+    docs/evaluation.md says what the numbers mean.
 
-    Each call adds a row to ``evaluation.csv`` and an event to events.jsonl, draws ``kid.png`` anew, and writes
-    ``samples/nearest-step-N.png``: the pictures nearest to real ones, beside these.
+    Each evaluation adds a row to ``evaluation.csv`` and an event to events.jsonl, draws ``kid.png`` anew, and writes
+    ``samples/nearest-step-N.png``: the images nearest to real ones, beside these.
 
     Args:
-        sampler: ``sampler(count)`` makes so many pictures with the present weights, the same ones for the same weights.
-        reference: folder of real pictures; described once, at the first evaluation.
+        sampler: ``sampler(count)`` makes this many images with the present weights, the same ones for the same weights.
+        reference: folder of real images; described once, when the hook is made.
+        count: how many images are made.
+        every: steps.
 
     Raises: ConfigError without a sampler; DeviceError without the extra [eval]; DataError for an unusable folder.
     """
 
-    def __init__(self, records: ModelLogger, sampler: Callable[[int], list[Image.Image]] | None,
-                 reference: str | os.PathLike[str] | None, count: int):
+    def __init__(self, sampler: Callable[[int], list[Image.Image]] | None, reference: str | os.PathLike[str] | None,
+                 count: int, every: int):
         if sampler is None:
-            raise ConfigError("evaluation_steps is set, but nothing makes pictures: set sample_prompts (sample_count "
-                              "for pictures without prompts), or remove evaluation_steps.")
+            raise ConfigError("evaluation_steps is set, but no images are made: set sample_prompts (sample_count for "
+                              "images without prompts), or remove evaluation_steps.")
         if reference is None:
-            raise ConfigError("evaluation_steps is set, but nobody says which pictures are real: set "
-                              "evaluation_reference to a folder.")
-        self.records, self.sampler, self.count = records, sampler, count
+            raise ConfigError("evaluation_steps is set, but the real images are unknown: set evaluation_reference to a "
+                              "folder.")
+        self.sampler, self.count, self.every = sampler, count, every
         self.evaluator = Evaluator(reference)
         self.rows: list[dict[str, float]] = []
 
-    @property
-    def is_done(self) -> bool:
-        """Whether the present step is evaluated."""
-        return bool(self.rows) and self.rows[-1]["step"] == self.records.num_steps
+    def start(self, trainer: Trainer) -> None:
+        if trainer.resumed_from is not None:
+            self._restore(run_folder(trainer.resumed_from), trainer.logger.num_steps)
+        self.after_step(trainer)
 
-    def __call__(self) -> str:
-        """Evaluate the present weights. Returns: a line to read. Raises: OutputError."""
-        began, step = time.perf_counter(), self.records.num_steps
-        found = self.evaluator.evaluate(self.sampler(self.count))
-        self.rows.append({"step": step, **found.record()})
-        folder = self.records.output_path
-        write_file(folder / FILE, _csv(self.rows))
-        write_file(folder / f"samples/nearest-step-{step}.png", found.nearest_png)
-        self.records.write_image("kid.png", kid_curve(self.rows))
-        self.records.scalars(found.record(), step)
-        self.records.event("evaluation", **found.record(), pictures=self.count,
-                           reference=str(self.evaluator.reference.folder),
-                           seconds=round(time.perf_counter() - began, 2))
-        return (f"step {step}: KID {found.kid} on EfficientNet-Lite0 features, floor {found.floor[1]:.4f}; "
-                f"{found.is_memorised.sum()} of {self.count} near copies")
+    def after_step(self, trainer: Trainer) -> None:
+        if is_due(self.every, trainer.logger.num_steps):
+            self._evaluate(trainer)
 
-    def restore(self, run_folder: Path, step: int) -> None:
-        """Go on with what was evaluated in ``run_folder`` up to ``step``."""
-        file = run_folder / FILE
+    def end(self, trainer: Trainer) -> None:
+        self._evaluate(trainer)
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        """Evaluate the present weights, once. Raises: OutputError."""
+        step, logger = trainer.logger.num_steps, trainer.logger
+        if self.rows and self.rows[-1]["step"] == step:
+            return
+        with trainer.looking() as is_wanted:
+            if not is_wanted:
+                return
+            began = time.perf_counter()
+            found = self.evaluator.evaluate(self.sampler(self.count))
+            self.rows.append({"step": step, **found.record()})
+            write_file(logger.output_path / FILE, _csv(self.rows))
+            write_file(logger.output_path / f"samples/nearest-step-{step}.png", found.nearest_png)
+            logger.write_image("kid.png", kid_curve(self.rows))
+            logger.scalars(found.record(), step)
+            logger.event("evaluation", **found.record(), pictures=self.count,
+                         reference=str(self.evaluator.reference.folder), seconds=round(time.perf_counter() - began, 2))
+            trainer.progress.say(f"step {step}: KID {found.kid} on EfficientNet-Lite0 features, floor "
+                                 f"{found.floor[1]:.4f}; {found.is_memorised.sum()} of {self.count} near copies")
+
+    def _restore(self, folder: Path, step: int) -> None:
+        """Keep what was evaluated in the run in ``folder`` up to ``step``."""
+        file = folder / FILE
         if file.is_file():
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file.open())]
             self.rows = [row | {"step": int(row["step"])} for row in rows if row["step"] <= step]

@@ -1,0 +1,117 @@
+"""Settings as command-line flags, and the parser of the command line and of training scripts."""
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ms_diffsynth.config.loading import NO_TOKEN, TOKEN_FLAGS, load_config
+from ms_diffsynth.config.settings import SECTIONS, SETTINGS, TrainConfig
+from ms_diffsynth.errors import ConfigError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises ConfigError instead of ending the process, and abbreviates nothing.
+
+    Attributes:
+        inner: the parser of the subcommand that was asked for, when there is one.
+    """
+
+    inner: Parser | None = None
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See {self.prog} --help.")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            own = self.inner or self
+            known = [flag for flag, action in own._option_string_actions.items() if not isinstance(action, NoToken)]
+            raise ConfigError(f"{own.prog} does not know {' '.join(unknown)}."
+                              f"{nearest(unknown[0].partition('=')[0], known)} See {own.prog} --help.")
+        return found
+
+
+class NoToken(argparse.Action):
+    """A flag that is there to be refused before anybody repeats its value."""
+
+    def __call__(self, *_: object) -> NoReturn:
+        raise ConfigError(f"{self.option_strings[0]}: {NO_TOKEN}")
+
+
+def refuse_tokens(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the flags that a token might be typed into, to refuse them."""
+    for name in TOKEN_FLAGS:
+        parser.add_argument(f"--{name}", action=NoToken, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+class TrainingParser(Parser):
+    """The flags of a training script: every setting of `config.settings`, checked, and those the script adds itself."""
+
+    def __init__(self, fixed: dict[str, str], defaults: dict[str, str], **options: Any):
+        super().__init__(usage="%(prog)s [CONFIG.yaml] [--setting value ...]",
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.fixed, self.settings = fixed, defaults
+        self.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="file of settings; flags win")
+        add_flags(self, defaults, without=tuple(fixed))
+        self.add_argument("--find_unused_parameters", action="store_true",
+                          help="no effect: weights without a gradient get zeros (DiffSynth-Studio's commands pass it)")
+
+    def parse_config(self, args: Sequence[str] | None = None) -> tuple[TrainConfig, argparse.Namespace]:
+        """The checked configuration, and the values of the flags that the script added."""
+        given = super().parse_args(args)
+        config = load_config(given.config, self.fixed | self.settings | overrides_of(given))
+        return config, argparse.Namespace(**{name: value for name, value in vars(given).items()
+                                             if name not in SETTINGS and name != "config"})
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """Every setting by its name, and the values of the flags that the script added."""
+        config, own = self.parse_config(args)
+        return argparse.Namespace(**config.flat(), **vars(own))
+
+
+_METAVARS = {bool: "BOOL", int: "INT", float: "NUMBER", str: "TEXT", tuple: "LIST"}
+
+
+def training_parser(family: str | None = None, description: str | None = None, **defaults: str) -> TrainingParser:
+    """The parser of a training script; ``add_argument`` adds flags of your own.
+
+    Args:
+        family: the model family the script is for; None leaves it to the file or the flag.
+        defaults: settings, as text, that differ from the usual defaults, e.g. ``num_epochs="1"``.
+
+    Raises: ConfigError from ``parse_config``, naming what is wrong and the nearest flag.
+    """
+    return TrainingParser({} if family is None else {"family": family}, defaults, description=description)
+
+
+def add_flags(parser: argparse.ArgumentParser, defaults: dict[str, str] | None = None,
+              without: Sequence[str] = ()) -> None:
+    """Give ``parser`` one flag for every setting, in one group a section, and refuse tokens."""
+    refuse_tokens(parser)
+    for section, cls in SECTIONS.items():
+        group = parser.add_argument_group(section, (cls.__doc__ or "").splitlines()[0])
+        for setting in (s for s in SETTINGS.values() if s.section == section and s.name not in without):
+            default = (defaults or {}).get(setting.name) or default_of(setting.name)
+            choices = f"one of {', '.join(setting.metadata['choices'])}; " if setting.metadata["choices"] else ""
+            switch = {"nargs": "?", "const": "true"} if setting.kind is bool else {}
+            shown = default if default == "required" else f"default: {default}"
+            group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, metavar=_METAVARS[setting.kind],
+                               help=f"{setting.metadata['help']} ({choices}{shown})".replace("%", "%%"), **switch)
+
+
+def default_of(name: str) -> str:
+    """A setting's default as it is shown: ``required``, ``null`` or its value."""
+    value = SETTINGS[name].default
+    return "required" if value is MISSING else "null" if value is None else json.dumps(value)
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, str]:
+    """The settings given as flags, for `load_config`."""
+    return {name: value for name, value in vars(args).items() if name in SETTINGS and isinstance(value, str)}

@@ -1,0 +1,113 @@
+"""From a YAML file, flags and Python values to a checked configuration, and back to a file."""
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING
+from typing import Any
+
+import yaml
+
+from ms_diffsynth.config.rules import rules
+from ms_diffsynth.config.setting import Wrong
+from ms_diffsynth.config.settings import SECTIONS, SETTINGS, TrainConfig
+from ms_diffsynth.config.yaml_lines import Written, read_sections
+from ms_diffsynth.errors import ConfigError, nearest
+from ms_diffsynth.redact import without_secrets
+
+TOKEN_FLAGS = ("hub_token", "token")  # known, so that they are refused and their value is never repeated
+NO_TOKEN = ("a token is never a flag and never a setting: it would stay in files, in the shell's history and in the "
+            "list of processes. Log in with 'hf auth login', or set HF_TOKEN (for ModelScope: MODELSCOPE_API_TOKEN), "
+            "and replace the token that was written here.")
+
+
+def load_config(path: str | os.PathLike[str] | None = None, flags: Mapping[str, str] | None = None,
+                **settings: Any) -> TrainConfig:
+    """The configuration of a YAML file, overruled by settings, checked: ``load_config("run.yaml", lora_rank=8)``.
+
+    Args:
+        path: a file of the sections in `config.settings`; None takes every setting from the arguments.
+        flags: name -> text of the command line.
+        settings: name -> value; text, numbers, None, true, false, or a list of texts.
+
+    Raises: ConfigError listing every unknown, misplaced, repeated, mistyped, impossible and missing setting.
+    """
+    problems: list[str] = []
+    given = {} if path is None else _read(path, problems.append)
+    written = {name: Written(text=text, place=f"from the flag --{name}") for name, text in (flags or {}).items()}
+    written |= {name: _written(value) for name, value in settings.items()}
+    for name, value in written.items():
+        if name in TOKEN_FLAGS:
+            problems.append(f"{name}: {NO_TOKEN}")
+        elif name not in SETTINGS:
+            what = f"--{name} is not a flag" if name in (flags or {}) else f"{name} is not a setting"
+            problems.append(f"{what}.{nearest(name, SETTINGS)}")
+        else:
+            given[name] = value
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for name, setting in SETTINGS.items():
+        if name in given:
+            try:
+                values[setting.section][name] = setting.parse(given[name])
+            except Wrong as error:
+                problems.append(f"{name}={given[name]} {given[name].place}: {error}")
+        elif setting.default is MISSING:
+            problems.append(f"{name} is not set ({setting.metadata['help']}): set it in section '{setting.section}' of "
+                            f"the configuration, or by --{name}.")
+    _raise(problems)
+    return validate(TrainConfig(**{section: cls(**values[section]) for section, cls in SECTIONS.items()}))
+
+
+def validate(config: TrainConfig) -> TrainConfig:
+    """Check ranges and what settings mean together. Raises: ConfigError listing everything that is wrong."""
+    problems = [f"{name}={value}: {expected}." for name, value in config.flat().items()
+                if value is not None and (expected := SETTINGS[name].expected(value))]
+    problems += [text for condition, text in rules(config) if condition]
+    _raise(problems)
+    return config
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The resolved configuration as a file that `load_config` reads back to the same, but for what is a flag only, and
+    for secrets."""
+    sections = {name: {k: list(v) if isinstance(v, tuple) else v for k, v in vars(getattr(config, name)).items()
+                       if not SETTINGS[k].metadata["is_flag_only"]} for name in SECTIONS}
+    return yaml.safe_dump(without_secrets(sections), sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+def _written(value: Any) -> Written:
+    """A Python value as if it had been written in a file."""
+    place = "from Python"
+    if isinstance(value, (list, tuple)):
+        return Written(items=tuple(value), place=place)
+    if value is None or isinstance(value, bool):
+        return Written(text={None: "null", True: "true", False: "false"}[value], place=place)
+    return Written(text=os.fspath(value) if isinstance(value, os.PathLike) else str(value), place=place,
+                   is_quoted=False)
+
+
+def _read(path: str | os.PathLike[str], report: Callable[[str], None]) -> dict[str, Written]:
+    """Name -> what a file says; what is not a setting of its section goes to ``report``."""
+    given: dict[str, Written] = {}
+    for section, name, written in read_sections(path, SECTIONS, report):
+        if section is None and name in SECTIONS:
+            report(f"{name} {written.place}: expected the settings of the section '{name}' below it.")
+        elif name in TOKEN_FLAGS:
+            report(f"{name} {written.place}: {NO_TOKEN}")
+        elif name not in SETTINGS:
+            report(f"{name} {written.place} is not a setting.{nearest(name, SETTINGS)}")
+        elif SETTINGS[name].section != section:
+            report(f"{name} {written.place}: it belongs into section '{SETTINGS[name].section}'.")
+        elif SETTINGS[name].metadata["is_flag_only"]:
+            report(f"{name} {written.place}: a file cannot say that code is trusted. Pass --{name} when you start the "
+                   "run.")
+        else:
+            given[name] = written
+    return given
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        head = "" if len(problems) == 1 else f"{len(problems)} settings are wrong:\n  "
+        raise ConfigError(head + "\n  ".join(p if p.endswith((".", "?")) else p + "." for p in problems))

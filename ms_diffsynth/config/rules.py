@@ -1,0 +1,79 @@
+"""What settings mean together: every combination that cannot be meant."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ms_diffsynth.config.settings import SETTINGS, TrainConfig
+from ms_diffsynth.errors import listing
+from ms_diffsynth.registry import OPTIMIZERS
+
+
+def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
+    """(is it wrong, what to say) for each rule. What depends on a family is checked when the run is built."""
+    prior = c.objective.with_prior_preservation
+    kind, _, stage = c.objective.task.partition(":")
+    yield (c.run.num_epochs is None and c.run.max_train_steps is None and stage != "data_process",
+           "neither num_epochs nor max_train_steps is set: say how long to train, for example --num_epochs 1.")
+    yield (not c.model.trainable_models and not c.model.lora_base_model,
+           "neither lora_base_model nor trainable_models is set: say what to train, for example --lora_base_model dit.")
+    for section, one, other in (("data", "height", "width"), ("run", "sample_height", "sample_width")):
+        given = [getattr(getattr(c, section), name) is not None for name in (one, other)]
+        yield given[0] != given[1], f"only one of {one} and {other} is set: set both, or neither."
+    yield (c.data.height is not None and c.data.buckets > 1,
+           f"buckets={c.data.buckets} with a fixed height and width: remove these for dynamic resolution, or buckets.")
+    yield (prior and c.data.class_base_path is None,
+           "with_prior_preservation=true without class_base_path: name the folder of the class images.")
+    yield (prior and c.data.class_prompt is None and c.data.class_metadata_path is None,
+           "with_prior_preservation=true without class_prompt: give it, or class_metadata_path with a prompt column.")
+    yield (prior and kind != "dreambooth",
+           f"with_prior_preservation=true with task={c.objective.task}: expected task=dreambooth.")
+    unused = [n for n in ("class_base_path", "class_metadata_path", "class_prompt") if getattr(c.data, n) is not None]
+    yield (bool(unused) and not prior,
+           f"{listing(unused)} would not be used: set with_prior_preservation=true, or remove it.")
+    yield (kind == "dreambooth" and not c.data.instance_prompt and not c.data.dataset_metadata_path
+           and stage != "train",
+           "task=dreambooth without instance_prompt: give it, or dataset_metadata_path with a prompt column.")
+    yield (c.model.trainable_models is not None and c.model.lora_checkpoint is not None,
+           f"lora_checkpoint={c.model.lora_checkpoint} with trainable_models, which trains no LoRA: remove one.")
+    yield (c.model.trainable_models is not None and c.model.adapter != SETTINGS["adapter"].default,
+           f"adapter={c.model.adapter} with trainable_models, which trains no adapter: remove one.")
+    extra = [n.strip() for n in (c.data.extra_inputs or "").split(",") if n.strip()]
+    yield (c.model.template_model_id_or_path is not None and "template_inputs" not in extra,
+           f"template_model_id_or_path={c.model.template_model_id_or_path} without its input: set "
+           "extra_inputs=template_inputs.")
+    yield (c.model.template_model_id_or_path is None and "template_inputs" in extra,
+           "extra_inputs names template_inputs without a template: set template_model_id_or_path.")
+    highest = OPTIMIZERS[c.optimizer.optimizer if c.optimizer.optimizer in OPTIMIZERS else "adamw"].highest_rate
+    yield (c.optimizer.learning_rate > highest, f"learning_rate={c.optimizer.learning_rate}: expected 0 < lr <= "
+           f"{highest} for optimizer={c.optimizer.optimizer}.")
+    limit = c.run.max_train_steps
+    yield (limit is not None and c.optimizer.lr_warmup_steps > limit,
+           f"lr_warmup_steps={c.optimizer.lr_warmup_steps} exceeds max_train_steps={limit}: warm up for fewer steps.")
+    held_out = [n for n in ("validation_share", "validation_base_path", "validation_metadata_path")
+                if getattr(c.data, n) is not None]
+    yield (c.data.validation_share is not None and len(held_out) > 1,
+           f"validation_share={c.data.validation_share} and {listing(held_out[1:])} are both set: hold out a "
+           "share of the images, or give other images.")
+    yield (c.run.validation_steps is not None and not held_out and stage != "train",
+           f"validation_steps={c.run.validation_steps} without images that are held out: set validation_share, for "
+           "example to 0.1, or validation_base_path.")
+    yield (bool(held_out) and c.run.validation_steps is None and not stage,
+           f"{listing(held_out)} would not be used: set validation_steps, for example to 100.")
+    yield (c.run.sample_template_inputs is not None and c.model.template_model_id_or_path is None,
+           "sample_template_inputs without a template: set template_model_id_or_path, or remove it.")
+    yield (c.run.evaluation_steps is not None and stage != "",
+           f"evaluation_steps={c.run.evaluation_steps} with task={c.objective.task}, which makes no images: evaluate "
+           "afterwards, with ms-diffsynth sample and ms-diffsynth evaluate.")
+    yield (c.model.use_gradient_checkpointing_offload and c.run.mode == "graph",
+           "use_gradient_checkpointing_offload=true in mode graph: MindSpore cannot move what a compiled step keeps to "
+           "the host. Expected --mode pynative, or use_gradient_checkpointing without offload.")
+    yield (c.run.push_to_hub and not c.run.hub_model_id,
+           "push_to_hub=true without hub_model_id: say where, for example --hub_model_id me/my-lora.")
+    yield (c.run.push_to_hub and stage == "data_process",
+           f"push_to_hub=true with task={c.objective.task}, which trains nothing to publish: remove it.")
+    unsent = [n for n in ("hub_model_id", "hub_private_repo", "hub") if getattr(c.run, n) != SETTINGS[n].default]
+    yield bool(unsent) and not c.run.push_to_hub, f"{listing(unsent)} would not be used: set push_to_hub=true."
+    yield (c.run.resume not in ("none", "auto") and stage == "data_process",
+           f"resume={c.run.resume} with task={c.objective.task}: remove it; a cache is always completed.")
+    yield (bool(c.run.accept_changes) and c.run.resume == "none",
+           f"accept_changes={','.join(c.run.accept_changes)} would not be used: set resume, for example --resume auto.")

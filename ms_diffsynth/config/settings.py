@@ -1,0 +1,262 @@
+"""Every setting of a training run, written once: name, type, default, range, help, what it configures, and whether a
+resumed run may change it.
+
+Names are unique across the sections, so each setting is also a flag: ``--learning_rate 1e-4``. What else depends on
+the settings follows from here: the flags, the table in the documentation, the options of the training loop, the fields
+of the task, and what a resumed run may change.
+"""
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+from ms_diffsynth.config.setting import Setting
+from ms_diffsynth.registry import OPTIMIZERS
+
+
+def _setting(default: Any, help: str, range: str = "", *, choices: tuple[str, ...] = (), has_commas: bool = False,
+             is_flag_only: bool = False, may_change: bool = False, configures: str = "") -> Any:
+    """One setting.
+
+    Args:
+        range: is read as it is shown: "0 < lr <= 0.1".
+        has_commas: a flag may list values with commas.
+        is_flag_only: a file cannot set it.
+        may_change: it shapes no number of a run, so a resumed run may have another value.
+        configures: "training" for an option of `train.options.TrainingOptions`, "task" for a field of a task.
+    """
+    return field(default=default, metadata={
+        "help": help, "range": range, "choices": choices, "has_commas": has_commas, "is_flag_only": is_flag_only,
+        "may_change": may_change, "configures": configures})
+
+
+def _place(help: str, **options: Any) -> Any:
+    """Where files are: they are known by what they hold, so a resumed run may name another place."""
+    return _setting(None, help, may_change=True, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """What is trained, and from which weights."""
+
+    family: str = _setting(MISSING, "model family, such as flux or toy")
+    model_paths: str | None = _place("folder of a diffusers-format model, or a JSON list of paths")
+    model_id_with_origin_paths: str | None = _place("owner/name:pattern of files on a hub, separated by commas")
+    tokenizer_path: str | None = _place("folder, or owner/name:tokenizer/; null = shipped or model's own")
+    tokenizer_1_path: str | None = _place("folder, or owner/name:tokenizer/; null = shipped or model's own")
+    tokenizer_2_path: str | None = _place("folder, or owner/name:tokenizer_2/; null = shipped or model's own")
+    tokenizer_3_path: str | None = _place("folder, or owner/name:tokenizer_3/; null = shipped or model's own")
+    lora_base_model: str | None = _setting("dit", "model that gets the LoRA; unused when trainable_models is set")
+    adapter: str = _setting("lora", "what that model gets: lora, or dora (all settings lora_... are its own too)")
+    lora_target_modules: str = _setting("", "layers that get a LoRA, with commas; empty = the family's own choice")
+    lora_rank: int = _setting(16, "rank of the LoRA", "1 <= lora_rank")
+    lora_alpha: float | None = _setting(None, "the LoRA is scaled by lora_alpha / lora_rank; null = lora_rank",
+                                        "0 < lora_alpha")
+    lora_checkpoint: str | None = _setting(None, "LoRA file to start from")
+    trainable_models: str | None = _setting(None, "models trained in full, with commas, such as dit or vae.decoder")
+    remove_prefix_in_ckpt: str | None = _setting("pipe.dit.", "taken off the names of saved weights", may_change=True)
+    fp8_models: str | None = _setting(None, "frozen models whose linear layers are stored in 8 bits, with commas")
+    use_gradient_checkpointing: bool = _setting(False, "compute blocks again in backward: less memory, more time")
+    use_gradient_checkpointing_offload: bool = _setting(False, "also keep their inputs on the host; mode pynative")
+    template_model_id_or_path: str | None = _setting(None, "folder of a template, or owner/name: of one on a hub")
+    trust_template_code: bool = _setting(False, "run the template's model.py, which is code; a flag only",
+                                         is_flag_only=True, may_change=True)
+    trust_template_sha256: str | None = _setting(None, "run it only with this SHA-256; a flag only",
+                                                 is_flag_only=True, may_change=True)
+    fuse: tuple[str, ...] = _setting((), "units moved from the prepared half into the compiled step", has_commas=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """The images."""
+
+    dataset_base_path: str = _setting(MISSING, "folder of the training images", may_change=True)
+    dataset_metadata_path: str | None = _place("csv, json or jsonl that lists images and prompts")
+    dataset_repeat: int = _setting(1, "how often an epoch shows each image", "1 <= dataset_repeat")
+    data_file_keys: str = _setting("image", "metadata columns that hold file names, separated by commas")
+    extra_inputs: str | None = _setting(None, "further columns to train on, with commas: edit_image, template_inputs")
+    instance_prompt: str | None = _setting(None, "prompt of every image that has none of its own")
+    class_base_path: str | None = _place("folder of the class images of prior preservation")
+    class_metadata_path: str | None = _place("metadata of the class images")
+    class_prompt: str | None = _setting(None, "prompt of every class image that has none of its own")
+    validation_share: float | None = _setting(None, "share of the images that is held out for the validation loss",
+                                              "0 < validation_share <= 0.5")
+    validation_base_path: str | None = _place("folder of other images for the validation loss")
+    validation_metadata_path: str | None = _place("metadata of images for the validation loss; without "
+                                                  "validation_base_path these lie in dataset_base_path")
+    height: int | None = _setting(None, "height in pixels; null with width = dynamic resolution", "1 <= height")
+    width: int | None = _setting(None, "width in pixels; null with height = dynamic resolution", "1 <= width")
+    max_pixels: int = _setting(1048576, "most pixels of an image in dynamic resolution", "1 <= max_pixels")
+    buckets: int = _setting(1, "most aspect ratios in dynamic resolution; each one is one compilation", "1 <= buckets")
+    cache_dir: str | None = _place("folder of the cache of split training; null = none, but the output_path of "
+                                   "task ...:data_process and the dataset_base_path of task ...:train")
+    max_sequence_length: int | None = _setting(None, "text tokens a prompt is padded or cut to; null = the family's",
+                                               "1 <= max_sequence_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSection:
+    """What is minimised."""
+
+    task: str = _setting("sft", "training task, or with :data_process or :train one stage of it", choices=(
+        "sft", "dreambooth", "direct_distill", "sft:data_process", "sft:train", "dreambooth:data_process",
+        "dreambooth:train", "direct_distill:data_process", "direct_distill:train"))
+    distill_steps: int = _setting(4, "direct_distill: sampling steps of the student", "1 <= distill_steps <= 50",
+                                  configures="task")
+    weighting_scheme: str | None = _setting(
+        None, "distribution and weight of the training sigmas; null = diffsynth for sft, none for dreambooth",
+        choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap", "diffsynth"), configures="task")
+    logit_mean: float = _setting(0.0, "mean of logit_normal", configures="task")
+    logit_std: float = _setting(1.0, "standard deviation of logit_normal", "0 < logit_std", configures="task")
+    mode_scale: float = _setting(1.29, "scale of mode", configures="task")
+    guidance_scale: float | None = _setting(
+        None, "guidance embedded in the network during training; null = 3.5 for dreambooth, 1 for sft",
+        "0 <= guidance_scale", configures="task")
+    with_prior_preservation: bool = _setting(False, "also learn class images, so that the class is not forgotten",
+                                             configures="task")
+    prior_loss_weight: float = _setting(1.0, "weight of the loss of the class images", "0 <= prior_loss_weight",
+                                        configures="task")
+    prediction_type: str | None = _setting(
+        None, "denoising diffusion: what the network learns to give; null = what its scheduler_config.json says",
+        choices=("epsilon", "v_prediction", "sample"), configures="task")
+    snr_gamma: float | None = _setting(None, "denoising diffusion: gamma of the min-SNR loss weights, such as 5; "
+                                       "null = none", "0 < snr_gamma", configures="task")
+    random_flip: bool = _setting(False, "denoising diffusion: mirror images at random, anew at every step",
+                                configures="task")
+    posterior: str | None = _setting(None, "what is taken of the VAE's posterior; null = sample for dreambooth, mean "
+                                     "for sft", choices=("mean", "sample"), configures="task")
+
+
+def _optimizer(default: Any, help: str, range: str = "", **options: Any) -> Any:
+    return _setting(default, help, range, configures="training", **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSection:
+    """How it is minimised."""
+
+    optimizer: str = _optimizer("adamw", "how weights follow their gradients; see docs/optimizers.md",
+                                choices=tuple(OPTIMIZERS))
+    optimizer_args: tuple[str, ...] = _optimizer((), "further arguments of the optimizer, with commas, such as "
+                                                 "d_coef=2,safeguard_warmup=true of prodigy", has_commas=True)
+    learning_rate: float = _optimizer(1e-4, "learning rate; above 0.1 only for prodigy, where it is a factor and 1 is "
+                                      "advised", "0 < lr <= 10")
+    weight_decay: float = _optimizer(0.01, "decoupled weight decay", "0 <= weight_decay <= 1")
+    adam_beta1: float = _optimizer(0.9, "decay of the first moment, of optimizers that have beta1",
+                                   "0 <= adam_beta1 < 1")
+    adam_beta2: float = _optimizer(0.999, "decay of the second moment, of optimizers that have beta2",
+                                   "0 <= adam_beta2 < 1")
+    adam_epsilon: float = _optimizer(1e-8, "added to the root of the second moment, of optimizers that have epsilon",
+                                     "0 < adam_epsilon <= 1")
+    max_grad_norm: float | None = _optimizer(1.0, "gradients are scaled down to this norm; null = left as they are",
+                                             "0 < max_grad_norm")
+    lr_scheduler: str = _optimizer("constant", "learning-rate schedule", choices=("constant", "linear", "cosine"))
+    lr_warmup_steps: int = _optimizer(0, "steps in which the learning rate rises from zero", "0 <= lr_warmup_steps")
+    gradient_accumulation_steps: int = _optimizer(1, "micro-steps to one step", "1 <= gradient_accumulation_steps")
+    use_ema: bool = _optimizer(False, "keep a moving average of the trained weights, for samples and a file of its own")
+    ema_decay: float = _optimizer(0.9999, "decay of the moving average, after its warm-up", "0 <= ema_decay < 1")
+    loss_scale: float = _optimizer(1.0, "constant factor on the loss in the backward pass, for float16",
+                                   "1 <= loss_scale")
+
+
+def _run(default: Any, help: str, range: str = "", **options: Any) -> Any:
+    """A setting of the training loop that shapes no number."""
+    return _setting(default, help, range, may_change=True, configures="training", **options)
+
+
+def _sample(default: Any, help: str, range: str = "", **options: Any) -> Any:
+    """A setting of the sample images."""
+    return _setting(default, help, range, may_change=True, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """Where and how long."""
+
+    mode: str = _setting("graph", "compiled or eager training step", choices=("graph", "pynative"))
+    device: str | None = _setting(None, "null = an Ascend where there is one, else the CPU", choices=("CPU", "Ascend"))
+    dtype: str | None = _setting(None, "dtype of the networks; null = what suits the device",
+                                 choices=("float32", "bfloat16", "float16"))
+    jit_level: str = _setting("O0", "how far MindSpore fuses operators of the compiled step on an Ascend: O1 fuses "
+                              "chains of element-wise ones", choices=("O0", "O1"))
+    device_memory: float | None = _setting(None, "most GiB of an Ascend's memory that MindSpore may take; null = all",
+                                           "0 < device_memory", may_change=True)
+    seed: int = _setting(42, "seed of everything random", "0 <= seed < 4294967296", configures="training")
+    batch_size: int = _setting(1, "images in a micro-step, per device", "1 <= batch_size", configures="training")
+    zero_stage: int = _run(0, "several devices: 1 divides the optimizer's moments among them, 2 the accumulated "
+                           "gradients too", "0 <= zero_stage <= 2")
+    num_epochs: int | None = _run(None, "end after this many epochs", "1 <= num_epochs")
+    max_train_steps: int | None = _run(None, "end after this many steps", "1 <= max_train_steps")
+    output_path: str = _setting("./models/train", "folder for checkpoints, samples and records", may_change=True)
+    save_steps: int | None = _run(None, "save every N steps; null = after every epoch", "1 <= save_steps")
+    sample_count: int = _sample(16, "how many sample images, of a family without prompts", "0 <= sample_count")
+    sample_steps: int | None = _run(None, "make sample images every N steps", "1 <= sample_steps")
+    sample_prompts: tuple[str, ...] = _sample((), "prompts of the sample images; as a flag one prompt or a JSON list")
+    sample_template_inputs: str | None = _sample(None, "template inputs of the sample images: a JSON object for all, "
+                                                 "or a JSON list of one each")
+    sample_seed: int = _sample(0, "seed of the sample images", "0 <= sample_seed < 4294967296")
+    num_inference_steps: int = _sample(20, "sampling steps of the sample images", "1 <= num_inference_steps")
+    sampler: str | None = _sample(None, "of the sample images, one of the family's; null = its first")
+    sample_height: int | None = _sample(None, "height of the sample images in pixels", "1 <= sample_height")
+    sample_width: int | None = _sample(None, "width of the sample images in pixels", "1 <= sample_width")
+    validation_steps: int | None = _run(None, "compute the validation loss before the first step, every N steps and "
+                                        "at the end", "1 <= validation_steps")
+    evaluation_steps: int | None = _run(None, "compare sample images with real ones before the first step, every N "
+                                        "steps and at the end (extra [eval])", "1 <= evaluation_steps")
+    evaluation_count: int = _run(64, "how many images are made for it", "4 <= evaluation_count")
+    evaluation_reference: str | None = _run(None, "folder of the real images; null = dataset_base_path")
+    resume: str = _run("none", "auto = resume from the newest checkpoint in output_path, if there is one; none = "
+                       "start; or the path of a checkpoint")
+    accept_changes: tuple[str, ...] = _run((), "what may differ from the run that saved the checkpoint, with commas, "
+                                           "such as learning_rate,data", has_commas=True)
+    checkpoint_steps: int | None = _run(None, "save all that is needed to resume every N steps; null = with every "
+                                        "save of weights, 0 = never", "0 <= checkpoint_steps")
+    keep_checkpoints: int = _run(2, "how many of these to keep", "2 <= keep_checkpoints")
+    grace_seconds: float = _run(60.0, "most seconds from SIGTERM or SIGINT until the step is finished and saved",
+                                "0 < grace_seconds")
+    enable_tensorboard_log: bool = _setting(False, "also write TensorBoard events", may_change=True)
+    push_to_hub: bool = _setting(False, "publish after every save, without holding up training", may_change=True)
+    hub_model_id: str | None = _setting(None, "where: owner/name; made when it does not exist", may_change=True)
+    hub_private_repo: bool = _setting(True, "only you may see it; a repository that is public is refused",
+                                      may_change=True)
+    hub: str = _setting("huggingface", "which hub; the token comes from its login or from the environment",
+                        choices=("huggingface", "modelscope"), may_change=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run: `load_config` makes one, `train` runs it."""
+
+    model: ModelSection
+    data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    run: RunSection = RunSection()
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its name."""
+        return {name: getattr(getattr(self, setting.section), name) for name, setting in SETTINGS.items()}
+
+
+def flat(settings: Any) -> dict[str, Any]:
+    """Every value of a `TrainConfig`, of a parsed command line, or of nothing, by its name."""
+    if isinstance(settings, TrainConfig):
+        return settings.flat()
+    return dict(vars(settings)) if hasattr(settings, "__dict__") else {}
+
+
+def _settings() -> Iterator[Setting]:
+    for section, cls in SECTIONS.items():
+        hints = typing.get_type_hints(cls)
+        for item in dataclasses.fields(cls):
+            kinds = [k for k in typing.get_args(hints[item.name]) or (hints[item.name],) if k not in (type(None), ...)]
+            kind = tuple if typing.get_origin(hints[item.name]) is tuple else kinds[0]
+            yield Setting(name=item.name, section=section, kind=kind, default=item.default, metadata=item.metadata,
+                          is_optional=type(None) in typing.get_args(hints[item.name]))
+
+
+SECTIONS: dict[str, type] = typing.get_type_hints(TrainConfig)
+SETTINGS: dict[str, Setting] = {setting.name: setting for setting in _settings()}
