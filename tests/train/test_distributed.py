@@ -198,7 +198,7 @@ def test_one_rank_is_asked_to_stop_and_all_stop_after_the_same_step(folder, data
 @pytest.mark.fault
 def test_the_first_rank_is_asked_to_stop_while_it_makes_pictures(folder, data, tmp_path):
     said = ends([143, 143], folder, data, tmp_path, "stopped in pictures")
-    assert "the pictures are given up" in said[0]
+    assert "given up: a signal came" in said[0]
     assert latest(tmp_path / "stopped in pictures/checkpoints").step == 4
     assert [p.name for p in (tmp_path / "stopped in pictures/samples").iterdir()] == ["step-0.png"]
 
