@@ -27,10 +27,10 @@ class OptimizerEntry(NamedTuple):
 
 
 OPTIMIZERS = {
-    "adafactor": OptimizerEntry("ms_diffsynth.train.optim.adafactor:Adafactor"),
-    "adamw": OptimizerEntry("ms_diffsynth.train.optim.adamw:AdamW"),
-    "came": OptimizerEntry("ms_diffsynth.train.optim.came:CAME"),
-    "prodigy": OptimizerEntry("ms_diffsynth.train.optim.prodigy:Prodigy", highest_rate=10.0),
+    "adafactor": OptimizerEntry("ms_diffsynth.training.optim.adafactor:Adafactor"),
+    "adamw": OptimizerEntry("ms_diffsynth.training.optim.adamw:AdamW"),
+    "came": OptimizerEntry("ms_diffsynth.training.optim.came:CAME"),
+    "prodigy": OptimizerEntry("ms_diffsynth.training.optim.prodigy:Prodigy", highest_rate=10.0),
 }
 
 

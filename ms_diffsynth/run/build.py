@@ -27,8 +27,8 @@ from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.template.units import trained_template_cache
-from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.two_stage import stage_of
+from ms_diffsynth.training.module import DiffusionTrainingModule
+from ms_diffsynth.training.two_stage import stage_of
 
 # -- model ---------------------------------------------------------------------------------------------------------
 
