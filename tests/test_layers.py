@@ -55,7 +55,7 @@ def test_imports_point_downward(path):
     for module in imports(path):
         if module.startswith("ms_diffsynth."):
             other = module.split(".")[1]
-            is_step = other == "train" and name(path) in TRAINS
+            is_step = other == "training" and name(path) in TRAINS
             if other in LAYERS and (layer, other) not in ALLOWED and not is_step:
                 assert LAYERS.index(other) <= LAYERS.index(layer), f"{name(path)} imports {module}, a layer above it"
         if module.split(".")[0] == "mindone":
