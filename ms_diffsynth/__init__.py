@@ -19,7 +19,7 @@ _WHERE = {
     # units and programs
     "PipelineUnit": "units", "TensorUnit": "units", "Program": "program", "Cut": "program",
     # pipelines
-    "Pipeline": "pipeline", "Family": "pipeline", "Component": "components", "ModelConfig": "hub.download",
+    "Pipeline": "pipeline", "Family": "pipeline", "Component": "models", "ModelConfig": "hub.download",
     "FluxImagePipeline": "pipelines.flux.pipeline", "TrainStepForFluxDevDB": "pipelines.flux.train_step",
     "Flux2ImagePipeline": "pipelines.flux2.pipeline",
     "QwenImagePipeline": "pipelines.qwen_image.pipeline", "SD3ImagePipeline": "pipelines.sd3.pipeline",

@@ -51,7 +51,7 @@ class TemplateError(UserError):
 
 
 class UntrustedCodeError(TemplateError):
-    """Code of a template that nobody vouched for, or that is not the code somebody vouched for."""
+    """Code of a template that was not trusted, or that is not the code that was trusted."""
 
     exit_code = 77
 

@@ -1,15 +1,14 @@
-"""A pipeline: models, units, and the programs made of them. Inference and training run the same units.
+"""A pipeline: units, and the programs made of them. Inference and training run the same units.
 
-Models are loaded at first use, so a job loads exactly the models its half of the cut names.
+Its models are in a `models.ModelStore`, which loads each at first use: a job loads exactly those that its half of the
+cut names.
 """
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
@@ -19,15 +18,15 @@ from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.compile import Announce, CompiledStep, log_only
-from ms_diffsynth.components import Component, Source, class_name_of, files_digest, load_component, read_config
 from ms_diffsynth.data.images import to_pixels
 from ms_diffsynth.diffusion.schedule import Schedule
 from ms_diffsynth.diffusion.tasks import TASKS, Task
 from ms_diffsynth.diffusion.units import Objective, SampleLatents
-from ms_diffsynth.errors import ConfigError, HubError, ProgramError, WeightError, listing, nearest
+from ms_diffsynth.errors import ConfigError, DataError, ProgramError, listing, nearest
 from ms_diffsynth.formats.lora import load_adapter
 from ms_diffsynth.hub.card import Licence, Loader
 from ms_diffsynth.hub.download import ModelConfig
+from ms_diffsynth.models import Component, ModelStore, Source
 from ms_diffsynth.nn.adapters import adapter_of, formats
 from ms_diffsynth.nn.adapters.layer import linear_modules
 from ms_diffsynth.nn.adapters.linear import fuse
@@ -37,15 +36,32 @@ from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
 
 logger = logging.getLogger(__name__)
 
-SCHEDULER_FILE = "scheduler_config.json"
 # Of FLUX.1-dev's text encoders, 1,346 kernels called one by one took the host 1.2 s, compiled 0.05, after 15 s of
 # compilation; of its VAE 0.03, 0.005 and 1.1 (MindSpore 2.10 on the stand-in, shapes only, 2026-11-29).
 ROWS_WORTH_COMPILING = 32
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """What sampling does where it is not told otherwise.
+
+    Attributes:
+        cfg_scale: of two-branch guidance; 1 is none.
+        embedded_guidance: the scale told to a guidance-distilled network; others are told none.
+        height, width: pixels; None is what the network was made for.
+        num_inference_steps: sampling steps; None depends on the sampler.
+    """
+
+    cfg_scale: float = 1.0
+    embedded_guidance: float = 3.5
+    height: int | None = 1024
+    width: int | None = 1024
+    num_inference_steps: int | None = 30
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """What the command line and the tests need to know of a model family.
+    """What is known of a model family without its weights. Nothing outside ``pipelines`` asks for a family by name.
 
     Attributes:
         pipeline: its pipeline class.
@@ -66,6 +82,26 @@ class Family:
     prepared_shapes: Callable[..., dict[str, tuple[int, ...]]] | None = None
     licences: Mapping[str, Licence] = field(default_factory=dict)
     loader: Callable[[str | None], Loader | None] = lambda base_model: None
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether what is sampled follows a prompt."""
+        return "prompt" in self.pipeline.inputs
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Names of its tokenizers; the setting ``<name>_path`` says where one is."""
+        return tuple(c.name for c in self.pipeline.components if c.is_tokenizer)
+
+    @property
+    def sampling(self) -> SamplingDefaults:
+        """What sampling does where it is not told otherwise."""
+        return self.pipeline.sampling
+
+    @property
+    def media(self) -> str:
+        """What it makes: ``"image"``."""
+        return self.pipeline.media
 
 
 class UnitSequence(nn.Cell):
@@ -132,12 +168,16 @@ class Pipeline:
         dtype: compute dtype; None takes the runtime's.
 
     Attributes:
+        store: the models: where they lie, and what was done to them.
         units: from the inputs to conditions and ``input_latents``, in order. Every program is made of this list: a unit
             added to it is part of training and sampling.
     """
 
-    components: tuple[Component, ...] = ()
+    components: tuple[Component, ...] = ()  # of the family; those of one pipeline are ``store.components``
+    variants: tuple[tuple[Component, ...], ...] = ()  # what it may be made of instead, as the given files decide
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
+    media = "image"  # what it makes
+    sampling = SamplingDefaults()
     division_factor = 16  # heights and widths are multiples of this many pixels
     objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `TASKS`
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
@@ -150,20 +190,14 @@ class Pipeline:
     announce: Announce = staticmethod(log_only)  # what is told when something is compiled
 
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
-        self.models = dict(models or {})
-        self.sources: dict[str, Source] = {}
-        self.scheduler_file: Path | None = None  # a scheduler_config.json that was given, or came with the network
-        self.given_as: dict[str, str] = {}  # "owner/name:pattern" -> the model it turned out to be
         self.dtype = dtype or runtime.compute_dtype(None)
+        cls = type(self)
+        self.store = ModelStore(cls.components, self.dtype, cls.__name__, cls.variants, models)
         self.device = runtime.current().device
         self.objective = Objective()
         self.sigmas: np.ndarray | None = None  # the grid trained on, float32 [1000]
         self.random = _fresh_random
         self.unit_runner = UnitRunner()
-        self._digests: dict[Source, str] = {}  # of the files of each model: ten gigabytes are read once
-        self.known_configs: dict[str, dict[str, Any]] = {}  # of models whose files are not here: a cache brings them
-        self.weight_changes: dict[str, list[str]] = {}  # model name -> what was done to its weights after loading
-        self._read: dict[str, tuple[Source, dict[str, Any]]] = {}  # configs that were read, and from where
         self.compiled_steps: dict[tuple[str, tuple[str, ...]], CompiledStep] = {}
         self.units_to_compile: frozenset[str] = frozenset()
         self.keeps_models = True  # False: what has prepared the rows is unloaded then
@@ -187,8 +221,8 @@ class Pipeline:
         """The unit that calls the network: reads ``latents`` and ``sigma``, writes ``velocity``."""
         raise TypeError(f"{type(self).__name__} has no build_denoise: implement it.")
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one sample's latents for an image of ``height`` x ``width`` pixels."""
+    def latent_shape(self, *size: int) -> tuple[int, ...]:
+        """Shape of a sample's latents for a size in pixels: (height, width), or (frames, height, width) of a video."""
         raise TypeError(f"{type(self).__name__} has no latent_shape: implement it.")
 
     def training_schedule(self, objective: str) -> Schedule:
@@ -206,12 +240,18 @@ class Pipeline:
         units = [SampleLatents(objective.posterior) if isinstance(u, SampleLatents) else u for u in self.units]
         return Program([*units, *objective.units(self, sigmas)], (*self.inputs, *objective.inputs), objective.draws)
 
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the network is told a guidance scale; so far as its settings are known."""
+        return any(slot(param) == "guidance" for param in self.denoise.input_params)
+
     def sampling_program(self, extra: Sequence[str] = ()) -> Program:
         """From a prompt, and the ``extra`` inputs, to ``velocity`` at given ``latents`` and ``sigma``."""
         optional = {id(unit) for units in self.optional_units.values() for unit in units}
         units = [unit for name in extra for unit in self.optional_units[name]]
         units += [unit for unit in self.units if id(unit) not in optional]
-        return Program([*units, self.denoise], (*type(self).inputs, *extra, "guidance"), ("latents", "sigma"))
+        guidance = ("guidance",) if self.takes_guidance else ()
+        return Program([*units, self.denoise], (*type(self).inputs, *extra, *guidance), ("latents", "sigma"))
 
     def use_input(self, name: str) -> None:
         """Train on a further input: its units join ``units``. Sampling reads it whenever it is given, trained or not.
@@ -248,16 +288,34 @@ class Pipeline:
         return self.denoise.onload_model_names[0]
 
     @property
+    def models(self) -> dict[str, Any]:
+        """The models and tokenizers that are loaded, by name."""
+        return self.store.loaded
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Where the files of each are."""
+        return self.store.sources
+
+    @property
+    def given_as(self) -> dict[str, str]:
+        """``"owner/name:pattern"`` -> the model that these files turned out to be."""
+        return self.store.given_as
+
+    @property
+    def known_configs(self) -> dict[str, dict[str, Any]]:
+        """config.json of models whose files are not here, by name: a cache of prepared rows brings them."""
+        return self.store.known_configs
+
+    @property
     def model_names(self) -> tuple[str, ...]:
         """Names of the models and tokenizers this family has."""
-        return tuple(c.name for c in self.components)
+        return self.store.names
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self.model_names:
             raise AttributeError(f"{type(self).__name__} has no attribute '{name}'")
-        if name not in self.models:
-            self.models[name] = self._load(name)
-        return self.models[name]
+        return self.store.get(name)
 
     def compiled(self, name: str, build: Callable[[], Callable[..., Any]], which: tuple[str, ...] = ()) -> CompiledStep:
         """The function that ``build`` makes at first use, compiled; ``which`` of those with this name."""
@@ -293,15 +351,14 @@ class Pipeline:
         for unit in (*self.units, *(unit for units in self.optional_units.values() for unit in units), self.denoise):
             if isinstance(unit, TensorUnit):
                 unit.detach(names)
-        for name in names:
-            del self.models[name]
+        self.store.unload(names)
 
     def load_models_to_device(self, model_names: Sequence[str]) -> None:
         """Load the named models now; otherwise each is loaded at first use."""
         for name in model_names:
             if name not in self.model_names:
-                raise ConfigError(f"'{name}' is no model of {type(self).__name__}: it has {listing(self.model_names)}."
-                                  f"{nearest(name, self.model_names)}")
+                raise ConfigError(f"'{name}' is not a model of {type(self).__name__}: it has "
+                                  f"{listing(self.model_names)}.{nearest(name, self.model_names)}")
             getattr(self, name)
 
     def load_lora(self, module: nn.Cell, path: str | Path, alpha: float = 1.0) -> int:
@@ -316,20 +373,20 @@ class Pipeline:
         fuse(adapter_of(file.format), module, file.with_scale(), alpha)
         for name, model in self.models.items():
             if model is module:
-                self.weight_changes.setdefault(name, []).append(f"{file.format.name} {sha256_of(path)} x {alpha}")
+                self.store.note_change(name, f"{file.format.name} {sha256_of(path)} x {alpha}")
         return len(file.modules)
 
     def config(self, name: str) -> dict[str, Any]:
         """config.json of a component, without loading its weights."""
-        if name in self.models:
-            config = self.models[name].config
-            return config.to_dict() if hasattr(config, "to_dict") else dict(config)  # transformers has classes
-        if name in self.sources or name not in self.known_configs:
-            source = self._source(name)
-            if self._read.get(name, (None,))[0] != source:  # each file is read once: a step asks for the VAE's
-                self._read[name] = source, read_config(source.folder)
-            return self._read[name][1]
-        return self.known_configs[name]
+        return self.store.config(name)
+
+    def scheduler_config(self) -> dict[str, Any] | None:
+        """scheduler_config.json of the model; None where there is none."""
+        return self.store.scheduler_config(self.network)
+
+    def weights_digest(self, name: str) -> str | None:
+        """SHA-256 over a model's or tokenizer's files and what was done to its weights; None without files."""
+        return self.store.weights_digest(name)
 
     @classmethod
     def _from_configs(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str,
@@ -344,91 +401,12 @@ class Pipeline:
         elif isinstance(model_configs, ModelConfig):
             model_configs = [model_configs]
         for config in model_configs:
-            pipe._add_source(config)
+            pipe.store.add(config, pipe.network)
         for key, config in tokenizers.items():
             if config is not None:
                 paths = config.resolve(runtime.model_base_path())
                 pipe.sources[key] = Source(paths[0] if paths[0].is_dir() else paths[0].parent)
         return pipe
-
-    def _add_source(self, config: ModelConfig) -> None:
-        """Find out which component(s) a configuration names, from config.json beside the weights."""
-        paths = config.resolve(runtime.model_base_path())
-        folder = paths[0] if paths[0].is_dir() else paths[0].parent
-        if paths[0].name == SCHEDULER_FILE or (folder.name == "scheduler" and (folder / SCHEDULER_FILE).is_file()):
-            self.scheduler_file = folder / SCHEDULER_FILE
-            return
-        if config.model_id and not (folder / "config.json").is_file() and not paths[0].is_dir():
-            beside = (PurePosixPath(config.origin_file_pattern or "").parent / "config.json").as_posix()
-            replace(config, origin_file_pattern=beside).resolve(runtime.model_base_path())
-        if (folder / "model_index.json").is_file() and paths[0].is_dir():
-            for component in self.components:
-                if (folder / component.folder).is_dir():
-                    self.sources[component.name] = Source(folder / component.folder)
-            return
-        class_name = class_name_of(read_config(folder))
-        name = self._name_of(folder, class_name)
-        self.sources[name] = Source(folder, () if paths[0].is_dir() else tuple(paths))
-        if config.model_id:
-            self.given_as[f"{config.model_id}:{config.origin_file_pattern}"] = name
-            if name == self.network and self.scheduler_file is None:
-                self._fetch_scheduler(config)
-
-    def _name_of(self, folder: Path, class_name: str) -> str:
-        """The component that a folder holds: the one of its class; of two of a class the one its name tells."""
-        of_class = [c for c in self.components if c.class_name == class_name]
-        if not of_class:
-            raise WeightError(f"{folder / 'config.json'} describes a {class_name}, but {type(self).__name__} is made "
-                              f"of {listing(c.class_name for c in self.components if c.class_name)}. Give the folder "
-                              "or files of one of those.")
-        named = of_class if len(of_class) == 1 else [c for c in of_class if folder.name in (c.folder, c.name)]
-        if not named:
-            raise WeightError(f"{folder} holds a {class_name}, of which {type(self).__name__} has "
-                              f"{listing(c.name for c in of_class)}: expected a folder called "
-                              f"{' or '.join(c.folder for c in of_class)}, by which they are told apart. Rename it.")
-        return named[0].name
-
-    def _fetch_scheduler(self, config: ModelConfig) -> None:
-        """Take the scheduler_config.json of the network's repository, where it has one."""
-        with contextlib.suppress(HubError):
-            config = replace(config, origin_file_pattern=f"scheduler/{SCHEDULER_FILE}")
-            self.scheduler_file = config.resolve(runtime.model_base_path())[0]
-
-    def scheduler_config(self) -> dict[str, Any] | None:
-        """scheduler_config.json of the model, in ``scheduler/`` beside its network; None where there is none."""
-        files = [self.scheduler_file] if self.scheduler_file else []
-        if self.network in self.sources:
-            folder = self.sources[self.network].folder
-            files += [folder.parent / "scheduler" / SCHEDULER_FILE, folder / SCHEDULER_FILE]
-        return next((read_config(f.parent, f.name) for f in files if f.is_file()), None)
-
-    def weights_digest(self, name: str) -> str | None:
-        """SHA-256 over a model's or tokenizer's files and what was done to its weights; None without files."""
-        if name not in self.sources and self._component(name).default_folder is None:
-            return None
-        source = self._source(name)
-        if source not in self._digests:
-            self._digests[source] = files_digest(source)
-        changes = self.weight_changes.get(name, [])
-        return hashlib.sha256("\n".join([self._digests[source], *changes]).encode()).hexdigest()
-
-    def _component(self, name: str) -> Component:
-        return next(c for c in self.components if c.name == name)
-
-    def _source(self, name: str) -> Source:
-        component = self._component(name)
-        if name in self.sources:
-            return self.sources[name]
-        if component.default_folder is not None:
-            return Source(component.default_folder)
-        raise WeightError(f"the model '{name}' is needed, but no files were given for it; given: "
-                          f"{listing(self.sources) or 'none'}. Add a ModelConfig for its '{component.folder}' folder.")
-
-    def _load(self, name: str) -> Any:
-        component, source = self._component(name), self._source(name)
-        if not component.class_name:
-            return component.build(source.folder)
-        return load_component(component, source, self.dtype)
 
     @classmethod
     def check_sampler(cls, name: str | None) -> str:
@@ -438,10 +416,10 @@ class Pipeline:
                               f"{nearest(name, cls.samplers)}")
         return name or cls.samplers[0]
 
-    # -- pictures ------------------------------------------------------------------------------------------------
+    # -- images ------------------------------------------------------------------------------------------------
 
     def preprocess_image(self, image: Image.Image) -> Tensor:
-        """A picture as float32 [1, 3, H, W] in [-1, 1]."""
+        """An image as float32 [1, 3, H, W] in [-1, 1]."""
         return Tensor(to_pixels(image)[None])
 
     def check_resize_height_width(self, height: int, width: int) -> tuple[int, int]:
@@ -455,9 +433,27 @@ class Pipeline:
 
 
 def _fresh_random(stream: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Random numbers when nobody set a seed: ``pipe.random`` is replaced by the training loop's counter-based draws."""
+    """Random numbers when no seed was set: ``pipe.random`` is replaced by the training loop's counter-based draws."""
     generator = np.random.default_rng()
     if kind not in ("normal", "uniform"):
         raise ProgramError(f"draw '{stream}' is of unknown kind '{kind}': expected normal or uniform.")
     values = generator.standard_normal(shape) if kind == "normal" else generator.random(shape)
     return values.astype(np.float32)
+
+
+def pad_prompts(pipe: Pipeline, slots: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int | None]:
+    """Slots of one row, those of varying length padded with zeros to the next length there is; and that length.
+
+    Raises: DataError when a row is longer than the longest.
+    """
+    names = [name for name in pipe.padded_slots if name in slots]
+    if not names:
+        return slots, None
+    length = max(len(slots[name]) for name in names)
+    fitting = [n for n in sorted(pipe.prompt_lengths) if n >= length]
+    if not fitting:
+        raise DataError(f"a prompt of {length} tokens is longer than the longest of prompt_lengths="
+                        f"{pipe.prompt_lengths}: shorten it, or add a length.")
+    wide = {name: np.pad(slots[name], [(0, fitting[0] - len(slots[name]))] + [(0, 0)] * (slots[name].ndim - 1))
+            for name in names}
+    return slots | wide, fitting[0]

@@ -3,7 +3,7 @@
 A **slot** is a name with exactly one writer (``prompt_embeds``, ``sigma``, ``loss``). A **unit** reads slots, writes
 slots and declares every model it touches. A **program** is an ordered list of units. A **cut** divides it in two:
 
-    prepare   eager, no gradient, deterministic: may be cached; strings, pictures and tokenizers live here
+    prepare   eager, no gradient, deterministic: may be cached; strings, images and tokenizers live here
     step      tensors only: compiled, and run at every training or sampling step
 
 The cut is computed, never declared. The slots that cross it are exactly the cache; the models each half names are
@@ -23,7 +23,7 @@ class Unit(Protocol):
 
     name: str
     input_params: tuple[str, ...]  # slots it reads; a trailing "?" marks an optional one
-    output_params: tuple[str, ...]  # slots it writes; nobody else may write them
+    output_params: tuple[str, ...]  # slots it writes; no other unit may write them
     onload_model_names: tuple[str, ...]  # every model it touches, no exception
     is_host: bool  # Python objects go in (str, PIL, dict): it can never be compiled
     no_grad: bool  # gradient-free by contract, even if it touches a trainable model
@@ -104,8 +104,8 @@ class Program:
             trainable: names of trained models; dotted names of sub-modules count for their model.
             fuse: names of units to pull into the compiled step although they could be prepared.
 
-        Raises: ProgramError for an output nobody writes, an unknown name in ``fuse``, a host unit that would have to
-            be compiled, or a trainable model that the outputs do not depend on, or whose gradient cannot reach them.
+        Raises: ProgramError for an output that no unit writes, an unknown name in ``fuse``, a host unit that would have
+            to be compiled, or a trainable model that the outputs do not depend on, or whose gradient cannot reach them.
         """
         outputs, trainable, fuse = tuple(outputs), tuple(trainable), tuple(fuse)
         needed = self._needed(outputs)

@@ -9,13 +9,21 @@ from ms_diffsynth.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from ms_diffsynth.pipeline import Family
 
+
+class FamilyEntry(NamedTuple):
+    """Where a family is; and what settings are checked by before it is imported."""
+
+    where: str
+    takes_prompts: bool = True
+
+
 FAMILIES = {
-    "ddpm_unet": "ms_diffsynth.pipelines.ddpm_unet",
-    "flux": "ms_diffsynth.pipelines.flux",
-    "flux2": "ms_diffsynth.pipelines.flux2",
-    "qwen_image": "ms_diffsynth.pipelines.qwen_image",
-    "sd3": "ms_diffsynth.pipelines.sd3",
-    "toy": "ms_diffsynth.pipelines.toy",
+    "ddpm_unet": FamilyEntry("ms_diffsynth.pipelines.ddpm_unet", takes_prompts=False),
+    "flux": FamilyEntry("ms_diffsynth.pipelines.flux"),
+    "flux2": FamilyEntry("ms_diffsynth.pipelines.flux2"),
+    "qwen_image": FamilyEntry("ms_diffsynth.pipelines.qwen_image"),
+    "sd3": FamilyEntry("ms_diffsynth.pipelines.sd3"),
+    "toy": FamilyEntry("ms_diffsynth.pipelines.toy"),
 }
 
 
@@ -42,4 +50,9 @@ def family(name: str) -> Family:
     if name not in FAMILIES:
         raise ConfigError(f"family='{name}' is unknown: expected one of {', '.join(sorted(FAMILIES))}."
                           f"{nearest(name, FAMILIES)}")
-    return import_module(FAMILIES[name]).FAMILY
+    return import_module(FAMILIES[name].where).FAMILY
+
+
+def takes_prompts(name: str) -> bool:
+    """Whether what a family samples follows a prompt, without importing it; True for an unknown one."""
+    return name not in FAMILIES or FAMILIES[name].takes_prompts

@@ -45,7 +45,7 @@ class _Renamable:
 
 
 class PipelineUnit(_Renamable):
-    """Host work: strings, pictures and tokenizers go in, anything comes out. Always in ``prepare``.
+    """Host work: strings, images and tokenizers go in, anything comes out. Always in ``prepare``.
 
     Declare slots and models as class attributes or through ``__init__`` (the documents' way), and implement
     ``process(self, pipe, **inputs) -> dict``. ``pipe`` is a view: a model that was not declared raises.

@@ -163,7 +163,7 @@ Trainer.train_on = train_on
 def test_a_step_that_fails_ends_the_process_with_that_code_and_the_run_can_go_on(world, capsys):
     child = process(FAILS + COMMAND, "train", "cats.yaml", "--save_steps", "1", "--max_train_steps", "4")
     _, err = child.communicate(timeout=120)
-    assert child.returncode == INTERNAL and "RuntimeError: a kernel failed\nThis was not foreseen." in err
+    assert child.returncode == INTERNAL and "RuntimeError: a kernel failed\nThis is an internal error." in err
     assert main(["train", "cats.yaml", "--max_train_steps", "4", "--resume", "auto"]) == 0
     assert "/runs/cats/checkpoints/step-00000002\n" in capsys.readouterr().err
 

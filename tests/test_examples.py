@@ -45,7 +45,8 @@ def test_the_real_thing_differs_by_a_few_lines():
 
 
 NPU = {"flux/dreambooth_dev_910b.yaml": "FLUX.1-dev", "qwen_image/lora_910b.yaml": "Qwen-Image",
-       "flux2/dev_lora_910b.yaml": "FLUX.2-dev", "flux2/klein_lora_910b.yaml": "FLUX.2-klein-4B"}
+       "flux2/dev_lora_910b.yaml": "FLUX.2-dev", "flux2/klein_lora_910b.yaml": "FLUX.2-klein-4B",
+       "sd3/medium_lora_910b.yaml": "SD3.5-medium"}
 
 
 @pytest.mark.parametrize("file", NPU)

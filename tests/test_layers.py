@@ -14,12 +14,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Every layer may import those before it. A file that is no layer of its own belongs to its folder.
 LAYERS = ["errors", "redact", "program", "draws", "data", "formats", "storage", "hub", "launch", "registry", "config",
-          "ops", "runtime", "compile", "nn", "evaluate", "units", "diffusion", "components", "pipeline", "template",
-          "train", "pipelines", "run", "standin", "debug", "cli"]
+          "ops", "runtime", "compile", "nn", "evaluate", "units", "diffusion", "models", "pipeline", "template",
+          "pipelines", "train", "run", "standin", "debug", "cli"]
 NO_MINDSPORE = {"errors", "redact", "program", "draws", "data", "formats", "storage", "hub", "launch", "config",
                 "registry", "standin"}
 # a guard that asks for the device; a name for type checkers; weights are written by the commit protocol
 ALLOWED = {("ops", "runtime"), ("registry", "pipeline"), ("formats", "storage")}
+TRAINS = {"pipelines/flux/train_step.py"}  # a step written by hand; sampling imports none of it
 EXECUTES = "template/code.py"  # runs a template's model.py, once its user trusts it
 COMPILES = {"compile.py", "runtime.py"}
 WRAPS_MINDONE = {"train/optim/came.py"}  # one of its optimizers
@@ -54,7 +55,8 @@ def test_imports_point_downward(path):
     for module in imports(path):
         if module.startswith("ms_diffsynth."):
             other = module.split(".")[1]
-            if other in LAYERS and (layer, other) not in ALLOWED:
+            is_step = other == "train" and name(path) in TRAINS
+            if other in LAYERS and (layer, other) not in ALLOWED and not is_step:
                 assert LAYERS.index(other) <= LAYERS.index(layer), f"{name(path)} imports {module}, a layer above it"
         if module.split(".")[0] == "mindone":
             is_allowed = layer in ("pipelines", "ops") or name(path) in WRAPS_MINDONE

@@ -51,7 +51,7 @@ def test_models_are_loaded_at_first_use_frozen_and_in_evaluation_mode(tiny):
     assert pipe.config("vae")["scaling_factor"] == 0.5
     pipe.load_models_to_device(["dit"])
     assert list(pipe.models) == ["vae", "dit"]
-    with pytest.raises(ConfigError, match=r"'dot' is no model of ToyImagePipeline.*Did you mean 'dit'"):
+    with pytest.raises(ConfigError, match=r"'dot' is not a model of ToyImagePipeline.*Did you mean 'dit'"):
         pipe.load_models_to_device(["dot"])
     with pytest.raises(AttributeError, match="has no attribute 'control'"):
         _ = pipe.control
@@ -60,7 +60,7 @@ def test_models_are_loaded_at_first_use_frozen_and_in_evaluation_mode(tiny):
 def test_a_config_is_read_once(tiny, monkeypatch):
     pipe = ToyImagePipeline.from_pretrained(str(tiny))
     read = []
-    monkeypatch.setattr("ms_diffsynth.pipeline.read_config", lambda folder, *name: read.append(folder) or {"a": 1})
+    monkeypatch.setattr("ms_diffsynth.models.read_config", lambda folder, *name: read.append(folder) or {"a": 1})
     for _ in range(3):
         assert pipe.config("vae") == {"a": 1}
     assert read == [tiny / "vae"]

@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import pytest
 
+from ms_diffsynth.config import SETTINGS
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.pipeline import Pipeline
-from ms_diffsynth.registry import FAMILIES, family
+from ms_diffsynth.registry import FAMILIES, family, takes_prompts
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -21,3 +22,16 @@ def test_each_name_leads_to_a_family_of_that_name(name):
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(ConfigError, match=r"family='fluks' is unknown: expected one of .*\. Did you mean 'flux'"):
         family("fluks")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_familys_facts(name):
+    found = family(name)
+    assert takes_prompts(name) == found.takes_prompts and found.media == "image"
+    assert found.tokenizers == tuple(c.name for c in found.pipeline.components if c.name.startswith("tokenizer"))
+    assert {f"{tokenizer}_path" for tokenizer in found.tokenizers} <= set(SETTINGS)
+    assert found.sampling.cfg_scale >= 1 and found.sampling.embedded_guidance > 0
+
+
+def test_of_an_unknown_family_prompts_are_expected():
+    assert takes_prompts("fluks")

@@ -10,7 +10,7 @@ from ms_diffsynth import Draws, UnconditionalImagePipeline, runtime
 from ms_diffsynth.diffusion.ddpm import NoiseSchedule
 from ms_diffsynth.nn.names import assign
 from ms_diffsynth.pipelines.ddpm_unet.pipeline import build_unet
-from ms_diffsynth.pipelines.tiny import random_weights
+from ms_diffsynth.pipelines.shared.tiny import random_weights
 
 CONFIG = {  # every field is one of diffusers' UNet2DModel
     "sample_size": 32,

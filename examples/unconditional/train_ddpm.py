@@ -32,7 +32,7 @@ from ms_diffsynth import (
     UnifiedDataset,
 )
 from ms_diffsynth.data.images import grid
-from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
 logger = logging.getLogger("train_ddpm")
 

@@ -44,8 +44,9 @@ def _run(function: Callable[[], int | None], debug: bool) -> int:
         if isinstance(error, BrokenPipeError) and _is_reader_gone():
             return 128 + signal.SIGPIPE
         sys.stderr.write("".join(traceback.format_exception(error)))
-        sys.stderr.write("This was not foreseen. Unless it is from code of your own, please report these lines, the "
-                         f"command and its configuration (ms_diffsynth {__version__}, docs/errors.md#{INTERNAL}).\n")
+        sys.stderr.write("This is an internal error. Unless it is from code of your own, please report these lines, "
+                         "the command and its configuration "
+                         f"(ms_diffsynth {__version__}, docs/errors.md#{INTERNAL}).\n")
         return INTERNAL
 
 

@@ -1,4 +1,4 @@
-"""``ms-diffsynth sample``: pictures from a model, with or without a LoRA."""
+"""``ms-diffsynth sample``: images from a model, with or without a LoRA."""
 from __future__ import annotations
 
 import argparse
@@ -33,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='JSON list of template inputs, e.g. [{"scale": 0.5}]; "model_id" counts the templates')
     parser.add_argument("--negative_template_inputs", metavar="JSON", help="the same, for the negative prompt")
     add_trust_flags(parser)
-    parser.add_argument("--height", type=int, help="pixels (default: 1024, or the network's own)")
-    parser.add_argument("--width", type=int, help="pixels (default: 1024, or the network's own)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones add 1 (default: 0)")
-    parser.add_argument("--num_inference_steps", type=int, default=30, help="sampling steps (default: 30)")
-    parser.add_argument("--sampler", help="euler, heun or dpmpp_2m; of ddpm_unet ddim or ddpm (default: the first)")
+    parser.add_argument("--height", type=int, help="pixels (default: the family's)")
+    parser.add_argument("--width", type=int, help="pixels (default: the family's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image; the next ones add 1 (default: 0)")
+    parser.add_argument("--num_inference_steps", type=int, help="sampling steps (default: the family's)")
+    parser.add_argument("--sampler", help="one of the family's samplers (default: its first)")
     parser.add_argument("--cfg_scale", type=float, help="two-branch guidance, 1 is off (default: the family's)")
     parser.add_argument("--embedded_guidance", type=float,
                         help="told to guidance-distilled models (default: the family's)")
@@ -48,14 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Generate the pictures, and write each when it is there."""
+    """Generate the images, and write each when it is there."""
     _check(args)
     from ms_diffsynth import runtime
     from ms_diffsynth.storage.files import write_file
 
     runtime.configure(args.mode, args.device)
-    cls = family(args.family).pipeline
-    _check_inputs(args, "prompt" in cls.inputs)
+    chosen = family(args.family)
+    cls = chosen.pipeline
+    _check_inputs(args, chosen.takes_prompts)
     cls.check_sampler(args.sampler)
     pipe = cls.from_pretrained(str(args.model), device=args.device)
     if args.max_sequence_length:
@@ -64,7 +65,7 @@ def execute(args: argparse.Namespace) -> int:
                               "have one fixed length. Remove it.")
         pipe.max_sequence_length = args.max_sequence_length
     if args.lora:
-        fused = pipe.load_lora(pipe.dit, args.lora, args.lora_scale)
+        fused = pipe.load_lora(getattr(pipe, pipe.network), args.lora, args.lora_scale)
         sys.stderr.write(f"{args.lora}: fused into {fused} layers\n")
     images = _with_prompts(args, pipe) if args.prompt else _without_prompts(args, pipe)
     for k, image in enumerate(images):
@@ -77,17 +78,17 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _with_prompts(args: argparse.Namespace, pipe: Any) -> Iterator[Image.Image]:
-    """One picture a prompt."""
+    """One image a prompt."""
     generate, inputs = _with_templates(args, pipe)
     for k, prompt in enumerate(args.prompt):
         yield generate(prompt=prompt, negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale,
-                       height=args.height or 1024, width=args.width or 1024, seed=args.seed + k,
+                       height=args.height, width=args.width, seed=args.seed + k,
                        num_inference_steps=args.num_inference_steps, sampler=args.sampler,
                        embedded_guidance=args.embedded_guidance, **inputs)
 
 
 def _without_prompts(args: argparse.Namespace, pipe: Any) -> list[Image.Image]:
-    """``--count`` pictures from one seed."""
+    """``--count`` images from one seed."""
     if args.weights:
         pipe.load_weights(args.weights)
     return pipe(batch_size=args.count, seed=args.seed, num_inference_steps=args.num_inference_steps,
@@ -95,7 +96,7 @@ def _without_prompts(args: argparse.Namespace, pipe: Any) -> list[Image.Image]:
 
 
 def _with_templates(args: argparse.Namespace, pipe: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What to call for a picture, and the arguments templates add."""
+    """What to call for an image, and the arguments templates add."""
     names = ("template_inputs", "negative_template_inputs")
     if not args.template:
         given = [name for name in names if getattr(args, name)]
@@ -137,7 +138,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _check_inputs(args: argparse.Namespace, takes_prompts: bool) -> None:
     if takes_prompts and not args.prompt:
-        raise ConfigError(f"no prompt: pictures of the family {args.family} follow one. Give --prompt.")
+        raise ConfigError(f"no prompt: images of the family {args.family} follow one. Give --prompt.")
     unused = [n for n in (("weights",) if takes_prompts else ("prompt", "lora", "template")) if getattr(args, n)]
     if unused:
         raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_trust_flags(parser: argparse.ArgumentParser) -> None:
-    """The two flags by which a user vouches for a template's code."""
+    """The two flags by which a user trusts a template's code."""
     parser.add_argument("--trust_template_code", action="store_true", help="run the template's model.py, which is code")
     parser.add_argument("--trust_template_sha256", help="run it only with this SHA-256 (one each, with commas)")
 

@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class NoToken(argparse.Action):
-    """A flag that is there to be refused before anybody repeats its value."""
+    """A flag that is there to be refused, so that its value is never repeated."""
 
     def __call__(self, *_: object) -> NoReturn:
         raise ConfigError(f"{self.option_strings[0]}: {NO_TOKEN}")

@@ -48,6 +48,7 @@ class ModelSection:
     tokenizer_path: str | None = _place("folder, or owner/name:tokenizer/; null = shipped or model's own")
     tokenizer_1_path: str | None = _place("folder, or owner/name:tokenizer/; null = shipped or model's own")
     tokenizer_2_path: str | None = _place("folder, or owner/name:tokenizer_2/; null = shipped or model's own")
+    tokenizer_3_path: str | None = _place("folder, or owner/name:tokenizer_3/; null = shipped or model's own")
     lora_base_model: str | None = _setting("dit", "model that gets the LoRA; unused when trainable_models is set")
     adapter: str = _setting("lora", "what that model gets: lora, or dora (all settings lora_... are its own too)")
     lora_target_modules: str = _setting("", "layers that get a LoRA, with commas; empty = the family's own choice")
@@ -119,11 +120,12 @@ class ObjectiveSection:
     prior_loss_weight: float = _setting(1.0, "weight of the loss of the class images", "0 <= prior_loss_weight",
                                         configures="task")
     prediction_type: str | None = _setting(
-        None, "ddpm_unet: what the network learns to give; null = what its scheduler_config.json says",
+        None, "denoising diffusion: what the network learns to give; null = what its scheduler_config.json says",
         choices=("epsilon", "v_prediction", "sample"), configures="task")
-    snr_gamma: float | None = _setting(None, "ddpm_unet: gamma of the min-SNR loss weights, such as 5; null = none",
-                                       "0 < snr_gamma", configures="task")
-    random_flip: bool = _setting(False, "ddpm_unet: mirror images at random, anew at every step", configures="task")
+    snr_gamma: float | None = _setting(None, "denoising diffusion: gamma of the min-SNR loss weights, such as 5; "
+                                       "null = none", "0 < snr_gamma", configures="task")
+    random_flip: bool = _setting(False, "denoising diffusion: mirror images at random, anew at every step",
+                                 configures="task")
     posterior: str | None = _setting(None, "what is taken of the VAE's posterior; null = sample for dreambooth, mean "
                                      "for sft", choices=("mean", "sample"), configures="task")
 
@@ -190,15 +192,14 @@ class RunSection:
     max_train_steps: int | None = _run(None, "end after this many steps", "1 <= max_train_steps")
     output_path: str = _setting("./models/train", "folder for checkpoints, samples and records", may_change=True)
     save_steps: int | None = _run(None, "save every N steps; null = after every epoch", "1 <= save_steps")
-    sample_count: int = _sample(16, "ddpm_unet: how many sample images", "0 <= sample_count")
+    sample_count: int = _sample(16, "how many sample images, of a family without prompts", "0 <= sample_count")
     sample_steps: int | None = _run(None, "make sample images every N steps", "1 <= sample_steps")
     sample_prompts: tuple[str, ...] = _sample((), "prompts of the sample images; as a flag one prompt or a JSON list")
     sample_template_inputs: str | None = _sample(None, "template inputs of the sample images: a JSON object for all, "
                                                  "or a JSON list of one each")
     sample_seed: int = _sample(0, "seed of the sample images", "0 <= sample_seed < 4294967296")
     num_inference_steps: int = _sample(20, "sampling steps of the sample images", "1 <= num_inference_steps")
-    sampler: str | None = _sample(None, "of the sample images: euler, heun or dpmpp_2m; of ddpm_unet ddim or ddpm; "
-                                  "null = the first of these")
+    sampler: str | None = _sample(None, "of the sample images, one of the family's; null = its first")
     sample_height: int | None = _sample(None, "height of the sample images in pixels", "1 <= sample_height")
     sample_width: int | None = _sample(None, "width of the sample images in pixels", "1 <= sample_width")
     validation_steps: int | None = _run(None, "compute the validation loss before the first step, every N steps and "

@@ -39,7 +39,7 @@ def read_sections(path: str | os.PathLike[str], sections: Collection[str],
     Args:
         sections: the sections there are; another one, and a name that comes twice, go to ``report``.
 
-    Raises: ConfigError for a file that cannot be read or is no YAML, with the line.
+    Raises: ConfigError for a file that cannot be read or is not YAML, with the line.
     """
     root = _compose(path)
     if root is None:
@@ -69,7 +69,7 @@ def _compose(path: str | os.PathLike[str]) -> yaml.Node | None:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         text = getattr(error, "problem", None) or error
-        raise ConfigError(f"{path}{line} is no YAML: {text}. Correct the file.") from error
+        raise ConfigError(f"{path}{line} is not YAML: {text}. Correct the file.") from error
 
 
 def _pairs(node: yaml.Node, path: str | os.PathLike[str], what: str,

@@ -1,4 +1,4 @@
-"""Resolution buckets: a finite list of picture sizes, so that a compiled step is compiled once for each.
+"""Resolution buckets: a finite list of image sizes, so that a compiled step is compiled once for each.
 
 The list is known before anything is compiled, and is meant to be printed (:func:`describe_buckets`).
 """
@@ -16,10 +16,15 @@ from .operators import DataProcessingOperator, crop_and_resize
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """One picture size in pixels."""
+    """One image size in pixels."""
 
     height: int
     width: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.height, self.width
 
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"
@@ -51,7 +56,7 @@ def make_buckets(max_pixels: int, factor: int = 16, max_aspect: float = 2.0, ste
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket whose aspect ratio is nearest to that of a width x height picture, |log(w/h) - log(w'/h')|."""
+    """The bucket whose aspect ratio is nearest to that of a width x height image, |log(w/h) - log(w'/h')|."""
     if not buckets:
         raise ConfigError("the list of buckets is empty; expected at least one. Use make_buckets(max_pixels)")
     aspect = math.log(width / height)
@@ -64,11 +69,11 @@ def describe_buckets(buckets: Sequence[Bucket]) -> str:
 
 
 class BucketCropAndResize(DataProcessingOperator):
-    """Bring a picture to the size of its nearest bucket: scale to cover, cut out the centre."""
+    """Bring an image to the size of its nearest bucket: scale to cover, cut out the centre."""
 
     def __init__(self, buckets: Sequence[Bucket]):
         self.buckets = list(buckets)
 
     def __call__(self, data: Image.Image) -> Image.Image:
         bucket = nearest_bucket(*data.size, self.buckets)
-        return crop_and_resize(data, bucket.height, bucket.width)
+        return crop_and_resize(data, *bucket.size)

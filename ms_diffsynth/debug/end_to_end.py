@@ -19,12 +19,12 @@ from mindspore import Tensor, nn
 from PIL import Image
 
 from ms_diffsynth.compile import CompiledStep
-from ms_diffsynth.components import read_config
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.debug.compare import Quantity, relative_error, worst
 from ms_diffsynth.debug.end_to_end_training import check_training
 from ms_diffsynth.errors import DataError, listing
 from ms_diffsynth.formats.weights import load_state_dict
+from ms_diffsynth.models import read_config
 from ms_diffsynth.nn.names import torch_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Program, is_optional, slot
@@ -266,7 +266,6 @@ def _from_prompt(case: EndToEndCase, pipe: Pipeline, given: dict[str, Any], nois
     extra = {"guidance": Tensor(np.full(1, given.get("embedded_guidance", 1.0), np.float32))}
     if "edit_image" in given:
         extra["edit_image"] = Image.open(case.folder / "images" / given["edit_image"])
-    is_guided = given["cfg_scale"] != 1
-    positive = pipe.condition(given["prompt"], **extra)
-    negative = pipe.condition(given["negative_prompt"], **extra) if is_guided else None
-    return pipe.generate(positive, negative, noise, sigmas, given["cfg_scale"])[0]
+    negative = {"prompt": given["negative_prompt"], **extra} if given["cfg_scale"] != 1 else None
+    conditions = pipe.conditions({"prompt": given["prompt"], **extra}, negative)
+    return pipe.generate(*conditions, noise, sigmas, given["cfg_scale"])[0]

@@ -15,7 +15,6 @@ from mindspore import Parameter, ParameterTuple, Tensor, nn
 
 from ms_diffsynth import runtime
 from ms_diffsynth.compile import CompiledStep
-from ms_diffsynth.components import Component, Source
 from ms_diffsynth.debug.compare import Quantity, relative_error, together, tolerances, worst
 from ms_diffsynth.debug.end_to_end import check_end_to_end
 from ms_diffsynth.debug.gradients import Gradients
@@ -24,6 +23,7 @@ from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.diffusion.weighting import table
 from ms_diffsynth.errors import DataError
 from ms_diffsynth.formats.weights import load_state_dict
+from ms_diffsynth.models import Component, Source
 from ms_diffsynth.nn.names import state_dict, to_numpy, trainable_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Cut, Program, is_optional, slot
@@ -87,7 +87,7 @@ class Case:
     def pipeline(self) -> Pipeline:
         """The family's pipeline with the case's models."""
         pipe = family(self.info["family"]).pipeline(dtype=self.dtype)
-        for component in pipe.components:
+        for component in pipe.store.components:
             if (self.folder / component.folder / "config.json").is_file():
                 pipe.sources[component.name] = Source(self.folder / component.folder)
         return pipe
@@ -139,8 +139,8 @@ def check_case(folder: Path, mode: str, dtype: str = "float32") -> list[Quantity
         weights = table(objective.weighting_scheme, schedule.sigmas)
         quantities.append(Quantity("loss weights", relative_error(weights, case.inputs["grid.weights"]), 1e-5))
     if "template_kv_cache" in case.info:
-        pipe.components = (*pipe.components, Component(name="template_model", folder="", build=None))
-        pipe.models["template_model"] = RecordedKeys(case.inputs)
+        pipe.store.add_component(Component(name="template_model", folder="", build=None),
+                                 model=RecordedKeys(case.inputs))
     program = _program(case, pipe, objective, schedule.sigmas)
     quantities += _first_evaluation(case, pipe, program, mode)
     if "optimizer" in case.info:

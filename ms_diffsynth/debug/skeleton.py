@@ -28,9 +28,9 @@ from mindspore.common.initializer import Zero
 from mindspore.nn.utils import no_init_parameters
 
 from ms_diffsynth import runtime
-from ms_diffsynth.components import Component
 from ms_diffsynth.diffusion.tasks import TASKS
 from ms_diffsynth.errors import ConfigError, DeviceError, nearest
+from ms_diffsynth.models import Component
 from ms_diffsynth.nn.adapters.layer import linear_modules
 from ms_diffsynth.nn.names import torch_parameters
 from ms_diffsynth.nn.quant import hold_8bit
@@ -144,8 +144,8 @@ def pipeline(plan: Plan) -> Pipeline:
     """The family's pipeline with its network as published, the weights unwritten memory; other models are absent."""
     configs = published(plan)
     pipe = family(plan.family).pipeline(dtype=runtime.compute_dtype(plan.dtype))
-    pipe.known_configs = configs
-    component = next(c for c in pipe.components if c.name == pipe.network)
+    pipe.known_configs.update(configs)
+    component = pipe.store.component(pipe.network)
     pipe.models[pipe.network] = build(component, configs[pipe.network], pipe.dtype, is_8bit=plan.is_8bit)
     return pipe
 

@@ -27,10 +27,9 @@ def beat(step: int, phase: str = STEP) -> None:
     global _last, _steps
     _steps += phase == STEP and (step, phase) != _last
     _last = step, phase
-    path = os.environ.get(HEARTBEAT)
-    if path:
+    if (file := _file()) is not None:
         text = json.dumps({"step": step, "phase": phase[:40], "time": round(time.time(), 3), "steps": _steps})
-        os.pwrite(_file(path), text.ljust(BEAT_BYTES).encode(), 0)
+        os.pwrite(file, text.ljust(BEAT_BYTES).encode(), 0)
 
 
 def still() -> None:
@@ -39,6 +38,10 @@ def still() -> None:
 
 
 @lru_cache(maxsize=1)
-def _file(path: str) -> int:
-    """The launcher has made the file in its full size, so that a full disk does not end a job at a heartbeat."""
-    return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+def _file() -> int | None:
+    """The file of the heartbeats, looked for once; None outside a launch.
+
+    The launcher has made it in its full size, so that a full disk does not end a job at a heartbeat.
+    """
+    path = os.environ.get(HEARTBEAT)
+    return os.open(path, os.O_WRONLY | os.O_CLOEXEC) if path else None

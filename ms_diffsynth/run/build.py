@@ -43,7 +43,6 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
                                **_tokenizer_configs(config, cls), device=config.run.device,
                                mindspore_dtype=runtime.compute_dtype(config.run.dtype))
     set_sequence_length(pipe, model.family, config.data.max_sequence_length)
-    _check_samples(config, pipe)
     return pipe
 
 
@@ -83,7 +82,7 @@ def model_configs(model_paths: str | None, model_id_with_origin_paths: str | Non
 
 def _tokenizer_configs(config: TrainConfig, pipeline: type[Pipeline]) -> dict[str, ModelConfig]:
     """The ``tokenizer..._config`` arguments of ``from_pretrained`` that the ``tokenizer..._path`` settings name."""
-    own = [c.name for c in pipeline.components if c.name.startswith("tokenizer")]
+    own = [c.name for c in pipeline.components if c.is_tokenizer]
     found = {}
     for setting in SETTINGS:
         if setting.startswith("tokenizer") and (text := getattr(config.model, setting)):
@@ -264,15 +263,6 @@ def build_sampler(config: TrainConfig, pipe: Pipeline) -> tuple[Sampler | None, 
         return images
 
     return sampler, prompts
-
-
-def _check_samples(config: TrainConfig, pipe: Pipeline) -> None:
-    """Raises: ConfigError for sample images or an evaluation without anything to make images of."""
-    if "prompt" not in pipe.inputs or config.run.sample_prompts:
-        return
-    for name in ("sample_steps", "evaluation_steps"):
-        if getattr(config.run, name) is not None:
-            raise ConfigError(f"{name}={getattr(config.run, name)} without sample_prompts: say what to make images of.")
 
 
 def _template_inputs(text: str | None, count: int) -> list[Mapping[str, Any]]:

@@ -4,7 +4,7 @@
                   moments-00002-of-00002.safetensors    rank 1's
 
 A rank writes its file beside the checkpoint; the first rank takes all of them in when it commits. Read, the pieces are
-whole arrays again, so any number of ranks can go on from them.
+whole arrays again, so any number of ranks can resume from them.
 """
 from __future__ import annotations
 

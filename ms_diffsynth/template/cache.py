@@ -49,7 +49,7 @@ def check_cache(cache: Any, where: str = "the template's forward") -> TemplateCa
 def _check_keys(names: tuple[str, ...] | None, where: str) -> bool:
     odd = [name for name in names or () if name not in CACHE_KEYS]
     if odd or not names:
-        found = "something that is no dict" if names is None else listing(map(repr, odd)) or "an empty dict"
+        found = "something that is not a dict" if names is None else listing(map(repr, odd)) or "an empty dict"
         raise TemplateError(f"{where} returned {found}: expected a dict with {listing(CACHE_KEYS)}."
                             f"{nearest(odd[0], CACHE_KEYS) if odd else ''}")
     return True

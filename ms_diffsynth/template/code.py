@@ -1,4 +1,4 @@
-"""The code of a template, ``model.py``: read once, shown, and run only when its user vouches for it.
+"""The code of a template, ``model.py``: read once, shown, and run only when its user trusts it.
 
 To run ``model.py`` is to run code of whoever wrote it, with everything the user may do; nothing here confines it. So
 nothing of it runs without ``trust_template_code``, of a local folder neither. The bytes whose SHA-256 is shown and
@@ -53,8 +53,8 @@ def read_code(folder: Path, origin: str = "") -> TemplateCode:
     """Read ``model.py`` of a template's folder; nothing runs. Raises: TemplateError."""
     path = Path(folder) / "model.py"
     if not path.is_file():
-        raise TemplateError(f"{folder} is no template: expected a folder with a model.py that defines TEMPLATE_MODEL. "
-                            "Give the folder itself, or owner/name: of one on a hub.")
+        raise TemplateError(f"{folder} is not a template: expected a folder with a model.py that defines "
+                            "TEMPLATE_MODEL. Give the folder itself, or owner/name: of one on a hub.")
     try:
         with open_regular(path) as file:
             source = file.read(LARGEST + 1)
@@ -67,7 +67,7 @@ def read_code(folder: Path, origin: str = "") -> TemplateCode:
 
 
 def check_trust(code: TemplateCode, trust_template_code: bool, trust_template_sha256: str | None = None) -> None:
-    """Let code pass that its user vouches for.
+    """Let code pass that its user trusts.
 
     Args:
         trust_template_code: the user's word; anything but True is none.

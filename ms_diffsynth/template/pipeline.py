@@ -60,7 +60,7 @@ class TemplatePipeline:
         return cls(templates, runtime.compute_dtype(name), lazy_loading)
 
     def fetch_model(self, model_id: int) -> nn.Cell:
-        """The model of one template. Raises: ConfigError for a number there is no template for."""
+        """The model of one template. Raises: ConfigError for a number that no template has."""
         if not isinstance(model_id, int) or not 0 <= model_id < len(self.templates):
             raise ConfigError(f"model_id={model_id!r}: there are {len(self.templates)} templates; expected one of "
                               f"{listing(range(len(self.templates)))}.")

@@ -7,14 +7,15 @@ from typing import Any
 
 from mindspore import nn
 
-from ms_diffsynth.components import Component, Source
 from ms_diffsynth.errors import ConfigError, DataError, TemplateError
 from ms_diffsynth.hub.download import ModelConfig
+from ms_diffsynth.models import Component, Source
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.template.cache import TemplateCache, check_cache
 from ms_diffsynth.template.loading import Template, forward_arguments, open_template, processed, takes
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
+MODEL = "template_model"  # its name in the pipeline
 PREFIX = "template."  # of the slots that cross from process_inputs to forward
 
 
@@ -32,10 +33,9 @@ def attach_template(pipe: Pipeline, path: str | Path | ModelConfig, *, trust_tem
         raise ConfigError(f"{type(pipe).__name__} takes no templates: its network reads no template cache. Use the "
                           "family flux2.")
     template = open_template(path, trust_template_code, trust_template_sha256)
-    others = tuple(c for c in pipe.components if c.name != "template_model")
-    pipe.components = (*others, Component(name="template_model", folder="", build=lambda folder: template.build()))
-    pipe.sources["template_model"] = Source(template.code.folder, template.files)
-    pipe.models["template_model"] = template.build()
+    component = Component(name="template_model", folder="", build=lambda folder: template.build(),
+                          recomputes_itself=True)
+    pipe.store.add_component(component, Source(template.code.folder, template.files), template.build())
     options = {"use_gradient_checkpointing": use_gradient_checkpointing,
                "use_gradient_checkpointing_offload": use_gradient_checkpointing_offload}
     pipe.optional_units["template_inputs"] = template_units(template, pipe, options)
@@ -43,7 +43,7 @@ def attach_template(pipe: Pipeline, path: str | Path | ModelConfig, *, trust_tem
 
 
 def trained_template_cache(pipe: Pipeline, template_inputs: dict[str, Any]) -> TemplateCache:
-    """The cache of the template in training, with its present weights, for sample pictures.
+    """The cache of the template in training, with its present weights, for sample images.
 
     ``template_inputs`` are a row's: they go through TEMPLATE_DATA_PROCESSOR.
     """

@@ -21,7 +21,7 @@ _dot = P.MatMul(transpose_b=True)
 
 @constexpr
 def _diagonal(ones: int) -> Tensor:
-    """16 x 16 with so many ones on the diagonal, and zeros."""
+    """16 x 16 zeros with this many ones on the diagonal."""
     return Tensor(np.diag(np.arange(16) < ones).astype(np.float32))
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: loss.csv, events.jsonl, checkpoints, sample pictures, the loss curve."""
+"""What a run leaves behind: loss.csv, events.jsonl, checkpoints, sample images, the loss curve."""
 from __future__ import annotations
 
 import contextlib
@@ -73,8 +73,8 @@ class ModelLogger:
         """Write training_args.json, and the head of loss.csv.
 
         Args:
-            after: go on after this step of the run in ``run_folder``, which may be this one. loss.csv then holds that
-                run's rows up to the step; events.jsonl is gone on with.
+            after: continue after this step of the run in ``run_folder``, which may be this one. loss.csv then holds
+                that run's rows up to the step; events.jsonl is continued.
         """
         self.settings, self.num_steps = without_secrets(settings), after
         if not self.is_writing:
@@ -162,7 +162,7 @@ class ModelLogger:
     def save_model(self, accelerator: Any, model: Any, file_name: str) -> None:
         """Save what was trained, on the first rank only; with a moving average also ``<name>-ema.safetensors``.
 
-        When that is the whole network of a family that diffusers loads as one (unconditional pictures), the folder is
+        When that is the whole network of a family that diffusers loads as one (unconditional images), the folder is
         made what `from_pretrained` loads, with the moving average if there is one.
         """
         self.saved_at = self.num_steps
@@ -184,29 +184,29 @@ class ModelLogger:
         self.saved.append(path)
         self.event("saved", file=file_name, bytes=path.stat().st_size)
 
-    # -- pictures --------------------------------------------------------------------------------------------------
+    # -- images ----------------------------------------------------------------------------------------------------
 
     def log_samples(self, step: int, images: list[Image.Image], captions: list[str]) -> Path:
-        """Write ``samples/step-N.png`` and keep the pictures for the before/after grid."""
+        """Write ``samples/step-N.png`` and keep the images for the before/after grid."""
         self.samples[step] = images
         columns = len(images) if captions else math.ceil(math.sqrt(len(images)))
         path = self.write_image(f"samples/step-{step}.png", grid(images, columns=columns, titles=_titles(captions)))
         self.event("samples", file=f"samples/step-{step}.png")
         return path
 
-    def pictures(self) -> dict[str, np.ndarray]:
+    def first_and_last(self) -> dict[str, np.ndarray]:
         """The first and the last samples, which `write_comparison` needs, by ``STEP.NUMBER``."""
         return {f"{step}.{k}": np.asarray(image) for step in {*list(self.samples)[:1], *list(self.samples)[-1:]}
                 for k, image in enumerate(self.samples[step])}
 
-    def restore_pictures(self, pictures: dict[str, np.ndarray], captions: list[str]) -> None:
-        """Keep, and write again, what `pictures` gave."""
+    def restore_images(self, images: dict[str, np.ndarray], captions: list[str]) -> None:
+        """Keep, and write again, what `first_and_last` gave."""
         found: dict[int, dict[int, Image.Image]] = {}
-        for name, array in pictures.items():
+        for name, array in images.items():
             step, k = map(int, name.split("."))
             found.setdefault(step, {})[k] = Image.fromarray(array)
-        for step, images in sorted(found.items()):
-            self.log_samples(step, [images[k] for k in range(len(images))], captions)
+        for step, made in sorted(found.items()):
+            self.log_samples(step, [made[k] for k in range(len(made))], captions)
 
     def write_comparison(self, captions: list[str]) -> Path | None:
         """Write ``samples/before_after.png`` from the first and the last samples; None when there is only one."""

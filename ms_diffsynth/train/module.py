@@ -66,7 +66,7 @@ class DiffusionTrainingModule:
             trainable_models: comma-separated models or dotted sub-modules to train whole (``"dit"``).
             lora_base_model: the model that gets a LoRA, or another ``adapter``; its own weights stay frozen.
             lora_target_modules: names, or ends of names, of its linear layers; empty takes the family's choice.
-            lora_checkpoint: a file of the same adapter to go on from.
+            lora_checkpoint: a file of the same adapter to continue from.
             task: ``sft`` or ``dreambooth``; with ``:data_process`` or ``:train`` one stage of split training.
             objective: what is minimised; None is the family's own, for most that of the task (`diffusion.tasks.TASKS`).
             use_gradient_checkpointing, use_gradient_checkpointing_offload: recompute the blocks of what gradients pass
@@ -130,9 +130,10 @@ class DiffusionTrainingModule:
             raise ConfigError("nothing would be trained: set lora_base_model or trainable_models, e.g. to dit.")
         for name in [*names, *([lora_base_model] if lora_base_model else [])]:
             root = name.split(".")[0]
-            if root not in pipe.model_names or root.startswith("tokenizer"):
+            trainable = [c.name for c in pipe.store.components if not c.is_tokenizer]
+            if root not in trainable:
                 raise ConfigError(f"'{name}' cannot be trained: {type(pipe).__name__} has the models "
-                                  f"{listing(n for n in pipe.model_names if not n.startswith('tokenizer'))}."
+                                  f"{listing(trainable)}."
                                   f"{nearest(root, pipe.model_names)}")
         if lora_base_model in names:
             raise ConfigError(f"'{lora_base_model}' is in trainable_models and is lora_base_model: expected one of the "
@@ -144,8 +145,7 @@ class DiffusionTrainingModule:
         self.use_gradient_checkpointing, self.use_gradient_checkpointing_offload = is_on, is_offloaded
         if is_on or is_offloaded:
             for name in dict.fromkeys((self.pipe.network, *(n.split(".")[0] for n in self.trainable))):
-                is_template = name == "template_model"  # its forward does it by itself
-                if name in self.training_cut().models("step") and not is_template:
+                if name in self.training_cut().models("step") and not self.pipe.store.component(name).recomputes_itself:
                     use_recompute(getattr(self.pipe, name), offload=is_offloaded)
 
     def _store_frozen(self, fp8_models: str | None, stages: tuple[str, ...]) -> None:
@@ -156,8 +156,7 @@ class DiffusionTrainingModule:
         cut = self.training_cut()
         store_models_8bit(self.pipe, ",".join(given), {m for stage in stages for m in cut.models(stage)})
         for name in given:
-            if "8 bits" not in self.pipe.weight_changes.setdefault(name, []):
-                self.pipe.weight_changes[name].append("8 bits")
+            self.pipe.store.note_change(name, "8 bits", is_once=True)
 
     def _resume_lora(self, model: Any, path: str | Path) -> None:
         cells = adapted_layers(model)
@@ -233,7 +232,7 @@ class DiffusionTrainingModule:
     def get_pipeline_inputs(self, data: dict[str, Any]) -> tuple[dict, dict, dict]:
         """A row of the data set as the documents' three dictionaries.
 
-        Raises: DataError for a row without a picture, or without a prompt where the family takes one.
+        Raises: DataError for a row without an image, or without a prompt where the family takes one.
         """
         lost = [name for name in self._columns if data.get(name) is None]
         if lost:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ms_diffsynth.data.loader import Batch
-from ms_diffsynth.errors import DataError, UserError
+from ms_diffsynth.errors import UserError
 from ms_diffsynth.launch.worker import still
-from ms_diffsynth.pipeline import Pipeline
+from ms_diffsynth.pipeline import Pipeline, pad_prompts
 from ms_diffsynth.program import Cut
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.train.module import DiffusionTrainingModule
@@ -25,7 +25,7 @@ class PreparedRow:
     """What the step needs of one row."""
 
     slots: dict[str, np.ndarray]  # without batch axis
-    size: tuple[int, int]  # height, width of the picture, pixels
+    size: tuple[int, ...]  # of the image in pixels: (height, width)
     bucket: tuple[int, ...]  # rows of one bucket may share a batch; see `in_bucket`
 
 
@@ -33,7 +33,7 @@ class PreparedRows:
     """A data set whose items are prepared rows.
 
     Args:
-        dataset: rows of pictures and captions; item ``i`` and item ``i + rows`` are the same row.
+        dataset: rows of images and captions; item ``i`` and item ``i + rows`` are the same row.
         module, cut: what prepares, and for which job.
         limit_bytes: rows beyond this much memory are prepared again at every use.
     """
@@ -76,7 +76,7 @@ class PreparedRows:
         """What to call a row in a message."""
         return label_of(self.dataset, row)
 
-    def _make(self, row: int) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+    def _make(self, row: int) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
         return prepare_row(self.dataset, row, self.module, self.cut)
 
 
@@ -97,7 +97,7 @@ class CachedRows(PreparedRows):
     def label(self, row: int) -> str:
         return self.planned[row].label
 
-    def _make(self, row: int) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+    def _make(self, row: int) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
         return self.cache.read(self.planned[row].key, self.planned[row].label)
 
 
@@ -114,11 +114,11 @@ def prepare_all(sets: Sequence[PreparedRows], progress: Progress) -> None:
 
 
 def prepare_row(dataset: Any, row: int, module: DiffusionTrainingModule,
-                cut: Cut) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+                cut: Cut) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
     """The prepared slots of a row and its size. Raises: what preparing raises, with the name of the row in front."""
     data = dataset[row]
     try:
-        return module.prepare(data, cut), picture_size(data)
+        return module.prepare(data, cut), image_size(data)
     except UserError as error:
         raise type(error)(f"{label_of(dataset, row)}: {error}") from error
 
@@ -161,28 +161,19 @@ def _count(dataset: Any) -> int:
     return rows if isinstance(rows, int) else min(len(rows), len(dataset))
 
 
-def picture_size(data: dict[str, Any]) -> tuple[int, int]:
-    """Height and width in pixels of a row's picture."""
+def image_size(data: dict[str, Any]) -> tuple[int, ...]:
+    """The size of a row's image in pixels: (height, width)."""
     return data["image"].size[1], data["image"].size[0]
 
 
-def in_bucket(slots: dict[str, np.ndarray], size: tuple[int, int], pipe: Pipeline) -> PreparedRow:
-    """A row as the step takes it: the slots of varying length padded with zeros to the next length there is.
+def in_bucket(slots: dict[str, np.ndarray], size: tuple[int, ...], pipe: Pipeline) -> PreparedRow:
+    """A row as the step takes it: the slots of varying length padded; see `pipeline.pad_prompts`.
 
-    Rows of one size share a batch when further inputs (edit pictures, a template's values) have the same shapes too.
+    Rows of one size share a batch when further inputs (edit images, a template's values) have the same shapes too.
 
     Raises: DataError when a row is longer than the longest.
     """
     further = {name for units in pipe.optional_units.values() for unit in units for name in unit.output_params}
     shapes = [side for name in sorted(further & set(slots)) for side in slots[name].shape]
-    names = [name for name in pipe.padded_slots if name in slots]
-    if not names:
-        return PreparedRow(slots, size, (*size, *shapes))
-    length = max(len(slots[name]) for name in names)
-    fitting = [n for n in sorted(pipe.prompt_lengths) if n >= length]
-    if not fitting:
-        raise DataError(f"a prompt of {length} tokens is longer than the longest of prompt_lengths="
-                        f"{pipe.prompt_lengths}: shorten it, or add a length.")
-    padded = {name: np.pad(slots[name], [(0, fitting[0] - len(slots[name]))] + [(0, 0)] * (slots[name].ndim - 1))
-              for name in names}
-    return PreparedRow(slots | padded, size, (*size, fitting[0], *shapes))
+    slots, length = pad_prompts(pipe, slots)
+    return PreparedRow(slots, size, (*size, *([] if length is None else [length]), *shapes))

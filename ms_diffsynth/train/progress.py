@@ -21,7 +21,7 @@ class Progress:
         shown: what is shown beside the bar besides the values of a step, such as the validation loss.
     """
 
-    every_seconds = 10.0  # between two lines when there is no terminal
+    every_seconds = 10.0  # between two lines without a terminal
     timer_seconds = 0.5  # between two updates of the timer of a compilation
 
     def __init__(self, enabled: bool = True):
@@ -39,7 +39,7 @@ class Progress:
             tqdm.write(redact(text), file=sys.stderr)
 
     def begin(self, total: int, text: str, unit: str, done: int = 0) -> None:
-        """Start the bar of a phase, of which so many are ``done`` already."""
+        """Start the bar of a phase, of which this many are ``done`` already."""
         self.end()
         self.bar = tqdm(total=total, initial=done, desc=text, unit=unit, dynamic_ncols=True, mininterval=0.2,
                         file=sys.stderr, disable=not (self.enabled and self.is_terminal))

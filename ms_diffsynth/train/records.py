@@ -16,7 +16,7 @@ from ms_diffsynth.train.progress import Progress
 from ms_diffsynth.train.step import StepResult, TrainStep
 
 MOST_SKIPPED_IN_A_ROW = 20
-MOST_RISE = 10.0  # a finite loss of so many times the moving average is told
+MOST_RISE = 10.0  # times the moving average: a finite loss above it is told
 
 
 class StepReport:
@@ -79,7 +79,7 @@ class StepReport:
             raise TrainingError(f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient (last: step "
                                 f"{record['step']}, loss {record['loss']}, gradient norm {record['grad_norm']}). "
                                 "Nothing was updated in them. Expected finite numbers: lower learning_rate, look for "
-                                "broken pictures or weights (events.jsonl names the rows, ms-diffsynth replay the "
+                                "broken images or weights (events.jsonl names the rows, ms-diffsynth replay the "
                                 "first tensor), and on Ascend prefer bfloat16 to float16.")
 
     def _tell_skipped(self, record: dict[str, Any], batches: list[Batch]) -> None:
@@ -90,7 +90,7 @@ class StepReport:
                           f"gradient norm {record['grad_norm']:.4g}; {listing(map(name_row, rows))}")
 
     def _tell_rise(self, record: dict[str, Any], batches: list[Batch]) -> None:
-        """Say when a loss is far above the moving average: a broken picture, or a run that comes apart."""
+        """Say when a loss is far above the moving average: a broken image, or a run that diverges."""
         loss, before = record["loss"], self._average
         if self._averaged >= 20 and loss > MOST_RISE * before > 0:
             rows = self._rows_of(batches)

@@ -42,7 +42,7 @@ def holding(output_path: Path) -> Iterator[None]:
         stack.enter_context(lock_folder(output_path))
         if (output_path / CHECKPOINTS).is_dir():  # what a killed run left half written is in there
             stack.enter_context(lock_folder(output_path / CHECKPOINTS))
-            for part in (output_path / CHECKPOINTS).glob(".tmp-*"):  # of any machine: nobody else writes here
+            for part in (output_path / CHECKPOINTS).glob(".tmp-*"):  # of any machine: no other run writes here
                 if part.is_file():
                     part.unlink()
         yield
@@ -51,11 +51,11 @@ def holding(output_path: Path) -> Iterator[None]:
 def check_folder(output_path: Path, resume: str) -> None:
     """What can be said before any model is loaded.
 
-    Raises: CheckpointError when the run would mix with another one's checkpoints, or ``resume`` is no folder.
+    Raises: CheckpointError when the run would mix with another one's checkpoints, or ``resume`` is not a folder.
     """
     found = checkpoints_in(output_path)
     if resume == "none" and found:
-        raise CheckpointError(f"{output_path} holds checkpoints of another run, the last one {found[-1]}. Go on with "
+        raise CheckpointError(f"{output_path} holds checkpoints of another run, the last one {found[-1]}. Resume "
                               "it by --resume auto, or choose another output_path for a new run.")
     if resume in ("auto", "none"):
         return
@@ -69,7 +69,7 @@ def check_folder(output_path: Path, resume: str) -> None:
 
 
 def find_checkpoint(output_path: Path, resume: str) -> Checkpoint | None:
-    """The checkpoint to go on from, verified; None for a run that starts.
+    """The checkpoint to resume from, verified; None for a run that starts.
 
     Raises: CheckpointError, as `check_folder` does, and when the one that was asked for, or every one, is damaged.
     """
@@ -94,7 +94,7 @@ def find_for_all(accelerator: Accelerator, output_path: Path, resume: str) -> Ch
 
 
 def set_later_aside(output_path: Path, checkpoint: Checkpoint) -> list[Path]:
-    """Rename the checkpoints after the one a run goes on from, so that they are never mixed with its own."""
+    """Rename the checkpoints after the one a run resumes from, so that they are never mixed with its own."""
     moved = []
     for name in checkpoints_in(output_path):
         if int(name.removeprefix("step-")) > checkpoint.step:
@@ -147,7 +147,7 @@ def identity(accelerator: Accelerator, module: DiffusionTrainingModule, cut: Cut
 
 
 def check_same_everywhere(accelerator: Accelerator, identity: Mapping[str, Any]) -> None:
-    """Refuse ranks that would not train the same: a machine may have older pictures, other weights, another setting.
+    """Refuse ranks that would not train the same: a machine may have older images, other weights, another setting.
 
     Raises: ConfigError naming the fields in which a rank differs from the first.
     """
@@ -198,7 +198,7 @@ def check_identity(checkpoint: Checkpoint, now: Mapping[str, Any], accept: Colle
         names = dict.fromkeys(line.partition(":")[0].partition(".")[0] for line in refused)
         raise CheckpointError(
             f"{checkpoint.path} was saved by another run than this one:\n  " + "\n  ".join(refused) + "\nSet them back,"
-            f" or go on with the change by --accept_changes {','.join(names)}, or choose another output_path to start "
+            f" or accept the change by --accept_changes {','.join(names)}, or choose another output_path to start "
             "afresh with --resume none.")
     if versions() != checkpoint.state["versions"]:
         logger.warning("other versions than when %s was saved, so the same bits are not promised: %s", checkpoint.path,

@@ -32,7 +32,7 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """Whether somebody asked to stop: ``signal`` is None until then. What to stop asks between two steps."""
+    """Whether a signal asked to stop: ``signal`` is None until then. A run asks between two steps."""
 
     def __init__(self):
         self.signal: signal.Signals | None = None
@@ -40,7 +40,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """A signal inside the block raises `Interrupted`, once: for work that nobody needs any more then."""
+        """A signal inside the block raises `Interrupted`, once: for work that is of no use then."""
         self._can_interrupt = True
         try:
             yield

@@ -85,5 +85,5 @@ class _Finite:
         array = self.arrays[name]
         if array.dtype.name in FLOATS and not np.isfinite(array).all():
             raise CheckpointError(f"{self.checkpoint.path} holds numbers in {self.group} that are not finite: {name}. "
-                                  "Training cannot go on from them: resume from an earlier checkpoint.")
+                                  "Resume from an earlier checkpoint.")
         return array

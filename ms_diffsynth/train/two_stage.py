@@ -41,12 +41,12 @@ def fingerprint(module: DiffusionTrainingModule, cut: Cut, pictures: Mapping[str
     """Everything that shapes what `prepare` writes, as a JSON value. Two equal ones give equal caches.
 
     Args:
-        pictures: data set name -> what is done to its pictures; left out where it is not known.
+        pictures: data set name -> what is done to its images; left out where it is not known.
     Models without files here (in stage two) are left out. Nothing of the optimizer or of memory saving is in it.
     """
     pipe = module.pipe
     models = {name: pipe.weights_digest(name) for name in cut.models("prepare")}
-    libraries = {package for name in models for package in pipe._component(name).libraries}
+    libraries = {package for name in models for package in pipe.store.component(name).libraries}
     found = {
         "pipeline": type(pipe).__name__,
         "slots": list(cut.cache),
@@ -73,7 +73,7 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
     In a job of several ranks each prepares its share of the rows, and all return when the cache is complete.
 
     Returns: the complete cache. Raises: DataError for a row that cannot be prepared, OutputError; running it again
-        goes on where it stopped.
+        continues where it stopped.
     """
     folder = cache_dir or flat(args).get("cache_dir") or model_logger.output_path
     cut, pipe = model.training_cut(), model.pipe
@@ -84,7 +84,7 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
     stamp = digest_of(shaped_by)
     rows = {name: [_plan(stamp, data, index, model.row_fields) for index in range(_rows_of(data))]
             for name, data in sets.items()}
-    configs = {name: pipe.config(name) for name in cut.models("prepare") if pipe._component(name).class_name}
+    configs = {name: pipe.config(name) for name in cut.models("prepare") if pipe.store.component(name).class_name}
     progress = Progress(accelerator.is_main_process)
     cache, changed = _begin(accelerator, folder, shaped_by, configs, rows)
     if changed:
@@ -103,7 +103,7 @@ def _begin(accelerator: Accelerator, folder: str | Path, *content: Any) -> tuple
     rows = {name: [row.key for row in planned] for name, planned in content[2].items()}
     if len(set(accelerator.gather_text(digest_of([content[0], rows])))) > 1:
         raise CacheError(f"the ranks would not write the same cache into {folder}. Expected the same code, settings, "
-                         "pictures and weights on every machine: copy them, or use storage that all see.")
+                         "images and weights on every machine: copy them, or use storage that all see.")
     return (cache if accelerator.is_main_process else Cache(folder)), changed
 
 
@@ -120,8 +120,8 @@ def _fill(accelerator: Accelerator, cache: Cache, rows: dict[str, list[PlannedRo
     for key, (name, index) in own:
         still()
         if not cache.holds(key):
-            slots, picture = prepare_row(sets[name], index, model, cut)
-            cache.write(key, slots, picture)
+            slots, size_of_image = prepare_row(sets[name], index, model, cut)
+            cache.write(key, slots, size_of_image)
             written += 1
             size += sum(array.nbytes for array in slots.values())
         progress.advance()
@@ -156,7 +156,7 @@ def open_cache(folder: str | Path, module: DiffusionTrainingModule, cut: Cut,
 
 
 def images_of(dataset: Any) -> Any:
-    """What a data set does to its pictures, as a JSON value."""
+    """What a data set does to its images, as a JSON value."""
     return dataset.operators() if hasattr(dataset, "operators") else type(dataset).__qualname__
 
 
@@ -229,7 +229,7 @@ def _code_digest(cls: type) -> str:
             is_folder = base.__module__.startswith(("ms_diffsynth.pipelines.", "ms_diffsynth.template."))
             files |= set(file.parent.glob("*.py")) if is_folder else {file}
             if is_folder and file.parent.parent.name == "pipelines":  # what several families share
-                files |= set(file.parent.parent.glob("*.py"))
+                files |= set((file.parent.parent / "shared").glob("*.py"))
     digest = hashlib.sha256(cls.__qualname__.encode())
     for file in sorted(files):
         digest.update(f"{file.name} {sha256_of(file)}\n".encode())

@@ -159,7 +159,7 @@ def test_two_runs_in_one_folder(run, config):
 def test_a_new_run_in_the_folder_of_an_old_one_is_refused_before_any_model_is_loaded(run, config):
     assert run("train", config, *FLAGS, "--max_train_steps", "2")[0] == 0
     before = {p: p.read_bytes() for p in Path("out").rglob("*") if p.is_file()}
-    for flags, expected in ((), "Go on with it by --resume auto"), (("--resume", "nowhere"), "there is no such folder"):
+    for flags, expected in ((), "Resume it by --resume auto"), (("--resume", "nowhere"), "there is no such folder"):
         code, _, err = run("train", config, *FLAGS, *flags, "--model_paths", "absent")
         assert code == 78 and expected in err
     flags = ("--resume", "auto", "--learning_rate", "2e-2")

@@ -91,4 +91,4 @@ def test_a_family_without_prompts(run, tmp_path):
 
 def test_a_family_with_prompts_wants_one(run, toy_model):
     code, _, err = run("sample", "toy", toy_model)
-    assert code == 64 and "no prompt: pictures of the family toy follow one. Give --prompt." in err
+    assert code == 64 and "no prompt: images of the family toy follow one. Give --prompt." in err

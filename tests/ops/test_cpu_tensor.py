@@ -33,7 +33,24 @@ def select_columns(x, index):
     return mint.index_select(x, 1, index)
 
 
+def einsum_of(equation):
+    """A function of its operands, in a file of its own: compiled code has no variable from outside."""
+    def function(*operands):
+        return mint.einsum(equation, *operands)
+    return function
+
+
 CASES = [
+    *(Case(name=f"einsum {equation}", function=einsum_of(equation), inputs=shapes,
+           reference=lambda *operands, equation=equation: np.einsum(equation, *operands))
+      for equation, shapes in [
+          ("nhwpqc->nchpwq", [(2, 3, 2, 2, 2, 4)]),  # patches of a transformer become an image
+          ("ij,jk->ik", [(2, 3), (3, 4)]), ("bhqd,bhkd->bhqk", [(2, 2, 3, 4), (2, 2, 5, 4)]),
+          ("...n,d->...nd", [(2, 3), (4,)]), ("...ij,...jk->...ik", [(2, 1, 2, 3), (4, 3, 2)]), ("i,j", [(2,), (3,)]),
+          ("ij->j", [(2, 3)]), ("ij->", [(2, 3)]), ("ij,ij->", [(2, 3), (2, 3)]),
+          ("ab,bc,cd->ad", [(2, 3), (3, 4), (4, 2)]),
+          ("cb,cbijk->bijk", [(3, 2), (3, 2, 2, 1, 2)]),
+          ("bij, bj", [(2, 3, 4), (2, 4)])]),
     Case(name="outer", function=mint.outer, reference=np.outer, inputs=[(3,), (2,)]),
     Case(name="mm", function=mint.mm, reference=np.matmul, inputs=[(2, 3), (3, 4)]),
     Case(name="addmm", function=mint.addmm, reference=lambda c, a, b: 0.5 * c + 2 * (a @ b),
@@ -166,7 +183,16 @@ def test_two_kinds_of_draws_differ():
 
 
 @pytest.mark.parametrize("call", [lambda: mint.norm(mint.ones((2, 2)), 3), lambda: mint.diag(mint.ones((2, 2)), 1),
-                                  lambda: mint.randn(2, generator=ms.Generator())])
+                                  lambda: mint.randn(2, generator=ms.Generator()),
+                                  lambda: mint.einsum("ii->i", mint.ones((2, 2)))])
 def test_what_is_not_there_is_refused(call):
     with pytest.raises(DeviceError, match="on the CPU"):
         call()
+
+
+@pytest.mark.parametrize("equation, shapes, says", [
+    ("ij,jk->ik", [(2, 3)], "with 1 operands: expected 2"), ("ij->i", [(2, 3, 4)], "operand 0 has the shape"),
+    ("ij,jk->ik", [(2, 3), (4, 2)], "axis 'j' has 3 and 4 elements"), ("ij->k", [(2, 3)], "no operand has it")])
+def test_an_equation_that_does_not_fit_is_refused(equation, shapes, says):
+    with pytest.raises(ValueError, match=says):
+        mint.einsum(equation, [mint.ones(shape) for shape in shapes])

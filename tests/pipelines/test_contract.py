@@ -294,7 +294,7 @@ def test_the_documents_forward_gives_the_loss_of_the_compiled_step(pipe, posteri
 
 def test_every_component_survives_saving_and_loading(folders, name, pipe, tmp_path):
     sources = []
-    for component in pipe.components:
+    for component in pipe.store.components:
         if not component.class_name:
             continue
         weights = state_dict(getattr(pipe, component.name))
@@ -307,7 +307,7 @@ def test_every_component_survives_saving_and_loading(folders, name, pipe, tmp_pa
         save_sharded(tmp_path / component.name, weights, max_shard_bytes=100_000, config=config)
         sources.append(ModelConfig(str(tmp_path / component.name)))
     again = family(name).pipeline.from_pretrained(sources)
-    for component in pipe.components:
+    for component in pipe.store.components:
         if component.class_name:
             wanted = state_dict(getattr(pipe, component.name))
             for key, value in state_dict(getattr(again, component.name)).items():

@@ -18,10 +18,10 @@ from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.formats.weights import load_state_dict, save_sharded
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.pipelines.flux2.pipeline import DEV_COMPONENTS
+from ms_diffsynth.pipelines.flux2.pipeline import COMPONENTS, DEV_COMPONENTS
 from ms_diffsynth.pipelines.flux2.prompt import SYSTEM_MESSAGE
 from ms_diffsynth.pipelines.flux2.tiny import CONFIGS
-from ms_diffsynth.pipelines.tiny import write_model
+from ms_diffsynth.pipelines.shared.tiny import write_model
 from ms_diffsynth.train.optim import AdamW
 from ms_diffsynth.train.prepared import in_bucket
 from ms_diffsynth.train.program_step import ProgramTrainStep
@@ -130,7 +130,8 @@ def test_a_long_prompt_loses_its_end_and_it_is_said(pipe, caplog):
 
 def pipeline_with(pipe, **settings):
     other = Flux2ImagePipeline(models=pipe.models, dtype=ms.float32)
-    other.sources = pipe.sources
+    other.sources.update(pipe.sources)
+    other.store.components = pipe.store.components
     for name, value in settings.items():
         setattr(other, name, value)
     return other
@@ -292,9 +293,19 @@ def test_another_models_tokenizer_is_refused(folder, tmp_path):
         pipeline(parts, tokenizer_config=ModelConfig(str(copy))).encode_prompt("a cat")
 
 
+def test_files_that_do_not_fit_change_nothing(tiny_flux2, tmp_path):
+    pipe = Flux2ImagePipeline.from_pretrained(str(tiny_flux2))
+    before = pipe.store.components
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(WeightError, match="Mistral3ForConditionalGeneration"):  # dev's is named as well
+        pipe.store.add(ModelConfig(str(tmp_path / "odd")), pipe.network)
+    assert pipe.store.components is before and Flux2ImagePipeline.components is COMPONENTS
+
+
 def test_klein_keeps_its_own_components(tiny_flux2):
     klein = Flux2ImagePipeline.from_pretrained(str(tiny_flux2))
-    assert [c.class_name for c in klein.components][:2] == ["", "Qwen3ForCausalLM"]
+    assert [c.class_name for c in klein.store.components][:2] == ["", "Qwen3ForCausalLM"]
     assert len(klein.model_names) == len(set(klein.model_names)) == 4
 
 

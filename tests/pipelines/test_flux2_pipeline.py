@@ -16,7 +16,7 @@ from ms_diffsynth.errors import WeightError
 from ms_diffsynth.formats.weights import load_state_dict, save_sharded
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipelines.flux2.prompt import BEFORE, BEHIND, TEMPLATE
-from ms_diffsynth.pipelines.flux2.rotary import edit_places, edit_table, image_places, picture_table, table, text_places
+from ms_diffsynth.pipelines.flux2.rotary import edit_places, edit_table, image_places, image_table, table, text_places
 from ms_diffsynth.units import run_unit
 
 PROMPT = "a red cat by the sea"
@@ -128,7 +128,7 @@ def test_positions_are_rounded_once_from_float64():
         np.testing.assert_array_equal(found[0, 0, 16 * axis:16 * axis + 16], np.cos(angles).astype(np.float32))
         np.testing.assert_array_equal(found[1, 0, 16 * axis:16 * axis + 16], np.sin(angles).astype(np.float32))
     np.testing.assert_allclose(found[:, 1, 48], [np.cos(511), np.sin(511)], rtol=1e-7)
-    whole = np.stack([x.asnumpy() for x in picture_table(3, 2, 4, (4, 4, 4, 4), 2000.0)])
+    whole = np.stack([x.asnumpy() for x in image_table(3, 2, 4, (4, 4, 4, 4), 2000.0)])
     assert whole.shape == (2, 1, 3 + 8, 16)
     whole = whole[..., ::2]
     np.testing.assert_allclose(whole[1, 0, :, 6], np.sin([0, 1, 2] + 8 * [0]), rtol=1e-7)  # text: axis l
@@ -306,7 +306,7 @@ def test_two_rows_with_edit_pictures_of_two_shapes_share_a_batch(editing):
 
 @pytest.mark.parametrize("wrong", ["cat.png", [], ["cat.png"]])
 def test_what_is_no_picture_is_refused(editing, wrong):
-    with pytest.raises(DataError, match="expected a picture or a list of pictures"):
+    with pytest.raises(DataError, match="expected an image or a list of images"):
         editing.run(editing.units, {"prompt": "a", "input_image": picture(32, 32), "edit_image": wrong})
 
 

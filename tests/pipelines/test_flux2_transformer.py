@@ -18,7 +18,7 @@ from own_blocks import (
 
 from ms_diffsynth.nn.quant import store_8bit
 from ms_diffsynth.nn.recompute import use_recompute
-from ms_diffsynth.pipelines.flux2.rotary import picture_table
+from ms_diffsynth.pipelines.flux2.rotary import image_table
 from ms_diffsynth.pipelines.flux2.template import by_block
 
 TARGETS = ("attn.to_q", "attn.to_out.0", "attn.add_k_proj", "ff.linear_in", "to_qkv_mlp_proj", "attn.to_out")
@@ -54,7 +54,7 @@ def inputs(with_template):
 
 
 def own(dit, guided=True):
-    (cos, sin), sigma = picture_table(5, 2, 3, *TABLE), Tensor([0.5, 0.3], ms.float32)
+    (cos, sin), sigma = image_table(5, 2, 3, *TABLE), Tensor([0.5, 0.3], ms.float32)
     guidance = Tensor([1.0, 3.5], ms.float32) if guided else None
 
     def forward(tokens, text, *values):
@@ -73,7 +73,7 @@ def own(dit, guided=True):
 
 def composed(dit, guided=True):
     """mindone's layers one after the other, as diffusers 0.36 does it, and a template's as DiffSynth-Studio does."""
-    cos, sin = (x.expand_dims(2) for x in picture_table(5, 2, 3, *TABLE))
+    cos, sin = (x.expand_dims(2) for x in image_table(5, 2, 3, *TABLE))
 
     def turned(x):
         return x * cos + ops.stack((-x[..., 1::2], x[..., ::2]), -1).reshape(x.shape) * sin

@@ -119,4 +119,4 @@ def test_a_model_may_be_named_by_its_files(tiny_flux):
     made.pipe.given_as["black-forest-labs/FLUX.1-dev:text_encoder_2/*.safetensors"] = "text_encoder_2"
     made.switch_pipe_to_training_mode(made.pipe, lora_base_model="dit", task="sft:data_process",
                                       fp8_models="black-forest-labs/FLUX.1-dev:text_encoder_2/*.safetensors")
-    assert made.pipe.weight_changes == {"text_encoder_2": ["8 bits"]}
+    assert made.pipe.store.weight_changes == {"text_encoder_2": ["8 bits"]}

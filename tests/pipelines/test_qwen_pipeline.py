@@ -50,7 +50,7 @@ def test_text_to_image_is_that_of_diffusers(pipe, golden):
         assert relative(slots["prompt_embeds"][:, :tokens], wanted[name]) < 1e-5
     sigmas = pipe.sampling_sigmas(4, (16, 8, 6))
     assert relative(sigmas, wanted["sigmas"]) < 2e-7
-    denoise = pipe.guidance_rule(pipe.denoiser(positive), pipe.denoiser(negative), pipe.default_cfg_scale)
+    denoise = pipe.guidance_rule(pipe.denoiser(positive), pipe.denoiser(negative), pipe.sampling.cfg_scale)
     latents = euler(denoise, Tensor(wanted["noise"]), sigmas)
     assert relative(latents, wanted["latents"]) < 1e-5
     pixels = run_unit(pipe.build_decode(), pipe, {"latents": latents})["pixels"].asnumpy() / 2 + 0.5

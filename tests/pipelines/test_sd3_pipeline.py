@@ -9,14 +9,21 @@ import numpy as np
 import pytest
 from device import DEVICE
 from mindspore import Tensor, nn
+from mindspore.nn.utils import no_init_parameters
 
 from ms_diffsynth import runtime
+from ms_diffsynth.compile import CompiledStep
+from ms_diffsynth.debug.skeleton import build
 from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.nn.names import state_dict
+from ms_diffsynth.models import arguments
+from ms_diffsynth.nn.names import state_dict, torch_shapes
 from ms_diffsynth.pipelines.sd3.denoise import Denoise
 from ms_diffsynth.pipelines.sd3.pipeline import SD3ImagePipeline
+from ms_diffsynth.pipelines.sd3.published import PUBLISHED, prepared_shapes
+from ms_diffsynth.pipelines.sd3.transformer import PatchEmbed
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.train.module import DiffusionTrainingModule
 
 
@@ -144,3 +151,37 @@ def test_a_lora_is_on_the_layers_of_diffusers_script_and_named_as_there(tiny_sd3
     layers = [(k, name) for k in (0, 1) for name in attention if (k, name) != (1, "to_add_out")]  # the last has none
     assert set(load_state_dict(tmp_path / "lora.safetensors")) == {
         f"transformer.transformer_blocks.{k}.attn.{name}.lora_{x}.weight" for k, name in layers for x in "AB"}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_published_network_has_the_names_and_shapes_of_mindones(model):
+    config = PUBLISHED[model]["dit"] | {"pos_embed_max_size": 4}  # mindone computes the table when it is built
+    with quiet_imports():
+        from mindone.diffusers import SD3Transformer2DModel
+    component = next(c for c in SD3ImagePipeline.components if c.name == "dit")
+    with no_init_parameters():
+        wanted = torch_shapes(SD3Transformer2DModel(**arguments(config)))
+    assert torch_shapes(build(component, config, ms.bfloat16, is_allocated=False)) == wanted
+
+
+def test_shapes_of_prepared_rows_are_those_that_are_prepared(pipe):
+    configs = {name: pipe.config(name) for name in ("dit", "vae")}
+    slots = {name: array.shape[1:] for name, array in pipe.condition("a red cat").items()}
+    wanted = prepared_shapes(configs, pipe.latent_shape(64, 32), pipe.max_sequence_length)
+    assert wanted == slots | {"moments": (32, 8, 4)}
+
+
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+@pytest.mark.parametrize("size", [(8, 8), (4, 10), (24, 2)])
+def test_the_middle_of_the_table_of_positions_is_added(mode, size):
+    cell = PatchEmbed(patch_size=2, in_channels=3, width=5, side=12)
+    rng = np.random.default_rng(0)
+    for parameter in cell.get_parameters():
+        parameter.set_data(Tensor(rng.standard_normal(parameter.shape).astype(np.float32)))
+    latents = Tensor(rng.standard_normal((2, 3, *size)).astype(np.float32))
+    rows, columns = (side // 2 for side in size)
+    top, left = (12 - rows) // 2, (12 - columns) // 2
+    table = cell.pos_embed.asnumpy().reshape(12, 12, 5)[top:top + rows, left:left + columns].reshape(1, -1, 5)
+    wanted = cell.proj(latents).asnumpy().reshape(2, 5, -1).swapaxes(1, 2) + table
+    found = CompiledStep(cell.construct, "the patches", mode)(latents)
+    np.testing.assert_allclose(found.asnumpy(), wanted, rtol=1e-6, atol=1e-6)

@@ -8,10 +8,10 @@ from device import DEVICE
 from mindspore import Tensor
 
 from ms_diffsynth import runtime
-from ms_diffsynth.components import Source, load_component
+from ms_diffsynth.models import Source, load_component
 from ms_diffsynth.pipelines.flux.pipeline import COMPONENTS
-from ms_diffsynth.pipelines.quiet import quiet_imports
-from ms_diffsynth.pipelines.t5 import bucket, bucket_table, with_exact_buckets
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.t5 import bucket, bucket_table, with_exact_buckets
 
 # (buckets, max_distance) -> the first distance of each bucket of one half: transformers 5.24 on torch 2.13, for
 # distances up to 700 (T5Attention._relative_position_bucket)

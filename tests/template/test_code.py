@@ -139,8 +139,8 @@ def test_code_in_another_encoding(template, plain_source, tmp_path):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda p: (p / "t").mkdir(), "is no template: expected a folder with a model.py"),
-    (lambda p: (p / "t").write_text("x"), "is no template"),
+    (lambda p: (p / "t").mkdir(), "is not a template: expected a folder with a model.py"),
+    (lambda p: (p / "t").write_text("x"), "is not a template"),
     (lambda p: ((p / "t").mkdir(), (p / "t/model.py").touch()), "zero bytes"),
     (lambda p: None, "neither a path that exists nor a model"),
 ])

@@ -40,13 +40,13 @@ def folders(template, plain_source):
 @pytest.fixture
 def seen(monkeypatch):
     """(prompt, template cache or None) of every condition, in order."""
-    found, condition = [], ToyImagePipeline.condition
+    found, conditions = [], ToyImagePipeline.conditions
 
-    def noting(self, prompt, template_cache=None, **extra):
-        found.append((prompt, template_cache))
-        return condition(self, prompt, template_cache=template_cache, **extra)
+    def noting(self, *branches):
+        found.extend((branch["prompt"], branch.get("template_cache")) for branch in branches if branch is not None)
+        return conditions(self, *branches)
 
-    monkeypatch.setattr(ToyImagePipeline, "condition", noting)
+    monkeypatch.setattr(ToyImagePipeline, "conditions", noting)
     return found
 
 

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 from device import DEVICE
@@ -63,8 +65,6 @@ def test_an_error_in_a_hook_ends_the_run_and_what_was_saved_stays(folder, tmp_pa
 
 @pytest.mark.fault
 def test_a_signal_ends_what_looks_at_the_weights(folder, tmp_path):
-    import signal
-
     class Slow(Hook):
         finished = False
 
@@ -110,6 +110,31 @@ def _noting(order, word):
         return numbers_of(*given)
 
     return noted
+
+
+def test_a_step_reads_no_environment(folder, tmp_path, monkeypatch):
+    """It is read when the run begins."""
+    class Counted(dict):
+        reads = 0
+
+        def get(self, *given):
+            Counted.reads += 1
+            return super().get(*given)
+
+        def __getitem__(self, name):
+            Counted.reads += 1
+            return super().__getitem__(name)
+
+    class Count(Hook):
+        seen = ()
+
+        def after_step(self, trainer):
+            self.seen += (Counted.reads,)
+
+    monkeypatch.setattr(os, "environ", Counted(os.environ))
+    hook = Count()
+    train(tmp_path / "run", Module(folder), rows(6), num_epochs=1, hooks=[hook])
+    assert Counted.reads and hook.seen[1] == hook.seen[4]
 
 
 def test_what_goes_wrong_ahead_of_time_is_told_when_it_is_due(folder, tmp_path, monkeypatch):

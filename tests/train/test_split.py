@@ -9,7 +9,7 @@ import pytest
 from device import DEVICE
 from PIL import Image
 
-from ms_diffsynth import runtime
+from ms_diffsynth import models, runtime
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import CacheError, ConfigError
@@ -110,6 +110,26 @@ def test_the_cut_decides_what_is_loaded_and_cached(folder, tmp_path, how, prepar
     assert set(cache.read(cache.keys()[0])[0]) == slots
 
 
+def test_the_second_stage_reads_each_config_once_however_many_steps_it_takes(folder, tmp_path, monkeypatch):
+    cache = process(tmp_path / "cache", Module(folder, "sft:data_process"), pictures(tmp_path / "data"))
+    read, read_config = [], models.read_config
+
+    def noting(folder, name="config.json"):
+        read.append((folder, name))
+        return read_config(folder, name)
+
+    monkeypatch.setattr(models, "read_config", noting)
+    counts = []
+    for steps in (1, 9):
+        read.clear()
+        train(tmp_path / str(steps), Module(folder, "sft:train"), UnifiedDataset(str(cache.folder), repeat=9),
+              max_train_steps=steps)
+        counts.append(sorted(read))
+    assert counts[0] == counts[1] and (folder / "vae", "config.json") in counts[0]
+    built = [(folder / "transformer", "config.json")]  # once more, to build the network
+    assert max(counts[0].count(file) for file in counts[0] if file not in built) == 1
+
+
 def test_class_images_are_cached_beside_the_pictures(folder, tmp_path):
     objective = Objective(weighting_scheme="none", posterior="sample", prior_loss_weight=0.5)
     how = {"lora_base_model": "dit", "objective": objective}
@@ -197,7 +217,7 @@ def test_a_cache_of_other_weights_or_another_job_is_refused(folder, tmp_path):
 def test_a_lora_fused_into_an_encoder_shapes_the_cache(folder, tmp_path, monkeypatch):
     module = Module(folder, "sft:data_process")
     before = module.pipe.weights_digest("text_encoder")
-    module.pipe.weight_changes["text_encoder"] = ["LoRA abc x 1.0"]
+    module.pipe.store.weight_changes["text_encoder"] = ["LoRA abc x 1.0"]
     assert module.pipe.weights_digest("text_encoder") != before
     assert module.pipe.weights_digest("vae") == Module(folder).pipe.weights_digest("vae")
 
@@ -207,7 +227,7 @@ def test_tokenizer_files_shape_the_cache(tmp_path, monkeypatch):
     pipe = family("flux").pipeline()
     shipped = pipe.weights_digest("tokenizer_1")
     (tmp_path / "vocab.json").write_text("{}")
-    pipe.sources["tokenizer_1"] = type(pipe._source("tokenizer_1"))(tmp_path)
+    pipe.sources["tokenizer_1"] = type(pipe.store.source("tokenizer_1"))(tmp_path)
     assert pipe.weights_digest("tokenizer_1") != shipped and pipe.weights_digest("vae") is None
 
 

@@ -14,7 +14,7 @@ from mindspore.ops.primitive import _primexpr, constexpr
 from ms_diffsynth.errors import DeviceError
 
 __all__ = [
-    "addmm", "arange", "argmax", "argmin", "argsort", "baddbmm", "chunk", "cumsum", "diag", "diff", "full",
+    "addmm", "arange", "argmax", "argmin", "argsort", "baddbmm", "chunk", "cumsum", "diag", "diff", "einsum", "full",
     "full_like", "index_select", "linspace", "logsumexp", "mm", "norm", "ones_like", "outer", "repeat_interleave",
     "roll", "sort", "split", "stack", "std", "topk", "tril", "unbind", "var", "zeros_like",
 ]
@@ -85,6 +85,89 @@ def baddbmm(input, batch1, batch2, *, beta=1, alpha=1):
     out = ops.bmm(batch1, batch2) * alpha
     # with beta 0 `input` is often uninitialised memory, and 0 * nan is nan
     return out if beta == 0 else out + input * beta
+
+
+@constexpr
+def _einsum_plan(equation, shapes):
+    """How to compute an equation, the operands one after the other.
+
+    Returns: (axes to sum over, shape to broadcast to) of every operand; for every operand but the first (order of the
+    axes so far, their shape [B, M, K], order of its own axes, their shape [B, K, N], shape of the product); and the
+    order of the last product's axes in the result.
+    """
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if len(terms) != len(shapes):
+        raise ValueError(f"einsum equation='{equation}' with {len(shapes)} operands: expected {len(terms)}.")
+    letters = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]  # for the axes of an ellipsis
+    widest = max(len(shape) - len(term.replace("...", "")) for term, shape in zip(terms, shapes))
+    for k, (term, shape) in enumerate(zip(terms, shapes)):
+        count = len(shape) - len(term.replace("...", ""))
+        terms[k] = term.replace("...", "".join(letters[widest - count:widest]))
+        if len(terms[k]) != len(shape):
+            raise ValueError(f"einsum equation='{equation}': operand {k} has the shape {list(shape)}, which does not "
+                             f"fit '{term}'.")
+        if len(set(terms[k])) != len(terms[k]):
+            raise DeviceError(f"einsum equation='{equation}' on the CPU: '{term}' names an axis twice. Take the "
+                              "diagonal first, with mint.diag.")
+    given = "".join(terms)
+    dots = "".join(letters[:widest])
+    result = right.replace("...", dots) if arrow else dots + "".join(
+        sorted(c for c in set(given) if given.count(c) == 1 and c not in dots))
+    sizes = {}
+    for term, shape in zip(terms, shapes):
+        for c, n in zip(term, shape):
+            if sizes.get(c, 1) not in (1, n) and n != 1:
+                raise ValueError(f"einsum equation='{equation}' of shapes {[list(s) for s in shapes]}: axis '{c}' has "
+                                 f"{sizes[c]} and {n} elements.")
+            sizes[c] = max(n, sizes.get(c, 1))
+    odd = [c for c in result if c not in sizes or result.count(c) > 1]
+    if odd:
+        raise ValueError(f"einsum equation='{equation}': the result names '{odd[0]}' twice, or no operand has it.")
+    firsts, reduced = [], []
+    for k, term in enumerate(terms):
+        elsewhere = result + "".join(terms[:k] + terms[k + 1:])
+        summed = tuple(i for i, c in enumerate(term) if c not in elsewhere)
+        firsts.append((summed, tuple(sizes[c] for c in term)))
+        reduced.append("".join(c for c in term if c in elsewhere))
+    pairs, now = [], reduced[0]
+    for k in range(1, len(terms)):
+        other, later = reduced[k], result + "".join(reduced[k + 1:])
+        both = [c for c in now if c in other]
+        batch, summed = [c for c in both if c in later], [c for c in both if c not in later]
+        rows, columns = [c for c in now if c not in both], [c for c in other if c not in both]
+
+        def count(names):
+            return int(np.prod([sizes[c] for c in names], dtype=np.int64))
+
+        pairs.append((tuple(now.index(c) for c in batch + rows + summed), (count(batch), count(rows), count(summed)),
+                      tuple(other.index(c) for c in batch + summed + columns),
+                      (count(batch), count(summed), count(columns)),
+                      tuple(sizes[c] for c in batch + rows + columns)))
+        now = "".join(batch + rows + columns)
+    return tuple(firsts), tuple(pairs), tuple(now.index(c) for c in result)
+
+
+def einsum(equation, *operands):
+    """Every pair of operands as one product of matrices."""
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = tuple(operands[0])
+    firsts, pairs, order = _einsum_plan(equation, tuple([x.shape for x in operands]))
+    parts = ()
+    for k in range(len(operands)):
+        x = operands[k]
+        if x.shape != firsts[k][1]:
+            x = x.broadcast_to(firsts[k][1])
+        if len(firsts[k][0]) > 0:
+            x = x.sum(firsts[k][0])
+        parts = parts + (x,)
+    out = parts[0]
+    for k in range(len(pairs)):
+        left, left_shape, right, right_shape, shape = pairs[k]
+        a = ops.transpose(out, left).reshape(left_shape)
+        b = ops.transpose(parts[k + 1], right).reshape(right_shape)
+        out = ops.bmm(a, b).reshape(shape)
+    return ops.transpose(out, order)
 
 
 # ---- reductions ----

@@ -1,4 +1,4 @@
-"""Pictures without a prompt: mindone's UNet2DModel on pixels, with DDPM's noise schedule."""
+"""Images without a prompt: mindone's UNet2DModel on pixels, with DDPM's noise schedule."""
 from __future__ import annotations
 
 import json
@@ -21,11 +21,12 @@ from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.formats.weights import load_state_dict, match, save_sharded
 from ms_diffsynth.hub.download import ModelConfig
+from ms_diffsynth.models import SCHEDULER_FILE, Component
 from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import assign, state_dict, torch_shapes
-from ms_diffsynth.pipeline import SCHEDULER_FILE, Component, Pipeline, UnitSequence
+from ms_diffsynth.pipeline import Pipeline, SamplingDefaults, UnitSequence
 from ms_diffsynth.pipelines.ddpm_unet.units import Denoise, LoadPixels
-from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.program import Program
 from ms_diffsynth.storage.files import sha256_of, stage_folder, write_file
 
@@ -54,7 +55,7 @@ COMPONENTS = (Component(name="unet", folder="unet", class_name="UNet2DModel", bu
 
 
 class UnconditionalImagePipeline(Pipeline):
-    """Random pictures of the kind the network was trained on, and the units its training reuses.
+    """Random images of the kind the network was trained on, and the units its training reuses.
 
     Args:
         models: ``{"unet": ...}`` for a network that comes from no folder.
@@ -68,6 +69,7 @@ class UnconditionalImagePipeline(Pipeline):
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
     lora_prefixes = {"unet": "unet"}
     samplers = tuple(STEPS)
+    sampling = SamplingDefaults(height=None, width=None, num_inference_steps=None)
 
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None,
                  noise_schedule: NoiseSchedule | None = None):
@@ -147,7 +149,7 @@ class UnconditionalImagePipeline(Pipeline):
     def __call__(self, batch_size: int = 1, seed: int | None = None, num_inference_steps: int | None = None,
                  sampler: str | None = None, eta: float = 0.0, height: int | None = None, width: int | None = None,
                  on_step: Callable[[int, int], None] | None = None) -> list[Image.Image]:
-        """Generate pictures. The noise of picture k does not depend on the batch size.
+        """Generate images. The noise of image k does not depend on the batch size.
 
         Args:
             seed: of all noise; None is fresh.
@@ -169,7 +171,7 @@ class UnconditionalImagePipeline(Pipeline):
     def generate(self, latents: np.ndarray, num_inference_steps: int | None = None, sampler: str | None = None,
                  eta: float = 0.0, noise: Callable[[int], np.ndarray] | None = None,
                  on_step: Callable[[int, int], None] | None = None) -> list[Image.Image]:
-        """Go from noise to pictures.
+        """Go from noise to images.
 
         Args:
             latents: float32 [B, 3, H, W], standard normal.
@@ -205,7 +207,7 @@ class UnconditionalImagePipeline(Pipeline):
         weights = {name.removeprefix("pipe.unet."): array for name, array in load_state_dict(path).items()}
         match(torch_shapes(self.unet), {name: array.shape for name, array in weights.items()}, where=str(path))
         assign(self.unet, weights.items(), self.dtype)
-        self.weight_changes.setdefault("unet", []).append(f"weights {sha256_of(path)}")
+        self.store.note_change("unet", f"weights {sha256_of(path)}")
         self.forget_compiled()
 
     def save_pretrained(self, folder: str | Path, replace: bool = False) -> None:

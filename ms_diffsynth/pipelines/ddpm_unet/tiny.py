@@ -1,4 +1,4 @@
-"""A UNet of the real architecture for pictures of 32 pixels, with random weights: for tests and first runs."""
+"""A UNet of the real architecture for images of 32 pixels, with random weights: for tests and first runs."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.nn.names import assign
 from ms_diffsynth.pipelines.ddpm_unet.pipeline import UnconditionalImagePipeline, build_unet
-from ms_diffsynth.pipelines.tiny import random_weights
+from ms_diffsynth.pipelines.shared.tiny import random_weights
 
 CONFIG: dict[str, Any] = {
     "sample_size": 32, "layers_per_block": 1, "block_out_channels": [16, 32], "norm_num_groups": 8,

@@ -1,4 +1,4 @@
-"""From a picture to pixels, and from noisy pixels to what the network predicts of them."""
+"""From an image to pixels, and from noisy pixels to what the network predicts of them."""
 from __future__ import annotations
 
 import mindspore as ms
@@ -7,7 +7,7 @@ from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 
 class LoadPixels(PipelineUnit):
-    """A picture as pixels; there is no VAE, so they are the latents.
+    """An image as pixels; there is no VAE, so they are the latents.
 
     Shapes: input_image PIL -> input_latents float32 [1, 3, H, W] in [-1, 1].
     """

@@ -8,21 +8,22 @@ import mindspore as ms
 
 from ms_diffsynth.diffusion.schedule import FLUX_DEV, FLUX_SCHNELL, FlowMatchSettings, diffsynth_flux
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.pipeline import Component
+from ms_diffsynth.models import Component, arguments
 from ms_diffsynth.pipelines.flux import units
 from ms_diffsynth.pipelines.flux.denoise import Denoise
-from ms_diffsynth.pipelines.image import ImagePipeline
-from ms_diffsynth.pipelines.parts import (
+from ms_diffsynth.pipelines.shared import autoencoder_kl
+from ms_diffsynth.pipelines.shared.autoencoder_kl import Decode, EncodeImage, build_autoencoder_kl
+from ms_diffsynth.pipelines.shared.image import ImagePipeline
+from ms_diffsynth.pipelines.shared.t5 import weight_dtype
+from ms_diffsynth.pipelines.shared.text import (
     CLIP_TOKENIZER,
     T5_TOKENIZER,
-    arguments,
-    build_autoencoder_kl,
     build_clip,
     build_clip_tokenizer,
     build_t5,
     build_t5_tokenizer,
 )
-from ms_diffsynth.pipelines.t5 import weight_dtype
+from ms_diffsynth.pipelines.shared.vae_units import LoadPixels
 
 
 def _build_dit(config: dict[str, Any]):
@@ -83,23 +84,21 @@ class FluxImagePipeline(ImagePipeline):
                                  mindspore_dtype, device)
 
     def build_units(self) -> list:
-        return [units.TokenizePrompt(), units.EncodePrompt(), units.LoadPixels(), units.EncodeImage(self.dtype)]
+        return [units.TokenizePrompt(), units.EncodePrompt(), LoadPixels(), EncodeImage(self.dtype)]
 
     def build_denoise(self) -> Denoise:
         return Denoise(self.dtype)
 
-    def build_decode(self) -> units.Decode:
-        return units.Decode(self.dtype)
-
-    @property
-    def vae_scale_factor(self) -> int:
-        """Pixels per latent pixel: each VAE level but the last halves the sides."""
-        return 2 ** (len(self.config("vae")["block_out_channels"]) - 1)
+    def build_decode(self) -> Decode:
+        return Decode(self.dtype)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        factor = self.vae_scale_factor
-        return (self.config("vae")["latent_channels"], height // factor, width // factor)
+        return autoencoder_kl.latent_shape(self.config("vae"), (height, width))
 
     def published_scheduler(self) -> FlowMatchSettings:
-        is_here = "dit" in self.models or "dit" in self.sources  # it need not be where only prompts are encoded
-        return FLUX_SCHNELL if is_here and not self.config("dit")["guidance_embeds"] else FLUX_DEV
+        return FLUX_DEV if self.takes_guidance else FLUX_SCHNELL
+
+    @property
+    def takes_guidance(self) -> bool:
+        """True for dev, False for schnell; True where only prompts are encoded and the transformer is not given."""
+        return not self.store.has_config("dit") or bool(self.config("dit")["guidance_embeds"])

@@ -6,7 +6,7 @@ from typing import Any
 
 from ms_diffsynth.diffusion.schedule import FLUX_DEV
 from ms_diffsynth.pipelines.flux.pipeline import COMPONENTS
-from ms_diffsynth.pipelines.tiny import write_model
+from ms_diffsynth.pipelines.shared.tiny import write_model
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "text_encoder_1": {

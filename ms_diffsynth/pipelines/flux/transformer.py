@@ -18,7 +18,7 @@ from mindspore import Tensor, mint, nn, ops
 
 from ms_diffsynth.nn.blocks import Arranged, Kind
 from ms_diffsynth.ops import network
-from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
 with quiet_imports():
     from mindone.diffusers.models.transformers import transformer_flux as mindone

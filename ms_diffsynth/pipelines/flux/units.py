@@ -1,11 +1,9 @@
-"""What FLUX.1 encodes: the prompt by CLIP and T5, the picture by the VAE; and how latents are decoded."""
+"""What FLUX.1 encodes: the prompt, by CLIP and T5."""
 from __future__ import annotations
 
 import mindspore as ms
 
-from ms_diffsynth.errors import DataError
-from ms_diffsynth.pipelines import vae_units
-from ms_diffsynth.pipelines.parts import CLIP_TOKENS, padded_ids
+from ms_diffsynth.pipelines.shared.text import CLIP_TOKENS, padded_ids
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 
@@ -40,48 +38,3 @@ class EncodePrompt(TensorUnit):
         pooled_prompt_embeds = self.text_encoder_1(clip_ids, return_dict=False)[1]
         prompt_embeds = self.text_encoder_2(t5_ids, return_dict=False)[0]
         return prompt_embeds.astype(ms.float32), pooled_prompt_embeds.astype(ms.float32)
-
-
-class LoadPixels(PipelineUnit):
-    """A picture as pixels. Its sides must be multiples of the pipeline's division factor.
-
-    Shapes: input_image PIL -> pixels float32 [1, 3, H, W] in [-1, 1].
-    """
-
-    input_params = ("input_image",)
-    output_params = ("pixels",)
-
-    def process(self, pipe, input_image):
-        width, height = input_image.size
-        factor = pipe.division_factor
-        if height % factor or width % factor:
-            raise DataError(f"a picture of {width} x {height} pixels cannot be encoded: expected sides that are "
-                            f"multiples of {factor}. Use UnifiedDataset.default_image_operator, or set height "
-                            "and width.")
-        return {"pixels": pipe.preprocess_image(input_image)}
-
-
-class EncodeImage(vae_units.EncodeImage):
-    """The VAE's posterior: mean and log-variance, not a sample, so that it can be cached.
-
-    Shapes: pixels float32 [B, 3, H, W] in [-1, 1] -> moments float32 [B, 2C, H/8, W/8].
-    """
-
-    def construct(self, pixels):
-        return (self.vae.encode(pixels.astype(self.dtype))[0].astype(ms.float32),)
-
-
-class Decode(vae_units.Decode):
-    """Pixels from latents.
-
-    Shapes: latents float32 [B, C, H/8, W/8] -> pixels float32 [B, 3, H, W], about [-1, 1].
-    """
-
-    def attach(self, pipe):
-        super().attach(pipe)
-        config = pipe.config("vae")
-        self.scaling_factor, self.shift_factor = config["scaling_factor"], config.get("shift_factor") or 0.0
-
-    def construct(self, latents):
-        latents = latents / self.scaling_factor + self.shift_factor
-        return (self.vae.decode(latents.astype(self.dtype), return_dict=False)[0].astype(ms.float32),)

@@ -1,10 +1,10 @@
-"""How FLUX.2's transformer is called: latents are its tokens as they are, edit pictures follow them."""
+"""How FLUX.2's transformer is called: latents are its tokens as they are, edit images follow them."""
 from __future__ import annotations
 
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from ms_diffsynth.pipelines.flux2.rotary import edit_table, picture_table
+from ms_diffsynth.pipelines.flux2.rotary import edit_table, image_table
 from ms_diffsynth.pipelines.flux2.template import by_block, with_text
 from ms_diffsynth.units import TensorUnit
 
@@ -47,7 +47,7 @@ class Denoise(TensorUnit):
             template = by_block(template_cache, self.blocks, latents.shape[0], self.head, self.dtype)
             prompt_embeds = with_text(prompt_embeds, template_cache)
         tokens = to_tokens(latents)
-        cos, sin = picture_table(prompt_embeds.shape[1], height, width, self.axes, self.theta)
+        cos, sin = image_table(prompt_embeds.shape[1], height, width, self.axes, self.theta)
         if edit_latents is not None:
             tokens = ops.cat((tokens, edit_latents.astype(tokens.dtype)), 1)
             edit_cos, edit_sin = edit_table(edit_places, self.axes, self.theta)

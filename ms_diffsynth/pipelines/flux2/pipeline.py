@@ -1,27 +1,25 @@
 """FLUX.2: Qwen3 (klein) or Mistral (dev) as text encoder, a VAE with 32 channels in 2x2 patches, and a transformer."""
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mindspore import Tensor
 from PIL import Image
 
-from ms_diffsynth.components import class_name_of, load_component, read_config
 from ms_diffsynth.diffusion.schedule import FLUX_DEV, ExponentialShift, FlowMatchSettings, Grid, to_one_nth
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.formats.weights import open_checkpoint
-from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.pipeline import Component
-from ms_diffsynth.pipelines.flux.units import LoadPixels
+from ms_diffsynth.models import Component
+from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.flux2 import units
 from ms_diffsynth.pipelines.flux2.denoise import Denoise
-from ms_diffsynth.pipelines.image import ImagePipeline
-from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.image import ImagePipeline
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.vae_units import LoadPixels
 
 # Qwen2.5's vocabulary is Qwen3's without these four, which come right behind it
-QWEN_TOKENIZER = Path(__file__).parents[1] / "qwen_image" / "tokenizer"
+QWEN_TOKENIZER = Path(__file__).parents[1] / "shared" / "tokenizers" / "qwen2"
 LATER_TOKENS = ("<tool_response>", "</tool_response>", "<think>", "</think>")
 UNUSED_LAYERS = tuple(f"model.layers.{k}." for k in range(27, 36))  # of Qwen3's 36: klein stops at three quarters
 # how the names of a Mistral3 begin inside transformers since 4.52; FLUX.2-dev's files have those of before
@@ -64,16 +62,12 @@ def _build_tokenizer(folder: Path):
     return tokenizer
 
 
-def _build_dev_text_encoder(config: dict[str, Any]):
-    from ms_diffsynth.pipelines.flux2.text_encoder import MistralTextEncoder  # imports mindone's networks
+def _build_dev_text_encoder(config: dict[str, Any], names: Iterable[str] = ()):
+    """``names`` are those of the tensors in its files."""
+    from ms_diffsynth.pipelines.flux2 import text_encoder  # imports mindone's networks
 
-    return MistralTextEncoder(config)
-
-
-def _build_renamed_text_encoder(config: dict[str, Any]):
-    from ms_diffsynth.pipelines.flux2.text_encoder import RenamedMistralTextEncoder
-
-    return RenamedMistralTextEncoder(config)
+    is_renamed = any(name.startswith(RENAMED) for name in names)
+    return (text_encoder.RenamedMistralTextEncoder if is_renamed else text_encoder.MistralTextEncoder)(config)
 
 
 def _build_dev_tokenizer(folder: Path):
@@ -108,7 +102,8 @@ COMPONENTS = (
 
 # FLUX.2-dev's: its tokenizer does not ship with the package
 DEV_TEXT_ENCODER = Component(name="text_encoder", folder="text_encoder", class_name="Mistral3ForConditionalGeneration",
-                             build=_build_dev_text_encoder, ignored=UNUSED_OF_DEV)
+                             build=_build_dev_text_encoder, build_for=_build_dev_text_encoder,
+                             ignored=UNUSED_OF_DEV)
 DEV_COMPONENTS = (Component(name="tokenizer", folder="tokenizer", build=_build_dev_tokenizer,
                             libraries=("transformers", "tokenizers")), DEV_TEXT_ENCODER,
                   *COMPONENTS[2:])
@@ -138,6 +133,7 @@ class Flux2ImagePipeline(ImagePipeline):
     """
 
     components = COMPONENTS
+    variants = (DEV_COMPONENTS,)
     lora_target_modules = LORA_TARGET_MODULES
     lora_prefixes = {"dit": "transformer", "text_encoder": "text_encoder"}
     fusible = ("encode_image",)
@@ -146,13 +142,13 @@ class Flux2ImagePipeline(ImagePipeline):
     sft_grid = Grid(to_one_nth, (ExponentialShift(0.8),))  # DiffSynth-Studio 2.1.12, FlowMatchScheduler("FLUX.2")
     dynamic_mu = staticmethod(empirical_mu)
     latent_patch = 1
-    default_embedded_guidance = 4.0
+    sampling = SamplingDefaults(embedded_guidance=4.0)
 
     def __call__(self, prompt: str, **options: Any) -> Image.Image:
-        """Generate one picture; arguments as `ImagePipeline.__call__`, and:
+        """Generate one image; arguments as `ImagePipeline.__call__`, and:
 
         Args:
-            edit_image: a picture, or several, that the prompt speaks of; their sizes are free.
+            edit_image: an image, or several, that the prompt speaks of; their sizes are free.
             template_cache: what templates say; see `TemplatePipeline`.
         """
         return super().__call__(prompt, **options)
@@ -183,24 +179,10 @@ class Flux2ImagePipeline(ImagePipeline):
         factor = 2 * 2 ** (len(config["block_out_channels"]) - 1)  # 2x2 patches of the VAE's latents
         return (4 * config["latent_channels"], height // factor, width // factor)
 
+    @property
+    def takes_guidance(self) -> bool:
+        """True for dev, False for klein; True where only prompts are encoded and the transformer is not given."""
+        return not self.store.has_config("dit") or bool(self.config("dit").get("guidance_embeds", True))
+
     def published_scheduler(self) -> FlowMatchSettings:
         return FLUX_DEV  # FLUX.2's is the same, and takes another mu
-
-    def _add_source(self, config: ModelConfig) -> None:
-        """As `Pipeline._add_source`; the files of dev's text encoder make this a pipeline of dev's components."""
-        self.components = (*COMPONENTS, DEV_TEXT_ENCODER)
-        super()._add_source(config)
-        self.components = COMPONENTS
-        if "text_encoder" in self.sources:
-            config = self.sources["text_encoder"].folder / "config.json"
-            if config.is_file() and class_name_of(read_config(config.parent)) == DEV_TEXT_ENCODER.class_name:
-                self.components = DEV_COMPONENTS
-
-    def _load(self, name: str) -> Any:
-        component = self._component(name)
-        if component is not DEV_TEXT_ENCODER:
-            return super()._load(name)
-        source = self._source(name)
-        if any(key.startswith(RENAMED) for key in open_checkpoint(list(source.files) or source.folder).entries):
-            component = replace(component, build=_build_renamed_text_encoder)
-        return load_component(component, source, self.dtype)

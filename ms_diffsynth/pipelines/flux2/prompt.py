@@ -27,7 +27,7 @@ def klein_ids(tokenizer: Any, prompt: str) -> list[int]:
 def dev_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt for Mistral, by the tokenizer's own template. Raises: as `klein_ids`.
 
-    A ``[IMG]`` in the prompt is left out: it would stand for a picture.
+    A ``[IMG]`` in the prompt is left out: it would stand for an image.
     """
     turns = (("system", SYSTEM_MESSAGE), ("user", prompt.replace("[IMG]", "")))
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]

@@ -1,6 +1,6 @@
 """Positions of FLUX.2's tokens, made on the host in float64 and rounded once to float32.
 
-A position is (t, row, column, l): the picture has t = 0, the k-th edit picture t = 10 k, and text only l. mindone 0.5.0
+A position is (t, row, column, l): the image has t = 0, the k-th edit image t = 10 k, and text only l. mindone 0.5.0
 makes the tables inside the network, in float64, which an NPU does not have.
 
 Shape legend: B batch, L text tokens, N image tokens, M edit tokens, D channels of a head.
@@ -14,8 +14,8 @@ from mindspore import Tensor, ops
 
 from ms_diffsynth.errors import DataError, listing
 
-EDIT_STEP = 10  # between one picture and the next, on the axis t
-PLACES = 1024  # a side of 16384 pixels; or a hundred pictures
+EDIT_STEP = 10  # between one image and the next, on the axis t
+PLACES = 1024  # a side of 16384 pixels; or a hundred images
 
 
 def text_places(tokens: int) -> np.ndarray:
@@ -45,13 +45,13 @@ def table(places: np.ndarray, axes: Sequence[int], theta: float) -> np.ndarray:
 
 
 def edit_places(sides: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The positions of edit pictures one after the other, their sides in tokens: int32 [M, 4].
+    """The positions of edit images one after the other, their sides in tokens: int32 [M, 4].
 
-    Raises: DataError for more pictures, or longer sides, than there are places.
+    Raises: DataError for more images, or longer sides, than there are places.
     """
     places = np.concatenate([image_places(*side, t=EDIT_STEP * (k + 1)) for k, side in enumerate(sides)])
     if places.max() >= PLACES:
-        raise DataError(f"edit pictures of {listing(sides)} tokens reach position {int(places.max())}: expected less "
+        raise DataError(f"edit images of {listing(sides)} tokens reach position {int(places.max())}: expected less "
                         f"than {PLACES} on every axis. Give fewer or smaller ones.")
     return places.astype(np.int32)
 
@@ -71,7 +71,7 @@ def edit_table(places: Tensor, axes: tuple[int, ...], theta: float) -> tuple[Ten
 
 
 @ops.constexpr
-def picture_table(text_tokens: int, height: int, width: int, axes: tuple[int, ...],
+def image_table(text_tokens: int, height: int, width: int, axes: tuple[int, ...],
                   theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of text and image, constants: float32 [1, L + N, D] each."""
     places = np.concatenate([text_places(text_tokens), image_places(height, width)])

@@ -11,8 +11,8 @@ from typing import Any
 
 from mindspore import Tensor, nn
 
-from ms_diffsynth.pipelines.language_model import LowerLayers, attend, heads
-from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.language_model import LowerLayers, attend, heads
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
 with quiet_imports():
     from mindone.transformers.models.mistral import modeling_mistral as mistral
@@ -67,7 +67,7 @@ class Qwen3TextEncoder(nn.Cell):
 
 
 class MistralTextEncoder(nn.Cell):
-    """dev's: hidden states of a prompt after 10, 20 and 30 of 40 layers, joined; without the tower for pictures.
+    """dev's: hidden states of a prompt after 10, 20 and 30 of 40 layers, joined; without the tower for images.
 
     Parameters are named as in FLUX.2-dev's files, ``language_model.model.layers``.
 

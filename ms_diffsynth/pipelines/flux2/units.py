@@ -1,4 +1,4 @@
-"""What FLUX.2 encodes: the prompt by Qwen3 or Mistral, pictures by the VAE; and how latents are decoded.
+"""What FLUX.2 encodes: the prompt by Qwen3 or Mistral, images by the VAE; and how latents are decoded.
 
 The VAE's latents [B, c, H/8, W/8] are kept in 2x2 patches, [B, C, H/16, W/16] with C = 4 c, and normalised with the
 running mean and variance of the VAE's batch norm, which is never called.
@@ -12,15 +12,15 @@ import numpy as np
 from mindspore import Tensor, mint, nn, ops
 from PIL import Image
 
-from ms_diffsynth.components import class_name_of
 from ms_diffsynth.data.images import to_rgb
 from ms_diffsynth.data.operators import ImageCropAndResize
 from ms_diffsynth.errors import DataError
+from ms_diffsynth.models import class_name_of
 from ms_diffsynth.ops.clamp import clamp
-from ms_diffsynth.pipelines import vae_units
 from ms_diffsynth.pipelines.flux2.denoise import to_tokens
 from ms_diffsynth.pipelines.flux2.prompt import dev_ids, klein_ids
 from ms_diffsynth.pipelines.flux2.rotary import edit_places
+from ms_diffsynth.pipelines.shared import vae_units
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class EncodeImage(vae_units.EncodeImage):
 
 
 class EncodeEditImage(PipelineUnit):
-    """Pictures to be edited, as tokens beside those of the picture, and where they lie.
+    """Images to be edited, as tokens beside those of the image, and where they lie.
 
     Each is made smaller when it has more than ``max_pixels``, and cut to multiples of the division factor, around its
     middle; they may differ in size. Their latents are the posterior's mean.
@@ -99,7 +99,7 @@ class EncodeEditImage(PipelineUnit):
     def process(self, pipe, edit_image):
         images = edit_image if isinstance(edit_image, (list, tuple)) else [edit_image]
         if not images or not all(isinstance(image, Image.Image) for image in images):
-            raise DataError(f"edit_image={edit_image!r}: expected a picture or a list of pictures. In a data set name "
+            raise DataError(f"edit_image={edit_image!r}: expected an image or a list of images. In a data set name "
                             "the column in data_file_keys, so that it is read.")
         factor = pipe.division_factor
         shrink = ImageCropAndResize(None, None, self.max_pixels, factor, factor)

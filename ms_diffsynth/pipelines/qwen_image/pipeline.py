@@ -5,20 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor
 
 from ms_diffsynth.diffusion.guidance import classifier_free_with_norms
 from ms_diffsynth.diffusion.schedule import ExponentialShift, FlowMatchSettings, Grid, TerminalStretch, linspace
-from ms_diffsynth.nn.names import to_numpy
-from ms_diffsynth.pipeline import Component
-from ms_diffsynth.pipelines.flux.units import LoadPixels
-from ms_diffsynth.pipelines.image import ImagePipeline
-from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.models import Component
+from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.qwen_image import units
 from ms_diffsynth.pipelines.qwen_image.denoise import Denoise
-from ms_diffsynth.train.prepared import in_bucket
+from ms_diffsynth.pipelines.shared.image import ImagePipeline
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.vae_units import LoadPixels
 
-HERE = Path(__file__).parent
+QWEN_TOKENIZER = Path(__file__).parents[1] / "shared" / "tokenizers" / "qwen2"
 # settings newer diffusers write into config.json; with these values the network is the one mindone 0.5.0 knows
 LATER_SETTINGS = {"use_additional_t_cond": False, "use_layer3d_rope": False, "zero_cond_t": False, "input_channels": 3}
 
@@ -57,7 +55,7 @@ def _arguments(config: dict[str, Any]) -> dict[str, Any]:
 
 
 COMPONENTS = (
-    Component(name="tokenizer", folder="tokenizer", build=_build_tokenizer, default_folder=HERE / "tokenizer",
+    Component(name="tokenizer", folder="tokenizer", build=_build_tokenizer, default_folder=QWEN_TOKENIZER,
               libraries=("transformers",)),
     Component(name="text_encoder", folder="text_encoder", class_name="Qwen2_5_VLForConditionalGeneration",
               build=_build_text_encoder, ignored=("visual.", "lm_head.")),
@@ -96,7 +94,7 @@ class QwenImagePipeline(ImagePipeline):
     padded_slots = ("prompt_ids", "prompt_embeds", "prompt_mask")
     prompt_lengths = (64, 128, 256, 512, 1024)
     max_sequence_length = 1024
-    default_cfg_scale = 4.0
+    sampling = SamplingDefaults(cfg_scale=4.0)
     # Source: DiffSynth-Studio 2.1.12, FlowMatchScheduler(template="Qwen-Image")
     sft_grid = Grid(one_to_zero, (ExponentialShift(0.8), TerminalStretch(0.02)))
     guidance_rule = staticmethod(classifier_free_with_norms)
@@ -109,12 +107,6 @@ class QwenImagePipeline(ImagePipeline):
 
     def build_decode(self) -> units.Decode:
         return units.Decode(self.dtype)
-
-    def condition(self, prompt: str, **extra: Tensor) -> dict[str, Any]:
-        """As `ImagePipeline.condition`, with the text padded to one of ``prompt_lengths``: few compilations."""
-        slots = super().condition(prompt, **extra)
-        row = in_bucket({n: to_numpy(slots[n])[0] for n in self.padded_slots if n in slots}, (0, 0), self)
-        return slots | {name: Tensor(value[None]) for name, value in row.slots.items()}
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         config = self.config("vae")

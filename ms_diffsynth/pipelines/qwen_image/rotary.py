@@ -3,28 +3,23 @@
 mindone 0.5.0 multiplies complex numbers inside ``ms._no_grad()``: that neither compiles nor lets a gradient through to
 queries and keys.
 
-Shape legend: B batch, S tokens of text and picture together, H heads, D channels of a head, L text tokens.
+Shape legend: B batch, S tokens of text and image together, H heads, D channels of a head, L text tokens.
 """
 from __future__ import annotations
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
+from ms_diffsynth.pipelines.shared.rotary import frequencies
+
 THETA = 10000.0  # of the transformer; the text encoder has its own
-
-
-def frequencies(channels: int, theta: float) -> np.ndarray:
-    """theta^(-2 i / channels) for each pair of channels: float32 [channels / 2], rounded as PyTorch rounds it."""
-    exponents = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)
-    return np.float32(1) / np.power(np.float32(theta), exponents)
 
 
 def image_angles(text_tokens: int, height: int, width: int, axes: tuple[int, ...]) -> np.ndarray:
     """Angle of every token and pair of channels, text first: float32 [S, D / 2]; sides in tokens.
 
-    The picture is centred: rows count from -ceil(height / 2), columns likewise, and the frame is 0. Text goes on where
-    the picture ends, on all three axes at once: token l is at max(height // 2, width // 2) + l.
+    The image is centred: rows count from -ceil(height / 2), columns likewise, and the frame is 0. Text continues where
+    the image ends, on all three axes at once: token l is at max(height // 2, width // 2) + l.
 
     Source: diffusers 0.35, QwenEmbedRope with scale_rope (use_layer3d_rope is another one).
     """
@@ -41,19 +36,3 @@ def image_table(text_tokens: int, height: int, width: int, axes: tuple[int, ...]
     """Cosines and sines of `image_angles`, constants, each for both channels of a pair: float32 [1, S, D]."""
     angles = np.repeat(image_angles(text_tokens, height, width, axes), 2, axis=1)[None]
     return Tensor(np.cos(angles).astype(np.float32)), Tensor(np.sin(angles).astype(np.float32))
-
-
-@ops.constexpr
-def text_table(tokens: int, channels: int, theta: float) -> Tensor:
-    """Cosines and sines of a language model's positions 0, 1, ...: float32 [2, tokens, channels / 2]."""
-    angles = np.outer(np.arange(tokens, dtype=np.float32), frequencies(channels, theta))
-    return Tensor(np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32))
-
-
-def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
-    """Turn channels (i, i + D / 2) by their angles, in float32: x [B, H, L, D], from `text_table`."""
-    half = x.shape[-1] // 2
-    wide = x.astype(ms.float32)
-    real, imaginary = wide[..., :half], wide[..., half:]
-    turned = ops.cat((real * table[0] - imaginary * table[1], real * table[1] + imaginary * table[0]), -1)
-    return turned.astype(x.dtype)

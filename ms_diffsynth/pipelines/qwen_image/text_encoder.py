@@ -11,9 +11,9 @@ from typing import Any
 
 from mindspore import Tensor, nn
 
-from ms_diffsynth.pipelines.language_model import attend, causal_mask, heads
-from ms_diffsynth.pipelines.quiet import quiet_imports
-from ms_diffsynth.pipelines.qwen_image.rotary import text_table
+from ms_diffsynth.pipelines.shared.language_model import attend, causal_mask, heads
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.rotary import text_table
 
 with quiet_imports():
     from mindone.transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as mindone

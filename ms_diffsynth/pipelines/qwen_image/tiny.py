@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_diffsynth.pipelines.qwen_image.pipeline import COMPONENTS, SCHEDULER
-from ms_diffsynth.pipelines.tiny import write_model
+from ms_diffsynth.pipelines.shared.tiny import write_model
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "text_encoder": {

@@ -1,4 +1,4 @@
-"""What Qwen-Image encodes: the prompt by Qwen2.5-VL, the picture as a film of one frame by the VAE; and decoding."""
+"""What Qwen-Image encodes: the prompt by Qwen2.5-VL, the image as a video of one frame by the VAE; and decoding."""
 from __future__ import annotations
 
 import logging
@@ -9,7 +9,7 @@ from mindspore import Tensor, mint, ops
 
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.ops.clamp import clamp
-from ms_diffsynth.pipelines import vae_units
+from ms_diffsynth.pipelines.shared import vae_units
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 logger = logging.getLogger(__name__)

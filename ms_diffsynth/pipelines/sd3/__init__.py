@@ -4,6 +4,7 @@ from __future__ import annotations
 from ms_diffsynth.hub.card import Licence, Loader
 from ms_diffsynth.pipeline import Family
 from ms_diffsynth.pipelines.sd3.pipeline import SD3ImagePipeline
+from ms_diffsynth.pipelines.sd3.published import PUBLISHED, prepared_shapes
 from ms_diffsynth.pipelines.sd3.tiny import write_tiny
 
 _HUB = "https://huggingface.co/stabilityai"
@@ -18,5 +19,5 @@ LOADER = Loader(here="SD3ImagePipeline", diffusers="StableDiffusion3Pipeline", m
                        "text_encoder_2/model.safetensors", "text_encoder_3/model-*.safetensors", "vae/*.safetensors"),
                 transformer="SD3Transformer2DModel", tags=("sd3", "sd3-diffusers"))
 
-FAMILY = Family(name="sd3", pipeline=SD3ImagePipeline, write_tiny=write_tiny,
-                licences=LICENCES, loader=lambda base: LOADER)
+FAMILY = Family(name="sd3", pipeline=SD3ImagePipeline, write_tiny=write_tiny, published=PUBLISHED,
+                prepared_shapes=prepared_shapes, licences=LICENCES, loader=lambda base: LOADER)

@@ -9,26 +9,26 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 
-from ms_diffsynth.components import read_config
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, diffsynth_flux, linspace, sampling_sigmas
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.pipeline import Component
-from ms_diffsynth.pipelines.flux.units import Decode, EncodeImage, LoadPixels
-from ms_diffsynth.pipelines.image import ImagePipeline
-from ms_diffsynth.pipelines.parts import (
+from ms_diffsynth.models import Component, arguments, read_config
+from ms_diffsynth.pipeline import SamplingDefaults
+from ms_diffsynth.pipelines.sd3 import units
+from ms_diffsynth.pipelines.sd3.denoise import Denoise
+from ms_diffsynth.pipelines.shared import autoencoder_kl
+from ms_diffsynth.pipelines.shared.autoencoder_kl import Decode, EncodeImage, build_autoencoder_kl
+from ms_diffsynth.pipelines.shared.image import ImagePipeline
+from ms_diffsynth.pipelines.shared.t5 import weight_dtype
+from ms_diffsynth.pipelines.shared.text import (
     CLIP_TOKENIZER,
     T5_TOKENIZER,
-    arguments,
-    build_autoencoder_kl,
     build_clip_tokenizer,
     build_clip_with_projection,
     build_t5,
     build_t5_tokenizer,
 )
-from ms_diffsynth.pipelines.sd3 import units
-from ms_diffsynth.pipelines.sd3.denoise import Denoise
-from ms_diffsynth.pipelines.t5 import weight_dtype
+from ms_diffsynth.pipelines.shared.vae_units import LoadPixels
 
 
 def _build_dit(config: dict[str, Any]):
@@ -79,7 +79,7 @@ class SD3ImagePipeline(ImagePipeline):
     fusible = ("encode_image",)
     prepare_settings = ("max_sequence_length",)
     max_sequence_length = 256
-    default_cfg_scale = 7.0
+    sampling = SamplingDefaults(cfg_scale=7.0)
     sft_grid = diffsynth_flux(3.0).training
 
     @classmethod
@@ -112,7 +112,7 @@ class SD3ImagePipeline(ImagePipeline):
     def has_t5(self) -> bool:
         """False where the model is without T5: ``models["text_encoder_3"]`` is None, or its model_index.json says so.
 
-        A T5 that is only not given is no such model: it is missed when a prompt is encoded.
+        A model whose T5 is only not given has one: it is missed when a prompt is encoded.
         """
         if "text_encoder_3" in self.models:
             return self.models["text_encoder_3"] is not None
@@ -127,16 +127,15 @@ class SD3ImagePipeline(ImagePipeline):
 
         Raises: ConfigError for sides that the transformer, where it is here, has no positions for.
         """
-        config = self.config("vae")
-        factor = 2 ** (len(config["block_out_channels"]) - 1)  # each VAE level but the last halves the sides
+        vae = self.config("vae")
         if "dit" in self.models or "dit" in self.sources:
             dit = self.config("dit")
-            most = dit["pos_embed_max_size"] * dit["patch_size"] * factor
+            most = dit["pos_embed_max_size"] * dit["patch_size"] * autoencoder_kl.scale_factor(vae)
             if max(height, width) > most:
                 raise ConfigError(f"height={height}, width={width}: this transformer has positions for sides of at "
                                   f"most {most} pixels (pos_embed_max_size={dit['pos_embed_max_size']}). Make the "
-                                  "picture smaller.")
-        return (config["latent_channels"], height // factor, width // factor)
+                                  "image smaller.")
+        return autoencoder_kl.latent_shape(vae, (height, width))
 
     def published_scheduler(self) -> FlowMatchSettings:
         return SCHEDULER
@@ -150,6 +149,5 @@ class SD3ImagePipeline(ImagePipeline):
         Source: diffusers 0.39, StableDiffusion3Pipeline.__call__, which gives its scheduler no sigmas.
         """
         schedule = self.scheduler_settings.schedule(self.dynamic_mu)
-        tokens = (latent_shape[1] // self.latent_patch) * (latent_shape[2] // self.latent_patch)
         grid = Grid(partial(linspace, 1.0, schedule.sigmas[-1]), schedule.inference.warps)
-        return sampling_sigmas(num_inference_steps, grid, tokens)
+        return sampling_sigmas(num_inference_steps, grid, self.image_tokens(latent_shape))

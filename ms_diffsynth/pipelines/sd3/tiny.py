@@ -6,7 +6,7 @@ from typing import Any
 
 from ms_diffsynth.pipelines.flux.tiny import CONFIGS as FLUX
 from ms_diffsynth.pipelines.sd3.pipeline import COMPONENTS, SCHEDULER
-from ms_diffsynth.pipelines.tiny import write_model
+from ms_diffsynth.pipelines.shared.tiny import write_model
 
 _CLIP: dict[str, Any] = {
     "architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model", "vocab_size": 49408,

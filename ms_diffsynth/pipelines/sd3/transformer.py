@@ -1,9 +1,8 @@
 """Stable Diffusion 3's transformer: mindone's modules and weights, computed by blocks of our own.
 
-Equal blocks are one cell that takes the weights as arguments (`nn.blocks`). mindone's own network puts patches together
-by ``mint.einsum``, which MindSpore 2.10 has for Ascend only, computes the table of positions in float64 on the device
-although a checkpoint holds it, and takes it for a weight; with a LoRA on queries, keys and values MindSpore 2.10 cannot
-compile it for an Ascend ("Invalid datatype:26").
+Equal blocks are one cell that takes the weights as arguments (`nn.blocks`). mindone's own network computes the table of
+positions in float64 on the device although a checkpoint holds it, and takes it for a weight; with a LoRA on queries,
+keys and values MindSpore 2.10 cannot compile it for an Ascend ("Invalid datatype:26").
 
 Shape legend: B batch, L text tokens, N image tokens, D width, p patch size, S side of the table of positions.
 """
@@ -17,7 +16,7 @@ from mindspore.common.initializer import initializer
 
 from ms_diffsynth.nn.blocks import Arranged, Kind
 from ms_diffsynth.ops import network
-from ms_diffsynth.pipelines.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
 with quiet_imports():
     from mindone.diffusers.models.attention import JointTransformerBlock
@@ -156,7 +155,9 @@ class PatchEmbed(nn.Cell):
         patches = self.proj(latents)
         batch, width, rows, columns = patches.shape
         top, left = (self.side - rows) // 2, (self.side - columns) // 2
-        table = self.pos_embed.reshape(1, self.side, self.side, width)[:, top:top + rows, left:left + columns]
+        table = self.pos_embed.reshape(1, self.side, self.side, width)
+        # not by slices: StridedSlice is a kernel of the old aclop path on an Ascend
+        table = mint.narrow(mint.narrow(table, 1, top, rows), 2, left, columns)
         tokens = patches.reshape(batch, width, rows * columns).swapaxes(1, 2)
         return (tokens + table.reshape(1, rows * columns, width)).astype(tokens.dtype)
 

@@ -1,10 +1,11 @@
-"""What Stable Diffusion 3 encodes: the prompt by two CLIPs and T5. Pictures go through FLUX.1's units."""
+"""What Stable Diffusion 3 encodes: the prompt by two CLIPs and T5. Images go through the units of
+AutoencoderKL (`shared.autoencoder_kl`)."""
 from __future__ import annotations
 
 import mindspore as ms
 from mindspore import mint
 
-from ms_diffsynth.pipelines.parts import CLIP_TOKENS, padded_ids
+from ms_diffsynth.pipelines.shared.text import CLIP_TOKENS, padded_ids
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 

@@ -10,10 +10,10 @@ from mindspore import Tensor
 
 from ms_diffsynth.diffusion.schedule import FLUX_SCHNELL, Schedule, diffsynth_flux, flow_match_euler
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.pipeline import Component
-from ms_diffsynth.pipelines import vae_units
-from ms_diffsynth.pipelines.image import ImagePipeline
-from ms_diffsynth.pipelines.tiny import write_model
+from ms_diffsynth.models import Component
+from ms_diffsynth.pipelines.shared import vae_units
+from ms_diffsynth.pipelines.shared.image import ImagePipeline
+from ms_diffsynth.pipelines.shared.tiny import write_model
 from ms_diffsynth.pipelines.toy.networks import PATCH, ToyAutoencoder, ToyTextEncoder, ToyTransformer
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 

@@ -51,7 +51,7 @@ class Checkpoints(Hook):
             logger.checkpoint, self._saved_at = checkpoint.path, checkpoint.step
             logger.restore(checkpoint.state)
         if trainer.accelerator.is_main_process and checkpoint.state["captions"] == without_secrets(self.captions):
-            logger.restore_pictures(checkpoint.read("pictures"), self.captions)
+            logger.restore_images(checkpoint.read("pictures"), self.captions)
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.is_epoch_end and self.save_steps is None:
@@ -65,7 +65,7 @@ class Checkpoints(Hook):
         self._save(trainer, is_last=True)
 
     def _save(self, trainer: Trainer, is_last: bool) -> None:
-        """Save all that the run needs to go on after this step, if that is due. Every rank must call it.
+        """Save all that is needed to resume after this step, if that is due. Every rank must call it.
 
         Raises: OutputError, on every rank when one of them cannot write its part.
         """
@@ -103,8 +103,8 @@ class Checkpoints(Hook):
         state = {"step": trainer.step.batches, "epoch": epoch, "position": position, "skipped": report.skipped,
                  "skipped_in_a_row": report.skipped_in_a_row, **logger.state(),
                  "captions": without_secrets(self.captions), "identity": trainer.identity, "versions": versions()}
-        logger.checkpoint = save_checkpoint(folder, logger.num_steps, groups | {"pictures": logger.pictures()}, state,
-                                            parts)
+        groups["pictures"] = logger.first_and_last()
+        logger.checkpoint = save_checkpoint(folder, logger.num_steps, groups, state, parts)
         remove_old_checkpoints(logger.checkpoint, self.keep)
         size = sum(path.stat().st_size for path in logger.checkpoint.iterdir())
         logger.event("checkpoint", file=f"{CHECKPOINTS}/{logger.checkpoint.name}", bytes=size,

@@ -21,6 +21,7 @@ from ms_diffsynth.hub.download import parse_model_id_with_origin_paths, parse_pa
 from ms_diffsynth.hub.publish import BackgroundUpload, connect
 from ms_diffsynth.redact import redact
 from ms_diffsynth.storage.files import write_file
+from ms_diffsynth.template.units import MODEL
 from ms_diffsynth.train.distributed import Accelerator
 from ms_diffsynth.train.hooks.contract import Hook
 from ms_diffsynth.train.logger import ModelLogger
@@ -113,7 +114,7 @@ def run_card(model: DiffusionTrainingModule, logger: ModelLogger, dataset: Any, 
         dataset=_described(dataset, args.dataset_base_path), steps=logger.num_steps, seed=args.seed,
         settings=logger.settings, command=_command(),
         versions={"ms_diffsynth": __version__} | {name: version(name) for name in ("mindspore", "mindone")},
-        how_to_load=_with_template(model, logger, args) if "template_model" in _roots(model) else None))
+        how_to_load=_with_template(model, logger, args) if MODEL in _roots(model) else None))
 
 
 def _roots(model: DiffusionTrainingModule) -> list[str]:
@@ -129,7 +130,7 @@ def _trained(model: DiffusionTrainingModule, logger: ModelLogger) -> str:
         return "lora" if names == [network] else f"A LoRA of {names[0]}"
     if names == [network] and logger.remove_prefix_in_ckpt == f"pipe.{network}.":
         return "transformer"
-    return "A template" if "template_model" in _roots(model) else f"Trained weights of {', '.join(names)}"
+    return "A template" if MODEL in _roots(model) else f"Trained weights of {', '.join(names)}"
 
 
 def _base_model(model: DiffusionTrainingModule, args: Any) -> str | None:

@@ -40,7 +40,7 @@ def optimizer_arguments(options: Any) -> dict[str, Any]:
     Args:
         options: has ``optimizer``, ``optimizer_args`` (texts such as ``d_coef=2``) and the names in `ADAM`.
 
-    Raises: ConfigError listing what the optimizer does not have, is no value, or is set twice.
+    Raises: ConfigError listing what the optimizer does not have, what is not a value, and what is set twice.
     """
     known, values, wrong = arguments_of(options.optimizer), {}, []
     for text in options.optimizer_args:

@@ -58,7 +58,7 @@ class Optimizer(Protocol):
         """Set the learning rate of the following updates; nothing is compiled again."""
 
     def take_weights(self) -> None:
-        """Go on from the weights as they are now: something else than the optimizer has changed them."""
+        """Take the weights as they are now: something else than the optimizer has changed them."""
 
     def divide(self) -> None:
         """From now on the parameters are this rank's part of larger ones; called only where ``is_elementwise``."""

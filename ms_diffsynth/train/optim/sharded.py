@@ -92,7 +92,7 @@ class Sharded(_Around):
         return self.exchange.gathered(self.shards) if self.is_rounded else None
 
     def take_weights(self) -> None:
-        """Go on from the weights as they are now."""
+        """Take the weights as they are now."""
         by_name = {p.name: p for p in self.parameters}
         for shard, own in zip(self.shards, self._own(lambda name: to_numpy(by_name[name]))):
             ops.assign(shard, Tensor(own))
@@ -204,7 +204,7 @@ class Float32Weights(_Around):
         return self.copies
 
     def take_weights(self) -> None:
-        """Go on from the weights as they are now."""
+        """Take the weights as they are now."""
         for copy, parameter in zip(self.copies, self.parameters):
             ops.assign(copy, Tensor(to_numpy(parameter).astype(np.float32)))
         self.optimizer.take_weights()

@@ -14,8 +14,8 @@ from mindspore import Tensor, nn, ops
 
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.ops import install_cpu_kernels
-from ms_diffsynth.pipelines.quiet import quiet_imports
-from ms_diffsynth.pipelines.qwen_image.rotary import rotate_halves, text_table
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.rotary import rotate_halves, text_table
 
 install_cpu_kernels()  # a network of mindone is adapted while it is imported
 
@@ -27,13 +27,13 @@ with quiet_imports():
 def causal_mask(tokens: int) -> Tensor:
     """1 where a token may look: at itself and those before it. float32 [1, 1, T, T].
 
-    Float, because the gradients of what is handed to several cells are added, and there is no sum of bools.
+    Float, because the gradients of what is handed to several cells are added, and bools cannot be added.
     """
     return Tensor(np.tril(np.ones((1, 1, tokens, tokens), np.float32)))
 
 
 def where_to_look(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each token looks, when nobody looks at padding, and which tokens look at anything.
+    """Where each token looks, when padding is never looked at, and which tokens look at anything.
 
     Padding in front of the text has nothing to look at: its attention is to be zero, as PyTorch's is. What a kernel
     makes of a row without keys differs between devices, so such a row looks at what is before it, and the second

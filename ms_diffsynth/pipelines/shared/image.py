@@ -1,7 +1,8 @@
-"""What every picture pipeline shares: sampling with a compiled step, and decoding."""
+"""What every image pipeline shares: sampling with a compiled step, and decoding."""
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.pipeline import Pipeline, UnitSequence
+from ms_diffsynth.nn.names import to_numpy
+from ms_diffsynth.pipeline import Pipeline, UnitSequence, pad_prompts
 from ms_diffsynth.program import Program
 from ms_diffsynth.template.cache import JoinTemplateCache, TemplateCache, to_slots
 from ms_diffsynth.units import TensorUnit, run_unit
@@ -35,8 +37,6 @@ class ImagePipeline(Pipeline):
         latent_patch: sides of the square of latents that is one image token.
     """
 
-    default_cfg_scale = 1.0
-    default_embedded_guidance = 3.5
     samplers = tuple(SAMPLERS)
     sft_grid: Grid
     dynamic_mu: Callable[[int, int], float] | None = None
@@ -61,14 +61,14 @@ class ImagePipeline(Pipeline):
         return cls._from_configs(model_configs, {"tokenizer": tokenizer_config}, mindspore_dtype, device)
 
     def __call__(self, prompt: str, negative_prompt: str = "", cfg_scale: float | None = None,
-                 embedded_guidance: float | None = None, height: int = 1024, width: int = 1024,
-                 seed: int | None = None, num_inference_steps: int = 30, sampler: str | None = None,
+                 embedded_guidance: float | None = None, height: int | None = None, width: int | None = None,
+                 seed: int | None = None, num_inference_steps: int | None = None, sampler: str | None = None,
                  on_step: Callable[[int, int], None] | None = None, **inputs: Any) -> Image.Image:
-        """Generate one picture.
+        """Generate one image. What is None is as in ``sampling``.
 
         Args:
-            cfg_scale: two-branch guidance with ``negative_prompt``; 1 runs one branch, None is the family's choice.
-            embedded_guidance: the scale told to a guidance-distilled network, None is the family's; others ignore it.
+            cfg_scale: two-branch guidance with ``negative_prompt``; 1 runs one branch.
+            embedded_guidance: the scale told to a guidance-distilled network; others ignore it.
             height, width: pixels, rounded up to the family's division factor.
             seed: of the initial noise; None is fresh.
             sampler: one of `diffusion.samplers.SAMPLERS`; None is the first, ``"euler"``.
@@ -80,17 +80,19 @@ class ImagePipeline(Pipeline):
         """
         self._check_inputs(inputs)
         sampler = self.check_sampler(sampler)
-        height, width = self.check_resize_height_width(height, width)
-        shape = self.latent_shape(height, width)
-        cfg_scale = self.default_cfg_scale if cfg_scale is None else cfg_scale
+        own = self.sampling
+        size = self.check_resize_height_width(height or own.height, width or own.width)
+        shape = self.latent_shape(*size)
+        cfg_scale = own.cfg_scale if cfg_scale is None else cfg_scale
         seed = int(np.random.SeedSequence().entropy % 2**63) if seed is None else seed
         latents = Draws(seed).normal("latents", np.array([0]), shape)
-        guidance = self.default_embedded_guidance if embedded_guidance is None else embedded_guidance
+        guidance = own.embedded_guidance if embedded_guidance is None else embedded_guidance
         inputs["guidance"] = Tensor(np.full(1, guidance, np.float32))
-        positive = self.condition(prompt, **_positive(inputs))
-        negative = self.condition(negative_prompt, **_negative(inputs)) if cfg_scale != 1 else None
-        sigmas = self.sampling_sigmas(num_inference_steps, shape)
-        return self.generate(positive, negative, latents, sigmas, cfg_scale, on_step, sampler)[0]
+        branches = [{"prompt": prompt, **_positive(inputs)}]
+        if cfg_scale != 1:
+            branches.append({"prompt": negative_prompt, **_negative(inputs)})
+        sigmas = self.sampling_sigmas(num_inference_steps or own.num_inference_steps, shape)
+        return self.generate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler)[0]
 
     def _check_inputs(self, inputs: dict[str, Any]) -> None:
         known = [name for name in self.optional_units if name != "template_inputs"]  # TemplatePipeline takes those
@@ -132,8 +134,13 @@ class ImagePipeline(Pipeline):
 
     def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
         """Noise levels to integrate over: float32 [num_inference_steps + 1], decreasing, ends with 0."""
-        tokens = (latent_shape[1] // self.latent_patch) * (latent_shape[2] // self.latent_patch)
+        tokens = self.image_tokens(latent_shape)
         return self.scheduler_settings.schedule(self.dynamic_mu).sampling(num_inference_steps, tokens)
+
+    def image_tokens(self, latent_shape: tuple[int, ...]) -> int:
+        """Image tokens that the network makes of latents [C, H, W], or of F frames of them, [C, F, H, W]."""
+        *frames, height, width = latent_shape[1:]
+        return math.prod(frames) * (height // self.latent_patch) * (width // self.latent_patch)
 
     def build_decode(self) -> TensorUnit:
         """The unit from ``latents`` to ``pixels``."""
@@ -141,13 +148,38 @@ class ImagePipeline(Pipeline):
 
     def condition(self, prompt: str, template_cache: TemplateCache | None = None, **extra: Any) -> dict[str, Any]:
         """Prepared slots for one prompt, by name: exactly what the sampling step reads besides its draws."""
-        given = {"prompt": prompt, **{name: value for name, value in extra.items() if value is not None}}
-        cut = self.sampling_program([name for name in given if name in self.optional_units]).cut(("velocity",))
-        slots = self.run(cut.prepare, {k: v for k, v in given.items() if k in cut.inputs})
-        lost = [name for name in cut.cache if name not in slots]
-        if lost:
-            raise ProgramError(f"condition() needs {listing(lost)}: pass {listing(n + '=Tensor' for n in lost)}.")
-        return {name: slots[name] for name in cut.cache} | to_slots(template_cache or {})
+        return self.conditions({"prompt": prompt, "template_cache": template_cache, **extra})[0]
+
+    def conditions(self, positive: dict[str, Any],
+                   negative: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """`condition` for both branches of guidance, each given its arguments.
+
+        Of the negative branch only those units run whose inputs, or what they are made of, are other objects than in
+        the positive one: an edit image is encoded once.
+        """
+        found: list[dict[str, Any] | None] = []
+        first: dict[str, Any] = {}  # what the positive branch was given
+        prepared: dict[str, Any] = {}  # and all slots that it has
+        for branch in (positive, negative):
+            if branch is None:
+                found.append(None)
+                continue
+            given = {name: value for name, value in branch.items() if value is not None and name != "template_cache"}
+            program = self.sampling_program([name for name in given if name in self.optional_units])
+            cut = program.cut(("velocity",))
+            slots, units = {name: value for name, value in given.items() if name in cut.inputs}, cut.prepare
+            if first.keys() == given.keys():
+                again = program.branch([name for name in given if given[name] is not first[name]], ("velocity",))
+                slots, units = prepared | slots, tuple(unit for unit in units if unit.name in again)
+            first, prepared = given, self.run(units, slots)
+            lost = [name for name in cut.cache if name not in prepared]
+            if lost:
+                raise ProgramError(f"condition() needs {listing(lost)}: pass {listing(n + '=Tensor' for n in lost)}.")
+            # text is padded to one of few lengths, each of which is one compilation
+            padded, _ = pad_prompts(self, {n: to_numpy(prepared[n])[0] for n in self.padded_slots if n in cut.cache})
+            found.append({name: Tensor(padded[name][None]) if name in padded else prepared[name] for name in cut.cache}
+                         | to_slots(branch.get("template_cache") or {}))
+        return found[0], found[1]
 
     def denoiser(self, condition: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
         """``denoise(latents, sigma) -> velocity`` under one condition; compiled once per shape in mode graph."""
@@ -157,7 +189,7 @@ class ImagePipeline(Pipeline):
     def generate(self, positive: dict[str, Any], negative: dict[str, Any] | None, latents: np.ndarray,
                  sigmas: np.ndarray, cfg_scale: float = 1.0, on_step: Callable[[int, int], None] | None = None,
                  sampler: str = "euler") -> list[Image.Image]:
-        """Integrate from noise to pictures.
+        """Integrate from noise to images.
 
         Args:
             positive, negative: conditions from `condition`; ``negative`` is used when ``cfg_scale`` is not 1.
@@ -169,7 +201,7 @@ class ImagePipeline(Pipeline):
         return self.decode(SAMPLERS[sampler](denoise, Tensor(latents), sigmas, on_step))
 
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures from latents."""
+        """Images from latents."""
         pixels = run_unit(self.build_decode(), self, {"latents": latents})["pixels"].asnumpy()
         return [to_pil(p) for p in pixels]
 

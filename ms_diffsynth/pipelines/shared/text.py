@@ -1,4 +1,4 @@
-"""Models that several families are made of: mindone's CLIP, T5 and AutoencoderKL, and the tokenizers of the first two.
+"""The text encoders CLIP and T5 of mindone, their tokenizers, and a prompt as their token ids.
 
 Networks are imported in the functions, so that a family can be described without them.
 """
@@ -12,26 +12,14 @@ import numpy as np
 from mindspore import Tensor
 
 from ms_diffsynth.errors import DeviceError
-from ms_diffsynth.pipelines.quiet import quiet_imports
-from ms_diffsynth.pipelines.t5 import with_exact_buckets
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.t5 import with_exact_buckets
 
 logger = logging.getLogger(__name__)
 
 CLIP_TOKENS = 77
 # the tokenizers of CLIP-L and T5 v1.1, as published with FLUX.1
-CLIP_TOKENIZER, T5_TOKENIZER = (Path(__file__).parent / "flux" / name for name in ("tokenizer_1", "tokenizer_2"))
-
-
-def arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments from a diffusers config.json."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
-
-
-def build_autoencoder_kl(config: dict[str, Any]):
-    with quiet_imports():
-        from mindone.diffusers import AutoencoderKL
-
-    return AutoencoderKL(**arguments(config))
+CLIP_TOKENIZER, T5_TOKENIZER = (Path(__file__).parent / "tokenizers" / name for name in ("clip", "t5"))
 
 
 def build_clip(config: dict[str, Any]):
@@ -63,7 +51,7 @@ def build_clip_tokenizer(folder: Path):
         from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    if tokenizer.fix_text is None:  # transformers would go on with another reading of quotes, Chinese and emoji
+    if tokenizer.fix_text is None:  # transformers would continue with another reading of quotes, Chinese and emoji
         raise DeviceError("the package ftfy is not installed: CLIP's tokenizer needs it, and without it gives other "
                           "tokens for curly quotes, Chinese and emoji. Install it: pip install ftfy.")
     return tokenizer

@@ -12,8 +12,8 @@ from mindspore import nn
 
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.formats.weights import save_sharded
+from ms_diffsynth.models import SCHEDULER_FILE, Component
 from ms_diffsynth.nn.names import torch_shapes
-from ms_diffsynth.pipeline import SCHEDULER_FILE, Component
 from ms_diffsynth.storage.files import stage_folder
 
 

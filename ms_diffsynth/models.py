@@ -1,0 +1,323 @@
+"""The models of a pipeline: where their files lie, how each is built and filled, and the store that loads them at first
+use."""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import mindspore as ms
+from mindspore import nn
+
+from ms_diffsynth import runtime
+from ms_diffsynth.errors import HubError, WeightError, listing
+from ms_diffsynth.formats.weights import match, open_checkpoint
+from ms_diffsynth.hub.download import ModelConfig
+from ms_diffsynth.nn.names import assign, torch_shapes
+from ms_diffsynth.storage.files import sha256_of
+
+SCHEDULER_FILE = "scheduler_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One model of a family: where it lives in a diffusers folder, and how it is built.
+
+    Attributes:
+        name: what the pipeline calls it, e.g. ``dit``.
+        folder: its folder in a diffusers-format model, e.g. ``transformer``.
+        class_name: ``_class_name`` or ``architectures[0]`` in its config.json; empty for a tokenizer.
+        build: from the config to an uninitialised cell; for a tokenizer from its folder to the tokenizer.
+        ignored: beginnings of names that checkpoints may hold beyond the cell's parameters (tied weights, buffers).
+        default_folder: used when no source is given (tokenizers that ship with the package).
+        weight_dtype: from a weight's name and the compute dtype to the dtype it is kept in; by default the latter.
+        libraries: installed packages whose version may change what the component makes of its input.
+        build_for: the same as ``build``, also from the names of the tensors in the checkpoint: for a model whose files
+            come under several names.
+        recomputes_itself: its code applies gradient checkpointing by itself.
+    """
+
+    name: str
+    folder: str
+    build: Callable[[Any], Any]
+    class_name: str = ""
+    ignored: tuple[str, ...] = ()
+    default_folder: Path | None = None
+    weight_dtype: Callable[[str, ms.Type], ms.Type] = lambda name, dtype: dtype
+    libraries: tuple[str, ...] = ()
+    build_for: Callable[[dict[str, Any], Iterable[str]], nn.Cell] | None = None
+    recomputes_itself: bool = False
+
+    @property
+    def is_tokenizer(self) -> bool:
+        """Whether it is built from a folder of the model's, without weights."""
+        return bool(self.folder) and not self.class_name
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files a component is loaded from."""
+
+    folder: Path
+    files: tuple[Path, ...] = ()
+
+
+def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.Cell:
+    """Build a component's cell and fill it from its checkpoint, shard by shard; frozen and in evaluation mode.
+
+    Raises: WeightError for the config.json of another model, or naming missing, superfluous and mis-shaped tensors, or
+        a missing shard.
+    """
+    from mindspore.nn.utils import no_init_parameters
+
+    config = read_config(source.folder)
+    if class_name_of(config) != component.class_name:
+        raise WeightError(f"{source.folder / 'config.json'} describes a {class_name_of(config)}, but "
+                          f"'{component.name}' is a {component.class_name}. Give the folder of such a model.")
+    checkpoint = open_checkpoint(list(source.files) or source.folder)
+    try:
+        with no_init_parameters():
+            if component.build_for is None:
+                cell = component.build(config)
+            else:
+                cell = component.build_for(config, checkpoint.shapes)
+    except TypeError as error:
+        raise WeightError(f"no {component.class_name} can be built from {source.folder / 'config.json'} ({error}). "
+                          "Expected the settings of that class; download the file again.") from error
+    for _, part in cell.cells_and_names():
+        if hasattr(part, "set_flash_attention_force_cast_dtype"):  # mindone's, which casts float32 to float16 on Ascend
+            part.set_flash_attention_force_cast_dtype(None)
+    found = {k: v for k, v in checkpoint.shapes.items() if not k.startswith(component.ignored)}
+    match(torch_shapes(cell), found, where=str(source.folder))
+    assign(cell, ((k, v) for k, v in checkpoint.tensors() if k in found), lambda k: component.weight_dtype(k, dtype))
+    for parameter in cell.get_parameters():
+        parameter.requires_grad = False
+    return cell.set_train(False)
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The JSON object in a file of a model. Raises: WeightError when there is none, or something else."""
+    path = folder / name
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightError(f"{path} is missing: expected the config.json of a diffusers or transformers model beside "
+                          "its weights. Download the whole component folder.") from None
+    except ValueError as error:
+        raise WeightError(f"{path} is not JSON ({error}): download it again.") from None
+    if not isinstance(config, dict):
+        raise WeightError(f"{path} holds {str(config)[:40]}: expected a JSON object. Download it again.")
+    return config
+
+
+def arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments from a diffusers config.json."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
+
+
+def class_name_of(config: dict[str, Any]) -> str:
+    return config.get("_class_name") or (config.get("architectures") or ["model without a class name"])[0]
+
+
+def files_digest(source: Source) -> str:
+    """SHA-256 over the files of a component, its config.json included.
+
+    The hub's cache names large files by their SHA-256 already; they are not read again.
+    """
+    digest = hashlib.sha256()
+    files = [*source.files, source.folder / "config.json"] if source.files else source.folder.iterdir()
+    for file in sorted(f for f in files if f.is_file() and not f.name.startswith(".")):
+        blob = file.resolve()
+        is_named = blob.parent.name == "blobs" and len(blob.name) == 64
+        digest.update(f"{file.name} {blob.name if is_named else sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+class ModelStore:
+    """The models of one pipeline by name: loaded when they are first asked for, and unloaded when they are not needed.
+
+    Args:
+        components: what the family is made of.
+        variants: other sets of components it may be made of instead. The files that are given decide.
+        owner: name of the pipeline, for messages.
+        loaded: models and tokenizers that are there already.
+
+    Attributes:
+        components: what this pipeline is made of.
+        sources: name -> where its files are.
+        given_as: ``"owner/name:pattern"`` -> the name of the model that these files turned out to be.
+        known_configs: config.json of models whose files are not here: the cache of prepared rows brings them.
+        weight_changes: name -> what was done to its weights after loading.
+        scheduler_file: a scheduler_config.json that was given, or came with the network.
+    """
+
+    def __init__(self, components: Sequence[Component], dtype: ms.Type, owner: str,
+                 variants: Sequence[Sequence[Component]] = (), loaded: dict[str, Any] | None = None):
+        self.components, self.variants = tuple(components), tuple(map(tuple, variants))
+        self.dtype, self.owner = dtype, owner
+        self.loaded = dict(loaded or {})
+        self.sources: dict[str, Source] = {}
+        self.given_as: dict[str, str] = {}
+        self.known_configs: dict[str, dict[str, Any]] = {}
+        self.weight_changes: dict[str, list[str]] = {}
+        self.scheduler_file: Path | None = None
+        self._digests: dict[Source, str] = {}  # of the files of each model: ten gigabytes are read once
+        self._configs: dict[tuple[Path, str], dict[str, Any]] = {}  # each file is read once: every batch asks for them
+
+    # -- what there is -----------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the models and tokenizers."""
+        return tuple(c.name for c in self.components)
+
+    def component(self, name: str) -> Component:
+        """The component called ``name``."""
+        return next(c for c in self.components if c.name == name)
+
+    def has_config(self, name: str) -> bool:
+        """Whether `config` has an answer."""
+        return name in self.loaded or name in self.sources or name in self.known_configs
+
+    def add_component(self, component: Component, source: Source | None = None, model: Any = None) -> None:
+        """A component that is not of the family, in place of one of its name; with its files, or loaded already."""
+        self.components = (*(c for c in self.components if c.name != component.name), component)
+        if source is not None:
+            self.sources[component.name] = source
+        if model is not None:
+            self.loaded[component.name] = model
+
+    # -- files -------------------------------------------------------------------------------------------------
+
+    def add(self, config: ModelConfig, network: str) -> None:
+        """Find out from the config.json beside the weights which component, or components, the files are of.
+
+        Args:
+            network: name of the model whose repository may hold the scheduler_config.json.
+
+        Raises: WeightError for the files of another model, HubError.
+        """
+        paths = config.resolve(runtime.model_base_path())
+        folder = paths[0] if paths[0].is_dir() else paths[0].parent
+        if paths[0].name == SCHEDULER_FILE or (folder.name == "scheduler" and (folder / SCHEDULER_FILE).is_file()):
+            self.scheduler_file = folder / SCHEDULER_FILE
+            return
+        if config.model_id and not (folder / "config.json").is_file() and not paths[0].is_dir():
+            beside = (PurePosixPath(config.origin_file_pattern or "").parent / "config.json").as_posix()
+            replace(config, origin_file_pattern=beside).resolve(runtime.model_base_path())
+        if (folder / "model_index.json").is_file() and paths[0].is_dir():
+            for component in self.components:
+                if (folder / component.folder).is_dir():
+                    self.sources[component.name] = Source(folder / component.folder)
+            self._choose_variant()
+            return
+        name = self._name_of(folder, class_name_of(self._read(folder)))
+        self.sources[name] = Source(folder, () if paths[0].is_dir() else tuple(paths))
+        self._choose_variant()
+        if config.model_id:
+            self.given_as[f"{config.model_id}:{config.origin_file_pattern}"] = name
+            if name == network and self.scheduler_file is None:
+                with contextlib.suppress(HubError):  # not every repository has one
+                    config = replace(config, origin_file_pattern=f"scheduler/{SCHEDULER_FILE}")
+                    self.scheduler_file = config.resolve(runtime.model_base_path())[0]
+
+    def _name_of(self, folder: Path, class_name: str) -> str:
+        """The component that a folder holds: the one of its class; of two of a class the one its name tells."""
+        known = list(dict.fromkeys(c for components in (self.components, *self.variants) for c in components))
+        of_class = [c for c in known if c.class_name == class_name]
+        if not of_class:
+            raise WeightError(f"{folder / 'config.json'} describes a {class_name}, but {self.owner} is made of "
+                              f"{listing(c.class_name for c in known if c.class_name)}. Give the folder or files of "
+                              "one of those.")
+        named = of_class if len(of_class) == 1 else [c for c in of_class if folder.name in (c.folder, c.name)]
+        if not named:
+            raise WeightError(f"{folder} holds a {class_name}, of which {self.owner} has "
+                              f"{listing(c.name for c in of_class)}: expected a folder called "
+                              f"{' or '.join(c.folder for c in of_class)}, by which they are told apart. Rename it.")
+        return named[0].name
+
+    def _choose_variant(self) -> None:
+        """Be made of the first set of components that has the classes of all files given so far.
+
+        Where none has, the present one stays, and loading says what does not fit.
+        """
+        if not self.variants:
+            return
+        found = {name: class_name_of(self._read(source.folder)) for name, source in self.sources.items()
+                 if (source.folder / "config.json").is_file()}
+        for components in (self.components, *self.variants):
+            classes = {c.name: c.class_name for c in components}
+            if all(classes.get(name) in ("", class_name) for name, class_name in found.items()):
+                self.components = components
+                return
+
+    def source(self, name: str) -> Source:
+        """Where the files of a component are. Raises: WeightError when none were given for it."""
+        if name in self.sources:
+            return self.sources[name]
+        component = self.component(name)
+        if component.default_folder is not None:
+            return Source(component.default_folder)
+        raise WeightError(f"the model '{name}' is needed, but no files were given for it; given: "
+                          f"{listing(self.sources) or 'none'}. Add a ModelConfig for its '{component.folder}' folder.")
+
+    def _read(self, folder: Path, name: str = "config.json") -> dict[str, Any]:
+        if (folder, name) not in self._configs:
+            self._configs[folder, name] = read_config(folder, name)
+        return self._configs[folder, name]
+
+    def config(self, name: str) -> dict[str, Any]:
+        """config.json of a component, without loading its weights."""
+        if name in self.loaded:
+            config = self.loaded[name].config
+            return config.to_dict() if hasattr(config, "to_dict") else dict(config)  # transformers has classes
+        if name in self.sources or name not in self.known_configs:
+            return self._read(self.source(name).folder)
+        return self.known_configs[name]
+
+    def scheduler_config(self, network: str) -> dict[str, Any] | None:
+        """scheduler_config.json of the model, in ``scheduler/`` beside its network; None where there is none."""
+        files = [self.scheduler_file] if self.scheduler_file else []
+        if network in self.sources:
+            folder = self.sources[network].folder
+            files += [folder.parent / "scheduler" / SCHEDULER_FILE, folder / SCHEDULER_FILE]
+        return next((self._read(f.parent, f.name) for f in files if f.is_file()), None)
+
+    # -- weights -----------------------------------------------------------------------------------------------
+
+    def get(self, name: str) -> Any:
+        """The model or tokenizer called ``name``, loaded if it is not."""
+        if name not in self.loaded:
+            component, source = self.component(name), self.source(name)
+            self.loaded[name] = (load_component(component, source, self.dtype) if component.class_name
+                                 else component.build(source.folder))
+        return self.loaded[name]
+
+    def unload(self, names: Iterable[str]) -> None:
+        """Let go of models, which are loaded again at first use."""
+        for name in names:
+            self.loaded.pop(name, None)
+
+    def note_change(self, name: str, what: str, is_once: bool = False) -> None:
+        """Something was done to the weights of a model: its digest is another one from here on.
+
+        Args:
+            is_once: it is the same however often it is done.
+        """
+        changes = self.weight_changes.setdefault(name, [])
+        if not (is_once and what in changes):
+            changes.append(what)
+
+    def weights_digest(self, name: str) -> str | None:
+        """SHA-256 over a model's or tokenizer's files and what was done to its weights; None without files."""
+        if name not in self.sources and self.component(name).default_folder is None:
+            return None
+        source = self.source(name)
+        if source not in self._digests:
+            self._digests[source] = files_digest(source)
+        changes = self.weight_changes.get(name, [])
+        return hashlib.sha256("\n".join([self._digests[source], *changes]).encode()).hexdigest()

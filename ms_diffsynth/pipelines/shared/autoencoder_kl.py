@@ -1,0 +1,53 @@
+"""The VAE of FLUX.1 and Stable Diffusion 3: mindone's AutoencoderKL, and its two units."""
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+
+from ms_diffsynth.models import arguments
+from ms_diffsynth.pipelines.shared import vae_units
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+
+
+def build_autoencoder_kl(config: dict[str, Any]):
+    with quiet_imports():
+        from mindone.diffusers import AutoencoderKL
+
+    return AutoencoderKL(**arguments(config))
+
+
+def scale_factor(config: dict[str, Any]) -> int:
+    """Pixels per latent pixel: each level of the VAE but the last halves the sides."""
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def latent_shape(config: dict[str, Any], size: tuple[int, int]) -> tuple[int, int, int]:
+    """Shape of the latents of an image of (height, width) pixels."""
+    return (config["latent_channels"], *(side // scale_factor(config) for side in size))
+
+
+class EncodeImage(vae_units.EncodeImage):
+    """The VAE's posterior: mean and log-variance, not a sample, so that it can be cached.
+
+    Shapes: pixels float32 [B, 3, H, W] in [-1, 1] -> moments float32 [B, 2C, H/8, W/8].
+    """
+
+    def construct(self, pixels):
+        return (self.vae.encode(pixels.astype(self.dtype))[0].astype(ms.float32),)
+
+
+class Decode(vae_units.Decode):
+    """Pixels from latents.
+
+    Shapes: latents float32 [B, C, H/8, W/8] -> pixels float32 [B, 3, H, W], about [-1, 1].
+    """
+
+    def attach(self, pipe):
+        super().attach(pipe)
+        config = pipe.config("vae")
+        self.scaling_factor, self.shift_factor = config["scaling_factor"], config.get("shift_factor") or 0.0
+
+    def construct(self, latents):
+        latents = latents / self.scaling_factor + self.shift_factor
+        return (self.vae.decode(latents.astype(self.dtype), return_dict=False)[0].astype(ms.float32),)

@@ -1,0 +1,31 @@
+"""Rotary positions of language models by real cosines and sines, made on the host in NumPy.
+
+Shape legend: B batch, H heads, L tokens, D channels of a head.
+"""
+from __future__ import annotations
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+
+
+def frequencies(channels: int, theta: float) -> np.ndarray:
+    """theta^(-2 i / channels) for each pair of channels: float32 [channels / 2], rounded as PyTorch rounds it."""
+    exponents = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)
+    return np.float32(1) / np.power(np.float32(theta), exponents)
+
+
+@ops.constexpr
+def text_table(tokens: int, channels: int, theta: float) -> Tensor:
+    """Cosines and sines of a language model's positions 0, 1, ...: float32 [2, tokens, channels / 2]."""
+    angles = np.outer(np.arange(tokens, dtype=np.float32), frequencies(channels, theta))
+    return Tensor(np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32))
+
+
+def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
+    """Turn channels (i, i + D / 2) by their angles, in float32: x [B, H, L, D], from `text_table`."""
+    half = x.shape[-1] // 2
+    wide = x.astype(ms.float32)
+    real, imaginary = wide[..., :half], wide[..., half:]
+    turned = ops.cat((real * table[0] - imaginary * table[1], real * table[1] + imaginary * table[0]), -1)
+    return turned.astype(x.dtype)

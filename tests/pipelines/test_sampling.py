@@ -1,0 +1,114 @@
+"""Sampling: without a module of training, and under guidance nothing is prepared twice that both branches share."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from device import DEVICE
+from PIL import Image
+
+import ms_diffsynth
+from ms_diffsynth import runtime
+from ms_diffsynth.errors import ProgramError
+from ms_diffsynth.pipelines.flux.pipeline import FluxImagePipeline
+from ms_diffsynth.pipelines.flux2 import units
+from ms_diffsynth.pipelines.flux2.pipeline import Flux2ImagePipeline
+from ms_diffsynth.pipelines.toy.pipeline import write_tiny
+
+ROOT = Path(ms_diffsynth.__file__).parents[1]
+SIZE = {"height": 32, "width": 32, "seed": 1, "num_inference_steps": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager():
+    runtime.configure("pynative", DEVICE)
+    yield
+    runtime.configure("graph", DEVICE)
+
+
+SAMPLE = """
+import sys
+from ms_diffsynth import runtime
+from ms_diffsynth.registry import FAMILIES, family
+runtime.configure("graph", "CPU")
+for name in FAMILIES:
+    family(name)
+family(sys.argv[1]).pipeline.from_pretrained(sys.argv[2])(prompt="a cat", height=32, width=32, num_inference_steps=2,
+                                                        cfg_scale=2.0)
+found = [name for name in sys.modules if name.startswith("ms_diffsynth.train")]
+sys.exit(f"sampling imports {found}" if found else 0)
+"""
+
+
+@pytest.mark.parametrize("name", ["flux", "toy"])
+def test_no_family_imports_training_to_sample(name, tiny_flux, tmp_path):
+    folder = tiny_flux
+    if name == "toy":
+        folder = tmp_path / "toy"
+        write_tiny(folder)
+    done = subprocess.run([sys.executable, "-c", SAMPLE, name, str(folder)], text=True, capture_output=True,
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def noise_image(seed, width=32, height=48):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of FLUX.2's units of the host in the order in which they run."""
+    found = []
+    for cls in (units.TokenizePrompt, units.EncodeEditImage):
+        def process(self, pipe, _process=cls.process, **inputs):
+            found.append(self.name)
+            return _process(self, pipe, **inputs)
+
+        monkeypatch.setattr(cls, "process", process)
+    return found
+
+
+def test_an_edit_image_is_encoded_once_under_guidance(tiny_flux2, calls):
+    pipe = Flux2ImagePipeline.from_pretrained(str(tiny_flux2))
+    edit = noise_image(0)
+    found = pipe(prompt="a cat", negative_prompt="blurred", cfg_scale=2.0, edit_image=edit, **SIZE)
+    assert calls == ["encode_edit_image", "tokenize_prompt", "tokenize_prompt"]
+    # the same from two conditions that share nothing
+    calls.clear()
+    positive, negative = (pipe.condition(prompt, edit_image=edit) for prompt in ("a cat", "blurred"))
+    assert calls.count("encode_edit_image") == 2
+    shape = pipe.latent_shape(32, 32)
+    noise = ms_diffsynth.Draws(1).normal("latents", np.array([0]), shape)
+    (wanted,) = pipe.generate(positive, negative, noise, pipe.sampling_sigmas(2, shape), 2.0)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+
+
+def test_another_edit_image_of_the_negative_branch_is_encoded_too(tiny_flux2, calls):
+    pipe = Flux2ImagePipeline.from_pretrained(str(tiny_flux2))
+    both = {"prompt": "a cat", "negative_prompt": "blurred", "cfg_scale": 2.0, "edit_image": noise_image(0), **SIZE}
+    shared = pipe(**both)
+    calls.clear()
+    found = pipe(**both, negative_edit_image=noise_image(1))
+    assert calls.count("encode_edit_image") == 2 and (np.asarray(found) != np.asarray(shared)).any()
+    calls.clear()
+    without = {name: value for name, value in both.items() if name != "edit_image"}
+    pipe(**without, negative_edit_image=noise_image(1))  # only one branch has any
+    assert calls.count("encode_edit_image") == 1 and calls.count("tokenize_prompt") == 2
+
+
+def test_a_network_without_embedded_guidance_asks_for_none(tiny_flux, tiny_flux2, monkeypatch):
+    klein = Flux2ImagePipeline.from_pretrained(str(tiny_flux2))
+    assert not klein.takes_guidance and "guidance" not in klein.condition("a cat")
+    dev = FluxImagePipeline.from_pretrained(str(tiny_flux))
+    assert dev.takes_guidance
+    with pytest.raises(ProgramError, match=r"condition\(\) needs guidance: pass guidance=Tensor"):
+        dev.condition("a cat")
+    config = dev.store.config("dit") | {"guidance_embeds": False}
+    schnell = FluxImagePipeline.from_pretrained(str(tiny_flux))
+    monkeypatch.setattr(schnell.store, "config", lambda name, own=schnell.store.config:
+                        config if name == "dit" else own(name))
+    assert set(schnell.condition("a cat")) == {"prompt_embeds", "pooled_prompt_embeds"}
