@@ -1,4 +1,4 @@
-"""Compiling the training step of a LoRA by the number of FLUX.1's blocks, tiny width: the table of docs/ascend.md.
+"""Compiling the training step of a LoRA by the number of FLUX.1's blocks, tiny width: the table of README.md.
 
     python benchmarks/compiling.py                      # on the CPU; --device Ascend for the stand-in for CANN
 

@@ -1,9 +1,9 @@
-"""Memory of a LoRA's training step at full size, on the stand-in for CANN: the table of docs/memory.md.
+"""Memory of a LoRA's training step at full size, on the stand-in for CANN: the table of docs/reference/memory.md.
 
     python benchmarks/memory.py                       # all of it: an hour and a half on one core, 6 GB of this machine
     python benchmarks/memory.py --only flux:FLUX.1-dev --sizes 1024 --json memory.jsonl
 
-Peaks are those of MindSpore's own allocator, in GiB; weights are memory that nobody writes, kernels are recorded and
+Peaks are those of MindSpore's own allocator, in GiB; weights are memory that is never written, kernels are recorded and
 not computed. What is in the file of ``--json`` already is not run again.
 """
 from __future__ import annotations

@@ -3,8 +3,8 @@
     ms-diffsynth tiny flux models/flux-tiny
     python benchmarks/ranks.py [--ranks 2 4] [--steps 30] [--model models/flux-tiny]
 
-Trains the README's main job (tiny FLUX.1, DreamBooth with class images, compiled step, four pictures a step)
-with one process and by ``ms-diffsynth launch`` with several, which share the same four pictures: its LoRA, the whole
+Trains the README's main job (tiny FLUX.1, DreamBooth with class images, compiled step, four images a step)
+with one process and by ``ms-diffsynth launch`` with several, which share the same four images: its LoRA, the whole
 network, and that with divided moments. Bytes are what the loopback device counted in the whole job less those of a
 job of a third of the steps, for each step between; the least is what a ring has to send for the sums: 2 (N - 1) x 4
 bytes for each trained weight, over all ranks.
@@ -23,7 +23,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "examples/flux/tiny_dreambooth.yaml"
-PICTURES = 4
+IMAGES = 4
 KINDS = {
     "LoRA": [],
     "whole network": ["--trainable_models", "dit"],
@@ -37,7 +37,7 @@ def train(out: Path, model: Path, ranks: int, steps: int, flags: list[str]) -> i
     before = loopback_bytes()
     done = subprocess.run(
         [sys.executable, "-m", "ms_diffsynth.cli.main", *launch, "train", str(CONFIG), "--model_paths", str(model),
-         "--output_path", str(out), "--batch_size", str(PICTURES // ranks), "--max_train_steps", str(steps),
+         "--output_path", str(out), "--batch_size", str(IMAGES // ranks), "--max_train_steps", str(steps),
          "--save_steps", "100000", "--checkpoint_steps", "0", "--sample_prompts", "[]", "--lr_scheduler", "constant",
          "--learning_rate", "1e-4", "--resume", "none", *flags],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True)

@@ -61,7 +61,7 @@ class CompiledStep:
         compile_seconds: time spent in calls that compiled, their first execution included.
 
     Raises: TrainingError from a call that compiles once more than planned, or again for shapes it has seen, or with an
-        argument that is no Tensor.
+        argument that is not a Tensor.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, mode: str, planned: int | None = None,
@@ -96,7 +96,7 @@ class CompiledStep:
         if self.planned is not None and self.compilations >= self.planned:
             raise TrainingError(f"{self.name} would be compiled once more (compilation {self.compilations + 1}), for "
                                 f"{shapes}, but {self.planned} were planned from the buckets: a batch has a shape that "
-                                "no bucket allows. Crop or resize the pictures to the sizes of the buckets.")
+                                "no bucket allows. Crop or resize the images to the sizes of the buckets.")
         done = self.announce(self.name, " ".join("x".join(map(str, s)) or "scalar" for s, _ in shapes))
         began, before = time.perf_counter(), len(ms_compile_cache)
         result = self._function(*tensors)

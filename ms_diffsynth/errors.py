@@ -1,19 +1,19 @@
 """Errors a user can act on. One template: what is wrong, with the value; what was expected; what to do now.
 
 A mistake of the user is a :class:`UserError`: the command line prints its message without a traceback and ends with
-its ``exit_code``, a number of sysexits.h (``--debug`` shows the traceback). Each class has a section in docs/errors.md.
-``assert`` is for our own invariants only.
+its ``exit_code``, a number of sysexits.h (``--debug`` shows the traceback). Each class has a section in
+docs/reference/errors.md. ``assert`` is for our own invariants only.
 """
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-INTERNAL = 70  # exit code of an error that nobody foresaw
+INTERNAL = 70  # exit code of an internal error
 
 
 class UserError(Exception):
-    """Something the user gave is wrong, and the message says how to mend it."""
+    """Something the user gave is wrong, and the message says how to correct it."""
 
     exit_code = 64
 
@@ -33,7 +33,7 @@ class DataError(UserError):
 
 
 class TrainingError(UserError):
-    """Training cannot go on: non-finite steps in a row, nothing trainable, more compilations than planned."""
+    """Training cannot continue: non-finite steps in a row, nothing trainable, more compilations than planned."""
 
     exit_code = 65
 
@@ -51,13 +51,13 @@ class TemplateError(UserError):
 
 
 class UntrustedCodeError(TemplateError):
-    """Code of a template that was not trusted, or that is not the code that was trusted."""
+    """Code of a template that is not trusted, or that is not the code that was trusted."""
 
     exit_code = 77
 
 
 class HubError(UserError):
-    """A file cannot be had from, or sent to, a model hub."""
+    """A file cannot be downloaded from, or sent to, a model hub."""
 
     exit_code = 69
 
@@ -87,7 +87,7 @@ class OutputError(UserError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for the choice nearest to ``name``, or an empty string when none is near."""
+    """`` Did you mean 'x'?`` for the choice nearest to ``name``, or an empty string when none is similar."""
     found = get_close_matches(str(name), [str(c) for c in choices], n=1)
     return f" Did you mean '{found[0]}'?" if found else ""
 

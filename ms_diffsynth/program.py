@@ -142,7 +142,7 @@ class Program:
     def _needed(self, outputs: tuple[str, ...]) -> list[Unit]:
         for name in outputs:
             if name not in self.writer:
-                raise ProgramError(f"output '{name}' is written by no unit of this program; it writes "
+                raise ProgramError(f"no unit of this program writes the output '{name}'; it writes "
                                    f"{sorted(self.writer)}.{nearest(name, self.writer)}")
         live, needed = set(outputs), []
         for unit in reversed(self.units):

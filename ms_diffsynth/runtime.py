@@ -4,7 +4,7 @@
 ``"graph"`` the training and sampling steps are compiled by `compile`, and everything else (``prepare``) runs
 eagerly. On the CPU it runs blocking too, which makes its many small operations forty times faster (1240 ms -> 29 ms for
 a tiny FLUX forward, MindSpore 2.10, 2026-11-21). On an Ascend blocking would wait after every kernel of the compiled
-step as well: ``MS_LAUNCH_BLOCKING=1`` in the environment asks for it where an error is to be found.
+step as well: ``MS_LAUNCH_BLOCKING=1`` in the environment turns it on, to find an error.
 """
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _join(device: str) -> tuple[int, int]:
 
     if device == "CPU" and _current is None and "DEVICE_ID" in os.environ:
         _take_cores(int(os.environ["DEVICE_ID"]), int(os.environ.get("LOCAL_WORLD_SIZE") or world_size))
-    # On the CPU also how long a rank waits in a collective, while rank 0 makes pictures: 30 s if nobody says otherwise.
+    # On the CPU also how long a rank waits in a collective, while rank 0 makes images: 30 s by default.
     os.environ.setdefault("MS_NODE_TIMEOUT", "1800")
     try:
         communication.init()  # HCCL or MCCL, as the device has it; again, it does nothing
@@ -104,17 +104,17 @@ def _join(device: str) -> tuple[int, int]:
         cause = str(error).strip().splitlines()[0].rstrip(". ")
         raise DeviceError(f"rank {os.environ.get('RANK_ID')} of {os.environ.get('RANK_SIZE')} cannot join the others: "
                           f"MindSpore {ms.__version__} says: {cause}. Start all ranks by msrun or ms-diffsynth launch "
-                          "(see docs/distributed.md), or unset RANK_SIZE.") from error
+                          "(see docs/how_to/several_devices.md), or unset RANK_SIZE.") from error
     if _current is None:
         atexit.register(_yield_to_others)  # runs before what MindSpore registered at its import: it leaves the others
     return communication.get_rank(), communication.get_group_size()
 
 
 def _yield_to_others() -> None:
-    """Let the threads that this one wakes go on first, from now on.
+    """From now on, let the threads that this one wakes run first.
 
-    A rank that leaves is told by a thread of MindSpore that it may, and frees the connection at once, while that thread
-    is about to look at it again. Of ranks that shared busy cores 3 of 44 ended in a segmentation fault, after all was
+    A thread of MindSpore tells a rank that it may end; the rank then frees the connection while that thread may still
+    read it. Of ranks that shared busy cores 3 of 44 ended in a segmentation fault, after all was
     saved; with this 0 of 170 (MindSpore 2.10, 2026-11-21).
     """
     with contextlib.suppress(AttributeError, OSError):  # no Linux; a sandbox that forbids it
@@ -146,7 +146,7 @@ def _set_device(device: str | None) -> str:
         cause = str(error).strip().splitlines()[0].rstrip(". ")
         raise DeviceError(f"device='{wanted}' cannot be used on this machine: MindSpore {ms.__version__} says: "
                           f"{cause}. Expected an Ascend driver, firmware and CANN that fit this MindSpore. "
-                          "Install them (see docs/install.md), or run with --device CPU.") from error
+                          "Install them (see docs/get_started/install.md), or run with --device CPU.") from error
     return wanted
 
 
@@ -196,7 +196,7 @@ def compute_dtype(name: str | None) -> ms.Type:
     if current().device == "CPU":
         if name not in (None, "float32"):
             logger.warning("dtype=%s: the CPU has no %s matrix product, so everything is computed in float32 "
-                           "(twice the memory for weights). On Ascend the setting is obeyed.", name, name)
+                           "(twice the memory for weights). On Ascend the setting is used.", name, name)
         return ms.float32
     return DTYPES[name or "bfloat16"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mindspore import nn
 
-from ms_diffsynth.errors import ProgramError, nearest
+from ms_diffsynth.errors import ProgramError, listing, nearest
 from ms_diffsynth.program import is_optional, slot
 
 
@@ -26,15 +26,16 @@ class _Renamable:
 
         Args:
             reads, writes: from the names of the class to the new ones.
-            name: of the unit, by which it is fused and told of; it must differ from that of the other one.
+            name: of the unit, used by ``fuse`` and in messages; it must differ from that of the other unit.
 
-        Raises: ProgramError for a slot that the unit has not.
+        Raises: ProgramError for a slot that the unit does not have.
         """
         given, taken = reads or {}, writes or {}
         known = {"reads": {slot(p) for p in self.input_params}, "writes": set(self.output_params)}
         for what, names in (("reads", given), ("writes", taken)):
             for odd in sorted(set(names) - known[what]):
-                raise ProgramError(f"unit '{self.name}' {what} no slot '{odd}': it {what} {sorted(known[what])}."
+                raise ProgramError(f"unit '{self.name}': '{odd}' is not a slot that it {what}: expected one of "
+                                   f"{listing(sorted(known[what]))}."
                                    f"{nearest(odd, known[what])}")
         self.original_slots = {new: old for old, new in given.items()}, dict(taken)
         self.input_params = tuple(given.get(slot(p), slot(p)) + ("?" if is_optional(p) else "")
@@ -45,7 +46,7 @@ class _Renamable:
 
 
 class PipelineUnit(_Renamable):
-    """Host work: strings, images and tokenizers go in, anything comes out. Always in ``prepare``.
+    """Host work: reads strings, images and tokenizers, writes anything. Always in ``prepare``.
 
     Declare slots and models as class attributes or through ``__init__`` (the documents' way), and implement
     ``process(self, pipe, **inputs) -> dict``. ``pipe`` is a view: a model that was not declared raises.
@@ -99,7 +100,7 @@ class TensorUnit(_Renamable, nn.Cell):
             setattr(self, name, getattr(pipe, name))
 
     def detach(self, model_names: Iterable[str]) -> None:
-        """Let go of these models, as far as they are attached."""
+        """Detach these models, as far as they are attached."""
         for name in set(model_names) & set(self._cells):
             delattr(self, name)
 
@@ -111,7 +112,7 @@ class TensorUnit(_Renamable, nn.Cell):
 
 
 class PipeView:
-    """A pipeline as one unit may see it: everything but the models it did not declare."""
+    """A pipeline as one unit sees it: everything except the models it did not declare."""
 
     def __init__(self, pipe: Any, unit: PipelineUnit | TensorUnit):
         self._pipe, self._unit = pipe, unit

@@ -1,4 +1,4 @@
-"""Errors on the command line: docs/errors.md has a section for every kind and every code, and its examples are run."""
+"""Errors on the command line: docs/reference/errors.md has a section for every kind and code, and its examples run."""
 from __future__ import annotations
 
 import os
@@ -20,11 +20,11 @@ import ms_diffsynth
 from ms_diffsynth import runtime
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.errors import INTERNAL, UserError
-from ms_diffsynth.run import training as run_module
-from ms_diffsynth.train.signals import HUNG, SIGNALS
+from ms_diffsynth.run import task as run_module
+from ms_diffsynth.training.signals import HUNG, SIGNALS
 
 PACKAGE = Path(ms_diffsynth.__file__).parent
-TEXT = (PACKAGE.parent / "docs/errors.md").read_text(encoding="utf-8")
+TEXT = (PACKAGE.parent / "docs/reference/errors.md").read_text(encoding="utf-8")
 SECTIONS = {int(code): body for code, body in re.findall(r"(?ms)^## (\d+)\n(.*?)(?=^## |\Z)", TEXT)}
 KINDS = {name: (code, body) for code, section in SECTIONS.items()
          for name, body in re.findall(r"(?ms)^### (\w+)\n(.*?)(?=^### |\Z)", section)}
@@ -73,7 +73,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def world(tmp_path, model, monkeypatch):
-    """The folder that docs/errors.md speaks of; the tests run in it. Nobody is logged in."""
+    """The folder that docs/reference/errors.md speaks of; the tests run in it. No user is logged in."""
     (tmp_path / "cats.yaml").write_text(CONFIG)
     shutil.copytree(model, tmp_path / "toy")
     for folder in ("cats", "brightness"):
@@ -115,7 +115,7 @@ def test_nothing_else_ends_the_process():
     ends = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")
             if re.search(r"\b(os\._exit|sys\.exit|raise SystemExit|os\.abort)\b", path.read_text(encoding="utf-8"))}
     ends -= {"launch/supervise.py", "standin/__main__.py"}  # which hand on the code of a worker, or of what failed
-    assert ends == {"cli/main.py", "train/signals.py"}, "give each of its codes a section in docs/errors.md"
+    assert ends == {"cli/main.py", "training/signals.py"}, "give each code a section in docs/reference/errors.md"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -136,7 +136,7 @@ def test_the_examples_are_real(world, name, capsys):
     assert fits(err, "\n".join(shown)), err
 
 
-def test_what_nobody_foresaw_ends_with_its_traceback_and_what_to_report(world, monkeypatch, capsys):
+def test_an_internal_error_ends_with_its_traceback_and_what_to_report(world, monkeypatch, capsys):
     def fail(*_):
         raise ZeroDivisionError("hf_abcdefghijklmnop0123 is no divisor")
 
@@ -150,7 +150,7 @@ def test_what_nobody_foresaw_ends_with_its_traceback_and_what_to_report(world, m
 
 
 FAILS = """
-from ms_diffsynth.train.trainer import Trainer
+from ms_diffsynth.training.trainer import Trainer
 original = Trainer.train_on
 def train_on(self, *batch):
     if self.logger.num_steps == 2:

@@ -56,7 +56,7 @@ def test_an_example_fits_its_device_by_the_table_of_peaks(file):
     model = NPU[file] + (", 8 bits" if settings["model"].get("fp8_models") else "")
     recompute = "yes" if settings["model"].get("use_gradient_checkpointing") else "no"
     found = re.search(rf"^\| {re.escape(model)}[^|]*\| {settings['data']['height']} \| {recompute} \| [\d.]+ \| "
-                      r"\**([\d.]+)", (ROOT / "docs/memory.md").read_text(), re.MULTILINE)
+                      r"\**([\d.]+)", (ROOT / "docs/reference/memory.md").read_text(), re.MULTILINE)
     assert f"{float(found[1]):.1f}" in text and float(found[1]) < 59.6
 
 

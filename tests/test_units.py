@@ -105,5 +105,5 @@ def test_a_unit_with_other_slots_serves_a_second_image():
     assert [unit.name for unit in cut.prepare] == ["load", "double", "load_rejected"]
     slots = run_units(program.units, FakePipe(), {"image": 1, "rejected_image": 5})
     assert slots["moments"].asnumpy().tolist() == [2, 0] and slots["rejected_moments"].asnumpy().tolist() == [10, 0]
-    with pytest.raises(ProgramError, match=r"unit 'double' reads no slot 'pixel': it reads \['pixels'\].*'pixels'"):
+    with pytest.raises(ProgramError, match=r"unit 'double': 'pixel' is not a slot that it reads: .*'pixels'"):
         Double().with_slots({"pixel": "x"})

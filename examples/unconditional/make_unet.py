@@ -1,4 +1,4 @@
-"""Write an untrained UNet for pictures of 32 pixels, 687,347 parameters, from which smileys.yaml trains.
+"""Write an untrained UNet for images of 32 pixels, 687,347 parameters, from which smileys.yaml trains.
 
     python examples/unconditional/make_unet.py models/ddpm-smileys
 """
@@ -21,7 +21,7 @@ CONFIG = {  # every field is one of diffusers' UNet2DModel
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
 }
 
-# Cosine betas leave small pictures readable for longer; the velocity is as hard to learn at every one of them.
+# Cosine betas leave small images readable for longer; the velocity is as hard to learn at every one of them.
 SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
 
 if __name__ == "__main__":

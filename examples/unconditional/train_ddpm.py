@@ -1,10 +1,10 @@
-"""Train a UNet from scratch to make pictures like those of a folder, with a training step and a loop of one's own.
+"""Train a UNet from scratch to make images like those of a folder, with a training step and a loop of your own.
 
     python examples/unconditional/train_ddpm.py
     python examples/unconditional/train_ddpm.py --draws host --num_epochs 20 --output_dir runs/ddpm-host
 
 About half a minute an epoch on two cores. Every field of `TrainingConfig` is a flag. What training does is written out
-here, as in mindone's tutorial; `ms-diffsynth train` has a loop that does it for you. See docs/unconditional.md.
+here, as in mindone's tutorial; `ms-diffsynth train` has a loop that does it for you. See docs/how_to/unconditional.md.
 """
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ logger = logging.getLogger("train_ddpm")
 
 @dataclass
 class TrainingConfig:
-    dataset_name: str = "examples/data/smileys64"  # a folder of pictures, or a data set of the Hugging Face Hub
-    image_size: int = 32  # of the generated pictures, pixels
+    dataset_name: str = "examples/data/smileys64"  # a folder of images, or a data set of the Hugging Face Hub
+    image_size: int = 32  # of the generated images, pixels
     train_batch_size: int = 16
-    eval_batch_size: int = 16  # how many pictures to sample during evaluation
+    eval_batch_size: int = 16  # how many images to sample during evaluation
     num_epochs: int = 30
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-3
     lr_warmup_steps: int = 50
     save_image_epochs: int = 10
     save_model_epochs: int = 30
-    num_inference_steps: int = 50  # of the sampled pictures
+    num_inference_steps: int = 50  # of the sampled images
     draws: str = "in_step"  # or "host": where noise and timesteps come from
     mode: str = "graph"  # or "pynative"
     output_dir: str = "runs/ddpm-smileys"
@@ -59,8 +59,8 @@ class TrainingConfig:
 # -- data ------------------------------------------------------------------------------------------------------------
 
 
-def load_pictures(name: str) -> list[Image.Image]:
-    """The pictures of a folder, or of the column "image" of a data set of the Hub."""
+def load_images(name: str) -> list[Image.Image]:
+    """The images of a folder, or of the column "image" of a data set of the Hub."""
     if Path(name).is_dir():
         metadata = next((str(p) for p in Path(name).glob("metadata.*")), None)
         dataset = UnifiedDataset(name, metadata, captions=False, required=(), data_file_keys="image",
@@ -69,28 +69,28 @@ def load_pictures(name: str) -> list[Image.Image]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise SystemExit(f"dataset_name={name} is no folder, and the package that loads data sets of the Hub is not "
-                         "installed: pip install datasets, or name a folder of pictures.") from None
+        raise SystemExit(f"dataset_name={name} is not a folder, and the package that loads data sets of the Hub is not "
+                         "installed: pip install datasets, or name a folder of images.") from None
     return [row["image"].convert("RGB") for row in load_dataset(name, split="train")]
 
 
-class PictureSource:
-    """Pictures as GeneratorDataset takes them: uint8 [H, W, 3]."""
+class ImageSource:
+    """Images as GeneratorDataset takes them: uint8 [H, W, 3]."""
 
-    def __init__(self, pictures: list[Image.Image]):
-        self.pictures = pictures
+    def __init__(self, images: list[Image.Image]):
+        self.images = images
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return np.asarray(self.pictures[int(index)])
+        return np.asarray(self.images[int(index)])
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
 
-def make_dataloader(config: TrainingConfig, pictures: list[Image.Image], accelerator: Accelerator):
+def make_dataloader(config: TrainingConfig, images: list[Image.Image], accelerator: Accelerator):
     """Batches ``[images]``: float32 [B, 3, image_size, image_size] in [-1, 1]. A last, smaller batch is left out.
 
-    Started by msrun or ms-diffsynth launch, each process gets its share of the pictures.
+    Started by msrun or ms-diffsynth launch, each process gets its share of the images.
     """
     ms.dataset.config.set_seed(config.seed)
     preprocess = transforms.Compose([
@@ -100,7 +100,7 @@ def make_dataloader(config: TrainingConfig, pictures: list[Image.Image], acceler
         vision.ToTensor(),
         vision.Normalize([0.5] * 3, [0.5] * 3, is_hwc=False),
     ])
-    dataset = GeneratorDataset(PictureSource(pictures), column_names=["images"], shuffle=True, num_parallel_workers=1,
+    dataset = GeneratorDataset(ImageSource(images), column_names=["images"], shuffle=True, num_parallel_workers=1,
                                num_shards=accelerator.num_processes, shard_id=accelerator.process_index)
     dataset = dataset.map(preprocess, ["images"], num_parallel_workers=1)
     return dataset.batch(config.train_batch_size, drop_remainder=True)
@@ -138,7 +138,7 @@ def make_scheduler():
 
 
 class MyTrainStep(TrainStep):
-    """The network predicts the noise in a noisy picture. Noise and timesteps are drawn inside the step."""
+    """The network predicts the noise in a noisy image. Noise and timesteps are drawn inside the step."""
 
     def __init__(self, model: nn.Cell, optimizer: nn.Cell, noise_scheduler, gradient_accumulation_steps: int,
                  length_of_dataloader: int):
@@ -198,7 +198,7 @@ class HostDrawsTrainStep(MyTrainStep):
 
 
 def evaluate(config: TrainingConfig, epoch: int, pipeline: UnconditionalImagePipeline) -> None:
-    """Sample from the same noise every time, and save the pictures as a grid."""
+    """Sample from the same noise every time, and save the images as a grid."""
     images = pipeline(batch_size=config.eval_batch_size, seed=config.seed,
                       num_inference_steps=config.num_inference_steps)
     folder = Path(config.output_dir) / "samples"
@@ -233,7 +233,7 @@ def main(config: TrainingConfig) -> list[float]:
     """Everything, in the order of the tutorial."""
     accelerator = Accelerator(config.gradient_accumulation_steps, config.mode)
     ms.set_seed(config.seed + accelerator.process_index)  # every process draws noise of its own
-    dataloader = make_dataloader(config, load_pictures(config.dataset_name), accelerator)
+    dataloader = make_dataloader(config, load_images(config.dataset_name), accelerator)
     model, noise_scheduler = make_model(config), make_scheduler()
     batches = len(dataloader)
     steps = -(-batches // config.gradient_accumulation_steps) * config.num_epochs
@@ -251,7 +251,7 @@ def main(config: TrainingConfig) -> list[float]:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    parser = argparse.ArgumentParser(description="Train a UNet to make pictures like those of a folder.")
+    parser = argparse.ArgumentParser(description="Train a UNet to make images like those of a folder.")
     for setting in fields(TrainingConfig):
         parser.add_argument(f"--{setting.name}", type=type(setting.default), default=setting.default)
     main(TrainingConfig(**vars(parser.parse_args())))

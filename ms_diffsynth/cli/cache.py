@@ -45,7 +45,7 @@ def _inspect(cache: Cache) -> int:
     lines += [f"  {name}: {len(rows)} rows" for name, rows in manifest["rows"].items()]
     lines += [f"  {slot}: {', '.join(f'{shape} ({n})' for shape, n in found.items())}"
               for slot, found in shapes.items()]
-    lines += [f"  pictures: {', '.join(f'{size} ({n})' for size, n in sorted(sizes.items()))}", "made by"]
+    lines += [f"  images: {', '.join(f'{size} ({n})' for size, n in sorted(sizes.items()))}", "made by"]
     lines += [f"  {place}: {value}" for place, value in _flat(manifest["fingerprint"])]
     unused = cache.unused()
     if unused:

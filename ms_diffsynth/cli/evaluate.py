@@ -1,4 +1,4 @@
-"""``ms-diffsynth evaluate --generated DIR --reference DIR``: how near generated pictures come to real ones."""
+"""``ms-diffsynth evaluate --generated DIR --reference DIR``: how near generated images come to real ones."""
 from __future__ import annotations
 
 import argparse
@@ -10,10 +10,10 @@ from ms_diffsynth.evaluate import evaluate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Two folders of pictures, and where to write."""
+    """Two folders of images, and where to write."""
     parser.description += (" Kernel inception distance on EfficientNet-Lite0 features, with an interval, and a search "
-                           "for copies of reference pictures. Needs the extra [eval].")
-    parser.add_argument("--generated", type=Path, required=True, metavar="DIR", help="the generated pictures")
+                           "for copies of reference images. Needs the extra [eval].")
+    parser.add_argument("--generated", type=Path, required=True, metavar="DIR", help="the generated images")
     parser.add_argument("--reference", type=Path, required=True, metavar="DIR", help="real ones: the training set")
     parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="DIR",
                         help="where evaluation.json and nearest.png are written (default: evaluation)")
@@ -25,8 +25,8 @@ def execute(args: argparse.Namespace) -> int:
     for name in ("generated", "reference"):
         folder = getattr(args, name)
         if args.output.resolve().is_relative_to(folder.resolve()):
-            raise ConfigError(f"--output {args.output} lies in --{name} {folder}: the next evaluation would take its "
-                              "grid for a picture. Expected a folder elsewhere.")
+            raise ConfigError(f"--output {args.output} is inside --{name} {folder}: the next evaluation would take its "
+                              "grid for an image. Expected a folder elsewhere.")
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed}: expected 0 or more.")
     result = evaluate(args.generated, args.reference, args.seed)

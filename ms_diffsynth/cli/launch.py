@@ -1,4 +1,4 @@
-"""``ms-diffsynth launch --workers N train CONFIG.yaml ...``: one run in N processes (see docs/distributed.md)."""
+"""``ms-diffsynth launch --workers N train CONFIG.yaml ...``: one run in N processes; docs/how_to/several_devices.md."""
 from __future__ import annotations
 
 import argparse

@@ -15,11 +15,11 @@ from ms_diffsynth.errors import ConfigError, nearest
 COMMANDS = {
     "train": "train from a configuration file",
     "launch": "train in several processes, on one machine or more, and end all of them together",
-    "sample": "generate pictures",
+    "sample": "generate images",
     "replay": "make a recorded step of a run again, and find where it stopped being finite",
-    "cache": "look into a cache of split training, or remove what it no longer needs",
+    "cache": "inspect a cache of split training, or remove entries that are no longer needed",
     "describe": "print a run's two halves as straight-line code, loading no weights",
-    "evaluate": "compare generated pictures with real ones, and look for copies",
+    "evaluate": "compare generated images with real ones, and look for copies",
     "push": "publish a folder on a hub",
     "template": "look at a template's code, or pack a trained one to share it",
     "tiny": "write a tiny model with random weights, for first runs and tests",
@@ -31,7 +31,7 @@ def parser(command: str | None) -> Parser:
     """The command line; only ``command`` gets its flags."""
     top = Parser(prog="ms-diffsynth", description="Train and run diffusion models with MindSpore.",
                  epilog="Every kind of error, by the word its message begins with, and every exit code are in "
-                        "docs/errors.md.")
+                        "docs/reference/errors.md.")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     command = next((word for word in arguments if not word.startswith("-")), None)
     if command is not None and command not in COMMANDS:
-        raise ConfigError(f"'{command}' is no command: expected one of {', '.join(COMMANDS)}."
+        raise ConfigError(f"'{command}' is an unknown command: expected one of {', '.join(COMMANDS)}."
                           f"{nearest(command, COMMANDS)}")
     args = parser(command).parse_args(arguments)
     return args.execute(args)

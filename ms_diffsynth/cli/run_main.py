@@ -16,7 +16,7 @@ _STDOUT = 1  # the number of its file
 
 
 def run_main(function: Callable[[], int | None], debug: bool = False) -> int:
-    """Run a script's ``main`` and return its exit code, one of those in docs/errors.md.
+    """Run a script's ``main`` and return its exit code, one of those in docs/reference/errors.md.
 
     A user's mistake ends with its message alone, with ``debug`` with a traceback; an internal error with a traceback
     and what to report. No secret is in what is written to the terminal meanwhile, nor in what is logged from then on.
@@ -45,8 +45,8 @@ def _run(function: Callable[[], int | None], debug: bool) -> int:
             return 128 + signal.SIGPIPE
         sys.stderr.write("".join(traceback.format_exception(error)))
         sys.stderr.write("This is an internal error. Unless it is from code of your own, please report these lines, "
-                         "the command and its configuration "
-                         f"(ms_diffsynth {__version__}, docs/errors.md#{INTERNAL}).\n")
+                         f"the command and its configuration (ms_diffsynth {__version__}, "
+                         f"docs/reference/errors.md#{INTERNAL}).\n")
         return INTERNAL
 
 

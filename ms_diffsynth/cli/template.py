@@ -11,7 +11,7 @@ from ms_diffsynth.errors import TemplateError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Two actions: ``show`` and ``pack``."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="print model.py and its sha256; nothing of it runs")
+    show = actions.add_parser("show", help="print model.py and its sha256; its code does not run")
     show.add_argument("template", type=Path, metavar="TEMPLATE", help="folder of the template")
     pack = actions.add_parser("pack", help="write model.py and all weights into a new folder")
     pack.add_argument("template", metavar="TEMPLATE", help="folder of the template, or owner/name: on a hub")

@@ -1,4 +1,4 @@
-"""Data sets: metadata, pictures, buckets and batches. NumPy and Pillow only; nothing here knows MindSpore."""
+"""Data sets: metadata, images, buckets and batches. NumPy and Pillow only; nothing here knows MindSpore."""
 from __future__ import annotations
 
 from .buckets import Bucket, BucketCropAndResize, describe_buckets, make_buckets, nearest_bucket

@@ -69,7 +69,7 @@ def describe_buckets(buckets: Sequence[Bucket]) -> str:
 
 
 class BucketCropAndResize(DataProcessingOperator):
-    """Bring an image to the size of its nearest bucket: scale to cover, cut out the centre."""
+    """Bring an image to the size of its nearest bucket: scale to cover, crop the centre."""
 
     def __init__(self, buckets: Sequence[Bucket]):
         self.buckets = list(buckets)

@@ -1,4 +1,4 @@
-"""UnifiedDataset: rows of metadata in, dictionaries with loaded pictures out; every row is checked beforehand."""
+"""UnifiedDataset: rows of metadata in, dictionaries with loaded images out; every row is checked first."""
 from __future__ import annotations
 
 import copy
@@ -39,22 +39,22 @@ def identity(data: Any) -> Any:
 
 
 class UnifiedDataset:
-    """The rows of a metadata file, or of a folder of pictures with captions, with operators applied to their cells.
+    """The rows of a metadata file, or of a folder of images with captions, with operators applied to their cells.
 
     Args:
-        base_path: the data folder. The files a row names lie below it.
-        metadata_path: .csv, .json or .jsonl; None: the pictures below ``base_path`` with .txt or .caption sidecars.
+        base_path: the data folder. The files that a row names are inside it.
+        metadata_path: .csv, .json or .jsonl; None: the images below ``base_path`` with .txt or .caption sidecars.
         repeat: how many times an epoch goes through the rows.
         data_file_keys: columns that name files, as a tuple or "image,edit_image". They must be in every row. Those
-            without a special operator are pictures.
+            without a special operator are images.
         main_data_operator: applied to the cells of ``data_file_keys``.
         special_operator_map: column -> operator, instead of the main one, for any column (not only for files).
         max_data_items: the length of an epoch, instead of rows x repeat.
         required: further columns that must be there, such as ("prompt",).
-        captions: False for a folder of pictures without captions.
+        captions: False for a folder of images without captions.
         allow_outside_base: let rows name files outside ``base_path`` (a hub cache of links, say).
 
-    Construction reads the header and the end of every picture and raises one DataError naming the bad rows, before any
+    Construction reads the header and the end of every image and raises one DataError naming the bad rows, before any
     model is loaded. What only decoding shows (damage in the middle) is raised by ``dataset[i]`` with the row's number.
 
     Source: DiffSynth-Studio 2.1.12, ``UnifiedDataset``; there a special operator has no effect on other columns.
@@ -119,7 +119,7 @@ class UnifiedDataset:
         return item
 
     def image_size(self, index: int) -> tuple[int, int]:
-        """Width and height in pixels of the first picture of item ``index``, upright, known from its header.
+        """Width and height in pixels of the first image of item ``index``, upright, known from its header.
 
         For buckets: ``Loader(dataset, bucket_of=lambda i: nearest_bucket(*dataset.image_size(i), buckets))``.
         """
@@ -129,8 +129,8 @@ class UnifiedDataset:
                 if value in self._sizes:
                     return self._sizes[value]
         raise DataError(
-            f"{self.table.source} names no pictures under data_file_keys={','.join(self.data_file_keys) or '()'}; "
-            "expected the column of the pictures. Set data_file_keys='image'"
+            f"{self.table.source} has no image column in data_file_keys={','.join(self.data_file_keys) or '()'}; "
+            "expected the column of the images. Set data_file_keys='image'"
         )
 
     def fingerprint(self) -> str:
@@ -181,7 +181,7 @@ class UnifiedDataset:
         return {**dict.fromkeys(self.data_file_keys, describe(self.main_data_operator)), **special}
 
     def label(self, index: int) -> str:
-        """What to call row ``index`` in a message."""
+        """The name of row ``index`` in a message."""
         row = self.rows[index % len(self.rows)]
         names = [str(v) for key in self.data_file_keys for v in _as_list(row.get(key))]
         return ", ".join(names) or f"row {index + 1}"
@@ -190,10 +190,10 @@ class UnifiedDataset:
         return _digest(resolve(self.base_path, name, self.allow_outside_base))
 
     def check(self) -> None:
-        """Look at every row and the header of every picture. Raises: one DataError with the first ten bad rows."""
+        """Look at every row and the header of every image. Raises: one DataError with the first ten bad rows."""
         table = self.table
         if not table.rows:
-            what = "pictures" if os.path.isdir(table.source) else "rows below the header"
+            what = "images" if os.path.isdir(table.source) else "rows below the header"
             raise DataError(f"{table.source} is an empty data set: it has no {what}; expected at least one. Add some")
         columns = list(dict.fromkeys(key for row in table.rows if row for key in row))
         wanted = (*self.data_file_keys, *self.required)
@@ -266,7 +266,7 @@ class UnifiedDataset:
         buckets: Sequence[Bucket] | None = None,
         allow_outside_base: bool = False,
     ) -> DataProcessingOperator:
-        """File name (or list of them) -> picture of height x width, or of its own size, or of its nearest bucket."""
+        """File name (or list of them) -> image of height x width, or of its own size, or of its nearest bucket."""
         if buckets and height is not None:
             raise ConfigError(f"height={height} and buckets are both set; expected one of them. Remove one")
         resize = BucketCropAndResize(buckets) if buckets else ImageCropAndResize(

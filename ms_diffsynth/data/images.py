@@ -1,8 +1,8 @@
-"""Reading pictures strictly, and going between Pillow pictures and pixels in [-1, 1].
+"""Reading images strictly, and converting between Pillow images and pixels in [-1, 1].
 
-Pillow alone would turn a 16-bit gray picture white (``convert`` saturates), show the hidden colour below transparent
-pixels, leave photographs lying on their side, take the first frame of an animation, show gray where the rest of a JPEG
-is missing, and unpack 30000 x 30000 pixels from a file of 100 KB. Everything read here is a defined 8-bit RGB picture,
+Pillow alone would turn a 16-bit gray image white (``convert`` saturates), show the hidden colour below transparent
+pixels, not rotate photographs, take the first frame of an animation, show gray where the rest of a JPEG
+is missing, and unpack 30000 x 30000 pixels from a file of 100 KB. Everything read here is a defined 8-bit RGB image,
 or an error that says what to do.
 """
 from __future__ import annotations
@@ -44,20 +44,20 @@ _UPRIGHT = {
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """Width and height in pixels of the upright picture. JPEG, PNG and WebP are not decoded for it.
+    """Width and height in pixels of the upright image. JPEG, PNG and WebP are not decoded for it.
 
     Raises: DataError when the file breaks a rule of :func:`read_image` or its end is missing; what is damaged in the
-    middle of it shows only when the picture is decoded.
+    middle of it shows only when the image is decoded.
     """
     with _opened(path) as (image, orientation):
         return image.size if orientation < 5 else image.size[::-1]
 
 
 def read_image(path: str, mode: str | None = "RGB") -> Image.Image:
-    """Read one still picture, upright, in 8 bits.
+    """Read one still image, upright, in 8 bits.
 
     Transparent pixels are laid over white; 16-bit gray is divided by 257; CMYK goes to sRGB through its colour profile
-    when it has one. Colour profiles of RGB pictures are ignored, as by the reference trainers.
+    when it has one. Colour profiles of RGB images are ignored, as by the reference trainers.
 
     Args: ``mode`` "RGB", "RGBA" (keeps transparency), or None (the mode of the file, for masks and palettes).
 
@@ -77,18 +77,18 @@ def read_image(path: str, mode: str | None = "RGB") -> Image.Image:
             result = image.copy()
         if orientation in _UPRIGHT:
             result = result.transpose(_UPRIGHT[orientation])
-        # What is left would turn the picture a second time in the hands of the next reader.
+        # Otherwise the next reader would rotate the image again.
         result.info = {key: value for key, value in result.info.items() if key == "transparency" and mode is None}
         return result
 
 
 @contextmanager
 def _opened(path: str) -> Iterator[tuple[Image.Image, int]]:
-    """The picture, its header and its end checked, and its orientation 1 to 8."""
+    """The image, its header and its end checked, and its orientation 1 to 8."""
     with open_regular(path) as file:
         try:
             if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
-                raise DataError(f"{path} has {size} bytes; expected at most {MAX_BYTES}. Make the picture smaller")
+                raise DataError(f"{path} has {size} bytes; expected at most {MAX_BYTES}. Make the image smaller")
             image = Image.open(file, formats=FORMATS)
             _check_header(image, path)
             _check_end(image, file, path)
@@ -99,13 +99,13 @@ def _opened(path: str) -> Iterator[tuple[Image.Image, int]]:
             raise _too_large(path, "", int(re.search(r"\d+", str(error)).group())) from None
         except Image.UnidentifiedImageError:
             raise DataError(
-                f"{path} is not a picture (it begins with {_beginning(file)!r}); expected {', '.join(FORMATS)}. "
+                f"{path} is not an image (it begins with {_beginning(file)!r}); expected {', '.join(FORMATS)}. "
                 "Convert it, or replace it"
             ) from None
         except Exception as error:  # Pillow's parsers raise a dozen kinds of exception on damaged bytes
             if "MAX_TEXT" in str(error):
                 raise DataError(f"{path} holds text or a colour profile that is too large when unpacked ({error}); "
-                                "expected at most a megabyte. Save the picture again without metadata") from error
+                                "expected at most a megabyte. Save the image again without metadata") from error
             raise _damaged(path, error) from error
 
 
@@ -123,7 +123,7 @@ def _damaged(path: str, reason: object) -> DataError:
 def _too_large(path: str, size: str, pixels: int) -> DataError:
     return DataError(
         f"{path} has {size}{pixels / 1e6:.0f} million pixels; expected at most {MAX_PIXELS / 1e6:.0f} million. "
-        "Make the picture smaller"
+        "Make the image smaller"
     )
 
 
@@ -144,16 +144,16 @@ def _check_header(image: Image.Image, path: str) -> None:
             f"{path} has mode {image.mode} ({reason}); expected 8 or 16 bits of a known range, gray or RGB. Convert it "
             "to 8-bit PNG"
         )
-    if image.format == "MPO":  # a photograph of a telephone: the others are previews or depth, the first is the picture
-        _warn_once(f"{path} holds several pictures (MPO); its main picture is used")
+    if image.format == "MPO":  # a photograph of a telephone: the others are previews or depth, the first is the image
+        _warn_once(f"{path} holds several images (MPO); its main image is used")
     elif getattr(image, "is_animated", False):
         raise DataError(
-            f"{path} has {image.n_frames} frames or pages; expected one still picture. Save the frame you mean as PNG"
+            f"{path} has {image.n_frames} frames or pages; expected one still image. Save the frame you mean as PNG"
         )
 
 
 def _odd_pixels(image: Image.Image) -> str:
-    """Why it is not known what the pixels mean, in spite of the mode Pillow gives them; mostly an empty string."""
+    """Why the meaning of the pixels is unknown although Pillow gives a mode; usually an empty string."""
     if image.mode in ("I", "F"):
         return "32 bits per pixel"
     if image.mode == "LAB":
@@ -171,10 +171,10 @@ def _odd_pixels(image: Image.Image) -> str:
 
 
 def _check_end(image: Image.Image, file: BinaryIO, path: str) -> None:
-    """Refuse a picture that is cut short, or whose rest was never copied and is zeros.
+    """Refuse an image that is cut short, or whose rest was never copied and is zeros.
 
-    `Image.verify` does not see that of a JPEG. Pillow looks at the end of a WebP when it opens it; formats that are
-    seldom in a data set are decoded.
+    `Image.verify` does not see that of a JPEG. Pillow looks at the end of a WebP when it opens it; rare formats are
+    decoded.
     """
     here, is_whole = file.tell(), True
     if image.format in ("JPEG", "MPO"):
@@ -219,15 +219,15 @@ def _orientation(image: Image.Image, file: BinaryIO, path: str) -> int:
     if image.format == "PNG" and "exif" not in image.info and _has_late_exif(file):
         image.load()
     try:
-        # PngImageFile.getexif decodes the whole picture to look for EXIF behind the pixels; its base class does not.
+        # PngImageFile.getexif decodes the whole image to look for EXIF behind the pixels; its base class does not.
         tags = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
         value = tags.get(_ORIENTATION, 1)
         if value in range(1, 9) and (tags or not image.info.get("exif")):
             return value
         reason = f"orientation {value}" if tags else "no readable tags"
-    except Exception as error:  # damaged EXIF raises many kinds of exception and is no reason to lose a picture
+    except Exception as error:  # damaged EXIF raises many kinds of exception and must not reject an image
         reason = str(error)
-    _warn_once(f"{path} has broken EXIF data ({reason}); it is ignored and the picture is taken as it lies")
+    _warn_once(f"{path} has broken EXIF data ({reason}); it is ignored and the image is not rotated")
     return 1
 
 
@@ -240,7 +240,7 @@ def _has_late_exif(file: BinaryIO) -> bool:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A 16-bit gray picture in 8 bits; 65535 / 257 = 255."""
+    """A 16-bit gray image in 8 bits; 65535 / 257 = 255."""
     values = np.asarray(image, np.float32)
     result = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     if "transparency" in image.info:
@@ -269,18 +269,18 @@ def to_rgb(image: Image.Image, path: str = "the image") -> Image.Image:
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """Pixels of an RGB picture. Returns: float32 [3, H, W] in [-1, 1], computed as x / 127.5 - 1."""
+    """Pixels of an RGB image. Returns: float32 [3, H, W] in [-1, 1], computed as x / 127.5 - 1."""
     if image.mode != "RGB":
-        raise DataError(f"a picture of mode {image.mode} was given; expected RGB. Use convert_RGB=True, or convert it")
+        raise DataError(f"an image of mode {image.mode} was given; expected RGB. Use convert_RGB=True, or convert it")
     pixels = np.asarray(image).astype(np.float32) / np.float32(127.5) - np.float32(1)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def to_pil(pixels: np.ndarray) -> Image.Image:
-    """The RGB picture of an array [3, H, W] in [-1, 1]; values beyond are clipped. The inverse of :func:`to_pixels`."""
+    """The RGB image of an array [3, H, W] in [-1, 1]; values beyond are clipped. The inverse of :func:`to_pixels`."""
     pixels = np.asarray(pixels)
     if pixels.ndim != 3 or pixels.shape[0] != 3:
-        raise DataError(f"an array of shape {pixels.shape} was given; expected [3, H, W]. Pass one picture at a time")
+        raise DataError(f"an array of shape {pixels.shape} was given; expected [3, H, W]. Pass one image at a time")
     pixels = pixels.astype(np.float32)
     broken = int(np.size(pixels) - np.isfinite(pixels).sum())
     if broken:
@@ -298,19 +298,19 @@ def grid(
     columns: int | None = None,
     titles: Sequence[str] | None = None,
 ) -> Image.Image:
-    """A contact sheet on white: pictures in rows, each row below its caption (such as "before", "after").
+    """A contact sheet on white: images in rows, each row below its caption (such as "before", "after").
 
     Args:
-        rows: rows of pictures; or one list of pictures, which is broken into rows of ``columns``.
+        rows: rows of images; or one list of images, which is broken into rows of ``columns``.
         captions: one for each row, above it.
-        columns: only for one list of pictures; as many as there are by default.
+        columns: only for one list of images; as many as there are by default.
         titles: one for each column (such as the prompts), below the last row, in at most three lines.
     """
     if rows and isinstance(rows[0], Image.Image):
         columns = columns or len(rows)
         rows = [rows[i:i + columns] for i in range(0, len(rows), columns)]
     if not rows or not all(rows):
-        raise DataError("a grid was asked for with an empty row; expected at least one picture in every row. Add some")
+        raise DataError("a grid was asked for with an empty row; expected at least one image in every row. Add some")
     across = max(len(row) for row in rows)
     for name, texts, count in (("captions", captions, len(rows)), ("titles", titles, across)):
         if texts is not None and len(texts) != count:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one rank trains on at one micro-step. With class pictures the second half of each field is theirs.
+    """What one rank trains on at one micro-step. With class images the second half of each field is theirs.
 
     Shapes: ``indices`` int64 [B], positions in the data set (class half: in the class data set); ``sample_indices``
     int64 [B], the number of each sample in the whole run over all ranks, never repeated: the key of its random draws.
@@ -46,7 +46,7 @@ def permutation(length: int, *key: object) -> np.ndarray:
 class Loader:
     """Batches of ``batch_size`` items of one bucket each; iterating goes to the end of the present epoch.
 
-    In each epoch every item comes once. A bucket seldom holds a multiple of the batch size: ``last="repeat"`` (the
+    In each epoch every item comes once. Few buckets hold a multiple of the batch size: ``last="repeat"`` (the
     default) fills its last batch with the bucket's own first items of that epoch, so that these come twice, and every
     batch has the same shape; "keep" leaves that batch smaller (one more compilation); "drop" leaves its items out of
     this epoch.
@@ -57,7 +57,7 @@ class Loader:
     Args:
         dataset: anything with ``len`` and ``[position]`` -> dict.
         bucket_of: position -> bucket (anything hashable); None: all items have one shape.
-        class_dataset: pictures of the class for prior preservation; each batch is then B items followed by B class
+        class_dataset: images of the class for prior preservation; each batch is then B items followed by B class
             items of the same bucket, which have an order and a cycle of their own.
         class_bucket_of: the same as ``bucket_of``, for the class data set.
         num_workers: threads that load items ahead; 0 loads when a batch is asked for. The order does not change.
@@ -114,7 +114,7 @@ class Loader:
         return self._length
 
     def state(self) -> dict[str, int]:
-        """Where the loader stands: the next batch to come."""
+        """The position of the loader: the next batch."""
         epoch, position = divmod(self.step, len(self))
         return {"step": self.step, "epoch": epoch, "position": position}
 
@@ -219,16 +219,16 @@ class Loader:
         missing = [b for b in dict.fromkeys(self._buckets) if b not in self._class_positions]
         if missing:
             raise DataError(
-                f"the class data set has no picture of bucket {listing(missing)}, which the data set has; expected at "
-                "least one of each. Add class pictures of these shapes, or use fewer buckets"
+                f"the class data set has no image of bucket {listing(missing)}, which the data set has; expected at "
+                "least one of each. Add class images of these shapes, or use fewer buckets"
             )
 
     def _report_left_out(self, plan: list[tuple]) -> None:
         total = self.batch_size * self.world_size
         if not plan:
             raise DataError(
-                f"{len(self._buckets)} items in {len(set(self._buckets))} buckets make no batch of batch_size x "
-                f"world_size = {total} with last='drop'. Use last='repeat', or a smaller batch_size"
+                f"{len(self._buckets)} items in {len(set(self._buckets))} buckets are too few for one batch of "
+                f"batch_size x world_size = {total} with last='drop'. Use last='repeat', or a smaller batch_size"
             )
         short = [b for b in dict.fromkeys(self._buckets) if b not in {planned[0] for planned in plan}]
         if short:
@@ -264,7 +264,7 @@ def collate(items: Sequence[dict[str, Any]], rows: Sequence[int] | None = None) 
     Raises: DataError naming the field and the rows when fields, shapes, dtypes or kinds differ.
     """
     if not items:
-        raise DataError("a batch of no items was given; expected at least one")
+        raise DataError("an empty batch was given; expected at least one")
     rows = list(range(len(items))) if rows is None else [int(row) for row in rows]
     for row, item in zip(rows, items):
         odd = sorted(set(item) ^ set(items[0]))
@@ -288,7 +288,7 @@ def _stack(key: str, values: list, rows: list[int]) -> np.ndarray:
     if len(kinds) > 1:
         groups = "; ".join(f"{kind} in rows {listing(which)}" for kind, which in kinds.items())
         raise DataError(f"the field {key} differs within a batch: {groups}. Expected one shape and dtype; resize the "
-                        "pictures to one size, or use buckets")
+                        "images to one size, or use buckets")
     if isinstance(values[0], (np.ndarray, np.generic)):
         return np.stack(values)
     if isinstance(values[0], bool):

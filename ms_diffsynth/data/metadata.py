@@ -1,4 +1,4 @@
-"""Reading the rows of a data set from CSV, JSON, JSON lines, or a folder of pictures with caption files."""
+"""Reading the rows of a data set from CSV, JSON, JSON lines, or a folder of images with caption files."""
 from __future__ import annotations
 
 import csv
@@ -55,7 +55,7 @@ class Table:
         more = [f"  and {len(bad) - 10} more"] if len(bad) > 10 else []
         raise DataError("\n".join([
             f"{len(bad)} of {len(self.rows)} rows of {self.source} cannot be used; every row must be sound:",
-            *lines, *more, "Mend these rows or remove them, then start again.",
+            *lines, *more, "Correct or remove these rows, then start again.",
         ]))
 
 
@@ -74,13 +74,13 @@ def read_metadata(path: str) -> Table:
 
 
 def read_folder(base: str, captions: bool = True) -> Table:
-    """A row for every picture below ``base``, sorted: ``image`` and, with ``captions``, ``prompt`` from its sidecar.
+    """A row for every image below ``base``, sorted: ``image`` and, with ``captions``, ``prompt`` from its sidecar.
 
     The sidecar of ``cat.png`` is ``cat.txt`` or ``cat.caption``. Names that begin with a dot are left out; a warning
     names what else is there and left out: other files, and folders that are links.
     """
     if not os.path.isdir(base):
-        raise DataError(f"base_path={base} is not a folder; expected a folder of pictures. Correct base_path")
+        raise DataError(f"base_path={base} is not a folder; expected a folder of images. Correct base_path")
     table = Table(base)
     names, others = [], []
     for folder, folders, files in os.walk(base, onerror=_refuse_folder):
@@ -108,7 +108,7 @@ def _tell_left_out(base: str, with_captions: Collection[str], others: list[str])
     used = {os.path.splitext(name)[0] + suffix for name in with_captions for suffix in CAPTION_SUFFIXES}
     left = sorted(repr(name) for name in others if name not in used)
     if left:
-        logger.warning("%s: neither pictures nor the captions of one, and not used: %s.", base, listing(left))
+        logger.warning("%s: neither images nor the captions of one, and not used: %s.", base, listing(left))
 
 
 def _caption(base: str, name: str) -> str:
@@ -116,11 +116,11 @@ def _caption(base: str, name: str) -> str:
     found = [stem + suffix for suffix in CAPTION_SUFFIXES if os.path.lexists(os.path.join(base, stem + suffix))]
     if not found:
         raise DataError(
-            f"the picture {plain(name, 200)} has no caption file; expected {plain(stem, 200)}.txt beside it. Write "
+            f"the image {plain(name, 200)} has no caption file; expected {plain(stem, 200)}.txt beside it. Write "
             "one, or pass captions=False to train without captions"
         )
     if len(found) > 1:
-        raise DataError(f"the picture {plain(name, 200)} has two caption files, {' and '.join(map(plain, found))}. "
+        raise DataError(f"the image {plain(name, 200)} has two caption files, {' and '.join(map(plain, found))}. "
                         "Remove one")
     return read_text(resolve(base, found[0])).strip()
 
@@ -208,7 +208,7 @@ def _add_object(table: Table, row: object, place: str) -> None:
 
 
 class _Wrong(str):
-    """Stands in a row for what Python reads as JSON and is none; says what it is."""
+    """Replaces, in a row, a value that Python reads as JSON although JSON does not have it; describes the value."""
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict | _Wrong:

@@ -1,6 +1,6 @@
 """Operators turn a cell of metadata into what the pipeline takes. They compose: ``ToAbsolutePath(b) >> LoadImage()``.
 
-Source: the operators of DiffSynth-Studio 2.1.12 (``diffsynth.core.data.operators``), those for text and pictures.
+Source: the operators of DiffSynth-Studio 2.1.12 (``diffsynth.core.data.operators``), those for text and images.
 """
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class ToAbsolutePath(DataProcessingOperator):
 
 
 class LoadImage(DataProcessingOperator):
-    """The upright picture of a file; what is refused, and how modes are converted: :func:`images.read_image`.
+    """The upright image of a file; what is refused, and how modes are converted: :func:`images.read_image`.
 
     ``convert_RGBA`` keeps transparency and goes before ``convert_RGB``; with neither the mode of the file stays.
     """
@@ -103,7 +103,7 @@ class LoadImage(DataProcessingOperator):
 
 
 def crop_and_resize(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale (bilinear, keeping the aspect ratio) until the picture covers height x width, and cut out its centre."""
+    """Scale (bilinear, keeping the aspect ratio) until the image covers height x width, and crop its centre."""
     scale = max(width / image.width, height / image.height)
     covering = (round(image.width * scale), round(image.height * scale))
     image = image.resize(covering, Image.Resampling.BILINEAR)
@@ -112,7 +112,7 @@ def crop_and_resize(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 class ImageCropAndResize(DataProcessingOperator):
-    """Bring a picture to height x width pixels; without them, to its own size.
+    """Bring an image to height x width pixels; without them, to its own size.
 
     Its own size is scaled down to at most ``max_pixels`` and then rounded down to multiples of the two factors.
     """
@@ -137,7 +137,7 @@ class ImageCropAndResize(DataProcessingOperator):
         self.height_division_factor, self.width_division_factor = height_division_factor, width_division_factor
 
     def target_size(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) in pixels that a picture of width x height is brought to."""
+        """(height, width) in pixels that an image of width x height is brought to."""
         if self.height is not None:
             return self.height, self.width
         goal = width, height
@@ -148,9 +148,9 @@ class ImageCropAndResize(DataProcessingOperator):
         target = goal[1] // down * down, goal[0] // across * across
         if not all(target):
             raise DataError(
-                f"a picture of {width}x{height} pixels becomes {goal[0]}x{goal[1]} under max_pixels={self.max_pixels}, "
+                f"an image of {width}x{height} pixels becomes {goal[0]}x{goal[1]} under max_pixels={self.max_pixels}, "
                 f"less than the division factors {across}x{down}. "
-                "Raise max_pixels, or remove the picture"
+                "Raise max_pixels, or remove the image"
             )
         return target
 

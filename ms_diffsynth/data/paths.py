@@ -19,10 +19,10 @@ _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFCHR: 
 def resolve(base: str, value: object, allow_outside: bool = False) -> str:
     """The path of the file that a row of metadata names, inside the folder ``base`` once all links are followed.
 
-    An empty ``base`` means that there is no folder to stay inside: the name is taken as it stands.
+    An empty ``base`` means that no folder restricts the name: it is used unchanged.
 
-    Raises: DataError for a URL, for something that is no file name, and for a path that leaves ``base`` by ``..``, by
-    being absolute or through a symbolic link (unless ``allow_outside``).
+    Raises: DataError for a URL, for something that is not a file name, and for a path that leaves ``base`` by ``..``,
+    by being absolute or through a symbolic link (unless ``allow_outside``).
     """
     if not _is_name(value):
         raise DataError(
@@ -62,14 +62,14 @@ def shorten(value: object, most: int = 60) -> str:
 
 
 def plain(name: str, most: int = 60) -> str:
-    """A name as it stands, or shortened and escaped when it is long or holds what does not print."""
+    """A name unchanged, or shortened and escaped when it is long or holds what does not print."""
     return name if len(name) <= most and name.isprintable() else shorten(name, most)
 
 
 def open_regular(path: str) -> BinaryIO:
     """Open a regular, non-empty file for reading.
 
-    O_NONBLOCK, because opening a named pipe for reading otherwise waits for a writer for ever.
+    O_NONBLOCK, because opening a named pipe for reading otherwise waits for a writer forever.
 
     Raises: DataError when the file is missing, unreadable, empty, or is a folder, pipe, socket or device.
     """

@@ -1,4 +1,4 @@
-"""Curves of a run as pictures, drawn with Pillow alone."""
+"""Curves of a run as images, drawn with Pillow alone."""
 from __future__ import annotations
 
 import math
@@ -25,7 +25,7 @@ def loss_curve(
     each point, by default so that it looks back over a twentieth of the points. Points that are not finite are left
     out. The scale shows the whole smoothed line and 98 % of the raw points; what is beyond lies on the border.
 
-    Returns: an RGB picture of 800x480 pixels.
+    Returns: an RGB image of 800x480 pixels.
     """
     steps, losses = np.asarray(steps, np.float64), np.asarray(losses, np.float64)
     if steps.shape != losses.shape or steps.ndim != 1:
@@ -44,17 +44,17 @@ def loss_curve(
 
 
 def kid_curve(rows: Sequence[Mapping[str, float]], title: str = "KID") -> Image.Image:
-    """A line chart of a kernel inception distance over steps, with its interval and the floor of real pictures.
+    """A line chart of a kernel inception distance over steps, with its interval and the floor of real images.
 
     Args:
         rows: with the keys ``step``, ``kid``, ``kid_low``, ``kid_high`` and ``kid_floor``; at least one.
 
-    Returns: an RGB picture of 800x480 pixels.
+    Returns: an RGB image of 800x480 pixels.
     """
     steps, kid, low, high, floor = (np.array([row[key] for row in rows], np.float64)
                                     for key in ("step", "kid", "kid_low", "kid_high", "kid_floor"))
     sheet, draw, to_x, to_y = _axes(steps, min(low.min(), 0.0), max(high.max(), floor.max()))
-    _draw_legend(draw, title, (("KID", _STRONG), ("95 % interval", _RAW), ("real pictures", _GRAY)))
+    _draw_legend(draw, title, (("KID", _STRONG), ("95 % interval", _RAW), ("real images", _GRAY)))
     x = to_x(steps)
     draw.polygon([*zip(x, to_y(low)), *zip(x[::-1], to_y(high)[::-1])], fill=_PALE)
     for edge in (low, high):
@@ -73,7 +73,7 @@ def _axes(steps: np.ndarray, low: float, high: float) -> tuple[Image.Image, Imag
     lone = float(steps.min() == steps.max())
     x_range = steps.min() - lone, steps.max() + lone
     x_ticks = nice_ticks(*x_range, 8)
-    if (steps == np.rint(steps)).all():  # there is no step 1.5
+    if (steps == np.rint(steps)).all():  # steps are whole numbers
         x_ticks = [tick for tick in x_ticks if abs(tick - round(tick)) < 1e-9]
     sheet = Image.new("RGB", (_SIZE[0] * _FINE, _SIZE[1] * _FINE), "white")
     draw = ImageDraw.Draw(sheet)

@@ -20,7 +20,7 @@ class Tolerances:
 
 
 # Float32: other orders of sums, and 1e-4 where sums cancel. Bfloat16: one rounding is up to 2 ** -8 = 0.4 % of a
-# number, and some forty lie between the weights and a value of a tiny network or VAE. They are compared with the
+# number, and about forty are between the weights and a value of a tiny network or VAE. They are compared with the
 # reference's float32 as vectors in the Euclidean norm, where errors of random sign add up as the root of their number:
 # sqrt(40) * 2 ** -8 = 2.5 % of a value, twice that of a gradient, which goes the way back as well (found: 1.8 % and
 # 1.4 %, 2026-11-29). Of a mean over thousands of elements, such as a loss, one rounding is left.
@@ -94,7 +94,7 @@ def together(name: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], toleran
     """All tensors as one vector, in the Euclidean norm; the largest single error is shown, but does not decide.
 
     Adam's first updates are lr g / (|g| + eps): where a gradient is near eps they magnify its last bit, so that even
-    two versions of the reference differ by 2e-3 in a single weight of the case flux (docs/parity.md).
+    two versions of the reference differ by 2e-3 in a single weight of the case flux (docs/explanation/parity.md).
     """
     single = worst(name, pairs, tolerance)
     difference = sum(np.square(np.asarray(a, np.float64) - b).sum() for a, b in pairs.values())

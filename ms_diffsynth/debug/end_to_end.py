@@ -1,5 +1,5 @@
 """Reference cases from end to end: texts, image files, noise and captions go in; ids, embeddings, latents, 8-bit images
-and trained weights come out. The layout of a case is in docs/parity.md.
+and trained weights come out. The layout of a case is in docs/explanation/parity.md.
 
 The weights are those that ``ms-diffsynth tiny`` writes, or lie in the case. Nothing here knows a family: what a case
 holds is compared, through the same units, pipeline calls and training step that a user's job runs.
@@ -29,7 +29,7 @@ from ms_diffsynth.nn.names import torch_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Program, is_optional, slot
 from ms_diffsynth.registry import family
-from ms_diffsynth.train.prepared import in_bucket
+from ms_diffsynth.training.prepared import in_bucket
 
 EMBEDDING, LATENTS, SIGMAS = 3e-5, 1e-5, 1e-6  # largest relative error allowed, float32
 IMAGE = 1  # of 255: the two sides may round another way
@@ -55,7 +55,7 @@ class EndToEndCase:
         if changed:
             raise DataError(f"ms-diffsynth tiny {self.info['family']} writes other weights than this case was made "
                             f"with: {listing(changed)}. If it was meant to change, make the case again "
-                            "(docs/parity.md); nothing that the case holds can be compared.")
+                            "(docs/explanation/parity.md); nothing that the case holds can be compared.")
 
     def pipeline(self, scheduler_config: dict[str, Any] | None = None) -> Pipeline:
         """A fresh pipeline in float32; with settings of its scheduler changed, on a folder that has them so."""
@@ -80,7 +80,7 @@ class EndToEndCase:
         """An expected value. Raises: DataError where the case does not hold it."""
         if name not in self.expected:
             raise DataError(f"{self.folder / 'expected.safetensors'} holds no '{name}': the case was made for other "
-                            "names. Make it again (docs/parity.md).")
+                            "names. Make it again (docs/explanation/parity.md).")
         return self.expected[name]
 
     def rows(self, array: np.ndarray) -> np.ndarray:

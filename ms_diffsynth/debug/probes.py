@@ -66,9 +66,9 @@ class Probes:
     gradients of outputs and of ``weights`` as backward reaches them. Every tensor is copied to the host.
 
     Args:
-        units: those that are no cells (work on Python objects) are not seen.
+        units: those that are not cells (they work on Python objects) are not seen.
         models: name -> network; their tokenizers are passed over.
-        weights: what is trained; empty where there is no backward.
+        weights: what is trained; empty without a backward pass.
 
     Attributes:
         findings: the first `MOST`.
@@ -105,7 +105,7 @@ class Probes:
             handle.remove()
 
     def begin(self, batch_size: int) -> None:
-        """A micro-step on so many rows begins."""
+        """A micro-step on this number of rows begins."""
         self._micro_step, self._batch_size, self._is_forward = self._micro_step + 1, batch_size, True
 
     def end_forward(self) -> None:
@@ -113,7 +113,7 @@ class Probes:
         self._is_forward = False
 
     def look(self, name: str, value: Tensor) -> None:
-        """Look at what the step itself makes, such as its loss: an output of no unit and no module."""
+        """Check what the step itself makes, such as its loss, which is not an output of a unit or a module."""
         self._look(value, None, None, "output", name)
 
     def _watch(self, cell: nn.Cell, unit: str | None, module: str | None) -> None:
@@ -135,7 +135,7 @@ class Probes:
             if not self._is_forward:
                 return
             named = dict(zip(cell.output_params, output)) if hasattr(cell, "output_params") else output
-            for name, value in sorted(_tensors(named), key=_is_scalar):  # a scalar does not tell which row it was
+            for name, value in sorted(_tensors(named), key=_is_scalar):  # a scalar does not show which row it was
                 self._look(value, self._unit, module, "output", name)
                 if self._weights:
                     self._watch_gradient(value, self._unit, module, "gradient of output", name)
@@ -150,7 +150,7 @@ class Probes:
                 self._look(gradient, unit or self._unit_of.get(module), module, tensor, name)
 
         if value.is_floating_point():
-            with contextlib.suppress(RuntimeError):  # no gradient passes here, which nothing else tells
+            with contextlib.suppress(RuntimeError):  # no gradient passes here, and nothing else shows that
                 self._handles.append(value.register_hook(hook))
 
     def _look(self, value: Any, unit: str | None, module: str | None, tensor: str, name: str) -> None:

@@ -27,19 +27,19 @@ from ms_diffsynth.errors import CheckpointError, ConfigError, listing
 from ms_diffsynth.nn.names import load_state, to_numpy
 from ms_diffsynth.redact import without_secrets
 from ms_diffsynth.run.build import DataSets
-from ms_diffsynth.run.training import rows_of_run
+from ms_diffsynth.run.task import rows_of_run
 from ms_diffsynth.storage.checkpoint import Checkpoint, differences, latest, open_checkpoint_folder
 from ms_diffsynth.storage.files import write_file
 from ms_diffsynth.storage.lock import lock_folder
-from ms_diffsynth.train import same_run
-from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.logger import ModelLogger, _text
-from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.options import TrainingOptions
-from ms_diffsynth.train.prepared import CachedRows, name_row, rows_of
-from ms_diffsynth.train.records import numbers_of
-from ms_diffsynth.train.state import CHECKPOINTS, parameters_of, run_folder, versions
-from ms_diffsynth.train.trainer import Trainer
+from ms_diffsynth.training import same_run
+from ms_diffsynth.training.distributed import Accelerator
+from ms_diffsynth.training.logger import ModelLogger, _text
+from ms_diffsynth.training.module import DiffusionTrainingModule
+from ms_diffsynth.training.options import TrainingOptions
+from ms_diffsynth.training.prepared import CachedRows, name_row, rows_of
+from ms_diffsynth.training.records import numbers_of
+from ms_diffsynth.training.state import CHECKPOINTS, parameters_of, run_folder, versions
+from ms_diffsynth.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Replay:
         recorded, found: the numbers of the step in loss.csv, and now; texts, as they are written there.
         compared: how many steps on the way to it, and itself, loss.csv has. differences: every number of these that is
             not the recorded one.
-        rows: of each micro-step, see `train.prepared.rows_of`.
+        rows: of each micro-step, see `training.prepared.rows_of`.
         eager: the numbers of the step made eagerly; None when it was finite. findings: what was not finite in that.
     """
 
@@ -135,7 +135,7 @@ def replay_training_step(accelerator: Accelerator, dataset: Any, model: Diffusio
 
     ``model`` must be as it was when the run began; afterwards it has the weights of the step.
 
-    Returns: what it gave. Raises: ConfigError when there is no such run or step; OutputError when the run is going on;
+    Returns: the result. Raises: ConfigError for an unknown run or step; OutputError when the run is still running;
         CheckpointError when it cannot be this run, or when nothing is left that it can start from.
     """
     folder = Path(output_path)
@@ -143,7 +143,7 @@ def replay_training_step(accelerator: Accelerator, dataset: Any, model: Diffusio
         raise ConfigError(f"a replay in {accelerator.num_processes} processes: expected one. Give it the batch_size of "
                           "all ranks of the run.")
     if not (folder / "loss.csv").is_file():
-        raise ConfigError(f"{folder} holds no run: there is no loss.csv. Give the output_path of one.")
+        raise ConfigError(f"{folder} does not contain a run: loss.csv is missing. Give the output_path of a run.")
     given = TrainingOptions.of(args, {"gradient_accumulation_steps": accelerator.gradient_accumulation_steps} | options)
     with lock_folder(folder):
         recorded = _recorded(folder)
@@ -169,7 +169,7 @@ def replay_training_step(accelerator: Accelerator, dataset: Any, model: Diffusio
 
 
 def find_start(folder: Path, step: int) -> Checkpoint | None:
-    """The newest sound checkpoint before a step, also that of another run which this one went on from.
+    """The newest sound checkpoint before a step, also that of another run from which this one was resumed.
 
     Returns: None for a run that began at its first step, and has none. Raises: CheckpointError when there is none, and
         the run began later.
@@ -185,8 +185,8 @@ def find_start(folder: Path, step: int) -> Checkpoint | None:
         return None
     found = open_checkpoint_folder(other)
     if found.step >= step:
-        raise CheckpointError(f"the run in {folder} went on from {other}, so step {step} is not its own. Replay it in "
-                              f"{run_folder(found)}.")
+        raise CheckpointError(f"the run in {folder} was resumed from {other}, so step {step} is not its own. Replay it "
+                              f"in {run_folder(found)}.")
     return found
 
 

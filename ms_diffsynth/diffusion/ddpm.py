@@ -1,9 +1,9 @@
 """Denoising diffusion (DDPM): the forward process, what a network may predict of it, the loss, and two samplers.
 
-    alphas_cumprod    a_t, the share of the picture's variance that is left at timestep t; falls from t = 0 on
+    alphas_cumprod    a_t, the share of the image's variance that is left at timestep t; falls from t = 0 on
     signal_scale      sqrt(a_t)
     sigma             sqrt(1 - a_t); **t = 999 is nearly pure noise**
-    latents           sqrt(a_t) x + sqrt(1 - a_t) n, of the clean picture x and the noise n
+    latents           sqrt(a_t) x + sqrt(1 - a_t) n, of the clean image x and the noise n
     prediction        what the network gives: n (epsilon), x (sample) or sqrt(a_t) n - sqrt(1 - a_t) x (v_prediction)
 
 Source: Ho et al. 2020 (2006.11239), Song et al. 2021 (2010.02502), Salimans and Ho 2022 (2202.00512, v). Numbers are
@@ -70,7 +70,7 @@ class NoiseSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule of a ``scheduler_config.json`` of a DDPMScheduler or a DDIMScheduler.
 
-        Raises: ConfigError for another class, and listing every setting that would not be obeyed.
+        Raises: ConfigError for another class, and listing every setting that is not supported.
         """
         return cls(**obeyed(cls, config, ("DDPMScheduler", "DDIMScheduler"), FIXED, UNUSED))
 
@@ -120,7 +120,7 @@ class NoiseSchedule:
     def loss_weights(self, snr_gamma: float | None) -> np.ndarray:
         """The loss weight of every timestep, float32 [num_train_timesteps]: 1, or the min-SNR weight.
 
-        With snr = a / (1 - a): min(snr, gamma) weighs the error of the picture; the errors of epsilon and of v are
+        With snr = a / (1 - a): min(snr, gamma) weighs the error of the image; the errors of epsilon and of v are
         that one times snr and snr + 1, so their weights are divided by these.
 
         Source: Hang et al. 2023 (2303.09556), section 3.4 and equation 8.
@@ -150,14 +150,14 @@ class DDPMObjective:
     Attributes:
         prediction_type: what the network learns to give; None is what its scheduler_config.json says.
         snr_gamma: gamma of the min-SNR weights, 5 in the paper; None weighs all timesteps alike.
-        random_flip: mirror every picture left to right with probability 1/2, anew at every step.
+        random_flip: mirror every image left to right with probability 1/2, anew at every step.
     """
 
     prediction_type: str | None = None
     snr_gamma: float | None = None
     random_flip: bool = False
 
-    # of every objective (`diffusion.units.Objective`); pixels have no posterior, and unnamed pictures no class
+    # of every objective (`diffusion.units.Objective`); pixels have no posterior, and unnamed images no class
     inputs = ()
     posterior = "mean"
     prior_loss_weight = None
@@ -170,7 +170,7 @@ class DDPMObjective:
             raise ConfigError(f"snr_gamma={self.snr_gamma}: expected a number above 0. Try 5, or None for no weights.")
 
     def __str__(self) -> str:
-        """What a run says of it at its start."""
+        """The line that a run logs about it at its start."""
         weights = "equal" if self.snr_gamma is None else f"min-SNR {self.snr_gamma:g}"
         return (f"the network predicts {self.prediction_type or 'what its scheduler_config.json says'}, loss weights "
                 f"{weights}{', images mirrored at random' if self.random_flip else ''}")
@@ -192,7 +192,7 @@ class DDPMObjective:
 
 
 class RandomFlip(TensorUnit):
-    """Pictures mirrored left to right where the draw is below 1/2.
+    """Images mirrored left to right where the draw is below 1/2.
 
     Shapes: input_latents float32 [B, 3, H, W], flip_draw float32 [B] in [0, 1) -> flipped_latents float32 [B, 3, H, W].
     """
@@ -206,7 +206,7 @@ class RandomFlip(TensorUnit):
 
 
 class LookupNoise(TensorUnit):
-    """Scales of picture and noise, and the loss weight, by timestep.
+    """Scales of image and noise, and the loss weight, by timestep.
 
     Shapes: timestep_index int32 [B] -> signal_scale, sigma, loss_weight float32 [B].
     """
@@ -234,20 +234,20 @@ class AddNoise(TensorUnit):
 
     output_params = ("latents", "target")
 
-    def __init__(self, prediction_type: str, picture: str = "input_latents"):
+    def __init__(self, prediction_type: str, image: str = "input_latents"):
         super().__init__()
-        self.input_params = (picture, "noise", "signal_scale", "sigma")
+        self.input_params = (image, "noise", "signal_scale", "sigma")
         self.prediction_type = prediction_type
 
-    def construct(self, picture, noise, signal_scale, sigma):
+    def construct(self, image, noise, signal_scale, sigma):
         a = signal_scale.reshape((-1, 1, 1, 1))
         s = sigma.reshape((-1, 1, 1, 1))
         target = noise
         if self.prediction_type == "sample":
-            target = picture
+            target = image
         elif self.prediction_type == "v_prediction":
-            target = a * noise - s * picture
-        return a * picture + s * noise, target
+            target = a * noise - s * image
+        return a * image + s * noise, target
 
 
 class PredictionLoss(TensorUnit):
@@ -268,11 +268,11 @@ def ddpm_units(objective: DDPMObjective, schedule: NoiseSchedule, denoise: Tenso
 
     ``schedule.prediction_type`` is what is predicted; that of the objective has been put there before.
     """
-    picture = "flipped_latents" if objective.random_flip else "input_latents"
+    image = "flipped_latents" if objective.random_flip else "input_latents"
     return [
         *([RandomFlip()] if objective.random_flip else []),
         LookupNoise(schedule, objective.snr_gamma),
-        AddNoise(schedule.prediction_type, picture),
+        AddNoise(schedule.prediction_type, image),
         denoise,
         PredictionLoss(),
     ]
@@ -283,9 +283,9 @@ def ddpm_units(objective: DDPMObjective, schedule: NoiseSchedule, denoise: Tenso
 
 def ddpm(predict: Predict, latents: Tensor, schedule: NoiseSchedule, num_inference_steps: int, noise: Noise,
          on_step: Callable[[int, int], None] | None = None) -> Tensor:
-    """Ancestral sampling: each step draws from the posterior of the one before, given the predicted picture.
+    """Ancestral sampling: each step draws from the posterior of the one before, given the predicted image.
 
-    Shapes: latents float32 [B, ...], standard normal -> float32 [B, ...], a picture in about [-1, 1].
+    Shapes: latents float32 [B, ...], standard normal -> float32 [B, ...], an image in about [-1, 1].
 
     Args:
         noise: called for every step but one that starts at t = 0.
@@ -296,9 +296,9 @@ def ddpm(predict: Predict, latents: Tensor, schedule: NoiseSchedule, num_inferen
     for k, t in enumerate(timesteps):
         a = schedule.alphas_cumprod[t]
         a_next = schedule.alphas_cumprod[timesteps[k + 1]] if k + 1 < len(timesteps) else _one
-        picture, _ = _picture_and_noise(schedule, predict(latents, _batch(latents, t)), latents, a)
+        image, _ = _image_and_noise(schedule, predict(latents, _batch(latents, t)), latents, a)
         step = a / a_next  # alpha of this step, which may pass over several timesteps
-        latents = (float(np.sqrt(a_next) * (_one - step) / (_one - a)) * picture
+        latents = (float(np.sqrt(a_next) * (_one - step) / (_one - a)) * image
                    + float(np.sqrt(step) * (_one - a_next) / (_one - a)) * latents)
         if t > 0:
             variance = _one - step
@@ -321,9 +321,9 @@ def ddim(predict: Predict, latents: Tensor, schedule: NoiseSchedule, num_inferen
     for k, t in enumerate(timesteps):
         a = schedule.alphas_cumprod[t]
         a_next = schedule.alphas_cumprod[t - stride] if t >= stride else _one
-        picture, predicted = _picture_and_noise(schedule, predict(latents, _batch(latents, t)), latents, a)
+        image, predicted = _image_and_noise(schedule, predict(latents, _batch(latents, t)), latents, a)
         deviation = np.float32(eta) * np.sqrt((_one - a_next) / (_one - a) * (_one - a / a_next))
-        latents = (float(np.sqrt(a_next)) * picture
+        latents = (float(np.sqrt(a_next)) * image
                    + float(np.sqrt(_one - a_next - deviation**2)) * predicted)
         if eta > 0:
             latents = latents + float(deviation) * noise(k)
@@ -339,18 +339,18 @@ def _batch(latents: Tensor, t: int) -> Tensor:
     return Tensor(np.full(latents.shape[0], t, np.int32))
 
 
-def _picture_and_noise(schedule: NoiseSchedule, prediction: Tensor, latents: Tensor,
+def _image_and_noise(schedule: NoiseSchedule, prediction: Tensor, latents: Tensor,
                        a: np.float32) -> tuple[Tensor, Tensor]:
-    """The clean picture, clipped, and the noise that a prediction stands for."""
+    """The clean image, clipped, and the noise that a prediction stands for."""
     prediction = prediction.astype(ms.float32)
     signal_scale, sigma = float(np.sqrt(a)), float(np.sqrt(_one - a))
     if schedule.prediction_type == "epsilon":
-        picture, noise = (latents - sigma * prediction) / signal_scale, prediction
+        image, noise = (latents - sigma * prediction) / signal_scale, prediction
     elif schedule.prediction_type == "sample":
-        picture, noise = prediction, (latents - signal_scale * prediction) / sigma
+        image, noise = prediction, (latents - signal_scale * prediction) / sigma
     else:
-        picture = signal_scale * latents - sigma * prediction
+        image = signal_scale * latents - sigma * prediction
         noise = signal_scale * prediction + sigma * latents
     if schedule.clip_sample:
-        picture = clamp(picture, -schedule.clip_sample_range, schedule.clip_sample_range)
-    return picture, noise
+        image = clamp(image, -schedule.clip_sample_range, schedule.clip_sample_range)
+    return image, noise

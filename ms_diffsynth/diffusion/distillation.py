@@ -40,7 +40,7 @@ class DirectDistillation:
     level_draw = None
 
     def __str__(self) -> str:
-        """What a run says of it at its start."""
+        """The line that a run logs about it at its start."""
         return (f"direct distillation to {self.distill_steps} steps, embedded guidance {self.guidance_scale:g}")
 
     def draw(self, name: str, shape: tuple[int, ...], grid_size: int, random: Random) -> np.ndarray:

@@ -247,7 +247,7 @@ class FlowMatchSettings:
     def from_config(cls, config: Mapping[str, Any]) -> FlowMatchSettings:
         """The settings of a ``scheduler_config.json``.
 
-        Raises: ConfigError for another class, and listing every setting that would not be obeyed.
+        Raises: ConfigError for another class, and listing every setting that is not supported.
         """
         fixed = {"num_train_timesteps": 1000, "invert_sigmas": False, "use_karras_sigmas": False,
                  "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False}
@@ -272,7 +272,7 @@ class FlowMatchSettings:
 
     @property
     def training_shift(self) -> float:
-        """By how much the grid of training is shifted; 1 is not at all."""
+        """The shift of the training grid; 1 means no shift."""
         return 1.0 if self.use_dynamic_shifting else self.shift
 
     def to_config(self) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def obeyed(settings: type, config: Mapping[str, Any], kinds: Sequence[str], fixe
         fixed: settings that are computed for one value only, and that value.
         unused: settings that only serve one of ``fixed`` at another value.
 
-    Raises: ConfigError for another class, and listing every setting that would not be obeyed.
+    Raises: ConfigError for another class, and listing every setting that is not supported.
     """
     kind = config.get("_class_name")
     if kind not in kinds:

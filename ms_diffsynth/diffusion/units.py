@@ -45,7 +45,7 @@ class Objective:
     level_draw = "timestep_index"
 
     def __str__(self) -> str:
-        """What a run says of it at its start."""
+        """The line that a run logs about it at its start."""
         prior = "" if self.prior_loss_weight is None else f", class images weigh {self.prior_loss_weight:g}"
         return (f"noise levels by {self.density or self.weighting_scheme}, loss weights by {self.weighting_scheme}, "
                 f"{self.posterior} of the VAE's posterior, embedded guidance {self.guidance_scale:g}{prior}")
@@ -141,7 +141,7 @@ class FlowMatchPath(TensorUnit):
 
 
 class EmbeddedGuidance(TensorUnit):
-    """The guidance scale a distilled network is told, the same for every sample.
+    """The guidance scale given to a distilled network, the same for every sample.
 
     Shapes: sigma float32 [B] -> guidance float32 [B].
     """

@@ -1,4 +1,4 @@
-"""How good generated pictures are, and whether they are copies. docs/evaluation.md says what the numbers mean."""
+"""How good generated images are, and whether they are copies. docs/how_to/evaluation.md says what the numbers mean."""
 from __future__ import annotations
 
 from ms_diffsynth.evaluate.kid import Estimate

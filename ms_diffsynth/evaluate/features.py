@@ -1,4 +1,4 @@
-"""Pictures, and the numbers that stand for each: what EfficientNet-Lite0 sees in it, and its coarse pixels."""
+"""Images, and the numbers that stand for each: what EfficientNet-Lite0 sees in it, and its coarse pixels."""
 from __future__ import annotations
 
 import os
@@ -18,23 +18,23 @@ from ms_diffsynth.errors import DataError
 from ms_diffsynth.evaluate.network import SIZE, EfficientNetLite0
 from ms_diffsynth.evaluate.weights import load_weights
 
-_BATCH = 8  # pictures; more are hardly faster, and the largest layer takes 20 MB for each
+_BATCH = 8  # images; more are hardly faster, and the largest layer takes 20 MB for each
 _COARSE = 16  # pixels, both sides
 
 
-class PictureFolder(Sequence):
-    """The pictures below a folder, sorted by name, each read when it is asked for. Hidden names are left out.
+class ImageFolder(Sequence):
+    """The images below a folder, sorted by name, each read when it is asked for. Hidden names are left out.
 
-    Raises: DataError when there is no such folder, or no picture in it.
+    Raises: DataError when there is no such folder, or it contains no image.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise DataError(f"{folder} is not a folder: expected a folder of pictures. Correct the path.")
+            raise DataError(f"{folder} is not a folder: expected a folder of images. Correct the path.")
         self.names: tuple[str, ...] = tuple(row["image"] for row in read_folder(str(folder), captions=False).rows)
         if not self.names:
-            raise DataError(f"{folder} holds no picture: expected .png, .jpg, .webp or the like in it, or in folders "
+            raise DataError(f"{folder} contains no images: expected .png, .jpg, .webp or the like in it, or in folders "
                             "below it. Correct the path.")
 
     def __len__(self) -> int:
@@ -44,17 +44,17 @@ class PictureFolder(Sequence):
         return read_image(str(self.folder / self.names[index]))
 
     def files(self) -> set[Path]:
-        """Where the pictures are, once all links are followed."""
+        """Where the images are, once all links are followed."""
         return {(self.folder / name).resolve() for name in self.names}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Described:
-    """A set of pictures as numbers, float64."""
+    """A set of images as numbers, float64."""
 
     features: np.ndarray  # [N, 1280]
     pixels: np.ndarray  # [N, 768], 16 x 16 averages in [0, 255]
-    sizes: frozenset[tuple[int, int]]  # (height, width) in pixels, of the pictures as they were given
+    sizes: frozenset[tuple[int, int]]  # (height, width) in pixels, of the images as they were given
 
 
 class Describer:
@@ -68,34 +68,34 @@ class Describer:
         runtime.current()
         self._network = EfficientNetLite0(weights)
 
-    def __call__(self, pictures: Sequence[Image.Image], size: tuple[int, int] | None = None) -> Described:
-        """Describe pictures; with ``size`` (height, width) each is first scaled and cropped to it, as for training.
+    def __call__(self, images: Sequence[Image.Image], size: tuple[int, int] | None = None) -> Described:
+        """Describe images; with ``size`` (height, width) each is first scaled and cropped to it, as for training.
 
-        Raises: DataError that names every picture that cannot be read.
+        Raises: DataError that names every image that cannot be read.
         """
         features, pixels, sizes, problems = [], [], set(), []
-        for start in range(0, len(pictures), _BATCH):
+        for start in range(0, len(images), _BATCH):
             batch = []
-            for index in range(start, min(start + _BATCH, len(pictures))):
+            for index in range(start, min(start + _BATCH, len(images))):
                 try:
-                    picture = pictures[index].convert("RGB")
+                    image = images[index].convert("RGB")
                 except DataError as error:
                     problems.append(str(error))
                     continue
-                sizes.add(picture.size[::-1])
-                picture = crop_and_resize(picture, *size) if size else picture
-                batch.append(network_input(picture))
-                coarse = picture.resize((_COARSE, _COARSE), Image.Resampling.BOX)
+                sizes.add(image.size[::-1])
+                image = crop_and_resize(image, *size) if size else image
+                batch.append(network_input(image))
+                coarse = image.resize((_COARSE, _COARSE), Image.Resampling.BOX)
                 pixels.append(np.asarray(coarse, np.float64).ravel())
             if not problems:
                 features.append(self._network(Tensor(np.stack(batch))).asnumpy())
         if problems:
-            raise DataError("\n  ".join([f"{len(problems)} of {len(pictures)} pictures cannot be used:", *problems]))
+            raise DataError("\n  ".join([f"{len(problems)} of {len(images)} images cannot be used:", *problems]))
         return Described(features=np.concatenate(features).astype(np.float64), pixels=np.stack(pixels),
                          sizes=frozenset(sizes))
 
 
-def network_input(picture: Image.Image) -> np.ndarray:
+def network_input(image: Image.Image) -> np.ndarray:
     """Float32 [3, 224, 224], (x - 127) / 128. Pillow widens the bicubic filter when it shrinks, so nothing aliases."""
-    small = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    small = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     return ((np.asarray(small, np.float32) - 127) / 128).transpose(2, 0, 1)

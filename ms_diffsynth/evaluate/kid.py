@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 LABEL = "KID on EfficientNet-Lite0 features, not comparable with Inception KID"
-FEWEST = 4  # pictures: each half of a set needs two
-MOST = 5000  # pictures of a set that are taken, drawn at random: kernels of 200 MB
+FEWEST = 4  # images: each half of a set needs two
+MOST = 5000  # images of a set that are taken, drawn at random: kernels of 200 MB
 _SPLITS = 1000
 _NORMAL_QUANTILE = 1.96  # 95 %, both sides
 
@@ -37,8 +37,8 @@ def kid(x: np.ndarray, y: np.ndarray) -> Estimate:
     """Unbiased squared maximum mean discrepancy of two sets of features, [M, d] and [N, d], M and N at least 3.
 
     It may be negative: zero is its mean when both sets come from one distribution. The interval is value +- 1.96
-    standard errors of the delete-one jackknife over both sets: each picture is left out once. Nothing in it is random;
-    docs/evaluation.md measures how often it holds the truth.
+    standard errors of the delete-one jackknife over both sets: each image is left out once. Nothing in it is random;
+    docs/how_to/evaluation.md measures how often it holds the truth.
     """
     m, n = len(x), len(y)
     cross = kernel(x, y)
@@ -53,7 +53,7 @@ def kid(x: np.ndarray, y: np.ndarray) -> Estimate:
 
 
 def _within(own: np.ndarray) -> tuple[float, np.ndarray]:
-    """Mean of a set's own kernel over pairs of different pictures; and the same without each picture in turn."""
+    """Mean of a set's own kernel over pairs of different images; and the same without each image in turn."""
     n = len(own)
     rows = own.sum(1) - np.diag(own)
     total = rows.sum()
@@ -61,7 +61,7 @@ def _within(own: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def floor(y: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """What real data scores against itself: 1000 times KID of two random halves of a set of at least 4 pictures.
+    """What real data scores against itself: 1000 times KID of two random halves of a set of at least 4 images.
 
     Returns: the range that 95 % of them are in. Its middle is near 0, because the estimate is unbiased.
     """

@@ -1,7 +1,7 @@
-"""Which pictures of a set are copies of a reference: nearest neighbours, and how near the reference is to itself.
+"""Which images of a set are copies of a reference: nearest neighbours, and how near the reference is to itself.
 
 Distances are Euclidean, in two spaces, because each is blind to what the other sees: features to noise and to traces of
-compression, coarse pixels to shifts and mirrors (measured in docs/evaluation.md).
+compression, coarse pixels to shifts and mirrors (measured in docs/how_to/evaluation.md).
 """
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from dataclasses import dataclass
 import numpy as np
 
 NEAR = 0.05  # share of the reference that counts as near to each other
-SAME = 1e-3  # distance below which two pictures are one; both spaces have distances of the order of 1 and more
+SAME = 1e-3  # distance below which two images are one; both spaces have distances of the order of 1 and more
 _ROWS = 1000  # of distances at a time: 80 MB for 10,000 references
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Neighbours:
-    """The nearest reference picture of every picture, in one space."""
+    """The nearest reference image of every image, in one space."""
 
-    index: np.ndarray  # [M], which reference picture
+    index: np.ndarray  # [M], which reference image
     distance: np.ndarray  # [M], float64
-    limit: float  # 95 % of the reference pictures are farther than this from their nearest other one
-    twins: int  # reference pictures that are in the set twice; they do not count for the limit
+    limit: float  # 95 % of the reference images are farther than this from their nearest other one
+    twins: int  # reference images that are in the set twice; they do not count for the limit
 
     @property
     def closeness(self) -> np.ndarray:
-        """Distances in units of the limit: 1 and less is nearer than real pictures are."""
+        """Distances in units of the limit: 1 and less is nearer than real images are."""
         return self.distance / self.limit
 
     @property
     def is_near(self) -> np.ndarray:
-        """Which pictures are as near to a reference picture as only 5 % of those are to each other."""
+        """Which images are as near to a reference image as only 5 % of those are to each other."""
         return self.distance <= self.limit
 
 

@@ -1,8 +1,8 @@
 """EfficientNet-Lite0 up to its pooled features, for inference only.
 
-Source: the PyPI package ``efficientnet-lite-pytorch`` 0.1.0, whose names the weights have; docs/evaluation.md tells how
-the two were compared. Batch normalization is folded into the convolutions, and "same" padding, which is one-sided where
-the stride is 2, is made symmetric by kernels with a leading row and column of zeros.
+Source: the PyPI package ``efficientnet-lite-pytorch`` 0.1.0, whose names the weights have; docs/how_to/evaluation.md
+says how the two were compared. Batch normalization is folded into the convolutions, and "same" padding, which is
+one-sided where the stride is 2, is made symmetric by kernels with a leading row and column of zeros.
 """
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _folded(weights: Mapping[str, np.ndarray], conv: str, norm: str) -> tuple[np
 def _depthwise(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """Each channel by itself, as products with its windows.
 
-    8 pictures of 32 channels of 112 x 112 pixels take the CPU's grouped Conv2D 240 ms and this 70 ms (MindSpore 2.10,
+    8 images of 32 channels of 112 x 112 pixels take the CPU's grouped Conv2D 240 ms and this 70 ms (MindSpore 2.10,
     2 cores, 2026-11-21).
     """
     batch, channels, size, _ = x.shape

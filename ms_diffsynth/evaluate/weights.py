@@ -129,7 +129,7 @@ def read_data(file: BinaryIO) -> Any:
 
 
 def _since_mark(stack: list[Any]) -> list[Any]:
-    """Take what lies above the last mark off the stack, and the mark."""
+    """Pop everything above the last mark from the stack, and the mark."""
     start = len(stack) - 1 - next(k for k, item in enumerate(reversed(stack)) if item is _MARK)
     items = stack[start + 1 :]
     del stack[start:]

@@ -1,7 +1,7 @@
 """Networks whose equal blocks are one cell: which cell computes a block, and with which weights.
 
 A step of FLUX.1 at full depth that recomputes is compiled in 48 s of processor time and 1.9 GiB; with a cell for every
-block and MindSpore's own recompute it was 108 s and 3.8 GiB (docs/ascend.md has the table).
+block and MindSpore's own recompute it was 108 s and 3.8 GiB (benchmarks/README.md has the table).
 """
 from __future__ import annotations
 

@@ -143,13 +143,13 @@ def store_models_8bit(pipe: Any, text: str | None, needed: Iterable[str] | None 
         needed: names of the models this job uses; a model of ``text`` that is not among them is not loaded.
 
     Returns: model name -> what was done, logged as well.
-    Raises: ConfigError for a name that is no model of the pipeline, or a model that is trained.
+    Raises: ConfigError for a name that is not a model of the pipeline, or a model that is trained.
     """
     names = list(dict.fromkeys(n.strip() for n in (text or "").split(",") if n.strip()))
     known = [n for n in pipe.model_names if not n.startswith("tokenizer")]
     for name in names:
         if name not in known:
-            raise ConfigError(f"fp8_models: '{name}' is no model of {type(pipe).__name__}: expected some of "
+            raise ConfigError(f"fp8_models: '{name}' is not a model of {type(pipe).__name__}: expected some of "
                               f"{listing(known)}.{nearest(name, known)}")
     reports = {}
     for name in names:

@@ -121,7 +121,7 @@ def use_recompute(model: nn.Cell, blocks: Sequence[str] | None = None, offload: 
         offload: also keep the inputs of the blocks in the memory of the host. In mode ``"pynative"`` only.
 
     Returns: the number of blocks that recompute.
-    Raises: ConfigError for a name that is no cell of the model, or a model without CellLists; DeviceError when
+    Raises: ConfigError for a name that is not a cell of the model, or a model without CellLists; DeviceError when
         ``offload`` cannot be had.
     """
     if offload:

@@ -1,4 +1,4 @@
-"""Limits that let a broken number through, so that somebody hears of it."""
+"""Limits that keep NaN and infinity, so that later checks see them."""
 from __future__ import annotations
 
 from mindspore import Tensor, ops

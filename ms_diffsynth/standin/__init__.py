@@ -6,7 +6,7 @@ Ascend and launches the operators that an Ascend would run; each is recorded wit
 NumPy (``compute/``) or, where only counts and memory are wanted, not computed at all.
 
 It is a device for tests and an engine for planning, never a way to train. What it cannot tell: time, whether a real
-kernel accepts a shape or layout, and how a real kernel rounds. See docs/standin.md.
+kernel accepts a shape or layout, and how a real kernel rounds. See docs/explanation/ascend.md.
 
     python -m ms_diffsynth.standin --log run.jsonl -- ms-diffsynth train CONFIG --device Ascend
 """

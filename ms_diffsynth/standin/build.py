@@ -39,7 +39,7 @@ extern "C" long standin_refused(const char* name);
 
 
 def cache_folder() -> Path:
-    """Where built libraries lie: ``$XDG_CACHE_HOME/ms_diffsynth/standin``."""
+    """Where built libraries are: ``$XDG_CACHE_HOME/ms_diffsynth/standin``."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "ms_diffsynth" / "standin"
 
@@ -68,7 +68,7 @@ def build() -> Path:
         try:
             finished.rename(home)
         except OSError:
-            if not libraries.is_dir():  # nobody was faster, so something is wrong
+            if not libraries.is_dir():  # no other process was faster, so something is wrong
                 raise
     return libraries
 

@@ -46,9 +46,9 @@ class Log:
         return cls(events)
 
     def between(self, begin: str, end: str) -> Log:
-        """What lies between the first mark ``begin`` and the next mark ``end``.
+        """The entries between the first mark ``begin`` and the next mark ``end``.
 
-        Raises: KeyError when there is no such mark.
+        Raises: KeyError for an unknown mark.
         """
         marks = [(i, e["text"]) for i, e in enumerate(self.events) if e["event"] == "mark"]
         first = next((i for i, text in marks if text == begin), None)

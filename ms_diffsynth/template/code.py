@@ -1,7 +1,7 @@
 """The code of a template, ``model.py``: read once, shown, and run only when its user trusts it.
 
-To run ``model.py`` is to run code of whoever wrote it, with everything the user may do; nothing here confines it. So
-nothing of it runs without ``trust_template_code``, of a local folder neither. The bytes whose SHA-256 is shown and
+``model.py`` runs with all permissions of the user; there is no sandbox. So it never runs without
+``trust_template_code``, not even from a local folder. The bytes whose SHA-256 is shown and
 pinned are the bytes that run: they are read once, and what compiles them again later (MindSpore reads the source of a
 cell when it compiles it) is given the same text.
 """
@@ -67,20 +67,20 @@ def read_code(folder: Path, origin: str = "") -> TemplateCode:
 
 
 def check_trust(code: TemplateCode, trust_template_code: bool, trust_template_sha256: str | None = None) -> None:
-    """Let code pass that its user trusts.
+    """Accept code that its user trusts.
 
     Args:
-        trust_template_code: the user's word; anything but True is none.
+        trust_template_code: True when the user trusts the code; any other value means no.
         trust_template_sha256: also ask for exactly these bytes.
 
     Raises: UntrustedCodeError showing path, size and SHA-256.
     """
     if trust_template_code is not True:
-        raise UntrustedCodeError(f"{code} is Python code, and running it gives it everything you may do. Nothing of it "
-                                 "has run. Read it, then pass --trust_template_code (trust_template_code=True), with "
+        raise UntrustedCodeError(f"{code} is Python code; if it runs, it has all your permissions. None of it has run. "
+                                 "Read it, then pass --trust_template_code (trust_template_code=True), with "
                                  f"--trust_template_sha256 {code.sha256} to allow exactly these bytes.")
     if trust_template_sha256 is not None and trust_template_sha256.strip().lower() != code.sha256:
-        raise UntrustedCodeError(f"{code} is not what was allowed: expected sha256 {trust_template_sha256}. Nothing of "
+        raise UntrustedCodeError(f"{code} is not what was allowed: expected sha256 {trust_template_sha256}. None of "
                                  "it has run. Find out who changed it; read it again before you allow its new sha256.")
 
 
@@ -90,7 +90,7 @@ _loaded: dict[tuple[Path, str], types.ModuleType] = {}
 def run_code(code: TemplateCode) -> types.ModuleType:
     """Run the code of a template, after `check_trust`, and return its module; the same code runs once.
 
-    ``sys.path`` is as before, and its module has a name of its own, so two templates never meet.
+    ``sys.path`` is as before, and its module has a name of its own, so two templates never collide.
 
     Raises: TemplateError for code that does not parse or raises, with the line, or defines no TEMPLATE_MODEL.
     """
@@ -172,7 +172,7 @@ def weight_files(code: TemplateCode, module: types.ModuleType) -> list[Path]:
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Whether a file lies in a folder; the hub's cache keeps links from a snapshot to its own blobs."""
+    """Whether a file is in a folder; the hub's cache keeps links from a snapshot to its own blobs."""
     target, home = file.resolve(), folder.resolve()
     if target.is_relative_to(home):
         return True

@@ -72,7 +72,7 @@ class Template:
         for parameter in model.get_parameters():
             if parameter.dtype in FLOATS and parameter.dtype != dtype:
                 parameter.set_dtype(dtype)
-            parameter.name = f"template_model.{parameter.name}"  # no name of it may meet one of the base model
+            parameter.name = f"template_model.{parameter.name}"  # none of its names may equal one of the base model
             parameter.requires_grad = False
         if self.weights:
             checkpoint = open_checkpoint(list(self.weights))
@@ -100,7 +100,7 @@ class Template:
 
 def open_template(path: str | Path | ModelConfig, trust_template_code: bool = False,
                   trust_template_sha256: str | None = None) -> Template:
-    """Find a template, ask whether its code is trusted, and run it.
+    """Find a template, check that its code is trusted, and run it.
 
     Args:
         path: a folder, ``owner/name:`` on a hub, or a ModelConfig. Of a hub, ``model.py`` alone is loaded before the
@@ -169,7 +169,7 @@ def takes(method: Callable[..., Any], name: str) -> bool:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Random weights from a seed, everything random elsewhere left as it was (``ms.set_seed`` would rewind it)."""
+    """Random weights from a seed, no other generator is changed (``ms.set_seed`` would reset it)."""
     numpy_state, generator_state = np.random.get_state(), ms.get_rng_state()
     operators = _seeds._GLOBAL_SEED, _seeds._KERNEL_SEED
     np.random.seed(seed)

@@ -23,7 +23,7 @@ def pack_template(template: str | Path | ModelConfig, checkpoint: str | Path, ou
     The json, txt, md and yaml files beside the code are copied too.
 
     The weights are those training began with, and over them the trained ones of ``checkpoint``, which may hold a part
-    of them only (``template_model.mlp``). The documents' snippet updates the other way round and ships the untrained
+    of them only (``template_model.mlp``). The documents' snippet merges in the opposite order and ships the untrained
     weights.
 
     Args:

@@ -20,7 +20,7 @@ class TemplatePipeline:
     """One or more templates in front of a base pipeline.
 
     Each entry of ``template_inputs`` is the input of one template: ``model_id`` (0 when it is not there) says of
-    which, the rest are the arguments of its ``process_inputs``. A template may be asked several times.
+    which, the rest are the arguments of its ``process_inputs``. A template may be used several times.
     """
 
     def __init__(self, templates: Sequence[Template], dtype: ms.Type, lazy_loading: bool = False):
@@ -60,7 +60,7 @@ class TemplatePipeline:
         return cls(templates, runtime.compute_dtype(name), lazy_loading)
 
     def fetch_model(self, model_id: int) -> nn.Cell:
-        """The model of one template. Raises: ConfigError for a number that no template has."""
+        """The model of one template. Raises: ConfigError for a number without a template."""
         if not isinstance(model_id, int) or not 0 <= model_id < len(self.templates):
             raise ConfigError(f"model_id={model_id!r}: there are {len(self.templates)} templates; expected one of "
                               f"{listing(range(len(self.templates)))}.")

@@ -27,11 +27,11 @@ def attach_template(pipe: Pipeline, path: str | Path | ModelConfig, *, trust_tem
     Its weights are float32, whatever the base model's are: they are what learns. ``pipe.use_input("template_inputs")``
     switches the input on.
 
-    Raises: ConfigError for a family that takes no templates; see also `open_template`.
+    Raises: ConfigError for a family that does not support templates; see also `open_template`.
     """
     if "template_cache?" not in pipe.denoise.input_params:
-        raise ConfigError(f"{type(pipe).__name__} takes no templates: its network reads no template cache. Use the "
-                          "family flux2.")
+        raise ConfigError(f"{type(pipe).__name__} does not support templates: its network does not read a "
+                          "template cache. Use the family flux2.")
     template = open_template(path, trust_template_code, trust_template_sha256)
     component = Component(name="template_model", folder="", build=lambda folder: template.build(),
                           recomputes_itself=True)

@@ -31,19 +31,19 @@ def test_two_folders_are_compared(run, made):
     assert code == 0
     lines = out.splitlines()
     assert lines[0] == "KID on EfficientNet-Lite0 features, not comparable with Inception KID"
-    assert "10 generated, 19 reference pictures" in out and "1 of 10 (10 %)" in out
+    assert "10 generated, 19 reference images" in out and "1 of 10 (10 %)" in out
     assert "the nearest is 1f436.png to 1f436.png" in out and "too small" in out
     assert lines[-2:] == ["  out/evaluation.json", "  out/nearest.png"]
     written = json.loads(Path("out/evaluation.json").read_text())
     assert written["kid"]["value"] > 2 * written["floor"]["high"] > 0  # cats are not the other animals
-    assert [entry["picture"] for entry in written["nearest"] if entry["is_memorised"]] == ["1f436.png"]
+    assert [entry["image"] for entry in written["nearest"] if entry["is_memorised"]] == ["1f436.png"]
     assert Image.open("out/nearest.png").size[0] > 300
 
 
 @pytest.mark.parametrize("output", [".", "deeper/out"])
 def test_the_output_stays_out_of_the_pictures(run, made, output):
     code, out, err = run("evaluate", "--generated", made, *REFERENCE, "--output", made / output)
-    assert code == 64 and out == "" and "lies in --generated" in err
+    assert code == 64 and out == "" and "is inside --generated" in err
     assert len(list(made.iterdir())) == 10
 
 
@@ -52,13 +52,13 @@ def test_damaged_pictures_are_all_named_and_nothing_is_written(run, made):
     for name in names:
         (made / name).write_bytes((made / name).read_bytes()[:3000])
     code, out, err = run("evaluate", "--generated", made, *REFERENCE, "--output", "out")
-    assert code == 65 and out == "" and "2 of 10 pictures" in err and all(name in err for name in names)
+    assert code == 65 and out == "" and "2 of 10 images" in err and all(name in err for name in names)
     assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("generated, expected", [
     ("nowhere", "nowhere is not a folder"),
-    ("empty", "empty holds no picture"),
+    ("empty", "empty contains no images"),
     (REFERENCE[1], "they are the same folder"),
 ])
 def test_unusable_folders(run, generated, expected):

@@ -10,7 +10,7 @@ from ms_diffsynth.errors import ConfigError, WeightError
 
 
 @pytest.mark.parametrize("words, expected", [
-    (["trian"], f"'trian' is no command: expected one of {', '.join(COMMANDS)}. Did you mean 'train'?"),
+    (["trian"], f"'trian' is an unknown command: expected one of {', '.join(COMMANDS)}. Did you mean 'train'?"),
     ([], "COMMAND"),
     (["train", "--learning_rat", "1"],
      "train does not know --learning_rat. Did you mean '--learning_rate'? See ms-diffsynth train --help."),

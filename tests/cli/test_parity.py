@@ -89,7 +89,7 @@ def test_a_wrong_number_fails(run, tmp_path):
 
 
 @pytest.mark.parametrize("text, expected", [
-    (None, "is no reference case: it has no case.json"),
+    (None, "is not a reference case: case.json is missing"),
     ('{"objective": "ddpm"}', "objective 'ddpm' cannot be run; expected one of flow_match_sft, flux_dreambooth, "
      "ddpm_epsilon."),
     ("{", "case.json is not JSON"),

@@ -81,7 +81,7 @@ def test_inspect_and_prune(run, config):
     assert run("train", config, "--task", "sft:data_process", "--output_path", "cache")[0] == 0
     code, out, err = run("cache", "inspect", "cache")
     assert code == 0 and err == "" and "instance: 3 rows" in out and "prompt_embeds: float32 [16, 16] (3)" in out
-    assert "pictures: 16 x 16 (3)" in out and "models.vae: " in out and "not used" not in out
+    assert "images: 16 x 16 (3)" in out and "models.vae: " in out and "not used" not in out
     flags = ("--task", "sft:data_process", "--output_path", "cache", "--height", 32, "--width", 32)
     assert run("train", config, *flags)[0] == 0
     assert "3 entries" in run("cache", "inspect", "cache")[1]

@@ -1,4 +1,4 @@
-"""Templates on the command line: ``train``, ``template show``, ``template pack``, ``sample``; docs/templates.md."""
+"""Templates on the command line: ``train``, ``template show``, ``template pack``, ``sample``."""
 from __future__ import annotations
 
 import hashlib
@@ -161,7 +161,7 @@ def test_a_row_that_cannot_be_used_is_named(run, model, data, row, expected):
 
 
 def test_the_two_columns_of_the_page_are_the_documents_example_and_one_that_runs(tmp_path):
-    text = (ROOT / "docs/templates.md").read_text()
+    text = (ROOT / "docs/how_to/templates.md").read_text()
     block = re.search(r"```python\n(# DiffSynth-Studio.*?)```", text, re.DOTALL)[1]
     at = block.index("# ms_diffsynth")
     theirs, ours = ("".join(line[side].rstrip() + "\n" for line in block.splitlines())

@@ -78,7 +78,7 @@ def test_a_bad_file(run, tmp_path, line, code, expected):
     (["--model_paths", "[absent"], 64, "model_paths=[absent is not JSON"),
     (["--model_paths", "null"], 64, "neither model_paths nor model_id_with_origin_paths is set"),
     (["--model_id_with_origin_paths", "no-colon"], 64, "'no-colon' is not of the form owner/name:pattern"),
-    (["--lora_target_modules", "layer_3"], 64, "'layer_3' selects no linear layer of ToyTransformer. Did you mean"),
+    (["--lora_target_modules", "layer_3"], 64, "'layer_3' selects none of the linear layers of ToyTransformer"),
     (["--lora_base_model", "unet"], 64, "'unet' cannot be trained: ToyImagePipeline has the models"),
     (["--trainable_models", "dit.layer_9"], 64, "names no weights"),
     (["--fuse", "encode_imag"], 64, "Did you mean 'encode_image'?"),

@@ -276,17 +276,17 @@ def test_help_shows_every_setting_with_choices_and_default():
 
 
 def test_the_table_of_settings_in_the_documentation_is_the_present_one():
-    docs = Path(__file__).parents[2] / "docs"
+    docs = Path(__file__).parents[2] / "docs/reference"
     spec = importlib.util.spec_from_file_location("settings_table", docs / "settings_table.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    text = (docs / "configuration.md").read_text()
-    assert text == module.page(text), "run: python docs/settings_table.py"
+    text = (docs / "settings.md").read_text()
+    assert text == module.page(text), "run: python docs/reference/settings_table.py"
     assert all(f"| `{name}` |" in text for name in SETTINGS)
 
 
 def test_the_flags_said_to_be_the_same_are_there_and_the_others_are_not():
-    text = (Path(__file__).parents[2] / "docs/porting.md").read_text()
+    text = (Path(__file__).parents[2] / "docs/explanation/porting.md").read_text()
     same, _, rest = text.partition("With another default:")
     same = re.findall(r"`--(\w+)`", same)
     absent = re.findall(r"`--(\w+)`", rest.partition("Not there, and refused:")[2].partition("## From mindone")[0])

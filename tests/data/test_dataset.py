@@ -140,7 +140,7 @@ def test_missing_and_bad_sidecars(folder):
     with pytest.raises(DataError) as caught:
         UnifiedDataset(str(folder))
     for word in ("3 of 3 rows", "0.txt line 2 is not UTF-8 (byte 0xfc", "row 2 (1.png)", "empty caption",
-                 "the picture 2.png has no caption file", "2.txt", "captions=False"):
+                 "the image 2.png has no caption file", "2.txt", "captions=False"):
         assert word in str(caught.value)
 
 
@@ -163,7 +163,7 @@ def test_sidecar_link_out_of_the_folder(folder):
 def test_all_bad_rows_are_collected(folder):
     rows = "".join(f"no{i}.png,a\n" for i in range(14))
     message = refused(folder, GOOD + rows, "14 of 17 rows of", "row 4 (line 5): image='no0.png'", "row 13", "no9.png",
-                      "and 4 more", "Mend these rows")
+                      "and 4 more", "Correct or remove these rows")
     assert "no10.png" not in message and "row 1 " not in message
 
 
@@ -181,7 +181,7 @@ def test_all_bad_rows_are_collected(folder):
     ("http://host/a.png", ["is a URL", "Download it"]),
     ("file:///etc/passwd", ["is a URL", "Download it"]),
     ("~/a.png", ["does not exist"]),
-    ("page.png", ["not a picture", "<html>"]),
+    ("page.png", ["not an image", "<html>"]),
 ])
 def test_bad_file(folder, cell, words):
     (folder / "sub").mkdir()
@@ -267,7 +267,7 @@ def test_metadata_of_another_kind_or_missing(folder):
     with pytest.raises(DataError, match=r"is not a folder.*Correct base_path"):
         UnifiedDataset(str(folder / "nowhere"))
     (folder / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty data set: it has no pictures"):
+    with pytest.raises(DataError, match=r"empty data set: it has no images"):
         UnifiedDataset(str(folder / "empty"))
 
 

@@ -48,11 +48,11 @@ class TestRefused:
 
     def test_text_named_jpg(self, tmp_path, read):
         (tmp_path / "page.jpg").write_bytes(b"<html>not found</html>")
-        refused(tmp_path / "page.jpg", "not a picture", "<html>", "JPEG, PNG", "replace it", read=read)
+        refused(tmp_path / "page.jpg", "not an image", "<html>", "JPEG, PNG", "replace it", read=read)
 
     def test_other_format(self, tmp_path, read):
         picture().save(tmp_path / "a.ppm")
-        refused(tmp_path / "a.ppm", "not a picture", "Convert it", read=read)
+        refused(tmp_path / "a.ppm", "not an image", "Convert it", read=read)
 
     def test_too_small(self, tmp_path, read):
         Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
@@ -64,7 +64,7 @@ class TestRefused:
 
     def test_animated_gif(self, tmp_path, read):
         picture().save(tmp_path / "a.gif", save_all=True, append_images=[picture().rotate(90), picture().rotate(180)])
-        refused(tmp_path / "a.gif", "3 frames", "one still picture", "Save the frame", read=read)
+        refused(tmp_path / "a.gif", "3 frames", "one still image", "Save the frame", read=read)
 
     def test_animated_png(self, tmp_path, read):
         picture().save(tmp_path / "a.png", save_all=True, append_images=[picture().rotate(90)])
@@ -280,7 +280,7 @@ def test_pixels_there_and_back():
 def test_pixels_refuse():
     with pytest.raises(DataError, match=r"mode L.*expected RGB.*convert"):
         to_pixels(Image.new("L", (16, 16)))
-    with pytest.raises(DataError, match=r"\(16, 16, 3\).*\[3, H, W\].*one picture"):
+    with pytest.raises(DataError, match=r"\(16, 16, 3\).*\[3, H, W\].*one image"):
         to_pil(np.zeros((16, 16, 3)))
     broken = np.zeros((3, 4, 4), np.float32)
     broken[0, 0, :2] = np.nan, np.inf

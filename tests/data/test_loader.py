@@ -151,7 +151,7 @@ def test_class_half():
 
 
 def test_class_set_lacks_a_bucket():
-    with pytest.raises(DataError, match=r"no picture of bucket tall, which the data set has.*Add class pictures"):
+    with pytest.raises(DataError, match=r"no image of bucket tall, which the data set has.*Add class images"):
         Loader(Numbers(4), bucket_of=lambda i: "tall", class_dataset=Numbers(2), class_bucket_of=lambda i: "wide")
     with pytest.raises(ConfigError, match="only one of bucket_of and class_bucket_of"):
         Loader(Numbers(4), bucket_of=lambda i: 0, class_dataset=Numbers(2))
@@ -185,7 +185,7 @@ def test_a_failing_item_raises_when_its_batch_is_due(workers):
 def test_drop_warns_of_buckets_that_never_come(caplog):
     loader = Loader(Numbers(9), 4, last="drop", bucket_of=lambda i: "rare" if i == 0 else "common")
     assert len(loader) == 2 and "rare" in caplog.text and "leaves out all items" in caplog.text
-    with pytest.raises(DataError, match=r"3 items in 1 buckets make no batch.*= 4 with last='drop'. Use last='repeat'"):
+    with pytest.raises(DataError, match=r"3 items in 1 buckets are too few.*= 4 with last='drop'"):
         Loader(Numbers(3), 4, last="drop")
 
 
@@ -245,5 +245,5 @@ def test_collate_refuses(values, words):
 def test_collate_refuses_differing_fields():
     with pytest.raises(DataError, match="field b is only in one of rows 0 and 1"):
         collate([{"a": 1}, {"a": 1, "b": 2}])
-    with pytest.raises(DataError, match="no items"):
+    with pytest.raises(DataError, match="an empty batch"):
         collate([])

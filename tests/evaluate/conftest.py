@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ms_diffsynth.evaluate.features import Describer, PictureFolder
+from ms_diffsynth.evaluate.features import Describer, ImageFolder
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 
@@ -18,4 +18,4 @@ def describe(configured):
 @pytest.fixture
 def animals():
     """Nineteen faces of animals, 256 x 256."""
-    return PictureFolder(DATA / "dreambooth_cat_fluent_class")
+    return ImageFolder(DATA / "dreambooth_cat_fluent_class")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ms_diffsynth.errors import DataError
-from ms_diffsynth.evaluate.features import PictureFolder, network_input
+from ms_diffsynth.evaluate.features import ImageFolder, network_input
 
 RECORDED = Path(__file__).parent / "efficientnet_lite0_torch.npz"
 DATA = Path(__file__).parents[2] / "examples" / "data"
@@ -19,7 +19,7 @@ def test_features_equal_those_of_pytorch(describe):
     recorded = np.load(RECORDED)
     found = describe([Image.open(DATA / name) for name in recorded["names"]])
     assert found.features.shape == (3, 1280) and found.features.dtype == np.float64
-    # features go up to 4; the largest difference over 16 pictures was 9e-6 (docs/evaluation.md)
+    # features go up to 4; the largest difference over 16 pictures was 9e-6 (docs/how_to/evaluation.md)
     assert np.abs(found.features - recorded["features"]).max() < 5e-5
     assert np.abs(recorded["features"]).max() > 3 and found.sizes == {(256, 256)}
 
@@ -65,8 +65,8 @@ def test_every_picture_that_cannot_be_read_is_named(describe, tmp_path, animals)
     for name in broken:
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:200])
     with pytest.raises(DataError) as error:
-        describe(PictureFolder(tmp_path))
-    assert "13 of 20 pictures" in str(error.value) and all(name in str(error.value) for name in broken)
+        describe(ImageFolder(tmp_path))
+    assert "13 of 20 images" in str(error.value) and all(name in str(error.value) for name in broken)
 
 
 def test_a_folder_is_searched_below_without_hidden_names_and_other_files(tmp_path):
@@ -75,16 +75,16 @@ def test_a_folder_is_searched_below_without_hidden_names_and_other_files(tmp_pat
         path.parent.mkdir(exist_ok=True)
         Image.new("RGB", (16, 16)).save(path)
     (tmp_path / "metadata.csv").write_text("image\nb.png\n")
-    folder = PictureFolder(tmp_path)
+    folder = ImageFolder(tmp_path)
     assert folder.names == ("a/c.jpg", "b.png") and len(folder) == 2 and folder[1].size == (16, 16)
     os.symlink(tmp_path / "b.png", tmp_path / "e.png")
     assert folder.files() == {(tmp_path / name).resolve() for name in folder.names}
 
 
-@pytest.mark.parametrize("make, expected", [(False, "is not a folder"), (True, "holds no picture")])
+@pytest.mark.parametrize("make, expected", [(False, "is not a folder"), (True, "contains no images")])
 def test_a_folder_without_pictures_is_an_error(tmp_path, make, expected):
     if make:
         (tmp_path / "pictures").mkdir()
         (tmp_path / "pictures" / "notes.txt").write_text("none")
-    with pytest.raises(DataError, match=f"pictures {expected}"):
-        PictureFolder(tmp_path / "pictures")
+    with pytest.raises(DataError, match=f"{expected}"):
+        ImageFolder(tmp_path / "pictures")

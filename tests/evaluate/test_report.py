@@ -61,13 +61,13 @@ def opened(folder, k):
 def test_copies_are_flagged_in_the_space_that_sees_them(reference):
     copies = [opened(reference, 3), noisy(opened(reference, 5), 15), ImageChops.offset(opened(reference, 6), 2)]
     found = evaluate([*copies, *noise(1, 64)], reference)
-    assert found.names[:2] == ("picture 1", "picture 2") and found.reference_names[3] == "real_3.png"
+    assert found.names[:2] == ("image 1", "image 2") and found.reference_names[3] == "real_3.png"
     assert found.is_memorised.tolist() == [True, True, True, False]
     assert found.memorised == 0.75
     assert found.features.is_near[:3].tolist() == [True, False, True]  # blind to noise
     assert found.pixels.is_near[:2].tolist() == [True, True]
     assert found.features.index[[0, 2]].tolist() == [3, 6] and found.pixels.index[:2].tolist() == [3, 5]
-    assert "3 of 4 (75 %)" in found.summary() and "picture 1 to real_3.png" in found.summary()
+    assert "3 of 4 (75 %)" in found.summary() and "image 1 to real_3.png" in found.summary()
 
 
 def test_the_parts_are_put_together_rightly(quick, reference, strangers):
@@ -82,7 +82,7 @@ def test_the_parts_are_put_together_rightly(quick, reference, strangers):
                               "kid_floor": found.floor[1], "memorised": 0.0}
     assert all(type(value) is float for value in found.record().values())
     assert found.summary().startswith("KID on EfficientNet-Lite0 features, not comparable with Inception KID\n")
-    assert any("too small (4 generated, 8 reference pictures)" in note for note in found.notes)
+    assert any("too small (4 generated, 8 reference images)" in note for note in found.notes)
     assert "too small" in found.summary()
 
 
@@ -115,14 +115,14 @@ def test_the_seed_draws_the_halves_and_nothing_else(quick, animals, strangers):
 def test_twins_in_the_reference_are_noted(quick, reference, strangers):
     opened(reference, 1).save(reference / "twin.png")
     found = evaluate(strangers, reference)
-    assert any(note.startswith("2 reference pictures have a twin") for note in found.notes)
+    assert any(note.startswith("2 reference images have a twin") for note in found.notes)
 
 
 def test_no_difference_from_real_pictures_is_said(quick, reference, animals):
     found = evaluate([opened(reference, k) for k in range(8)], reference)
-    assert any("sees no difference" in note for note in found.notes) and found.memorised == 1
+    assert any("finds no difference" in note for note in found.notes) and found.memorised == 1
     far = evaluate(noise(4, 64), reference)
-    assert not any("sees no difference" in note for note in far.notes) and far.kid.low > found.floor[1]
+    assert not any("finds no difference" in note for note in far.notes) and far.kid.low > found.floor[1]
 
 
 def test_what_is_written(quick, reference, strangers, tmp_path):
@@ -135,7 +135,7 @@ def test_what_is_written(quick, reference, strangers, tmp_path):
     assert written["kid"] == {"value": found.kid.value, "low": found.kid.low, "high": found.kid.high}
     assert (written["generated"], written["reference"], written["seed"]) == (5, 8, 0)
     first = written["nearest"][0]
-    assert first["picture"] == "picture 1" and first["is_memorised"] is True
+    assert first["image"] == "image 1" and first["is_memorised"] is True
     assert first["features"]["reference"] == first["pixels"]["reference"] == "real_4.png"
     assert first["pixels"]["distance"] == 0 and written["memorised"]["share"] == 0.2
     assert written["notes"] == list(found.notes)
@@ -157,8 +157,8 @@ def test_the_grid_shows_the_nearest_first_and_stays_small(quick, reference):
 
 
 @pytest.mark.parametrize("given, expected", [
-    (3, "3 generated pictures were given: expected at least 4"),
-    (0, "0 generated pictures"),
+    (3, "3 generated images were given: expected at least 4"),
+    (0, "0 generated images"),
 ])
 def test_too_few_pictures_are_refused(quick, reference, strangers, given, expected):
     with pytest.raises(DataError, match=expected):
@@ -171,14 +171,14 @@ def test_too_few_in_both_folders_are_told_together(quick, reference, tmp_path, s
     strangers[0].save(made / "one.png")
     for k in range(5):
         (reference / f"real_{k}.png").unlink()
-    with pytest.raises(DataError, match="1 generated pictures and 3 reference pictures"):
+    with pytest.raises(DataError, match="1 generated images and 3 reference images"):
         evaluate(made, reference)
 
 
 def test_one_folder_twice_is_refused_also_in_disguise(quick, reference, tmp_path, strangers):
     with pytest.raises(DataError, match="they are the same folder"):
         evaluate(reference, str(reference) + "/../real")
-    with pytest.raises(DataError, match=r"8 pictures are in both, such as .*real_0\.png"):
+    with pytest.raises(DataError, match=r"8 images are in both, such as .*real_0\.png"):
         evaluate(tmp_path, reference)
     (tmp_path / "link").symlink_to(reference)
     with pytest.raises(DataError, match="they are the same folder"):

@@ -54,16 +54,16 @@ def a_socket(path):
 
 
 CUT = ("damaged or cut short", "Replace it, or remove its row")
-STILL = ("one still picture", "Save the frame you mean as PNG")
+STILL = ("one still image", "Save the frame you mean as PNG")
 REGULAR = ("expected a regular file", "Name a file, or remove it")
 
 # file name -> its bytes, or what makes it at a path; then what the message says beside row and file
 REFUSED = {
     "zero.jpg": (b"", "zero bytes", "Copy or download it again"),
-    "text.jpg": (b"a cat on a mat\n", "not a picture (it begins with b'a cat on a m", "Convert it, or replace it"),
-    "page.png": (b"<!DOCTYPE html><h1>404</h1>", "not a picture", "<!DOCTYPE ht", "replace it"),
-    "heic.jpg": (b"\0\0\0\x18ftypheic" + bytes(99), "not a picture", "ftypheic", "expected JPEG, PNG", "Convert it"),
-    "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nquit\n", "not a picture", "Convert it"),
+    "text.jpg": (b"a cat on a mat\n", "not an image (it begins with b'a cat on a m", "Convert it, or replace it"),
+    "page.png": (b"<!DOCTYPE html><h1>404</h1>", "not an image", "<!DOCTYPE ht", "replace it"),
+    "heic.jpg": (b"\0\0\0\x18ftypheic" + bytes(99), "not an image", "ftypheic", "expected JPEG, PNG", "Convert it"),
+    "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nquit\n", "not an image", "Convert it"),
     "cut.jpg": (cut("JPEG"), *CUT),
     "cut-progressive.jpg": (cut("JPEG", progressive=True), *CUT),
     "passes-verify.jpg": (passes_verify(), "its end is missing", *CUT),
@@ -104,8 +104,8 @@ REFUSED = {
     "absent.png": (lambda path: None, "does not exist", "Put the file there, or correct its name"),
 }
 DECODED = {"cut.gif", "cut.tif", "cut.bmp"}  # formats that are seldom in a data set
-PIXELS = "expected at most 64 million", "Make the picture smaller"
-TEXT = "too large when unpacked", "expected at most a megabyte", "Save the picture again without metadata"
+PIXELS = "expected at most 64 million", "Make the image smaller"
+TEXT = "too large when unpacked", "expected at most a megabyte", "Save the image again without metadata"
 BOMBS = {
     "30000.png": (black_png(30000), "900 million pixels", *PIXELS),
     "13000.png": (black_png(13000), "13000x13000 = 169 million pixels", *PIXELS),
@@ -119,7 +119,7 @@ BOMBS = {
     "itext.png": (png_with(chunk(b"iTXt", b"c\0\1\0\0\0" + zipped_zeros(300 << 20))), *TEXT),
     "profile.png": (png_with(chunk(b"iCCP", b"p\0\0" + zipped_zeros(300 << 20))), *TEXT),
     "1-tb.jpg": (lambda path: sparse(path, saved(NOISE, "JPEG"), 1 << 40), "1099511627776 bytes", "at most 512000000"),
-    "1-tb.webp": (lambda path: sparse(path, saved(NOISE, "WEBP"), 1 << 40), "1099511627776 bytes", "picture smaller"),
+    "1-tb.webp": (lambda path: sparse(path, saved(NOISE, "WEBP"), 1 << 40), "1099511627776 bytes", "image smaller"),
     "20-mb.jpg": (lambda path: sparse(path, cut("JPEG"), 20 << 20), "its end is missing", *CUT),
 }
 

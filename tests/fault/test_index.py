@@ -1,4 +1,4 @@
-"""docs/faults.md is the index of the suite: its rows name tests that are there and marked, and no test is left out."""
+"""docs/reference/faults.md is the index of the suite: its rows name marked tests, and no test is left out."""
 from __future__ import annotations
 
 import ast
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-TEXT = (TESTS.parent / "docs/faults.md").read_text(encoding="utf-8")
+TEXT = (TESTS.parent / "docs/reference/faults.md").read_text(encoding="utf-8")
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines()
         if re.match(r"\| [A-Z]\d+[a-z]? \|", line)]
 AREAS = {"K": 12, "L": 8, "R": 9, "D": 11, "C": 6, "N": 3, "S": 10, "P": 5}  # how many kinds of faults each area has

@@ -113,7 +113,7 @@ REFUSED = {
     "all rows": ("m.csv", "image,prompt\n2.png,\n3.png,b\n", "2 of 2 rows", "row 1 (line 2): prompt='' is an empty",
                  "image='2.png': ", "row 2 (line 3): image='3.png'"),
     "10000 rows": ("m.csv", csv(*MANY), "500 of 10001 rows", "row 2 (line 3): image='no0.png'", "row 182 (line 183)",
-                   "  and 490 more\n", "Mend these rows or remove them"),
+                   "  and 490 more\n", "Correct or remove these rows"),
     # JSON
     "null": ("m.jsonl", jsonl(row(None), row(image=None), row(image=[]), row(image=["0.png", None]), "null"),
              "5 of 6 rows", "row 2 (line 2): prompt=None is of type NoneType", "row 3 (line 3): image=None is empty",
@@ -313,5 +313,5 @@ def test_one_row_and_more_ranks_than_rows(folder):
     assert [[len(batch.items) for batch in rank] for rank in batches] == [[2]] * 4
     samples = np.concatenate([rank[0].sample_indices for rank in batches])
     assert sorted(samples) == list(range(8)), "each has draws of its own"
-    with pytest.raises(DataError, match="make no batch of batch_size x world_size = 8 with last='drop'"):
+    with pytest.raises(DataError, match="too few for one batch of batch_size x world_size = 8 with last='drop'"):
         Loader(dataset, batch_size=2, world_size=4, last="drop")

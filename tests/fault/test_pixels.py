@@ -126,4 +126,4 @@ def test_a_telephone_photograph_is_its_main_picture_with_a_warning(folder, caplo
     with caplog.at_level(logging.WARNING):
         found = np.asarray(opened(folder)[1]["image"], float)
     assert np.abs(found - blocks(3)).max() <= 1
-    assert f"{folder}/odd.jpg holds several pictures (MPO); its main picture is used" in caplog.text
+    assert f"{folder}/odd.jpg holds several images (MPO); its main image is used" in caplog.text

@@ -6,8 +6,8 @@
 Runs in a PyTorch environment; nothing of ms_diffsynth or mindone is imported, only the tiny weights are read. FLUX.1
 and Stable Diffusion 3 need transformers 4.57 with ftfy, because their CLIP tokens are those of the slow CLIPTokenizer
 with ftfy, which DiffSynth-Studio requires (diffusers 0.35.2 and 0.39.0); FLUX.2 and Qwen-Image were made with diffusers
-0.42.1 and transformers 5. The layout of a case is in docs/parity.md. A new family is a subclass of `Reference` and a
-line in `FAMILIES`.
+0.42.1 and transformers 5. The layout of a case is in docs/explanation/parity.md. A new family is a subclass of
+`Reference` and a line in `FAMILIES`.
 """
 from __future__ import annotations
 

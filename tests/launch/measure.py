@@ -1,4 +1,4 @@
-"""How long until everything is gone, what is left, and what the last line says: the table in docs/distributed.md.
+"""How long until everything is gone, what is left, and what the last line says: the table in benchmarks/README.md.
 
     python tests/launch/measure.py [--patient] [CASE ...]
 

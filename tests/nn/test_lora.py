@@ -51,7 +51,7 @@ def test_targets_match_whole_names_or_their_ends_in_model_order():
 
 
 def test_a_target_that_matches_nothing_is_named_with_the_nearest():
-    with pytest.raises(ConfigError, match=r"'to_k' selects no linear layer.*Did you mean 'to_q'.*Expected names"):
+    with pytest.raises(ConfigError, match=r"'to_k' selects none of.*Did you mean 'to_q'.*Expected names"):
         match_targets(model(), ["to_q", "to_k"])
 
 

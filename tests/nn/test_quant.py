@@ -245,8 +245,8 @@ def test_models_that_the_job_does_not_need_are_not_loaded():
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("dti", "fp8_models: 'dti' is no model of Pipe: expected some of text_encoder_2, dit. Did you mean 'dit'"),
-    ("tokenizer_1", "'tokenizer_1' is no model of Pipe"),
+    ("dti", "fp8_models: 'dti' is not a model of Pipe: expected some of text_encoder_2, dit. Did you mean 'dit'"),
+    ("tokenizer_1", "'tokenizer_1' is not a model of Pipe"),
 ])
 def test_a_name_that_matches_nothing_is_refused_before_anything_is_loaded(text, says):
     pipe = Pipe()

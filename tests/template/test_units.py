@@ -14,12 +14,12 @@ from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, DataError, TemplateError
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.nn.names import state_dict
-from ms_diffsynth.run.training import launch_training_task
-from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.logger import ModelLogger
-from ms_diffsynth.train.optim import AdamW
-from ms_diffsynth.train.program_step import ProgramTrainStep
-from ms_diffsynth.train.two_stage import launch_data_process_task
+from ms_diffsynth.run.task import launch_training_task
+from ms_diffsynth.training.distributed import Accelerator
+from ms_diffsynth.training.logger import ModelLogger
+from ms_diffsynth.training.optim import AdamW
+from ms_diffsynth.training.program_step import ProgramTrainStep
+from ms_diffsynth.training.two_stage import launch_data_process_task
 
 TRUST = {"trust_template_code": True}
 TO_Q = "transformer_blocks.0.attn.to_q"
@@ -316,7 +316,7 @@ TEMPLATE_DATA_PROCESSOR = Processor
 def test_a_family_without_templates_and_inputs_that_are_not_switched_on(toy, toy_folder, template):
     from ms_diffsynth.pipelines.toy.pipeline import ToyImagePipeline
 
-    with pytest.raises(ConfigError, match="ToyImagePipeline takes no templates"):
+    with pytest.raises(ConfigError, match="ToyImagePipeline does not support templates"):
         attach_template(ToyImagePipeline.from_pretrained(str(toy_folder)), template(), **TRUST)
     with pytest.raises(ConfigError, match=r"template_inputs.*Set template_model_id_or_path"):
         DiffusionTrainingModule().switch_pipe_to_training_mode(toy(), trainable_models="dit",

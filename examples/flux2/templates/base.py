@@ -28,15 +28,15 @@ def with_weights(model: Path, component: str, weights: dict[str, np.ndarray], ou
     save_state_dict(output / component / WEIGHTS, known | weights)
 
 
-def normalise(model: Path, pictures: Path, output: Path) -> None:
-    """Set the statistics of the VAE's batch norm, so that each channel of the pictures' latents has mean 0, variance 1.
+def normalise(model: Path, folder: Path, output: Path) -> None:
+    """Set the statistics of the VAE's batch norm, so that each channel of the images' latents has mean 0, variance 1.
 
     FLUX.2 ships such statistics; those of a tiny VAE with random weights are ones.
     """
     pipe = Flux2ImagePipeline.from_pretrained(str(model))
     encode = [unit for unit in pipe.units if unit.name in ("load_pixels", "encode_image")]
-    rows = [json.loads(line) for line in (pictures / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    images = [Image.open(pictures / row["image"]) for row in rows]
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    images = [Image.open(folder / row["image"]) for row in rows]
     moments = np.concatenate([pipe.run(encode, {"input_image": image})["moments"].asnumpy() for image in images])
     latents = moments[:, :moments.shape[1] // 2]  # normalised with the present statistics
     mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
@@ -44,7 +44,7 @@ def normalise(model: Path, pictures: Path, output: Path) -> None:
     scale = old["bn.running_var"] + json.loads((model / "vae/config.json").read_text())["batch_norm_eps"]
     with_weights(model, "vae", {"bn.running_mean": old["bn.running_mean"] + mean * np.sqrt(scale),
                                 "bn.running_var": variance * scale}, output)
-    print(f"{output}: latents of {len(rows)} pictures had means of {mean.min():.2f} to {mean.max():.2f} and standard "
+    print(f"{output}: latents of {len(rows)} images had means of {mean.min():.2f} to {mean.max():.2f} and standard "
           f"deviations of {variance.min() ** 0.5:.2f} to {variance.max() ** 0.5:.2f}; now 0 and 1")
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("normalise", "insert"))
     parser.add_argument("model", type=Path, help="folder of a model")
-    parser.add_argument("source", type=Path, help="folder of pictures to normalise for, or a checkpoint to insert")
+    parser.add_argument("source", type=Path, help="folder of images to normalise for, or a checkpoint to insert")
     parser.add_argument("output", type=Path, help="new folder")
     args = parser.parse_args()
     {"normalise": normalise, "insert": insert}[args.action](args.model, args.source, args.output)

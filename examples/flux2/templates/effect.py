@@ -1,4 +1,4 @@
-"""Does a template's condition matter? The loss on held-out pictures under their own, and under another picture's.
+"""Does a template's condition matter? The loss on held-out images under their own, and under another image's.
 
     python examples/flux2/templates/effect.py runs/brightness-1 runs/brightness-2 --trust_template_code
 
@@ -35,8 +35,8 @@ HELD_OUT = "examples/data/photo_tiles64/heldout.jsonl"
 def losses(run: Path, metadata: str, trust_template_code: bool, times: int = 8, seed: int = 0) -> np.ndarray:
     """The training objective of a run on every row of ``metadata``: under the right condition, a wrong one, and none.
 
-    Each picture is seen ``times`` times, with another noise, noise level and wrong condition each time; the three
-    losses are under the same ones. A wrong condition is another picture's, and each is used once. None: the base model
+    Each image is seen ``times`` times, with another noise, noise level and wrong condition each time; the three
+    losses are under the same ones. A wrong condition is another image's, and each is used once. None: the base model
     without the template.
 
     Returns: float32 [3, times, rows].
@@ -83,14 +83,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that training wrote")
     parser.add_argument("--metadata", default=HELD_OUT, help=f"rows that were not trained on (default: {HELD_OUT})")
-    parser.add_argument("--times", type=int, default=8, help="how often each picture is seen (default: 8)")
+    parser.add_argument("--times", type=int, default=8, help="how often each image is seen (default: 8)")
     parser.add_argument("--trust_template_code", action="store_true", help="run the template's model.py, which is code")
     args = parser.parse_args()
     print(f"{'run':20} {'right':>8} {'shuffled':>8} {'without':>8} {'difference':>10} {'error':>7}")
     table = []
     for run in args.runs:
         found = losses(run, args.metadata, args.trust_template_code, args.times)
-        paired = (found[1] - found[0]).mean(0)  # of each picture: the error is that over pictures
+        paired = (found[1] - found[0]).mean(0)  # of each image: the error is that over images
         table.append((*found.mean((1, 2)), paired.mean()))
         show(run.name, table[-1], paired)
     if len(table) > 1:  # the error is that over runs

@@ -1,7 +1,7 @@
 """Adapters: a few trained tensors beside frozen linear layers. One contract (`contract.Adapter`), one registry.
 
 A new adapter is one file here, which derives from `linear.LinearAdapter`, and one line in ``ADAPTERS``; how it is
-injected, trained, saved, read, resumed and fused then follows. docs/lora.md goes through it.
+injected, trained, saved, read, resumed and fused then follows: docs/contributing/extending.md has an example.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tensors of adapters in one Parameter, and the way from there into the blocks that compute with them."""
+"""The tensors of adapters in one Parameter, and how the blocks that compute with them get them."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

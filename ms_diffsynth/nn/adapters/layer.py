@@ -44,7 +44,7 @@ class AdaptedLinear(nn.Cell):
 
     @property
     def flat(self) -> FlatTensors | None:
-        """Where the tensors lie, when they are not Parameters of this cell."""
+        """Where the tensors are, when they are not Parameters of this cell."""
         return self.__dict__.get("_flat")  # not an attribute: the cell would take it for its own
 
     @property
@@ -113,9 +113,10 @@ def match_targets(model: nn.Cell, targets: Iterable[str]) -> list[str]:
     if lost or not targets:
         ends = sorted({re.sub(r"^.*?\.\d+\.", "", n, count=1) for n in names})  # the name inside its block
         near = nearest(lost[0], ends + [n.split(".")[-1] for n in names]) if lost else ""
-        raise ConfigError(f"lora_target_modules: {listing(map(repr, lost)) or 'nothing given'} selects no linear layer "
-                          f"of {type(model).__name__}.{near} Expected names, or ends of names, of its linear layers: "
-                          f"{listing(ends, 30)}.")
+        raise ConfigError(
+            f"lora_target_modules: {listing(map(repr, lost)) or 'nothing given'} selects none of the linear layers of "
+            f"{type(model).__name__}.{near} Expected names, or ends of names, of its linear layers: "
+            f"{listing(ends, 30)}.")
     selected = {n for found in chosen.values() for n in found}
     return [n for n in names if n in selected]
 

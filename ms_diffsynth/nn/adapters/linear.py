@@ -68,7 +68,7 @@ class LinearAdapter(Adapter):
         for name, cell in cells.items():
             if cell.flat is None:
                 for part, parameter in zip(cell.parts, cell.own_parameters()):
-                    # assigned, not set_data: a compiled step would go on reading the old memory (MindSpore 2.10)
+                    # assigned, not set_data: a compiled step would keep reading the old memory (MindSpore 2.10)
                     ops.assign(parameter, Tensor(tensors[f"{name}.{part}"].astype(np.float32)))
         for flat in {id(cell.flat): cell.flat for cell in cells.values() if cell.flat is not None}.values():
             flat.write(tensors)

@@ -97,7 +97,7 @@ def flash_attention_score(query, key, value, head_num, real_shift=None, drop_mas
                           attn_mask=None, prefix=None, actual_seq_qlen=None, actual_seq_kvlen=None, keep_prob=1.0,
                           scalar_value=1.0, pre_tokens=2147483647, next_tokens=2147483647, inner_precise=0,
                           input_layout="BSH", sparse_mode=0):
-    """``ops.flash_attention_score``. Bands (pre_tokens, next_tokens) are not honoured; mindone sets none."""
+    """``ops.flash_attention_score``. Bands (pre_tokens, next_tokens) are not supported; mindone sets none."""
     _check_flash(input_layout, sparse_mode, (real_shift is not None, drop_mask is not None,
                                              padding_mask is not None, prefix is not None))
     head_dim = query.shape[-1] // head_num if input_layout == "BSH" else query.shape[-1]

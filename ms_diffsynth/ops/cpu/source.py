@@ -85,7 +85,7 @@ def _method_calls(node: ast.AST, rows: list[int]) -> Iterator[ast.Call]:
 
 
 def _is_method_call(node: ast.AST) -> bool:
-    """A call of a method in METHODS; ``mint.chunk(x, 2)`` is none, and ``clone`` with arguments is no tensor's."""
+    """A call of a method in METHODS; ``mint.chunk(x, 2)`` is not one, and neither is ``clone`` with arguments."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in METHODS):
         return False
     if node.func.attr == "clone" and (node.args or node.keywords):

@@ -36,13 +36,13 @@ def _both_sides(padding, n):
 # ---- convolution ----
 
 # oneDNN has no fast kernel for MindSpore's layout: 16 channels of 128 x 128 pixels take Conv2D 229 ms, and 8 ms as a
-# matrix product (MindSpore 2.10, 2 cores, 2026-11-21). The columns take kernel-area times the memory of the picture, so
+# matrix product (MindSpore 2.10, 2 cores, 2026-11-21). The columns take kernel-area times the memory of the image, so
 # large ones go the slow way: more numbers than this, 256 MB.
 _MOST_COLUMNS = 64 * 1024 * 1024
 
 
 class _ProductConvolution:
-    """A convolution as a product of the weights with the pictures' windows as columns."""
+    """A convolution as a product of the weights with the images' windows as columns."""
 
     def __init__(self, padding, stride, dilation):
         self.padding, self.stride, self.dilation = padding, stride, dilation

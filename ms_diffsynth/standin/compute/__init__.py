@@ -28,10 +28,10 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)
 
 
 def _compute(call: bytes) -> int:
-    """Compute one call; 0, or 1 with the reason told to the stand-in, which MindSpore then raises as an error."""
+    """Compute one call; 0, or 1 with the reason passed to the stand-in, which MindSpore then raises as an error."""
     try:
         run(json.loads(call))
-    except Exception as error:  # whatever it is must become the kernel's error: there is no caller to raise to
+    except Exception as error:  # whatever it is must become the kernel's error: no caller could catch it
         name = json.loads(call).get("name")
         reason = str(error) if isinstance(error, NotImplementedError) else f"{type(error).__name__}: {error}"
         library().standin_set_error(f"{name}: {reason}".encode())

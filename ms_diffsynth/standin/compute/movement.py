@@ -49,7 +49,7 @@ def split_with_sizes(x: Array, sizes: Sequence[int], axis: int) -> list[Array]:
 
 @aclnn("Index", "r T -> t")
 def index(x: Array, indices: Sequence[Array | None]) -> Array:
-    """Advanced indexing; an axis that is not indexed has no tensor, or one of no elements."""
+    """Advanced indexing; an axis that is not indexed has no tensor, or an empty one."""
     return x[tuple(slice(None) if i is None or i.shape == (0,) else i for i in indices)]
 
 

@@ -104,7 +104,7 @@ def _arguments(signature: str, given: Sequence[Any], bits: Sequence[int]) -> tup
     outputs: list[Any] = []
     for part in before.split():
         letter = part.lstrip("&")
-        if letter in "df":  # these lie in registers of their own
+        if letter in "df":  # these are in registers of their own
             inputs.append(_real(next(floats), letter))
             continue
         value = next(values, _MISSING)

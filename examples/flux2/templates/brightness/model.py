@@ -1,4 +1,4 @@
-"""Brightness: one number, the mean of the picture in [0, 1], as keys and values of every block.
+"""Brightness: one number, the mean of the image in [0, 1], as keys and values of every block.
 
 The architecture of DiffSynth-Studio's Template-KleinBase4B-Brightness, in the size of the tiny base model.
 """

@@ -1,6 +1,6 @@
 """Caption: a second text beside the prompt, as keys and values of every block.
 
-It is read by the base model's own text encoder, which stays frozen and is no part of the template's weights. Fits the
+It is read by the base model's own text encoder, which stays frozen and is not part of the template's weights. Fits the
 tiny base model.
 """
 import numpy as np

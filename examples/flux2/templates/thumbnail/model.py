@@ -1,7 +1,7 @@
-"""Thumbnail: a picture, made small and seen by a frozen image encoder, as keys and values of every block.
+"""Thumbnail: an image, made small and seen by a frozen image encoder, as keys and values of every block.
 
 ``--trainable_models template_model.mlp`` trains what follows the encoder. The encoder's filters are random, and
-model.safetensors holds them: frozen weights are no part of a checkpoint. Fits the tiny base model.
+model.safetensors holds them: frozen weights are not part of a checkpoint. Fits the tiny base model.
 """
 import numpy as np
 from mindspore import Parameter, Tensor, mint, nn
@@ -19,7 +19,7 @@ FEATURES = 4 * FILTERS
 
 
 class ImageEncoder(nn.Cell):
-    """What filters find in the four quarters of a picture: float32 [B, 3, SIDE, SIDE] in [-1, 1] -> [B, FEATURES]."""
+    """What filters find in the four quarters of an image: float32 [B, 3, SIDE, SIDE] in [-1, 1] -> [B, FEATURES]."""
 
     def __init__(self):
         super().__init__()
@@ -79,7 +79,7 @@ class ThumbnailTemplate(nn.Cell):
 
 
 class DataProcessor:
-    """The picture of a path; sampling gives the picture itself."""
+    """The image of a path; sampling gives the image itself."""
 
     def __call__(self, image, **kwargs):
         return {"image": Image.open(image)}
