@@ -172,7 +172,8 @@ class UnifiedDataset:
             is_file = key in self.data_file_keys
             found[key] = [self._file_digest(v) for v in _as_list(row[key])] if is_file else row[key]
             if isinstance(row[key], dict):  # a data processor of a template may read the files it names
-                found[key] = row[key] | {k: _digest(v) for k, v in row[key].items() if _is_file(v)}
+                found[key] = row[key] | {k: _digest(v) for k, v in row[key].items() if isinstance(v, str)
+                                         and 0 < len(v) < 4096 and "\0" not in v and os.path.isfile(v)}
         return found
 
     def operators(self) -> dict[str, Any]:
@@ -209,15 +210,11 @@ class UnifiedDataset:
                 for problem in self._row_problems(row, columns, faults):
                     table.blame(index, problem)
         table.refuse_bad_rows()
-        self._tell_repeated_rows()
-
-    def _tell_repeated_rows(self) -> None:
         first: dict[str, int] = {}
-        places = self.table.places
-        again = [f"{places[i]} is {places[first[text]]}" for i, row in enumerate(self.table.rows)
+        again = [f"{table.places[i]} is {table.places[first[text]]}" for i, row in enumerate(table.rows)
                  if first.setdefault(text := json.dumps(row, sort_keys=True), i) != i]
         if again:
-            logger.warning("%s: equal rows are each trained on: %s.", self.table.source, listing(again))
+            logger.warning("%s: equal rows are each trained on: %s.", table.source, listing(again))
 
     def _row_problems(self, row: dict, columns: list[str], faults: dict[tuple[str, bool], str]) -> list[str]:
         lacking = [key for key in columns if key not in row]
@@ -276,15 +273,8 @@ class UnifiedDataset:
 
 
 def _digest(path: str) -> str:
-    content = hashlib.sha256()
     with open_regular(path) as file:
-        while block := file.read(1 << 20):
-            content.update(block)
-    return content.hexdigest()
-
-
-def _is_file(value: object) -> bool:
-    return isinstance(value, str) and 0 < len(value) < 4096 and "\0" not in value and os.path.isfile(value)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _names(keys: str | Sequence[str]) -> tuple[str, ...]:

@@ -98,8 +98,9 @@ def _opened(path: str) -> Iterator[tuple[Image.Image, int]]:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise _too_large(path, "", int(re.search(r"\d+", str(error)).group())) from None
         except Image.UnidentifiedImageError:
+            file.seek(0)
             raise DataError(
-                f"{path} is not an image (it begins with {_beginning(file)!r}); expected {', '.join(FORMATS)}. "
+                f"{path} is not an image (it begins with {file.read(12)!r}); expected {', '.join(FORMATS)}. "
                 "Convert it, or replace it"
             ) from None
         except Exception as error:  # Pillow's parsers raise a dozen kinds of exception on damaged bytes
@@ -107,11 +108,6 @@ def _opened(path: str) -> Iterator[tuple[Image.Image, int]]:
                 raise DataError(f"{path} holds text or a colour profile that is too large when unpacked ({error}); "
                                 "expected at most a megabyte. Save the image again without metadata") from error
             raise _damaged(path, error) from error
-
-
-def _beginning(file: BinaryIO) -> bytes:
-    file.seek(0)
-    return file.read(12)
 
 
 def _damaged(path: str, reason: object) -> DataError:
@@ -216,8 +212,12 @@ def _warn_once(message: str) -> None:
 
 def _orientation(image: Image.Image, file: BinaryIO, path: str) -> int:
     """The EXIF orientation; 1 of a TIFF, which Pillow itself turned when `_check_end` loaded it."""
-    if image.format == "PNG" and "exif" not in image.info and _has_late_exif(file):
-        image.load()
+    if image.format == "PNG" and "exif" not in image.info:
+        here = file.tell()
+        has_late_exif = b"eXIf" in _png_chunks(file)  # behind the pixels, as exiftool writes it
+        file.seek(here)
+        if has_late_exif:
+            image.load()
     try:
         # PngImageFile.getexif decodes the whole image to look for EXIF behind the pixels; its base class does not.
         tags = Image.Image.getexif(image) if image.format == "PNG" else image.getexif()
@@ -229,14 +229,6 @@ def _orientation(image: Image.Image, file: BinaryIO, path: str) -> int:
         reason = str(error)
     _warn_once(f"{path} has broken EXIF data ({reason}); it is ignored and the image is not rotated")
     return 1
-
-
-def _has_late_exif(file: BinaryIO) -> bool:
-    """Whether a PNG carries its EXIF chunk behind the pixels, as exiftool writes it."""
-    here = file.tell()
-    found = b"eXIf" in _png_chunks(file)
-    file.seek(here)
-    return found
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -101,13 +101,32 @@ class Loader:
         self._buckets = _bucket_list(dataset, bucket_of, "the data set")
         self._class_positions: dict[Hashable, np.ndarray] = {}
         if class_dataset is not None:
-            self._group_class(_bucket_list(class_dataset, class_bucket_of, "the class data set"))
+            buckets = _bucket_list(class_dataset, class_bucket_of, "the class data set")
+            for bucket in dict.fromkeys(buckets):
+                self._class_positions[bucket] = np.array([i for i, b in enumerate(buckets) if b == bucket], np.int64)
+            missing = [b for b in dict.fromkeys(self._buckets) if b not in self._class_positions]
+            if missing:
+                raise DataError(
+                    f"the class data set has no image of bucket {listing(missing)}, which the data set has; expected "
+                    "at least one of each. Add class images of these shapes, or use fewer buckets"
+                )
         self.step = 0
         self._samples_per_epoch = 0
         first = self._plan(0)
         self._length = len(first)
         self._samples_per_epoch = sum(len(samples) for _, _, _, samples in first)
-        self._report_left_out(first)
+        total = batch_size * world_size
+        if not first:
+            raise DataError(
+                f"{len(self._buckets)} items in {len(set(self._buckets))} buckets are too few for one batch of "
+                f"batch_size x world_size = {total} with last='drop'. Use last='repeat', or a smaller batch_size"
+            )
+        short = [b for b in dict.fromkeys(self._buckets) if b not in {planned[0] for planned in first}]
+        if short:
+            logger.warning(
+                "last='drop' leaves out all items of %d buckets that hold fewer than %d: %s", len(short), total,
+                listing(short),
+            )
 
     def __len__(self) -> int:
         """Batches per epoch: the same in every epoch, and on every rank."""
@@ -180,14 +199,9 @@ class Loader:
                 rest = rest + np.resize(rows, size - len(rest)).tolist()
             if rest and self.last != "drop":
                 batches.append((bucket, rest))
-        return self._numbered(epoch, batches)
-
-    def _numbered(self, epoch: int, batches: list[tuple[Hashable, list[int]]]) -> list[tuple]:
-        """Add class positions and sample indices, which continue those of the epochs before."""
-        per_bucket: dict[Hashable, int] = {}
+        used: dict[Hashable, int] = {}  # class items of a bucket and samples continue those of the epochs before
         for bucket, rows in batches:
-            per_bucket[bucket] = per_bucket.get(bucket, 0) + len(rows)
-        used = {bucket: epoch * count for bucket, count in per_bucket.items()}
+            used[bucket] = used.get(bucket, 0) + epoch * len(rows)
         sample = epoch * self._samples_per_epoch
         plan = []
         for bucket, rows in batches:
@@ -212,30 +226,6 @@ class Loader:
                 order = permutation(len(rows), *key) if self.shuffle else range(len(rows))
             result.append(rows[order[place]])
         return np.array(result, np.int64)
-
-    def _group_class(self, buckets: list[Hashable]) -> None:
-        for bucket in dict.fromkeys(buckets):
-            self._class_positions[bucket] = np.array([i for i, b in enumerate(buckets) if b == bucket], np.int64)
-        missing = [b for b in dict.fromkeys(self._buckets) if b not in self._class_positions]
-        if missing:
-            raise DataError(
-                f"the class data set has no image of bucket {listing(missing)}, which the data set has; expected at "
-                "least one of each. Add class images of these shapes, or use fewer buckets"
-            )
-
-    def _report_left_out(self, plan: list[tuple]) -> None:
-        total = self.batch_size * self.world_size
-        if not plan:
-            raise DataError(
-                f"{len(self._buckets)} items in {len(set(self._buckets))} buckets are too few for one batch of "
-                f"batch_size x world_size = {total} with last='drop'. Use last='repeat', or a smaller batch_size"
-            )
-        short = [b for b in dict.fromkeys(self._buckets) if b not in {planned[0] for planned in plan}]
-        if short:
-            logger.warning(
-                "last='drop' leaves out all items of %d buckets that hold fewer than %d: %s", len(short), total,
-                listing(short),
-            )
 
 
 def _bucket_list(dataset: Sequence, bucket_of: Callable[[int], Hashable] | None, name: str) -> list[Hashable]:

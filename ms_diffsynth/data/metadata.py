@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,9 +81,12 @@ def read_folder(base: str, captions: bool = True) -> Table:
     """
     if not os.path.isdir(base):
         raise DataError(f"base_path={base} is not a folder; expected a folder of images. Correct base_path")
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}). Make it a readable folder, or remove it")
+
     table = Table(base)
     names, others = [], []
-    for folder, folders, files in os.walk(base, onerror=_refuse_folder):
+    for folder, folders, files in os.walk(base, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         others += [os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in files:
@@ -96,19 +99,11 @@ def read_folder(base: str, captions: bool = True) -> Table:
             table.add({"image": name, **({"prompt": _caption(base, name)} if captions else {})}, place)
         except DataError as error:
             table.add(None, place, str(error))
-    _tell_left_out(base, names if captions else (), [os.path.relpath(other, base) for other in others])
-    return table
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise DataError(f"{error.filename} cannot be read ({error.strerror}). Make it a readable folder, or remove it")
-
-
-def _tell_left_out(base: str, with_captions: Collection[str], others: list[str]) -> None:
-    used = {os.path.splitext(name)[0] + suffix for name in with_captions for suffix in CAPTION_SUFFIXES}
-    left = sorted(repr(name) for name in others if name not in used)
+    sidecars = {os.path.splitext(name)[0] + suffix for name in names for suffix in CAPTION_SUFFIXES if captions}
+    left = sorted(repr(name) for other in others if (name := os.path.relpath(other, base)) not in sidecars)
     if left:
         logger.warning("%s: neither images nor the captions of one, and not used: %s.", base, listing(left))
+    return table
 
 
 def _caption(base: str, name: str) -> str:
@@ -127,44 +122,36 @@ def _caption(base: str, name: str) -> str:
 
 def _read_csv(text: str, table: Table) -> None:
     before = csv.field_size_limit(LONGEST_TEXT)  # of the whole process; other packages change it too
-    try:
-        _read_records(text, table)
-    finally:
-        csv.field_size_limit(before)
-
-
-def _read_records(text: str, table: Table) -> None:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header = None
-    while True:
-        line = reader.line_num + 1
-        place = f"row {len(table.rows) + 1} (line {line})"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            table.add(None, place, f"broken CSV ({error}); expected quotes in pairs around whole cells")
-            if header is None:
+    try:
+        while True:
+            place = f"row {len(table.rows) + 1} (line {reader.line_num + 1})"
+            try:
+                cells = next(reader)
+            except StopIteration:
                 return
-            continue
-        if cells and header is None:
-            header = _checked_header(cells, table.source)
-        elif cells:
-            fits = len(cells) == len(header)
-            table.add(dict(zip(header, cells)) if fits else None, place, "" if fits else
-                      f"{len(cells)} cells {shorten(cells)}; expected {len(header)} as in the header "
-                      f"{plain(','.join(header), 200)}. Put quotes around a cell that holds a comma")
-
-
-def _checked_header(cells: list[str], source: str) -> list[str]:
-    odd = sorted({*(name for name in cells if not name or name != name.strip()), *_repeated(cells)})
-    if odd:
-        raise DataError(
-            f"{source} line 1: the column names {shorten(odd)} are empty, repeated or have spaces around them; "
-            f"expected plain different names such as image,prompt. Correct the header {plain(','.join(cells), 200)}"
-        )
-    return cells
+            except csv.Error as error:
+                table.add(None, place, f"broken CSV ({error}); expected quotes in pairs around whole cells")
+                if header is None:
+                    return
+                continue
+            if cells and header is None:
+                header = cells
+                odd = sorted({*(name for name in cells if not name or name != name.strip()), *_repeated(cells)})
+                if odd:
+                    raise DataError(
+                        f"{table.source} line 1: the column names {shorten(odd)} are empty, repeated or have spaces "
+                        "around them; expected plain different names such as image,prompt. Correct the header "
+                        f"{plain(','.join(cells), 200)}"
+                    )
+            elif cells:
+                fits = len(cells) == len(header)
+                table.add(dict(zip(header, cells)) if fits else None, place, "" if fits else
+                          f"{len(cells)} cells {shorten(cells)}; expected {len(header)} as in the header "
+                          f"{plain(','.join(header), 200)}. Put quotes around a cell that holds a comma")
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_json(text: str, table: Table) -> None:

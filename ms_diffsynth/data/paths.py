@@ -98,7 +98,8 @@ def read_text(path: str) -> str:
     try:
         text = content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        lines = [number for number, line in enumerate(content.split(b"\n"), 1) if not _is_utf8(line)]
+        lines = [number for number, line in enumerate(content.split(b"\n"), 1)
+                 if line.decode(errors="ignore").encode() != line]
         raise DataError(
             f"{path} line {lines[0]} is not UTF-8 (byte 0x{content[error.start]:02x} at offset {error.start})"
             f"{_more_lines(lines)}. Save the file as UTF-8"
@@ -108,14 +109,6 @@ def read_text(path: str) -> str:
         raise DataError(f"{path} line {lines[0]} holds a NUL character{_more_lines(lines)}. Save the file as plain "
                         "UTF-8 text")
     return text
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _more_lines(lines: list[int]) -> str:

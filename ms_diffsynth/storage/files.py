@@ -228,11 +228,8 @@ def append_line(path: str | os.PathLike[str], line: str, *, calls: Calls = CALLS
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file in hexadecimal. Raises: OSError."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -- the steps of the protocol -------------------------------------------------------------------------------------
