@@ -273,8 +273,11 @@ class UnifiedDataset:
 
 
 def _digest(path: str) -> str:
+    content = hashlib.sha256()
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
 
 
 def _names(keys: str | Sequence[str]) -> tuple[str, ...]:

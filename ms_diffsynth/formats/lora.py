@@ -294,7 +294,9 @@ def _settings(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> dict
                           "Save it again.") from error
     settings = {next((k.removeprefix(p) for p in PREFIXES if k.startswith(p)), k): v for k, v in settings.items()}
     alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or not all(map(_is_alpha, (alpha, *patterns.values()))):
+    if not isinstance(patterns, dict) or not all(
+            value is None or (type(value) in (int, float) and math.isfinite(value))
+            for value in (alpha, *patterns.values())):
         raise WeightError(f"{path}: the metadata '{ADAPTER_METADATA}' says lora_alpha={alpha!r}, alpha_pattern="
                           f"{patterns!r}: expected finite numbers. Save it again.")
     return settings
@@ -308,10 +310,6 @@ def _metadata_scale(module: str, rank: int, settings: Mapping[str, Any]) -> floa
     if alpha is None:
         return None
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def _is_alpha(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and math.isfinite(value))
 
 
 def _shapes(parts: Parts) -> str:

@@ -33,7 +33,18 @@ def find_files(source: Source) -> tuple[list[Path], dict[str, str]]:
         _check_numbering(files)
     weight_map: dict[str, str] = {}
     for index in dict.fromkeys(indices):
-        weight_map |= _read_index(index, files)
+        own = _weight_map(index)
+        problems = []
+        for shard in sorted(set(own.values())):
+            path = index.parent / shard
+            if path not in files or not path.is_file():
+                held = [name for name, of in own.items() if of == shard]
+                state = "was not given" if path.is_file() else "is missing"
+                problems.append(f"{path} {state}; it holds {len(held)} tensors: {listing(held)}")
+        if problems:
+            raise WeightError(f"{index.name} names {len(problems)} files that cannot be read: {'; '.join(problems)}. "
+                              "Download the missing files, or give the folder.")
+        weight_map |= own
     return list(dict.fromkeys(files)), weight_map
 
 
@@ -98,22 +109,6 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _index_files(index: Path) -> list[Path]:
     return [index.parent / shard for shard in sorted(set(_weight_map(index).values()))]
-
-
-def _read_index(index: Path, files: list[Path]) -> dict[str, str]:
-    """The weight map of an index. Raises: WeightError when a shard is not there or was not given."""
-    weight_map = _weight_map(index)
-    problems = []
-    for shard in sorted(set(weight_map.values())):
-        path = index.parent / shard
-        if path not in files or not path.is_file():
-            held = [name for name, of in weight_map.items() if of == shard]
-            state = "was not given" if path.is_file() else "is missing"
-            problems.append(f"{path} {state}; it holds {len(held)} tensors: {listing(held)}")
-    if problems:
-        raise WeightError(f"{index.name} names {len(problems)} files that cannot be read: {'; '.join(problems)}. "
-                          "Download the missing files, or give the folder.")
-    return weight_map
 
 
 def _index_beside(file: Path) -> Path | None:

@@ -32,7 +32,7 @@ from ms_diffsynth.errors import ConfigError, HubError, WeightError, listing, nea
 from ms_diffsynth.storage.files import sha256_of
 
 # huggingface_hub < 1 raises errors of requests, which are OSErrors; 1 and 2 those of httpx, which are not
-_NETWORK_ERRORS = (OSError, HfHubHTTPError.__bases__[0])
+NETWORK_ERRORS = (OSError, HfHubHTTPError.__bases__[0])
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +229,9 @@ class _Repository:
                                    "to go on.") from error.__cause__
                 logger.warning("%s: %s; attempt %d of %d follows.", self.config, error, attempt + 1, ATTEMPTS)
                 time.sleep(WAIT_SECONDS * 2 ** (attempt - 1))
-                is_anew = _is_of_wrong_size(error.__cause__)
+                # what is too long cannot be resumed; huggingface_hub would try that for ever
+                is_anew = ("Consistency check failed" in str(error.__cause__)
+                           or status_of(error.__cause__) == TOO_MUCH_IS_HERE)
         absent = [name for name in wanted if not (folder / name).is_file()]
         if folder.name != commit or absent:
             raise HubError(f"{self.config} changed while it was read: expected {listing(absent) or 'its files'} of "
@@ -271,21 +273,21 @@ class _Repository:
         except RevisionNotFoundError as error:
             raise self._error(f"has no revision '{self.config.revision}' (404)", "Check the revision") from error
         except RepositoryNotFoundError as error:
-            raise self._error(f"does not exist or is private ({_status(error)})", "Check the name, or log in with "
+            raise self._error(f"does not exist or is private ({status_of(error)})", "Check the name, or log in with "
                               "'hf auth login'") from error
         except LocalEntryNotFoundError as error:  # the connection broke inside huggingface_hub
             raise _Unreachable(f"the connection to {self.host} failed") from error
         except EntryNotFoundError as error:
             raise self._error("lists a file that it does not have (404)", "Give another revision") from error
         except HfHubHTTPError as error:
-            status = _status(error)
+            status = status_of(error)
             if status is None or status in (TOO_MUCH_IS_HERE, 429) or status >= 500:
                 raise _Unreachable(f"{self.host} answered {status}") from error
             raise self._error(f"was refused ({status})", "Log in with 'hf auth login', or check the "
                               "access rights") from error
         except OfflineModeIsEnabled as error:
             raise _Unreachable("HF_HUB_OFFLINE is set") from error
-        except _NETWORK_ERRORS as error:
+        except NETWORK_ERRORS as error:
             if getattr(error, "errno", None) is not None and not isinstance(error, (ConnectionError, TimeoutError)):
                 raise HubError(f"{self.config}: the cache cannot be written ({error.strerror}). Free some space, or "
                                "give another cache_dir.") from error
@@ -315,11 +317,6 @@ def _refuse_damaged(folder: Path, names: list[str], since: float) -> None:
         raise _Unreachable(f"{listing(damaged)} arrived with another SHA-256 than announced")
 
 
-def _is_of_wrong_size(error: BaseException | None) -> bool:
-    """Whether what arrived is too long to be resumed; huggingface_hub would try that for ever."""
-    return "Consistency check failed" in str(error) or (isinstance(error, HfHubHTTPError)
-                                                       and _status(error) == TOO_MUCH_IS_HERE)
-
-
-def _status(error: HfHubHTTPError) -> int | None:
-    return None if error.response is None else error.response.status_code
+def status_of(error: object) -> int | None:
+    """The status that a hub answered with, if the error is about an answer."""
+    return getattr(getattr(error, "response", None), "status_code", None)

@@ -15,10 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from ms_diffsynth.errors import HubError
+from ms_diffsynth.hub.download import NETWORK_ERRORS, status_of
 from ms_diffsynth.hub.publish import compare, host_of, not_reached, refuse_public, refused
 
-# huggingface_hub < 1 raises errors of requests, which are OSErrors; 1 and 2 those of httpx, which are not
-_NETWORK_ERRORS = (OSError, HfHubHTTPError.__bases__[0])
 _LOGIN = "Log in with 'hf auth login', or set HF_TOKEN to a token that may write"
 
 
@@ -70,13 +69,13 @@ class HuggingFace:
         except OfflineModeIsEnabled as error:
             raise HubError(f"{what} is not possible: HF_HUB_OFFLINE is set. Unset it.") from error
         except HfHubHTTPError as error:
-            raise refused(what, self.host, _status(error), _LOGIN) from error
-        except _NETWORK_ERRORS as error:
+            raise refused(what, self.host, status_of(error), _LOGIN) from error
+        except NETWORK_ERRORS as error:
             raise not_reached(what, self.host, error) from error
         except ValueError as error:  # a model card whose head the hub does not accept, or an answer without sense
             raise HubError(f"{what} was refused: {' '.join(str(error).split())}") from error
         except Exception as error:  # of a large file's transfer: versions of the client and of hf_xet differ in it
-            if status := _status(error.__cause__):
+            if status := status_of(error.__cause__):
                 raise refused(what, f"the storage of {self.host}", status, _LOGIN) from error
             raise not_reached(what, f"the storage of {self.host}", error.__cause__ or error) from error
 
@@ -89,10 +88,6 @@ def _identity(path: Path, is_large: bool) -> tuple[int, str]:
         while block := file.read(1 << 20):
             digest.update(block)
     return size, digest.hexdigest()
-
-
-def _status(error: object) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 @contextlib.contextmanager

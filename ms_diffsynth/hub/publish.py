@@ -63,9 +63,22 @@ def publish(folder: str | os.PathLike[str], model_id: str, *, hub: str = "huggin
 
 def _send(client: Client, folder: str | os.PathLike[str], stage: Path, names: Sequence[str], model_id: str,
           private: bool, message: str, is_quiet: bool = False) -> str:
-    """Look for secrets, send, and remove the stage."""
+    """Send, and remove the stage. Raises: HubError naming every file, and line, with what `redact` would change."""
     try:
-        _check_for_secrets(folder, stage, names)
+        found = []
+        for name in names:
+            if name.startswith("tokenizer"):
+                continue  # the base model's; a vocabulary holds every word, "password" and a number beside it
+            with open(stage / name, "rb") as file:  # of safetensors the header may be text
+                is_weights = name.endswith(".safetensors")
+                size = min(_LARGEST_TEXT, int.from_bytes(file.read(8), "little")) if is_weights else _LARGEST_TEXT
+                text = file.read(size).decode("utf-8", errors="replace")
+            if redact(text) != text:
+                lines = [k for k, line in enumerate(text.splitlines(), 1) if redact(line) != line]
+                found.append(f"{name} line {lines[0]}" if lines and not is_weights else name)
+        if found:
+            raise HubError(f"{folder}: what looks like a token or a password is in {listing(found)}; nothing was sent. "
+                           "Remove it, and replace the token: it may have been seen already.")
         return client.send(stage, names, model_id, private, redact(message), is_quiet)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -164,30 +177,6 @@ def _take(source: Path, target: Path) -> None:
             os.link(source, target, follow_symlinks=False)
             return
     shutil.copyfile(source, target, follow_symlinks=False)
-
-
-def _check_for_secrets(folder: str | os.PathLike[str], stage: Path, names: Sequence[str]) -> None:
-    """Raises: HubError naming every file, and line, that `redact` would change."""
-    found = []
-    for name in names:
-        if name.startswith("tokenizer"):
-            continue  # the base model's; a vocabulary holds every word, "password" and a number beside it
-        text = _text_of(stage / name)
-        if redact(text) != text:
-            lines = [k for k, line in enumerate(text.splitlines(), 1) if redact(line) != line]
-            found.append(f"{name} line {lines[0]}" if lines and not name.endswith(".safetensors") else name)
-    if found:
-        raise HubError(f"{folder}: what looks like a token or a password is in {listing(found)}; nothing was sent. "
-                       "Remove it, and replace the token: it may have been seen already.")
-
-
-def _text_of(path: Path) -> str:
-    """What of a file may be text: the header of safetensors, the beginning of anything else."""
-    with open(path, "rb") as file:
-        size = _LARGEST_TEXT
-        if path.suffix == ".safetensors":
-            size = min(size, int.from_bytes(file.read(8), "little"))
-        return file.read(size).decode("utf-8", errors="replace")
 
 
 # -- how it is sent ------------------------------------------------------------------------------------------------

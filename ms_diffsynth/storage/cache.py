@@ -168,18 +168,15 @@ class Cache:
         if lost:
             raise CacheError(f"the cache in {self.folder} lacks the entries of {listing(lost)}. Run --task "
                              "sft:data_process again; it makes what is missing.")
-        cut = [labels[key] for key in self.keys() if not self._is_whole(key)]
+        cut = []
+        for key in self.keys():
+            try:
+                read_header(self._path(key))
+            except WeightError:  # it is not as long as its header says
+                cut.append(labels[key])
         if cut:
             raise CacheError(f"the cache in {self.folder} has damaged entries for {listing(cut)}. Run --task "
                              "sft:data_process again; it replaces what is damaged.")
-
-    def _is_whole(self, key: str) -> bool:
-        """Whether the entry is as long as its header says."""
-        try:
-            read_header(self._path(key))
-        except WeightError:
-            return False
-        return True
 
     def _what_it_is(self) -> str:
         if not self.folder.is_dir():

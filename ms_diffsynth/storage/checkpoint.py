@@ -10,7 +10,6 @@ A folder is a checkpoint if its manifest verifies. Nothing points to the latest 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import math
@@ -31,7 +30,7 @@ from ms_diffsynth.formats.shards import names_in
 from ms_diffsynth.formats.weights import open_checkpoint, serialize
 from ms_diffsynth.storage.cache import digest_of
 from ms_diffsynth.storage.files import CALLS, Calls, remove_folder, sha256_of, stage_folder
-from ms_diffsynth.storage.rank_files import Part, Parts, group_of, part_name
+from ms_diffsynth.storage.rank_files import Part, Parts, group_of, measured, part_name
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +126,7 @@ def save_checkpoint(root: str | os.PathLike[str], step: int, groups: Mapping[str
     files[STATE] = [memoryview(_json(dict(state)))]
     taken = {f"{part_name(group, rank, len(written))}{_SUFFIX}": part for group, written in (parts or {}).items()
              for rank, part in enumerate(written)}
-    records = {name: _record(data) for name, data in files.items()}
+    records = {name: dict(zip(("bytes", "sha256"), measured(data))) for name, data in files.items()}
     records |= {name: {"bytes": part.bytes, "sha256": part.sha256} for name, part in taken.items()}
     manifest = {"format": FORMAT, "step": step, "files": records}
     files[MANIFEST] = [memoryview(_json(manifest | {"digest": digest_of(manifest)}))]
@@ -298,13 +297,6 @@ def _shortened(a: str, b: str, most: int = 80) -> tuple[str, str]:
 
 def _json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=1, allow_nan=False).encode()  # no line end, so that no byte can be cut unseen
-
-
-def _record(data: list[memoryview]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for part in data:
-        digest.update(part)
-    return {"bytes": sum(part.nbytes for part in data), "sha256": digest.hexdigest()}
 
 
 def _not_json(value: Any, place: str) -> Iterator[str]:

@@ -175,7 +175,10 @@ def stage_folder(path: str | os.PathLike[str], *, replace: bool = False, needed:
             calls.mkdir(stage)
         yield Stage(stage, path, calls)
         with _explained(path, 0, calls):
-            _sync_tree(stage, calls)
+            for parent, _, names in os.walk(stage, topdown=False):
+                for name in names:
+                    _sync(Path(parent, name), calls)
+                _sync(Path(parent), calls)
             _put_in_place(stage, path, calls)
             is_placed = True
             _sync(path.parent, calls)
@@ -228,8 +231,11 @@ def append_line(path: str | os.PathLike[str], line: str, *, calls: Calls = CALLS
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file in hexadecimal. Raises: OSError."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # -- the steps of the protocol -------------------------------------------------------------------------------------
@@ -284,13 +290,6 @@ def _sync(path: Path, calls: Calls) -> None:
         calls.close(file)
 
 
-def _sync_tree(folder: Path, calls: Calls) -> None:
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            _sync(Path(parent, name), calls)
-        _sync(Path(parent), calls)
-
-
 def _put_in_place(stage: Path, path: Path, calls: Calls) -> None:
     if not path.is_dir() or not any(path.iterdir()):
         calls.rename(stage, path)
@@ -330,16 +329,10 @@ def _explained(path: Path, needed: int, calls: Calls) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(_explain(path, error, needed, calls)) from error
-
-
-def _explain(path: Path, error: OSError, needed: int, calls: Calls) -> str:
-    folder = next((p for p in path.parents if p.is_dir()), Path("/"))
-    try:
-        free = calls.free(folder)
-    except OSError:
         free = None
-    name = errno.errorcode.get(error.errno, "unknown error")
-    remedy = _REMEDIES.get(error.errno, "Check the disk and the path, then run again")
-    return (f"{path} cannot be written: {name} ({os.strerror(error.errno or 0)}); {needed} bytes needed, "
-            f"{'an unknown number of' if free is None else free} bytes free. {remedy}.")
+        with contextlib.suppress(OSError):
+            free = calls.free(next((p for p in path.parents if p.is_dir()), Path("/")))
+        name = errno.errorcode.get(error.errno, "unknown error")
+        remedy = _REMEDIES.get(error.errno, "Check the disk and the path, then run again")
+        raise OutputError(f"{path} cannot be written: {name} ({os.strerror(error.errno or 0)}); {needed} bytes needed, "
+                          f"{'an unknown number of' if free is None else free} bytes free. {remedy}.") from error

@@ -56,11 +56,15 @@ def write_part(root: str | os.PathLike[str], pieces: Mapping[str, np.ndarray], s
     Raises: OutputError; nothing is left behind.
     """
     data = serialize(pieces, {"shapes": json.dumps({name: list(shape) for name, shape in shapes.items()})})
+    return Part(write_beside(Path(root) / "part", data, calls=calls).name, *measured(data))
+
+
+def measured(data: Sequence[memoryview]) -> tuple[int, str]:
+    """Bytes and SHA-256 of what a file will hold."""
     digest = hashlib.sha256()
     for buffer in data:
         digest.update(buffer)
-    path = write_beside(Path(root) / "part", data, calls=calls)
-    return Part(path.name, sum(buffer.nbytes for buffer in data), digest.hexdigest())
+    return sum(buffer.nbytes for buffer in data), digest.hexdigest()
 
 
 class Parts:
