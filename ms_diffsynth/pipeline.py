@@ -390,23 +390,35 @@ class Pipeline:
         return self.store.weights_digest(name)
 
     @classmethod
-    def _from_configs(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str,
-                      tokenizers: dict[str, ModelConfig | None], dtype: ms.Type | None,
-                      device: str | None) -> Pipeline:
-        if device is not None and device.lower() != runtime.current().device.lower():
-            runtime.configure(runtime.current().mode, device)
-        name = None if dtype is None else runtime.dtype_name(dtype)
-        pipe = cls(dtype=runtime.compute_dtype(name))
+    def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
+                        mindspore_dtype: ms.Type | None = None, device: str | None = None,
+                        **tokenizer_configs: ModelConfig | None) -> Pipeline:
+        """A pipeline whose models are loaded at first use.
+
+        Args:
+            model_configs: a diffusers-format folder, or a ModelConfig for each component, and for a
+                scheduler_config.json.
+            mindspore_dtype: compute dtype; None means bfloat16 on Ascend, float32 on the CPU.
+            tokenizer_configs: ``<name>_config`` for each tokenizer of the family (``tokenizer_config``, or
+                ``tokenizer_1_config`` and so on); None uses the model's own, or the one shipped with the package.
+        """
+        tokenizers = {f"{c.name}_config": c.name for c in cls.components if c.is_tokenizer}
+        for name in tokenizer_configs:
+            if name not in tokenizers:
+                raise TypeError(f"{cls.__name__}.from_pretrained() got an unexpected keyword argument '{name}'")
+        runtime.use_device(device)
+        dtype = None if mindspore_dtype is None else runtime.dtype_name(mindspore_dtype)
+        pipe = cls(dtype=runtime.compute_dtype(dtype))
         if isinstance(model_configs, (str, Path)):
             model_configs = [ModelConfig(str(model_configs))]
         elif isinstance(model_configs, ModelConfig):
             model_configs = [model_configs]
         for config in model_configs:
             pipe.store.add(config, pipe.network)
-        for key, config in tokenizers.items():
+        for name, config in tokenizer_configs.items():
             if config is not None:
                 paths = config.resolve(runtime.model_base_path())
-                pipe.sources[key] = Source(paths[0] if paths[0].is_dir() else paths[0].parent)
+                pipe.sources[tokenizers[name]] = Source(paths[0] if paths[0].is_dir() else paths[0].parent)
         return pipe
 
     @classmethod

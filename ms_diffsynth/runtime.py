@@ -87,6 +87,12 @@ def current() -> Runtime:
     return _current or configure()
 
 
+def use_device(device: str | None) -> None:
+    """Go on with another device, in the same mode; None keeps the present one. Raises: as `configure`."""
+    if device is not None and device.lower() != current().device.lower():
+        configure(current().mode, device)
+
+
 def _join(device: str) -> tuple[int, int]:
     """Rank and number of ranks; the first call in a worker of msrun, or of our launcher, waits for all others."""
     world_size = int(os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM") or 1)

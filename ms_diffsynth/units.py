@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import mindspore as ms
 from mindspore import nn
 
 from ms_diffsynth.errors import ProgramError, listing, nearest
@@ -80,6 +81,9 @@ class TensorUnit(_Renamable, nn.Cell):
 
     The declared models become attributes of the cell when the unit is attached to a pipeline; they keep their
     parameter names. ``process`` is derived, so the same unit runs eagerly in ``prepare``.
+
+    Args:
+        dtype: what a unit that calls a network computes in.
     """
 
     input_params: tuple[str, ...] = ()
@@ -90,9 +94,9 @@ class TensorUnit(_Renamable, nn.Cell):
     has_few_shapes = False  # True: its inputs do, so that it may be compiled to prepare many rows
     no_grad = False
 
-    def __init__(self):
+    def __init__(self, dtype: ms.Type | None = None):
         super().__init__(auto_prefix=False)  # models keep their own parameter names
-        self.name = _snake_case(type(self).__name__)
+        self.name, self.dtype = _snake_case(type(self).__name__), dtype
 
     def attach(self, pipe: Any) -> None:
         """Take the declared models from ``pipe``."""

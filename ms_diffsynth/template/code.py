@@ -97,14 +97,20 @@ def run_code(code: TemplateCode) -> types.ModuleType:
     key = (code.folder.resolve(), code.sha256)
     if key in _loaded:
         return _loaded[key]
-    copy = _place_of_copy(code)
+    # MindSpore and tracebacks ask for the text under the path of a copy, which has to exist, but is never read
+    folder = Path(tempfile.mkdtemp(prefix="ms_diffsynth-template-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = folder / f"{key[0].name}-{code.sha256[:12]}.py"
+    copy.write_bytes(code.source)
     digest = hashlib.sha256(f"{key[0]} {code.sha256}".encode()).hexdigest()
     module = types.ModuleType(f"ms_diffsynth_template_{digest[:16]}")
     module.__file__, module.__source__ = str(code.path), str(copy)
     sys.modules[module.__name__] = module
     try:
         compiled = compile(code.source, str(copy), "exec", dont_inherit=True)
-        _show_to_readers(code, copy)
+        lines = io.StringIO(decode_source(code.source)).readlines()  # as Python counts lines, unlike str.splitlines
+        for path in (copy, code.path):  # a reader of a function asks by the copy's path, of a class by the module's
+            linecache.cache[str(path)] = (len(code.source), None, lines, str(path))  # None: never read again
         exec(compiled, module.__dict__)
     except BaseException as error:
         sys.modules.pop(module.__name__, None)
@@ -117,22 +123,6 @@ def run_code(code: TemplateCode) -> types.ModuleType:
                             "an nn.Cell with process_inputs and forward. Add that line.")
     _loaded[key] = module
     return module
-
-
-def _place_of_copy(code: TemplateCode) -> Path:
-    """A path under which MindSpore and tracebacks ask for the text. It has to exist; its content is never read."""
-    folder = Path(tempfile.mkdtemp(prefix="ms_diffsynth-template-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    copy = folder / f"{code.folder.resolve().name}-{code.sha256[:12]}.py"
-    copy.write_bytes(code.source)
-    return copy
-
-
-def _show_to_readers(code: TemplateCode, copy: Path) -> None:
-    """Give the text to whoever asks for the source: of a function by the copy's path, of a class by the module's."""
-    lines = io.StringIO(decode_source(code.source)).readlines()  # as Python counts lines, unlike str.splitlines
-    for path in (copy, code.path):
-        linecache.cache[str(path)] = (len(code.source), None, lines, str(path))  # None: never read again
 
 
 def line_in(error: BaseException, module: types.ModuleType) -> str:

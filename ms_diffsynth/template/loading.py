@@ -68,7 +68,17 @@ class Template:
         """
         with _seeded(0):
             model = self.call(self.module.TEMPLATE_MODEL, "TEMPLATE_MODEL()")
-        _check_form(model, self.code)
+        path, kind = self.code.path, type(model).__name__
+        if not isinstance(model, nn.Cell):
+            raise TemplateError(f"{path}: TEMPLATE_MODEL() is a {kind}: expected an nn.Cell. Let the class inherit "
+                                "from mindspore.nn.Cell.")
+        lost = [name for name in ("process_inputs", "forward") if not callable(getattr(model, name, None))]
+        if lost:
+            raise TemplateError(f"{path}: {kind} has no {' and no '.join(lost)}: expected both process_inputs (without "
+                                "gradient) and forward. Add it.")
+        if not forward_arguments(model):
+            raise TemplateError(f"{path}: {kind}.forward{inspect.signature(model.forward)} names no input: expected "
+                                "the keys that process_inputs returns, e.g. forward(self, emb, **kwargs).")
         for parameter in model.get_parameters():
             if parameter.dtype in FLOATS and parameter.dtype != dtype:
                 parameter.set_dtype(dtype)
@@ -136,23 +146,9 @@ def load_template_model(path: str | Path | ModelConfig, mindspore_dtype: ms.Type
     Args:
         mindspore_dtype: of its weights; None is float32. device: ``"CPU"`` or ``"Ascend"``; None is the present one.
     """
-    if device is not None and device.lower() != runtime.current().device.lower():
-        runtime.configure(runtime.current().mode, device)
+    runtime.use_device(device)
     template = open_template(path, trust_template_code, trust_template_sha256)
     return template.build(ms.float32 if mindspore_dtype is None else mindspore_dtype)
-
-
-def _check_form(model: Any, code: TemplateCode) -> None:
-    if not isinstance(model, nn.Cell):
-        raise TemplateError(f"{code.path}: TEMPLATE_MODEL() is a {type(model).__name__}: expected an nn.Cell. Let the "
-                            "class inherit from mindspore.nn.Cell.")
-    lost = [name for name in ("process_inputs", "forward") if not callable(getattr(model, name, None))]
-    if lost:
-        raise TemplateError(f"{code.path}: {type(model).__name__} has no {' and no '.join(lost)}: expected both "
-                            "process_inputs (without gradient) and forward. Add it.")
-    if not forward_arguments(model):
-        raise TemplateError(f"{code.path}: {type(model).__name__}.forward{inspect.signature(model.forward)} names no "
-                            "input: expected the keys that process_inputs returns, e.g. forward(self, emb, **kwargs).")
 
 
 def forward_arguments(model: nn.Cell) -> tuple[str, ...]:

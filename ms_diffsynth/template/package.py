@@ -3,8 +3,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from ms_diffsynth.errors import WeightError, listing, nearest
 from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 from ms_diffsynth.hub.download import ModelConfig
@@ -20,7 +18,7 @@ def pack_template(template: str | Path | ModelConfig, checkpoint: str | Path, ou
                   trust_template_code: bool = False, trust_template_sha256: str | None = None) -> Path:
     """Write ``output`` with ``model.py`` and ``model.safetensors``, which `load_template_model` then loads.
 
-    The json, txt, md and yaml files beside the code are copied too.
+    The json, txt, md and yaml files beside the code, which it may read, are copied too; nothing hidden is.
 
     The weights are those training began with, and over them the trained ones of ``checkpoint``, which may hold a part
     of them only (``template_model.mlp``). The documents' snippet merges in the opposite order and ships the untrained
@@ -35,23 +33,6 @@ def pack_template(template: str | Path | ModelConfig, checkpoint: str | Path, ou
     opened = open_template(template, trust_template_code, trust_template_sha256)
     weights = state_dict(opened.build())
     trained = {name.removeprefix("pipe.template_model."): array for name, array in load_state_dict(checkpoint).items()}
-    _check(trained, weights, checkpoint)
-    output = Path(output)
-    with stage_folder(output) as stage:
-        for file in _beside(opened.code.folder):
-            stage.write(file.name, file.read_bytes())
-        write_file(Path(stage) / "model.py", with_weight_path(opened.code, WEIGHTS))
-        save_state_dict(Path(stage) / WEIGHTS, weights | trained)
-    return output
-
-
-def _beside(folder: Path) -> list[Path]:
-    """Files that a template's code may read, such as a config.json; no weights, nothing hidden."""
-    return sorted(f for f in folder.iterdir() if f.suffix in (".json", ".txt", ".md", ".yaml") and f.is_file()
-                  and is_inside(f, folder) and not f.name.startswith("."))
-
-
-def _check(trained: dict[str, np.ndarray], weights: dict[str, np.ndarray], checkpoint: str | Path) -> None:
     odd = [name for name in trained if name not in weights]
     shapes = [f"{name} {list(array.shape)}, expected {list(weights[name].shape)}" for name, array in trained.items()
               if name in weights and array.shape != weights[name].shape]
@@ -59,3 +40,12 @@ def _check(trained: dict[str, np.ndarray], weights: dict[str, np.ndarray], check
         raise WeightError(f"{checkpoint} holds {listing(odd + shapes) or 'no weights'}: the template has "
                           f"{listing(weights)}.{nearest(odd[0], weights) if odd else ''} Expected a checkpoint of this "
                           "template, saved with --remove_prefix_in_ckpt pipe.template_model.")
+    output, folder = Path(output), opened.code.folder
+    with stage_folder(output) as stage:
+        for file in sorted(folder.iterdir()):
+            is_readable = file.suffix in (".json", ".txt", ".md", ".yaml") and not file.name.startswith(".")
+            if is_readable and file.is_file() and is_inside(file, folder):
+                stage.write(file.name, file.read_bytes())
+        write_file(Path(stage) / "model.py", with_weight_path(opened.code, WEIGHTS))
+        save_state_dict(Path(stage) / WEIGHTS, weights | trained)
+    return output

@@ -46,8 +46,7 @@ class TemplatePipeline:
 
         Raises: UntrustedCodeError, TemplateError, WeightError, HubError.
         """
-        if device is not None and device.lower() != runtime.current().device.lower():
-            runtime.configure(runtime.current().mode, device)
+        runtime.use_device(device)
         if isinstance(model_configs, (str, Path, ModelConfig)):
             model_configs = [model_configs]
         given = [trust_template_sha256] if isinstance(trust_template_sha256, str) else trust_template_sha256

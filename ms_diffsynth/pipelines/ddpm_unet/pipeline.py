@@ -20,8 +20,7 @@ from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.formats.weights import load_state_dict, match, save_sharded
-from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.models import SCHEDULER_FILE, Component
+from ms_diffsynth.models import SCHEDULER_FILE, Component, arguments
 from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import assign, state_dict, torch_shapes
 from ms_diffsynth.pipeline import Pipeline, SamplingDefaults, UnitSequence
@@ -48,7 +47,7 @@ def build_unet(config: dict[str, Any]):
     with quiet_imports():
         from mindone.diffusers import UNet2DModel
 
-    return UNet2DModel(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k[0] != "_"})
+    return UNet2DModel(**arguments(config))
 
 
 COMPONENTS = (Component(name="unet", folder="unet", class_name="UNet2DModel", build=build_unet),)
@@ -76,18 +75,6 @@ class UnconditionalImagePipeline(Pipeline):
         super().__init__(models, dtype)
         self.objective = DDPMObjective()
         self._schedule = noise_schedule
-
-    @classmethod
-    def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
-                        mindspore_dtype: ms.Type | None = None,
-                        device: str | None = None) -> UnconditionalImagePipeline:
-        """A pipeline whose network is loaded at first use.
-
-        Args:
-            model_configs: a diffusers-format folder; or ModelConfigs of the network and of its scheduler_config.json.
-            mindspore_dtype: compute dtype; None means bfloat16 on Ascend, float32 on the CPU.
-        """
-        return cls._from_configs(model_configs, {}, mindspore_dtype, device)
 
     # -- what a family provides ----------------------------------------------------------------------------------
 
@@ -129,20 +116,15 @@ class UnconditionalImagePipeline(Pipeline):
     def schedule_for(self, objective: DDPMObjective) -> NoiseSchedule:
         """The noise schedule, with what ``objective`` lets the network predict."""
         if self._schedule is None:
-            self._schedule = self._read_schedule()
+            config = self.scheduler_config()
+            self._schedule = NoiseSchedule() if config is None else NoiseSchedule.from_config(config)
+            if config is None and "unet" in self.sources:
+                folder = self.sources["unet"].folder
+                logger.warning("no %s in %s or %s: DDPM's own schedule is taken (1000 timesteps, linear betas, "
+                               "epsilon). Give a ModelConfig of the file where the network had another.",
+                               SCHEDULER_FILE, folder.parent / "scheduler", folder)
         kind = objective.prediction_type
         return self._schedule if kind is None else replace(self._schedule, prediction_type=kind)
-
-    def _read_schedule(self) -> NoiseSchedule:
-        config = self.scheduler_config()
-        if config is not None:
-            return NoiseSchedule.from_config(config)
-        if "unet" in self.sources:
-            folder = self.sources["unet"].folder
-            logger.warning("no %s in %s or %s: DDPM's own schedule is taken (1000 timesteps, linear betas, epsilon). "
-                           "Give a ModelConfig of the file where the network had another.", SCHEDULER_FILE,
-                           folder.parent / "scheduler", folder)
-        return NoiseSchedule()
 
     # -- sampling ------------------------------------------------------------------------------------------------
 

@@ -29,9 +29,5 @@ class Denoise(TensorUnit):
     output_params = ("prediction",)
     onload_model_names = ("unet",)
 
-    def __init__(self, dtype: ms.Type):
-        super().__init__()
-        self.dtype = dtype
-
     def construct(self, latents, timestep_index):
         return (self.unet(latents.astype(self.dtype), timestep_index, return_dict=False)[0].astype(ms.float32),)

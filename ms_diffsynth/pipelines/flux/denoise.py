@@ -35,11 +35,6 @@ class Denoise(TensorUnit):
     output_params = ("velocity",)
     onload_model_names = ("dit",)
 
-    def __init__(self, dtype: ms.Type):
-        super().__init__()
-        self.dtype = dtype
-        self.is_guided = False
-
     def attach(self, pipe):
         super().attach(pipe)
         self.is_guided = bool(pipe.config("dit")["guidance_embeds"])

@@ -1,13 +1,9 @@
 """FLUX.1: CLIP and T5 text encoders, a VAE with 16 channels, and a transformer of joint and single blocks."""
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import mindspore as ms
-
 from ms_diffsynth.diffusion.schedule import FLUX_DEV, FLUX_SCHNELL, FlowMatchSettings, diffsynth_flux
-from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.models import Component, arguments
 from ms_diffsynth.pipelines.flux import units
 from ms_diffsynth.pipelines.flux.denoise import Denoise
@@ -68,20 +64,6 @@ class FluxImagePipeline(ImagePipeline):
     prepare_settings = ("max_sequence_length",)
     max_sequence_length = 512
     sft_grid = diffsynth_flux(3.0).training
-
-    @classmethod
-    def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
-                        tokenizer_1_config: ModelConfig | None = None, tokenizer_2_config: ModelConfig | None = None,
-                        mindspore_dtype: ms.Type | None = None, device: str | None = None) -> FluxImagePipeline:
-        """A pipeline whose models are loaded at first use.
-
-        Args:
-            model_configs: a diffusers-format folder, or a ModelConfig for each component.
-            tokenizer_1_config, tokenizer_2_config: CLIP's and T5's tokenizer; None uses those shipped with the package.
-            mindspore_dtype: compute dtype; None means bfloat16 on Ascend, float32 on the CPU.
-        """
-        return cls._from_configs(model_configs, {"tokenizer_1": tokenizer_1_config, "tokenizer_2": tokenizer_2_config},
-                                 mindspore_dtype, device)
 
     def build_units(self) -> list:
         return [units.TokenizePrompt(), units.EncodePrompt(), LoadPixels(), EncodeImage(self.dtype)]

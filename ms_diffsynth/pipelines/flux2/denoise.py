@@ -22,11 +22,6 @@ class Denoise(TensorUnit):
     output_params = ("velocity",)
     onload_model_names = ("dit",)
 
-    def __init__(self, dtype: ms.Type):
-        super().__init__()
-        self.dtype = dtype
-        self.is_guided, self.axes, self.theta = False, (), 0.0
-
     def attach(self, pipe):
         super().attach(pipe)
         config = pipe.config("dit")

@@ -19,11 +19,6 @@ class Denoise(TensorUnit):
     output_params = ("velocity",)
     onload_model_names = ("dit",)
 
-    def __init__(self, dtype: ms.Type):
-        super().__init__()
-        self.dtype = dtype
-        self.axes = ()
-
     def attach(self, pipe):
         super().attach(pipe)
         self.axes = tuple(pipe.config("dit")["axes_dims_rope"])

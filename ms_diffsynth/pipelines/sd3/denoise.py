@@ -18,10 +18,6 @@ class Denoise(TensorUnit):
     output_params = ("velocity",)
     onload_model_names = ("dit",)
 
-    def __init__(self, dtype: ms.Type):
-        super().__init__()
-        self.dtype = dtype
-
     def construct(self, latents, sigma, prompt_embeds, pooled_prompt_embeds):
         velocity = self.dit(latents.astype(self.dtype), prompt_embeds.astype(self.dtype),
                             pooled_prompt_embeds.astype(self.dtype), sigma.astype(ms.float32) * 1000)

@@ -1,17 +1,14 @@
 """Stable Diffusion 3 and 3.5: text encoders CLIP-L, CLIP-G and T5, a VAE with 16 channels, joint attention."""
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mindspore as ms
 import numpy as np
 
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, diffsynth_flux, linspace, sampling_sigmas
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.models import Component, arguments, read_config
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.sd3 import units
@@ -81,23 +78,6 @@ class SD3ImagePipeline(ImagePipeline):
     max_sequence_length = 256
     sampling = SamplingDefaults(cfg_scale=7.0)
     sft_grid = diffsynth_flux(3.0).training
-
-    @classmethod
-    def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
-                        tokenizer_1_config: ModelConfig | None = None, tokenizer_2_config: ModelConfig | None = None,
-                        tokenizer_3_config: ModelConfig | None = None, mindspore_dtype: ms.Type | None = None,
-                        device: str | None = None) -> SD3ImagePipeline:
-        """A pipeline whose models are loaded at first use.
-
-        Args:
-            model_configs: a diffusers-format folder, or a ModelConfig for each component.
-            tokenizer_1_config, tokenizer_2_config, tokenizer_3_config: the tokenizers of CLIP-L, CLIP-G and T5; None
-                uses the model's own, or those shipped with the package.
-            mindspore_dtype: compute dtype; None means bfloat16 on Ascend, float32 on the CPU.
-        """
-        tokenizers = {"tokenizer_1": tokenizer_1_config, "tokenizer_2": tokenizer_2_config,
-                      "tokenizer_3": tokenizer_3_config}
-        return cls._from_configs(model_configs, tokenizers, mindspore_dtype, device)
 
     def build_units(self) -> list:
         return [units.TokenizePrompt(), units.EncodePrompt(), LoadPixels(), EncodeImage(self.dtype)]

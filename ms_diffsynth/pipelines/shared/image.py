@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mindspore as ms
@@ -11,14 +11,12 @@ import numpy as np
 from mindspore import Tensor
 from PIL import Image
 
-from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.data.images import to_pil
 from ms_diffsynth.diffusion.guidance import classifier_free
 from ms_diffsynth.diffusion.samplers import SAMPLERS
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest
-from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.pipeline import Pipeline, UnitSequence, pad_prompts
 from ms_diffsynth.program import Program
@@ -47,19 +45,6 @@ class ImagePipeline(Pipeline):
         super().__init__(models, dtype)
         self._scheduler_settings: FlowMatchSettings | None = None
 
-    @classmethod
-    def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
-                        tokenizer_config: ModelConfig | None = None, mindspore_dtype: ms.Type | None = None,
-                        device: str | None = None) -> ImagePipeline:
-        """A pipeline whose models are loaded at first use.
-
-        Args:
-            model_configs: a diffusers-format folder, or a ModelConfig for each component.
-            tokenizer_config: the tokenizer; None uses the model's own, or the one shipped with the package.
-            mindspore_dtype: compute dtype; None means bfloat16 on Ascend, float32 on the CPU.
-        """
-        return cls._from_configs(model_configs, {"tokenizer": tokenizer_config}, mindspore_dtype, device)
-
     def __call__(self, prompt: str, negative_prompt: str = "", cfg_scale: float | None = None,
                  embedded_guidance: float | None = None, height: int | None = None, width: int | None = None,
                  seed: int | None = None, num_inference_steps: int | None = None, sampler: str | None = None,
@@ -78,7 +63,12 @@ class ImagePipeline(Pipeline):
 
         Raises: ConfigError for an input the family does not have, or an unknown sampler.
         """
-        self._check_inputs(inputs)
+        known = [name for name in self.optional_units if name != "template_inputs"]  # TemplatePipeline takes those
+        known += ["template_cache"] if "template_cache?" in self.denoise.input_params else []
+        odd = [name for name in inputs if name.removeprefix("negative_") not in known]
+        if odd:
+            raise ConfigError(f"{type(self).__name__} has no input {listing(odd)}; it has prompt, negative_prompt, "
+                              f"{listing([*_OPTIONS, *known], 20)}.{nearest(odd[0], [*_OPTIONS, *known])}")
         sampler = self.check_sampler(sampler)
         own = self.sampling
         size = self.check_resize_height_width(height or own.height, width or own.width)
@@ -88,19 +78,14 @@ class ImagePipeline(Pipeline):
         latents = Draws(seed).normal("latents", np.array([0]), shape)
         guidance = own.embedded_guidance if embedded_guidance is None else embedded_guidance
         inputs["guidance"] = Tensor(np.full(1, guidance, np.float32))
-        branches = [{"prompt": prompt, **_positive(inputs)}]
-        if cfg_scale != 1:
-            branches.append({"prompt": negative_prompt, **_negative(inputs)})
+        positive = {name: value for name, value in inputs.items() if not name.startswith("negative_")}
+        branches = [{"prompt": prompt, **positive}]
+        if cfg_scale != 1:  # a template is of one branch only, everything else of both
+            negative = {n.removeprefix("negative_"): value for n, value in inputs.items() if n not in positive}
+            positive.pop("template_cache", None)
+            branches.append({"prompt": negative_prompt, **positive, **negative})
         sigmas = self.sampling_sigmas(num_inference_steps or own.num_inference_steps, shape)
         return self.generate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler)[0]
-
-    def _check_inputs(self, inputs: dict[str, Any]) -> None:
-        known = [name for name in self.optional_units if name != "template_inputs"]  # TemplatePipeline takes those
-        known += ["template_cache"] if "template_cache?" in self.denoise.input_params else []
-        odd = [name for name in inputs if name.removeprefix("negative_") not in known]
-        if odd:
-            raise ConfigError(f"{type(self).__name__} has no input {listing(odd)}; it has prompt, negative_prompt, "
-                              f"{listing([*_OPTIONS, *known], 20)}.{nearest(odd[0], [*_OPTIONS, *known])}")
 
     # -- noise levels --------------------------------------------------------------------------------------------
 
@@ -183,7 +168,16 @@ class ImagePipeline(Pipeline):
 
     def denoiser(self, condition: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
         """``denoise(latents, sigma) -> velocity`` under one condition; compiled once per shape in mode graph."""
-        step = self._sampling_step(tuple(condition))
+        slots = tuple(condition)  # those of a branch with a template and of one without are two compilations
+
+        def build():
+            join = JoinTemplateCache(slots)
+            units = [join, self.denoise] if join.input_params else [self.denoise]
+            fuse = [unit.name for unit in units if unit.is_always_fused]
+            cut = Program(units, slots, ("latents", "sigma")).cut(("velocity",), fuse=fuse)
+            return UnitSequence(cut, self, inputs=(*slots, "latents", "sigma")).positional
+
+        step = self.compiled("the sampling step", build, slots)
         return lambda latents, sigma: step(*condition.values(), latents, sigma)[0]
 
     def generate(self, positive: dict[str, Any], negative: dict[str, Any] | None, latents: np.ndarray,
@@ -205,26 +199,5 @@ class ImagePipeline(Pipeline):
         pixels = run_unit(self.build_decode(), self, {"latents": latents})["pixels"].asnumpy()
         return [to_pil(p) for p in pixels]
 
-    def _sampling_step(self, slots: tuple[str, ...]) -> CompiledStep:
-        """The step that reads these slots; a branch with a template and one without are two."""
-        def build():
-            join = JoinTemplateCache(slots)
-            units = [join, self.denoise] if join.input_params else [self.denoise]
-            fuse = [unit.name for unit in units if unit.is_always_fused]
-            cut = Program(units, slots, ("latents", "sigma")).cut(("velocity",), fuse=fuse)
-            return UnitSequence(cut, self, inputs=(*slots, "latents", "sigma")).positional
-
-        return self.compiled("the sampling step", build, slots)
-
 
 _OPTIONS = ("cfg_scale", "embedded_guidance", "height", "width", "seed", "num_inference_steps", "sampler", "on_step")
-
-
-def _positive(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if not name.startswith("negative_")}
-
-
-def _negative(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of the negative branch: a template is of one branch only, everything else of both."""
-    own = {name.removeprefix("negative_"): value for name, value in inputs.items() if name.startswith("negative_")}
-    return {name: value for name, value in _positive(inputs).items() if name != "template_cache"} | own

@@ -1,8 +1,6 @@
 """From an image to pixels, and the two units of a VAE without what a family's VAE does: slots and the compute dtype."""
 from __future__ import annotations
 
-import mindspore as ms
-
 from ms_diffsynth.errors import DataError
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
@@ -38,10 +36,6 @@ class EncodeImage(TensorUnit):
     onload_model_names = ("vae",)
     has_few_shapes = True
 
-    def __init__(self, dtype: ms.Type):
-        super().__init__()
-        self.dtype = dtype
-
 
 class Decode(TensorUnit):
     """Pixels from latents. A family's subclass has the ``construct``.
@@ -52,7 +46,3 @@ class Decode(TensorUnit):
     input_params = ("latents",)
     output_params = ("pixels",)
     onload_model_names = ("vae",)
-
-    def __init__(self, dtype: ms.Type):
-        super().__init__()
-        self.dtype = dtype

@@ -1,7 +1,6 @@
 """The toy pipeline: every kind of unit a family has, in as few lines as it takes."""
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import mindspore as ms
@@ -9,7 +8,6 @@ import numpy as np
 from mindspore import Tensor
 
 from ms_diffsynth.diffusion.schedule import FLUX_SCHNELL, Schedule, diffsynth_flux, flow_match_euler
-from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.models import Component
 from ms_diffsynth.pipelines.shared import vae_units
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
@@ -66,10 +64,6 @@ class Denoise(TensorUnit):
     output_params = ("velocity",)
     onload_model_names = ("dit",)
 
-    def __init__(self, dtype: ms.Type):
-        super().__init__()
-        self.dtype = dtype
-
     def construct(self, latents, sigma, prompt_embeds, guidance=None):
         velocity = self.dit(latents.astype(self.dtype), sigma.astype(self.dtype), prompt_embeds.astype(self.dtype))
         return (velocity.astype(ms.float32),)
@@ -110,12 +104,6 @@ class ToyImagePipeline(ImagePipeline):
     lora_prefixes = {"dit": "transformer"}
     fusible = ("encode_image",)
     division_factor = 8
-
-    @classmethod
-    def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
-                        mindspore_dtype: ms.Type | None = None, device: str | None = None) -> ToyImagePipeline:
-        """A pipeline whose models are loaded at first use; see `FluxImagePipeline.from_pretrained`."""
-        return cls._from_configs(model_configs, {}, mindspore_dtype, device)
 
     def build_units(self) -> list:
         return [TokenizePrompt(), EncodePrompt(), LoadPixels(), EncodeImage(self.dtype)]
