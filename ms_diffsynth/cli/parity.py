@@ -6,10 +6,9 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ms_diffsynth import runtime
-from ms_diffsynth.debug.compare import TOLERANCES, Quantity, tolerances
+from ms_diffsynth.debug.compare import TOLERANCES, tolerances
 from ms_diffsynth.debug.parity import CASES, check_case
 from ms_diffsynth.errors import ConfigError, UserError
 from ms_diffsynth.standin import active
@@ -46,7 +45,10 @@ def execute(args: argparse.Namespace) -> int:
                 raise type(error)(f"case {folder}: {error}") from error
             for quantity in quantities:
                 _say(str(quantity))
-            checked.append({"case": folder.name, "mode": mode, "quantities": list(map(_as_json, quantities))})
+            # JSON has no number for an infinite error
+            checked.append({"case": folder.name, "mode": mode, "quantities": [
+                asdict(q) | {"error": q.error if q.error < float("inf") else None, "passes": q.passes}
+                for q in quantities]})
     failures = sum(not q["passes"] for run in checked for q in run["quantities"])
     verdict = f"{failures} quantities are out of tolerance" if failures else "all quantities are within tolerance"
     if args.report is not None:
@@ -55,11 +57,6 @@ def execute(args: argparse.Namespace) -> int:
         write_file(args.report, (json.dumps(report, indent=1) + "\n").encode())
     _say(verdict)
     return 1 if failures else 0
-
-
-def _as_json(quantity: Quantity) -> dict[str, Any]:
-    error = quantity.error if quantity.error < float("inf") else None  # JSON has no number for it
-    return asdict(quantity) | {"error": error, "passes": quantity.passes}
 
 
 def _say(text: str) -> None:

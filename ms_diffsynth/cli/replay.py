@@ -38,7 +38,10 @@ def execute(args: argparse.Namespace) -> int:
     from ms_diffsynth.run import build_datasets, build_module, build_pipeline
     from ms_diffsynth.training.distributed import Accelerator
 
-    ranks = _ranks_of(args.run)
+    file = args.run / "training_args.json"
+    ranks = json.loads(file.read_text()).get("num_processes", 1) if file.is_file() else 1
+    if ranks > 1:  # one process takes all of a batch that they shared
+        sys.stderr.write(f"a run of {ranks} ranks, made again by one: equal but for the order of summation\n")
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, batch_size=config.run.batch_size * ranks))
     accelerator = Accelerator.of(config.flat())
     sets = build_datasets(config)
@@ -46,12 +49,3 @@ def execute(args: argparse.Namespace) -> int:
     replay = replay_training_step(accelerator, sets.instance, module, args.run, args.step, sets.classes, config)
     sys.stdout.write(f"{replay.describe()}\n{args.run / f'replay-step-{args.step}.json'}\n")
     return 0 if replay.is_reproduced else 1  # a comparison was made, and something differs
-
-
-def _ranks_of(run: Path) -> int:
-    """How many ranks shared a batch in a run; one process takes all of it."""
-    file = run / "training_args.json"
-    ranks = json.loads(file.read_text()).get("num_processes", 1) if file.is_file() else 1
-    if ranks > 1:
-        sys.stderr.write(f"a run of {ranks} ranks, made again by one: equal but for the order of summation\n")
-    return ranks

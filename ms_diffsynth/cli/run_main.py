@@ -23,31 +23,26 @@ def run_main(function: Callable[[], int | None], debug: bool = False) -> int:
     """
     redact_logs()
     with redacted_terminal():
-        return _run(function, debug)
-
-
-def _run(function: Callable[[], int | None], debug: bool) -> int:
-    try:
-        code = function() or 0
-        _flush_stdout()  # while what is wrong with it can still be told
-        return code
-    except UserError as error:
-        if debug:
+        try:
+            code = function() or 0
+            if sys.stdout is not None:  # it is in a process without one
+                sys.stdout.flush()  # while what is wrong with it can still be told
+            return code
+        except UserError as error:
+            lines = traceback.format_exception(error) if debug else [f"{type(error).__name__}: {error}\n"]
+            sys.stderr.write("".join(lines))
+            return error.exit_code
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            return 128 + signal.SIGINT
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and _is_reader_gone():
+                return 128 + signal.SIGPIPE
             sys.stderr.write("".join(traceback.format_exception(error)))
-        else:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 128 + signal.SIGINT
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and _is_reader_gone():
-            return 128 + signal.SIGPIPE
-        sys.stderr.write("".join(traceback.format_exception(error)))
-        sys.stderr.write("This is an internal error. Unless it is from code of your own, please report these lines, "
-                         f"the command and its configuration (ms_diffsynth {__version__}, "
-                         f"docs/reference/errors.md#{INTERNAL}).\n")
-        return INTERNAL
+            sys.stderr.write("This is an internal error. Unless it is from code of your own, please report these "
+                             f"lines, the command and its configuration (ms_diffsynth {__version__}, "
+                             f"docs/reference/errors.md#{INTERNAL}).\n")
+            return INTERNAL
 
 
 def _is_reader_gone() -> bool:
@@ -58,8 +53,3 @@ def _is_reader_gone() -> bool:
     if is_closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
     return is_closed
-
-
-def _flush_stdout() -> None:
-    if sys.stdout is not None:  # it is in a process without one
-        sys.stdout.flush()

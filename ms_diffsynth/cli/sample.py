@@ -2,10 +2,9 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,7 @@ def execute(args: argparse.Namespace) -> int:
     """Generate the images, and write each when it is there."""
     _check(args)
     from ms_diffsynth import runtime
+    from ms_diffsynth.data.images import png_bytes
     from ms_diffsynth.storage.files import write_file
 
     runtime.configure(args.mode, args.device)
@@ -67,59 +67,44 @@ def execute(args: argparse.Namespace) -> int:
     if args.lora:
         fused = pipe.load_lora(getattr(pipe, pipe.network), args.lora, args.lora_scale)
         sys.stderr.write(f"{args.lora}: fused into {fused} layers\n")
-    images = _with_prompts(args, pipe) if args.prompt else _without_prompts(args, pipe)
+    same = {"num_inference_steps": args.num_inference_steps, "sampler": args.sampler, "height": args.height,
+            "width": args.width}
+    if args.prompt:
+        images = _with_prompts(args, pipe, same)
+    else:
+        if args.weights:
+            pipe.load_weights(args.weights)
+        images = pipe(batch_size=args.count, seed=args.seed, **same)
     for k, image in enumerate(images):
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
         path = args.output / f"{k:03d}-seed{args.seed + k if args.prompt else args.seed}.png"
-        write_file(path, buffer.getvalue())
+        write_file(path, png_bytes(image))
         sys.stdout.write(f"{path}\n")
     return 0
 
 
-def _with_prompts(args: argparse.Namespace, pipe: Any) -> Iterator[Image.Image]:
-    """One image a prompt."""
-    generate, inputs = _with_templates(args, pipe)
+def _with_prompts(args: argparse.Namespace, pipe: Any, same: dict[str, Any]) -> Iterator[Image.Image]:
+    """One image a prompt, with templates if there are any. ``same``: arguments of all images."""
+    given = {name: text for name in ("template_inputs", "negative_template_inputs") if (text := getattr(args, name))}
+    generate, inputs = pipe, {}
+    if args.template:
+        from ms_diffsynth.template import TemplatePipeline
+
+        hashes = args.trust_template_sha256.split(",") if args.trust_template_sha256 else None
+        templates = TemplatePipeline.from_pretrained(args.template, trust_template_code=args.trust_template_code,
+                                                     trust_template_sha256=hashes)
+        generate = partial(templates, pipe)
+        for name, text in given.items():
+            try:
+                inputs[name] = json.loads(text)
+            except ValueError:
+                inputs[name] = None
+            if not isinstance(inputs[name], list) or not all(isinstance(entry, dict) for entry in inputs[name]):
+                raise ConfigError(f"{name}={text}: expected a JSON list of objects, such as [{{\"scale\": 0.5}}].")
+    elif given:
+        raise ConfigError(f"{next(iter(given))} without --template: name the template it is for.")
     for k, prompt in enumerate(args.prompt):
         yield generate(prompt=prompt, negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale,
-                       height=args.height, width=args.width, seed=args.seed + k,
-                       num_inference_steps=args.num_inference_steps, sampler=args.sampler,
-                       embedded_guidance=args.embedded_guidance, **inputs)
-
-
-def _without_prompts(args: argparse.Namespace, pipe: Any) -> list[Image.Image]:
-    """``--count`` images from one seed."""
-    if args.weights:
-        pipe.load_weights(args.weights)
-    return pipe(batch_size=args.count, seed=args.seed, num_inference_steps=args.num_inference_steps,
-                sampler=args.sampler, height=args.height, width=args.width)
-
-
-def _with_templates(args: argparse.Namespace, pipe: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What to call for an image, and the arguments templates add."""
-    names = ("template_inputs", "negative_template_inputs")
-    if not args.template:
-        given = [name for name in names if getattr(args, name)]
-        if given:
-            raise ConfigError(f"{given[0]} without --template: name the template it is for.")
-        return pipe, {}
-    from ms_diffsynth.template import TemplatePipeline
-
-    hashes = args.trust_template_sha256.split(",") if args.trust_template_sha256 else None
-    templates = TemplatePipeline.from_pretrained(args.template, trust_template_code=args.trust_template_code,
-                                                 trust_template_sha256=hashes)
-    inputs = {name: _entries(name, getattr(args, name)) for name in names if getattr(args, name)}
-    return partial(templates, pipe), inputs
-
-
-def _entries(name: str, text: str) -> list[dict[str, Any]]:
-    try:
-        entries = json.loads(text)
-    except ValueError:
-        entries = None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ConfigError(f"{name}={text}: expected a JSON list of objects, such as [{{\"scale\": 0.5}}].")
-    return entries
+                       seed=args.seed + k, embedded_guidance=args.embedded_guidance, **same, **inputs)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -284,6 +284,13 @@ def to_pil(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(bytes_.transpose(1, 2, 0)))
 
 
+def png_bytes(image: Image.Image, optimize: bool = False) -> bytes:
+    """The content of a PNG file; ``optimize`` takes time and makes it smaller."""
+    file = io.BytesIO()
+    image.save(file, format="PNG", optimize=optimize)
+    return file.getvalue()
+
+
 def grid(
     rows: Sequence[Image.Image] | Sequence[Sequence[Image.Image]],
     captions: Sequence[str] | None = None,

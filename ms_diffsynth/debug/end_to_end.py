@@ -48,33 +48,29 @@ class EndToEndCase:
         if "model" in info:
             self.model = scratch / "model"
             self.family.write_tiny(self.model, info["model"]["tiny_seed"])
-            self._check_digests(info["model"]["digests"])
-
-    def _check_digests(self, recorded: dict[str, str]) -> None:
-        changed = [name for name, wanted in recorded.items() if digest(self.model / name) != wanted]
-        if changed:
-            raise DataError(f"ms-diffsynth tiny {self.info['family']} writes other weights than this case was made "
-                            f"with: {listing(changed)}. If it was meant to change, make the case again "
-                            "(docs/explanation/parity.md); nothing that the case holds can be compared.")
+            recorded = info["model"]["digests"]
+            changed = [name for name, wanted in recorded.items() if digest(self.model / name) != wanted]
+            if changed:
+                raise DataError(f"ms-diffsynth tiny {info['family']} writes other weights than this case was made "
+                                f"with: {listing(changed)}. If it was meant to change, make the case again "
+                                "(docs/explanation/parity.md); nothing that the case holds can be compared.")
 
     def pipeline(self, scheduler_config: dict[str, Any] | None = None) -> Pipeline:
         """A fresh pipeline in float32; with settings of its scheduler changed, on a folder that has them so."""
-        folder = self.model if scheduler_config is None else self._with_scheduler(scheduler_config)
+        folder = self.model
+        if scheduler_config is not None:
+            folder = Path(tempfile.mkdtemp(dir=self.scratch))
+            for path in self.model.iterdir():
+                if path.name != "scheduler":
+                    (folder / path.name).symlink_to(path.resolve())
+            own = self.model / "scheduler" / "scheduler_config.json"
+            config = (json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}) | scheduler_config
+            (folder / "scheduler").mkdir()
+            (folder / "scheduler" / own.name).write_text(json.dumps(config), encoding="utf-8")
         pipe = self.family.pipeline.from_pretrained(str(folder), mindspore_dtype=ms.float32)
         if self.info.get("max_sequence_length"):
             pipe.max_sequence_length = self.info["max_sequence_length"]
         return pipe
-
-    def _with_scheduler(self, changes: dict[str, Any]) -> Path:
-        folder = Path(tempfile.mkdtemp(dir=self.scratch))
-        for path in self.model.iterdir():
-            if path.name != "scheduler":
-                (folder / path.name).symlink_to(path.resolve())
-        own = self.model / "scheduler" / "scheduler_config.json"
-        config = (json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}) | changes
-        (folder / "scheduler").mkdir()
-        (folder / "scheduler" / own.name).write_text(json.dumps(config), encoding="utf-8")
-        return folder
 
     def wanted(self, name: str) -> np.ndarray:
         """An expected value. Raises: DataError where the case does not hold it."""
@@ -255,17 +251,12 @@ def _samples(case: EndToEndCase, pipe: Pipeline) -> Iterator[Quantity]:
             sigmas = own.sampling_sigmas(given["num_inference_steps"], noise.shape[1:])
             error = relative_error(sigmas, case.wanted(f"sigmas.{name}"))
             yield Quantity(f"sigmas of image {name}", error, SIGMAS)
-            image = _from_prompt(case, own, given, noise, sigmas)
+            # what the call of the pipeline does once it has drawn its noise
+            extra = {"guidance": Tensor(np.full(1, given.get("embedded_guidance", 1.0), np.float32))}
+            if "edit_image" in given:
+                extra["edit_image"] = Image.open(case.folder / "images" / given["edit_image"])
+            negative = {"prompt": given["negative_prompt"], **extra} if given["cfg_scale"] != 1 else None
+            conditions = own.conditions({"prompt": given["prompt"], **extra}, negative)
+            image = own.generate(*conditions, noise, sigmas, given["cfg_scale"])[0]
         yield Quantity(f"image {name}, {given['width']}x{given['height']}", _levels(np.asarray(image), expected),
                        IMAGE, unit="of 255")
-
-
-def _from_prompt(case: EndToEndCase, pipe: Pipeline, given: dict[str, Any], noise: np.ndarray,
-                 sigmas: np.ndarray) -> Image.Image:
-    """What the call of the pipeline does once it has drawn its noise."""
-    extra = {"guidance": Tensor(np.full(1, given.get("embedded_guidance", 1.0), np.float32))}
-    if "edit_image" in given:
-        extra["edit_image"] = Image.open(case.folder / "images" / given["edit_image"])
-    negative = {"prompt": given["negative_prompt"], **extra} if given["cfg_scale"] != 1 else None
-    conditions = pipe.conditions({"prompt": given["prompt"], **extra}, negative)
-    return pipe.generate(*conditions, noise, sigmas, given["cfg_scale"])[0]

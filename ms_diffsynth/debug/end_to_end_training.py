@@ -47,9 +47,13 @@ class Training:
         if run["max_sequence_length"]:
             self.pipe.max_sequence_length = run["max_sequence_length"]
         network = self.pipe.network
+        objective = None  # the family's own
+        if self.pipe.objective_class is None:
+            objective = Objective(**{name: run[name] for name in ("weighting_scheme", "posterior", "guidance_scale",
+                                                                  "prior_loss_weight")})
         kind = {"lora_base_model": network, "lora_rank": run["lora_rank"], "lora_alpha": run["lora_alpha"]}
         self.module.switch_pipe_to_training_mode(
-            self.pipe, task=run["task"], objective=self._objective(), extra_inputs=run["extra_inputs"],
+            self.pipe, task=run["task"], objective=objective, extra_inputs=run["extra_inputs"],
             **(kind if run["lora_rank"] else {"trainable_models": network}))
         self.network = getattr(self.pipe, network)
         if run["lora_rank"]:
@@ -58,22 +62,12 @@ class Training:
                                                     for name in self.module.adapter.tensors(self.network)})
         self.parameters = self.module.trainable_parameters()
         self.cut = self.module.training_cut()
-        self.rows = PreparedRows(self._dataset(), self.module, self.cut)
-
-    def _objective(self) -> Objective | None:
-        if self.pipe.objective_class is not None:
-            return None  # the family's own
-        return Objective(**{name: self.run[name] for name in ("weighting_scheme", "posterior", "guidance_scale",
-                                                              "prior_loss_weight")})
-
-    def _dataset(self) -> UnifiedDataset:
-        """The rows as a data set of image files and captions."""
-        metadata = self.case.scratch / f"{self.name}.jsonl"
-        metadata.write_text("".join(json.dumps(row) + "\n" for row in self.run["rows"]), encoding="utf-8")
-        return UnifiedDataset(
-            base_path=str(self.case.folder / "images"), metadata_path=str(metadata),
-            data_file_keys=",".join(filter(None, ("image", self.run["extra_inputs"]))),
-            main_data_operator=self.case.operator(self.run["height"], self.run["width"]))
+        metadata = case.scratch / f"{self.name}.jsonl"
+        metadata.write_text("".join(json.dumps(row) + "\n" for row in run["rows"]), encoding="utf-8")
+        dataset = UnifiedDataset(base_path=str(case.folder / "images"), metadata_path=str(metadata),
+                                 data_file_keys=",".join(filter(None, ("image", run["extra_inputs"]))),
+                                 main_data_operator=case.operator(run["height"], run["width"]))
+        self.rows = PreparedRows(dataset, self.module, self.cut)
 
     def _inputs(self, k: int) -> list[Tensor]:
         """What the step takes at micro-step ``k``: prepared rows, and the recorded draws."""
@@ -103,15 +97,13 @@ class Training:
         return pairs
 
     def quantities(self) -> list[Quantity]:
-        grid = Quantity(f"{self.name}: sigma grid", relative_error(self.pipe.sigmas, self._expected("grid.sigmas")),
-                        SIGMAS)
-        return [grid, *self._weights(), *self._first(), *self._updates()]
-
-    def _weights(self) -> list[Quantity]:
-        if f"{self.name}.grid.weights" not in self.case.expected:
-            return []
-        weights = table(self.run["weighting_scheme"], self.pipe.sigmas)
-        return [Quantity(f"{self.name}: loss weights", relative_error(weights, self._expected("grid.weights")), LOSS)]
+        found = [Quantity(f"{self.name}: sigma grid", relative_error(self.pipe.sigmas, self._expected("grid.sigmas")),
+                          SIGMAS)]
+        if f"{self.name}.grid.weights" in self.case.expected:
+            weights = table(self.run["weighting_scheme"], self.pipe.sigmas)
+            error = relative_error(weights, self._expected("grid.weights"))
+            found.append(Quantity(f"{self.name}: loss weights", error, LOSS))
+        return [*found, *self._first(), *self._updates()]
 
     def _first(self) -> list[Quantity]:
         """Loss and gradients at the first micro-step."""

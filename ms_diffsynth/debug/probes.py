@@ -117,7 +117,8 @@ class Probes:
         self._look(value, None, None, "output", name)
 
     def _watch(self, cell: nn.Cell, unit: str | None, module: str | None) -> None:
-        names = _input_names(cell)
+        names = ([slot(param) for param in cell.input_params] if hasattr(cell, "input_params")
+                 else list(inspect.signature(cell.construct).parameters))  # of positional inputs
         own = list(cell.parameters_and_names(expand=False))
 
         def before(_: nn.Cell, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -135,7 +136,8 @@ class Probes:
             if not self._is_forward:
                 return
             named = dict(zip(cell.output_params, output)) if hasattr(cell, "output_params") else output
-            for name, value in sorted(_tensors(named), key=_is_scalar):  # a scalar does not show which row it was
+            for name, value in sorted(_tensors(named), key=lambda found: found[1].ndim == 0):
+                # a scalar comes last: it does not show which row it was
                 self._look(value, self._unit, module, "output", name)
                 if self._weights:
                     self._watch_gradient(value, self._unit, module, "gradient of output", name)
@@ -175,17 +177,6 @@ class Probes:
                        nan=int(np.isnan(array).sum()), inf=int(np.isinf(array).sum()),
                        least=float(finite.min()) if has_any else None,
                        greatest=float(finite.max()) if has_any else None, rows=rows)
-
-
-def _input_names(cell: nn.Cell) -> tuple[str, ...]:
-    """What a cell calls its positional inputs."""
-    if hasattr(cell, "input_params"):
-        return tuple(slot(param) for param in cell.input_params)
-    return tuple(inspect.signature(cell.construct).parameters)
-
-
-def _is_scalar(named: tuple[str, Tensor]) -> bool:
-    return named[1].ndim == 0
 
 
 def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,23 +102,19 @@ class Replay:
         for number, rows in enumerate(self.rows, 1):
             which = f"micro-step {number}" if len(self.rows) > 1 else "rows"
             lines.append(f"  {which}: {listing(map(name_row, rows))}")
-        return "\n".join([*lines, *self._describe_findings()])
-
-    def _describe_findings(self) -> Iterator[str]:
-        if self.eager is None:
-            return
-        if not self.findings:
-            yield (f"run eagerly, all of it is finite (loss {self.eager['loss']}, gradient norm "
-                   f"{self.eager['grad_norm']}): a number is at the edge of its range, and the modes round differently")
-            return
-        first, *others = self.findings
-        yield f"first not finite, when it is run eagerly: {first.describe()}"
-        yield f"  {first.statistics()}"
-        if first.name == "gradient norm":
-            yield "  every gradient is finite, the sum of their squares is not"
-        if rows := self._rows_of(first):
-            yield f"  in {listing(map(name_row, rows))}"
-        yield from (f"  then {finding.describe()}" for finding in others[:3])
+        if self.findings:
+            first, *others = self.findings
+            lines += [f"first not finite, when it is run eagerly: {first.describe()}", f"  {first.statistics()}"]
+            if first.name == "gradient norm":
+                lines.append("  every gradient is finite, the sum of their squares is not")
+            if rows := self._rows_of(first):
+                lines.append(f"  in {listing(map(name_row, rows))}")
+            lines += [f"  then {finding.describe()}" for finding in others[:3]]
+        elif self.eager is not None:
+            lines.append(f"run eagerly, all of it is finite (loss {self.eager['loss']}, gradient norm "
+                         f"{self.eager['grad_norm']}): a number is at the edge of its range, and the modes round "
+                         "differently")
+        return "\n".join(lines)
 
     def _rows_of(self, finding: Finding) -> list[dict[str, Any]]:
         return [self.rows[finding.micro_step - 1][row] for row in finding.rows]
@@ -180,7 +176,9 @@ def find_start(folder: Path, step: int) -> Checkpoint | None:
             return open_checkpoint_folder(folder / CHECKPOINTS / name)
         except CheckpointError as error:
             logger.warning("checkpoint skipped: %s", error)
-    other = _went_on_from(folder)
+    events = folder / "events.jsonl"
+    first = events.read_text().partition("\n")[0] if events.is_file() else ""
+    other = json.loads(first).get("checkpoint") if first else None  # of another run, which this one continued
     if other is None:
         return None
     found = open_checkpoint_folder(other)
@@ -188,13 +186,6 @@ def find_start(folder: Path, step: int) -> Checkpoint | None:
         raise CheckpointError(f"the run in {folder} was resumed from {other}, so step {step} is not its own. Replay it "
                               f"in {run_folder(found)}.")
     return found
-
-
-def _went_on_from(folder: Path) -> str | None:
-    """The checkpoint of another run that the run in a folder began with."""
-    events = folder / "events.jsonl"
-    first = events.read_text().partition("\n")[0] if events.is_file() else ""
-    return json.loads(first).get("checkpoint") if first else None
 
 
 def _recorded(folder: Path) -> dict[int, dict[str, str]]:
@@ -244,19 +235,15 @@ def _replay(run: Trainer, recorded: Mapping[int, dict[str, str]], step: int, che
         load_state(scales, kept)
         run.step.batches = seen
         eager, findings = _look_inside(run, used)
-    return Replay(step=step, after=after, start=_named(checkpoint, run.logger.output_path),
+    start = "the initial weights"
+    if checkpoint is not None:
+        is_own = run_folder(checkpoint).resolve() == run.logger.output_path.resolve()
+        start = f"{CHECKPOINTS}/{checkpoint.path.name}" if is_own else str(checkpoint.path)
+    return Replay(step=step, after=after, start=start,
                   mode="pynative" if run.is_eager else run.accelerator.mode, recorded=recorded[step], found=found,
                   compared=sum(number in recorded for number in range(after + 1, step + 1)), differences=wrong,
                   rows=[rows_of(batch, run.dataset, run.class_dataset) for batch in used], eager=eager,
                   findings=findings)
-
-
-def _named(checkpoint: Checkpoint | None, folder: Path) -> str:
-    """What a replay begins with, in words."""
-    if checkpoint is None:
-        return "the initial weights"
-    is_own = run_folder(checkpoint).resolve() == folder.resolve()
-    return f"{CHECKPOINTS}/{checkpoint.path.name}" if is_own else str(checkpoint.path)
 
 
 def _make_step(run: Trainer, number: int, batches: Iterator[Batch]) -> tuple[list[Batch], dict[str, str]]:
@@ -286,7 +273,13 @@ def _look_inside(run: Trainer, batches: list[Batch]) -> tuple[dict[str, str], li
         return outputs
 
     if run.is_eager:
-        run.module.forward = _counted(run.module.forward, probes)
+        own_forward = run.module.forward
+
+        def counted(data: Any) -> Tensor:  # it takes one row after the other: the probes are told at which it is
+            probes.row = 0 if probes.row is None else probes.row + 1
+            return own_forward(data)
+
+        run.module.forward = counted
     step.value_and_grad = ms.value_and_grad(forward, None, step.weights, has_aux=True)
     step.compiled_steps = {"update": CompiledStep(step._update, "the step under probes", "pynative"),
                            "micro": CompiledStep(step._accumulate, "the accumulation under probes", "pynative")}
@@ -298,15 +291,6 @@ def _look_inside(run: Trainer, batches: list[Batch]) -> tuple[dict[str, str], li
         probes.look("gradient norm", results[-1].grad_norm)
     numbers = numbers_of(results[-1], [result.loss for result in results])
     return {name: _text(value) for name, value in numbers.items()}, _from_prepare(run, batches, probes.findings)
-
-
-def _counted(forward: Callable[[Any], Tensor], probes: Probes) -> Callable[[Any], Tensor]:
-    """A module's own forward, which takes one row after the other, telling the probes which one it is at."""
-    def counted(data: Any) -> Tensor:
-        probes.row = 0 if probes.row is None else probes.row + 1
-        return forward(data)
-
-    return counted
 
 
 def _from_prepare(run: Trainer, batches: list[Batch], findings: list[Finding]) -> list[Finding]:

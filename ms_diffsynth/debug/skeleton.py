@@ -220,11 +220,7 @@ def measure(plan: Plan, memory: float = 128.0, folder: str | Path | None = None)
         return Report(**{**json.loads(found[-1].removeprefix(RESULT)), **counted})
 
 
-def _main(text: str) -> None:
-    plan = Plan(**json.loads(text))
-    runtime.configure(plan.mode, plan.device)
-    sys.stdout.write(RESULT + json.dumps(asdict(train(plan))) + "\n")
-
-
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    given = Plan(**json.loads(sys.argv[1]))
+    runtime.configure(given.mode, given.device)
+    sys.stdout.write(RESULT + json.dumps(asdict(train(given))) + "\n")

@@ -59,7 +59,12 @@ class _Convolution(nn.Cell):
     def __init__(self, weights: Mapping[str, np.ndarray], conv: str, norm: str, stride: int = 1,
                  is_bounded: bool = True):
         super().__init__()
-        weight, bias = _folded(weights, conv, norm)
+        # with the batch normalization behind it: g (w x - mean) / sqrt(var + eps) + b
+        gain, shift, mean, variance = (weights[f"{norm}.{name}"].astype(np.float64)
+                                       for name in ("weight", "bias", "running_mean", "running_var"))
+        scale = gain / np.sqrt(variance + _NORM_EPSILON)
+        weight = (weights[f"{conv}.weight"] * scale[:, None, None, None]).astype(np.float32)
+        bias = (shift - mean * scale).astype(np.float32)
         if stride == 2:
             weight = np.pad(weight, ((0, 0), (0, 0), (1, 0), (1, 0)))
         self.weight = Parameter(Tensor(weight), requires_grad=False)
@@ -77,15 +82,6 @@ class _Convolution(nn.Cell):
             y = mint.nn.functional.conv2d(x, self.weight, None, self.stride, self.padding, 1, groups)
         y = ops.bias_add(y, self.bias)
         return ops.relu6(y) if self.is_bounded else y
-
-
-def _folded(weights: Mapping[str, np.ndarray], conv: str, norm: str) -> tuple[np.ndarray, np.ndarray]:
-    """Weight and bias of a convolution with the batch normalization behind it: g (w x - mean) / sqrt(var + eps) + b."""
-    gain, shift, mean, variance = (weights[f"{norm}.{name}"].astype(np.float64)
-                                   for name in ("weight", "bias", "running_mean", "running_var"))
-    scale = gain / np.sqrt(variance + _NORM_EPSILON)
-    weight = weights[f"{conv}.weight"] * scale[:, None, None, None]
-    return weight.astype(np.float32), (shift - mean * scale).astype(np.float32)
 
 
 def _depthwise(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:

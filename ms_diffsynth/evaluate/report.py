@@ -1,7 +1,6 @@
 """One evaluation of generated images against reference images: the metric, the memorisation check, the files."""
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ms_diffsynth.data.images import grid
+from ms_diffsynth.data.images import grid, png_bytes
 from ms_diffsynth.errors import DataError
 from ms_diffsynth.evaluate.features import Described, Describer, ImageFolder
 from ms_diffsynth.evaluate.kid import FEWEST, LABEL, MOST, Estimate, drawn, floor, kid
@@ -123,8 +122,22 @@ class Evaluator:
         features = neighbours(given.features, reference.features)
         pixels = neighbours(given.pixels, reference.pixels)
         names = getattr(images, "names", tuple(f"image {k}" for k in range(1, len(images) + 1)))
-        notes = [*_notes_on_size(len(images), len(self.reference), found, real_halves),
-                 *_notes_on_reference(given, reference, features.twins)]
+        notes, count, references = [], len(images), len(self.reference)
+        if min(count, references) < FEW:
+            notes.append(f"the set is too small ({count} generated, {references} reference images): below {FEW} KID is "
+                         "a hint only. Look at its interval.")
+        if max(count, references) > MOST:
+            notes.append(f"KID was computed from {MOST} images of a set, drawn at random; neighbours from all.")
+        if found.value <= real_halves[1]:
+            notes.append("KID is within the floor: with this many images it finds no difference from real ones.")
+        if size is None:
+            notes.append(f"the generated images have {len(given.sizes)} sizes, so the reference was not resized to "
+                         "one.")
+        elif given.sizes != reference.sizes:
+            notes.append(f"reference images were scaled and cropped to {size[1]} x {size[0]} pixels, as for training.")
+        if features.twins:
+            notes.append(f"{features.twins} reference images have a twin in the reference; twins do not count for the "
+                         "limit.")
         return Evaluation(kid=found, floor=real_halves, features=features, pixels=pixels, names=tuple(names),
                           reference_names=self.reference.names, notes=tuple(notes), seed=self.seed,
                           nearest_png=_nearest_png(images, self.reference, features, pixels))
@@ -165,30 +178,6 @@ def refuse_few(**counts: int) -> None:
                         "is meaningful. Add images.")
 
 
-def _notes_on_size(count: int, references: int, found: Estimate, real_halves: tuple[float, float]) -> list[str]:
-    notes = []
-    if min(count, references) < FEW:
-        notes.append(f"the set is too small ({count} generated, {references} reference images): below {FEW} KID is a "
-                     "hint only. Look at its interval.")
-    if max(count, references) > MOST:
-        notes.append(f"KID was computed from {MOST} images of a set, drawn at random; neighbours from all.")
-    if found.value <= real_halves[1]:
-        notes.append("KID is within the floor: with this many images it finds no difference from real ones.")
-    return notes
-
-
-def _notes_on_reference(given: Described, reference: Described, twins: int) -> list[str]:
-    notes = []
-    if len(given.sizes) > 1:
-        notes.append(f"the generated images have {len(given.sizes)} sizes, so the reference was not resized to one.")
-    elif given.sizes != reference.sizes:
-        height, width = next(iter(given.sizes))
-        notes.append(f"reference images were scaled and cropped to {width} x {height} pixels, as for training.")
-    if twins:
-        notes.append(f"{twins} reference images have a twin in the reference; twins do not count for the limit.")
-    return notes
-
-
 def _nearest_png(images: Sequence[Image.Image], reference: ImageFolder, features: Neighbours,
                  pixels: Neighbours) -> bytes:
     """The generated images nearest to the reference above their neighbours in both spaces, as a PNG below 300 kB."""
@@ -204,8 +193,7 @@ def _nearest_png(images: Sequence[Image.Image], reference: ImageFolder, features
             for caption, row in groups:
                 captions.append(caption)
                 rows.append([ImageOps.contain(image.convert("RGB"), (cell, cell)) for image in row])
-        file = io.BytesIO()
-        grid(rows, captions).save(file, "PNG", optimize=True)
-        if file.tell() <= _MOST_BYTES:
+        content = png_bytes(grid(rows, captions), optimize=True)
+        if len(content) <= _MOST_BYTES:
             break
-    return file.getvalue()
+    return content

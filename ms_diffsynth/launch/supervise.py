@@ -115,19 +115,6 @@ class Supervisor:
         where = f"{job.master_address}:{job.master_port}"
         self._tell(f"{job.workers} of {job.world_size} workers here, scheduler at {where}; "
                    f"logs: {job.log_dir}/worker-K.log")
-        self._start()
-        outcome = self._watch()
-        left = self._kill()
-        if self.tee:
-            self.tee.finish(TERMINAL_SECONDS)
-        if left:
-            self._tell(f"{', '.join(left)} cannot be killed: the system waits for a disk or a device")
-        if line := outcome.line():
-            self._tell(line)
-        return outcome.code
-
-    def _start(self) -> None:
-        job = self.job
         pulses = [Pulse(job.heartbeat(rank)) for rank in job.ranks]
         if job.node_rank == 0:
             log = job.log_dir / "scheduler.log"
@@ -139,6 +126,15 @@ class Supervisor:
         if self.tee:  # its threads begin when no process is forked any more
             self.tee.start()
         self.diagnosis = Diagnosis(job, self.workers, pulses, self.scheduler)
+        outcome = self._watch()
+        left = self._kill()
+        if self.tee:
+            self.tee.finish(TERMINAL_SECONDS)
+        if left:
+            self._tell(f"{', '.join(left)} cannot be killed: the system waits for a disk or a device")
+        if line := outcome.line():
+            self._tell(line)
+        return outcome.code
 
     # -- while it runs -------------------------------------------------------------------------------------------
 
@@ -155,11 +151,19 @@ class Supervisor:
                 if self.job.nodes > 1:
                     self._wait_until(self._is_scheduler_done, SCHEDULER_WORDS_SECONDS)
                 return outcome
-            if outcome := self.diagnosis.find_hung(self._now()):
-                self._abort_workers()
+            if outcome := self.diagnosis.find_hung(self._now()):  # none can save: each writes where it is into its log
+                if self.tee:
+                    self.tee.is_shown = False
+                for worker in self._running():
+                    worker.abort()
+                self._wait_until(lambda: not self._running(), ABORT_SECONDS)
                 return outcome
             if all(worker.code == 0 for worker in self.workers):
-                return self._end_well()
+                if self.job.nodes == 1:
+                    return Outcome(0)
+                # workers of other machines may still need the scheduler
+                self._wait_until(lambda: self._is_scheduler_done() or self.signals, SCHEDULER_SECONDS)
+                return self.diagnosis.find_failed(self._now()) or Outcome(0)
 
     def _wait(self, seconds: float) -> None:
         """Wait for a signal, or for the end of a process, for at most this long."""
@@ -181,13 +185,6 @@ class Supervisor:
         return self._clock
 
     # -- the end -------------------------------------------------------------------------------------------------
-
-    def _end_well(self) -> Outcome:
-        """All workers of this machine are done. Those of others may still need the scheduler."""
-        if self.job.nodes == 1:
-            return Outcome(0)
-        self._wait_until(lambda: self._is_scheduler_done() or self.signals, SCHEDULER_SECONDS)
-        return self.diagnosis.find_failed(self._now()) or Outcome(0)
 
     def _obey(self) -> Outcome:
         """A signal: let all workers save and end."""
@@ -215,14 +212,6 @@ class Supervisor:
         heard = len(self.signals)
         self._wait_until(lambda: not self._running() or len(self.signals) > heard, seconds - AGAIN_SECONDS)
         return ", ".join(worker.name for worker in self._running())
-
-    def _abort_workers(self) -> None:
-        """A worker hangs, so none can save: each writes where it is into its log."""
-        if self.tee:
-            self.tee.is_shown = False
-        for worker in self._running():
-            worker.abort()
-        self._wait_until(lambda: not self._running(), ABORT_SECONDS)
 
     def _running(self) -> list[Process]:
         return [worker for worker in self.workers if worker.code is None]

@@ -41,7 +41,9 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> ModelLogger:
     Returns: the logger, which knows what was saved. Raises: as `launch_training_task`.
     """
     accelerator = Accelerator.of(config.flat())
-    _name_rank_in_logs(accelerator)
+    if accelerator.num_processes > 1:
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(logging.Formatter(f"rank {accelerator.process_index}: %(levelname)s: %(message)s"))
     check_token(accelerator, config)
     optimizer_arguments(config.optimizer)
     stage, cache_dir = stage_of(config.objective.task), config.data.cache_dir
@@ -171,13 +173,6 @@ def _looking_hooks(accelerator: Accelerator, held_out: Any, model: DiffusionTrai
         found.append(Evaluation(sampler, options.evaluation_reference or images, options.evaluation_count,
                                 options.evaluation_steps))
     return found
-
-
-def _name_rank_in_logs(accelerator: Accelerator) -> None:
-    """Begin every line of a log with the rank, when there are several."""
-    if accelerator.num_processes > 1:
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(logging.Formatter(f"rank {accelerator.process_index}: %(levelname)s: %(message)s"))
 
 
 def _summary(config: TrainConfig, module: DiffusionTrainingModule, sets: DataSets) -> str:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import logging
 import math
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ms_diffsynth.data.images import grid
+from ms_diffsynth.data.images import grid, png_bytes
 from ms_diffsynth.data.plots import loss_curve
 from ms_diffsynth.errors import ConfigError, OutputError
 from ms_diffsynth.launch.worker import beat
@@ -64,8 +63,15 @@ class ModelLogger:
         self.after_save: Callable[[], None] | None = None
         self.ema: EMA | None = None
         self._events = threading.Lock()  # an upload tells of itself from a thread of its own
-        self._summary_writer = _tensorboard_class() if enable_tensorboard_log else None
+        self._summary_writer: Any = None
         self._tensorboard: Any = None
+        if enable_tensorboard_log:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise ConfigError("enable_tensorboard_log=True, but tensorboardX is not installed: pip install "
+                                  "'ms_diffsynth[logging]', or leave it out (loss.csv is always written).") from None
+            self._summary_writer = SummaryWriter
 
     # -- records -------------------------------------------------------------------------------------------------
 
@@ -83,7 +89,16 @@ class ModelLogger:
         text = json.dumps(self.settings, indent=2, sort_keys=True) + "\n"
         for name, content in {**self.files, "training_args.json": text.encode()}.items():
             write_file(self.output_path / name, content)
-        rows = _rows_until(run_folder / "loss.csv", after) if after else []
+        rows = []
+        if after:
+            with contextlib.suppress(FileNotFoundError):
+                for line in (run_folder / "loss.csv").read_text(errors="replace").splitlines():
+                    number, *values = line.split(",")  # a row that was torn has other values
+                    if len(values) == len(COLUMNS) - 1 and number.isdigit() and int(number) <= after:
+                        rows.append(line)
+            if len(rows) != after:
+                logger.warning("%s has the rows of %d of %d steps: the others are lost.", run_folder / "loss.csv",
+                               len(rows), after)
         write_file(self.output_path / "loss.csv", "".join(f"{row}\n" for row in (",".join(COLUMNS), *rows)).encode())
         self.losses = [(int(step), float(loss)) for step, _, loss, *_ in (row.split(",") for row in rows)
                        if math.isfinite(float(loss))]
@@ -221,10 +236,7 @@ class ModelLogger:
     def write_image(self, name: str, image: Image.Image) -> Path:
         """Write a PNG below ``output_path``."""
         path = self.output_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        write_file(path, buffer.getvalue())
+        write_file(path, png_bytes(image))
         return path
 
 
@@ -232,27 +244,5 @@ def _titles(captions: list[str]) -> list[str] | None:
     return [redact(caption) for caption in captions] or None
 
 
-def _rows_until(file: Path, step: int) -> list[str]:
-    """The rows of a loss.csv up to a step; a row that was torn is none. Their number is checked."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in file.read_text(errors="replace").splitlines():
-            number, *values = line.split(",")
-            if len(values) == len(COLUMNS) - 1 and number.isdigit() and int(number) <= step:
-                rows.append(line)
-    if len(rows) != step:
-        logger.warning("%s has the rows of %d of %d steps: the others are lost.", file, len(rows), step)
-    return rows
-
-
 def _text(value: Any) -> str:
     return f"{value:.9g}" if isinstance(value, float) else str(value)  # nine digits give a float32 back exactly
-
-
-def _tensorboard_class() -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise ConfigError("enable_tensorboard_log=True, but tensorboardX is not installed: pip install "
-                          "'ms_diffsynth[logging]', or leave it out (loss.csv is always written).") from None
-    return SummaryWriter

@@ -138,7 +138,9 @@ def rows_of(batch: Batch, dataset: Any, class_dataset: Any = None) -> list[dict[
     for k, (index, sample) in enumerate(zip(indices, samples)):
         source, kind = (dataset, {}) if k < half else (class_dataset, {"set": "class"})
         row = index % _count(source)
-        found.append({"row": _number(source, row) + 1, "name": label_of(source, row), "sample": sample} | kind)
+        numbers = getattr(getattr(source, "dataset", source), "numbers", None)  # others may be held out
+        number = row if numbers is None else numbers[row]
+        found.append({"row": number + 1, "name": label_of(source, row), "sample": sample} | kind)
     return found
 
 
@@ -147,12 +149,6 @@ def name_row(row: dict[str, Any]) -> str:
     number, kind = f"row {row['row']}", "class image " if "set" in row else ""
     place = "" if row["name"] == number else f"{number}, "
     return f"{kind}{row['name']} ({place}sample {row['sample']})"
-
-
-def _number(dataset: Any, row: int) -> int:
-    """Row ``row`` of a data set by its number in the metadata, from which others may be held out."""
-    numbers = getattr(getattr(dataset, "dataset", dataset), "numbers", None)
-    return row if numbers is None else numbers[row]
 
 
 def _count(dataset: Any) -> int:

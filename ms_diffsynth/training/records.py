@@ -68,12 +68,17 @@ class StepReport:
         self._pending = None
         record |= numbers
         self.logger.log_step(record)
-        is_skipped = bool(record["is_skipped"])
-        if is_skipped:
-            self._tell_skipped(record, batches)
+        if record["is_skipped"]:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            rows = self._rows_of(batches)
+            self.logger.event("skipped", at=record["step"], loss=record["loss"], grad_norm=record["grad_norm"],
+                              rows=rows)
+            self.progress.say(f"step {record['step']} was not finite and changed nothing: loss {record['loss']:.4g}, "
+                              f"gradient norm {record['grad_norm']:.4g}; {listing(map(name_row, rows))}")
         else:
+            self.skipped_in_a_row = 0
             self._tell_rise(record, batches)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
         self._show(record)
         if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise TrainingError(f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient (last: step "
@@ -81,13 +86,6 @@ class StepReport:
                                 "Nothing was updated in them. Expected finite numbers: lower learning_rate, look for "
                                 "broken images or weights (events.jsonl names the rows, ms-diffsynth replay the "
                                 "first tensor), and on Ascend prefer bfloat16 to float16.")
-
-    def _tell_skipped(self, record: dict[str, Any], batches: list[Batch]) -> None:
-        self.skipped += 1
-        rows = self._rows_of(batches)
-        self.logger.event("skipped", at=record["step"], loss=record["loss"], grad_norm=record["grad_norm"], rows=rows)
-        self.progress.say(f"step {record['step']} was not finite and changed nothing: loss {record['loss']:.4g}, "
-                          f"gradient norm {record['grad_norm']:.4g}; {listing(map(name_row, rows))}")
 
     def _tell_rise(self, record: dict[str, Any], batches: list[Batch]) -> None:
         """Say when a loss is far above the moving average: a broken image, or a run that diverges."""

@@ -63,7 +63,7 @@ def check_folder(output_path: Path, resume: str) -> None:
         raise CheckpointError(f"resume={resume}: there is no such folder.{nearest(resume, ['auto', 'none'])} Expected "
                               f"auto, none, or the path of a checkpoint such as {output_path / CHECKPOINTS}"
                               "/step-00000120.")
-    if found and not _is_within(Path(resume), output_path):
+    if found and Path(resume).resolve().parent != (output_path / CHECKPOINTS).resolve():
         raise CheckpointError(f"{output_path} holds checkpoints of another run than {resume}, the last one {found[-1]}."
                               " Choose another output_path.")
 
@@ -111,10 +111,6 @@ def set_later_aside(output_path: Path, checkpoint: Checkpoint) -> list[Path]:
 def checkpoints_in(output_path: Path) -> list[str]:
     names = [path.name for path in (output_path / CHECKPOINTS).glob("step-*")]
     return sorted((n for n in names if n.removeprefix("step-").isdigit()), key=lambda n: int(n.removeprefix("step-")))
-
-
-def _is_within(checkpoint: Path, output_path: Path) -> bool:
-    return checkpoint.resolve().parent == (output_path / CHECKPOINTS).resolve()
 
 
 # -- whether it is the same run --------------------------------------------------------------------------------------
@@ -170,12 +166,6 @@ def _content(dataset: Any) -> dict[str, Any]:
     return {"rows": len(dataset), "pictures": images_of(dataset), "digest": digest}
 
 
-def _defaults(names: Collection[str]) -> dict[str, Any]:
-    """What every run had before there was a setting, so that checkpoints written then can be resumed from."""
-    found = {n: SETTINGS[n].default for n in names if n in SETTINGS and SETTINGS[n].default is not dataclasses.MISSING}
-    return json.loads(json.dumps(found))
-
-
 def check_identity(checkpoint: Checkpoint, now: Mapping[str, Any], accept: Collection[str]) -> list[str]:
     """What differs between the run that saved a checkpoint and this one, and was accepted.
 
@@ -185,7 +175,9 @@ def check_identity(checkpoint: Checkpoint, now: Mapping[str, Any], accept: Colle
     Returns: a line for each field. Raises: CheckpointError listing what was not accepted; ConfigError for a name that
         is none.
     """
-    saved = _defaults(now) | checkpoint.state["identity"]
+    # what every run had before there was a setting, so that checkpoints written then can be resumed from
+    defaults = {n: SETTINGS[n].default for n in now if n in SETTINGS and SETTINGS[n].default is not dataclasses.MISSING}
+    saved = json.loads(json.dumps(defaults)) | checkpoint.state["identity"]
     fields = {*saved, *now}
     groups = {field.partition(".")[0] for field in fields}
     unknown = [name for name in accept if name not in fields | groups | SETTINGS.keys()]

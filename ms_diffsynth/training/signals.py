@@ -111,7 +111,10 @@ def _watch(reader: int, stop: StopRequest, grace_seconds: float) -> None:
     while True:
         left = None if until is None else max(until - time.monotonic(), 0.0)
         if not select.select([reader], [], [], left)[0]:
-            _give_up(stop.signal, grace_seconds)
+            _tell(f"{stop.signal.name} was {grace_seconds:g} s ago and the step is not finished and saved: ended as it "
+                  "stands. What was saved before is whole; see --grace_seconds. Every thread was here:")
+            faulthandler.dump_traceback(2)
+            os._exit(HUNG)
         for number in os.read(reader, 64):
             if number == _END[0]:
                 return
@@ -124,13 +127,6 @@ def _watch(reader: int, stop: StopRequest, grace_seconds: float) -> None:
             stop.signal, until = signal.Signals(number), first + grace_seconds
             _tell(f"{stop.signal.name}: finishing this step and saving, for at most {grace_seconds:g} s; once more "
                   "ends at once")
-
-
-def _give_up(number: signal.Signals | None, grace_seconds: float) -> None:
-    _tell(f"{number.name} was {grace_seconds:g} s ago and the step is not finished and saved: ended as it stands. What "
-          "was saved before is whole; see --grace_seconds. Every thread was here:")
-    faulthandler.dump_traceback(2)
-    os._exit(HUNG)
 
 
 def _tell(text: str) -> None:

@@ -1,12 +1,9 @@
 """Evaluation during a run: KID of fresh sample images, and how many of them are copies, every N steps."""
 from __future__ import annotations
 
-import csv
-import io
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from PIL import Image
 
@@ -15,6 +12,7 @@ from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.evaluate import Evaluator
 from ms_diffsynth.storage.files import write_file
 from ms_diffsynth.training.hooks.contract import Hook, is_due
+from ms_diffsynth.training.hooks.rows import read_rows, write_rows
 from ms_diffsynth.training.state import run_folder
 from ms_diffsynth.training.trainer import Trainer
 
@@ -52,7 +50,7 @@ class Evaluation(Hook):
 
     def start(self, trainer: Trainer) -> None:
         if trainer.resumed_from is not None:
-            self._restore(run_folder(trainer.resumed_from), trainer.logger.num_steps)
+            self.rows = read_rows(run_folder(trainer.resumed_from) / FILE, trainer.logger.num_steps)
         self.after_step(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
@@ -73,7 +71,8 @@ class Evaluation(Hook):
             began = time.perf_counter()
             found = self.evaluator.evaluate(self.sampler(self.count))
             self.rows.append({"step": step, **found.record()})
-            write_file(logger.output_path / FILE, _csv(self.rows))
+            rounded = [{name: round(value, 6) for name, value in row.items()} for row in self.rows]
+            write_rows(logger.output_path / FILE, COLUMNS, rounded)
             write_file(logger.output_path / f"samples/nearest-step-{step}.png", found.nearest_png)
             logger.write_image("kid.png", kid_curve(self.rows))
             logger.scalars(found.record(), step)
@@ -81,18 +80,3 @@ class Evaluation(Hook):
                          reference=str(self.evaluator.reference.folder), seconds=round(time.perf_counter() - began, 2))
             trainer.progress.say(f"step {step}: KID {found.kid} on EfficientNet-Lite0 features, floor "
                                  f"{found.floor[1]:.4f}; {found.is_memorised.sum()} of {self.count} near copies")
-
-    def _restore(self, folder: Path, step: int) -> None:
-        """Keep what was evaluated in the run in ``folder`` up to ``step``."""
-        file = folder / FILE
-        if file.is_file():
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file.open())]
-            self.rows = [row | {"step": int(row["step"])} for row in rows if row["step"] <= step]
-
-
-def _csv(rows: list[dict[str, float]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: round(value, 6) for name, value in row.items()} for row in rows)
-    return text.getvalue().encode()

@@ -105,14 +105,18 @@ def run_card(model: DiffusionTrainingModule, logger: ModelLogger, dataset: Any, 
     """README.md of a run as it stands: the weights saved last, and the sample images made last."""
     pipe, prompts, base = model.pipe, tuple(getattr(args, "sample_prompts", ())), _base_model(model, args)
     family = registry.family(args.family)
+    rows = getattr(dataset, "rows", dataset)
+    count = rows if isinstance(rows, int) else len(rows)
+    is_ours = Path(sys.argv[0]).name == "ms-diffsynth"
     return model_card(Card(
         model_id=args.hub_model_id, hub=args.hub, trained=_trained(model, logger), weights=logger.saved[-1].name,
         base_model=base, loader=family.loader(base), licence=family.licences.get(base),
         pipeline_tag="text-to-image" if "prompt" in pipe.inputs else "unconditional-image-generation",
         instance_prompt=args.instance_prompt, prompts=prompts if logger.samples else (),
         samples=[f"samples/step-{max(logger.samples)}.png"] if logger.samples else (),
-        dataset=_described(dataset, args.dataset_base_path), steps=logger.num_steps, seed=args.seed,
-        settings=logger.settings, command=_command(),
+        dataset=f"{Path(args.dataset_base_path).resolve().name} ({count} rows)", steps=logger.num_steps,
+        seed=args.seed, settings=logger.settings,
+        command=["ms-diffsynth", *sys.argv[1:]] if is_ours else ["python", *sys.orig_argv[1:]],
         versions={"ms_diffsynth": __version__} | {name: version(name) for name in ("mindspore", "mindone")},
         how_to_load=_with_template(model, logger, args) if MODEL in _roots(model) else None))
 
@@ -141,18 +145,6 @@ def _base_model(model: DiffusionTrainingModule, args: Any) -> str | None:
     network = [key.partition(":")[0] for key, name in model.pipe.given_as.items() if name == model.pipe.network]
     found = network or [name for name in dict.fromkeys(given) if name]
     return found[0] if network or len(found) == 1 else None
-
-
-def _described(dataset: Any, folder: str) -> str:
-    rows = getattr(dataset, "rows", dataset)
-    return f"{Path(folder).resolve().name} ({rows if isinstance(rows, int) else len(rows)} rows)"
-
-
-def _command() -> list[str]:
-    """The command that started this process, as one would type it."""
-    if Path(sys.argv[0]).name == "ms-diffsynth":
-        return ["ms-diffsynth", *sys.argv[1:]]
-    return ["python", *sys.orig_argv[1:]]
 
 
 def _with_template(model: DiffusionTrainingModule, logger: ModelLogger, args: Any) -> str:

@@ -6,9 +6,7 @@ size, on the mode, on split training or on the number of devices.
 """
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import time
 from typing import Any
 
@@ -19,8 +17,8 @@ from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import UnitSequence
-from ms_diffsynth.storage.files import write_file
 from ms_diffsynth.training.hooks.contract import Hook, is_due
+from ms_diffsynth.training.hooks.rows import read_rows, write_rows
 from ms_diffsynth.training.prepared import PreparedRows, prepare_all
 from ms_diffsynth.training.state import run_folder
 from ms_diffsynth.training.trainer import Trainer
@@ -63,9 +61,16 @@ class Validation(Hook):
         buckets = {self.dataset.bucket_of(row) for row in range(self.dataset.rows)}
         self.loss_of = CompiledStep(UnitSequence(self.cut, pipe).positional, "the validation loss",
                                     trainer.accelerator.mode, planned=len(buckets), announce=pipe.announce)
-        self.levels, self.names = self._levels(pipe.sigmas)
+        if task.level_draw is None:
+            self.levels, self.names = [None], ["loss"]
+        else:  # positions on the training grid, evenly spread over it, and the columns of their losses
+            self.levels = [int((k + 0.5) / LEVELS * len(pipe.sigmas)) for k in range(LEVELS)]
+            self.names = [f"sigma_{pipe.sigmas[level]:.4f}" for level in self.levels]
+        self.columns = tuple(dict.fromkeys(["step", "loss", *self.names]))
         if trainer.resumed_from is not None:
-            self._restore(trainer)
+            rows = read_rows(run_folder(trainer.resumed_from) / FILE, trainer.logger.num_steps)
+            if rows and set(rows[0]) == set(self.columns):  # otherwise they are of other levels
+                self.rows = rows
         self.after_step(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
@@ -74,14 +79,6 @@ class Validation(Hook):
 
     def end(self, trainer: Trainer) -> None:
         self._validate(trainer)
-
-    def _levels(self, sigmas: np.ndarray) -> tuple[list[int | None], list[str]]:
-        """Positions on the training grid, evenly spread over it, and the columns of their losses."""
-        if self.task.level_draw is None:
-            return [None], ["loss"]
-        grid = len(sigmas)
-        levels = [int((k + 0.5) / LEVELS * grid) for k in range(LEVELS)]
-        return levels, [f"sigma_{sigmas[level]:.4f}" for level in levels]
 
     def _validate(self, trainer: Trainer) -> None:
         step = trainer.logger.num_steps
@@ -94,7 +91,8 @@ class Validation(Hook):
             losses = np.array([self._losses(row) for row in range(self.dataset.rows)], np.float64)
             found = dict(zip(self.names, losses.mean(axis=0).tolist()))
             self.rows.append({"step": step, "loss": float(losses.mean()), **found})
-            write_file(trainer.logger.output_path / FILE, self._csv())
+            write_rows(trainer.logger.output_path / FILE, self.columns, [
+                {name: f"{v:.9g}" if isinstance(v, float) else v for name, v in row.items()} for row in self.rows])
             trainer.logger.scalars({"validation_loss": self.rows[-1]["loss"]}, step)
             trainer.logger.event("validation", loss=self.rows[-1]["loss"], images=self.dataset.rows,
                                  seconds=round(time.perf_counter() - began, 2))
@@ -118,18 +116,3 @@ class Validation(Hook):
             losses.append(self.loss_of(*[runtime.to_device(slots[name]) for name in (*self.cut.cache,
                                                                                       *self.cut.draws)])[0])
         return [float(loss.asnumpy()[0]) for loss in losses]
-
-    def _csv(self) -> bytes:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, ("step", *dict.fromkeys(["loss", *self.names])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()} for row in self.rows)
-        return text.getvalue().encode()
-
-    def _restore(self, trainer: Trainer) -> None:
-        """Keep the rows up to the checkpoint, when they are of the same levels."""
-        file = run_folder(trainer.resumed_from) / FILE
-        if file.is_file():
-            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file.open())]
-            rows = [row | {"step": int(row["step"])} for row in rows if row["step"] <= trainer.logger.num_steps]
-            self.rows = rows if rows and set(rows[0]) == {"step", "loss", *self.names} else []
