@@ -73,8 +73,12 @@ def configure(mode: str = "graph", device: str | None = None, *, jit_level: str 
         ms.set_context(mode=ms.PYNATIVE_MODE)
     if target == "CPU":
         ms.runtime.launch_blocking()
-    elif _current is None or _current.device != target:
-        _set_up_ascend(device_memory)
+    elif _current is None or _current.device != target:  # what MindSpore reads before it first uses the device
+        if device_memory is not None:
+            ms.runtime.set_memory(max_size=f"{device_memory:g}GB")
+        ms.device_context.ascend.op_precision.conv_allow_hf32(False)  # or float32 convolutions keep 12 bits of a number
+        if os.environ.get("MS_LAUNCH_BLOCKING") == "1":
+            ms.runtime.launch_blocking()
     install_cpu_kernels()
     rank, world_size = _join(target)
     _current = Runtime(device=target, mode=mode, rank=rank, world_size=world_size,
@@ -154,15 +158,6 @@ def _set_device(device: str | None) -> str:
                           f"{cause}. Expected an Ascend driver, firmware and CANN that fit this MindSpore. "
                           "Install them (see docs/get_started/install.md), or run with --device CPU.") from error
     return wanted
-
-
-def _set_up_ascend(device_memory: float | None) -> None:
-    """Settings that MindSpore reads before it first uses the device."""
-    if device_memory is not None:
-        ms.runtime.set_memory(max_size=f"{device_memory:g}GB")
-    ms.device_context.ascend.op_precision.conv_allow_hf32(False)  # or float32 convolutions keep 12 bits of a number
-    if os.environ.get("MS_LAUNCH_BLOCKING") == "1":
-        ms.runtime.launch_blocking()
 
 
 def versions() -> dict[str, str]:

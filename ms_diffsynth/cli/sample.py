@@ -56,7 +56,11 @@ def execute(args: argparse.Namespace) -> int:
     runtime.configure(args.mode, args.device)
     chosen = family(args.family)
     cls = chosen.pipeline
-    _check_inputs(args, chosen.takes_prompts)
+    if chosen.takes_prompts and not args.prompt:
+        raise ConfigError(f"no prompt: images of the family {args.family} follow one. Give --prompt.")
+    unused = [n for n in (("weights",) if chosen.takes_prompts else ("prompt", "lora", "template")) if getattr(args, n)]
+    if unused:
+        raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")
     cls.check_sampler(args.sampler)
     pipe = cls.from_pretrained(str(args.model), device=args.device)
     if args.max_sequence_length:
@@ -119,11 +123,3 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("; ".join(problems) + ".")
     if args.output.exists() and not args.output.is_dir():
         raise OutputError(f"output={args.output} is a file: expected a folder. Choose another one.")
-
-
-def _check_inputs(args: argparse.Namespace, takes_prompts: bool) -> None:
-    if takes_prompts and not args.prompt:
-        raise ConfigError(f"no prompt: images of the family {args.family} follow one. Give --prompt.")
-    unused = [n for n in (("weights",) if takes_prompts else ("prompt", "lora", "template")) if getattr(args, n)]
-    if unused:
-        raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")

@@ -76,14 +76,28 @@ def _axes(steps: np.ndarray, low: float, high: float) -> tuple[Image.Image, Imag
     if (steps == np.rint(steps)).all():  # steps are whole numbers
         x_ticks = [tick for tick in x_ticks if abs(tick - round(tick)) < 1e-9]
     sheet = Image.new("RGB", (_SIZE[0] * _FINE, _SIZE[1] * _FINE), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13 * _FINE)
     left, top, right, bottom = (edge * _FINE for edge in _BOX)
-    _draw_axes(draw, x_ticks, x_range, y_ticks)
+
+    def to_x(values: np.ndarray) -> np.ndarray:
+        return left + (values - x_range[0]) / (x_range[1] - x_range[0]) * (right - left)
 
     def to_y(values: np.ndarray) -> np.ndarray:
         return np.clip(bottom - (values - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top), top, bottom)
 
-    return sheet, draw, lambda x: left + (x - x_range[0]) / (x_range[1] - x_range[0]) * (right - left), to_y
+    for tick in y_ticks:
+        y = bottom - (tick - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top)
+        draw.line((left, y, right, y), fill=_GRID, width=_FINE)
+        draw.text((left - 9 * _FINE, y), _label(tick, y_ticks[1] - y_ticks[0]), _GRAY, font, anchor="rm")
+    for tick in x_ticks:
+        if x_range[0] <= tick <= x_range[1]:
+            x = to_x(tick)
+            draw.line((x, top, x, bottom), fill=_GRID, width=_FINE)
+            draw.text((x, bottom + 8 * _FINE), _label(tick, x_ticks[1] - x_ticks[0]), _GRAY, font, anchor="ma")
+    draw.line((left, bottom, right, bottom), fill=_GRAY, width=_FINE)
+    draw.line((left, top, left, bottom), fill=_GRAY, width=_FINE)
+    draw.text(((left + right) / 2, (_SIZE[1] - 12) * _FINE), "step", _GRAY, font, anchor="ms")
+    return sheet, draw, to_x, to_y
 
 
 def _draw_line(draw: ImageDraw.ImageDraw, x: np.ndarray, y: np.ndarray, colour: str, width: int) -> None:
@@ -119,23 +133,6 @@ def _label(value: float, step: float) -> str:
     if step < 1e-4 or abs(value) >= 1e7:
         return f"{value:.{max(0, math.floor(math.log10(abs(value))) - math.floor(math.log10(step)))}e}"
     return f"{value:,.{max(0, -math.floor(math.log10(step)))}f}"
-
-
-def _draw_axes(draw: ImageDraw.ImageDraw, x_ticks: list[float], x_range: tuple, y_ticks: list[float]) -> None:
-    left, top, right, bottom = (edge * _FINE for edge in _BOX)
-    font = ImageFont.load_default(13 * _FINE)
-    for tick in y_ticks:
-        y = bottom - (tick - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (bottom - top)
-        draw.line((left, y, right, y), fill=_GRID, width=_FINE)
-        draw.text((left - 9 * _FINE, y), _label(tick, y_ticks[1] - y_ticks[0]), _GRAY, font, anchor="rm")
-    for tick in x_ticks:
-        if x_range[0] <= tick <= x_range[1]:
-            x = left + (tick - x_range[0]) / (x_range[1] - x_range[0]) * (right - left)
-            draw.line((x, top, x, bottom), fill=_GRID, width=_FINE)
-            draw.text((x, bottom + 8 * _FINE), _label(tick, x_ticks[1] - x_ticks[0]), _GRAY, font, anchor="ma")
-    draw.line((left, bottom, right, bottom), fill=_GRAY, width=_FINE)
-    draw.line((left, top, left, bottom), fill=_GRAY, width=_FINE)
-    draw.text(((left + right) / 2, (_SIZE[1] - 12) * _FINE), "step", _GRAY, font, anchor="ms")
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, title: str, lines: Sequence[tuple[str, str]]) -> None:

@@ -165,28 +165,34 @@ def load_adapter(path: str | os.PathLike[str], modules: Iterable[str] | None = N
     Raises: WeightError listing everything that is not understood, unmatched or incomplete.
     """
     checkpoint = Checkpoint([path])
-    names = None if modules is None else _Names(modules)
-    key_of = _Keys(formats)
-    raw: dict[str, _Raw] = {}
+    known = None if modules is None else set(modules)
+    flat: dict[str, list[str]] = {}  # what kohya's underscored names can mean
+    for module in sorted(known or ()):
+        flat.setdefault(module.replace(".", "_"), []).append(module)
+    part_of = {name: part for f in formats for part, names in f.parts.items() for name in names}
+    pattern = re.compile(rf"(?P<stem>.+)\.(?:(?P<name>{'|'.join(map(re.escape, part_of))})"
+                         r"(?:\.default)?(?P<weight>\.weight)?|alpha)")
+    keys: dict[str, dict[str, str]] = {}  # module -> part -> key
     problems: list[str] = []
     for key in checkpoint.entries:
-        stem, part = key_of.parse(key)
-        if part is None:
+        found = pattern.fullmatch(key)
+        part = part_of.get(found["name"], ALPHA) if found else ""
+        if not part or (part.endswith(".weight") and not found["weight"]):  # only a vector goes without .weight
             problems.append(f"{key} is no part of a {' or a '.join(f.name for f in formats)}")
             continue
-        module = _module(stem, names, problems)
+        module = _module(found["stem"], known, flat, problems)
         if module is None:
             continue
-        if part in raw.setdefault(module, _Raw()).keys:
-            problems.append(f"{key} and {raw[module].keys[part]} both mean {module}")
-        raw[module].keys[part] = key
+        if part in keys.setdefault(module, {}):
+            problems.append(f"{key} and {keys[module][part]} both mean {module}")
+        keys[module][part] = key
     settings = _settings(checkpoint.metadata, path)
-    parts = {part for found in raw.values() for part in found.keys} - {ALPHA}
+    parts = {part for found in keys.values() for part in found} - {ALPHA}
     file_format = next((f for f in formats if parts <= f.parts.keys()), formats[0])
     tensors, scales = {}, {}
-    for module, found in raw.items():
+    for module, found in keys.items():
         try:
-            tensors[module], scales[module] = found.read(module, checkpoint, settings, file_format)
+            tensors[module], scales[module] = _read(module, found, checkpoint, settings, file_format)
         except WeightError as error:
             problems.append(str(error))
     for name in {name: None for f in formats for name in f.settings} if settings else ():
@@ -202,83 +208,50 @@ def load_adapter(path: str | os.PathLike[str], modules: Iterable[str] | None = N
     return AdapterFile(file_format, tensors, scales)
 
 
-class _Keys:
-    """Which part of which module a key is."""
-
-    def __init__(self, formats: Sequence[Format]):
-        self.parts = {name: part for f in formats for part, names in f.parts.items() for name in names}
-        names = "|".join(map(re.escape, self.parts))
-        self.pattern = re.compile(rf"(?P<stem>.+)\.(?:(?P<name>{names})(?:\.default)?(?P<weight>\.weight)?|alpha)")
-
-    def parse(self, key: str) -> tuple[str, str | None]:
-        """The module, with its prefix, and the part; None when it is no part. Only a vector goes without .weight."""
-        found = self.pattern.fullmatch(key)
-        if found is None:
-            return key, None
-        part = self.parts.get(found["name"], ALPHA)
-        return found["stem"], None if part.endswith(".weight") and not found["weight"] else part
-
-
-@dataclass
-class _Raw:
-    """The keys of one module's parts and alpha."""
-
-    keys: dict[str, str] = field(default_factory=dict)
-
-    def read(self, module: str, checkpoint: Checkpoint, settings: Mapping[str, Any],
-             file_format: Format) -> tuple[dict[str, np.ndarray], float]:
-        """The tensors and their scale. Raises: WeightError."""
-        if absent := file_format.missing(self.keys):
-            raise WeightError(f"{module} has no {' and no '.join(absent)}")
-        parts = {part: checkpoint[self.keys[part]] for part in file_format.parts}
-        rank = file_format.rank(parts)
-        if not rank:
-            raise WeightError(f"{module}: {_shapes(parts)} are no {file_format.group} {file_format.shapes}")
-        if not {array.dtype.name for array in parts.values()} <= FLOATS.keys():
-            found = " and ".join(f"{label(part)} {array.dtype}" for part, array in parts.items())
-            raise WeightError(f"{module}: {found.replace(' ', ' is ', 1)}, expected {listing(FLOATS)}")
-        if not all(np.isfinite(array).all() for array in parts.values()):
-            raise WeightError(f"{module} holds numbers that are not finite")
-        told = _metadata_scale(module, rank, settings)
-        if ALPHA not in self.keys:
-            return parts, 1.0 if told is None else told
-        alpha = checkpoint[self.keys[ALPHA]]
-        if alpha.size != 1:
-            raise WeightError(f"{module}: alpha has shape {alpha.shape}, expected one number")
-        scale = float(alpha.reshape(())) / rank
-        if not math.isfinite(scale):
-            raise WeightError(f"{module}: alpha is {alpha.reshape(())}, expected a finite number")
-        if told is not None and not math.isclose(told, scale, rel_tol=1e-2):  # bfloat16 alpha has 8 bits
-            raise WeightError(f"{module}: scale {scale:g} by its .alpha but {told:g} by the metadata")
-        return parts, scale
+def _read(module: str, keys: Mapping[str, str], checkpoint: Checkpoint, settings: Mapping[str, Any],
+          file_format: Format) -> tuple[dict[str, np.ndarray], float]:
+    """The tensors of a module and their scale. Raises: WeightError."""
+    if absent := file_format.missing(keys):
+        raise WeightError(f"{module} has no {' and no '.join(absent)}")
+    parts = {part: checkpoint[keys[part]] for part in file_format.parts}
+    rank = file_format.rank(parts)
+    if not rank:
+        raise WeightError(f"{module}: {_shapes(parts)} are no {file_format.group} {file_format.shapes}")
+    if not {array.dtype.name for array in parts.values()} <= FLOATS.keys():
+        found = " and ".join(f"{label(part)} {array.dtype}" for part, array in parts.items())
+        raise WeightError(f"{module}: {found.replace(' ', ' is ', 1)}, expected {listing(FLOATS)}")
+    if not all(np.isfinite(array).all() for array in parts.values()):
+        raise WeightError(f"{module} holds numbers that are not finite")
+    told = _metadata_scale(module, rank, settings)
+    if ALPHA not in keys:
+        return parts, 1.0 if told is None else told
+    alpha = checkpoint[keys[ALPHA]]
+    if alpha.size != 1:
+        raise WeightError(f"{module}: alpha has shape {alpha.shape}, expected one number")
+    scale = float(alpha.reshape(())) / rank
+    if not math.isfinite(scale):
+        raise WeightError(f"{module}: alpha is {alpha.reshape(())}, expected a finite number")
+    if told is not None and not math.isclose(told, scale, rel_tol=1e-2):  # bfloat16 alpha has 8 bits
+        raise WeightError(f"{module}: scale {scale:g} by its .alpha but {told:g} by the metadata")
+    return parts, scale
 
 
-class _Names:
-    """The modules of a model, and what kohya's underscored names can mean."""
-
-    def __init__(self, modules: Iterable[str]):
-        self.all = set(modules)
-        self.flat: dict[str, list[str]] = {}
-        for module in sorted(self.all):
-            self.flat.setdefault(module.replace(".", "_"), []).append(module)
-
-
-def _module(stem: str, names: _Names | None, problems: list[str]) -> str | None:
+def _module(stem: str, known: set[str] | None, flat: Mapping[str, list[str]], problems: list[str]) -> str | None:
     """The module a key belongs to; None, with a problem noted, when that cannot be said."""
     if stem.startswith(KOHYA):
-        if names is None:
+        if known is None:
             problems.append(f"{stem}: kohya's underscored names need the list of the model's modules")
             return None
-        meant = names.flat.get(stem.removeprefix(KOHYA), [])
+        meant = flat.get(stem.removeprefix(KOHYA), [])
         if len(meant) != 1:
             problems.append(f"{stem} could be {listing(meant)}" if meant else f"{stem} is no module of the model")
             return None
         return meant[0]
-    if names is not None and stem in names.all:
+    if known is not None and stem in known:
         return stem
     module = next((stem.removeprefix(p) for p in PREFIXES if stem.startswith(p)), stem)
-    if names is not None and module not in names.all:
-        problems.append(f"{stem} is no module of the model.{nearest(module, names.all)}")
+    if known is not None and module not in known:
+        problems.append(f"{stem} is no module of the model.{nearest(module, known)}")
         return None
     return module
 

@@ -67,29 +67,24 @@ def merge(caches: Sequence[TemplateCache]) -> TemplateCache:
     found: TemplateCache = {}
     for key in CACHE_KEYS:
         parts = [cache[key] for cache in caches if key in cache]
-        if parts:
-            found[key] = parts[0] if len(parts) == 1 else _MERGE[key](parts)
+        if len(parts) == 1:
+            found[key] = parts[0]
+        elif parts and key == "text_embedding":
+            found[key] = _join(parts, -2)
+        elif parts:
+            names = dict.fromkeys(name for part in parts for name in part)
+            of_name = {name: [part[name] for part in parts if name in part] for name in names}
+            if key == "lora":
+                found[key] = {name: _join(tensors, -2 if ".lora_A." in name else -1)
+                              for name, tensors in of_name.items()}
+            else:
+                found[key] = {block: (_join([k for k, _ in pairs], 1), _join([v for _, v in pairs], 1))
+                              for block, pairs in of_name.items()}
     return found
-
-
-def _merge_kv(parts: Sequence[dict[str, tuple[Tensor, Tensor]]]) -> dict[str, tuple[Tensor, Tensor]]:
-    blocks = dict.fromkeys(block for part in parts for block in part)
-    pairs = {block: [part[block] for part in parts if block in part] for block in blocks}
-    return {block: (_join([k for k, _ in found], 1), _join([v for _, v in found], 1))
-            for block, found in pairs.items()}
-
-
-def _merge_lora(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: _join([part[name] for part in parts if name in part], -2 if ".lora_A." in name else -1)
-            for name in names}
 
 
 def _join(tensors: list[Tensor], axis: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else ops.cat([t.astype(tensors[0].dtype) for t in tensors], axis)
-
-
-_MERGE = {"kv_cache": _merge_kv, "text_embedding": lambda parts: _join(list(parts), -2), "lora": _merge_lora}
 
 
 def to_slots(cache: TemplateCache) -> dict[str, Tensor]:

@@ -79,7 +79,18 @@ class DiffusionTrainingModule:
         """
         self.task, (kind, _, stage) = task, task.partition(":")
         self.adapter = adapter_called(adapter)
-        names = self._checked_names(pipe, trainable_models, lora_base_model)
+        names = [n.strip() for n in (trainable_models or "").split(",") if n.strip()]
+        if not names and not lora_base_model:
+            raise ConfigError("nothing would be trained: set lora_base_model or trainable_models, e.g. to dit.")
+        known = [c.name for c in pipe.store.components if not c.is_tokenizer]
+        for name in [*names, *([lora_base_model] if lora_base_model else [])]:
+            root = name.split(".")[0]
+            if root not in known:
+                raise ConfigError(f"'{name}' cannot be trained: {type(pipe).__name__} has the models {listing(known)}."
+                                  f"{nearest(root, pipe.model_names)}")
+        if lora_base_model in names:
+            raise ConfigError(f"'{lora_base_model}' is in trainable_models and is lora_base_model: expected one of the "
+                              "two. Train it whole, or train a LoRA on it.")
         for model in pipe.models.values():
             if isinstance(model, nn.Cell):
                 for parameter in model.get_parameters():
@@ -105,7 +116,12 @@ class DiffusionTrainingModule:
             for parameter in self._parameters_under(pipe, name):
                 parameter.requires_grad = True
         self._store_frozen(fp8_models, ("step",) if stage == "train" else ("prepare", "step"))
-        self._recompute(use_gradient_checkpointing, use_gradient_checkpointing_offload)
+        self.use_gradient_checkpointing = use_gradient_checkpointing
+        self.use_gradient_checkpointing_offload = use_gradient_checkpointing_offload
+        if use_gradient_checkpointing or use_gradient_checkpointing_offload:
+            for name in dict.fromkeys((pipe.network, *(n.split(".")[0] for n in self.trainable))):
+                if name in self.training_cut().models("step") and not pipe.store.component(name).recomputes_itself:
+                    use_recompute(getattr(pipe, name), offload=use_gradient_checkpointing_offload)
 
     def load_training_template_model(self, pipe: Pipeline, path_or_model_id: str | ModelConfig | None,
                                      use_gradient_checkpointing: bool = False,
@@ -121,31 +137,6 @@ class DiffusionTrainingModule:
                             trust_template_sha256=trust_template_sha256,
                             use_gradient_checkpointing=use_gradient_checkpointing,
                             use_gradient_checkpointing_offload=use_gradient_checkpointing_offload)
-
-    @staticmethod
-    def _checked_names(pipe: Pipeline, trainable_models: str | None, lora_base_model: str | None) -> list[str]:
-        names = [n.strip() for n in (trainable_models or "").split(",") if n.strip()]
-        if not names and not lora_base_model:
-            raise ConfigError("nothing would be trained: set lora_base_model or trainable_models, e.g. to dit.")
-        for name in [*names, *([lora_base_model] if lora_base_model else [])]:
-            root = name.split(".")[0]
-            trainable = [c.name for c in pipe.store.components if not c.is_tokenizer]
-            if root not in trainable:
-                raise ConfigError(f"'{name}' cannot be trained: {type(pipe).__name__} has the models "
-                                  f"{listing(trainable)}."
-                                  f"{nearest(root, pipe.model_names)}")
-        if lora_base_model in names:
-            raise ConfigError(f"'{lora_base_model}' is in trainable_models and is lora_base_model: expected one of the "
-                              "two. Train it whole, or train a LoRA on it.")
-        return names
-
-    def _recompute(self, is_on: bool, is_offloaded: bool) -> None:
-        """Let the networks that gradients pass through compute their blocks again in backward."""
-        self.use_gradient_checkpointing, self.use_gradient_checkpointing_offload = is_on, is_offloaded
-        if is_on or is_offloaded:
-            for name in dict.fromkeys((self.pipe.network, *(n.split(".")[0] for n in self.trainable))):
-                if name in self.training_cut().models("step") and not self.pipe.store.component(name).recomputes_itself:
-                    use_recompute(getattr(self.pipe, name), offload=is_offloaded)
 
     def _store_frozen(self, fp8_models: str | None, stages: tuple[str, ...]) -> None:
         """Put the named models that these stages use into 8 bits; what is prepared by them depends on it."""

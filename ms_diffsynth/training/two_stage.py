@@ -82,29 +82,24 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
                                           ("validation", validation_dataset)) if data is not None}
     shaped_by = fingerprint(model, cut, {name: images_of(data) for name, data in sets.items()})
     stamp = digest_of(shaped_by)
-    rows = {name: [_plan(stamp, data, index, model.row_fields) for index in range(_rows_of(data))]
-            for name, data in sets.items()}
+    rows = {name: [_plan(stamp, data, index, model.row_fields)
+                   for index in range(min(len(getattr(data, "rows", data)), len(data)))] for name, data in sets.items()}
     configs = {name: pipe.config(name) for name in cut.models("prepare") if pipe.store.component(name).class_name}
     progress = Progress(accelerator.is_main_process)
-    cache, changed = _begin(accelerator, folder, shaped_by, configs, rows)
+    cache, changed = None, []
+    if accelerator.is_main_process:
+        cache = Cache(folder)
+        changed = cache.begin(shaped_by, configs, rows)
+    keys = {name: [row.key for row in planned] for name, planned in rows.items()}
+    if len(set(accelerator.gather_text(digest_of([shaped_by, keys])))) > 1:
+        raise CacheError(f"the ranks would not write the same cache into {folder}. Expected the same code, settings, "
+                         "images and weights on every machine: copy them, or use storage that all see.")
+    cache = cache or Cache(folder)  # as the first rank has begun it
     if changed:
         progress.say(f"{folder} held the cache of another configuration ({listing(changed, 3)}); its entries stay "
                      f"until ms-diffsynth cache prune {folder}")
     _fill(accelerator, cache, rows, sets, model, cut, progress)
     return Cache(folder)
-
-
-def _begin(accelerator: Accelerator, folder: str | Path, *content: Any) -> tuple[Cache, list[str]]:
-    """The cache, begun by the first rank; and what it changed there."""
-    changed = []
-    if accelerator.is_main_process:
-        cache = Cache(folder)
-        changed = cache.begin(*content)
-    rows = {name: [row.key for row in planned] for name, planned in content[2].items()}
-    if len(set(accelerator.gather_text(digest_of([content[0], rows])))) > 1:
-        raise CacheError(f"the ranks would not write the same cache into {folder}. Expected the same code, settings, "
-                         "images and weights on every machine: copy them, or use storage that all see.")
-    return (cache if accelerator.is_main_process else Cache(folder)), changed
 
 
 def _fill(accelerator: Accelerator, cache: Cache, rows: dict[str, list[PlannedRow]], sets: dict[str, Any],
@@ -187,10 +182,6 @@ def stage_of(task: str) -> str:
     if stage not in ("", "data_process", "train"):
         raise ConfigError(f"task='{task}': expected '{kind}', '{kind}:data_process' or '{kind}:train'.")
     return stage
-
-
-def _rows_of(dataset: Any) -> int:
-    return min(len(getattr(dataset, "rows", dataset)), len(dataset))
 
 
 def _plan(stamp: str, dataset: Any, index: int, fields: list[str] | None) -> PlannedRow:
