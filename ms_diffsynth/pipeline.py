@@ -98,11 +98,6 @@ class Family:
         """What sampling does where it is not told otherwise."""
         return self.pipeline.sampling
 
-    @property
-    def media(self) -> str:
-        """What it makes: ``"image"``."""
-        return self.pipeline.media
-
 
 class UnitSequence(nn.Cell):
     """The step of a cut as one cell: units called in order, wired by constant indices, so that it can be compiled.
@@ -176,7 +171,6 @@ class Pipeline:
     components: tuple[Component, ...] = ()  # of the family; those of one pipeline are ``store.components``
     variants: tuple[tuple[Component, ...], ...] = ()  # what it may be made of instead, as the given files decide
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
-    media = "image"  # what it makes
     sampling = SamplingDefaults()
     division_factor = 16  # heights and widths are multiples of this many pixels
     objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `TASKS`

@@ -27,7 +27,7 @@ def test_an_unknown_name_is_answered_with_the_nearest():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_familys_facts(name):
     found = family(name)
-    assert found.takes_prompts == (name != "ddpm_unet") and found.media == "image"
+    assert found.takes_prompts == (name != "ddpm_unet")
     assert found.tokenizers == tuple(c.name for c in found.pipeline.components if c.name.startswith("tokenizer"))
     assert {f"{tokenizer}_path" for tokenizer in found.tokenizers} <= set(SETTINGS)
     assert found.sampling.cfg_scale >= 1 and found.sampling.embedded_guidance > 0

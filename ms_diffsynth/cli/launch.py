@@ -60,9 +60,16 @@ def execute(args: argparse.Namespace) -> int:
     else:
         sys.stderr.write(f"waiting for {address}:{port}, at most {args.start_seconds} s\n")
         wait_for_scheduler(address, port, args.start_seconds)
+    log_dir = args.log_dir or folder
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=log_dir).close()
+    except OSError as error:
+        raise OutputError(f"log_dir={log_dir} cannot be written to: {error.strerror}. Choose another "
+                          "folder.") from error
     hang_seconds = args.hang_seconds or (20.0 if args.nodes == 1 else 300.0)
     job = Job(command=command, workers=args.workers, nodes=args.nodes, node_rank=args.node_rank, master_address=address,
-              master_port=port, log_dir=_make(args.log_dir or folder), hang_seconds=hang_seconds,
+              master_port=port, log_dir=log_dir, hang_seconds=hang_seconds,
               compile_seconds=args.compile_seconds, grace_seconds=args.grace_seconds, start_seconds=args.start_seconds)
     from ms_diffsynth.launch.supervise import launch
 
@@ -105,12 +112,3 @@ def _program(words: Sequence[str]) -> tuple[tuple[str, ...], Path]:
     given = parser("train").parse_args(words)  # a mistake is told once, and before anything is started
     config = load_config(given.config, overrides_of(given))
     return (sys.executable, "-m", "ms_diffsynth.cli.main", *words), Path(config.run.output_path) / "logs"
-
-
-def _make(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OutputError(f"log_dir={folder} cannot be written to: {error.strerror}. Choose another folder.") from error
-    return folder

@@ -20,31 +20,7 @@ from .operators import (
 )
 from .plots import loss_curve
 
-__all__ = [
-    "Batch",
-    "Bucket",
-    "BucketCropAndResize",
-    "DataProcessingOperator",
-    "ImageCropAndResize",
-    "LoadImage",
-    "Loader",
-    "RouteByExtensionName",
-    "RouteByType",
-    "SequentialProcess",
-    "ToAbsolutePath",
-    "ToFloat",
-    "ToInt",
-    "ToList",
-    "ToStr",
-    "UnifiedDataset",
-    "collate",
-    "describe_buckets",
-    "grid",
-    "image_size",
-    "loss_curve",
-    "make_buckets",
-    "nearest_bucket",
-    "read_image",
-    "to_pil",
-    "to_pixels",
-]
+__all__ = ["Batch", "Bucket", "BucketCropAndResize", "DataProcessingOperator", "ImageCropAndResize", "LoadImage",
+           "Loader", "RouteByExtensionName", "RouteByType", "SequentialProcess", "ToAbsolutePath", "ToFloat", "ToInt",
+           "ToList", "ToStr", "UnifiedDataset", "collate", "describe_buckets", "grid", "image_size", "loss_curve",
+           "make_buckets", "nearest_bucket", "read_image", "to_pil", "to_pixels"]

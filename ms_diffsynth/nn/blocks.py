@@ -92,6 +92,11 @@ class Arranged:
         return ()
 
 
+def by_head(x, heads):
+    """[B, S, D] -> [B, S, H, D / H]; for compiled code."""
+    return x.reshape(x.shape[0], x.shape[1], heads, -1)
+
+
 def at(block: nn.Cell, names: Sequence[str]) -> list[nn.Cell]:
     """The cells of ``block`` at dotted names."""
     found = []

@@ -38,10 +38,17 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
 
     Raises: ConfigError for files, a tokenizer or a setting that the family does not have.
     """
-    model, cls = config.model, family(config.model.family).pipeline
-    pipe = cls.from_pretrained(model_configs(model.model_paths, model.model_id_with_origin_paths),
-                               **_tokenizer_configs(config, cls), device=config.run.device,
-                               mindspore_dtype=runtime.compute_dtype(config.run.dtype))
+    model, cls, tokenizers = config.model, family(config.model.family).pipeline, {}
+    own = family(model.family).tokenizers
+    for setting in SETTINGS:
+        if setting.startswith("tokenizer") and (text := getattr(model, setting)):
+            name = setting.removesuffix("_path")
+            if name not in own:
+                raise ConfigError(f"{setting}={text}: {cls.__name__} has no {name}; it has "
+                                  f"{listing(own) or 'none at all'}. Remove the setting.")
+            tokenizers[f"{name}_config"] = parse_path_or_model_id(text)
+    pipe = cls.from_pretrained(model_configs(model.model_paths, model.model_id_with_origin_paths), **tokenizers,
+                               device=config.run.device, mindspore_dtype=runtime.compute_dtype(config.run.dtype))
     set_sequence_length(pipe, model.family, config.data.max_sequence_length)
     needs_prompts = family(model.family).takes_prompts and not config.run.sample_prompts
     for name in ("sample_steps", "evaluation_steps"):
@@ -82,20 +89,6 @@ def model_configs(model_paths: str | None, model_id_with_origin_paths: str | Non
         raise ConfigError("neither model_paths nor model_id_with_origin_paths is set: name the folder of a "
                           "diffusers-format model, or files on a hub.")
     return configs
-
-
-def _tokenizer_configs(config: TrainConfig, pipeline: type[Pipeline]) -> dict[str, ModelConfig]:
-    """The ``tokenizer..._config`` arguments of ``from_pretrained`` that the ``tokenizer..._path`` settings name."""
-    own = [c.name for c in pipeline.components if c.is_tokenizer]
-    found = {}
-    for setting in SETTINGS:
-        if setting.startswith("tokenizer") and (text := getattr(config.model, setting)):
-            name = setting.removesuffix("_path")
-            if name not in own:
-                raise ConfigError(f"{setting}={text}: {pipeline.__name__} has no {name}; it has "
-                                  f"{listing(own) or 'none at all'}. Remove the setting.")
-            found[f"{name}_config"] = parse_path_or_model_id(text)
-    return found
 
 
 def build_task(config: TrainConfig) -> Task:
@@ -255,7 +248,17 @@ def build_sampler(config: TrainConfig, pipe: Pipeline) -> tuple[Sampler | None, 
     square = _buckets_near_square(config.data, pipe.division_factor, 1)[0]
     how["height"] = run.sample_height or config.data.height or square.height
     how["width"] = run.sample_width or config.data.width or square.width
-    inputs = _template_inputs(run.sample_template_inputs, len(prompts))
+    inputs: list[Mapping[str, Any]] = []
+    if text := run.sample_template_inputs:
+        try:
+            given = json.loads(text)
+        except ValueError:
+            given = None
+        inputs = [given] * len(prompts) if isinstance(given, dict) else given
+        is_list = isinstance(inputs, list) and len(inputs) == len(prompts)
+        if not is_list or not all(isinstance(item, dict) for item in inputs):
+            raise ConfigError(f"sample_template_inputs={text}: expected a JSON object such as {{\"scale\": 0.5}}, or a "
+                              f"list of {len(prompts)}, one for each of sample_prompts.")
 
     def sampler(count: int = len(prompts)) -> list[Image.Image]:
         caches = [trained_template_cache(pipe, given) for given in inputs] if inputs else [None] * len(prompts)
@@ -267,17 +270,3 @@ def build_sampler(config: TrainConfig, pipe: Pipeline) -> tuple[Sampler | None, 
         return images
 
     return sampler, prompts
-
-
-def _template_inputs(text: str | None, count: int) -> list[Mapping[str, Any]]:
-    if not text:
-        return []
-    try:
-        given = json.loads(text)
-    except ValueError:
-        given = None
-    given = [given] * count if isinstance(given, dict) else given
-    if not isinstance(given, list) or len(given) != count or not all(isinstance(item, dict) for item in given):
-        raise ConfigError(f"sample_template_inputs={text}: expected a JSON object such as {{\"scale\": 0.5}}, or a "
-                          f"list of {count}, one for each of sample_prompts.")
-    return given

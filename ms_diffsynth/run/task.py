@@ -71,7 +71,12 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> ModelLogger:
     pipe.load_models_to_device(cut.models("step"))
     if accelerator.is_main_process:
         logger.files["config.yaml"] = to_yaml(config).encode()
-        sys.stderr.write(_summary(config, module, sets))
+        images, classes, held_out = (
+            None if rows is None else rows.rows if isinstance(rows, CachedRows) else len(rows.rows) for rows in sets)
+        prior = "" if classes is None else f" and {classes} class images"
+        other = "" if held_out is None else f", {held_out} held out"
+        sys.stderr.write(f"{config.model.family}: {images} images{prior}{other}, batch size {config.run.batch_size}, "
+                         f"task {config.objective.task}, output in {config.run.output_path}\n{module.pipe.objective}\n")
     sampler, captions = build_sampler(config, pipe)
     return launch_training_task(accelerator, sets.instance, module, logger, class_dataset=sets.classes,
                                 validation_dataset=sets.validation, args=config, sampler=sampler,
@@ -115,8 +120,21 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     sets = rows_of_run(accelerator, model, model_logger, DataSets(dataset, class_dataset, validation_dataset), args)
     settings = (settings or {}) | flat(args) | dataclasses.asdict(chosen) | {
         "mode": accelerator.mode, "device": accelerator.device, "num_processes": accelerator.num_processes}
-    looking = _looking_hooks(accelerator, sets.validation, model, chosen, sampler, sample_captions or [],
-                             flat(args).get("dataset_base_path") or getattr(dataset, "base_path", None))
+    looking: list[Hook] = []
+    if sampler is not None and stage_of(model.task) != "train":
+        looking.append(Samples(sampler, sample_captions or [], chosen.sample_steps))
+    elif sampler is not None and is_main:  # what samples need besides the network is not loaded
+        sys.stderr.write("sample images need the models that this stage does not load: make them afterwards with "
+                         "ms-diffsynth sample\n")
+    if chosen.validation_steps is not None:
+        if sets.validation is None:
+            raise ConfigError(f"validation_steps={chosen.validation_steps}, but no images are held out: give "
+                              "validation_dataset, or set validation_share; of a cache, in both stages.")
+        looking.append(Validation(sets.validation, chosen.validation_steps))
+    if chosen.evaluation_steps is not None and is_main:
+        images = flat(args).get("dataset_base_path") or getattr(dataset, "base_path", None)
+        looking.append(Evaluation(sampler, chosen.evaluation_reference or images, chosen.evaluation_count,
+                                  chosen.evaluation_steps))
     with same_run.holding(model_logger.output_path) if is_main else nullcontext():
         cut = None if model.has_own_forward else model.training_cut()
         identity = same_run.identity(accelerator, model, cut, chosen, args, sets.instance, sets.classes)
@@ -153,35 +171,3 @@ def rows_of_run(accelerator: Accelerator, model: DiffusionTrainingModule, logger
         model.pipe.unload_models(set(cut.models("prepare")) - set(cut.models("step")))
     return DataSets(*open_cache(folder or sets.instance.base_path, model, cut,
                                 repeat=getattr(sets.instance, "repeat", 1)))
-
-
-def _looking_hooks(accelerator: Accelerator, held_out: Any, model: DiffusionTrainingModule, options: TrainingOptions,
-                   sampler: Any, captions: list[str], images: Any) -> list[Hook]:
-    """What looks at the weights between the steps. ``images``: the folder of the training images."""
-    found: list[Hook] = []
-    if sampler is not None and stage_of(model.task) != "train":
-        found.append(Samples(sampler, captions, options.sample_steps))
-    elif sampler is not None and accelerator.is_main_process:  # what samples need besides the network is not loaded
-        sys.stderr.write("sample images need the models that this stage does not load: make them afterwards with "
-                         "ms-diffsynth sample\n")
-    if options.validation_steps is not None:
-        if held_out is None:
-            raise ConfigError(f"validation_steps={options.validation_steps}, but no images are held out: give "
-                              "validation_dataset, or set validation_share; of a cache, in both stages.")
-        found.append(Validation(held_out, options.validation_steps))
-    if options.evaluation_steps is not None and accelerator.is_main_process:
-        found.append(Evaluation(sampler, options.evaluation_reference or images, options.evaluation_count,
-                                options.evaluation_steps))
-    return found
-
-
-def _summary(config: TrainConfig, module: DiffusionTrainingModule, sets: DataSets) -> str:
-    """What is about to happen, in two lines."""
-    def count(rows: Any) -> int:
-        return rows.rows if isinstance(rows, CachedRows) else len(rows.rows)
-
-    prior = f" and {count(sets.classes)} class images" if sets.classes is not None else ""
-    held_out = f", {count(sets.validation)} held out" if sets.validation is not None else ""
-    return (f"{config.model.family}: {count(sets.instance)} images{prior}{held_out}, batch size "
-            f"{config.run.batch_size}, task {config.objective.task}, output in {config.run.output_path}\n"
-            f"{module.pipe.objective}\n")

@@ -98,18 +98,11 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
     if changed:
         progress.say(f"{folder} held the cache of another configuration ({listing(changed, 3)}); its entries stay "
                      f"until ms-diffsynth cache prune {folder}")
-    _fill(accelerator, cache, rows, sets, model, cut, progress)
-    return Cache(folder)
-
-
-def _fill(accelerator: Accelerator, cache: Cache, rows: dict[str, list[PlannedRow]], sets: dict[str, Any],
-          model: DiffusionTrainingModule, cut: Cut, progress: Progress) -> None:
-    """Write the entries that are not there, each rank its share of them, and say what was done."""
     began, written, size = time.perf_counter(), 0, 0
     todo = {row.key: (name, index) for name, planned in rows.items() for index, row in enumerate(planned)}
     own = list(todo.items())[accelerator.process_index::accelerator.num_processes]
-    model.pipe.announce = progress.announce
-    model.pipe.compile_to_prepare(cut.prepare, len(todo))
+    pipe.announce = progress.announce
+    pipe.compile_to_prepare(cut.prepare, len(todo))
     progress.begin(len(own), "caching", "row")
     beat(0, "prepare")
     for key, (name, index) in own:
@@ -129,8 +122,8 @@ def _fill(accelerator: Accelerator, cache: Cache, rows: dict[str, list[PlannedRo
     each = f" ({seconds / written:.2f} s and {size / written / 1e3:,.0f} kB a row)" if written else ""
     progress.say(f"cache in {cache.folder}: {sum(map(len, rows.values()))} rows, {written} prepared{each}, "
                  f"{len(todo) - written} there already{f'; {len(done)} ranks' if len(done) > 1 else ''}")
-    progress.say(f"loaded: {describe_loaded(model.pipe)}; peak memory "
-                 f"{runtime.memory_text(runtime.peak_memory_bytes())}")
+    progress.say(f"loaded: {describe_loaded(pipe)}; peak memory {runtime.memory_text(runtime.peak_memory_bytes())}")
+    return Cache(folder)
 
 
 def open_cache(folder: str | Path, module: DiffusionTrainingModule, cut: Cut,

@@ -16,7 +16,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint, nn, ops
 
-from ms_diffsynth.nn.blocks import Arranged, Kind
+from ms_diffsynth.nn.blocks import Arranged, Kind, by_head
 from ms_diffsynth.ops import network
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
@@ -64,12 +64,12 @@ class DoubleBlock(nn.Cell):
         (image, x), (text, y) = network.shared(image, 2), network.shared(text, 2)
         x_q, x_k, x_v = network.shared(network.layer_norm_modulate(x, scale, shift, EPS), 3)
         y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, text_scale, text_shift, EPS), 3)
-        q = network.join(self.text_norm_q(_heads(self.text_q(y_q, w_text_q, lora), self.heads), w_text_norm_q, lora),
-                         self.norm_q(_heads(self.to_q(x_q, w_q, lora), self.heads), w_norm_q, lora))
-        k = network.join(self.text_norm_k(_heads(self.text_k(y_k, w_text_k, lora), self.heads), w_text_norm_k, lora),
-                         self.norm_k(_heads(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
-        v = network.join(_heads(self.text_v(y_v, w_text_v, lora), self.heads),
-                         _heads(self.to_v(x_v, w_v, lora), self.heads))
+        q = network.join(self.text_norm_q(by_head(self.text_q(y_q, w_text_q, lora), self.heads), w_text_norm_q, lora),
+                         self.norm_q(by_head(self.to_q(x_q, w_q, lora), self.heads), w_norm_q, lora))
+        k = network.join(self.text_norm_k(by_head(self.text_k(y_k, w_text_k, lora), self.heads), w_text_norm_k, lora),
+                         self.norm_k(by_head(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
+        v = network.join(by_head(self.text_v(y_v, w_text_v, lora), self.heads),
+                         by_head(self.to_v(x_v, w_v, lora), self.heads))
         q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
         y, x = network.part(self.attend(q, k, v), text.shape[1])
         image, x = network.shared(network.gate_add(image, gate, self.to_out(x, w_out, lora)), 2)
@@ -101,10 +101,10 @@ class SingleBlock(nn.Cell):
         shift, scale, gate = network.chunks(self.modulate(emb, w_modulate, lora), 3)
         x, y = network.shared(x, 2)
         y, y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, scale, shift, EPS), 4)
-        q = self.norm_q(_heads(self.to_q(y_q, w_q, lora), self.heads), w_norm_q, lora)
-        k = self.norm_k(_heads(self.to_k(y_k, w_k, lora), self.heads), w_norm_k, lora)
+        q = self.norm_q(by_head(self.to_q(y_q, w_q, lora), self.heads), w_norm_q, lora)
+        k = self.norm_k(by_head(self.to_k(y_k, w_k, lora), self.heads), w_norm_k, lora)
         q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
-        attended = self.attend(q, k, _heads(self.to_v(y_v, w_v, lora), self.heads))
+        attended = self.attend(q, k, by_head(self.to_v(y_v, w_v, lora), self.heads))
         hidden = network.gelu_tanh(self.up(y, w_up, lora))
         x = network.gate_add(x, gate, self.out(network.join_last(attended, hidden), w_out, lora))
         if self.is_float16:
@@ -168,10 +168,6 @@ class FluxTransformer(Arranged, mindone.FluxTransformer2DModel):
     def _build(self, kind, _, layers):
         # a bias, because the weight may be stored in 8 bits
         return kind(layers, self.heads, self.x_embedder.bias.dtype)
-
-
-def _heads(x, heads):
-    return x.reshape(x.shape[0], x.shape[1], heads, -1)
 
 
 def use_own_blocks(dit: nn.Cell) -> nn.Cell:

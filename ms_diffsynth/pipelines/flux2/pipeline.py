@@ -16,10 +16,10 @@ from ms_diffsynth.pipelines.flux2 import units
 from ms_diffsynth.pipelines.flux2.denoise import Denoise
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.text import QWEN_TOKENIZER, build_qwen_tokenizer
 from ms_diffsynth.pipelines.shared.vae_units import LoadPixels
 
 # Qwen2.5's vocabulary is Qwen3's without these four, which come right behind it
-QWEN_TOKENIZER = Path(__file__).parents[1] / "shared" / "tokenizers" / "qwen2"
 LATER_TOKENS = ("<tool_response>", "</tool_response>", "<think>", "</think>")
 UNUSED_LAYERS = tuple(f"model.layers.{k}." for k in range(27, 36))  # of Qwen3's 36: klein stops at three quarters
 # how the names of a Mistral3 begin inside transformers since 4.52; FLUX.2-dev's files have those of before
@@ -54,10 +54,7 @@ def _build_text_encoder(config: dict[str, Any]):
 
 
 def _build_tokenizer(folder: Path):
-    with quiet_imports():
-        from transformers import Qwen2Tokenizer
-
-    tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    tokenizer = build_qwen_tokenizer(folder)
     tokenizer.add_tokens([token for token in LATER_TOKENS if token not in tokenizer.get_vocab()])
     return tokenizer
 

@@ -15,7 +15,7 @@ from functools import partial
 import mindspore as ms
 from mindspore import mint, nn
 
-from ms_diffsynth.nn.blocks import Arranged, Kind, at
+from ms_diffsynth.nn.blocks import Arranged, Kind, at, by_head
 from ms_diffsynth.ops import network
 from ms_diffsynth.pipelines.flux2.template import JOINT_LAYERS, SINGLE_LAYERS, joined
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
@@ -67,12 +67,12 @@ class DoubleBlock(nn.Cell):
         (image, x), (text, y) = network.shared(image, 2), network.shared(text, 2)
         x_q, x_k, x_v = network.shared(network.layer_norm_modulate(x, scale, shift, self.eps), 3)
         y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, text_scale, text_shift, self.eps), 3)
-        q = network.join(self.text_norm_q(_heads(self.text_q(y_q, w_text_q, lora), self.heads), w_text_norm_q, lora),
-                         self.norm_q(_heads(self.to_q(x_q, w_q, lora), self.heads), w_norm_q, lora))
-        k = network.join(self.text_norm_k(_heads(self.text_k(y_k, w_text_k, lora), self.heads), w_text_norm_k, lora),
-                         self.norm_k(_heads(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
-        v = network.join(_heads(self.text_v(y_v, w_text_v, lora), self.heads),
-                         _heads(self.to_v(x_v, w_v, lora), self.heads))
+        q = network.join(self.text_norm_q(by_head(self.text_q(y_q, w_text_q, lora), self.heads), w_text_norm_q, lora),
+                         self.norm_q(by_head(self.to_q(x_q, w_q, lora), self.heads), w_norm_q, lora))
+        k = network.join(self.text_norm_k(by_head(self.text_k(y_k, w_text_k, lora), self.heads), w_text_norm_k, lora),
+                         self.norm_k(by_head(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
+        v = network.join(by_head(self.text_v(y_v, w_text_v, lora), self.heads),
+                         by_head(self.to_v(x_v, w_v, lora), self.heads))
         q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
         for keys, values in weights[1]:
             k, v = network.join(k, keys), network.join(v, values)
@@ -108,8 +108,8 @@ class SingleBlock(nn.Cell):
         (x, y), width = network.shared(x, 2), x.shape[2]
         projected = self.project(network.layer_norm_modulate(y, scale, shift, self.eps), w_project, lora)
         q, k, v, hidden = network.parts(projected, (width, width, width, projected.shape[2] - 3 * width))
-        q, k = self.norm_q(_heads(q, self.heads), w_norm_q, lora), self.norm_k(_heads(k, self.heads), w_norm_k, lora)
-        q, k, v = network.rotate(q, cos, sin), network.rotate(k, cos, sin), _heads(v, self.heads)
+        q, k = self.norm_q(by_head(q, self.heads), w_norm_q, lora), self.norm_k(by_head(k, self.heads), w_norm_k, lora)
+        q, k, v = network.rotate(q, cos, sin), network.rotate(k, cos, sin), by_head(v, self.heads)
         for keys, values in weights[1]:
             k, v = network.join(k, keys), network.join(v, values)
         hidden = network.join_last(self.attend(q, k, v), network.swiglu(hidden))
@@ -178,10 +178,6 @@ class Flux2Transformer(Arranged, mindone.Flux2Transformer2DModel):
         dtype = self.transformer_blocks[0].attn.norm_q.weight.dtype
         layers = [*map(Adapted, layers[:len(kind.LINEAR)]), *layers[len(kind.LINEAR):]]
         return kind(layers, self.heads, self.eps, dtype)
-
-
-def _heads(x, heads):
-    return x.reshape(x.shape[0], x.shape[1], heads, -1)
 
 
 def _shapes(kind, blocks):

@@ -1,7 +1,6 @@
 """Qwen-Image: a language model as text encoder, a film VAE used on one frame, and a transformer of two streams."""
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from ms_diffsynth.pipelines.qwen_image import units
 from ms_diffsynth.pipelines.qwen_image.denoise import Denoise
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.text import QWEN_TOKENIZER, build_qwen_tokenizer
 from ms_diffsynth.pipelines.shared.vae_units import LoadPixels
 
-QWEN_TOKENIZER = Path(__file__).parents[1] / "shared" / "tokenizers" / "qwen2"
 # settings newer diffusers write into config.json; with these values the network is the one mindone 0.5.0 knows
 LATER_SETTINGS = {"use_additional_t_cond": False, "use_layer3d_rope": False, "zero_cond_t": False, "input_channels": 3}
 
@@ -42,20 +41,13 @@ def _build_text_encoder(config: dict[str, Any]):
     return QwenTextEncoder(config)
 
 
-def _build_tokenizer(folder: Path):
-    with quiet_imports():
-        from transformers import Qwen2Tokenizer
-
-    return Qwen2Tokenizer.from_pretrained(folder)
-
-
 def _arguments(config: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments from a diffusers config.json. A later setting that is on reaches mindone, which refuses."""
     return {k: v for k, v in config.items() if not k.startswith("_") and (k, v) not in _LATER}
 
 
 COMPONENTS = (
-    Component(name="tokenizer", folder="tokenizer", build=_build_tokenizer, default_folder=QWEN_TOKENIZER,
+    Component(name="tokenizer", folder="tokenizer", build=build_qwen_tokenizer, default_folder=QWEN_TOKENIZER,
               libraries=("transformers",)),
     Component(name="text_encoder", folder="text_encoder", class_name="Qwen2_5_VLForConditionalGeneration",
               build=_build_text_encoder, ignored=("visual.", "lm_head.")),

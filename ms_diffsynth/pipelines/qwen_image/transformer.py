@@ -13,7 +13,7 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import mint, nn, ops
 
-from ms_diffsynth.nn.blocks import Arranged, Kind
+from ms_diffsynth.nn.blocks import Arranged, Kind, by_head
 from ms_diffsynth.ops import network
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
@@ -49,12 +49,12 @@ class Block(nn.Cell):
         (image, x), (text, y) = network.shared(image, 2), network.shared(text, 2)
         x_q, x_k, x_v = network.shared(network.layer_norm_modulate(x, scale, shift, EPS), 3)
         y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, text_scale, text_shift, EPS), 3)
-        q = network.join(self.text_norm_q(_heads(self.text_q(y_q, w_text_q, lora), self.heads), w_text_norm_q, lora),
-                         self.norm_q(_heads(self.to_q(x_q, w_q, lora), self.heads), w_norm_q, lora))
-        k = network.join(self.text_norm_k(_heads(self.text_k(y_k, w_text_k, lora), self.heads), w_text_norm_k, lora),
-                         self.norm_k(_heads(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
-        v = network.join(_heads(self.text_v(y_v, w_text_v, lora), self.heads),
-                         _heads(self.to_v(x_v, w_v, lora), self.heads))
+        q = network.join(self.text_norm_q(by_head(self.text_q(y_q, w_text_q, lora), self.heads), w_text_norm_q, lora),
+                         self.norm_q(by_head(self.to_q(x_q, w_q, lora), self.heads), w_norm_q, lora))
+        k = network.join(self.text_norm_k(by_head(self.text_k(y_k, w_text_k, lora), self.heads), w_text_norm_k, lora),
+                         self.norm_k(by_head(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
+        v = network.join(by_head(self.text_v(y_v, w_text_v, lora), self.heads),
+                         by_head(self.to_v(x_v, w_v, lora), self.heads))
         q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
         y, x = network.part(self.attend(q, k, v, mask), text.shape[1])
         image, x = network.shared(network.gate_add(image, gate, self.to_out(x, w_out, lora)), 2)
@@ -117,10 +117,6 @@ class QwenImageTransformer(Arranged, mindone.QwenImageTransformer2DModel):
     def _build(self, block, layers):
         # a bias, because the weight may be stored in 8 bits
         return Block(layers, self.heads, self.img_in.bias.dtype, isinstance(block, QwenImageLastBlock))
-
-
-def _heads(x, heads):
-    return x.reshape(x.shape[0], x.shape[1], heads, -1)
 
 
 def build_transformer(config: dict) -> QwenImageTransformer:

@@ -14,7 +14,7 @@ import mindspore as ms
 from mindspore import Parameter, mint, nn
 from mindspore.common.initializer import initializer
 
-from ms_diffsynth.nn.blocks import Arranged, Kind
+from ms_diffsynth.nn.blocks import Arranged, Kind, by_head
 from ms_diffsynth.ops import network
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
@@ -79,9 +79,9 @@ class Block(nn.Cell):
         if self.is_dual:
             x, z = network.shared(x, 2)
         x_q, x_k, x_v = network.shared(network.layer_norm_modulate(x, scale, shift, EPS), 3)
-        q = self.norm_q(_heads(self.to_q(x_q, weights, lora), self.heads), weights, lora)
-        k = self.norm_k(_heads(self.to_k(x_k, weights, lora), self.heads), weights, lora)
-        v = _heads(self.to_v(x_v, weights, lora), self.heads)
+        q = self.norm_q(by_head(self.to_q(x_q, weights, lora), self.heads), weights, lora)
+        k = self.norm_k(by_head(self.to_k(x_k, weights, lora), self.heads), weights, lora)
+        v = by_head(self.to_v(x_v, weights, lora), self.heads)
         text_changes = self.text_modulate(emb, weights, lora)
         if self.is_last:
             text_scale, text_shift = network.chunks(text_changes, 2)
@@ -90,11 +90,11 @@ class Block(nn.Cell):
             text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = network.chunks(text_changes, 6)
             text, y = network.shared(text, 2)
             y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, text_scale, text_shift, EPS), 3)
-            text_q = _heads(self.text_q(y_q, weights, lora), self.heads)
+            text_q = by_head(self.text_q(y_q, weights, lora), self.heads)
             q = network.join(q, self.text_norm_q(text_q, weights, lora))
-        text_k = _heads(self.text_k(y_k, weights, lora), self.heads)
+        text_k = by_head(self.text_k(y_k, weights, lora), self.heads)
         k = network.join(k, self.text_norm_k(text_k, weights, lora))
-        v = network.join(v, _heads(self.text_v(y_v, weights, lora), self.heads))
+        v = network.join(v, by_head(self.text_v(y_v, weights, lora), self.heads))
         x = self.attend(q, k, v)
         if not self.is_last:
             x, y = network.part(x, image.shape[1])
@@ -122,13 +122,9 @@ class Block(nn.Cell):
     def attend_itself(self, x, weights, lora):
         """The second attention: [B, N, D] -> the same."""
         x_q, x_k, x_v = network.shared(x, 3)
-        q = self.own_norm_q(_heads(self.own_q(x_q, weights, lora), self.heads), weights, lora)
-        k = self.own_norm_k(_heads(self.own_k(x_k, weights, lora), self.heads), weights, lora)
-        return self.own_out(self.attend(q, k, _heads(self.own_v(x_v, weights, lora), self.heads)), weights, lora)
-
-
-def _heads(x, heads):
-    return x.reshape(x.shape[0], x.shape[1], heads, -1)
+        q = self.own_norm_q(by_head(self.own_q(x_q, weights, lora), self.heads), weights, lora)
+        k = self.own_norm_k(by_head(self.own_k(x_k, weights, lora), self.heads), weights, lora)
+        return self.own_out(self.attend(q, k, by_head(self.own_v(x_v, weights, lora), self.heads)), weights, lora)
 
 
 class SD3Block(JointTransformerBlock):

@@ -18,24 +18,21 @@ from ms_diffsynth.pipelines.shared.t5 import with_exact_buckets
 logger = logging.getLogger(__name__)
 
 CLIP_TOKENS = 77
-# the tokenizers of CLIP-L and T5 v1.1, as published with FLUX.1
-CLIP_TOKENIZER, T5_TOKENIZER = (Path(__file__).parent / "tokenizers" / name for name in ("clip", "t5"))
+# the tokenizers of CLIP-L and T5 v1.1, as published with FLUX.1, and of Qwen2.5
+CLIP_TOKENIZER, T5_TOKENIZER, QWEN_TOKENIZER = (
+    Path(__file__).parent / "tokenizers" / name for name in ("clip", "t5", "qwen2"))
 
 
-def build_clip(config: dict[str, Any]):
+def build_clip(config: dict[str, Any], class_name: str = "CLIPTextModel"):
     with quiet_imports():
-        from mindone.transformers import CLIPTextModel
+        from mindone import transformers as networks
         from transformers import CLIPTextConfig
 
-    return CLIPTextModel(CLIPTextConfig(**config))
+    return getattr(networks, class_name)(CLIPTextConfig(**config))
 
 
 def build_clip_with_projection(config: dict[str, Any]):
-    with quiet_imports():
-        from mindone.transformers import CLIPTextModelWithProjection
-        from transformers import CLIPTextConfig
-
-    return CLIPTextModelWithProjection(CLIPTextConfig(**config))
+    return build_clip(config, "CLIPTextModelWithProjection")
 
 
 def build_t5(config: dict[str, Any]):
@@ -62,6 +59,13 @@ def build_t5_tokenizer(folder: Path):
         from transformers import T5Tokenizer
 
     return T5Tokenizer.from_pretrained(folder)
+
+
+def build_qwen_tokenizer(folder: Path):
+    with quiet_imports():
+        from transformers import Qwen2Tokenizer
+
+    return Qwen2Tokenizer.from_pretrained(folder)
 
 
 def padded_ids(tokenizer: Any, prompt: str, length: int, name: str) -> Tensor:
