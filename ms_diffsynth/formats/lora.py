@@ -172,7 +172,7 @@ def load_adapter(path: str | os.PathLike[str], modules: Iterable[str] | None = N
     for key in checkpoint.entries:
         stem, part = key_of.parse(key)
         if part is None:
-            problems.append(f"{key} is no part of a {' or a '.join(f.name for f in formats)}")
+            problems.append(f"{key} is not part of a {' or a '.join(f.name for f in formats)}")
             continue
         module = _module(stem, names, problems)
         if module is None:
@@ -211,7 +211,7 @@ class _Keys:
         self.pattern = re.compile(rf"(?P<stem>.+)\.(?:(?P<name>{names})(?:\.default)?(?P<weight>\.weight)?|alpha)")
 
     def parse(self, key: str) -> tuple[str, str | None]:
-        """The module, with its prefix, and the part; None when it is no part. Only a vector goes without .weight."""
+        """The module, with its prefix, and the part; None when it is not one. Only a vector goes without .weight."""
         found = self.pattern.fullmatch(key)
         if found is None:
             return key, None
@@ -233,7 +233,7 @@ class _Raw:
         parts = {part: checkpoint[self.keys[part]] for part in file_format.parts}
         rank = file_format.rank(parts)
         if not rank:
-            raise WeightError(f"{module}: {_shapes(parts)} are no {file_format.group} {file_format.shapes}")
+            raise WeightError(f"{module}: {_shapes(parts)} are not a {file_format.group} {file_format.shapes}")
         if not {array.dtype.name for array in parts.values()} <= FLOATS.keys():
             found = " and ".join(f"{label(part)} {array.dtype}" for part, array in parts.items())
             raise WeightError(f"{module}: {found.replace(' ', ' is ', 1)}, expected {listing(FLOATS)}")
@@ -271,14 +271,14 @@ def _module(stem: str, names: _Names | None, problems: list[str]) -> str | None:
             return None
         meant = names.flat.get(stem.removeprefix(KOHYA), [])
         if len(meant) != 1:
-            problems.append(f"{stem} could be {listing(meant)}" if meant else f"{stem} is no module of the model")
+            problems.append(f"{stem} could be {listing(meant)}" if meant else f"{stem} is not a module of the model")
             return None
         return meant[0]
     if names is not None and stem in names.all:
         return stem
     module = next((stem.removeprefix(p) for p in PREFIXES if stem.startswith(p)), stem)
     if names is not None and module not in names.all:
-        problems.append(f"{stem} is no module of the model.{nearest(module, names.all)}")
+        problems.append(f"{stem} is not a module of the model.{nearest(module, names.all)}")
         return None
     return module
 
@@ -290,7 +290,7 @@ def _settings(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> dict
     try:
         settings = dict(json.loads(metadata[ADAPTER_METADATA]))
     except (ValueError, TypeError) as error:
-        raise WeightError(f"{path}: the metadata '{ADAPTER_METADATA}' is no JSON object ({error}). "
+        raise WeightError(f"{path}: the metadata '{ADAPTER_METADATA}' is not a JSON object ({error}). "
                           "Save it again.") from error
     settings = {next((k.removeprefix(p) for p in PREFIXES if k.startswith(p)), k): v for k, v in settings.items()}
     alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}

@@ -20,7 +20,7 @@ from ms_diffsynth.train.step import AttrJitWrapper, TrainStep
 
 
 class TrainStepForFluxDevDB(TrainStep):
-    """The user's document 003 with its slips mended (docs/explanation/porting.md lists them).
+    """The user's document 003 with its errors corrected (docs/explanation/porting.md lists them).
 
     Args:
         vae, transformer: mindone's AutoencoderKL (frozen) and FluxTransformer2DModel.
