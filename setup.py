@@ -14,8 +14,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["ms_diffsynth", "ms_diffsynth.*"]),
-    package_data={"ms_diffsynth": ["hub/*.jinja", "pipelines/*/tokenizer*/*", "pipelines/shared/tokenizers/*/*",
-                                   "standin/native/*", "debug/cases/*/*.*",
+    package_data={"ms_diffsynth": ["py.typed", "hub/*.jinja", "pipelines/*/tokenizer*/*",
+                                   "pipelines/shared/tokenizers/*/*", "standin/native/*", "debug/cases/*/*.*",
                                    "debug/cases/*/*/*"]},
     install_requires=[
         "mindspore>=2.7.2,<2.11",

@@ -53,8 +53,8 @@ def build_ours(name: str, weights: Path, mode: str):
     """ms_diffsynth's TrainStep and AdamW on its own blocks."""
     runtime.configure(mode, "CPU")
     from ms_diffsynth.pipelines.flux.transformer import use_own_blocks
-    from ms_diffsynth.train.optim import AdamW
-    from ms_diffsynth.train.step import TrainStep
+    from ms_diffsynth.training.optim import AdamW
+    from ms_diffsynth.training.step import TrainStep
 
     class Step(TrainStep):
         def forward(self, *batch):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # MindSpore and transformers print warnings that no user of this package can act on; a value set outside wins
 os.environ.setdefault("GLOG_v", "3")
@@ -15,48 +15,124 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    # units and programs
-    "PipelineUnit": "units", "TensorUnit": "units", "Program": "program", "Cut": "program",
-    # pipelines
-    "Pipeline": "pipeline", "Family": "pipeline", "Component": "models", "ModelConfig": "hub.download",
-    "FluxImagePipeline": "pipelines.flux.pipeline", "TrainStepForFluxDevDB": "pipelines.flux.train_step",
-    "Flux2ImagePipeline": "pipelines.flux2.pipeline",
-    "QwenImagePipeline": "pipelines.qwen_image.pipeline", "SD3ImagePipeline": "pipelines.sd3.pipeline",
-    "UnconditionalImagePipeline": "pipelines.ddpm_unet.pipeline",
-    "gradient_checkpoint_forward": "nn.recompute",
-    # data
-    "UnifiedDataset": "data.dataset",
-    # training
-    "Accelerator": "train.distributed", "DistributedDataParallelKwargs": "train.distributed",
-    "DiffusionTrainingModule": "train.module", "FlowMatchSFTLoss": "train.losses", "Objective": "diffusion.units",
-    "DDPMObjective": "diffusion.ddpm", "NoiseSchedule": "diffusion.ddpm",
-    "ModelLogger": "train.logger", "Trainer": "train.trainer", "Hook": "train.hooks.contract",
-    "launch_training_task": "run.training",
-    "replay_training_step": "debug.replay",
-    "launch_data_process_task": "train.two_stage",
-    "TrainStep": "train.step", "AttrJitWrapper": "train.step", "AdamW": "train.optim", "LearningRate": "train.optim",
-    "ShardedAdamW": "train.optim", "Sharded": "train.optim", "Prodigy": "train.optim.prodigy",
-    "Adafactor": "train.optim.adafactor", "Optimizer": "train.optim", "OptimizerCell": "train.optim",
-    "Draws": "draws",
-    # evaluation
-    "Evaluator": "evaluate.report", "Evaluation": "evaluate.report",
-    # scripts
-    "load_config": "config", "TrainConfig": "config", "train": "run.training", "build_pipeline": "run.build",
-    "build_datasets": "run.build", "build_module": "run.build", "build_sampler": "run.build",
-    "training_parser": "config.flags", "run_main": "cli.run_main", "compute_dtype": "runtime",
-    # weights
-    "load_state_dict": "formats.weights", "save_state_dict": "formats.weights", "save_lora": "formats.lora",
-    "load_lora": "formats.lora",
-    # templates
-    "TemplatePipeline": "template.pipeline", "load_template_model": "template.loading",
-    "attach_template": "template.units", "pack_template": "template.package", "no_grad": "template.loading",
-    # errors
-    "UserError": "errors", "ConfigError": "errors", "DataError": "errors", "WeightError": "errors",
-    "CacheError": "errors", "TemplateError": "errors", "UntrustedCodeError": "errors",
+_WHERE = {  # module -> the public names in it
+    "cli.run_main": ("run_main",),
+    "config": ("TrainConfig", "load_config"),
+    "config.flags": ("training_parser",),
+    "data.dataset": ("UnifiedDataset",),
+    "debug.replay": ("replay_training_step",),
+    "diffusion.ddpm": ("DDPMObjective", "NoiseSchedule"),
+    "diffusion.units": ("Objective",),
+    "draws": ("Draws",),
+    "errors": ("CacheError", "ConfigError", "DataError",
+               "TemplateError", "UntrustedCodeError", "UserError", "WeightError"),
+    "evaluate.report": ("Evaluation", "Evaluator"),
+    "formats.lora": ("load_lora", "save_lora"),
+    "formats.weights": ("load_state_dict", "save_state_dict"),
+    "hub.download": ("ModelConfig",),
+    "models": ("Component",),
+    "nn.recompute": ("gradient_checkpoint_forward",),
+    "pipeline": ("Family", "Pipeline"),
+    "pipelines.ddpm_unet.pipeline": ("UnconditionalImagePipeline",),
+    "pipelines.flux.pipeline": ("FluxImagePipeline",),
+    "pipelines.flux.train_step": ("TrainStepForFluxDevDB",),
+    "pipelines.flux2.pipeline": ("Flux2ImagePipeline",),
+    "pipelines.qwen_image.pipeline": ("QwenImagePipeline",),
+    "pipelines.sd3.pipeline": ("SD3ImagePipeline",),
+    "program": ("Cut", "Program"),
+    "run.build": ("build_datasets", "build_module", "build_pipeline", "build_sampler"),
+    "run.task": ("launch_training_task", "train"),
+    "runtime": ("compute_dtype",),
+    "template.loading": ("load_template_model", "no_grad"),
+    "template.package": ("pack_template",),
+    "template.pipeline": ("TemplatePipeline",),
+    "template.units": ("attach_template",),
+    "training.distributed": ("Accelerator", "DistributedDataParallelKwargs"),
+    "training.hooks.contract": ("Hook",),
+    "training.logger": ("ModelLogger",),
+    "training.losses": ("FlowMatchSFTLoss",),
+    "training.module": ("DiffusionTrainingModule",),
+    "training.optim": ("AdamW", "LearningRate", "Optimizer", "OptimizerCell", "Sharded", "ShardedAdamW"),
+    "training.optim.adafactor": ("Adafactor",),
+    "training.optim.prodigy": ("Prodigy",),
+    "training.step": ("AttrJitWrapper", "TrainStep"),
+    "training.trainer": ("Trainer",),
+    "training.two_stage": ("launch_data_process_task",),
+    "units": ("PipelineUnit", "TensorUnit"),
 }
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
-__all__ = [*_WHERE, "StaticLossScaler"]
+__all__ = [*_MODULE_OF, "StaticLossScaler"]
+
+
+if TYPE_CHECKING:  # the same names for type checkers; a test compares
+    from mindspore.amp import StaticLossScaler as StaticLossScaler
+
+    from ms_diffsynth.cli.run_main import run_main as run_main
+    from ms_diffsynth.config import TrainConfig as TrainConfig, load_config as load_config
+    from ms_diffsynth.config.flags import training_parser as training_parser
+    from ms_diffsynth.data.dataset import UnifiedDataset as UnifiedDataset
+    from ms_diffsynth.debug.replay import replay_training_step as replay_training_step
+    from ms_diffsynth.diffusion.ddpm import DDPMObjective as DDPMObjective, NoiseSchedule as NoiseSchedule
+    from ms_diffsynth.diffusion.units import Objective as Objective
+    from ms_diffsynth.draws import Draws as Draws
+    from ms_diffsynth.errors import (
+        CacheError as CacheError,
+        ConfigError as ConfigError,
+        DataError as DataError,
+        TemplateError as TemplateError,
+        UntrustedCodeError as UntrustedCodeError,
+        UserError as UserError,
+        WeightError as WeightError,
+    )
+    from ms_diffsynth.evaluate.report import Evaluation as Evaluation, Evaluator as Evaluator
+    from ms_diffsynth.formats.lora import load_lora as load_lora, save_lora as save_lora
+    from ms_diffsynth.formats.weights import load_state_dict as load_state_dict, save_state_dict as save_state_dict
+    from ms_diffsynth.hub.download import ModelConfig as ModelConfig
+    from ms_diffsynth.models import Component as Component
+    from ms_diffsynth.nn.recompute import gradient_checkpoint_forward as gradient_checkpoint_forward
+    from ms_diffsynth.pipeline import Family as Family, Pipeline as Pipeline
+    from ms_diffsynth.pipelines.ddpm_unet.pipeline import UnconditionalImagePipeline as UnconditionalImagePipeline
+    from ms_diffsynth.pipelines.flux.pipeline import FluxImagePipeline as FluxImagePipeline
+    from ms_diffsynth.pipelines.flux.train_step import TrainStepForFluxDevDB as TrainStepForFluxDevDB
+    from ms_diffsynth.pipelines.flux2.pipeline import Flux2ImagePipeline as Flux2ImagePipeline
+    from ms_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline as QwenImagePipeline
+    from ms_diffsynth.pipelines.sd3.pipeline import SD3ImagePipeline as SD3ImagePipeline
+    from ms_diffsynth.program import Cut as Cut, Program as Program
+    from ms_diffsynth.run.build import (
+        build_datasets as build_datasets,
+        build_module as build_module,
+        build_pipeline as build_pipeline,
+        build_sampler as build_sampler,
+    )
+    from ms_diffsynth.run.task import launch_training_task as launch_training_task, train as train
+    from ms_diffsynth.runtime import compute_dtype as compute_dtype
+    from ms_diffsynth.template.loading import load_template_model as load_template_model, no_grad as no_grad
+    from ms_diffsynth.template.package import pack_template as pack_template
+    from ms_diffsynth.template.pipeline import TemplatePipeline as TemplatePipeline
+    from ms_diffsynth.template.units import attach_template as attach_template
+    from ms_diffsynth.training.distributed import (
+        Accelerator as Accelerator,
+        DistributedDataParallelKwargs as DistributedDataParallelKwargs,
+    )
+    from ms_diffsynth.training.hooks.contract import Hook as Hook
+    from ms_diffsynth.training.logger import ModelLogger as ModelLogger
+    from ms_diffsynth.training.losses import FlowMatchSFTLoss as FlowMatchSFTLoss
+    from ms_diffsynth.training.module import DiffusionTrainingModule as DiffusionTrainingModule
+    from ms_diffsynth.training.optim import (
+        AdamW as AdamW,
+        LearningRate as LearningRate,
+        Optimizer as Optimizer,
+        OptimizerCell as OptimizerCell,
+        Sharded as Sharded,
+        ShardedAdamW as ShardedAdamW,
+    )
+    from ms_diffsynth.training.optim.adafactor import Adafactor as Adafactor
+    from ms_diffsynth.training.optim.prodigy import Prodigy as Prodigy
+    from ms_diffsynth.training.step import AttrJitWrapper as AttrJitWrapper, TrainStep as TrainStep
+    from ms_diffsynth.training.trainer import Trainer as Trainer
+    from ms_diffsynth.training.two_stage import launch_data_process_task as launch_data_process_task
+    from ms_diffsynth.units import PipelineUnit as PipelineUnit, TensorUnit as TensorUnit
 
 
 def __getattr__(name: str) -> Any:
@@ -64,9 +140,9 @@ def __getattr__(name: str) -> Any:
         from mindspore.amp import StaticLossScaler
 
         return StaticLossScaler
-    if name not in _WHERE:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'ms_diffsynth' has no attribute '{name}'")
-    return getattr(import_module(f"ms_diffsynth.{_WHERE[name]}"), name)
+    return getattr(import_module(f"ms_diffsynth.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -94,6 +94,8 @@ def redact_logs() -> None:
         made.msg, made.args = redact(message), None
         if made.exc_info:
             made.exc_text = redact(made.exc_text or logging.Formatter().formatException(made.exc_info))
+        if made.stack_info:
+            made.stack_info = redact(made.stack_info)
         return made
 
     record.is_redacting = True

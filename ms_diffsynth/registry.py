@@ -9,21 +9,13 @@ from ms_diffsynth.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from ms_diffsynth.pipeline import Family
 
-
-class FamilyEntry(NamedTuple):
-    """Where a family is; and what settings are checked by before it is imported."""
-
-    where: str
-    takes_prompts: bool = True
-
-
 FAMILIES = {
-    "ddpm_unet": FamilyEntry("ms_diffsynth.pipelines.ddpm_unet", takes_prompts=False),
-    "flux": FamilyEntry("ms_diffsynth.pipelines.flux"),
-    "flux2": FamilyEntry("ms_diffsynth.pipelines.flux2"),
-    "qwen_image": FamilyEntry("ms_diffsynth.pipelines.qwen_image"),
-    "sd3": FamilyEntry("ms_diffsynth.pipelines.sd3"),
-    "toy": FamilyEntry("ms_diffsynth.pipelines.toy"),
+    "ddpm_unet": "ms_diffsynth.pipelines.ddpm_unet",
+    "flux": "ms_diffsynth.pipelines.flux",
+    "flux2": "ms_diffsynth.pipelines.flux2",
+    "qwen_image": "ms_diffsynth.pipelines.qwen_image",
+    "sd3": "ms_diffsynth.pipelines.sd3",
+    "toy": "ms_diffsynth.pipelines.toy",
 }
 
 
@@ -35,10 +27,10 @@ class OptimizerEntry(NamedTuple):
 
 
 OPTIMIZERS = {
-    "adafactor": OptimizerEntry("ms_diffsynth.train.optim.adafactor:Adafactor"),
-    "adamw": OptimizerEntry("ms_diffsynth.train.optim.adamw:AdamW"),
-    "came": OptimizerEntry("ms_diffsynth.train.optim.came:CAME"),
-    "prodigy": OptimizerEntry("ms_diffsynth.train.optim.prodigy:Prodigy", highest_rate=10.0),
+    "adafactor": OptimizerEntry("ms_diffsynth.training.optim.adafactor:Adafactor"),
+    "adamw": OptimizerEntry("ms_diffsynth.training.optim.adamw:AdamW"),
+    "came": OptimizerEntry("ms_diffsynth.training.optim.came:CAME"),
+    "prodigy": OptimizerEntry("ms_diffsynth.training.optim.prodigy:Prodigy", highest_rate=10.0),
 }
 
 
@@ -50,9 +42,4 @@ def family(name: str) -> Family:
     if name not in FAMILIES:
         raise ConfigError(f"family='{name}' is unknown: expected one of {', '.join(sorted(FAMILIES))}."
                           f"{nearest(name, FAMILIES)}")
-    return import_module(FAMILIES[name].where).FAMILY
-
-
-def takes_prompts(name: str) -> bool:
-    """Whether what a family samples follows a prompt, without importing it; True for an unknown one."""
-    return name not in FAMILIES or FAMILIES[name].takes_prompts
+    return import_module(FAMILIES[name]).FAMILY

@@ -20,8 +20,8 @@ import ms_diffsynth
 from ms_diffsynth import runtime
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.errors import INTERNAL, UserError
-from ms_diffsynth.run import training as run_module
-from ms_diffsynth.train.signals import HUNG, SIGNALS
+from ms_diffsynth.run import task as run_module
+from ms_diffsynth.training.signals import HUNG, SIGNALS
 
 PACKAGE = Path(ms_diffsynth.__file__).parent
 TEXT = (PACKAGE.parent / "docs/reference/errors.md").read_text(encoding="utf-8")
@@ -115,7 +115,7 @@ def test_nothing_else_ends_the_process():
     ends = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")
             if re.search(r"\b(os\._exit|sys\.exit|raise SystemExit|os\.abort)\b", path.read_text(encoding="utf-8"))}
     ends -= {"launch/supervise.py", "standin/__main__.py"}  # which hand on the code of a worker, or of what failed
-    assert ends == {"cli/main.py", "train/signals.py"}, "give each of its codes a section in docs/reference/errors.md"
+    assert ends == {"cli/main.py", "training/signals.py"}, "give each code a section in docs/reference/errors.md"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -150,7 +150,7 @@ def test_an_internal_error_ends_with_its_traceback_and_what_to_report(world, mon
 
 
 FAILS = """
-from ms_diffsynth.train.trainer import Trainer
+from ms_diffsynth.training.trainer import Trainer
 original = Trainer.train_on
 def train_on(self, *batch):
     if self.logger.num_steps == 2:

@@ -67,7 +67,7 @@ def adapter() -> None:
 
     from ms_diffsynth import Draws
     from ms_diffsynth.registry import family
-    from ms_diffsynth.train.module import DiffusionTrainingModule
+    from ms_diffsynth.training.module import DiffusionTrainingModule
 
     config = configuration("toy", toy(Path("toy")))
     command("train", config, "--adapter", "ia3", "--output_path", "ia3", "--learning_rate", "0.05")
@@ -102,7 +102,7 @@ def optimizer() -> None:
     from mindspore import Parameter, Tensor
     from toy_run import Module, equal, rows, train
 
-    from ms_diffsynth.train.optim.lion import Lion
+    from ms_diffsynth.training.optim.lion import Lion
 
     how = {"batch_size": 2, "optimizer": "lion", "optimizer_args": ("beta2=0.98",), "num_epochs": None, "mode": "graph",
            "learning_rate": 1e-3}
@@ -161,7 +161,7 @@ def hook() -> None:
     """Rows for every weight at its steps, in a run that is resumed; rows after the checkpoint are dropped."""
     from toy_run import Module, rows, train
 
-    from ms_diffsynth.train.hooks.weight_norms import WeightNorms
+    from ms_diffsynth.training.hooks.weight_norms import WeightNorms
 
     folder, how = toy(Path("toy")), {"num_epochs": None, "batch_size": 2, "resume": "auto", "checkpoint_steps": 3}
     table = Path("run/weights.csv")
@@ -248,7 +248,7 @@ def copy(tmp_path_factory):
 def results(copy):
     work = copy / "work"
     work.mkdir()
-    place = {"PYTHONPATH": os.pathsep.join(map(str, (copy, ROOT / "tests/shared", ROOT / "tests/train")))}
+    place = {"PYTHONPATH": os.pathsep.join(map(str, (copy, ROOT / "tests/shared", ROOT / "tests/training")))}
     child = subprocess.run([sys.executable, __file__, "results.json"], env=os.environ | place, cwd=work,
                            capture_output=True, text=True, timeout=550)
     assert child.returncode == 0, child.stderr
@@ -265,8 +265,8 @@ ABOUT_A_VAE = "test_programs_build or test_every_tensor_unit or test_split_equal
 
 @pytest.mark.slow
 def test_the_tests_over_the_registries_pass_for_the_additions(copy):
-    files = ("train/test_adapters.py", "train/test_optimizers.py", "diffusion/test_samplers.py", "test_registry.py",
-             "pipelines/test_contract.py", "cli/test_tiny.py")
+    files = ("training/test_adapters.py", "training/test_optimizers.py", "diffusion/test_samplers.py",
+             "test_registry.py", "pipelines/test_contract.py", "cli/test_tiny.py")
     child = subprocess.run([sys.executable, "-m", "pytest", "-m", "", "-p", "no:cacheprovider",
                             "--rootdir", ROOT, "-c", ROOT / "pyproject.toml", "-k",
                             f"(test_contract and patches and not ({ABOUT_A_VAE})) or "

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Every layer may import those before it. A file that is no layer of its own belongs to its folder.
 LAYERS = ["errors", "redact", "program", "draws", "data", "formats", "storage", "hub", "launch", "registry", "config",
           "ops", "runtime", "compile", "nn", "evaluate", "units", "diffusion", "models", "pipeline", "template",
-          "pipelines", "train", "run", "standin", "debug", "cli"]
+          "pipelines", "training", "run", "standin", "debug", "cli"]
 NO_MINDSPORE = {"errors", "redact", "program", "draws", "data", "formats", "storage", "hub", "launch", "config",
                 "registry", "standin"}
 # a guard that asks for the device; a name for type checkers; weights are written by the commit protocol
@@ -23,7 +23,7 @@ ALLOWED = {("ops", "runtime"), ("registry", "pipeline"), ("formats", "storage")}
 TRAINS = {"pipelines/flux/train_step.py"}  # a step written by hand; sampling imports none of it
 EXECUTES = "template/code.py"  # runs a template's model.py, once its user trusts it
 COMPILES = {"compile.py", "runtime.py"}
-WRAPS_MINDONE = {"train/optim/came.py"}  # one of its optimizers
+WRAPS_MINDONE = {"training/optim/came.py"}  # one of its optimizers
 
 
 def layer_of(path: Path) -> str:
@@ -55,7 +55,7 @@ def test_imports_point_downward(path):
     for module in imports(path):
         if module.startswith("ms_diffsynth."):
             other = module.split(".")[1]
-            is_step = other == "train" and name(path) in TRAINS
+            is_step = other == "training" and name(path) in TRAINS
             if other in LAYERS and (layer, other) not in ALLOWED and not is_step:
                 assert LAYERS.index(other) <= LAYERS.index(layer), f"{name(path)} imports {module}, a layer above it"
         if module.split(".")[0] == "mindone":
@@ -94,3 +94,14 @@ def test_importing_the_package_loads_no_framework():
 
     code = "import sys, ms_diffsynth; sys.exit(int('mindspore' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=False).returncode == 0
+
+
+def test_type_checkers_know_every_public_name():
+    """The imports under ``if TYPE_CHECKING`` are the names that are imported when they are first used."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(n for n in tree.body if isinstance(n, ast.If) and getattr(n.test, "id", None) == "TYPE_CHECKING")
+    known = {alias.name: node.module for node in block.body for alias in node.names if alias.name == alias.asname}
+    assert known.pop("StaticLossScaler") == "mindspore.amp"
+    assert known == {n: f"ms_diffsynth.{module}" for n, module in ms_diffsynth._MODULE_OF.items()}
+    assert (PACKAGE / "py.typed").is_file() and "py.typed" in (PACKAGE.parent / "setup.py").read_text()
+    assert callable(ms_diffsynth.train) and ms_diffsynth.train.__name__ == "train"  # no folder has the name

@@ -6,7 +6,7 @@ import pytest
 from ms_diffsynth.config import SETTINGS
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.pipeline import Pipeline
-from ms_diffsynth.registry import FAMILIES, family, takes_prompts
+from ms_diffsynth.registry import FAMILIES, family
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -27,11 +27,7 @@ def test_an_unknown_name_is_answered_with_the_nearest():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_familys_facts(name):
     found = family(name)
-    assert takes_prompts(name) == found.takes_prompts and found.media == "image"
+    assert found.takes_prompts == (name != "ddpm_unet") and found.media == "image"
     assert found.tokenizers == tuple(c.name for c in found.pipeline.components if c.name.startswith("tokenizer"))
     assert {f"{tokenizer}_path" for tokenizer in found.tokenizers} <= set(SETTINGS)
     assert found.sampling.cfg_scale >= 1 and found.sampling.embedded_guidance > 0
-
-
-def test_of_an_unknown_family_prompts_are_expected():
-    assert takes_prompts("fluks")

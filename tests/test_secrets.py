@@ -25,8 +25,8 @@ from ms_diffsynth import runtime
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.errors import TrainingError
 from ms_diffsynth.hub.card import Card, model_card
-from ms_diffsynth.train.hooks import publish
-from ms_diffsynth.train.logger import ModelLogger
+from ms_diffsynth.training.hooks import publish
+from ms_diffsynth.training.logger import ModelLogger
 
 NAME = "writer/planted"
 

@@ -36,7 +36,7 @@ def execute(args: argparse.Namespace) -> int:
     config = load_config(file, overrides)
     from ms_diffsynth.debug.replay import replay_training_step
     from ms_diffsynth.run import build_datasets, build_module, build_pipeline
-    from ms_diffsynth.train.distributed import Accelerator
+    from ms_diffsynth.training.distributed import Accelerator
 
     ranks = _ranks_of(args.run)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, batch_size=config.run.batch_size * ranks))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from ms_diffsynth.config.settings import SETTINGS, TrainConfig
 from ms_diffsynth.errors import listing
-from ms_diffsynth.registry import OPTIMIZERS, takes_prompts
+from ms_diffsynth.registry import OPTIMIZERS
 
 
 def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
@@ -61,9 +61,6 @@ def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            f"{listing(held_out)} would not be used: set validation_steps, for example to 100.")
     yield (c.run.sample_template_inputs is not None and c.model.template_model_id_or_path is None,
            "sample_template_inputs without a template: set template_model_id_or_path, or remove it.")
-    for name in ("sample_steps", "evaluation_steps"):
-        yield (getattr(c.run, name) is not None and not c.run.sample_prompts and takes_prompts(c.model.family),
-               f"{name}={getattr(c.run, name)} without sample_prompts: say what to make images of.")
     yield (c.run.evaluation_steps is not None and stage != "",
            f"evaluation_steps={c.run.evaluation_steps} with task={c.objective.task}, which makes no images: evaluate "
            "afterwards, with ms-diffsynth sample and ms-diffsynth evaluate.")

@@ -26,7 +26,7 @@ def _setting(default: Any, help: str, range: str = "", *, choices: tuple[str, ..
         has_commas: a flag may list values with commas.
         is_flag_only: a file cannot set it.
         may_change: it shapes no number of a run, so a resumed run may have another value.
-        configures: "training" for an option of `train.options.TrainingOptions`, "task" for a field of a task.
+        configures: "training" for an option of `training.options.TrainingOptions`, "task" for a field of a task.
     """
     return field(default=default, metadata={
         "help": help, "range": range, "choices": choices, "has_commas": has_commas, "is_flag_only": is_flag_only,

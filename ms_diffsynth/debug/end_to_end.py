@@ -29,7 +29,7 @@ from ms_diffsynth.nn.names import torch_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Program, is_optional, slot
 from ms_diffsynth.registry import family
-from ms_diffsynth.train.prepared import in_bucket
+from ms_diffsynth.training.prepared import in_bucket
 
 EMBEDDING, LATENTS, SIGMAS = 3e-5, 1e-5, 1e-6  # largest relative error allowed, float32
 IMAGE = 1  # of 255: the two sides may round another way

@@ -20,10 +20,10 @@ from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.nn.names import to_numpy, torch_parameters
 from ms_diffsynth.pipeline import UnitSequence
-from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.optim import AdamW, LearningRate
-from ms_diffsynth.train.prepared import PreparedRows
-from ms_diffsynth.train.program_step import ProgramTrainStep
+from ms_diffsynth.training.module import DiffusionTrainingModule
+from ms_diffsynth.training.optim import AdamW, LearningRate
+from ms_diffsynth.training.prepared import PreparedRows
+from ms_diffsynth.training.program_step import ProgramTrainStep
 
 if TYPE_CHECKING:
     from ms_diffsynth.debug.end_to_end import EndToEndCase

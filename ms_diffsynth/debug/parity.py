@@ -28,9 +28,9 @@ from ms_diffsynth.nn.names import state_dict, to_numpy, trainable_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
 from ms_diffsynth.program import Cut, Program, is_optional, slot
 from ms_diffsynth.registry import family
-from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.optim import AdamW, ShardedAdamW, needs_float32
-from ms_diffsynth.train.program_step import ProgramTrainStep
+from ms_diffsynth.training.module import DiffusionTrainingModule
+from ms_diffsynth.training.optim import AdamW, ShardedAdamW, needs_float32
+from ms_diffsynth.training.program_step import ProgramTrainStep
 from ms_diffsynth.units import TensorUnit
 
 CASES = Path(__file__).parent / "cases"  # those that travel in the package
@@ -238,10 +238,10 @@ def _training(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Q
     optimizer = kind(parameters, learning_rate=settings["lr"], betas=tuple(settings["betas"]),
                       eps=settings["eps"], weight_decay=settings["weight_decay"])
     step = ProgramTrainStep(module, cut, optimizer, max_grad_norm=settings["max_grad_norm"], mode=mode)
-    count = len(expected["train.losses"])
+    count = len(expected["training.losses"])
     results = [step.step(*_tensors(case, pipe, cut, k + 1)) for k in range(count)]
     losses = np.array([r.loss.asnumpy() for r in results])
-    quantities = [Quantity(f"losses of {count} steps", relative_error(losses, expected["train.losses"]),
+    quantities = [Quantity(f"losses of {count} steps", relative_error(losses, expected["training.losses"]),
                            max(case.tolerances.loss, 1e-4))]
     if "train.grad_norms" in expected:
         norms = np.array([r.grad_norm.asnumpy() for r in results])

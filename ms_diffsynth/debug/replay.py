@@ -27,19 +27,19 @@ from ms_diffsynth.errors import CheckpointError, ConfigError, listing
 from ms_diffsynth.nn.names import load_state, to_numpy
 from ms_diffsynth.redact import without_secrets
 from ms_diffsynth.run.build import DataSets
-from ms_diffsynth.run.training import rows_of_run
+from ms_diffsynth.run.task import rows_of_run
 from ms_diffsynth.storage.checkpoint import Checkpoint, differences, latest, open_checkpoint_folder
 from ms_diffsynth.storage.files import write_file
 from ms_diffsynth.storage.lock import lock_folder
-from ms_diffsynth.train import same_run
-from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.logger import ModelLogger, _text
-from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.options import TrainingOptions
-from ms_diffsynth.train.prepared import CachedRows, name_row, rows_of
-from ms_diffsynth.train.records import numbers_of
-from ms_diffsynth.train.state import CHECKPOINTS, parameters_of, run_folder, versions
-from ms_diffsynth.train.trainer import Trainer
+from ms_diffsynth.training import same_run
+from ms_diffsynth.training.distributed import Accelerator
+from ms_diffsynth.training.logger import ModelLogger, _text
+from ms_diffsynth.training.module import DiffusionTrainingModule
+from ms_diffsynth.training.options import TrainingOptions
+from ms_diffsynth.training.prepared import CachedRows, name_row, rows_of
+from ms_diffsynth.training.records import numbers_of
+from ms_diffsynth.training.state import CHECKPOINTS, parameters_of, run_folder, versions
+from ms_diffsynth.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Replay:
         recorded, found: the numbers of the step in loss.csv, and now; texts, as they are written there.
         compared: how many steps on the way to it, and itself, loss.csv has. differences: every number of these that is
             not the recorded one.
-        rows: of each micro-step, see `train.prepared.rows_of`.
+        rows: of each micro-step, see `training.prepared.rows_of`.
         eager: the numbers of the step made eagerly; None when it was finite. findings: what was not finite in that.
     """
 

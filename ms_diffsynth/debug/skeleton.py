@@ -38,9 +38,9 @@ from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
 from ms_diffsynth.registry import family
 from ms_diffsynth.standin import Log, environment, mark
-from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.optim import AdamW
-from ms_diffsynth.train.program_step import ProgramTrainStep
+from ms_diffsynth.training.module import DiffusionTrainingModule
+from ms_diffsynth.training.optim import AdamW
+from ms_diffsynth.training.program_step import ProgramTrainStep
 
 RESULT = "RESULT "
 

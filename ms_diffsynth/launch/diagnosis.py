@@ -154,6 +154,8 @@ class Pulse:
             return
         if self.phase == STEP:
             self._longest = 0.0 if self._longest is None else max(self._longest, now - self.since)
+        elif found["steps"] > 1 and self._longest is None:  # the first steps were over between two looks
+            self._longest = 0.0
         self._text, self.step, self.phase, self.since = text, found["step"], found["phase"], now
 
     def is_late(self, now: float, hang_seconds: float, compile_seconds: float) -> bool:

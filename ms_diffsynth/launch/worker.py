@@ -11,6 +11,7 @@ STEP = "step"  # the one phase that is expected to be short
 BEAT_BYTES = 128
 
 _last: tuple[int, str] = (0, "start")
+_steps = 0  # begun by this process
 
 
 def beat(step: int, phase: str = STEP) -> None:
@@ -23,10 +24,11 @@ def beat(step: int, phase: str = STEP) -> None:
 
     Any thread may call it: it is one system call that writes 128 bytes over those of the last time.
     """
-    global _last
+    global _last, _steps
+    _steps += phase == STEP and (step, phase) != _last
     _last = step, phase
     if (file := _file()) is not None:
-        text = json.dumps({"step": step, "phase": phase[:40], "time": round(time.time(), 3)})
+        text = json.dumps({"step": step, "phase": phase[:40], "time": round(time.time(), 3), "steps": _steps})
         os.pwrite(file, text.ljust(BEAT_BYTES).encode(), 0)
 
 

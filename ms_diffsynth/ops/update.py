@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, mint, ops
-from mindspore.ops import constexpr
-from mindspore.ops import operations as P
+from mindspore.ops import constexpr, operations as P
 from mindspore.ops.auto_generate import InplaceAddExt, InplaceCopy, InplaceMul, InplaceSubExt
 
 _assign, _copy = P.Assign(), InplaceCopy()

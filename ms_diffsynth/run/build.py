@@ -27,8 +27,8 @@ from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.template.units import trained_template_cache
-from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.two_stage import stage_of
+from ms_diffsynth.training.module import DiffusionTrainingModule
+from ms_diffsynth.training.two_stage import stage_of
 
 # -- model ---------------------------------------------------------------------------------------------------------
 
@@ -43,6 +43,10 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
                                **_tokenizer_configs(config, cls), device=config.run.device,
                                mindspore_dtype=runtime.compute_dtype(config.run.dtype))
     set_sequence_length(pipe, model.family, config.data.max_sequence_length)
+    needs_prompts = family(model.family).takes_prompts and not config.run.sample_prompts
+    for name in ("sample_steps", "evaluation_steps"):
+        if needs_prompts and (every := getattr(config.run, name)) is not None:
+            raise ConfigError(f"{name}={every} without sample_prompts: say what to make images of.")
     return pipe
 
 

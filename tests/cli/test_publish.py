@@ -16,8 +16,8 @@ from upload_server import TOKEN, UploadServer
 
 from ms_diffsynth.errors import TrainingError
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.train.hooks import publish
-from ms_diffsynth.train.logger import ModelLogger
+from ms_diffsynth.training.hooks import publish
+from ms_diffsynth.training.logger import ModelLogger
 
 NAME, ENDPOINT = "writer/toy", constants.ENDPOINT
 PUSH = ("--mode", "pynative", "--push_to_hub", "--hub_model_id", NAME)

@@ -25,7 +25,7 @@ FLAGS = ("--mode", "pynative", "--sample_prompts", "[]", "--max_train_steps", st
 HANG = """
 import sys, time
 from ms_diffsynth.cli.main import main
-from ms_diffsynth.train.trainer import Trainer
+from ms_diffsynth.training.trainer import Trainer
 original = Trainer.train_on
 def train_on(self, *batch):
     if self.logger.num_steps == 8:
@@ -38,7 +38,7 @@ sys.exit(main(sys.argv[1:]))
 SLOW_SAVES = """
 import sys, time
 from ms_diffsynth.cli.main import main
-from ms_diffsynth.train import same_run
+from ms_diffsynth.training import same_run
 original = resume.Checkpoints.save
 def save(self, step, state):
     (self.records.output_path / f"saving-{self.records.num_steps}").touch()

@@ -25,10 +25,9 @@ from ms_diffsynth.cli.main import main
 from ms_diffsynth.errors import CacheError, OutputError
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
-from ms_diffsynth.storage import cache as cache_module
-from ms_diffsynth.storage import files
+from ms_diffsynth.storage import cache as cache_module, files
 from ms_diffsynth.storage.cache import Cache, PlannedRow, digest_of
-from ms_diffsynth.train import two_stage
+from ms_diffsynth.training import two_stage
 
 pytestmark = pytest.mark.fault
 
@@ -38,7 +37,7 @@ SLOTS = {row.key: {"moments": np.arange(size, dtype=np.float32)} for row, size i
 
 
 def fill(folder, rows=ROWS, fingerprint=FINGERPRINT, calls=files.CALLS, slots=SLOTS):
-    """Stage one without models: what `train.two_stage` does."""
+    """Stage one without models: what `training.two_stage` does."""
     with pytest.MonkeyPatch.context() as patch:
         if calls is not files.CALLS:  # threads that write together must not patch each other
             patch.setattr(cache_module, "write_file", functools.partial(files.write_file, calls=calls))

@@ -15,7 +15,7 @@ from toy_run import Module, digests, equal, rows, steps_in, toy_model, train
 from ms_diffsynth.errors import CheckpointError, OutputError
 from ms_diffsynth.storage import files
 from ms_diffsynth.storage.checkpoint import latest, save_checkpoint
-from ms_diffsynth.train.hooks import checkpoints
+from ms_diffsynth.training.hooks import checkpoints
 
 pytestmark = pytest.mark.fault
 

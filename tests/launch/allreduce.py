@@ -14,7 +14,7 @@ from mindspore import Tensor, ops, set_device
 from mindspore.communication import get_group_size, get_rank, init
 
 from ms_diffsynth.launch.worker import beat
-from ms_diffsynth.train.signals import stopping_on_signals
+from ms_diffsynth.training.signals import stopping_on_signals
 
 
 def misbehave(what: str) -> None:

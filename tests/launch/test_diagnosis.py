@@ -35,8 +35,8 @@ class Scene:
         self.pulses = [Pulse(job.heartbeat(rank)) for rank in job.ranks]
         self.diagnosis = Diagnosis(job, self.workers, self.pulses, self.scheduler)
 
-    def beat(self, now, rank, step, phase="step"):
-        self.pulses[rank].path.write_text(f'{{"step": {step}, "phase": "{phase}"}}'.ljust(128))
+    def beat(self, now, rank, step, phase="step", steps=1):
+        self.pulses[rank].path.write_text(f'{{"step": {step}, "phase": "{phase}", "steps": {steps}}}'.ljust(128))
         self.pulses[rank].look(now)
 
     def run(self, last, seconds=1.0):
@@ -116,6 +116,12 @@ def test_how_long_the_first_step_was_does_not_count(scene):
         scene.beat(90, rank, 1)
         scene.beat(91, rank, 2)
     assert scene.line(91 + 19) is None and scene.line(91 + 21)[0] == 75
+
+
+def test_steps_that_were_over_before_the_first_look(scene):
+    for rank in (0, 1):
+        scene.beat(0, rank, 5, steps=5)
+    assert scene.line(19) is None and scene.line(21)[0] == 75
 
 
 def test_a_rank_without_heartbeat_is_no_excuse_and_not_to_blame(scene):

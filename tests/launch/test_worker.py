@@ -27,7 +27,7 @@ def test_outside_a_launch_nothing_happens(tmp_path, monkeypatch):
 
 
 def test_what_is_written_and_read(pulse):
-    began = time.time()
+    began, before = time.time(), worker._steps
     pulse.look(1.0)
     assert pulse.step is None and str(pulse) == ""
     beat(7, "compile")
@@ -37,7 +37,9 @@ def test_what_is_written_and_read(pulse):
     beat(8)
     pulse.look(4.0)
     assert str(pulse) == " in phase 'step' of step 8"
+    still()
     found = json.loads(pulse.path.read_text())
+    assert found["steps"] == before + 1, "one step was begun"
     assert began - 0.001 <= found["time"] <= time.time() + 0.001 and pulse.path.stat().st_size == BEAT_BYTES
 
 

@@ -12,8 +12,8 @@ from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.nn.names import assign
-from ms_diffsynth.train.optim import AdamW, ShardedAdamW
-from ms_diffsynth.train.step import TrainStep
+from ms_diffsynth.training.optim import AdamW, ShardedAdamW
+from ms_diffsynth.training.step import TrainStep
 
 
 class Step(TrainStep):

@@ -16,19 +16,18 @@ from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.formats.weights import load_state_dict, save_sharded
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.nn.adapters import ADAPTERS
-from ms_diffsynth.nn.adapters import adapter as adapter_called
+from ms_diffsynth.nn.adapters import ADAPTERS, adapter as adapter_called
 from ms_diffsynth.nn.adapters.dora import MAGNITUDE
 from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.registry import FAMILIES, family
-from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.logger import ModelLogger
-from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.optim import AdamW
-from ms_diffsynth.train.prepared import in_bucket
-from ms_diffsynth.train.program_step import ProgramTrainStep
-from ms_diffsynth.train.two_stage import launch_data_process_task, open_cache
+from ms_diffsynth.training.distributed import Accelerator
+from ms_diffsynth.training.logger import ModelLogger
+from ms_diffsynth.training.module import DiffusionTrainingModule
+from ms_diffsynth.training.optim import AdamW
+from ms_diffsynth.training.prepared import in_bucket
+from ms_diffsynth.training.program_step import ProgramTrainStep
+from ms_diffsynth.training.two_stage import launch_data_process_task, open_cache
 
 QUICK = ("toy",)
 WITH_VAE = tuple(n for n in FAMILIES if n != "ddpm_unet")

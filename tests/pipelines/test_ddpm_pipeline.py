@@ -22,10 +22,10 @@ from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipelines.ddpm_unet.pipeline import UnconditionalImagePipeline, build_unet
 from ms_diffsynth.pipelines.ddpm_unet.tiny import CONFIG, write_tiny
-from ms_diffsynth.run.training import launch_training_task
-from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.logger import ModelLogger
-from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.run.task import launch_training_task
+from ms_diffsynth.training.distributed import Accelerator
+from ms_diffsynth.training.logger import ModelLogger
+from ms_diffsynth.training.module import DiffusionTrainingModule
 
 SIDE = 8  # pixels
 

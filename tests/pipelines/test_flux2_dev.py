@@ -22,9 +22,9 @@ from ms_diffsynth.pipelines.flux2.pipeline import COMPONENTS, DEV_COMPONENTS
 from ms_diffsynth.pipelines.flux2.prompt import SYSTEM_MESSAGE
 from ms_diffsynth.pipelines.flux2.tiny import CONFIGS
 from ms_diffsynth.pipelines.shared.tiny import write_model
-from ms_diffsynth.train.optim import AdamW
-from ms_diffsynth.train.prepared import in_bucket
-from ms_diffsynth.train.program_step import ProgramTrainStep
+from ms_diffsynth.training.optim import AdamW
+from ms_diffsynth.training.prepared import in_bucket
+from ms_diffsynth.training.program_step import ProgramTrainStep
 from ms_diffsynth.units import run_unit
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from ms_diffsynth.cli.main import main
 from ms_diffsynth.data.loader import collate
 from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 from ms_diffsynth.nn.names import state_dict
-from ms_diffsynth.train.program_step import ProgramTrainStep
+from ms_diffsynth.training.program_step import ProgramTrainStep
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = ROOT / "examples/flux2/templates"

@@ -11,9 +11,9 @@ from PIL import Image
 from ms_diffsynth import DiffusionTrainingModule, Flux2ImagePipeline, runtime
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.train.optim import AdamW
-from ms_diffsynth.train.prepared import in_bucket
-from ms_diffsynth.train.program_step import ProgramTrainStep
+from ms_diffsynth.training.optim import AdamW
+from ms_diffsynth.training.prepared import in_bucket
+from ms_diffsynth.training.program_step import ProgramTrainStep
 
 DRAWS = {name: Objective().draw(name, (1, 128, 2, 3), 1000, Draws(5).of(np.array([0])))
          for name in ("noise", "timestep_index")}

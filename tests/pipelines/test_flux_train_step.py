@@ -12,9 +12,9 @@ from mindspore import Tensor
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.pipelines.flux import FAMILY
 from ms_diffsynth.pipelines.flux.train_step import TrainStepForFluxDevDB
-from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.optim import AdamW
-from ms_diffsynth.train.program_step import ProgramTrainStep
+from ms_diffsynth.training.module import DiffusionTrainingModule
+from ms_diffsynth.training.optim import AdamW
+from ms_diffsynth.training.program_step import ProgramTrainStep
 
 SCHEMES = ("none", "logit_normal", "mode", "sigma_sqrt", "cosmap")
 SIZE, PIXELS, TOKENS = 4, 32, 6

@@ -14,11 +14,11 @@ from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.errors import CacheError, ConfigError
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.registry import family
-from ms_diffsynth.run.training import launch_training_task
-from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.logger import ModelLogger
-from ms_diffsynth.train.module import DiffusionTrainingModule
-from ms_diffsynth.train.two_stage import launch_data_process_task, loaded_bytes, open_cache
+from ms_diffsynth.run.task import launch_training_task
+from ms_diffsynth.training.distributed import Accelerator
+from ms_diffsynth.training.logger import ModelLogger
+from ms_diffsynth.training.module import DiffusionTrainingModule
+from ms_diffsynth.training.two_stage import launch_data_process_task, loaded_bytes, open_cache
 
 ROWS = [{"image": Image.fromarray(np.random.default_rng(k).integers(0, 256, (32, 32, 3), np.uint8)),
          "prompt": f"picture {k}"} for k in range(2)]
@@ -77,7 +77,7 @@ def test_a_cache_of_another_tokenizer_library_is_refused(tiny_flux, tmp_path, mo
     assert set(made.manifest["fingerprint"]["libraries"]) == {"ftfy", "sentencepiece", "transformers"}
     second = module(tiny_flux, "sft:train")
     open_cache(made.folder, second, second.training_cut())
-    monkeypatch.setattr("ms_diffsynth.train.two_stage.version", lambda package: "1.0")
+    monkeypatch.setattr("ms_diffsynth.training.two_stage.version", lambda package: "1.0")
     with pytest.raises(CacheError, match=r"libraries\.ftfy: .*, expected \"1\.0\""):
         open_cache(made.folder, second, second.training_cut())
 

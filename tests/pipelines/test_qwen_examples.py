@@ -14,9 +14,9 @@ from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.train.optim import AdamW
-from ms_diffsynth.train.prepared import in_bucket
-from ms_diffsynth.train.program_step import ProgramTrainStep
+from ms_diffsynth.training.optim import AdamW
+from ms_diffsynth.training.prepared import in_bucket
+from ms_diffsynth.training.program_step import ProgramTrainStep
 
 ROOT = Path(__file__).parents[2]
 SIMPLE = ROOT / "examples/qwen_image/model_training/special/simple/train.py"

@@ -6,12 +6,8 @@ import pytest
 from mindspore import Tensor
 
 from ms_diffsynth.ops import network
-from ms_diffsynth.pipelines.qwen_image.rotary import (
-    image_angles,
-    image_table,
-    rotate_halves,
-    text_table,
-)
+from ms_diffsynth.pipelines.qwen_image.rotary import image_angles, image_table
+from ms_diffsynth.pipelines.shared.rotary import rotate_halves, text_table
 
 AXES = (4, 6, 6)
 

@@ -24,7 +24,7 @@ from ms_diffsynth.pipelines.sd3.pipeline import SD3ImagePipeline
 from ms_diffsynth.pipelines.sd3.published import PUBLISHED, prepared_shapes
 from ms_diffsynth.pipelines.sd3.transformer import PatchEmbed
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
-from ms_diffsynth.train.module import DiffusionTrainingModule
+from ms_diffsynth.training.module import DiffusionTrainingModule
 
 
 @pytest.fixture(scope="module", autouse=True)

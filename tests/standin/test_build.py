@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from ms_diffsynth.errors import DeviceError
-from ms_diffsynth.standin import build as build_module
-from ms_diffsynth.standin import environment, symbols
+from ms_diffsynth.standin import build as build_module, environment, symbols
 from ms_diffsynth.standin.build import build, cache_folder
 
 

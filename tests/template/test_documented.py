@@ -10,12 +10,12 @@ from device import DEVICE
 from ms_diffsynth import DiffusionTrainingModule, TemplatePipeline, UnifiedDataset, load_template_model, save_state_dict
 from ms_diffsynth.formats.weights import load_state_dict as read
 from ms_diffsynth.nn.names import state_dict
-from ms_diffsynth.run.training import launch_training_task
+from ms_diffsynth.run.task import launch_training_task
 from ms_diffsynth.template.package import pack_template
 from ms_diffsynth.template.units import trained_template_cache
-from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.logger import ModelLogger
-from ms_diffsynth.train.two_stage import launch_data_process_task
+from ms_diffsynth.training.distributed import Accelerator
+from ms_diffsynth.training.logger import ModelLogger
+from ms_diffsynth.training.two_stage import launch_data_process_task
 
 TRUST = {"trust_template_code": True}
 EAGER = Accelerator(1, "pynative", DEVICE)

@@ -14,12 +14,12 @@ from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, DataError, TemplateError
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.nn.names import state_dict
-from ms_diffsynth.run.training import launch_training_task
-from ms_diffsynth.train.distributed import Accelerator
-from ms_diffsynth.train.logger import ModelLogger
-from ms_diffsynth.train.optim import AdamW
-from ms_diffsynth.train.program_step import ProgramTrainStep
-from ms_diffsynth.train.two_stage import launch_data_process_task
+from ms_diffsynth.run.task import launch_training_task
+from ms_diffsynth.training.distributed import Accelerator
+from ms_diffsynth.training.logger import ModelLogger
+from ms_diffsynth.training.optim import AdamW
+from ms_diffsynth.training.program_step import ProgramTrainStep
+from ms_diffsynth.training.two_stage import launch_data_process_task
 
 TRUST = {"trust_template_code": True}
 TO_Q = "transformer_blocks.0.attn.to_q"

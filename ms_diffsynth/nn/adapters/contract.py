@@ -1,4 +1,4 @@
-"""What an adapter is to the rest of the package: `train.module`, `pipeline` and `debug` use only this."""
+"""What an adapter is to the rest of the package: `training.module`, `pipeline` and `debug` use only this."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping

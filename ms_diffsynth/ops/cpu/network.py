@@ -6,8 +6,7 @@ from mindspore.ops import operations as P
 from mindspore.ops.auto_generate import SplitWithSize
 
 from ms_diffsynth.ops.cpu import fast
-from ms_diffsynth.ops.cpu.fast import gate_add, gelu_tanh, layer_norm_modulate, rms_norm, swiglu
-from ms_diffsynth.ops.cpu.fast import rotary as rotate
+from ms_diffsynth.ops.cpu.fast import gate_add, gelu_tanh, layer_norm_modulate, rms_norm, rotary as rotate, swiglu
 
 __all__ = ["attention", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate", "linear",
            "linear_without_bias", "low_rank", "low_rank_each", "masked_attention", "part", "parts", "positions",

@@ -16,7 +16,7 @@ from ms_diffsynth.diffusion.packing import pack, unpack
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.ops.clamp import clamp
 from ms_diffsynth.pipelines.flux.denoise import image_ids
-from ms_diffsynth.train.step import AttrJitWrapper, TrainStep
+from ms_diffsynth.training.step import AttrJitWrapper, TrainStep
 
 
 class TrainStepForFluxDevDB(TrainStep):

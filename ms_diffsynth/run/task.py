@@ -1,0 +1,192 @@
+"""A training run from beginning to end: `train` takes a configuration, `launch_training_task` takes the parts."""
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ms_diffsynth.config import TrainConfig, flat, to_yaml
+from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_pipeline, build_sampler
+from ms_diffsynth.training import same_run
+from ms_diffsynth.training.distributed import Accelerator
+from ms_diffsynth.training.hooks.checkpoints import Checkpoints
+from ms_diffsynth.training.hooks.contract import Hook
+from ms_diffsynth.training.hooks.evaluation import Evaluation
+from ms_diffsynth.training.hooks.publish import Publishing, check_token
+from ms_diffsynth.training.hooks.samples import Samples
+from ms_diffsynth.training.hooks.validation import Validation
+from ms_diffsynth.training.logger import ModelLogger
+from ms_diffsynth.training.module import DiffusionTrainingModule
+from ms_diffsynth.training.optim import optimizer_arguments
+from ms_diffsynth.training.options import TrainingOptions
+from ms_diffsynth.training.prepared import CachedRows, PreparedRows
+from ms_diffsynth.training.trainer import Trainer
+from ms_diffsynth.training.two_stage import launch_data_process_task, open_cache, stage_of
+
+
+def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> ModelLogger:
+    """Train as configured, as ``ms-diffsynth train`` does. Nothing is written before data and settings are known to be
+    sound.
+
+    Args:
+        hooks: of your own, after those that the configuration asks for.
+
+    Returns: the logger, which knows what was saved. Raises: as `launch_training_task`.
+    """
+    accelerator = Accelerator.of(config.flat())
+    _name_rank_in_logs(accelerator)
+    check_token(accelerator, config)
+    optimizer_arguments(config.optimizer)
+    stage, cache_dir = stage_of(config.objective.task), config.data.cache_dir
+    if stage != "data_process":
+        same_run.check_folder(Path(config.run.output_path), config.run.resume)
+    sets = build_datasets(config)
+    pipe = build_pipeline(config)
+    logger = ModelLogger(config.run.output_path, config.model.remove_prefix_in_ckpt, config.run.enable_tensorboard_log)
+    logger.metadata = {"ms_diffsynth.family": config.model.family}
+    if stage == "data_process" or (cache_dir and not stage):
+        pipe.keeps_models = stage == "data_process"  # and the process ends
+        module = build_module(config, pipe, f"{config.objective.task.partition(':')[0]}:data_process")
+        launch_data_process_task(accelerator, sets.instance, module, logger, sets.classes, cache_dir,
+                                 validation_dataset=sets.validation)
+        pipe.unload_models(pipe.model_names)  # both stages are never in memory together
+    if stage == "data_process":
+        return logger
+    module = build_module(config, pipe)
+    cut = module.training_cut()
+    if stage == "train" or cache_dir:
+        sets = DataSets(*open_cache(cache_dir or sets.instance.base_path, module, cut,
+                                    repeat=config.data.dataset_repeat))
+    else:
+        pipe.load_models_to_device(cut.models("prepare"))
+    pipe.load_models_to_device(cut.models("step"))
+    if accelerator.is_main_process:
+        logger.files["config.yaml"] = to_yaml(config).encode()
+        sys.stderr.write(_summary(config, module, sets))
+    sampler, captions = build_sampler(config, pipe)
+    return launch_training_task(accelerator, sets.instance, module, logger, class_dataset=sets.classes,
+                                validation_dataset=sets.validation, args=config, sampler=sampler,
+                                sample_captions=captions, hooks=hooks)
+
+
+def launch_training_task(accelerator: Accelerator, dataset: Any, model: DiffusionTrainingModule,
+                         model_logger: ModelLogger, learning_rate: float = 1e-5, weight_decay: float = 1e-2,
+                         num_workers: int = 1, save_steps: int | None = None, num_epochs: int | None = 1,
+                         args: Any = None, class_dataset: Any = None,
+                         sampler: Callable[..., list[Image.Image]] | None = None,
+                         sample_captions: list[str] | None = None, settings: dict[str, Any] | None = None,
+                         validation_dataset: Any = None, hooks: Sequence[Hook] = (), **options: Any) -> ModelLogger:
+    """Train ``model`` on ``dataset`` and write everything through ``model_logger``.
+
+    Args:
+        args: a `TrainConfig`, or an object (a parsed command line) whose attributes override every other option.
+        class_dataset: class images for prior preservation; each batch is then instances followed by as many of these.
+        sampler: makes sample images with the current weights; called before the first step, every ``sample_steps``
+            and at the end. sample_captions: what is written under them. With ``evaluation_steps`` it is also called
+            with a number of images, as that of `build_sampler` can be.
+        settings: what else training_args.json should hold.
+        validation_dataset: held-out rows; their loss is computed every ``validation_steps``.
+        hooks: of your own, see `training.hooks.contract.Hook`; they come after the others.
+        options: any other field of `TrainingOptions`.
+
+    In a job of several ranks each calls this; ``batch_size`` is that of a rank, and the first rank alone writes, except
+    for its part of divided moments.
+
+    Returns: the logger. Raises: TrainingError after 20 non-finite steps in a row; ConfigError for impossible options;
+        HubError for ``args.push_to_hub`` without a token; CheckpointError for a checkpoint that this run cannot resume
+        from; OutputError for a folder in use; Stopped, which ends the process, after SIGTERM or SIGINT.
+    """
+    given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "num_workers": num_workers,
+             "save_steps": save_steps, "num_epochs": num_epochs,
+             "gradient_accumulation_steps": accelerator.gradient_accumulation_steps}
+    check_token(accelerator, args)
+    chosen = TrainingOptions.of(args, given | options)
+    is_main = accelerator.is_main_process
+    model_logger.is_writing = is_main
+    sets = rows_of_run(accelerator, model, model_logger, DataSets(dataset, class_dataset, validation_dataset), args)
+    settings = (settings or {}) | flat(args) | dataclasses.asdict(chosen) | {
+        "mode": accelerator.mode, "device": accelerator.device, "num_processes": accelerator.num_processes}
+    looking = _looking_hooks(accelerator, sets.validation, model, chosen, sampler, sample_captions or [],
+                             flat(args).get("dataset_base_path") or getattr(dataset, "base_path", None))
+    with same_run.holding(model_logger.output_path) if is_main else nullcontext():
+        cut = None if model.has_own_forward else model.training_cut()
+        identity = same_run.identity(accelerator, model, cut, chosen, args, sets.instance, sets.classes)
+        same_run.check_same_everywhere(accelerator, identity)
+        checkpoint = same_run.find_for_all(accelerator, model_logger.output_path, chosen.resume)
+        changes = same_run.check_identity(checkpoint, identity, chosen.accept_changes) if checkpoint else []
+        saving = Checkpoints(chosen.save_steps, chosen.checkpoint_steps, chosen.keep_checkpoints, sample_captions or [],
+                             changes)
+        Trainer(accelerator, sets.instance, model, model_logger, chosen, class_dataset=sets.classes,
+                hooks=[Publishing(sets.instance, args), saving, *looking, *hooks], identity=identity,
+                resume_from=checkpoint, settings=settings).run()
+    return model_logger
+
+
+def rows_of_run(accelerator: Accelerator, model: DiffusionTrainingModule, logger: ModelLogger, sets: DataSets,
+                args: Any) -> DataSets:
+    """The data sets themselves, or the rows of a cache: for stage two of split training, or when ``args.cache_dir`` is
+    given; then what it does not hold yet is prepared first.
+
+    Raises: CacheError when this job cannot train on the cache; ConfigError for a module that trains eagerly.
+    """
+    stage, folder = stage_of(model.task), flat(args).get("cache_dir")
+    if isinstance(sets.instance, PreparedRows) or not (folder or stage == "train"):
+        return sets
+    if model.has_own_forward:
+        raise ConfigError(f"{type(model).__name__}.forward with {f'cache_dir={folder}' if folder else model.task}: a "
+                          "cache holds what the compiled step needs, and an own forward takes raw rows. Remove "
+                          "forward, or train with task='sft' and no cache_dir.")
+    cut = model.training_cut()
+    if stage != "train":
+        model.pipe.keeps_models = False
+        launch_data_process_task(accelerator, sets.instance, model, logger, sets.classes, folder,
+                                 validation_dataset=sets.validation)
+        model.pipe.unload_models(set(cut.models("prepare")) - set(cut.models("step")))
+    return DataSets(*open_cache(folder or sets.instance.base_path, model, cut,
+                                repeat=getattr(sets.instance, "repeat", 1)))
+
+
+def _looking_hooks(accelerator: Accelerator, held_out: Any, model: DiffusionTrainingModule, options: TrainingOptions,
+                   sampler: Any, captions: list[str], images: Any) -> list[Hook]:
+    """What looks at the weights between the steps. ``images``: the folder of the training images."""
+    found: list[Hook] = []
+    if sampler is not None and stage_of(model.task) != "train":
+        found.append(Samples(sampler, captions, options.sample_steps))
+    elif sampler is not None and accelerator.is_main_process:  # what samples need besides the network is not loaded
+        sys.stderr.write("sample images need the models that this stage does not load: make them afterwards with "
+                         "ms-diffsynth sample\n")
+    if options.validation_steps is not None:
+        if held_out is None:
+            raise ConfigError(f"validation_steps={options.validation_steps}, but no images are held out: give "
+                              "validation_dataset, or set validation_share; of a cache, in both stages.")
+        found.append(Validation(held_out, options.validation_steps))
+    if options.evaluation_steps is not None and accelerator.is_main_process:
+        found.append(Evaluation(sampler, options.evaluation_reference or images, options.evaluation_count,
+                                options.evaluation_steps))
+    return found
+
+
+def _name_rank_in_logs(accelerator: Accelerator) -> None:
+    """Begin every line of a log with the rank, when there are several."""
+    if accelerator.num_processes > 1:
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(logging.Formatter(f"rank {accelerator.process_index}: %(levelname)s: %(message)s"))
+
+
+def _summary(config: TrainConfig, module: DiffusionTrainingModule, sets: DataSets) -> str:
+    """What is about to happen, in two lines."""
+    def count(rows: Any) -> int:
+        return rows.rows if isinstance(rows, CachedRows) else len(rows.rows)
+
+    prior = f" and {count(sets.classes)} class images" if sets.classes is not None else ""
+    held_out = f", {count(sets.validation)} held out" if sets.validation is not None else ""
+    return (f"{config.model.family}: {count(sets.instance)} images{prior}{held_out}, batch size "
+            f"{config.run.batch_size}, task {config.objective.task}, output in {config.run.output_path}\n"
+            f"{module.pipe.objective}\n")

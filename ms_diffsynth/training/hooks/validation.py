@@ -1,0 +1,135 @@
+"""Validation loss: the loss of held-out images at fixed noise levels and fixed noise, so that steps can be compared.
+
+The loss of a training step depends on which noise levels it drew more than on what was learned. Here each held-out
+image is looked at, alone, at the same levels with the same noise every time. So the numbers do not depend on the batch
+size, on the mode, on split training or on the number of devices.
+"""
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import time
+from typing import Any
+
+import numpy as np
+
+from ms_diffsynth import runtime
+from ms_diffsynth.compile import CompiledStep
+from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.launch.worker import still
+from ms_diffsynth.pipeline import UnitSequence
+from ms_diffsynth.storage.files import write_file
+from ms_diffsynth.training.hooks.contract import Hook, is_due
+from ms_diffsynth.training.prepared import PreparedRows, prepare_all
+from ms_diffsynth.training.state import run_folder
+from ms_diffsynth.training.trainer import Trainer
+
+FILE = "validation.csv"
+LEVELS = 8
+
+
+class Validation(Hook):
+    """Adds a row to ``validation.csv`` before the first step, every N steps and at the end: the mean loss, and the mean
+    at each noise level, of all held-out images. The bar shows the mean as ``val``.
+
+    The loss is that of the task, with its weights, without prior preservation. With a moving average it is that of the
+    averaged weights.
+
+    Args:
+        dataset: the held-out rows: a data set, or prepared rows.
+        every: steps.
+
+    Raises: ConfigError for a module with a forward of its own, which draws its noise itself.
+    """
+
+    def __init__(self, dataset: Any, every: int):
+        self.dataset, self.every = dataset, every
+        self.rows: list[dict[str, float]] = []
+
+    def start(self, trainer: Trainer) -> None:
+        module, pipe = trainer.module, trainer.module.pipe
+        if trainer.is_eager:
+            raise ConfigError(f"validation_steps={self.every} with {type(module).__name__}.forward: a forward of your "
+                              "own draws its noise itself. Remove forward, or validation_steps.")
+        task = pipe.objective
+        if task.prior_loss_weight is not None:
+            task = dataclasses.replace(task, prior_loss_weight=None)
+        self.task, self.random = task, trainer.draws
+        self.cut = module.training_cut(task, outputs=("sample_losses",))
+        if not isinstance(self.dataset, PreparedRows):
+            self.dataset = PreparedRows(self.dataset, module, self.cut)
+        prepare_all([self.dataset], trainer.progress)
+        buckets = {self.dataset.bucket_of(row) for row in range(self.dataset.rows)}
+        self.loss_of = CompiledStep(UnitSequence(self.cut, pipe).positional, "the validation loss",
+                                    trainer.accelerator.mode, planned=len(buckets), announce=pipe.announce)
+        self.levels, self.names = self._levels(pipe.sigmas)
+        if trainer.resumed_from is not None:
+            self._restore(trainer)
+        self.after_step(trainer)
+
+    def after_step(self, trainer: Trainer) -> None:
+        if is_due(self.every, trainer.logger.num_steps):
+            self._validate(trainer)
+
+    def end(self, trainer: Trainer) -> None:
+        self._validate(trainer)
+
+    def _levels(self, sigmas: np.ndarray) -> tuple[list[int | None], list[str]]:
+        """Positions on the training grid, evenly spread over it, and the columns of their losses."""
+        if self.task.level_draw is None:
+            return [None], ["loss"]
+        grid = len(sigmas)
+        levels = [int((k + 0.5) / LEVELS * grid) for k in range(LEVELS)]
+        return levels, [f"sigma_{sigmas[level]:.4f}" for level in levels]
+
+    def _validate(self, trainer: Trainer) -> None:
+        step = trainer.logger.num_steps
+        if self.rows and self.rows[-1]["step"] == step:
+            return
+        with trainer.looking() as is_wanted:
+            if not is_wanted:
+                return
+            began = time.perf_counter()
+            losses = np.array([self._losses(row) for row in range(self.dataset.rows)], np.float64)
+            found = dict(zip(self.names, losses.mean(axis=0).tolist()))
+            self.rows.append({"step": step, "loss": float(losses.mean()), **found})
+            write_file(trainer.logger.output_path / FILE, self._csv())
+            trainer.logger.scalars({"validation_loss": self.rows[-1]["loss"]}, step)
+            trainer.logger.event("validation", loss=self.rows[-1]["loss"], images=self.dataset.rows,
+                                 seconds=round(time.perf_counter() - began, 2))
+        trainer.progress.shown["val"] = f"{self.rows[-1]['loss']:.4f}"
+        first = f", {self.rows[0]['loss']:.4f} at step {self.rows[0]['step']:.0f}" if len(self.rows) > 1 else ""
+        trainer.progress.say(f"step {step}: validation loss {self.rows[-1]['loss']:.4f} of {self.dataset.rows} "
+                             f"images{first}")
+
+    def _losses(self, row: int) -> list[float]:
+        """The loss of one row at each level."""
+        still()
+        pipe, prepared = self.dataset.module.pipe, self.dataset[row]
+        slots = {name: array[None] for name, array in prepared.slots.items()}
+        shape, losses = (1, *pipe.latent_shape(*prepared.size)), []
+        for k, level in enumerate(self.levels):
+            random = self.random.of(np.array([row * len(self.levels) + k]))
+            for name in self.cut.draws:
+                slots[name] = (np.array([level], np.int32) if name == self.task.level_draw else
+                               self.task.draw(name, shape, len(pipe.sigmas),
+                                              lambda stream, *what, of=random: of(f"validation/{stream}", *what)))
+            losses.append(self.loss_of(*[runtime.to_device(slots[name]) for name in (*self.cut.cache,
+                                                                                      *self.cut.draws)])[0])
+        return [float(loss.asnumpy()[0]) for loss in losses]
+
+    def _csv(self) -> bytes:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ("step", *dict.fromkeys(["loss", *self.names])), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()} for row in self.rows)
+        return text.getvalue().encode()
+
+    def _restore(self, trainer: Trainer) -> None:
+        """Keep the rows up to the checkpoint, when they are of the same levels."""
+        file = run_folder(trainer.resumed_from) / FILE
+        if file.is_file():
+            rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file.open())]
+            rows = [row | {"step": int(row["step"])} for row in rows if row["step"] <= trainer.logger.num_steps]
+            self.rows = rows if rows and set(rows[0]) == {"step", "loss", *self.names} else []

@@ -1,0 +1,258 @@
+"""What a run leaves behind: loss.csv, events.jsonl, checkpoints, sample images, the loss curve."""
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ms_diffsynth.data.images import grid
+from ms_diffsynth.data.plots import loss_curve
+from ms_diffsynth.errors import ConfigError, OutputError
+from ms_diffsynth.launch.worker import beat
+from ms_diffsynth.nn.ema import EMA
+from ms_diffsynth.redact import redact, without_secrets
+from ms_diffsynth.storage.files import append_line, write_file
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "is_skipped", "seconds")
+
+
+class ModelLogger:
+    """Writes a run's records and checkpoints into ``output_path``; no token and no password is in any of them.
+
+    Args:
+        remove_prefix_in_ckpt: taken off the names of trained weights (``"pipe.dit."``); LoRA files have names of
+            their own.
+        enable_tensorboard_log: also write TensorBoard events (``pip install 'ms_diffsynth[logging]'``).
+
+    Attributes:
+        is_writing: False on every rank but the first; the training loop sets it.
+        settings: what training_args.json holds.
+        files: further files, written by `start`: name -> content.
+        saved: files of weights, in the order they were written. saved_at: the step of the last one; -1 before.
+        checkpoint: folder of the newest checkpoint; None before the first.
+        ema: the moving average of what is trained; the loop sets it.
+        after_save: called when a checkpoint is in place; `training.hooks.publish` sets it.
+    """
+
+    def __init__(self, output_path: str | Path, remove_prefix_in_ckpt: str | None = None,
+                 enable_tensorboard_log: bool = False):
+        self.output_path = Path(output_path)
+        self.remove_prefix_in_ckpt = remove_prefix_in_ckpt
+        self.num_steps = 0
+        self.metadata: dict[str, str] = {}
+        self.settings: dict[str, Any] = {}
+        self.files: dict[str, bytes] = {}
+        self.losses: list[tuple[int, float]] = []
+        self.samples: dict[int, list[Image.Image]] = {}
+        self.saved: list[Path] = []
+        self.saved_at = -1
+        self.is_writing = True
+        self.checkpoint: Path | None = None
+        self.after_save: Callable[[], None] | None = None
+        self.ema: EMA | None = None
+        self._events = threading.Lock()  # an upload tells of itself from a thread of its own
+        self._summary_writer = _tensorboard_class() if enable_tensorboard_log else None
+        self._tensorboard: Any = None
+
+    # -- records -------------------------------------------------------------------------------------------------
+
+    def start(self, settings: dict[str, Any], after: int = 0, run_folder: Path | None = None) -> None:
+        """Write training_args.json, and the head of loss.csv.
+
+        Args:
+            after: continue after this step of the run in ``run_folder``, which may be this one. loss.csv then holds
+                that run's rows up to the step; events.jsonl is continued.
+        """
+        self.settings, self.num_steps = without_secrets(settings), after
+        if not self.is_writing:
+            return
+        self.output_path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.settings, indent=2, sort_keys=True) + "\n"
+        for name, content in {**self.files, "training_args.json": text.encode()}.items():
+            write_file(self.output_path / name, content)
+        rows = _rows_until(run_folder / "loss.csv", after) if after else []
+        write_file(self.output_path / "loss.csv", "".join(f"{row}\n" for row in (",".join(COLUMNS), *rows)).encode())
+        self.losses = [(int(step), float(loss)) for step, _, loss, *_ in (row.split(",") for row in rows)
+                       if math.isfinite(float(loss))]
+        if self._summary_writer is not None:
+            without = {"purge_step": after + 1} if after else {}  # what was written after the checkpoint
+            self._tensorboard = self._summary_writer(str(self.output_path / "tensorboard"), **without)
+        if not after:
+            write_file(self.output_path / "events.jsonl", b"")
+            self.event("start")
+
+    def event(self, event: str, **values: Any) -> None:
+        """Append one line to events.jsonl. JSON has no NaN and no infinity: they become the strings "nan" and "inf"."""
+        if not self.is_writing:
+            return
+        record = {"event": event, "time": round(time.time(), 3), "step": self.num_steps} | values
+        record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with self._events:
+            append_line(self.output_path / "events.jsonl", json.dumps(without_secrets(record), allow_nan=False))
+
+    def log_step(self, record: dict[str, Any]) -> None:
+        """Append one optimizer step to loss.csv (and TensorBoard); ``record`` has the keys of COLUMNS."""
+        if not self.is_writing:
+            return
+        append_line(self.output_path / "loss.csv", ",".join(_text(record[c]) for c in COLUMNS))
+        if math.isfinite(record["loss"]):
+            self.losses.append((record["step"], record["loss"]))
+        self.scalars({key: record[key] for key in ("loss", "learning_rate", "grad_norm")}, record["step"])
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Write numbers to TensorBoard, if that is asked for."""
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+
+    def state(self) -> dict[str, Any]:
+        """Which weights are in files, as JSON."""
+        return {"saved": [path.relative_to(self.output_path).as_posix() for path in self.saved],
+                "saved_at": self.saved_at}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restore what `state` gave; files that are not there any more are forgotten."""
+        self.saved = [path for name in state["saved"] if (path := self.output_path / name).is_file()]
+        self.saved_at = state["saved_at"] if self.saved else -1
+
+    def sync(self) -> None:
+        """Make loss.csv outlive a loss of power, so that no checkpoint is ahead of it. Raises: OutputError."""
+        try:
+            with open(self.output_path / "loss.csv", "rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{self.output_path / 'loss.csv'} cannot be synced: {error.strerror}. Check the disk, or "
+                              "choose another output folder.") from error
+
+    # -- checkpoints (the documents' names) ------------------------------------------------------------------------
+
+    def on_step_end(self, accelerator: Any, model: Any, save_steps: int | None = None, **_: Any) -> None:
+        """Count a step; save ``step-N.safetensors`` every ``save_steps`` steps."""
+        self.num_steps += 1
+        if save_steps and self.num_steps % save_steps == 0:
+            self.save_model(accelerator, model, f"step-{self.num_steps}.safetensors")
+
+    def on_epoch_end(self, accelerator: Any, model: Any, epoch_id: int) -> None:
+        """Save ``epoch-N.safetensors``; the first epoch is 0."""
+        self.save_model(accelerator, model, f"epoch-{epoch_id}.safetensors")
+
+    def on_training_end(self, accelerator: Any, model: Any, save_steps: int | None = None) -> None:
+        """Save the last step when no file holds it yet, and draw the loss curve."""
+        if self.saved_at != self.num_steps:
+            self.save_model(accelerator, model, f"step-{self.num_steps}.safetensors")
+        if accelerator.is_main_process and len(self.losses) > 1:
+            steps, losses = zip(*self.losses)
+            self.write_image("loss.png", loss_curve(np.array(steps), np.array(losses)))
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def save_model(self, accelerator: Any, model: Any, file_name: str) -> None:
+        """Save what was trained, on the first rank only; with a moving average also ``<name>-ema.safetensors``.
+
+        When that is the whole network of a family that diffusers loads as one (unconditional images), the folder is
+        made what `from_pretrained` loads, with the moving average if there is one.
+        """
+        self.saved_at = self.num_steps
+        beat(self.num_steps + 1, "save")
+        if accelerator.is_main_process:
+            self._save(model, file_name)
+            with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
+                if self.ema is not None:
+                    self._save(model, file_name.replace(".safetensors", "-ema.safetensors"))
+                if model.is_whole_pipeline:
+                    model.pipe.update_pretrained(self.output_path)
+            if self.after_save is not None:
+                self.after_save()
+
+    def _save(self, model: Any, file_name: str) -> None:
+        path = self.output_path / file_name
+        metadata = without_secrets({**self.metadata, "step": str(self.num_steps)})
+        model.save(path, self.remove_prefix_in_ckpt, metadata)
+        self.saved.append(path)
+        self.event("saved", file=file_name, bytes=path.stat().st_size)
+
+    # -- images ----------------------------------------------------------------------------------------------------
+
+    def log_samples(self, step: int, images: list[Image.Image], captions: list[str]) -> Path:
+        """Write ``samples/step-N.png`` and keep the images for the before/after grid."""
+        self.samples[step] = images
+        columns = len(images) if captions else math.ceil(math.sqrt(len(images)))
+        path = self.write_image(f"samples/step-{step}.png", grid(images, columns=columns, titles=_titles(captions)))
+        self.event("samples", file=f"samples/step-{step}.png")
+        return path
+
+    def first_and_last(self) -> dict[str, np.ndarray]:
+        """The first and the last samples, which `write_comparison` needs, by ``STEP.NUMBER``."""
+        return {f"{step}.{k}": np.asarray(image) for step in {*list(self.samples)[:1], *list(self.samples)[-1:]}
+                for k, image in enumerate(self.samples[step])}
+
+    def restore_images(self, images: dict[str, np.ndarray], captions: list[str]) -> None:
+        """Keep, and write again, what `first_and_last` gave."""
+        found: dict[int, dict[int, Image.Image]] = {}
+        for name, array in images.items():
+            step, k = map(int, name.split("."))
+            found.setdefault(step, {})[k] = Image.fromarray(array)
+        for step, made in sorted(found.items()):
+            self.log_samples(step, [made[k] for k in range(len(made))], captions)
+
+    def write_comparison(self, captions: list[str]) -> Path | None:
+        """Write ``samples/before_after.png`` from the first and the last samples; None when there is only one."""
+        if len(self.samples) < 2:
+            return None
+        first, last = min(self.samples), max(self.samples)
+        rows = [self.samples[first], self.samples[last]]
+        return self.write_image("samples/before_after.png",
+                                grid(rows, captions=[f"before (step {first})", f"after (step {last})"],
+                                     titles=_titles(captions)))
+
+    def write_image(self, name: str, image: Image.Image) -> Path:
+        """Write a PNG below ``output_path``."""
+        path = self.output_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        write_file(path, buffer.getvalue())
+        return path
+
+
+def _titles(captions: list[str]) -> list[str] | None:
+    return [redact(caption) for caption in captions] or None
+
+
+def _rows_until(file: Path, step: int) -> list[str]:
+    """The rows of a loss.csv up to a step; a row that was torn is none. Their number is checked."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in file.read_text(errors="replace").splitlines():
+            number, *values = line.split(",")
+            if len(values) == len(COLUMNS) - 1 and number.isdigit() and int(number) <= step:
+                rows.append(line)
+    if len(rows) != step:
+        logger.warning("%s has the rows of %d of %d steps: the others are lost.", file, len(rows), step)
+    return rows
+
+
+def _text(value: Any) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else str(value)  # nine digits give a float32 back exactly
+
+
+def _tensorboard_class() -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ConfigError("enable_tensorboard_log=True, but tensorboardX is not installed: pip install "
+                          "'ms_diffsynth[logging]', or leave it out (loss.csv is always written).") from None
+    return SummaryWriter

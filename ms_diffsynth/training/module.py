@@ -1,0 +1,279 @@
+"""What is trained: a pipeline, an objective, and which of its weights learn."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from ms_diffsynth.diffusion.tasks import Task
+from ms_diffsynth.diffusion.units import Objective
+from ms_diffsynth.errors import ConfigError, DataError, TrainingError, listing, nearest
+from ms_diffsynth.formats.lora import load_adapter, save_adapter
+from ms_diffsynth.formats.weights import save_state_dict
+from ms_diffsynth.hub.download import ModelConfig
+from ms_diffsynth.nn.adapters import Adapter, adapter as adapter_called, adapter_of, formats
+from ms_diffsynth.nn.adapters.contract import Uniform
+from ms_diffsynth.nn.adapters.layer import adapted_layers
+from ms_diffsynth.nn.names import to_numpy, torch_parameters, trainable_parameters
+from ms_diffsynth.nn.quant import store_models_8bit
+from ms_diffsynth.nn.recompute import use_recompute
+from ms_diffsynth.pipeline import Pipeline
+from ms_diffsynth.program import Cut
+from ms_diffsynth.template.units import attach_template
+from ms_diffsynth.training.losses import FlowMatchSFTLoss
+
+
+class DiffusionTrainingModule:
+    """Base of training modules: set ``self.pipe`` and call `switch_pipe_to_training_mode`.
+
+    A subclass that leaves ``forward`` alone trains through the compiled step, with the half of the pipeline that does
+    not change prepared once. A subclass with a ``forward(data) -> loss`` of its own (the documents' way) is
+    differentiated as it stands, eagerly.
+
+    Attributes:
+        fuse: units pulled into the compiled step although they could be prepared (``("encode_image",)`` puts the VAE
+            there).
+        adapter: what ``lora_base_model`` gets.
+    """
+
+    pipe: Pipeline
+    fuse: Sequence[str] = ()
+
+    def __init__(self):
+        self.trainable: tuple[str, ...] = ()
+        self.task = "sft"
+        self.adapter: Adapter = adapter_called("lora")
+        self.use_gradient_checkpointing = self.use_gradient_checkpointing_offload = False
+
+    # -- set up --------------------------------------------------------------------------------------------------
+
+    def switch_pipe_to_training_mode(self, pipe: Pipeline, trainable_models: str | None = None,
+                                     lora_base_model: str | None = None, lora_target_modules: str | Sequence[str] = "",
+                                     lora_rank: int = 32, lora_alpha: float | None = None,
+                                     lora_checkpoint: str | Path | None = None, task: str = "sft",
+                                     objective: Objective | None = None, lora_uniform: Uniform | None = None,
+                                     use_gradient_checkpointing: bool = False,
+                                     use_gradient_checkpointing_offload: bool = False,
+                                     fp8_models: str | None = None, extra_inputs: str | None = None,
+                                     adapter: str = "lora") -> None:
+        """Freeze everything, then make trainable what is named.
+
+        Args:
+            trainable_models: comma-separated models or dotted sub-modules to train whole (``"dit"``).
+            lora_base_model: the model that gets a LoRA, or another ``adapter``; its own weights stay frozen.
+            lora_target_modules: names, or ends of names, of its linear layers; empty takes the family's choice.
+            lora_checkpoint: a file of the same adapter to continue from.
+            task: ``sft`` or ``dreambooth``; with ``:data_process`` or ``:train`` one stage of split training.
+            objective: what is minimised; None is the family's own, for most that of the task (`diffusion.tasks.TASKS`).
+            use_gradient_checkpointing, use_gradient_checkpointing_offload: recompute the blocks of what gradients pass
+                through; offload keeps their inputs on the host (eager only). See `nn.recompute`.
+            fp8_models: frozen models stored in 8 bits, by name or as ``owner/name:pattern``. See `nn.quant`.
+            extra_inputs: columns of the data set that are inputs too, with commas, such as
+                ``edit_image,template_inputs``.
+            adapter: a name of `nn.adapters.ADAPTERS`.
+
+        Raises: ConfigError for names that are not there, for nothing to train, or for a model to be trained both ways.
+        """
+        self.task, (kind, _, stage) = task, task.partition(":")
+        self.adapter = adapter_called(adapter)
+        names = self._checked_names(pipe, trainable_models, lora_base_model)
+        for model in pipe.models.values():
+            if isinstance(model, nn.Cell):
+                for parameter in model.get_parameters():
+                    parameter.requires_grad = False
+        for name in (n.strip() for n in (extra_inputs or "").split(",") if n.strip()):
+            pipe.use_input(name)
+        pipe.forget_compiled()  # what was compiled before has no LoRA in it
+        pipe.objective = pipe.objective_for(objective, kind)
+        pipe.sigmas = pipe.training_schedule(kind).sigmas
+        self.lora_base_model = lora_base_model
+        self.trainable = (*names, *([lora_base_model] if lora_base_model else []))
+        if stage == "data_process":  # nothing is trained, so what would be is not loaded
+            self._store_frozen(fp8_models, ("prepare",))
+            return
+        if lora_base_model:
+            targets = lora_target_modules.split(",") if isinstance(lora_target_modules, str) else lora_target_modules
+            targets = [t for t in targets if t] or pipe.lora_target_modules
+            model = getattr(pipe, lora_base_model)
+            self.adapter.inject(model, targets, lora_rank, lora_alpha, lora_uniform)
+            if lora_checkpoint:
+                self._resume_lora(model, lora_checkpoint)
+        for name in names:
+            for parameter in self._parameters_under(pipe, name):
+                parameter.requires_grad = True
+        self._store_frozen(fp8_models, ("step",) if stage == "train" else ("prepare", "step"))
+        self._recompute(use_gradient_checkpointing, use_gradient_checkpointing_offload)
+
+    def load_training_template_model(self, pipe: Pipeline, path_or_model_id: str | ModelConfig | None,
+                                     use_gradient_checkpointing: bool = False,
+                                     use_gradient_checkpointing_offload: bool = False,
+                                     trust_template_code: bool = False,
+                                     trust_template_sha256: str | None = None) -> None:
+        """Give ``pipe`` the model ``template_model``; nothing for None. Call it before `switch_pipe_to_training_mode`.
+
+        See `template.units.attach_template`. ``extra_inputs`` must name ``template_inputs``.
+        """
+        if path_or_model_id:
+            attach_template(pipe, path_or_model_id, trust_template_code=trust_template_code,
+                            trust_template_sha256=trust_template_sha256,
+                            use_gradient_checkpointing=use_gradient_checkpointing,
+                            use_gradient_checkpointing_offload=use_gradient_checkpointing_offload)
+
+    @staticmethod
+    def _checked_names(pipe: Pipeline, trainable_models: str | None, lora_base_model: str | None) -> list[str]:
+        names = [n.strip() for n in (trainable_models or "").split(",") if n.strip()]
+        if not names and not lora_base_model:
+            raise ConfigError("nothing would be trained: set lora_base_model or trainable_models, e.g. to dit.")
+        for name in [*names, *([lora_base_model] if lora_base_model else [])]:
+            root = name.split(".")[0]
+            trainable = [c.name for c in pipe.store.components if not c.is_tokenizer]
+            if root not in trainable:
+                raise ConfigError(f"'{name}' cannot be trained: {type(pipe).__name__} has the models "
+                                  f"{listing(trainable)}."
+                                  f"{nearest(root, pipe.model_names)}")
+        if lora_base_model in names:
+            raise ConfigError(f"'{lora_base_model}' is in trainable_models and is lora_base_model: expected one of the "
+                              "two. Train it whole, or train a LoRA on it.")
+        return names
+
+    def _recompute(self, is_on: bool, is_offloaded: bool) -> None:
+        """Let the networks that gradients pass through compute their blocks again in backward."""
+        self.use_gradient_checkpointing, self.use_gradient_checkpointing_offload = is_on, is_offloaded
+        if is_on or is_offloaded:
+            for name in dict.fromkeys((self.pipe.network, *(n.split(".")[0] for n in self.trainable))):
+                if name in self.training_cut().models("step") and not self.pipe.store.component(name).recomputes_itself:
+                    use_recompute(getattr(self.pipe, name), offload=is_offloaded)
+
+    def _store_frozen(self, fp8_models: str | None, stages: tuple[str, ...]) -> None:
+        """Put the named models that these stages use into 8 bits; what is prepared by them depends on it."""
+        given = [self.pipe.given_as.get(n.strip(), n.strip()) for n in (fp8_models or "").split(",") if n.strip()]
+        if not given:
+            return
+        cut = self.training_cut()
+        store_models_8bit(self.pipe, ",".join(given), {m for stage in stages for m in cut.models(stage)})
+        for name in given:
+            self.pipe.store.note_change(name, "8 bits", is_once=True)
+
+    def _resume_lora(self, model: Any, path: str | Path) -> None:
+        cells = adapted_layers(model)
+        file = load_adapter(path, list(cells), formats())
+        if (found := adapter_of(file.format).name) != self.adapter.name:
+            raise ConfigError(f"lora_checkpoint={path} holds the adapter {found}: expected {self.adapter.name}, as the "
+                              f"setting adapter says. Set adapter={found}, or give another file.")
+        # a file's scale is folded into B; ours is alpha / rank, applied at run time
+        modules = file.with_scale({name: cell.scale for name, cell in cells.items()})
+        self.adapter.load(model, {f"{module}.{part}": array for module, parts in modules.items()
+                                  for part, array in parts.items()})
+
+    @staticmethod
+    def _parameters_under(pipe: Pipeline, name: str) -> list[Parameter]:
+        root, _, inner = name.partition(".")
+        weights = trainable_parameters(getattr(pipe, root))
+        found = {n: p for n, p in weights.items()
+                 if not inner or n == inner or n.startswith(inner + ".")}
+        if not found:
+            tops = sorted({n.split(".")[0] for n in weights})
+            raise ConfigError(f"trainable_models='{name}' names no weights: '{root}' has {listing(tops)}."
+                              f"{nearest(inner, tops)}")
+        return list(found.values())
+
+    # -- what is trained -----------------------------------------------------------------------------------------
+
+    def trainable_parameters(self) -> list[Parameter]:
+        """Every parameter that learns, once, in a fixed order."""
+        found: dict[int, Parameter] = {}
+        for name in self.trainable:
+            if name == self.lora_base_model:
+                parameters = self.adapter.parameters(getattr(self.pipe, name))
+            else:
+                parameters = self._parameters_under(self.pipe, name)
+            found.update((id(p), p) for p in parameters if p.requires_grad)
+        if not found:
+            raise TrainingError("no parameter is trainable: call switch_pipe_to_training_mode first.")
+        return list(found.values())
+
+    def training_cut(self, task: Task | None = None, outputs: Sequence[str] = ("loss", "sample_losses")) -> Cut:
+        """The training program of the pipeline, or that of another ``task``, cut for what is trained."""
+        program = self.pipe.training_program(self.pipe.objective if task is None else task, self.pipe.sigmas)
+        return program.cut(outputs, self.trainable, (*self.pipe.always_fused, *self.fuse))
+
+    def export_trainable_state_dict(self, remove_prefix: str | None = None) -> dict[str, np.ndarray]:
+        """Trained weights by name, ``pipe.<model>.<weight>`` with ``remove_prefix`` taken off."""
+        ids = {id(p) for p in self.trainable_parameters()}
+        state = {}
+        for root in dict.fromkeys(name.split(".")[0] for name in self.trainable):
+            for name, parameter in torch_parameters(getattr(self.pipe, root)).items():
+                if id(parameter) in ids:
+                    state[f"pipe.{root}.{name}".removeprefix(remove_prefix or "")] = to_numpy(parameter)
+        return state
+
+    @property
+    def is_whole_pipeline(self) -> bool:
+        """Whether all of the network is trained, and the pipeline can be saved as one."""
+        return (list(self.trainable) == [self.pipe.network] and not self.lora_base_model
+                and hasattr(self.pipe, "update_pretrained"))
+
+    def save(self, path: Path, remove_prefix: str | None = None, metadata: dict[str, str] | None = None) -> None:
+        """Write what was trained: an adapter in diffusers naming, or weights by name. Never half a file."""
+        if self.lora_base_model and set(self.trainable) == {self.lora_base_model}:
+            cells = adapted_layers(getattr(self.pipe, self.lora_base_model))
+            prefix = self.pipe.lora_prefixes.get(self.lora_base_model, self.lora_base_model)
+            save_adapter(path, self.adapter.format, {name: cell.tensors() for name, cell in cells.items()},
+                         scale=next(cell.scale for cell in cells.values()), prefix=prefix, metadata=metadata or {})
+        else:
+            save_state_dict(path, self.export_trainable_state_dict(remove_prefix), metadata)
+
+    # -- from data to loss ---------------------------------------------------------------------------------------
+
+    def get_pipeline_inputs(self, data: dict[str, Any]) -> tuple[dict, dict, dict]:
+        """A row of the data set as the documents' three dictionaries.
+
+        Raises: DataError for a row without an image, or without a prompt where the family takes one.
+        """
+        lost = [name for name in self._columns if data.get(name) is None]
+        if lost:
+            raise DataError(f"a row has no {' and no '.join(map(repr, lost))}: it has {listing(sorted(data))}. "
+                            f"Expected the columns {' and '.join(map(repr, self._columns))}; rename yours, or override "
+                            "get_pipeline_inputs.")
+        shared = {"input_image": data["image"], "height": data["image"].size[1], "width": data["image"].size[0],
+                  "cfg_scale": 1, **{name: data[name] for name in (*self._extra_inputs, *self.pipe.objective.inputs)}}
+        if "prompt" not in self._columns:
+            return shared, {}, {}
+        return shared, {"prompt": data["prompt"]}, {"negative_prompt": ""}
+
+    @property
+    def _columns(self) -> list[str]:
+        """The columns `get_pipeline_inputs` reads: those the pipeline has an input for."""
+        return ["image", *(["prompt"] if "prompt" in self.pipe.inputs else []), *self._extra_inputs,
+                *self.pipe.objective.inputs]
+
+    @property
+    def _extra_inputs(self) -> list[str]:
+        return [name for name in self.pipe.inputs if name in self.pipe.optional_units]
+
+    @property
+    def row_fields(self) -> list[str] | None:
+        """The fields of a row that shape what is prepared of it; None for all, when `get_pipeline_inputs` is yours."""
+        is_own = type(self).get_pipeline_inputs is not DiffusionTrainingModule.get_pipeline_inputs
+        return None if is_own else self._columns
+
+    def prepare(self, data: dict[str, Any], cut: Cut) -> dict[str, np.ndarray]:
+        """Run the prepared half on one row: the slots that cross the cut, each without its batch axis."""
+        shared, posi, _ = self.get_pipeline_inputs(data)
+        slots = self.pipe.run(cut.prepare, {k: v for k, v in (shared | posi).items() if k in cut.inputs})
+        return {name: to_numpy(slots[name])[0, ...] for name in cut.cache}  # an array, of a number too
+
+    def forward(self, data: dict[str, Any]) -> Tensor:
+        """Loss of one row, eagerly, by the pipeline's units and FlowMatchSFTLoss."""
+        shared, posi, nega = self.get_pipeline_inputs(data)
+        for unit in self.pipe.units:
+            shared, posi, nega = self.pipe.unit_runner(unit, self.pipe, shared, posi, nega)
+        return FlowMatchSFTLoss(self.pipe, **shared, **posi)
+
+    @property
+    def has_own_forward(self) -> bool:
+        """Whether the subclass computes its loss itself, so that only eager differentiation fits."""
+        return type(self).forward is not DiffusionTrainingModule.forward

@@ -1,0 +1,149 @@
+"""ModelLogger: names, records, strict JSON, one writer; TensorBoard when it is there."""
+from __future__ import annotations
+
+import json
+import sys
+import types
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.training.logger import COLUMNS, ModelLogger
+
+MAIN, OTHER = SimpleNamespace(is_main_process=True), SimpleNamespace(is_main_process=False)
+
+
+class Model:
+    is_whole_pipeline = False
+
+    def __init__(self):
+        self.saved = []
+
+    def save(self, path, remove_prefix, metadata):
+        path.write_bytes(b"weights")
+        self.saved.append((path.name, remove_prefix, metadata["step"]))
+
+
+def record(step, loss=0.5):
+    return dict(zip(COLUMNS, (step, 0, loss, 1e-4, 1.5, int(not np.isfinite(loss)), 0.25)))
+
+
+def test_files_are_named_by_steps_and_epochs(tmp_path):
+    logger, model = ModelLogger(tmp_path / "run", "pipe.dit."), Model()
+    logger.start({})
+    for _ in range(5):
+        logger.on_step_end(MAIN, model, save_steps=2)
+    logger.on_training_end(MAIN, model)
+    assert model.saved == [("step-2.safetensors", "pipe.dit.", "2"), ("step-4.safetensors", "pipe.dit.", "4"),
+                           ("step-5.safetensors", "pipe.dit.", "5")]
+    logger.on_epoch_end(MAIN, model, 3)
+    logger.on_training_end(MAIN, model)  # already saved
+    assert [name for name, _, _ in model.saved[3:]] == ["epoch-3.safetensors"]
+
+
+def test_a_record_gives_its_float32_numbers_back(tmp_path):
+    logger = ModelLogger(tmp_path)
+    logger.start({})
+    values = np.random.default_rng(0).standard_normal(50).astype(np.float32)
+    for step, value in enumerate(values):
+        logger.log_step(record(step, float(value)))
+    lines = (tmp_path / "loss.csv").read_text().splitlines()
+    assert lines[0] == "step,epoch,loss,learning_rate,grad_norm,is_skipped,seconds"
+    assert np.array_equal([np.float32(line.split(",")[2]) for line in lines[1:]], values)
+
+
+def test_events_are_strict_json_even_when_numbers_are_not_finite(tmp_path):
+    logger = ModelLogger(tmp_path)
+    logger.start({})
+    logger.event("skipped", loss=float("nan"), grad_norm=float("-inf"), at=3)
+    last = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1], parse_constant=pytest.fail)
+    assert (last["event"], last["loss"], last["grad_norm"], last["at"]) == ("skipped", "nan", "-inf", 3)
+
+
+def test_losses_that_are_not_finite_are_recorded_but_not_drawn(tmp_path):
+    logger = ModelLogger(tmp_path)
+    logger.start({})
+    for step, loss in enumerate([1.0, float("nan"), 0.5]):
+        logger.log_step(record(step, loss))
+    logger.on_training_end(MAIN, Model())
+    assert logger.losses == [(0, 1.0), (2, 0.5)] and (tmp_path / "loss.png").exists()
+    assert ",nan," in (tmp_path / "loss.csv").read_text()
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    logger, model = ModelLogger(tmp_path / "run"), Model()
+    logger.is_writing = False
+    logger.start({})
+    logger.on_step_end(OTHER, model, save_steps=1)
+    logger.log_step(record(1))
+    logger.on_training_end(OTHER, model)
+    assert logger.num_steps == 1 and not model.saved and not (tmp_path / "run").exists()
+
+
+def test_pictures_before_and_after(tmp_path):
+    logger = ModelLogger(tmp_path)
+    assert logger.write_comparison([]) is None
+    for step in (0, 5, 9):
+        logger.log_samples(step, [Image.new("RGB", (16, 16), (step * 20, 0, 0))], ["a"]) if step else \
+            logger.log_samples(step, [Image.new("RGB", (16, 16))], ["a"])
+    path = logger.write_comparison(["a"])
+    assert path == tmp_path / "samples/before_after.png" and Image.open(path).height > 32
+
+
+def test_a_save_is_complete_when_it_is_told(tmp_path):
+    logger, told = ModelLogger(tmp_path), []
+    logger.start({})
+    logger.after_save = lambda: told.append([path.name for path in logger.saved if path.is_file()])
+    for _ in range(2):
+        logger.on_step_end(MAIN, Model(), save_steps=1)
+    assert told == [["step-1.safetensors"], ["step-1.safetensors", "step-2.safetensors"]]
+
+
+def test_secrets_are_in_no_record_and_in_no_picture(tmp_path):
+    token, pictures = "hf_abcdefghijklmnop0123", [Image.new("RGB", (256, 16))]
+    logger, model = ModelLogger(tmp_path), Model()
+    model.save = lambda path, prefix, metadata: path.write_text(str(metadata))
+    logger.metadata = {"note": token}
+    logger.start({"prompt": f"a {token}", "my_api_key": "swordfish", "steps": 3, "path": tmp_path / token})
+    assert json.loads((tmp_path / "training_args.json").read_text()) == logger.settings == {
+        "prompt": "a [redacted]", "my_api_key": "[redacted]", "steps": 3, "path": f"{tmp_path}/[redacted]"}
+    logger.event("stopped", reason=token)
+    logger.on_step_end(MAIN, model, save_steps=1)
+    assert all(token not in path.read_text() for path in tmp_path.iterdir())
+    with_token, hidden = (logger.log_samples(k, pictures, [text]).read_bytes() for k, text in enumerate(
+        (token, "[redacted]")))
+    assert with_token == hidden != logger.log_samples(2, pictures, ["another"]).read_bytes()
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ConfigError, match=r"tensorboardX is not installed: pip install 'ms_diffsynth\[logging\]'"):
+        ModelLogger(tmp_path, enable_tensorboard_log=True)
+    ModelLogger(tmp_path)
+
+
+def test_tensorboard_gets_every_step(tmp_path, monkeypatch):
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder, self.scalars, self.is_closed = folder, [], False
+
+        def add_scalar(self, *values):
+            self.scalars.append(values)
+
+        def close(self):
+            self.is_closed = True
+
+    module = types.ModuleType("tensorboardX")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    logger = ModelLogger(tmp_path, enable_tensorboard_log=True)
+    logger.start({})
+    logger.log_step(record(1))
+    writer = logger._tensorboard
+    assert writer.folder == str(tmp_path / "tensorboard")
+    assert writer.scalars == [("loss", 0.5, 1), ("learning_rate", 1e-4, 1), ("grad_norm", 1.5, 1)]
+    logger.on_training_end(MAIN, Model())
+    assert writer.is_closed
