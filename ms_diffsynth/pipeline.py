@@ -313,9 +313,10 @@ class Pipeline:
         return self.store.names
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self.model_names:
+        store = self.__dict__.get("store")  # not self.store, which would come here again in a copy that is being made
+        if store is None or name not in store.names:
             raise AttributeError(f"{type(self).__name__} has no attribute '{name}'")
-        return self.store.get(name)
+        return store.get(name)
 
     def compiled(self, name: str, build: Callable[[], Callable[..., Any]], which: tuple[str, ...] = ()) -> CompiledStep:
         """The function that ``build`` makes at first use, compiled; ``which`` of those with this name."""

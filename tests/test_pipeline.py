@@ -57,6 +57,12 @@ def test_models_are_loaded_at_first_use_frozen_and_in_evaluation_mode(tiny):
         _ = pipe.control
 
 
+def test_a_pipeline_that_is_not_made_yet_has_no_models():
+    for name in ("vae", "store"):
+        with pytest.raises(AttributeError, match="has no attribute"):
+            getattr(ToyImagePipeline.__new__(ToyImagePipeline), name)
+
+
 def test_a_config_is_read_once(tiny, monkeypatch):
     pipe = ToyImagePipeline.from_pretrained(str(tiny))
     read = []

@@ -33,8 +33,8 @@ def damage(checkpoint):
 def test_a_new_run_does_not_start_among_the_checkpoints_of_another(folder, tmp_path):
     train(tmp_path / "run", Module(folder), rows(3))
     before = digests(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"run holds checkpoints of another run, the last one step-00000003. Go "
-                                              r"on with it by --resume auto, or choose another output_path"):
+    with pytest.raises(CheckpointError, match=r"another run, the last one step-00000003\. Resume it by --resume auto, "
+                                              r"or choose another output_path"):
         train(tmp_path / "run", Module(folder), rows(3))
     train(tmp_path / "other", Module(folder), rows(4))
     with pytest.raises(CheckpointError, match=r"holds checkpoints of another run than .*step-00000004"):
