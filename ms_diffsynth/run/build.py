@@ -18,13 +18,13 @@ from ms_diffsynth.config import SETTINGS, DataSection, TrainConfig
 from ms_diffsynth.data.buckets import Bucket, make_buckets
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
-from ms_diffsynth.diffusion.tasks import TASKS, Task
+from ms_diffsynth.diffusion.tasks import Task, task_class
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, listing, nearest
 from ms_diffsynth.hub.download import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
-from ms_diffsynth.registry import family
+from ms_diffsynth.registry import TASKS, family
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.template.units import trained_template_cache
 from ms_diffsynth.training.module import DiffusionTrainingModule
@@ -107,7 +107,7 @@ def build_task(config: TrainConfig) -> Task:
     name = config.model.family
     if own and kind not in ("sft", "dreambooth"):
         raise ConfigError(f"task={config.objective.task}: the family {name} is trained for one task. Remove it.")
-    cls = own or TASKS[kind].task
+    cls = own or task_class(kind)
     given = {f.name: value for f in fields(cls) if (value := getattr(config.objective, f.name, None)) is not None}
     known = set(given) | {f.name for f in fields(cls)}
     if own is None:
