@@ -40,7 +40,8 @@ _WHERE = {  # module -> the public names in it
     "pipelines.qwen_image.pipeline": ("QwenImagePipeline",),
     "pipelines.sd3.pipeline": ("SD3ImagePipeline",),
     "program": ("Cut", "Program"),
-    "run.build": ("build_datasets", "build_module", "build_pipeline", "build_sampler"),
+    "run.build": ("build_datasets", "build_module", "build_sampler"),
+    "run.pipeline": ("build_pipeline",),
     "run.task": ("launch_training_task", "train"),
     "runtime": ("compute_dtype",),
     "template.loading": ("load_template_model", "no_grad"),
@@ -102,9 +103,9 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares
     from ms_diffsynth.run.build import (
         build_datasets as build_datasets,
         build_module as build_module,
-        build_pipeline as build_pipeline,
         build_sampler as build_sampler,
     )
+    from ms_diffsynth.run.pipeline import build_pipeline as build_pipeline
     from ms_diffsynth.run.task import launch_training_task as launch_training_task, train as train
     from ms_diffsynth.runtime import compute_dtype as compute_dtype
     from ms_diffsynth.template.loading import load_template_model as load_template_model, no_grad as no_grad

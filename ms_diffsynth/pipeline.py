@@ -20,7 +20,7 @@ from ms_diffsynth import runtime
 from ms_diffsynth.compile import Announce, CompiledStep, log_only
 from ms_diffsynth.data.images import to_pixels
 from ms_diffsynth.diffusion.schedule import Schedule
-from ms_diffsynth.diffusion.tasks import TASKS, Task
+from ms_diffsynth.diffusion.tasks import Task, task
 from ms_diffsynth.diffusion.units import Objective, SampleLatents
 from ms_diffsynth.errors import ConfigError, DataError, ProgramError, listing, nearest
 from ms_diffsynth.formats.lora import load_adapter
@@ -173,7 +173,7 @@ class Pipeline:
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
     sampling = SamplingDefaults()
     division_factor = 16  # heights and widths are multiples of this many pixels
-    objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `TASKS`
+    objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `registry.TASKS`
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
     lora_prefixes: dict[str, str] = {}  # model name -> its prefix in a LoRA file, as diffusers names it
     fusible: tuple[str, ...] = ()  # units that may be compiled into the training step although they could be prepared
@@ -225,9 +225,9 @@ class Pipeline:
 
     # -- programs ------------------------------------------------------------------------------------------------
 
-    def objective_for(self, objective: Task | None, task: str = "sft") -> Task:
-        """What is minimised when ``objective`` is asked for; None is that of the task, `diffusion.tasks.TASKS`."""
-        return objective or TASKS[task].task(**TASKS[task].defaults)
+    def objective_for(self, objective: Task | None, name: str = "sft") -> Task:
+        """What is minimised when ``objective`` is asked for; None is that of the task, `registry.TASKS`."""
+        return objective or task(name)
 
     def training_program(self, objective: Task, sigmas: np.ndarray) -> Program:
         """Everything from a row of the data set to ``loss``: ``units``, then the objective around ``denoise``."""

@@ -1,8 +1,9 @@
-"""Family or optimizer by name -> where it is. One line each; it is imported when it is asked for."""
+"""Family, task or optimizer by name -> where it is. One line each; it is imported when it is asked for."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ms_diffsynth.errors import ConfigError, nearest
 
@@ -16,6 +17,23 @@ FAMILIES = {
     "qwen_image": "ms_diffsynth.pipelines.qwen_image",
     "sd3": "ms_diffsynth.pipelines.sd3",
     "toy": "ms_diffsynth.pipelines.toy",
+}
+
+
+class TaskEntry(NamedTuple):
+    """Where a task is: ``module:class``; and the values of its fields that a run leaves open."""
+
+    where: str
+    defaults: Mapping[str, Any] = {}
+
+
+# sft is DiffSynth-Studio's supervised script, dreambooth that of document 003; a family may have a task of its own
+TASKS = {
+    "sft": TaskEntry("ms_diffsynth.diffusion.units:Objective",
+                     {"weighting_scheme": "diffsynth", "posterior": "mean", "guidance_scale": 1.0}),
+    "dreambooth": TaskEntry("ms_diffsynth.diffusion.units:Objective",
+                            {"weighting_scheme": "none", "posterior": "sample", "guidance_scale": 3.5}),
+    "direct_distill": TaskEntry("ms_diffsynth.diffusion.distillation:DirectDistillation", {"guidance_scale": 1.0}),
 }
 
 
@@ -43,3 +61,9 @@ def family(name: str) -> Family:
         raise ConfigError(f"family='{name}' is unknown: expected one of {', '.join(sorted(FAMILIES))}."
                           f"{nearest(name, FAMILIES)}")
     return import_module(FAMILIES[name]).FAMILY
+
+
+def entry(where: str) -> Any:
+    """What ``module:name`` names."""
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)

@@ -17,7 +17,7 @@ from ms_diffsynth.cli.main import main
 from ms_diffsynth.config import load_config
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.registry import family
-from ms_diffsynth.run import train
+from ms_diffsynth.run.task import train
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").rglob("*.yaml"))

@@ -132,7 +132,7 @@ def task() -> None:
     from toy_run import Module, rows, train
 
     from ms_diffsynth.diffusion.huber import HuberObjective
-    from ms_diffsynth.diffusion.tasks import TASKS
+    from ms_diffsynth.registry import TASKS
 
     folder, how = toy(Path("toy")), {"num_epochs": None, "max_train_steps": 2, "batch_size": 2, "mode": "graph"}
     train(Path("sft"), Module(folder), rows(3), **how)

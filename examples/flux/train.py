@@ -9,7 +9,7 @@ config = load_config(
     "examples/flux/tiny_dreambooth.yaml",
     # DreamBooth: three words stand for the character, and class images keep the meaning of "cat".
     task="dreambooth", with_prior_preservation=True,
-    # FLUX.1-dev is told a guidance scale. DreamBooth trains at 3.5, at which it is sampled; task sft trains at 1.
+    # FLUX.1-dev gets a guidance scale. DreamBooth trains at 3.5, at which it is sampled; task sft trains at 1.
     guidance_scale=3.5,
     # T5's text length: its tokens pass through the network beside those of the image, so a short one is faster.
     max_sequence_length=16,

@@ -11,7 +11,7 @@ config = load_config(
     max_sequence_length=64,
     # An edit model: add a column `edit_image` to the metadata and name it here; a template adds `template_inputs`.
     extra_inputs=None,
-    # klein is distilled and has no guidance embedding; FLUX.2-dev is told 4.0 when it is sampled.
+    # klein is distilled and has no guidance embedding; FLUX.2-dev gets 4.0 when it is sampled.
     guidance_scale=1.0,
     output_path="runs/flux2-python",
 )

@@ -20,7 +20,8 @@ def execute(args: argparse.Namespace) -> int:
     """Print the cut of the configured run."""
     config = load_config(args.config, overrides_of(args))
     from ms_diffsynth import runtime
-    from ms_diffsynth.run import build_pipeline, build_task
+    from ms_diffsynth.run.build import build_task
+    from ms_diffsynth.run.pipeline import build_pipeline
 
     runtime.configure(config.run.mode, config.run.device)
     pipe = build_pipeline(config)

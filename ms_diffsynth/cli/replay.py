@@ -35,7 +35,8 @@ def execute(args: argparse.Namespace) -> int:
     overrides = {"resume": "auto", "accept_changes": "[]"} | overrides_of(args) | {"output_path": str(args.run)}
     config = load_config(file, overrides)
     from ms_diffsynth.debug.replay import replay_training_step
-    from ms_diffsynth.run import build_datasets, build_module, build_pipeline
+    from ms_diffsynth.run.build import build_datasets, build_module
+    from ms_diffsynth.run.pipeline import build_pipeline
     from ms_diffsynth.training.distributed import Accelerator
 
     file = args.run / "training_args.json"

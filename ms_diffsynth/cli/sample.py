@@ -51,6 +51,7 @@ def execute(args: argparse.Namespace) -> int:
     _check(args)
     from ms_diffsynth import runtime
     from ms_diffsynth.data.images import png_bytes
+    from ms_diffsynth.run.pipeline import open_pipeline
     from ms_diffsynth.storage.files import write_file
 
     runtime.configure(args.mode, args.device)
@@ -62,12 +63,7 @@ def execute(args: argparse.Namespace) -> int:
     if unused:
         raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")
     cls.check_sampler(args.sampler)
-    pipe = cls.from_pretrained(str(args.model), device=args.device)
-    if args.max_sequence_length:
-        if not hasattr(pipe, "max_sequence_length"):
-            raise ConfigError(f"max_sequence_length={args.max_sequence_length}: prompts of the family {args.family} "
-                              "have one fixed length. Remove it.")
-        pipe.max_sequence_length = args.max_sequence_length
+    pipe = open_pipeline(args.family, str(args.model), device=args.device, max_sequence_length=args.max_sequence_length)
     if args.lora:
         fused = pipe.load_lora(getattr(pipe, pipe.network), args.lora, args.lora_scale)
         sys.stderr.write(f"{args.lora}: fused into {fused} layers\n")

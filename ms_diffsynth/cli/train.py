@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Train as configured."""
     config = load_config(args.config, overrides_of(args))
-    from ms_diffsynth.run import train  # a mistake in the file is told before MindSpore is imported
+    from ms_diffsynth.run.task import train  # a mistake in the file is told before MindSpore is imported
 
     train(config)
     return 0

@@ -14,7 +14,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 from ms_diffsynth.config.setting import Setting
-from ms_diffsynth.registry import OPTIMIZERS
+from ms_diffsynth.registry import OPTIMIZERS, TASKS
 
 
 def _setting(default: Any, help: str, range: str = "", *, choices: tuple[str, ...] = (), has_commas: bool = False,
@@ -101,9 +101,8 @@ class DataSection:
 class ObjectiveSection:
     """What is minimised."""
 
-    task: str = _setting("sft", "training task, or with :data_process or :train one stage of it", choices=(
-        "sft", "dreambooth", "direct_distill", "sft:data_process", "sft:train", "dreambooth:data_process",
-        "dreambooth:train", "direct_distill:data_process", "direct_distill:train"))
+    task: str = _setting("sft", "training task, or with :data_process or :train one stage of it",
+                         choices=tuple(task + stage for stage in ("", ":data_process", ":train") for task in TASKS))
     distill_steps: int = _setting(4, "direct_distill: sampling steps of the student", "1 <= distill_steps <= 50",
                                   configures="task")
     weighting_scheme: str | None = _setting(

@@ -238,10 +238,10 @@ def _training(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Q
     optimizer = kind(parameters, learning_rate=settings["lr"], betas=tuple(settings["betas"]),
                       eps=settings["eps"], weight_decay=settings["weight_decay"])
     step = ProgramTrainStep(module, cut, optimizer, max_grad_norm=settings["max_grad_norm"], mode=mode)
-    count = len(expected["training.losses"])
+    count = len(expected["train.losses"])
     results = [step.step(*_tensors(case, pipe, cut, k + 1)) for k in range(count)]
     losses = np.array([r.loss.asnumpy() for r in results])
-    quantities = [Quantity(f"losses of {count} steps", relative_error(losses, expected["training.losses"]),
+    quantities = [Quantity(f"losses of {count} steps", relative_error(losses, expected["train.losses"]),
                            max(case.tolerances.loss, 1e-4))]
     if "train.grad_norms" in expected:
         norms = np.array([r.grad_norm.asnumpy() for r in results])

@@ -28,7 +28,7 @@ from mindspore.common.initializer import Zero
 from mindspore.nn.utils import no_init_parameters
 
 from ms_diffsynth import runtime
-from ms_diffsynth.diffusion.tasks import TASKS
+from ms_diffsynth.diffusion.tasks import task
 from ms_diffsynth.errors import ConfigError, DeviceError, nearest
 from ms_diffsynth.models import Component
 from ms_diffsynth.nn.adapters.layer import linear_modules
@@ -156,7 +156,7 @@ class _LoRA(DiffusionTrainingModule):
         self.pipe = pipeline(plan)
         self.switch_pipe_to_training_mode(
             self.pipe, lora_base_model=self.pipe.network, lora_rank=plan.lora_rank, task=f"{plan.task}:train",
-            objective=TASKS[plan.task].task(**TASKS[plan.task].defaults), use_gradient_checkpointing=plan.recompute,
+            objective=task(plan.task), use_gradient_checkpointing=plan.recompute,
             lora_uniform=lambda _, shape: np.zeros(shape, np.float32))
 
 

@@ -1,14 +1,12 @@
-"""What a run may minimise, by name. A new task is a class with the members of `Task` and a line in ``TASKS``."""
+"""What a run may minimise. A new task is a class with the members of `Task` and a line in `registry.TASKS`."""
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from ms_diffsynth.diffusion.distillation import DirectDistillation
-from ms_diffsynth.diffusion.units import Objective, Random
+from ms_diffsynth.diffusion.units import Random
+from ms_diffsynth.registry import TASKS, entry
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 
@@ -38,17 +36,11 @@ class Task(Protocol):
         """From ``input_latents`` and the draws to ``loss`` and ``sample_losses``, around ``pipe.denoise``."""
 
 
-@dataclass(frozen=True)
-class TaskKind:
-    """A task's class, and what its fields are when a run leaves them open."""
-
-    task: type[Task]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+def task_class(name: str) -> type[Task]:
+    """The class of the task called ``name`` in `registry.TASKS`."""
+    return entry(TASKS[name].where)
 
 
-# sft is DiffSynth-Studio's supervised script, dreambooth that of document 003; a family may have a class of its own
-TASKS = {
-    "sft": TaskKind(Objective, {"weighting_scheme": "diffsynth", "posterior": "mean", "guidance_scale": 1.0}),
-    "dreambooth": TaskKind(Objective, {"weighting_scheme": "none", "posterior": "sample", "guidance_scale": 3.5}),
-    "direct_distill": TaskKind(DirectDistillation, {"guidance_scale": 1.0}),
-}
+def task(name: str) -> Task:
+    """The task called ``name``, as it is when a run leaves its fields open."""
+    return task_class(name)(**TASKS[name].defaults)

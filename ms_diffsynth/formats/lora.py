@@ -178,7 +178,7 @@ def load_adapter(path: str | os.PathLike[str], modules: Iterable[str] | None = N
         found = pattern.fullmatch(key)
         part = part_of.get(found["name"], ALPHA) if found else ""
         if not part or (part.endswith(".weight") and not found["weight"]):  # only a vector goes without .weight
-            problems.append(f"{key} is no part of a {' or a '.join(f.name for f in formats)}")
+            problems.append(f"{key} is not part of a {' or a '.join(f.name for f in formats)}")
             continue
         module = _module(found["stem"], known, flat, problems)
         if module is None:
@@ -216,7 +216,7 @@ def _read(module: str, keys: Mapping[str, str], checkpoint: Checkpoint, settings
     parts = {part: checkpoint[keys[part]] for part in file_format.parts}
     rank = file_format.rank(parts)
     if not rank:
-        raise WeightError(f"{module}: {_shapes(parts)} are no {file_format.group} {file_format.shapes}")
+        raise WeightError(f"{module}: {_shapes(parts)} are not a {file_format.group} {file_format.shapes}")
     if not {array.dtype.name for array in parts.values()} <= FLOATS.keys():
         found = " and ".join(f"{label(part)} {array.dtype}" for part, array in parts.items())
         raise WeightError(f"{module}: {found.replace(' ', ' is ', 1)}, expected {listing(FLOATS)}")
@@ -244,14 +244,14 @@ def _module(stem: str, known: set[str] | None, flat: Mapping[str, list[str]], pr
             return None
         meant = flat.get(stem.removeprefix(KOHYA), [])
         if len(meant) != 1:
-            problems.append(f"{stem} could be {listing(meant)}" if meant else f"{stem} is no module of the model")
+            problems.append(f"{stem} could be {listing(meant)}" if meant else f"{stem} is not a module of the model")
             return None
         return meant[0]
     if known is not None and stem in known:
         return stem
     module = next((stem.removeprefix(p) for p in PREFIXES if stem.startswith(p)), stem)
     if known is not None and module not in known:
-        problems.append(f"{stem} is no module of the model.{nearest(module, known)}")
+        problems.append(f"{stem} is not a module of the model.{nearest(module, known)}")
         return None
     return module
 
@@ -263,7 +263,7 @@ def _settings(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> dict
     try:
         settings = dict(json.loads(metadata[ADAPTER_METADATA]))
     except (ValueError, TypeError) as error:
-        raise WeightError(f"{path}: the metadata '{ADAPTER_METADATA}' is no JSON object ({error}). "
+        raise WeightError(f"{path}: the metadata '{ADAPTER_METADATA}' is not a JSON object ({error}). "
                           "Save it again.") from error
     settings = {next((k.removeprefix(p) for p in PREFIXES if k.startswith(p)), k): v for k, v in settings.items()}
     alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}

@@ -99,7 +99,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {str(name): str(shard) for name, shard in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightError(f"{index} is no index of shards ({type(error).__name__}: {error}). "
+        raise WeightError(f"{index} is not an index of shards ({type(error).__name__}: {error}). "
                           "Download it again.") from error
     outside = sorted({s for s in names.values() if Path(s).name != s})
     if outside:

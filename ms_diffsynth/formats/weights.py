@@ -175,7 +175,7 @@ def serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | N
     Source: the format of safetensors 0.8.
     """
     metadata = {str(k): v for k, v in (metadata or {}).items()} | {"format": "pt"}
-    wrong = [f"metadata {k}={v!r} is no text" for k, v in metadata.items() if not isinstance(v, str)]
+    wrong = [f"metadata {k}={v!r} is not text" for k, v in metadata.items() if not isinstance(v, str)]
     wrong += [f"tensor '{n}' is {type(a).__name__} of {getattr(a, 'dtype', 'no dtype')}" for n, a in tensors.items()
               if not isinstance(a, np.ndarray) or a.dtype.name not in TAGS]
     if wrong:
@@ -276,7 +276,7 @@ def read_header(file: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[st
         raise WeightError(f"{file} does not exist.{nearest(file.name, names_in(file.parent))}") from None
     except (SafetensorError, ValueError, OSError) as error:
         size = file.stat().st_size if file.is_file() else "no"
-        raise WeightError(f"{file} ({size} bytes) is no complete safetensors file: {error}. "
+        raise WeightError(f"{file} ({size} bytes) is not a complete safetensors file: {error}. "
                           "Download or save it again.") from error
     metadata = header.pop("__metadata__", {})
     entries = {}

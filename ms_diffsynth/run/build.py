@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: pipeline, data sets, module, sampler.
+"""From a configuration to the parts of a run: task, module, data sets, sampler (`run.pipeline`: the pipeline).
 
 The command line, the scripts in `examples/` and the tests build a run from these functions.
 """
@@ -13,82 +13,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ms_diffsynth import runtime
 from ms_diffsynth.config import SETTINGS, DataSection, TrainConfig
 from ms_diffsynth.data.buckets import Bucket, make_buckets
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
-from ms_diffsynth.diffusion.tasks import TASKS, Task
+from ms_diffsynth.diffusion.tasks import Task, task_class
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, listing, nearest
-from ms_diffsynth.hub.download import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
-from ms_diffsynth.registry import family
+from ms_diffsynth.registry import TASKS, family
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.template.units import trained_template_cache
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.two_stage import stage_of
-
-# -- model ---------------------------------------------------------------------------------------------------------
-
-
-def build_pipeline(config: TrainConfig) -> Pipeline:
-    """The family's pipeline on the configured weights, which are loaded when they are first used.
-
-    Raises: ConfigError for files, a tokenizer or a setting that the family does not have.
-    """
-    model, cls, tokenizers = config.model, family(config.model.family).pipeline, {}
-    own = family(model.family).tokenizers
-    for setting in SETTINGS:
-        if setting.startswith("tokenizer") and (text := getattr(model, setting)):
-            name = setting.removesuffix("_path")
-            if name not in own:
-                raise ConfigError(f"{setting}={text}: {cls.__name__} has no {name}; it has "
-                                  f"{listing(own) or 'none at all'}. Remove the setting.")
-            tokenizers[f"{name}_config"] = parse_path_or_model_id(text)
-    pipe = cls.from_pretrained(model_configs(model.model_paths, model.model_id_with_origin_paths), **tokenizers,
-                               device=config.run.device, mindspore_dtype=runtime.compute_dtype(config.run.dtype))
-    set_sequence_length(pipe, model.family, config.data.max_sequence_length)
-    needs_prompts = family(model.family).takes_prompts and not config.run.sample_prompts
-    for name in ("sample_steps", "evaluation_steps"):
-        if needs_prompts and (every := getattr(config.run, name)) is not None:
-            raise ConfigError(f"{name}={every} without sample_prompts: say what to make images of.")
-    return pipe
-
-
-def set_sequence_length(pipe: Pipeline, family_name: str, tokens: int | None) -> None:
-    """Pad or cut prompts to this many text tokens; None leaves the family's number.
-
-    Raises: ConfigError for a family whose prompts have one length.
-    """
-    if tokens is None:
-        return
-    if not hasattr(pipe, "max_sequence_length"):
-        raise ConfigError(f"max_sequence_length={tokens}: prompts of the family {family_name} have one fixed length. "
-                          "Remove it.")
-    pipe.max_sequence_length = tokens
-
-
-def model_configs(model_paths: str | None, model_id_with_origin_paths: str | None) -> list[ModelConfig]:
-    """The files of the settings ``model_paths`` (a path, or a JSON list) and ``model_id_with_origin_paths``.
-
-    Raises: ConfigError when neither names a file.
-    """
-    paths: list[Any] = []
-    if model_paths:
-        try:
-            paths = json.loads(model_paths) if model_paths.lstrip().startswith("[") else [model_paths]
-        except ValueError as error:
-            raise ConfigError(f"model_paths={model_paths} is not JSON ({error}): expected a path, or a JSON list of "
-                              "paths.") from None
-    configs = [ModelConfig(path) for path in paths]
-    if model_id_with_origin_paths:
-        configs += parse_model_id_with_origin_paths(model_id_with_origin_paths)
-    if not configs:
-        raise ConfigError("neither model_paths nor model_id_with_origin_paths is set: name the folder of a "
-                          "diffusers-format model, or files on a hub.")
-    return configs
 
 
 def build_task(config: TrainConfig) -> Task:
@@ -100,7 +38,7 @@ def build_task(config: TrainConfig) -> Task:
     name = config.model.family
     if own and kind not in ("sft", "dreambooth"):
         raise ConfigError(f"task={config.objective.task}: the family {name} is trained for one task. Remove it.")
-    cls = own or TASKS[kind].task
+    cls = own or task_class(kind)
     given = {f.name: value for f in fields(cls) if (value := getattr(config.objective, f.name, None)) is not None}
     known = set(given) | {f.name for f in fields(cls)}
     if own is None:

@@ -13,7 +13,8 @@ from PIL import Image
 
 from ms_diffsynth.config import TrainConfig, flat, to_yaml
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_pipeline, build_sampler
+from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_sampler
+from ms_diffsynth.run.pipeline import build_pipeline
 from ms_diffsynth.training import same_run
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.hooks.checkpoints import Checkpoints

@@ -67,7 +67,7 @@ class DiffusionTrainingModule:
             lora_target_modules: names, or ends of names, of its linear layers; empty takes the family's choice.
             lora_checkpoint: a file of the same adapter to continue from.
             task: ``sft`` or ``dreambooth``; with ``:data_process`` or ``:train`` one stage of split training.
-            objective: what is minimised; None is the family's own, for most that of the task (`diffusion.tasks.TASKS`).
+            objective: what is minimised; None is the family's own, for most that of the task (`registry.TASKS`).
             use_gradient_checkpointing, use_gradient_checkpointing_offload: recompute the blocks of what gradients pass
                 through; offload keeps their inputs on the host (eager only). See `nn.recompute`.
             fp8_models: frozen models stored in 8 bits, by name or as ``owner/name:pattern``. See `nn.quant`.

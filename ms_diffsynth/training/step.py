@@ -132,6 +132,11 @@ class TrainStep(nn.Cell):
         self.group = 0
         return StepResult(values[0], tuple(values[4:]), values[1], values[2], True, values[3])
 
+    @property
+    def sync_gradients(self) -> bool:
+        """Whether the last batch ended in an optimizer update, as mindone's class says it."""
+        return self.group == 0
+
     def _group_size(self) -> Tensor:
         """How many batches of all ranks the present update is of; each number is sent to the device once."""
         if self.group not in self._group_sizes:

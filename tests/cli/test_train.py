@@ -15,7 +15,8 @@ from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.formats.lora import load_lora
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.registry import FAMILIES
-from ms_diffsynth.run import build_module, build_pipeline, build_task
+from ms_diffsynth.run.build import build_module, build_task
+from ms_diffsynth.run.pipeline import build_pipeline
 
 EAGER = ("--mode", "pynative", "--max_train_steps", 1, "--sample_prompts", "[]")
 

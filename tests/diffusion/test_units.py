@@ -10,7 +10,6 @@ from mindspore import Tensor
 
 from ms_diffsynth.diffusion import density, weighting
 from ms_diffsynth.diffusion.schedule import diffsynth_flux, flow_match_euler
-from ms_diffsynth.diffusion.tasks import TASKS
 from ms_diffsynth.diffusion.units import (
     EmbeddedGuidance,
     FlowMatchLoss,
@@ -21,6 +20,7 @@ from ms_diffsynth.diffusion.units import (
     flow_match_units,
 )
 from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.registry import TASKS
 from ms_diffsynth.units import TensorUnit, run_units
 
 SHAPE = (3, 2, 4, 4)

@@ -52,7 +52,7 @@ def test_a_header_that_lies_is_refused_at_once_and_without_memory(tmp_path, head
     tracemalloc.start()
     began = time.thread_time()
     try:
-        with pytest.raises(WeightError, match=rf"f\.safetensors \({size} bytes\) is no complete safetensors file: "):
+        with pytest.raises(WeightError, match=rf"f\.safetensors \({size} bytes\) is not a complete safetensors file: "):
             open_checkpoint(file)
         seconds, peak = time.thread_time() - began, tracemalloc.get_traced_memory()[1]
     finally:
@@ -89,19 +89,19 @@ def nothing_in(lora):
 DEFECTS = {
     "dtype": (changed("A", lambda a: a.astype(np.int8)), "A is int8 and B float32, expected float64"),
     "shape": (changed("A", lambda a: a[:, 1:]), r"do not fit the model: .* expected A \(2, "),
-    "rank of one": (changed("A", lambda a: a[:1]), r"A \(1, \d+\) and B \(\d+, 2\) are no pair"),
+    "rank of one": (changed("A", lambda a: a[:1]), r"A \(1, \d+\) and B \(\d+, 2\) are not a pair"),
     "rank of all": (lambda lora: {n: a[:1] if "lora_A" in n else a[:, :1] for n, a in lora.items()},
                     r"do not fit the model: .*lora_rank"),
     "missing key": (lambda lora: {n: a for n, a in lora.items() if n != first(lora, "B")}, "has no B"),
     "missing layer": (lambda lora: dict(list(lora.items())[:2]), "not in the file|has no"),
-    "extra key": (lambda lora: lora | {"transformer.layer_1.dora_scale": np.ones(1, np.float32)}, "no part of a LoRA"),
+    "extra key": (lambda lora: lora | {"transformer.layer_1.dora_scale": np.ones(1, np.float32)}, "not part of a LoRA"),
     "extra layer": (lambda lora: lora | {f"transformer.layer_9.lora_{s}.weight": np.ones((2, 2), np.float32)
-                                         for s in "AB"}, "layer_9 is no module of the model"),
+                                         for s in "AB"}, "layer_9 is not a module of the model"),
     "other base model": (nothing_in, "4 entries cannot be used|2 entries cannot be used"),
     "transposed": (lambda lora: {n: a.T.copy() for n, a in lora.items()}, r"A \(16, 2\), B \(2, 16\), expected A"),
     "sides exchanged": (lambda lora: {n.replace("lora_A", "x").replace("lora_B", "lora_A").replace("x.", "lora_B."): a
-                                      for n, a in lora.items()}, "are no pair|do not fit"),
-    "no matching key": (lambda lora: {f"unknown.{n}": a for n, a in lora.items()}, "is no module of the model"),
+                                      for n, a in lora.items()}, "are not a pair|do not fit"),
+    "no matching key": (lambda lora: {f"unknown.{n}": a for n, a in lora.items()}, "is not a module of the model"),
     "empty": (lambda lora: {}, "holds no LoRA"),
     "NaN": (changed("A", lambda a: np.where(a == a[0, 0], np.nan, a).astype(np.float32)), "numbers that are not fin"),
     "infinity in bfloat16": (changed("B", lambda b: np.full(b.shape, np.inf, ml_dtypes.bfloat16)), "not finite"),
@@ -123,7 +123,7 @@ def test_a_lora_that_does_not_fit_is_refused_whole(folder, lora, tmp_path, name)
                                       '{"alpha_pattern": 3}', '{"alpha_pattern": {"layer_1": "8"}}', "[]x", "[1, 2]"])
 def test_metadata_of_a_lora_that_make_no_sense_are_refused(tmp_path, lora, settings):
     save_state_dict(tmp_path / "f.safetensors", lora, {"lora_adapter_metadata": settings})
-    with pytest.raises(WeightError, match=r"f\.safetensors: the metadata 'lora_adapter_metadata' (says|is no JSON)"):
+    with pytest.raises(WeightError, match=r"f\.safetensors: the metadata 'lora_adapter_metadata' (says|is not a JSON)"):
         load_lora(tmp_path / "f.safetensors")
 
 

@@ -138,14 +138,14 @@ A, B = "transformer.proj_out.lora_A.weight", "transformer.proj_out.lora_B.weight
 
 @pytest.mark.fault
 @pytest.mark.parametrize("change, text", [
-    ({"transformer.proj_ouch.lora_A.weight": np.ones((4, 8), np.float32)}, "proj_ouch is no module of the mo"),
+    ({"transformer.proj_ouch.lora_A.weight": np.ones((4, 8), np.float32)}, "proj_ouch is not a module of the mo"),
     ({B: None}, "proj_out has no B"),
     ({A: None, B: None, "transformer.proj_out.alpha": np.ones(())}, "has no A and no B"),
-    ({A: np.ones((3, 8), np.float32)}, r"A \(3, 8\) and B \(6, 4\) are no pair"),
-    ({A: np.ones((4, 8, 1, 1), np.float32)}, "are no pair"),
+    ({A: np.ones((3, 8), np.float32)}, r"A \(3, 8\) and B \(6, 4\) are not a pair"),
+    ({A: np.ones((4, 8, 1, 1), np.float32)}, "are not a pair"),
     ({"proj_out.lora_A.weight": np.ones((4, 8), np.float32)}, "both mean proj_out"),
-    ({"transformer.proj_out.dora_scale": np.ones(4, np.float32)}, "dora_scale is no part of a LoRA"),
-    ({"proj_out.weight": np.ones(4, np.float32)}, "proj_out.weight is no part of a LoRA"),
+    ({"transformer.proj_out.dora_scale": np.ones(4, np.float32)}, "dora_scale is not part of a LoRA"),
+    ({"proj_out.weight": np.ones(4, np.float32)}, "proj_out.weight is not part of a LoRA"),
     ({"transformer.proj_out.alpha": np.ones(2)}, r"alpha has shape \(2,\)"),
 ])
 def test_whatever_is_left_over_is_an_error(tmp_path, change, text):
@@ -160,7 +160,7 @@ def test_all_left_overs_are_listed_at_once(tmp_path):
     entries = {f"x{k}.lora_A.weight": np.ones((2, 2), np.float32) for k in range(12)}
     with pytest.raises(WeightError, match=r"24 entries cannot be used|12 entries cannot be used") as caught:
         load_lora(write(tmp_path / "f.safetensors", entries), MODULES)
-    assert "x0 is no module" in str(caught.value) and "and 2 more (12 in all)" in str(caught.value)
+    assert "x0 is not a module" in str(caught.value) and "and 2 more (12 in all)" in str(caught.value)
 
 
 def test_a_file_without_lora(tmp_path):
@@ -188,7 +188,7 @@ def test_two_scales_that_disagree_are_refused(tmp_path):
     assert load_lora(write(path, {A: a, B: b, "proj_out.alpha": np.array(8)}, metadata))["proj_out"][2] == 2
     with pytest.raises(WeightError, match=r"scale 1 by its \.alpha but 2 by the metadata"):
         load_lora(write(path, {A: a, B: b, "proj_out.alpha": np.array(4)}, metadata))
-    with pytest.raises(WeightError, match="is no JSON object"):
+    with pytest.raises(WeightError, match="is not a JSON object"):
         load_lora(write(path, {A: a, B: b}, {"lora_adapter_metadata": "x"}))
 
 
@@ -215,7 +215,7 @@ def test_a_dora_is_written_as_diffusers_writes_it(tmp_path):
         for part, array in parts.items():
             expected = 2 * array if part == "lora_B.weight" else array
             assert found.modules[module][part].tobytes() == expected.tobytes()
-    with pytest.raises(WeightError, match="lora_magnitude_vector is no part of a LoRA"):
+    with pytest.raises(WeightError, match="lora_magnitude_vector is not part of a LoRA"):
         load_lora(path, MODULES)
 
 
@@ -229,7 +229,7 @@ def test_magnitudes_of_others(tmp_path, end):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("change, metadata, text", [
-    ({M: np.ones(5, np.float32)}, {}, r"magnitude_vector \(5,\) are no triple A \[r, in\]"),
+    ({M: np.ones(5, np.float32)}, {}, r"magnitude_vector \(5,\) are not a triple A \[r, in\]"),
     ({M: np.full(6, np.nan, np.float32)}, {}, "not finite"),
     ({"transformer.x.lora_A.weight": np.ones((4, 8), np.float32),
       "transformer.x.lora_B.weight": np.ones((6, 4), np.float32)}, {}, "x has no magnitude_vector"),

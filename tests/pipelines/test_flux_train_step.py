@@ -1,6 +1,7 @@
 """The hand-written DreamBooth step equals the fused program: five schemes, with and without prior, and gradients."""
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
 
 import mindspore as ms
@@ -9,6 +10,7 @@ import pytest
 from low_rank import inject_lora, lora_pairs, lora_parameters, set_lora
 from mindspore import Tensor
 
+from ms_diffsynth import runtime
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.pipelines.flux import FAMILY
 from ms_diffsynth.pipelines.flux.train_step import TrainStepForFluxDevDB
@@ -101,6 +103,36 @@ def test_equal_when_compiled(pipe):
 def test_called_as_documented_with_its_own_draws(pipe):
     (by_hand, inputs), _ = both_steps(pipe, "none", True, "pynative")
     loss, model_pred = by_hand(inputs[0])
-    assert np.isfinite(loss.asnumpy()) and model_pred.shape == (SIZE, *pipe.latent_shape(PIXELS, PIXELS))
+    assert np.isfinite(loss.asnumpy()) and model_pred.shape == (SIZE // 2, *pipe.latent_shape(PIXELS, PIXELS))
     again, _ = by_hand(inputs[0])
     assert by_hand.samples_seen == 2 * SIZE and again.asnumpy() != loss.asnumpy()
+
+
+@pytest.mark.parametrize("has_prior", [False, True])
+def test_each_rank_draws_for_its_part_of_the_batch_of_all(pipe, has_prior, monkeypatch):
+    """What one process of twice the batch draws, for the same samples: no two ranks draw the same noise."""
+    (whole, (pixels, *_)), _ = both_steps(pipe, "logit_normal", has_prior, "pynative")
+    both = Tensor(np.repeat(pixels.asnumpy(), 2, 0))
+    alone = [[d.asnumpy() for d in whole.draws(both)] for _ in range(2)]  # two batches of eight
+    found = []
+    for rank in range(2):
+        (step, _), _ = both_steps(pipe, "logit_normal", has_prior, "pynative")
+        place = dataclasses.replace(runtime.current(), rank=rank, world_size=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "current", lambda place=place: place)
+            found.append([[d.asnumpy() for d in step.draws(pixels)] for _ in range(2)])
+    rows = [[0, 1, 4, 5], [2, 3, 6, 7]] if has_prior else [[0, 1, 2, 3], [4, 5, 6, 7]]
+    for rank, own in enumerate(rows):
+        for step in range(2):
+            assert all(np.array_equal(mine, one[own]) for mine, one in zip(found[rank][step], alone[step]))
+
+
+def test_what_the_document_returns_and_calls(pipe):
+    (step, (pixels, *draws)), _ = both_steps(pipe, "none", True, "pynative")
+    loss, model_pred = step(pixels, *draws)
+    assert loss.shape == () and model_pred.shape == (SIZE // 2, *pipe.latent_shape(PIXELS, PIXELS))
+    (alone, _), _ = both_steps(pipe, "none", False, "pynative")
+    np.testing.assert_array_equal(model_pred.asnumpy(), alone(pixels, *draws)[1].asnumpy()[: SIZE // 2])
+    sigmas = step.get_sigmas(Tensor([0, 999], ms.int32), 3, ms.float16)
+    assert sigmas.shape == (2, 1, 1) and sigmas.dtype == ms.float16 and sigmas.asnumpy()[0] == 1.0
+    assert len(step.noise_scheduler.sigmas) == 1000 and step.sync_gradients is True

@@ -20,7 +20,7 @@ from ms_diffsynth.training.program_step import ProgramTrainStep
 
 ROOT = Path(__file__).parents[2]
 SIMPLE = ROOT / "examples/qwen_image/model_training/special/simple/train.py"
-FULL = ROOT / "examples/qwen_image/model_training/train.py"
+FULL = ROOT / "examples/train.py"
 CAT = ROOT / "examples/data/dreambooth_cat_fluent"
 TARGETS = "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj"
 
@@ -46,7 +46,7 @@ def test_the_simple_script_trains():
 
 
 def run_full(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", [str(FULL), *map(str, words)])
+    monkeypatch.setattr(sys, "argv", [str(FULL), "--family", "qwen_image", *map(str, words)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(FULL), run_name="__main__")
     return end.value.code
@@ -75,8 +75,8 @@ def test_both_scripts_give_the_same_loss_for_the_same_draws(monkeypatch):
     namespace = runpy.run_path(str(FULL))
     words = ["--model_paths", "models/Qwen/Qwen-Image", "--dataset_base_path", str(CAT), "--dataset_metadata_path",
              str(CAT / "metadata.csv"), "--lora_rank", "32", "--lora_target_modules", TARGETS, "--num_epochs", "1"]
-    parser = namespace["training_parser"]("qwen_image")
-    full = namespace["QwenImageTrainingModule"](parser.parse_args(words))
+    config, _ = namespace["training_parser"]("qwen_image").parse_config(words)
+    full = namespace["build_module"](config, namespace["build_pipeline"](config), module=namespace["TrainingModule"]())
     assert simple.has_own_forward and not full.has_own_forward
     rng = np.random.default_rng(3)  # away from its start, where a LoRA adds nothing
     values = {n: tuple((0.1 * rng.standard_normal(x.shape)).astype(np.float32) for x in pair)

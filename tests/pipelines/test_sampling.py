@@ -37,8 +37,9 @@ from ms_diffsynth.registry import FAMILIES, family
 runtime.configure("graph", "CPU")
 for name in FAMILIES:
     family(name)
-family(sys.argv[1]).pipeline.from_pretrained(sys.argv[2])(prompt="a cat", height=32, width=32, num_inference_steps=2,
-                                                        cfg_scale=2.0)
+from ms_diffsynth.cli.main import main
+assert main(["sample", sys.argv[1], sys.argv[2], "--prompt", "a cat", "--height", "32", "--width", "32", "--mode",
+             "pynative", "--num_inference_steps", "2", "--cfg_scale", "2", "--device", "CPU"]) == 0
 found = [name for name in sys.modules if name.startswith("ms_diffsynth.train")]
 sys.exit(f"sampling imports {found}" if found else 0)
 """

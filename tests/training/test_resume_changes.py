@@ -55,7 +55,7 @@ def test_changed_settings_are_refused_one_by_one_and_accepted_one_by_one(folder,
         run(**changes)
     assert str(error.value).splitlines()[1:] == [
         "  learning_rate: 0.01 when saved, 0.02 now", "  seed: 42 when saved, 3 now",
-        "  batch_size: 1 when saved, 2 now", "Set them back, or go on with the change by --accept_changes "
+        "  batch_size: 1 when saved, 2 now", "Set them back, or accept the change by --accept_changes "
         "learning_rate,seed,batch_size, or choose another output_path to start afresh with --resume none."]
     with pytest.raises(CheckpointError, match=r"than this one:\n  seed: 42 when saved, 3 now\nSet"):
         run(**changes, accept_changes=("learning_rate", "batch_size"))

@@ -8,9 +8,10 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, mint, nn, ops
 from mindspore.amp import StaticLossScaler
 
+from ms_diffsynth import runtime
 from ms_diffsynth.diffusion import density, flow, losses, weighting
 from ms_diffsynth.diffusion.packing import pack, unpack
 from ms_diffsynth.draws import Draws
@@ -20,7 +21,7 @@ from ms_diffsynth.training.step import AttrJitWrapper, TrainStep
 
 
 class TrainStepForFluxDevDB(TrainStep):
-    """The user's document 003 with its slips mended (docs/explanation/porting.md lists them).
+    """The user's document 003 with its errors corrected (docs/explanation/porting.md lists them).
 
     Args:
         vae, transformer: mindone's AutoencoderKL (frozen) and FluxTransformer2DModel.
@@ -34,8 +35,10 @@ class TrainStepForFluxDevDB(TrainStep):
             b is 1 (one prompt for all), 2 (instance prompt, class prompt: each serves its half), or the batch size.
 
     Called with ``pixel_values`` float32 [B, 3, H, W] in [-1, 1]; with prior preservation the first half are instances.
-    The draws are appended on the host, keyed by (seed, stream, running sample index); they may also be given:
-    ``step(pixel_values, posterior_noise, noise, timestep_index)``. Returns ``(loss, model_pred)``.
+    The draws are appended on the host, keyed by (seed, stream, the sample's number in the whole job): with several
+    ranks each draws for its part of the batch of all. They may also be given:
+    ``step(pixel_values, posterior_noise, noise, timestep_index)``. Returns ``(loss, model_pred)``; with prior
+    preservation ``model_pred`` is that of the instances.
     """
 
     def __init__(self, vae: nn.Cell, transformer: nn.Cell, optimizer: nn.Cell, noise_scheduler: Any,
@@ -58,6 +61,7 @@ class TrainStepForFluxDevDB(TrainStep):
         self.vae_config_shift_factor = vae.config.shift_factor
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.latent_channels = vae.config.latent_channels
+        self.noise_scheduler = noise_scheduler
         sigmas = np.asarray(getattr(noise_scheduler.sigmas, "asnumpy", lambda: noise_scheduler.sigmas)(), np.float32)
         self.sigmas = Tensor(sigmas)
         self.loss_weights = Tensor(weighting.table(args.weighting_scheme, sigmas), ms.float32)
@@ -76,8 +80,11 @@ class TrainStepForFluxDevDB(TrainStep):
         if len(batch) > 1:
             return ()
         size, _, height, width = batch[0].shape
-        indices = np.arange(self.samples_seen, self.samples_seen + size)
-        self.samples_seen += size
+        place, halves = runtime.current(), 2 if self.args.with_prior_preservation else 1
+        own = np.arange(size // halves) + place.rank * (size // halves)
+        indices = np.concatenate([self.samples_seen + half * place.world_size * (size // halves) + own
+                                  for half in range(halves)])
+        self.samples_seen += size * place.world_size
         shape = (self.latent_channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
         args = self.args
         draw = self._draws.normal if density.draw_kind(args.weighting_scheme) == "normal" else self._draws.uniform
@@ -94,9 +101,9 @@ class TrainStepForFluxDevDB(TrainStep):
             return condition
         return ops.repeat_interleave(condition, times, 0)
 
-    def get_sigmas(self, indices: Tensor, n_dim: int = 4) -> Tensor:
-        """Noise level by index, float32 [B, 1, ...] with ``n_dim`` axes."""
-        return ops.gather(self.sigmas, indices, 0).reshape((-1,) + (1,) * (n_dim - 1))
+    def get_sigmas(self, indices: Tensor, n_dim: int = 4, dtype: ms.Type = ms.float32) -> Tensor:
+        """Noise level by index, [B, 1, ...] with ``n_dim`` axes."""
+        return ops.gather(self.sigmas, indices, 0).reshape((-1,) + (1,) * (n_dim - 1)).astype(dtype)
 
     def forward(self, pixel_values, posterior_noise, noise, timestep_index):
         args = self.args
@@ -131,5 +138,6 @@ class TrainStepForFluxDevDB(TrainStep):
         loss, sample_losses = losses.weighted_mse(model_pred, target, weights)
         if args.with_prior_preservation:
             loss = losses.prior_preservation(sample_losses, args.prior_loss_weight)
+            model_pred = mint.chunk(model_pred, 2, 0)[0]
         loss = self.scale_loss(loss)
         return loss, model_pred

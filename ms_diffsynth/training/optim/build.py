@@ -4,14 +4,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 from mindspore import Parameter
 
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, nearest
-from ms_diffsynth.registry import OPTIMIZERS
+from ms_diffsynth.registry import OPTIMIZERS, entry
 from ms_diffsynth.training.optim.contract import Optimizer
 from ms_diffsynth.training.optim.sharded import Float32Weights, Sharded, needs_float32
 
@@ -24,8 +23,7 @@ def optimizer_class(name: str) -> Any:
     if name not in OPTIMIZERS:
         raise ConfigError(f"optimizer='{name}' is unknown: expected one of {', '.join(sorted(OPTIMIZERS))}."
                           f"{nearest(name, OPTIMIZERS)}")
-    module, _, kind = OPTIMIZERS[name].where.partition(":")
-    return getattr(import_module(module), kind)
+    return entry(OPTIMIZERS[name].where)
 
 
 def arguments_of(name: str) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""A family's pipeline on given files: for a configured run, and for sampling, which imports nothing of training."""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ms_diffsynth import runtime
+from ms_diffsynth.config import SETTINGS, TrainConfig
+from ms_diffsynth.errors import ConfigError, listing
+from ms_diffsynth.hub.download import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
+from ms_diffsynth.pipeline import Pipeline
+from ms_diffsynth.registry import family
+
+
+def build_pipeline(config: TrainConfig) -> Pipeline:
+    """The family's pipeline on the configured weights, which are loaded when they are first used.
+
+    Raises: ConfigError for files, a tokenizer or a setting that the family does not have.
+    """
+    model = config.model
+    pipe = open_pipeline(model.family, model_configs(model.model_paths, model.model_id_with_origin_paths),
+                         tokenizers={name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")},
+                         device=config.run.device, dtype=config.run.dtype,
+                         max_sequence_length=config.data.max_sequence_length)
+    needs_prompts = family(model.family).takes_prompts and not config.run.sample_prompts
+    for name in ("sample_steps", "evaluation_steps"):
+        if needs_prompts and (every := getattr(config.run, name)) is not None:
+            raise ConfigError(f"{name}={every} without sample_prompts: say what to make images of.")
+    return pipe
+
+
+def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None] | None = None,
+                  device: str | None = None, dtype: str | None = None,
+                  max_sequence_length: int | None = None) -> Pipeline:
+    """The pipeline of the family called ``name``.
+
+    Args:
+        models: what `Pipeline.from_pretrained` takes: a folder, or a list of `ModelConfig`.
+        tokenizers: ``<tokenizer>_path`` -> a folder, or ``owner/name:folder/``; None leaves the family's own.
+        max_sequence_length: text tokens a prompt is padded or cut to; None leaves the family's number.
+
+    Raises: ConfigError for a tokenizer the family does not have, or a length where prompts have a fixed one.
+    """
+    chosen, configs = family(name), {}
+    for setting, text in (tokenizers or {}).items():
+        tokenizer = setting.removesuffix("_path")
+        if text and tokenizer not in chosen.tokenizers:
+            raise ConfigError(f"{setting}={text}: {chosen.pipeline.__name__} has no {tokenizer}; it has "
+                              f"{listing(chosen.tokenizers) or 'none at all'}. Remove the setting.")
+        if text:
+            configs[f"{tokenizer}_config"] = parse_path_or_model_id(text)
+    pipe = chosen.pipeline.from_pretrained(models, **configs, device=device,
+                                           mindspore_dtype=runtime.compute_dtype(dtype))
+    if max_sequence_length is not None:
+        if not hasattr(pipe, "max_sequence_length"):
+            raise ConfigError(f"max_sequence_length={max_sequence_length}: prompts of the family {name} have one fixed "
+                              "length. Remove it.")
+        pipe.max_sequence_length = max_sequence_length
+    return pipe
+
+
+def model_configs(model_paths: str | None, model_id_with_origin_paths: str | None) -> list[ModelConfig]:
+    """The files of the settings ``model_paths`` (a path, or a JSON list) and ``model_id_with_origin_paths``.
+
+    Raises: ConfigError when neither names a file.
+    """
+    paths: list[Any] = []
+    if model_paths:
+        try:
+            paths = json.loads(model_paths) if model_paths.lstrip().startswith("[") else [model_paths]
+        except ValueError as error:
+            raise ConfigError(f"model_paths={model_paths} is not JSON ({error}): expected a path, or a JSON list of "
+                              "paths.") from None
+    configs = [ModelConfig(path) for path in paths]
+    if model_id_with_origin_paths:
+        configs += parse_model_id_with_origin_paths(model_id_with_origin_paths)
+    if not configs:
+        raise ConfigError("neither model_paths nor model_id_with_origin_paths is set: name the folder of a "
+                          "diffusers-format model, or files on a hub.")
+    return configs
