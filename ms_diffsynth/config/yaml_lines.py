@@ -41,7 +41,20 @@ def read_sections(path: str | os.PathLike[str], sections: Collection[str],
 
     Raises: ConfigError for a file that cannot be read or is not YAML, with the line.
     """
-    root = _compose(path)
+    try:
+        size = os.path.getsize(path)
+        if size > MOST_BYTES:
+            raise ConfigError(f"{path} has {size} bytes, expected at most {MOST_BYTES}: give the path of a "
+                              "configuration.")
+        with open(path, encoding="utf-8") as file:
+            root = yaml.compose(file, yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): give the path of a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        text = getattr(error, "problem", None) or error
+        raise ConfigError(f"{path}{line} is not YAML: {text}. Correct the file.") from error
     if root is None:
         return
     for section, node, place in _pairs(root, path, "sections", report):
@@ -53,23 +66,6 @@ def read_sections(path: str | os.PathLike[str], sections: Collection[str],
         else:
             for name, value, where in _pairs(node, path, "settings", report):
                 yield section, name, _written(value, where)
-
-
-def _compose(path: str | os.PathLike[str]) -> yaml.Node | None:
-    try:
-        size = os.path.getsize(path)
-        if size > MOST_BYTES:
-            raise ConfigError(f"{path} has {size} bytes, expected at most {MOST_BYTES}: give the path of a "
-                              "configuration.")
-        with open(path, encoding="utf-8") as file:
-            return yaml.compose(file, yaml.SafeLoader)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): give the path of a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        text = getattr(error, "problem", None) or error
-        raise ConfigError(f"{path}{line} is not YAML: {text}. Correct the file.") from error
 
 
 def _pairs(node: yaml.Node, path: str | os.PathLike[str], what: str,

@@ -261,26 +261,27 @@ def collate(items: Sequence[dict[str, Any]], rows: Sequence[int] | None = None) 
         if odd:
             raise DataError(f"the field {listing(odd)} is only in one of rows {rows[0]} and {row}; expected the same "
                             "fields in all rows of a batch. Complete the rows")
-    return {key: _stack(key, [item[key] for item in items], rows) for key in items[0]}
-
-
-def _stack(key: str, values: list, rows: list[int]) -> np.ndarray:
-    kinds = {}
-    for row, value in zip(rows, values):
-        if isinstance(value, (np.ndarray, np.generic)):
-            kind = f"{value.dtype} {list(value.shape)}"
-        elif isinstance(value, (bool, int, float)):
-            kind = "a truth value" if isinstance(value, bool) else "a number"
+    batch = {}
+    for key in items[0]:
+        values, kinds = [item[key] for item in items], {}
+        for row, value in zip(rows, values):
+            if isinstance(value, (np.ndarray, np.generic)):
+                kind = f"{value.dtype} {list(value.shape)}"
+            elif isinstance(value, (bool, int, float)):
+                kind = "a truth value" if isinstance(value, bool) else "a number"
+            else:
+                raise DataError(f"the field {key} of row {row} is of type {type(value).__name__}; expected an array or "
+                                "a number. Convert it in an operator, or leave the field out of the batch")
+            kinds.setdefault(kind, []).append(row)
+        if len(kinds) > 1:
+            groups = "; ".join(f"{kind} in rows {listing(which)}" for kind, which in kinds.items())
+            raise DataError(f"the field {key} differs within a batch: {groups}. Expected one shape and dtype; resize "
+                            "the images to one size, or use buckets")
+        if isinstance(values[0], (np.ndarray, np.generic)):
+            batch[key] = np.stack(values)
+        elif isinstance(values[0], bool):
+            batch[key] = np.array(values, np.bool_)
         else:
-            raise DataError(f"the field {key} of row {row} is of type {type(value).__name__}; expected an array or a "
-                            "number. Convert it in an operator, or leave the field out of the batch")
-        kinds.setdefault(kind, []).append(row)
-    if len(kinds) > 1:
-        groups = "; ".join(f"{kind} in rows {listing(which)}" for kind, which in kinds.items())
-        raise DataError(f"the field {key} differs within a batch: {groups}. Expected one shape and dtype; resize the "
-                        "images to one size, or use buckets")
-    if isinstance(values[0], (np.ndarray, np.generic)):
-        return np.stack(values)
-    if isinstance(values[0], bool):
-        return np.array(values, np.bool_)
-    return np.array(values, np.float32 if any(isinstance(value, float) for value in values) else np.int64)
+            has_float = any(isinstance(value, float) for value in values)
+            batch[key] = np.array(values, np.float32 if has_float else np.int64)
+    return batch

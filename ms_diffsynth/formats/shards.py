@@ -30,7 +30,16 @@ def find_files(source: Source) -> tuple[list[Path], dict[str, str]]:
     is_single = isinstance(source, (str, os.PathLike)) and Path(source).is_file() and not indices
     if not is_single:
         indices += [path for file in files if (path := _index_beside(file)) is not None]
-        _check_numbering(files)
+        numbers: dict[tuple[Path, str, str], set[int]] = defaultdict(set)  # of shards without an index
+        for file in files:
+            if (found := _SHARD.fullmatch(file.name)) and _index_beside(file) is None:
+                numbers[file.parent, found["stem"], found["count"]].add(int(found["number"]))
+        missing = [str(folder / f"{stem}-{k:05d}-of-{count}.safetensors")
+                   for (folder, stem, count), there in numbers.items()
+                   for k in range(1, int(count) + 1) if k not in there]
+        if missing:
+            raise WeightError(f"{len(missing)} of the numbered files are missing: {listing(missing)}. "
+                              "Download them, or give the path of a single file to load only that one.")
     weight_map: dict[str, str] = {}
     for index in dict.fromkeys(indices):
         own = _weight_map(index)
@@ -115,17 +124,3 @@ def _index_beside(file: Path) -> Path | None:
     found = _SHARD.fullmatch(file.name)
     path = file.with_name(found["stem"] + INDEX) if found else None
     return path if path is not None and path.is_file() else None
-
-
-def _check_numbering(files: list[Path]) -> None:
-    """Shards without an index: all of x-00001-of-0000n must be there."""
-    numbers: dict[tuple[Path, str, str], set[int]] = defaultdict(set)
-    for file in files:
-        if (found := _SHARD.fullmatch(file.name)) and _index_beside(file) is None:
-            numbers[file.parent, found["stem"], found["count"]].add(int(found["number"]))
-    missing = [str(folder / f"{stem}-{k:05d}-of-{count}.safetensors")
-               for (folder, stem, count), there in numbers.items()
-               for k in range(1, int(count) + 1) if k not in there]
-    if missing:
-        raise WeightError(f"{len(missing)} of the numbered files are missing: {listing(missing)}. "
-                          "Download them, or give the path of a single file to load only that one.")

@@ -51,7 +51,10 @@ class ModelScope:
             raise HubError(f"hub_model_id='{model_id}' is not a repository name: expected owner/name.")
         files = {name: ((stage / name).stat().st_size, sha256_of(stage / name)) for name in names}
         with self._explained(f"{model_id}: making the repository"):
-            self._make(model_id, private, _licence(stage))
+            # the licence that the model card names; the client would say Apache-2.0 of a model that names none
+            card = stage / "README.md"
+            named = str((metadata_load(card) or {}).get("license", "")) if card.is_file() else ""
+            self._make(model_id, private, named if named in _LICENCES else "Other")
         with self._explained(f"{model_id}: the upload"):
             self._commit(stage, files, model_id, message)
         with self._explained(f"{model_id}: comparing"):
@@ -105,10 +108,3 @@ class ModelScope:
             raise refused(what, self.host, status, _LOGIN) from error
         except OSError as error:
             raise not_reached(what, self.host, error) from error
-
-
-def _licence(stage: Path) -> str:
-    """The licence the model card names; the client would say Apache-2.0 of a model that names none."""
-    card = stage / "README.md"
-    named = str((metadata_load(card) or {}).get("license", "")) if card.is_file() else ""
-    return named if named in _LICENCES else "Other"

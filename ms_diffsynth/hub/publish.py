@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -114,7 +114,13 @@ def choose(folder: str | os.PathLike[str], files: Sequence[str] | None = None) -
     folder = Path(folder)
     if not folder.is_dir():
         raise HubError(f"{folder} is not a folder. Give the output folder of a run, or of a saved model.")
-    found = sorted(_regular_files(folder))
+    found = []
+    for parent, folders, files_here in os.walk(folder):
+        folders[:] = [f for f in folders if not f.startswith(".")]  # also spares the walk through .git
+        paths = [Path(parent, name) for name in files_here]
+        # a link is not a regular file, wherever it leads
+        found += [p.relative_to(folder).as_posix() for p in paths if p.is_file() and not p.is_symlink()]
+    found.sort()
     sent = [n for n in found if not any(_PRIVATE.search(part) for part in PurePosixPath(n).parts)]
     lost = [f for f in files or () if not any(_matches(n, f) for n in sent)]
     if lost:
@@ -126,16 +132,6 @@ def choose(folder: str | os.PathLike[str], files: Sequence[str] | None = None) -
         raise HubError(f"{folder} has nothing to send: none of its {len(found)} files is a model card, weights, a "
                        "configuration of a model, or a sample image. Name files with --files.")
     return names
-
-
-def _regular_files(folder: Path) -> Iterator[str]:
-    """Names of the regular files below a folder; a link is not one, wherever it leads."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [f for f in folders if not f.startswith(".")]  # also spares the walk through .git
-        for name in names:
-            path = Path(parent, name)
-            if path.is_file() and not path.is_symlink():
-                yield path.relative_to(folder).as_posix()
 
 
 def _matches(name: str, pattern: str) -> bool:

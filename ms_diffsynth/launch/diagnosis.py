@@ -61,10 +61,11 @@ class Diagnosis:
             first = min(dead, key=lambda p: p.code > 0)
             return Outcome(code_of(first), partial(self.tell_dead, first))
         self._stopped = {p: self._stopped.get(p, now) for p in processes if p.code is None and p.is_stopped}
-        for process, since in self._stopped.items():
-            if now - since >= STOPPED_SECONDS:
-                return Outcome(TRY_AGAIN, partial(self._tell_stopped, process))
-        return None
+        stopped = next((p for p, since in self._stopped.items() if now - since >= STOPPED_SECONDS), None)
+        if stopped is None:
+            return None
+        return Outcome(TRY_AGAIN, lambda: f"{stopped.name} was stopped by a signal for {STOPPED_SECONDS:g} s"
+                                          f"{self._at(stopped)} (log: {stopped.log})")
 
     def find_hung(self, now: float) -> Outcome | None:
         """When no worker has begun anything for longer than it may: the one that is furthest behind.
@@ -79,9 +80,10 @@ class Diagnosis:
         step = min(pulse.step for pulse, _ in late)
         behind = [(p, w) for p, w in late if p.step == step]
         seconds = now - min(p.since for p, _ in behind)
-        gone = [w for w in self.workers if w.code == 0]
-        if gone:  # without it the others wait for ever
-            return Outcome(INTERNAL, partial(self._tell_gone, gone[0], seconds))
+        gone = next((w for w in self.workers if w.code == 0), None)
+        if gone is not None:  # without it the others wait for ever
+            return Outcome(INTERNAL, lambda: f"{gone.name} ended too early, with exit code 0{self._at(gone)}; the "
+                                             f"others waited {seconds:.0f} s for it (log: {gone.log})")
         return Outcome(TRY_AGAIN, partial(self._tell_hung, [w for _, w in behind], seconds))
 
     def tell_dead(self, process: Process) -> str:
@@ -94,14 +96,6 @@ class Diagnosis:
         if self.job.nodes > 1 and self.scheduler not in (None, process) and (self.scheduler.code or 0) > 0:
             words += f"; the scheduler: {last_exception(self.scheduler.log, self.scheduler.log_begin)}"
         return f"{process.name} {how}{f': {words}' if words else ''} (log: {process.log})"
-
-    def _tell_stopped(self, process: Process) -> str:
-        return (f"{process.name} was stopped by a signal for {STOPPED_SECONDS:g} s{self._at(process)} "
-                f"(log: {process.log})")
-
-    def _tell_gone(self, process: Process, seconds: float) -> str:
-        return (f"{process.name} ended too early, with exit code 0{self._at(process)}; the others waited {seconds:.0f} "
-                f"s for it (log: {process.log})")
 
     def _tell_hung(self, behind: list[Process], seconds: float) -> str:
         """One line about the worker that the others wait for: who waits in a collective is inside MindSpore."""

@@ -194,20 +194,20 @@ def processed(template: Template, model: nn.Cell, pipe: Any, inputs: dict[str, A
         raise TemplateError(f"{place} returned {listing(result) or 'nothing'}, and forward takes {listing(names)}: "
                             f"expected the same names.{nearest((lost + odd)[0], [*names, *result])} Name in forward, "
                             "without a default, exactly what process_inputs returns.")
-    return {name: _as_batch(f"{place}: {name}", result[name]) for name in names}
-
-
-def _as_batch(place: str, value: Any) -> Tensor:
-    if isinstance(value, (bool, int, float, np.number, np.bool_)):
-        value = np.array([value])
-    if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and (value != value.astype(np.int32)).any():
-        raise TemplateError(f"{place} is {value.flat[np.abs(value).argmax()]}: expected a number that int32 holds.")
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        value = Tensor(value.astype({"f": np.float32, "b": np.bool_}.get(value.dtype.kind, np.int32)))
-    if not isinstance(value, Tensor):
-        raise TemplateError(f"{place} is a {type(value).__name__}: expected a Tensor, an array or a number, which can "
-                            "be cached and compiled. Turn it into one in process_inputs.")
-    if value.ndim == 0 or value.shape[0] != 1:
-        raise TemplateError(f"{place} has the shape {list(value.shape)}: expected a batch axis of 1 in front, e.g. "
-                            f"{[1, *value.shape]}. Add it with expand_dims(0).")
-    return value
+    batch = {}
+    for name in names:
+        value, which = result[name], f"{place}: {name}"
+        if isinstance(value, (bool, int, float, np.number, np.bool_)):
+            value = np.array([value])
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and (value != value.astype(np.int32)).any():
+            raise TemplateError(f"{which} is {value.flat[np.abs(value).argmax()]}: expected a number that int32 holds.")
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            value = Tensor(value.astype({"f": np.float32, "b": np.bool_}.get(value.dtype.kind, np.int32)))
+        if not isinstance(value, Tensor):
+            raise TemplateError(f"{which} is a {type(value).__name__}: expected a Tensor, an array or a number, which "
+                                "can be cached and compiled. Turn it into one in process_inputs.")
+        if value.ndim == 0 or value.shape[0] != 1:
+            raise TemplateError(f"{which} has the shape {list(value.shape)}: expected a batch axis of 1 in front, e.g. "
+                                f"{[1, *value.shape]}. Add it with expand_dims(0).")
+        batch[name] = value
+    return batch

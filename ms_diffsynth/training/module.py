@@ -111,7 +111,16 @@ class DiffusionTrainingModule:
             model = getattr(pipe, lora_base_model)
             self.adapter.inject(model, targets, lora_rank, lora_alpha, lora_uniform)
             if lora_checkpoint:
-                self._resume_lora(model, lora_checkpoint)
+                cells = adapted_layers(model)
+                file = load_adapter(lora_checkpoint, list(cells), formats())
+                if (found := adapter_of(file.format).name) != self.adapter.name:
+                    raise ConfigError(f"lora_checkpoint={lora_checkpoint} holds the adapter {found}: expected "
+                                      f"{self.adapter.name}, as the setting adapter says. Set adapter={found}, or give "
+                                      "another file.")
+                # a file's scale is folded into B; ours is alpha / rank, applied at run time
+                modules = file.with_scale({name: cell.scale for name, cell in cells.items()})
+                self.adapter.load(model, {f"{module}.{part}": array for module, parts in modules.items()
+                                          for part, array in parts.items()})
         for name in names:
             for parameter in self._parameters_under(pipe, name):
                 parameter.requires_grad = True
@@ -147,17 +156,6 @@ class DiffusionTrainingModule:
         store_models_8bit(self.pipe, ",".join(given), {m for stage in stages for m in cut.models(stage)})
         for name in given:
             self.pipe.store.note_change(name, "8 bits", is_once=True)
-
-    def _resume_lora(self, model: Any, path: str | Path) -> None:
-        cells = adapted_layers(model)
-        file = load_adapter(path, list(cells), formats())
-        if (found := adapter_of(file.format).name) != self.adapter.name:
-            raise ConfigError(f"lora_checkpoint={path} holds the adapter {found}: expected {self.adapter.name}, as the "
-                              f"setting adapter says. Set adapter={found}, or give another file.")
-        # a file's scale is folded into B; ours is alpha / rank, applied at run time
-        modules = file.with_scale({name: cell.scale for name, cell in cells.items()})
-        self.adapter.load(model, {f"{module}.{part}": array for module, parts in modules.items()
-                                  for part, array in parts.items()})
 
     @staticmethod
     def _parameters_under(pipe: Pipeline, name: str) -> list[Parameter]:

@@ -78,7 +78,14 @@ class StepReport:
                               f"gradient norm {record['grad_norm']:.4g}; {listing(map(name_row, rows))}")
         else:
             self.skipped_in_a_row = 0
-            self._tell_rise(record, batches)
+            loss, before = record["loss"], self._average
+            if self._averaged >= 20 and loss > MOST_RISE * before > 0:  # a broken image, or a run that diverges
+                rows = self._rows_of(batches)
+                self.logger.event("loss_rose", at=record["step"], loss=loss, average=before, rows=rows)
+                self.progress.say(f"step {record['step']} has a loss of {loss:.4g}, {loss / before:.0f} times the "
+                                  f"average before it; {listing(map(name_row, rows))}")
+            self._averaged += 1
+            self._average += (loss - before) * max(0.02, 1 / self._averaged)
         self._show(record)
         if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise TrainingError(f"{self.skipped_in_a_row} steps in a row had a non-finite loss or gradient (last: step "
@@ -86,17 +93,6 @@ class StepReport:
                                 "Nothing was updated in them. Expected finite numbers: lower learning_rate, look for "
                                 "broken images or weights (events.jsonl names the rows, ms-diffsynth replay the "
                                 "first tensor), and on Ascend prefer bfloat16 to float16.")
-
-    def _tell_rise(self, record: dict[str, Any], batches: list[Batch]) -> None:
-        """Say when a loss is far above the moving average: a broken image, or a run that diverges."""
-        loss, before = record["loss"], self._average
-        if self._averaged >= 20 and loss > MOST_RISE * before > 0:
-            rows = self._rows_of(batches)
-            self.logger.event("loss_rose", at=record["step"], loss=loss, average=before, rows=rows)
-            self.progress.say(f"step {record['step']} has a loss of {loss:.4g}, {loss / before:.0f} times the average "
-                              f"before it; {listing(map(name_row, rows))}")
-        self._averaged += 1
-        self._average += (loss - before) * max(0.02, 1 / self._averaged)
 
     def _rows_of(self, batches: list[Batch]) -> list[dict[str, Any]]:
         return [row for batch in batches for row in rows_of(batch, self.dataset, self.class_dataset)]
