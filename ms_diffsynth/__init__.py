@@ -5,6 +5,7 @@ Names are imported when they are first used, so that ``import ms_diffsynth`` is 
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,20 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
+
+
+class _BeforeMindone:
+    """Adapts mindone's networks to a CPU when mindone is imported; finds nothing itself."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+        if name == "mindone":
+            sys.meta_path.remove(_BeforeMindone)
+            import_module("ms_diffsynth.ops").install_cpu_kernels()
+
+
+if "mindone" not in sys.modules:
+    sys.meta_path.insert(0, _BeforeMindone)
 
 _WHERE = {  # module -> the public names in it
     "cli.run_main": ("run_main",),

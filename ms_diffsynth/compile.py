@@ -7,6 +7,7 @@ and then returns gradients that are exactly zero (MindSpore 2.7 to 2.10).
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,12 @@ Announce = Callable[[str, str], Callable[[float], None]]
 def log_only(name: str, shapes: str) -> Callable[[float], None]:
     logger.info("compiling %s for %s", name, shapes)
     return lambda seconds: logger.info("compiled %s in %.1f s", name, seconds)
+
+
+def _no_breakpoint(*_: Any, **__: Any) -> None:
+    """A debugger would stop in MindSpore's compiler, which has none of the values."""
+    raise TrainingError("breakpoint() in code that is compiled: there are no values to look at. Expected mode "
+                        "pynative: --mode pynative, Accelerator(mode='pynative') or TrainStep(..., mode='pynative').")
 
 
 def eagerly(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -99,7 +106,11 @@ class CompiledStep:
                                 "no bucket allows. Crop or resize the images to the sizes of the buckets.")
         done = self.announce(self.name, " ".join("x".join(map(str, s)) or "scalar" for s, _ in shapes))
         began, before = time.perf_counter(), len(ms_compile_cache)
-        result = self._function(*tensors)
+        hook, sys.breakpointhook = sys.breakpointhook, _no_breakpoint
+        try:
+            result = self._function(*tensors)
+        finally:
+            sys.breakpointhook = hook
         seconds = time.perf_counter() - began
         self._seen.add(shapes)
         self.compilations += len(ms_compile_cache) - before

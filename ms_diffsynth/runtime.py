@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import logging
 import os
 import platform
@@ -45,13 +46,33 @@ class Runtime:
 
 
 _current: Runtime | None = None
+_chosen: dict[str, str] = {}  # by the script, through MindSpore's own function
 
 
-def configure(mode: str = "graph", device: str | None = None, *, jit_level: str | None = None,
+def _note_mode(set_context: Any) -> Any:
+    """MindSpore's `set_context`, noting a mode: PyNative is MindSpore's default, so nothing else tells a choice."""
+    @functools.wraps(set_context)
+    def noted(**settings: Any) -> Any:
+        if "mode" in settings:
+            _chosen["mode"] = "graph" if settings["mode"] == ms.GRAPH_MODE else "pynative"
+        return set_context(**settings)
+
+    return noted
+
+
+_set_context = ms.set_context
+if ms.get_context("mode") == ms.GRAPH_MODE:
+    _chosen["mode"] = "graph"
+ms.set_context = _note_mode(_set_context)
+
+
+def configure(mode: str | None = None, device: str | None = None, *, jit_level: str | None = None,
               device_memory: float | None = None) -> Runtime:
     """Choose device and mode. ``device=None`` takes an Ascend where there is one, else the CPU.
 
     Args:
+        mode: ``"graph"`` or ``"pynative"``; None is what the script chose by ``mindspore.set_context(mode=...)`` after
+            ms_diffsynth was imported, else ``"graph"``. The process itself stays in PyNative mode.
         jit_level: of what is compiled afterwards: ``"O0"``, or ``"O1"``, which fuses element-wise operators; None
             leaves it.
         device_memory: most GiB that MindSpore may take of an Ascend's memory; None is all. Read when the device is
@@ -60,6 +81,7 @@ def configure(mode: str = "graph", device: str | None = None, *, jit_level: str 
     Raises: ConfigError for an unknown mode or device; DeviceError when the device cannot be used here.
     """
     global _current
+    mode = mode or _chosen.get("mode", "graph")
     if mode not in MODES:
         raise ConfigError(f"mode='{mode}': expected one of {', '.join(MODES)}.{nearest(mode, MODES)}")
     if device is not None and device.lower() not in [d.lower() for d in DEVICES]:
@@ -70,7 +92,7 @@ def configure(mode: str = "graph", device: str | None = None, *, jit_level: str 
         # and spins on a core until it is done: 0.32 s a step of the tiny FLUX run instead of 0.11 (2026-11-21).
         os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
     if _current is None or _current.device != target:
-        ms.set_context(mode=ms.PYNATIVE_MODE)
+        _set_context(mode=ms.PYNATIVE_MODE)
     if target == "CPU":
         ms.runtime.launch_blocking()
     elif _current is None or _current.device != target:  # what MindSpore reads before it first uses the device
@@ -153,6 +175,8 @@ def _set_device(device: str | None) -> str:
     try:
         ms.set_device(wanted)
     except (RuntimeError, ValueError) as error:
+        if "has been initialized" in str(error) and ms.get_context("device_target") == wanted:
+            return wanted  # a script has computed something already
         cause = str(error).strip().splitlines()[0].rstrip(". ")
         raise DeviceError(f"device='{wanted}' cannot be used on this machine: MindSpore {ms.__version__} says: "
                           f"{cause}. Expected an Ascend driver, firmware and CANN that fit this MindSpore. "

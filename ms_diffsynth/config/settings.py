@@ -191,6 +191,7 @@ class RunSection:
     max_train_steps: int | None = _run(None, "end after this many steps", "1 <= max_train_steps")
     output_path: str = _setting("./models/train", "folder for checkpoints, samples and records", may_change=True)
     save_steps: int | None = _run(None, "save every N steps; null = after every epoch", "1 <= save_steps")
+    keep_saved: int | None = _run(None, "how many saves of weights to keep; null = all", "1 <= keep_saved")
     sample_count: int = _sample(16, "how many sample images, of a family without prompts", "0 <= sample_count")
     sample_steps: int | None = _run(None, "make sample images every N steps", "1 <= sample_steps")
     sample_prompts: tuple[str, ...] = _sample((), "prompts of the sample images; as a flag one prompt or a JSON list")

@@ -61,6 +61,8 @@ def assign(cell: nn.Cell, tensors: Iterable[tuple[str, np.ndarray]],
     parameters = torch_parameters(cell)
     for name, array in tensors:
         parameter = parameters[name]
+        if array.dtype.name.startswith("float8"):  # of others' files; MindSpore takes no such array (2.10)
+            array = array.astype(np.float32)
         wanted = (dtype if isinstance(dtype, ms.Type) else dtype(name)) if dtype else parameter.dtype
         if parameter.dtype != wanted:
             parameter.set_dtype(wanted)

@@ -3,9 +3,7 @@
 MindSpore's CPU back end registers no kernel for some seventy `mint` functions that nearly every network of mindone
 calls. :func:`install_cpu_kernels` puts a composition of primitives that do have one in the place of each::
 
-    from ms_diffsynth.ops import install_cpu_kernels
-
-    install_cpu_kernels()                                   # before the first import of a mindone network
+    import ms_diffsynth                                     # installs them when mindone is imported
     from mindone.diffusers import FluxTransformer2DModel    # forward and backward, PyNative and compiled
 
 The replacements are plain functions, because the graph compiler parses their source; each is compared with NumPy in
@@ -22,7 +20,7 @@ def install_cpu_kernels() -> bool:
     """Make mindone's networks run on the CPU; a second call does nothing.
 
     Returns: True when the CPU kernels are in force after this call, False on every other device.
-    Raises: DeviceError when a mindone network was imported before the first call on a CPU.
+    Raises: DeviceError when mindone was imported before ms_diffsynth on a CPU.
     """
     if ms.get_context("device_target") != "CPU":
         return False

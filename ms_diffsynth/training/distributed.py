@@ -28,13 +28,14 @@ class Accelerator:
 
     Args:
         gradient_accumulation_steps: batches per optimizer update.
-        mode: ``"graph"`` compiles the training step, ``"pynative"`` runs everything eagerly.
+        mode: ``"graph"`` compiles the training step, ``"pynative"`` runs everything eagerly; None is what the script
+            chose by ``mindspore.set_context``, else ``"graph"``.
         device: ``"CPU"`` or ``"Ascend"``; None takes an Ascend where there is one.
         kwargs_handlers: accepted for the documents' scripts; see `DistributedDataParallelKwargs`.
         jit_level, device_memory: of an Ascend; see `runtime.configure`.
     """
 
-    def __init__(self, gradient_accumulation_steps: int = 1, mode: str = "graph", device: str | None = None,
+    def __init__(self, gradient_accumulation_steps: int = 1, mode: str | None = None, device: str | None = None,
                  kwargs_handlers: list[Any] | None = None, *, jit_level: str | None = None,
                  device_memory: float | None = None):
         self._runtime = runtime.configure(mode, device, jit_level=jit_level, device_memory=device_memory)

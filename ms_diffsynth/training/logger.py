@@ -41,6 +41,8 @@ class ModelLogger:
         settings: what training_args.json holds.
         files: further files, written by `start`: name -> content.
         saved: files of weights, in the order they were written. saved_at: the step of the last one; -1 before.
+        keep_saved: how many saves of weights stay; None for all. The loop sets it.
+        samples: step -> sample images: the first and the latest, which the before/after grid needs.
         checkpoint: folder of the newest checkpoint; None before the first.
         ema: the moving average of what is trained; the loop sets it.
         after_save: called when a checkpoint is in place; `training.hooks.publish` sets it.
@@ -58,6 +60,7 @@ class ModelLogger:
         self.samples: dict[int, list[Image.Image]] = {}
         self.saved: list[Path] = []
         self.saved_at = -1
+        self.keep_saved: int | None = None
         self.is_writing = True
         self.checkpoint: Path | None = None
         self.after_save: Callable[[], None] | None = None
@@ -189,8 +192,17 @@ class ModelLogger:
                     self._save(model, file_name.replace(".safetensors", "-ema.safetensors"))
                 if model.is_whole_pipeline:
                     model.pipe.update_pretrained(self.output_path)
+            self._remove_old_saves()
             if self.after_save is not None:
                 self.after_save()
+
+    def _remove_old_saves(self) -> None:
+        """Keep the newest ``keep_saved`` saves; a moving average goes with its weights."""
+        plain = [path for path in self.saved if not path.stem.endswith("-ema")]
+        for path in plain[: -self.keep_saved] if self.keep_saved else ():
+            for old in (path, path.with_name(f"{path.stem}-ema.safetensors")):
+                old.unlink(missing_ok=True)
+                self.saved = [kept for kept in self.saved if kept != old]
 
     def _save(self, model: Any, file_name: str) -> None:
         path = self.output_path / file_name
@@ -203,7 +215,8 @@ class ModelLogger:
 
     def log_samples(self, step: int, images: list[Image.Image], captions: list[str]) -> Path:
         """Write ``samples/step-N.png`` and keep the images for the before/after grid."""
-        self.samples[step] = images
+        first = min(self.samples, default=step)
+        self.samples = {first: self.samples.get(first, images), step: images}
         columns = len(images) if captions else math.ceil(math.sqrt(len(images)))
         path = self.write_image(f"samples/step-{step}.png", grid(images, columns=columns, titles=_titles(captions)))
         self.event("samples", file=f"samples/step-{step}.png")

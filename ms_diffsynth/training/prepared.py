@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,8 @@ class PreparedRows:
         self._kept: dict[int, PreparedRow] = {}
         self._buckets: dict[int, tuple[int, ...]] = {}
         self.kept_bytes = 0
+        self.dtypes: dict[str, set[np.dtype]] = {}  # slot -> those that were met
+        self._as_float: frozenset[str] = frozenset()
         self._is_full = False
 
     def __len__(self) -> int:
@@ -53,7 +55,10 @@ class PreparedRows:
         row = index % self.rows
         if row in self._kept:
             return self._kept[row]
-        prepared = in_bucket(*self._make(row), self.module.pipe)
+        slots, image_size = self._make(row)
+        for name, array in slots.items():
+            self.dtypes.setdefault(name, set()).add(array.dtype)
+        prepared = in_bucket(self._cast(slots), image_size, self.module.pipe)
         self._buckets[row] = prepared.bucket
         size = sum(a.nbytes for a in prepared.slots.values())
         if self.kept_bytes + size <= self.limit_bytes:
@@ -64,6 +69,14 @@ class PreparedRows:
             logger.warning("prepared rows fill %.1f GiB: row %d and others beyond that are prepared again at every "
                            "use.", self.limit_bytes / 2**30, row)
         return prepared
+
+    def use_float32(self, names: Collection[str]) -> None:
+        """Give these slots of every row as float32: of a template, where a row has 1 and another one 0.5."""
+        self._as_float = frozenset(names)
+        self._kept = {row: replace(kept, slots=self._cast(kept.slots)) for row, kept in self._kept.items()}
+
+    def _cast(self, slots: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {n: a.astype(np.float32) if n in self._as_float else a for n, a in slots.items()}
 
     def bucket_of(self, index: int) -> tuple[int, ...]:
         """The bucket of a row; see `PreparedRow`."""
@@ -111,6 +124,10 @@ def prepare_all(sets: Sequence[PreparedRows], progress: Progress) -> None:
             rows[row]
             progress.advance()
     progress.end()
+    met = {name: set().union(*(rows.dtypes.get(name, ()) for rows in sets)) for name in sets[0].dtypes}
+    if mixed := [name for name, dtypes in met.items() if len(dtypes) > 1]:
+        for rows in sets:
+            rows.use_float32(mixed)
 
 
 def prepare_row(dataset: Any, row: int, module: DiffusionTrainingModule,

@@ -80,7 +80,7 @@ class Trainer:
                                  warmup_steps=options.lr_warmup_steps, total_steps=self.total)
         self.optimizer = build_optimizer(options, module.trainable_parameters())
         self.ema = EMA(self.optimizer.parameters, options.ema_decay) if options.use_ema else None
-        logger.ema = self.ema
+        logger.ema, logger.keep_saved = self.ema, options.keep_saved
         how = {"loss_scaler": None if options.loss_scale == 1 else amp.StaticLossScaler(options.loss_scale),
                "max_grad_norm": options.max_grad_norm, "ema": self.ema,
                "gradient_accumulation_steps": options.gradient_accumulation_steps,

@@ -236,6 +236,15 @@ def test_each_bucket_is_compiled_once_and_no_other_shape_is(folder, tmp_path):
         run.step.step(*run.inputs(batch))
 
 
+@pytest.mark.parametrize("more", [{}, {"use_ema": True}])
+def test_the_newest_saves_are_kept_also_by_a_resumed_run(folder, tmp_path, more):
+    path, options = tmp_path / "run", {"save_steps": 1, "keep_saved": 2, "num_epochs": None, **more}
+    for steps, kept in ((3, (2, 3)), (5, (4, 5))):
+        records = train(path, Module(folder), rows(3), max_train_steps=steps, resume="auto", **options)
+        expected = {f"step-{k}{kind}.safetensors" for k in kept for kind in (("", "-ema") if more else ("",))}
+        assert {p.name for p in path.glob("*.safetensors")} == {p.name for p in records.saved} == expected
+
+
 # -- what is not finite ----------------------------------------------------------------------------------------------
 
 

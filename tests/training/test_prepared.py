@@ -89,3 +89,27 @@ def test_the_row_that_cannot_be_prepared_is_named():
     module.prepare = lambda data, cut: (_ for _ in ()).throw(TemplateError("no scale"))
     with pytest.raises(TemplateError, match="row 2: no scale"):
         PreparedRows(Dataset(), module, None)[1]
+
+
+@pytest.mark.parametrize("limit", [8 << 30, 0])
+def test_numbers_of_one_field_have_one_dtype_in_all_rows(limit):
+    """JSON has one kind of number: a row may say 1 where another says 0.5. Also where another data set says it."""
+    class Numbers(Module):
+        def prepare(self, data, cut):
+            return {"scale": np.asarray(data["scale"]), "kind": np.asarray(3)}
+
+    def sets(*values):
+        return [PreparedRows([{"scale": v, "image": Image.new("RGB", (8, 8))} for v in own], Numbers(), None,
+                             limit_bytes=limit) for own in values]
+
+    for values in (([0, 0.5, 1],), ([0, 1], [0.5])):
+        found = sets(*values)
+        prepare_all(found, Progress(enabled=False))
+        assert [[rows[k].slots["scale"].dtype for k in range(rows.rows)] for rows in found] == [
+            [np.float32] * len(own) for own in values]
+        assert [[float(rows[k].slots["scale"]) for k in range(rows.rows)] for rows in found] == [
+            [float(v) for v in own] for own in values]
+        assert all(rows[0].slots["kind"].dtype == np.int64 for rows in found)
+    whole, = sets([0, 1])
+    prepare_all([whole], Progress(enabled=False))
+    assert whole[1].slots["scale"].dtype == np.int64  # an index stays one

@@ -195,7 +195,7 @@ def test_pictures_are_those_of_a_run_that_was_not_cut(folder, tmp_path, crash):
         run(tmp_path / "cut")
     crash(None)
     records = run(tmp_path / "cut", resume="auto")
-    assert sorted(records.samples) == [0, 2, 4, 6, 8, 9]
+    assert sorted(records.samples) == [0, 9]
     names = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole/samples").iterdir()]
     assert len(names) == 7
     assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "cut" / n).read_bytes() for n in names)

@@ -44,9 +44,9 @@ def install() -> None:
         return
     early = sorted(m for m in sys.modules if m.startswith("mindone.") and m != "mindone.version")
     if early:
-        raise DeviceError(f"mindone was imported before the CPU kernels were installed: {listing(early, 3)}. Expected "
-                          "install_cpu_kernels() first, because a network's code is adapted to the CPU while it is "
-                          "imported. Call it, or runtime.configure(), before the first import from mindone.")
+        raise DeviceError(f"mindone was imported before ms_diffsynth ({listing(early, 3)}), but its networks are "
+                          "adapted to the CPU while they are imported. Expected 'import ms_diffsynth' first: put it "
+                          "above the first import from mindone.")
     replaced = _replace_functions()
     for cell, construct in CELLS.items():
         cell.construct = construct
