@@ -51,7 +51,7 @@ def test_empty_files_and_sections(tmp_path, text):
 @pytest.mark.parametrize("text, message", [
     ("one:\n  a: [1\n", r"c.yaml line 3 is not YAML: expected"),
     ("one:\n\ta: 1\n", "c.yaml line 2 is not YAML: found char"),
-    (b"\xff\xfe\x00", "c.yaml is not YAML"), ("a: *b\n", "c.yaml line 1 is no YAML: found undefined alias"),
+    (b"\xff\xfe\x00", "c.yaml is not YAML"), ("a: *b\n", "c.yaml line 1 is not YAML: found undefined alias"),
     ("a: 1\n---\nb: 2\n", "c.yaml line 2 is not YAML: but found another document"),
 ])
 def test_files_that_are_no_yaml(tmp_path, text, message):

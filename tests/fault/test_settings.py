@@ -38,7 +38,7 @@ def shallow():
     ("run:\n  seed: 1\n  seed: 2\n", "seed in c.yaml line 3: it is set already in line 2"),
     ("run:\n  push_to_hub: no\n", "push_to_hub=no in c.yaml line 2: expected true or false"),
     ("run:\n  seed: 010x\n", "seed=010x in c.yaml line 2: expected a whole number"),
-    ("run:\n  output_path: \0\n", "is not YAML"), ("run:\n\toutput_path: x\n", "c.yaml line 2 is no YAML"),
+    ("run:\n  output_path: \0\n", "is not YAML"), ("run:\n\toutput_path: x\n", "c.yaml line 2 is not YAML"),
     ("run: &x\n  seed: 1\ndata: *x\n", "seed in c.yaml line 2: it belongs into section 'run'"),
     ("optimizer:\n  customized_optimizer: os.system\n", "customized_optimizer in c.yaml line 2 is not a setting"),
 ])
