@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import re
 from pathlib import Path
 
 import pytest
@@ -283,12 +282,3 @@ def test_the_table_of_settings_in_the_documentation_is_the_present_one():
     text = (docs / "settings.md").read_text()
     assert text == module.page(text), "run: python docs/reference/settings_table.py"
     assert all(f"| `{name}` |" in text for name in SETTINGS)
-
-
-def test_the_flags_said_to_be_the_same_are_there_and_the_others_are_not():
-    text = (Path(__file__).parents[2] / "docs/explanation/porting.md").read_text()
-    same, _, rest = text.partition("With another default:")
-    same = re.findall(r"`--(\w+)`", same)
-    absent = re.findall(r"`--(\w+)`", rest.partition("Not there, and refused:")[2].partition("## From mindone")[0])
-    assert len(same) > 20 and set(same) <= {*SETTINGS, "find_unused_parameters"}
-    assert len(absent) > 3 and not set(absent) & set(SETTINGS)

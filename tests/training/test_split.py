@@ -12,16 +12,15 @@ from PIL import Image
 from ms_diffsynth import models, runtime
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.diffusion.units import Objective
-from ms_diffsynth.errors import CacheError, ConfigError
+from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
 from ms_diffsynth.run.task import launch_training_task
-from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.logger import ModelLogger
 from ms_diffsynth.training.module import DiffusionTrainingModule
-from ms_diffsynth.training.two_stage import launch_data_process_task, open_cache, stage_of
+from ms_diffsynth.training.two_stage import launch_data_process_task, stage_of
 
 
 @pytest.fixture(scope="module")
@@ -158,59 +157,6 @@ def test_a_second_run_prepares_only_what_is_new(folder, tmp_path):
                                                                                           width=16), captions=False)
     same.rows = [row | {"prompt": "picture 0"} for row in same.rows if row["image"] in ("0.png", "1.png")]
     assert counted(same) == 0, "equal pictures share an entry, whatever they are called"
-
-
-@pytest.mark.fault
-def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
-    dataset, module = pictures(tmp_path / "data", 5), Module(folder, "sft:data_process")
-    prepare = Module.prepare
-
-    def failing(self, data, cut):
-        if self.prepared == 2:
-            raise KeyboardInterrupt
-        return prepare(self, data, cut)
-
-    monkeypatch.setattr(Module, "prepare", failing)
-    with pytest.raises(KeyboardInterrupt):
-        process(tmp_path / "cache", module, dataset)
-    monkeypatch.undo()
-    second = Module(folder, "sft:train")
-    with pytest.raises(CacheError, match="incomplete: 2 of 5"):
-        train(tmp_path / "out", second, UnifiedDataset(str(tmp_path / "cache")))
-    assert not (tmp_path / "out").exists()
-    again = Module(folder, "sft:data_process")
-    process(tmp_path / "cache", again, dataset)
-    assert again.prepared == 3 and Cache(tmp_path / "cache").manifest["complete"]
-
-
-@pytest.mark.fault
-def test_a_damaged_entry_stops_training_and_is_replaced(folder, tmp_path):
-    dataset = pictures(tmp_path / "data")
-    cache = process(tmp_path / "cache", Module(folder, "sft:data_process"), dataset)
-    path = cache._path(cache.keys()[1])
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(CacheError, match=r"\(1\.png\) is damaged"):
-        train(tmp_path / "out", Module(folder, "sft:train"), UnifiedDataset(str(cache.folder)))
-    module = Module(folder, "sft:data_process")
-    process(cache.folder, module, dataset)
-    assert module.prepared == 1
-
-
-@pytest.mark.fault
-def test_a_cache_of_other_weights_or_another_job_is_refused(folder, tmp_path):
-    cache = process(tmp_path / "cache", Module(folder, "sft:data_process"), pictures(tmp_path / "data"))
-    family("toy").write_tiny(tmp_path / "other", 1)
-    data = UnifiedDataset(str(cache.folder))
-    with pytest.raises(CacheError, match=r"models\.text_encoder: .* models\.vae: "):
-        train(tmp_path / "out", Module(tmp_path / "other", "sft:train"), data)
-    with pytest.raises(CacheError, match="slots: "):
-        train(tmp_path / "out", Module(folder, "sft:train", trainable_models="text_encoder"), data)
-    module = Module(folder, "sft:train")
-    with pytest.raises(CacheError, match=r"image\.ImageCropAndResize\.height: 16, expected 32"):
-        open_cache(cache.folder, module, module.training_cut(),
-                   {"instance": pictures(tmp_path / "data", side=32).operators()})
 
 
 @pytest.mark.fault
