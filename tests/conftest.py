@@ -57,6 +57,21 @@ def on_standin():
     return environment
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, configured):
+    """``tiny_model(family)``: the folder of a tiny model with random weights of seed 0, which no test may change."""
+    from ms_diffsynth.registry import family
+
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(name):
+        if not (root / name).exists():
+            family(name).write_tiny(root / name, 0)
+        return root / name
+
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def configured():
     from ms_diffsynth import runtime

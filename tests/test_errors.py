@@ -64,18 +64,11 @@ def fits(said: str, shown: str) -> bool:
     return re.search("(?ms)^" + ".*?".join(map(re.escape, shown.split("..."))) + end, said) is not None
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "toy"
-    assert main(["tiny", "toy", str(path)]) == 0
-    return path
-
-
 @pytest.fixture
-def world(tmp_path, model, monkeypatch):
+def world(tmp_path, tiny_model, monkeypatch):
     """The folder that docs/reference/errors.md speaks of; the tests run in it. No user is logged in."""
     (tmp_path / "cats.yaml").write_text(CONFIG)
-    shutil.copytree(model, tmp_path / "toy")
+    shutil.copytree(tiny_model("toy"), tmp_path / "toy")
     for folder in ("cats", "brightness"):
         (tmp_path / folder).mkdir()
     for k in range(2):

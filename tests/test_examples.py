@@ -84,13 +84,11 @@ def run_script(monkeypatch, *words):
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory):
+def flags(tiny_model):
     """Flags of a run of two steps on a tiny FLUX.1."""
-    folder = tmp_path_factory.mktemp("models") / "flux"
-    family("flux").write_tiny(folder, 0)
-    return ["--model_paths", folder, "--dataset_base_path", CAT, "--dataset_metadata_path", CAT / "metadata.csv",
-            "--max_sequence_length", 8, "--height", 32, "--width", 32, "--max_train_steps", 2, "--mode", "pynative",
-            "--lora_rank", 2, "--lora_target_modules", "to_q,to_k", "--num_inference_steps", 1]
+    return ["--model_paths", tiny_model("flux"), "--dataset_base_path", CAT, "--dataset_metadata_path",
+            CAT / "metadata.csv", "--max_sequence_length", 8, "--height", 32, "--width", 32, "--max_train_steps", 2,
+            "--mode", "pynative", "--lora_rank", 2, "--lora_target_modules", "to_q,to_k", "--num_inference_steps", 1]
 
 
 def same_run(one, two):

@@ -44,10 +44,8 @@ def runtime_restored():
 
 
 @pytest.fixture(scope="session")
-def toy_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "toy"
-    assert main(["tiny", "toy", str(folder)]) == 0
-    return folder
+def toy_model(tiny_model):
+    return tiny_model("toy")
 
 
 @pytest.fixture(scope="session")

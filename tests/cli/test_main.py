@@ -65,7 +65,7 @@ def test_run_main(capsys):
     assert run_main(fail(WeightError("w"))) == 66 and capsys.readouterr().err == "WeightError: w\n"
     assert run_main(fail(KeyboardInterrupt())) == 130
     assert run_main(fail(WeightError("w")), debug=True) == 66 and ", in function\n" in capsys.readouterr().err
-    assert run_main(fail(ZeroDivisionError())) == 70 and "ZeroDivisionError\nThis was not" in capsys.readouterr().err
+    assert run_main(fail(ZeroDivisionError())) == 70 and "ZeroDivisionError\n" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run_main(fail(SystemExit(3)))
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ms_diffsynth.registry import family
 from ms_diffsynth.template import load_state_dict, load_template_model
 
 ROOT = Path(__file__).parents[2]
@@ -18,10 +17,8 @@ TRUST = "--trust_template_code"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "flux2"
-    family("flux2").write_tiny(folder, 0)
-    return folder
+def model(tiny_model):
+    return tiny_model("flux2")
 
 
 @pytest.fixture

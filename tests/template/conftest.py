@@ -15,7 +15,6 @@ from ms_diffsynth import runtime
 from ms_diffsynth.hub import download as hub_module
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipelines.toy.pipeline import Denoise, ToyImagePipeline
-from ms_diffsynth.registry import family
 
 HEAD = '''
 import numpy as np
@@ -62,18 +61,13 @@ class TemplateToy(ToyImagePipeline):
 
 
 @pytest.fixture(scope="session")
-def toy_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "toy"
-    family("toy").write_tiny(folder, 0)
-    return folder
+def toy_folder(tiny_model):
+    return tiny_model("toy")
 
 
 @pytest.fixture(scope="session")
-def flux2_folder(tmp_path_factory):
-    """A tiny FLUX.2 klein with random weights."""
-    folder = tmp_path_factory.mktemp("models") / "flux2"
-    family("flux2").write_tiny(folder, 0)
-    return folder
+def flux2_folder(tiny_model):
+    return tiny_model("flux2")
 
 
 @pytest.fixture

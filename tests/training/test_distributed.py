@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
-from toy_run import files, state, toy_model
+from toy_run import files, state
 
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.launch.ports import free_port
@@ -21,11 +21,6 @@ from ms_diffsynth.storage.checkpoint import latest
 CI = ("lora", "prior", "own forward", "bad sample", "zero 1", "zero 2 eager", "cache")
 REST = ("lora eager", "full", "zero 2", "zero 1 eager")
 OTHERS = ("zero 2 prodigy", "adafactor")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from toy_model(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from low_rank import lora_parameters
 from mindspore import Tensor, ops
 from PIL import Image
-from toy_run import SIDE, Module, poison, rows, toy_model, train
+from toy_run import SIDE, Module, poison, rows, train
 
 from ms_diffsynth import FlowMatchSFTLoss, UnifiedDataset
 from ms_diffsynth.data.loader import Loader
@@ -22,11 +22,6 @@ from ms_diffsynth.training.distributed import Accelerator, DistributedDataParall
 from ms_diffsynth.training.logger import COLUMNS, ModelLogger
 from ms_diffsynth.training.options import TrainingOptions
 from ms_diffsynth.training.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from toy_model(tmp_path_factory)
 
 
 class Documented(Module):
