@@ -11,13 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import quote
 
 import numpy as np
 import pytest
 from device import DEVICE
-from huggingface_hub import constants, utils
+from hub_server import only_this_machine
+from huggingface_hub import constants
 from PIL import Image
 from upload_server import UploadServer
 
@@ -88,12 +88,8 @@ def planted(monkeypatch, tmp_path):
     for plant, value in PLANTS.items():
         if plant.startswith("environment"):
             monkeypatch.setenv(plant.split()[1], value)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_TOKEN_PATH": "no-login"}.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(utils._http, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
-    if hasattr(utils, "reset_sessions"):  # huggingface_hub < 1 decides when it makes a session
-        utils.reset_sessions()
+    only_this_machine(monkeypatch)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "no-login")
     data = tmp_path / "data"
     data.mkdir()
     picture = f"{PLANTS['file name']}.png"

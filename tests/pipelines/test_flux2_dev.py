@@ -4,8 +4,8 @@ What its text encoder computes is in the case flux2_dev_end_to_end.
 """
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import replace
 
 import mindspore as ms
 import numpy as np
@@ -20,7 +20,6 @@ from ms_diffsynth.errors import WeightError
 from ms_diffsynth.formats.weights import load_state_dict, save_sharded
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipelines.flux2.pipeline import COMPONENTS, DEV_COMPONENTS
-from ms_diffsynth.pipelines.flux2.prompt import SYSTEM_MESSAGE
 from ms_diffsynth.pipelines.flux2.tiny import CONFIGS
 from ms_diffsynth.pipelines.shared.tiny import write_model
 from ms_diffsynth.training.optim import AdamW
@@ -32,52 +31,19 @@ pytestmark = pytest.mark.usefixtures("eager")
 
 PROMPT = "a red cat by the sea"
 PAD = 11
-# the first twenty tokens of Mistral's tokenizers since v7, in their order
-SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
-           "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
-           "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
-# what Mistral-Small-3.1's chat template does with one system and one user message
-CHAT_TEMPLATE = """{{- bos_token }}
-{{- '[SYSTEM_PROMPT]' + messages[0]['content'][0]['text'] + '[/SYSTEM_PROMPT]' }}
-{%- for message in messages[1:] %}
-    {{- '[INST]' }}
-    {%- for block in message['content'] %}
-        {{- block['text'] }}
-    {%- endfor %}
-    {{- '[/INST]' }}
-{%- endfor %}"""
-TEXT_CONFIG = {
-    "model_type": "mistral", "vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_act": "silu",
-    "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 1e9, "sliding_window": None}
-DEV_CONFIGS = CONFIGS | {
-    "text_encoder": {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
-                     "image_token_index": 10, "text_config": TEXT_CONFIG, "vision_config": {"model_type": "pixtral"}},
-    "dit": CONFIGS["dit"] | {"guidance_embeds": True}}
-
-
-def write_tokenizer(folder):
-    """Byte-level BPE, as Mistral's, that learnt its merges from the system message."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator([SYSTEM_MESSAGE], trainers.BpeTrainer(
-        vocab_size=TEXT_CONFIG["vocab_size"], special_tokens=list(SPECIAL), initial_alphabet=alphabet))
-    LlamaTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", legacy=False,
-                       chat_template=CHAT_TEMPLATE).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny FLUX.2-dev with random weights."""
-    root = tmp_path_factory.mktemp("models")
-    write_tokenizer(root / "tokenizer")
-    tokenizer = replace(DEV_COMPONENTS[0], default_folder=root / "tokenizer")
-    write_model(root / "dev", "Flux2Pipeline", (tokenizer, *DEV_COMPONENTS[1:]), DEV_CONFIGS)
-    return root / "dev"
+def folder(golden, tmp_path_factory):
+    """A tiny FLUX.2-dev: text encoder and tokenizer of the golden case, transformer and VAE with random weights."""
+    path = tmp_path_factory.mktemp("models") / "dev"
+    rest = [c for c in DEV_COMPONENTS if c.name in ("vae", "dit")]
+    write_model(path, "Flux2Pipeline", rest, CONFIGS | {"dit": CONFIGS["dit"] | {"guidance_embeds": True}})
+    for name in ("text_encoder", "tokenizer"):
+        shutil.copytree(golden / "flux2_dev_end_to_end" / name, path / name)
+    return path
+
+
+def config_of(folder):
+    return json.loads((folder / "text_encoder/config.json").read_text())
 
 
 def pipeline(folder, **how):
@@ -202,7 +168,7 @@ def whole_checkpoint(folder, target, renamed=False, **config):
         for old, new in (("language_model.lm_head", "lm_head"), ("language_model.model", "model.language_model"),
                          ("vision_tower", "model.vision_tower"), ("multi_modal", "model.multi_modal")):
             weights = {name.replace(old, new): value for name, value in weights.items()}
-    save_sharded(target, weights, stem="model", max_shard_bytes=30_000, config=DEV_CONFIGS["text_encoder"] | config)
+    save_sharded(target, weights, stem="model", max_shard_bytes=30_000, config=config_of(folder) | config)
     return target
 
 
@@ -221,16 +187,18 @@ def test_what_is_no_part_of_it_is_an_error(folder, tmp_path):
     path = shutil.copytree(folder / "text_encoder", tmp_path / "text_encoder")
     weights = dict(load_state_dict(path / "model.safetensors")) | {"more.weight": np.zeros(3, np.float32)}
     shutil.rmtree(path)
-    save_sharded(path, weights, stem="model", config=DEV_CONFIGS["text_encoder"])
+    save_sharded(path, weights, stem="model", config=config_of(folder))
     with pytest.raises(WeightError, match=r"1 superfluous: more\.weight"):
         pipeline([ModelConfig(str(path))]).text_encoder  # noqa: B018
-    pruned = whole_checkpoint(folder, tmp_path / "pruned", text_config=TEXT_CONFIG | {"num_hidden_layers": 30})
+    text = config_of(folder)["text_config"] | {"num_hidden_layers": 30}
+    pruned = whole_checkpoint(folder, tmp_path / "pruned", text_config=text)
     with pytest.raises(WeightError, match=r"num_hidden_layers=30: .* a multiple of 4 is expected"):
         pipeline([ModelConfig(str(pruned))]).text_encoder  # noqa: B018
 
 
 def test_rope_theta_is_found_where_a_newer_transformers_writes_it(folder, pipe, tmp_path):
-    text = {k: v for k, v in TEXT_CONFIG.items() if k != "rope_theta"} | {"rope_parameters": {"rope_theta": 1e9}}
+    text = config_of(folder)["text_config"] | {"rope_parameters": {"rope_theta": 1e9}}
+    del text["rope_theta"]
     path = whole_checkpoint(folder, tmp_path / "text_encoder", text_config=text)
     assert pipeline([ModelConfig(str(path))]).text_encoder.language_model.model.theta == 1e9
 

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hub_server import HubServer
+from hub_server import HubServer, only_this_machine
 from mindspore import Tensor
 from PIL import Image
 
@@ -88,8 +88,7 @@ def sharded(tiny_flux, folder):
 
 
 def test_from_a_hub_by_id_and_pattern_with_a_pinned_revision(tiny_flux, pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    only_this_machine(monkeypatch)
     sharded(tiny_flux, tmp_path / "shards")
     files = {f"transformer/{f.name}": f.read_bytes() for f in (tmp_path / "shards").iterdir()}
     with HubServer() as hub:

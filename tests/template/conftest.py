@@ -6,13 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from device import DEVICE
-from hub_server import HubServer
-from huggingface_hub import constants, utils
+from hub_server import HubServer, only_this_machine
 from mindspore import ops
 from PIL import Image
 
 from ms_diffsynth import runtime
-from ms_diffsynth.hub import download as hub_module
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipelines.toy.pipeline import Denoise, ToyImagePipeline
 
@@ -100,11 +98,7 @@ def row():
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub on this machine; ``hub.config("owner/name")`` is a ModelConfig that asks it."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    if hasattr(utils, "reset_sessions"):  # huggingface_hub < 1 decides when it makes a session
-        utils.reset_sessions()
-    monkeypatch.setattr(hub_module, "WAIT_SECONDS", 0.0)
+    only_this_machine(monkeypatch)
     with HubServer() as server:
         server.config = lambda name, pattern=None, **how: ModelConfig(
             model_id=name, origin_file_pattern=pattern, endpoint=server.endpoint, cache_dir=tmp_path / "cache", **how)
