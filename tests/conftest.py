@@ -5,6 +5,7 @@ import os
 import signal
 
 from device import DEVICE
+from processes import run_python
 
 os.environ.setdefault("GLOG_v", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -57,6 +58,12 @@ def on_standin():
     return environment
 
 
+@pytest.fixture
+def python():
+    """``python(word, ...)`` runs Python in a process of its own, with this package on its path."""
+    return run_python
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory, configured):
     """``tiny_model(family)``: the folder of a tiny model with random weights of seed 0, which no test may change."""
@@ -77,3 +84,11 @@ def configured():
     from ms_diffsynth import runtime
 
     return runtime.configure("graph", DEVICE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graph_mode(configured):
+    """In which every file of tests begins, whatever the one before did."""
+    from ms_diffsynth import runtime
+
+    runtime.configure("graph", DEVICE)

@@ -1,7 +1,6 @@
 """Errors on the command line: docs/reference/errors.md has a section for every kind and code, and its examples run."""
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -12,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from device import DEVICE
 from huggingface_hub import constants
 from PIL import Image
+from processes import environment
 
 import ms_diffsynth
-from ms_diffsynth import runtime
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.errors import INTERNAL, UserError
 from ms_diffsynth.run import task as run_module
@@ -80,15 +78,13 @@ def world(tmp_path, tiny_model, monkeypatch):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
-    yield tmp_path
-    runtime.configure("graph", DEVICE)
+    return tmp_path
 
 
 def process(code: str, *words: str) -> subprocess.Popen:
     """Python in a process of its own."""
-    place = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "PYTHONUNBUFFERED": ""}
     return subprocess.Popen([sys.executable, "-c", code, *words], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=place)
+                            stderr=subprocess.PIPE, env=environment(PYTHONUNBUFFERED=""))
 
 
 def test_every_kind_has_a_section_under_its_code():

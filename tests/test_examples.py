@@ -10,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from device import DEVICE
 
-from ms_diffsynth import runtime
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.config import load_config
 from ms_diffsynth.formats.weights import load_state_dict
@@ -72,14 +70,12 @@ def test_a_short_script_trains(path, monkeypatch, tmp_path):
                                 output_path=str(tmp_path / "run"), mode="pynative"))
     logger = train(short)
     assert logger.num_steps == 2 and logger.saved
-    runtime.configure("graph", DEVICE)
 
 
 def run_script(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--family", "flux", *map(str, words)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    runtime.configure("graph", DEVICE)
     return end.value.code
 
 

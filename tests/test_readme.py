@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from device import DEVICE
 
-from ms_diffsynth import runtime
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.config import load_config
 
@@ -37,8 +35,6 @@ SMALL_SAMPLE = ["--mode", "pynative", "--num_inference_steps", "1"]
 def checkout(tmp_path):
     """The commands are given in the top folder; here it is one that holds the examples and may be written to."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    yield
-    runtime.configure("graph", DEVICE)
 
 
 def test_ci_runs_the_test_command_word_for_word():

@@ -15,13 +15,11 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from device import DEVICE
 from hub_server import only_this_machine
 from huggingface_hub import constants
 from PIL import Image
 from upload_server import UploadServer
 
-from ms_diffsynth import runtime
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.errors import TrainingError
 from ms_diffsynth.hub.card import Card, model_card
@@ -109,7 +107,6 @@ def planted(monkeypatch, tmp_path):
         server.token = PLANTS["environment HF_TOKEN"]
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
         yield server
-    runtime.configure("graph", DEVICE)
 
 
 def mistakes():

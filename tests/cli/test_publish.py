@@ -232,11 +232,6 @@ def test_what_was_trained_is_named(options, expected):
     assert "base_model: black-forest-labs/FLUX.2-klein-base-4B" in text and r"| data | cats \(9 rows\) |" in text
 
 
-def test_a_base_model_of_this_machine_is_not_named():
-    text = card(model_id_with_origin_paths=None, model_paths="/data/me/flux")
-    assert "a model that is not on a hub" in text and "/data/me" not in text
-
-
 @pytest.mark.parametrize("changes, words", [
     ({}, ['template_inputs=[inputs]', 'pack_template("path/to', '"black-forest-labs/FLUX.2-klein-base-4B"']),
     ({"model_paths": "/data/me/flux2", "model_id_with_origin_paths": None}, ['from_pretrained("path/to/the/base/mod']),

@@ -33,8 +33,6 @@ def tiny_sd3(tiny_model):
 def eager():
     """Without compilation, which tests/pipelines/test_contract.py covers."""
     runtime.configure("pynative", DEVICE)
-    yield
-    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from device import DEVICE
-
-from ms_diffsynth import runtime
 
 ROOT = Path(__file__).parents[2]
 SIMPLE = ROOT / "examples/qwen_image/model_training/special/simple/train.py"
@@ -21,8 +18,6 @@ def places(tiny_qwen, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/example_image_dataset").symlink_to(CAT)
     monkeypatch.setenv("MS_DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
-    yield
-    runtime.configure("graph", DEVICE)
 
 
 def test_the_simple_script_trains():

@@ -1,14 +1,12 @@
 """Sampling: without a module of training, and under guidance nothing is prepared twice that both branches share."""
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from arrays import noise_image
+from processes import run_python
 
 import ms_diffsynth
 from ms_diffsynth.errors import ProgramError
@@ -39,8 +37,7 @@ sys.exit(f"sampling imports {found}" if found else 0)
 
 @pytest.mark.parametrize("name", ["flux", "toy"])
 def test_no_family_imports_training_to_sample(name, tiny_model, tmp_path):
-    done = subprocess.run([sys.executable, "-c", SAMPLE, name, str(tiny_model(name))], text=True, capture_output=True,
-                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600, check=False)
+    done = run_python("-c", SAMPLE, name, tiny_model(name), timeout=600)
     assert done.returncode == 0, done.stderr
 
 

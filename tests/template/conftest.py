@@ -108,8 +108,6 @@ def hub(monkeypatch, tmp_path):
 @pytest.fixture(autouse=True)
 def eager():
     runtime.configure("pynative", DEVICE)
-    yield
-    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture

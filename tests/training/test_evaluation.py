@@ -1,7 +1,6 @@
 """Evaluation while a run goes on: what it writes, with which weights, and that it goes on with the run."""
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from mindspore import ops
 from PIL import Image
+from records import records
 from toy_run import SIDE, Module, rows, train
 
 from ms_diffsynth.config import load_config
@@ -48,11 +48,6 @@ class Run:
         return self
 
 
-def table(folder):
-    with open(folder / "evaluation.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def events(folder):
     return [record for line in (folder / "events.jsonl").read_text().splitlines()
             if (record := json.loads(line))["event"] == "evaluation"]
@@ -60,7 +55,7 @@ def events(folder):
 
 def test_before_between_and_at_the_end(folder, real, tmp_path):
     run = Run(folder, real, tmp_path / "run").train(5)
-    found = table(run.output)
+    found = records(run.output, "evaluation.csv")
     assert tuple(found[0]) == COLUMNS and [row["step"] for row in found] == ["0", "2", "4", "5"]
     assert [count for count, _ in run.seen] == [2, 4, 4, 4, 4, 2]  # samples at the begin and at the end only
     told = events(run.output)
@@ -85,7 +80,7 @@ def test_it_goes_on_with_the_run(folder, real, tmp_path):
     whole = Run(folder, real, tmp_path / "whole").train(5)
     Run(folder, real, tmp_path / "cut").train(3, checkpoint_steps=2)
     resumed = Run(folder, real, tmp_path / "cut").train(5, resume="auto", checkpoint_steps=2)
-    found, expected = table(resumed.output), table(whole.output)
+    found, expected = records(resumed.output, "evaluation.csv"), records(whole.output, "evaluation.csv")
     assert [row["step"] for row in found] == ["0", "2", "3", "4", "5"]  # the first run ended with 3
     assert [row for row in found if row["step"] != "3"] == expected
 
@@ -104,11 +99,11 @@ def test_a_signal_gives_up_the_pictures_and_saves_first(folder, real, tmp_path):
     run.sampler, not_given_up = sampler, []
     with pytest.raises(Stopped):
         run.train(5, checkpoint_steps=2, use_ema=True)
-    assert not not_given_up and [row["step"] for row in table(run.output)] == ["0", "2"]
+    assert not not_given_up and [row["step"] for row in records(run.output, "evaluation.csv")] == ["0", "2"]
     run = Run(folder, real, tmp_path / "cut").train(5, resume="auto", checkpoint_steps=2, use_ema=True)
-    assert [row["step"] for row in table(run.output)] == ["0", "2", "4", "5"]
+    assert [row["step"] for row in records(run.output, "evaluation.csv")] == ["0", "2", "4", "5"]
     whole = Run(folder, real, tmp_path / "other").train(5, use_ema=True)
-    assert table(run.output) == table(whole.output)
+    assert records(run.output, "evaluation.csv") == records(whole.output, "evaluation.csv")
 
 
 def test_what_cannot_be_meant(folder, real, tmp_path):

@@ -1,7 +1,6 @@
 """Training runs of the toy family: what they write, that they repeat, and how they fail."""
 from __future__ import annotations
 
-import csv
 import json
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from low_rank import lora_parameters
 from mindspore import Tensor, ops
 from PIL import Image
+from records import column, records
 from toy_run import SIDE, Module, poison, rows, train
 
 from ms_diffsynth import FlowMatchSFTLoss, UnifiedDataset
@@ -39,15 +39,6 @@ class Documented(Module):
             inputs_shared, inputs_posi, inputs_nega = self.pipe.unit_runner(unit, self.pipe, inputs_shared, inputs_posi,
                                                                             inputs_nega)
         return FlowMatchSFTLoss(self.pipe, **inputs_shared, **inputs_posi)
-
-
-def records(path):
-    with open(path / "loss.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def column(path, name="loss"):
-    return np.array([float(r[name]) for r in records(path)])
 
 
 def events(path, kind=None):
