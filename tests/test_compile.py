@@ -12,6 +12,8 @@ from processes import environment, run_python
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.errors import TrainingError
 
+HERE = Path(__file__).parent
+
 
 def double(x):
     return (x * 2,)
@@ -160,4 +162,4 @@ def test_why_compilation_is_strict():
 
     In a process of its own: what ran before in the same process may make the gradients right.
     """
-    assert run_python("-c", LAX, env=environment(Path(__file__).parent)).returncode == 10
+    assert run_python("-c", LAX, env=environment(HERE, HERE / "shared")).returncode == 10
