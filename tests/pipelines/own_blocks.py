@@ -29,9 +29,9 @@ def with_weights(dit: nn.Cell) -> nn.Cell:
     return dit
 
 
-def with_lora(dit: nn.Cell, targets: tuple[str, ...]) -> list[Parameter]:
+def with_lora(dit: nn.Cell, targets: tuple[str, ...], alpha: float | None = None) -> list[Parameter]:
     """A LoRA away from its start, where B is zero."""
-    inject_lora(dit, targets, rank=2)
+    inject_lora(dit, targets, rank=2, alpha=alpha)
     set_lora(dit, {name: (a, 0.3 * draw(seed, *b.shape))
                    for seed, (name, (a, b)) in enumerate(lora_pairs(dit).items())})
     return lora_parameters(dit)
