@@ -5,6 +5,7 @@ import os
 import signal
 
 from device import DEVICE
+from processes import run_python
 
 os.environ.setdefault("GLOG_v", "3")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -57,8 +58,37 @@ def on_standin():
     return environment
 
 
+@pytest.fixture
+def python():
+    """``python(word, ...)`` runs Python in a process of its own, with this package on its path."""
+    return run_python
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, configured):
+    """``tiny_model(family)``: the folder of a tiny model with random weights of seed 0, which no test may change."""
+    from ms_diffsynth.registry import family
+
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(name):
+        if not (root / name).exists():
+            family(name).write_tiny(root / name, 0)
+        return root / name
+
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def configured():
     from ms_diffsynth import runtime
 
     return runtime.configure("graph", DEVICE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graph_mode(configured):
+    """In which every file of tests begins, whatever the one before did."""
+    from ms_diffsynth import runtime
+
+    runtime.configure("graph", DEVICE)

@@ -1,19 +1,18 @@
 """Compilations: counted, limited, announced; and why they are strict."""
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
+from processes import environment, run_python
 
-import ms_diffsynth
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.errors import TrainingError
+
+HERE = Path(__file__).parent
 
 
 def double(x):
@@ -163,6 +162,4 @@ def test_why_compilation_is_strict():
 
     In a process of its own: what ran before in the same process may make the gradients right.
     """
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(ms_diffsynth.__file__).parent.parent)])
-    environment = os.environ | {"PYTHONPATH": path}
-    assert subprocess.run([sys.executable, "-c", LAX], env=environment, check=False).returncode == 10
+    assert run_python("-c", LAX, env=environment(HERE, HERE / "shared")).returncode == 10

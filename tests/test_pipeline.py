@@ -15,16 +15,14 @@ from ms_diffsynth.errors import ConfigError, ProgramError, WeightError
 from ms_diffsynth.formats.weights import load_state_dict, save_sharded, save_state_dict
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipeline import Pipeline, UnitSequence, _fresh_random
-from ms_diffsynth.pipelines.toy.pipeline import ToyImagePipeline, write_tiny
+from ms_diffsynth.pipelines.toy.pipeline import ToyImagePipeline
 from ms_diffsynth.program import Program
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "toy"
-    write_tiny(path, 0)
-    return path
+def tiny(tiny_model):
+    return tiny_model("toy")
 
 
 @pytest.fixture

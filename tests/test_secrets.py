@@ -11,17 +11,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import quote
 
 import numpy as np
 import pytest
-from device import DEVICE
-from huggingface_hub import constants, utils
+from hub_server import only_this_machine
+from huggingface_hub import constants
 from PIL import Image
 from upload_server import UploadServer
 
-from ms_diffsynth import runtime
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.errors import TrainingError
 from ms_diffsynth.hub.card import Card, model_card
@@ -88,12 +86,8 @@ def planted(monkeypatch, tmp_path):
     for plant, value in PLANTS.items():
         if plant.startswith("environment"):
             monkeypatch.setenv(plant.split()[1], value)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name, value in {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_TOKEN_PATH": "no-login"}.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(utils._http, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
-    if hasattr(utils, "reset_sessions"):  # huggingface_hub < 1 decides when it makes a session
-        utils.reset_sessions()
+    only_this_machine(monkeypatch)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "no-login")
     data = tmp_path / "data"
     data.mkdir()
     picture = f"{PLANTS['file name']}.png"
@@ -113,7 +107,6 @@ def planted(monkeypatch, tmp_path):
         server.token = PLANTS["environment HF_TOKEN"]
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
         yield server
-    runtime.configure("graph", DEVICE)
 
 
 def mistakes():

@@ -1,18 +1,14 @@
 """A toy model, a small data set and a configuration; the command line in this process."""
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from device import DEVICE
 from PIL import Image
+from processes import environment
 
-import ms_diffsynth
-from ms_diffsynth import runtime
 from ms_diffsynth.cli.main import main
 
 CONFIG = """\
@@ -37,17 +33,9 @@ run:
 """
 
 
-@pytest.fixture(autouse=True)
-def runtime_restored():
-    yield
-    runtime.configure("graph", DEVICE)
-
-
 @pytest.fixture(scope="session")
-def toy_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "toy"
-    assert main(["tiny", "toy", str(folder)]) == 0
-    return folder
+def toy_model(tiny_model):
+    return tiny_model("toy")
 
 
 @pytest.fixture(scope="session")
@@ -72,30 +60,13 @@ def config(tmp_path, toy_model, pictures):
     return path
 
 
-def _environment():
-    """Ours, with this package on Python's path."""
-    path = [str(Path(ms_diffsynth.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-
-
-@pytest.fixture
-def python():
-    """``python(word, ...)`` runs Python in a process of its own, with this package on its path."""
-
-    def call(*words):
-        return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, timeout=300,
-                              env=_environment())
-
-    return call
-
-
 @pytest.fixture
 def begin():
     """``begin(word, ...)`` is ``python`` that does not wait: the process, which is killed in the end if it must be."""
     begun = []
 
     def call(*words):
-        begun.append(subprocess.Popen([sys.executable, *words], text=True, env=_environment(),
+        begun.append(subprocess.Popen([sys.executable, *words], text=True, env=environment(),
                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
         return begun[-1]
 

@@ -56,18 +56,6 @@ def test_damaged_pictures_are_all_named_and_nothing_is_written(run, made):
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("generated, expected", [
-    ("nowhere", "nowhere is not a folder"),
-    ("empty", "empty contains no images"),
-    (REFERENCE[1], "they are the same folder"),
-])
-def test_unusable_folders(run, generated, expected):
-    Path("empty").mkdir()
-    code, out, err = run("evaluate", "--generated", generated, *REFERENCE)
-    assert code == 65 and out == "" and err.startswith("DataError: ") and expected in err
-    assert not Path("evaluation").exists()
-
-
 def test_without_the_extra_its_command_is_named(run, made, monkeypatch):
     monkeypatch.setattr(weights, "find_spec", lambda name: None)
     code, _, err = run("evaluate", "--generated", made, *REFERENCE)

@@ -1,7 +1,6 @@
 """``ms-diffsynth launch --workers 2 train``: stopped, killed, gone on by one process, with the numbers of one."""
 from __future__ import annotations
 
-import csv
 import os
 import signal
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from records import column
 
 from ms_diffsynth.storage.checkpoint import latest
 
@@ -30,11 +30,6 @@ def start(config, begin):
         return begin("-m", "ms_diffsynth.cli.main", *launch, "train", str(config), *FLAGS, *flags)
 
     return call
-
-
-def losses(folder):
-    with open(Path(folder, "loss.csv"), newline="") as file:
-        return np.array([float(row["loss"]) for row in csv.DictReader(file)])
 
 
 def has_steps(process, count):
@@ -68,7 +63,7 @@ def test_stopped_killed_and_gone_on_by_one(start):
     _, err = stopped.communicate(timeout=900)
     assert stopped.returncode == 143 and err.rstrip().endswith("stopped by SIGTERM: all workers have ended"), err
     at = latest("out/checkpoints").step
-    assert 10 <= at < STEPS and len(losses("out")) == at
+    assert 10 <= at < STEPS and len(column("out")) == at
     killed = start(2, "--batch_size", "1", "--resume", "auto")
     has_steps(killed, at + 20)
     os.kill(worker(killed, 1), signal.SIGKILL)
@@ -78,5 +73,5 @@ def test_stopped_killed_and_gone_on_by_one(start):
     last = start(1, "--batch_size", "2", "--resume", "auto")
     _, err = last.communicate(timeout=900)
     assert last.returncode == 0 and "resumed from" in err, err
-    assert np.allclose(losses("out"), losses("whole"), rtol=1e-5) and len(losses("out")) == STEPS
+    assert np.allclose(column("out"), column("whole"), rtol=1e-5) and len(column("out")) == STEPS
     assert not [path for path in Path("out/checkpoints").iterdir() if path.name.startswith(".tmp")]

@@ -6,12 +6,12 @@ import json
 import re
 import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants, utils
+from hub_server import only_this_machine
+from huggingface_hub import constants
 from upload_server import TOKEN, UploadServer
 
 from ms_diffsynth.errors import TrainingError
@@ -27,14 +27,9 @@ QUICK = (*PUSH, "--sample_prompts", "[]", "--checkpoint_steps", "0")
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """The hub every client asks; none waits before asking again."""
-    monkeypatch.setattr(utils._http, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
+    only_this_machine(monkeypatch)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
-    if hasattr(utils, "reset_sessions"):  # huggingface_hub < 1 decides when it makes a session
-        utils.reset_sessions()
     with UploadServer() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
         yield server
@@ -235,11 +230,6 @@ def test_what_was_trained_is_named(options, expected):
     text = card(**({"trainable": (options["lora"],)} if options.get("lora") else {}) | options)
     assert all(word in text for word in expected), text
     assert "base_model: black-forest-labs/FLUX.2-klein-base-4B" in text and r"| data | cats \(9 rows\) |" in text
-
-
-def test_a_base_model_of_this_machine_is_not_named():
-    text = card(model_id_with_origin_paths=None, model_paths="/data/me/flux")
-    assert "a model that is not on a hub" in text and "/data/me" not in text
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -3,14 +3,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ms_diffsynth.registry import family
 from ms_diffsynth.template import load_state_dict, load_template_model
 
 ROOT = Path(__file__).parents[2]
@@ -19,10 +17,8 @@ TRUST = "--trust_template_code"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "flux2"
-    family("flux2").write_tiny(folder, 0)
-    return folder
+def model(tiny_model):
+    return tiny_model("flux2")
 
 
 @pytest.fixture
@@ -158,16 +154,3 @@ def test_a_row_that_cannot_be_used_is_named(run, model, data, row, expected):
     code, _, err = run("train", *flags(model, data), TRUST)
     assert code == 65 and expected in err
     assert "absent.png" not in str(row) or ("absent.png" in err and f"{BRIGHTNESS / 'model.py'} line" in err)
-
-
-def test_the_two_columns_of_the_page_are_the_documents_example_and_one_that_runs(tmp_path):
-    text = (ROOT / "docs/how_to/templates.md").read_text()
-    block = re.search(r"```python\n(# DiffSynth-Studio.*?)```", text, re.DOTALL)[1]
-    at = block.index("# ms_diffsynth")
-    theirs, ours = ("".join(line[side].rstrip() + "\n" for line in block.splitlines())
-                    for side in (slice(None, at), slice(at, None)))
-    swapped = theirs.replace("torch.nn.Module", "nn.Cell").replace("torch.no_grad()", "no_grad()")
-    assert swapped.split("class ", 1)[1] == ours.split("class ", 1)[1]
-    (tmp_path / "model.py").write_text(ours.replace('"model.safetensors"', "None"))
-    model = load_template_model(tmp_path, trust_template_code=True)
-    assert model.forward(**model.process_inputs(xxx=1)) == {"zzz": 1}

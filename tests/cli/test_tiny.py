@@ -2,9 +2,7 @@
 from __future__ import annotations
 
 import pytest
-from device import DEVICE
 
-from ms_diffsynth import runtime
 from ms_diffsynth.registry import FAMILIES, family
 
 
@@ -13,7 +11,6 @@ def test_it_writes_a_model_that_loads_and_keeps_one_that_is_there(run, tmp_path,
     folder = tmp_path / "models" / name
     code, out, err = run("tiny", name, folder)
     assert (code, out) == (0, "") and err.startswith(f"wrote a tiny {name} model with random weights to {folder} (")
-    runtime.configure("graph", DEVICE)
     pipe = family(name).pipeline.from_pretrained(str(folder))
     pipe.load_models_to_device(pipe.model_names)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -42,14 +42,6 @@ def test_a_whole_run(run, config):
     assert "toy: 3 images, batch size 2, task sft, output in out" in err and "compiled the training step" in err
 
 
-def test_graph_and_pynative_give_the_same_losses(run, config):
-    losses = {}
-    for mode in ("graph", "pynative"):
-        assert run("train", config, "--mode", mode, "--output_path", mode, "--sample_prompts", "[]")[0] == 0
-        losses[mode] = [float(row["loss"]) for row in csv.DictReader(open(f"{mode}/loss.csv"))]
-    np.testing.assert_allclose(losses["graph"], losses["pynative"], rtol=1e-6)
-
-
 def test_the_resolved_configuration_repeats_the_run(run, config):
     assert run("train", config, "--mode", "pynative", "--sample_prompts", "[]", "--seed", 3)[0] == 0
     assert run("train", "out/config.yaml", "--output_path", "again")[0] == 0
@@ -60,10 +52,7 @@ def test_the_resolved_configuration_repeats_the_run(run, config):
 
 @pytest.mark.parametrize("line, code, expected", [
     ("model:\n  lora_ranks: 4", 64, "lora_ranks in bad.yaml line 2 is not a setting. Did you mean 'lora_rank'?"),
-    ("model:\n  lora_rank: four", 64, "lora_rank=four in bad.yaml line 2: expected a whole number."),
     ("optimizer:\n  learning_rate: 1e4", 64, "expected 0 < lr <= 10. Did you mean 1e-4?"),
-    ("run:\n  mode: grahp", 64, "expected one of graph, pynative. Did you mean 'graph'?"),
-    ("modle:\n  x: 1", 64, "Did you mean 'model'?"),
 ])
 def test_a_bad_file(run, tmp_path, line, code, expected):
     (tmp_path / "bad.yaml").write_text(line + "\n")

@@ -63,20 +63,3 @@ def test_files_that_cannot_be_read(tmp_path):
     for path in (tmp_path / "gone.yaml", tmp_path):
         with pytest.raises(ConfigError, match="cannot be read"):
             list(read_sections(path, (), lambda _: None))
-
-
-@pytest.mark.parametrize("value", [
-    "!!python/object/apply:os.system ['touch canary']", "!!python/name:os.system ''", "!own x",
-])
-def test_tags_are_not_followed(tmp_path, monkeypatch, value):
-    monkeypatch.chdir(tmp_path)
-    found, _ = read(tmp_path, f"one:\n  a: {value}\n")
-    assert found[0][2].text is None
-    assert not (tmp_path / "canary").exists()
-
-
-def test_aliases_are_not_multiplied(tmp_path):
-    lines = ["  a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"  a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]" for k in range(1, 12)]
-    found, _ = read(tmp_path, "one:\n" + "\n".join(lines) + "\n")
-    assert [w.items is None for _, _, w in found] == [False] + [True] * 11

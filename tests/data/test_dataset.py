@@ -1,8 +1,7 @@
-"""UnifiedDataset: what it returns, and every kind of bad metadata, named by row, with the remedy."""
+"""UnifiedDataset: what it returns, and settings it refuses. Bad metadata: tests/fault/test_metadata.py."""
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 from PIL import Image
@@ -151,49 +150,7 @@ def test_two_sidecars(folder):
         UnifiedDataset(str(folder))
 
 
-def test_sidecar_link_out_of_the_folder(folder):
-    (folder.parent / "secret").write_text("secret")
-    (folder / "0.txt").symlink_to(folder.parent / "secret")
-    with pytest.raises(DataError, match=r"0\.txt leaves the data folder"):
-        UnifiedDataset(str(folder))
-
-
 # ---- bad rows
-
-def test_all_bad_rows_are_collected(folder):
-    rows = "".join(f"no{i}.png,a\n" for i in range(14))
-    message = refused(folder, GOOD + rows, "14 of 17 rows of", "row 4 (line 5): image='no0.png'", "row 13", "no9.png",
-                      "and 4 more", "Correct or remove these rows")
-    assert "no10.png" not in message and "row 1 " not in message
-
-
-@pytest.mark.parametrize("cell, words", [
-    ("none.png", ["none.png does not exist", "Put the file there"]),
-    ("empty.png", ["has zero bytes", "again"]),
-    ("dot.png", ["1x1 pixels", "at least 16"]),
-    ("../out.png", ["leaves the data folder", "Move the file"]),
-    ("sub/../../out.png", ["leaves the data folder", "leads to"]),
-    ("/etc/hostname", ["leaves the data folder", "/etc/hostname"]),
-    ("link.png", ["leaves the data folder", "out.png"]),
-    ("loop.png", ["loop.png"]),
-    ("pipe.png", ["a named pipe", "regular file"]),
-    ("sub", ["a folder", "regular file"]),
-    ("http://host/a.png", ["is a URL", "Download it"]),
-    ("file:///etc/passwd", ["is a URL", "Download it"]),
-    ("~/a.png", ["does not exist"]),
-    ("page.png", ["not an image", "<html>"]),
-])
-def test_bad_file(folder, cell, words):
-    (folder / "sub").mkdir()
-    (folder / "empty.png").touch()
-    (folder / "page.png").write_text("<html>")
-    Image.new("RGB", (1, 1)).save(folder / "dot.png")
-    Image.new("RGB", (20, 20)).save(folder.parent / "out.png")
-    (folder / "link.png").symlink_to(folder.parent / "out.png")
-    (folder / "loop.png").symlink_to(folder / "loop.png")
-    os.mkfifo(folder / "pipe.png")
-    refused(folder, GOOD + f"{cell},x\n", "1 of 4 rows", "row 4 (line 5)", f"image='{cell}'", *words)
-
 
 def test_links_out_are_allowed_on_request(folder):
     Image.new("RGB", (20, 20), (7, 7, 7)).save(folder.parent / "out.png")
@@ -203,67 +160,11 @@ def test_links_out_are_allowed_on_request(folder):
     assert dataset[0]["image"].getpixel((0, 0)) == (7, 7, 7)
 
 
-@pytest.mark.parametrize("text, words", [
-    ("", ["zero bytes"]),
-    ("image,prompt\n", ["empty data set", "no rows below the header", "Add some"]),
-    (GOOD + "0.png\n", ["row 4 (line 5)", "1 cells ['0.png']", "expected 2", "image,prompt"]),
-    (GOOD + "0.png,a,b\n", ["row 4 (line 5)", "3 cells", "quotes"]),
-    (GOOD + '0.png,"a\n', ["row 4 (line 5)", "broken CSV", "quotes in pairs"]),
-    (GOOD + "0.png,\n", ["row 4 (line 5)", "prompt=''", "empty caption", "Write one"]),
-    (GOOD + "0.png,   \n", ["row 4 (line 5)", "empty caption"]),
-    (GOOD + ",a\n", ["row 4 (line 5)", "image='' is empty", "Fill it in"]),
-    ("image,prompt,image\n0.png,a,1.png\n", ["line 1", "['image']", "repeated"]),
-    ("image, prompt\n0.png,a\n", ["line 1", "[' prompt']", "spaces"]),
-    ("picture,prompt\n0.png,a\n", ["no column image", "it has picture, prompt", "data_file_keys"]),
-    ("imagee,prompt\n0.png,a\n", ["no column image", "Did you mean 'imagee'?"]),
-    (GOOD.encode() + b"0.png,f\xfcr\n", ["line 5 is not UTF-8", "0xfc", "Save the file as UTF-8"]),
-    (GOOD.encode("utf-16"), ["line 1 is not UTF-8", "Save the file as UTF-8"]),
-    (GOOD + "0.png,a\0b\n", ["line 5 holds a NUL character"]),
-])
-def test_bad_csv(folder, text, words):
-    refused(folder, text, str(folder), *words)
-
-
 def test_a_row_that_spans_lines_keeps_line_numbers_right(folder):
     refused(folder, 'image,prompt\n0.png,"a\nb"\n\n9.png,"c\nd"\n', "row 2 (line 5)")
 
 
-@pytest.mark.parametrize("text, words", [
-    ('{"image": "0.png", "prompt": "a"}\n{"image": "1.png", "pro', ["row 2 (line 2)", "not JSON", "one whole object"]),
-    ('{"image": "0.png", "prompt": "a"}\n[1]\n', ["row 2 (line 2)", "a list, [1]", "expected an object"]),
-    ('{"image": "0.png", "prompt": "a"}\n{"image": "1.png"}\n', ["row 2 (line 2)", "no prompt, which other rows have"]),
-    ('{"image": "0.png", "prompt": "a"}\n{"prompt": "b"}\n', ["row 2 (line 2)", "no image, which other rows have"]),
-    ('{"image": null, "prompt": "a"}\n', ["image=None is empty"]),
-    ('{"image": [], "prompt": "a"}\n', ["image=[] is empty"]),
-    ('{"image": ["0.png", "9.png"], "prompt": "a"}\n', ["image='9.png'", "does not exist"]),
-    ('{"image": 3, "prompt": "a"}\n', ["image=3", "not a file name"]),
-    ('{"image": {"a": 1}, "prompt": "a"}\n', ["image={'a': 1}", "not a file name"]),
-    ('{"image": "0.png", "prompt": 3}\n', ["prompt=3 is of type int", "expected text"]),
-    ('{"image": "0.png", "prompt": null}\n', ["prompt=None is of type NoneType"]),
-    ('{"image": "0.png", "prompt": "\\ud800"}\n', ["half a pair"]),
-    ('{"image": "0.png", "prompt": "a", "scale": NaN}\n', ["NaN is not a JSON number"]),
-    ("[" * 200000 + "\n", ["row 1 (line 1)", "not JSON"]),
-    ('{"image": "0.png", "n": ' + "1" * 10000 + "}\n", ["row 1 (line 1)", "a number of 10000 digits"]),
-])
-def test_bad_jsonl(folder, text, words):
-    refused(folder, text, *words, name="m.jsonl")
-
-
-@pytest.mark.parametrize("text, words", [
-    ('[{"image": "0.png"}, {"ima', ["line 1 column 23", "not JSON", "cut short"]),
-    ('{"image": "0.png"}', ["holds one dict", "expected a list", ".jsonl"]),
-    ("[]", ["empty data set"]),
-    ("[3]", ["row 1: a int, 3"]),
-    ("[" * 200000, ["not usable JSON"]),
-])
-def test_bad_json(folder, text, words):
-    refused(folder, text, *words, name="m.json")
-
-
-def test_metadata_of_another_kind_or_missing(folder):
-    refused(folder, GOOD, "ends in '.tsv'", "expected .csv, .json or .jsonl", name="m.tsv")
-    with pytest.raises(DataError, match=r"no\.csv does not exist"):
-        UnifiedDataset(str(folder), str(folder / "no.csv"))
+def test_folders_that_are_not_there_or_empty(folder):
     with pytest.raises(DataError, match=r"is not a folder.*Correct base_path"):
         UnifiedDataset(str(folder / "nowhere"))
     (folder / "empty").mkdir()
@@ -290,24 +191,6 @@ def test_impossible_settings(folder):
         table(folder, GOOD, max_data_items=0)
     with pytest.raises(ConfigError, match="both missing"):
         UnifiedDataset()
-
-
-# ---- what only decoding shows
-
-def test_picture_damaged_in_the_middle_names_its_row(folder):
-    content = bytearray((folder / "0.png").read_bytes())
-    content[content.index(b"IDAT") + 8] ^= 255
-    (folder / "bad.png").write_bytes(content)
-    dataset = table(folder, GOOD + "bad.png,x\n", main_data_operator=UnifiedDataset.default_image_operator(str(folder)))
-    with pytest.raises(DataError, match=r"metadata\.csv row 4 \(line 5\), image='bad\.png'.*damaged.*Replace it"):
-        dataset[3]
-
-
-def test_file_deleted_after_the_scan(folder):
-    dataset = table(folder, GOOD, main_data_operator=UnifiedDataset.default_image_operator(str(folder)))
-    (folder / "1.png").unlink()
-    with pytest.raises(DataError, match=r"row 2 \(line 3\), image='1\.png'.*does not exist"):
-        dataset[1]
 
 
 def test_failing_operators_name_row_and_cell(folder):

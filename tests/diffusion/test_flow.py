@@ -4,21 +4,14 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
-from device import DEVICE
 from mindspore import Tensor, nn
 
-from ms_diffsynth import runtime
 from ms_diffsynth.diffusion import flow
 
 
 class Path(nn.Cell):
     def construct(self, input_latents, noise, sigma):
         return flow.interpolate(input_latents, noise, sigma), flow.velocity_target(input_latents, noise)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cpu():
-    runtime.configure("graph", DEVICE)
 
 
 @pytest.mark.parametrize("mode", ["pynative", "graph"])

@@ -2,18 +2,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
-from device import DEVICE
 from mindspore import Tensor
 
-from ms_diffsynth import runtime
 from ms_diffsynth.diffusion.guidance import classifier_free, classifier_free_with_norms
 from ms_diffsynth.diffusion.packing import pack
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cpu():
-    runtime.configure("graph", DEVICE)
 
 
 def normal(*shape):

@@ -4,18 +4,11 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 import pytest
-from device import DEVICE
 from mindspore import Tensor, nn
 
-from ms_diffsynth import runtime
 from ms_diffsynth.diffusion import losses
 
 MODES = ("pynative", "graph")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cpu():
-    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture(autouse=True)

@@ -6,18 +6,10 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
-from device import DEVICE
 from mindspore import Tensor, mint
 
-from ms_diffsynth import runtime
 from ms_diffsynth.diffusion.samplers import SAMPLERS, euler
 from ms_diffsynth.diffusion.schedule import FLUX_SCHNELL, diffsynth_flux
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cpu():
-    runtime.configure("graph", DEVICE)
-
 
 EVERY = pytest.mark.parametrize("name", SAMPLERS)
 

@@ -1,25 +1,13 @@
 """The command line in this process, on a model whose files are not there: what is wrong with the data comes first."""
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from device import DEVICE
 
-import ms_diffsynth
-from ms_diffsynth import runtime
 from ms_diffsynth.cli.main import main
-
-
-@pytest.fixture(autouse=True)
-def runtime_restored():
-    yield
-    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture
@@ -70,17 +58,5 @@ def train(run, warm):
         seconds = time.thread_time() - start
         assert code != 66 and not Path("out").exists(), "it went on to the model"
         return code, err, seconds
-
-    return call
-
-
-@pytest.fixture
-def python():
-    """``python(word, ...)`` runs Python in a process of its own, with this package on its path."""
-    path = [str(Path(ms_diffsynth.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-
-    def call(*words, **options):
-        return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False,
-                              timeout=120, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)}, **options)
 
     return call

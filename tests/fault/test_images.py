@@ -63,6 +63,7 @@ REFUSED = {
     "text.jpg": (b"a cat on a mat\n", "not an image (it begins with b'a cat on a m", "Convert it, or replace it"),
     "page.png": (b"<!DOCTYPE html><h1>404</h1>", "not an image", "<!DOCTYPE ht", "replace it"),
     "heic.jpg": (b"\0\0\0\x18ftypheic" + bytes(99), "not an image", "ftypheic", "expected JPEG, PNG", "Convert it"),
+    "net.ppm": (b"P6 16 16 255\n" + bytes(768), "not an image", "Convert it"),
     "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nquit\n", "not an image", "Convert it"),
     "cut.jpg": (cut("JPEG"), *CUT),
     "cut-progressive.jpg": (cut("JPEG", progressive=True), *CUT),

@@ -41,10 +41,12 @@ def folder(tmp_path_factory):
     (b'{"a":%b}' % ENTRY.replace(b"[1]", b"[NaN]"), None, 4), (b'{"a":NaN}', None, 0),
     (b'{"a":%b}' % ENTRY.replace(b"[1]", b"[4611686018427387904,4]").replace(b"[0,4]", b"[0,0]"), None, 0),
     (b'{"a":%b,"\xff":1}' % ENTRY, None, 4), (b'{"\\ud800":%b}' % ENTRY, None, 4), (b'{"a":null}', None, 0),
-    (b"[" * 200_000, None, 0), (b'{"__metadata__":{"a":1}}', None, 0), (b'{"a":%b}' % ENTRY, None, 5),
+    (b"[" * 200_000, None, 0), (b'{"__metadata__":{"a":1}}', None, 0), (b'{"a":%b}' % ENTRY, None, 5), (b"{", None, 8),
+    (b"[]", None, 8), (b"\xff\xfe", None, 8), (b'{"a":%b}' % ENTRY.replace(b"[1]", b"[2]"), None, 4),
+    (b'{"a":%b}' % ENTRY.replace(b"[1]", b"[-1]"), None, 4), (b'{"a":%b}' % ENTRY.replace(b"F32", b"X9"), None, 4),
 ], ids=["2^63", "2^64-1", "101 MB", "101 MB of metadata", "overlap", "gap", "twice", "twice, apart", "metadata twice",
         "NaN in a shape", "NaN", "overflow", "no UTF-8", "half a surrogate", "null", "deep", "a number as metadata",
-        "one byte more"])
+        "one byte more", "half", "a list", "no text", "another shape", "a negative shape", "an unknown dtype"])
 def test_a_header_that_lies_is_refused_at_once_and_without_memory(tmp_path, header, length, tail):
     file = tmp_path / "f.safetensors"
     file.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + bytes(tail))

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from odd_images import ALPHA, DEEP, GRAY, NOISE, blocks, chunk, deep_png, opened, palette, put, saved
-from PIL import Image
+from PIL import Image, ImageOps
 
 pytestmark = pytest.mark.fault
 
@@ -106,12 +106,17 @@ def test_turned_upright(folder, kind, orientation):
     put(folder, "odd.png", saved(stored, kind, exif=exif, lossless=True, quality=100, subsampling=0))
     dataset, expected = opened(folder), UPRIGHT[orientation](stored.astype(float))
     assert dataset.image_size(1) == expected.shape[1::-1]
-    assert np.abs(np.asarray(dataset[1]["image"], float) - expected).max() <= 1
+    found = dataset[1]["image"]
+    assert np.abs(np.asarray(found, float) - expected).max() <= 1
+    assert ImageOps.exif_transpose(found).size == found.size, "it cannot be rotated twice"
+
+
+NINE = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x09\0\0\0\0\0\0"  # one tag, the orientation
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-@pytest.mark.parametrize("exif", [b"MM\0*\0\0\0\x08\0\xff\x01\x12", b"rubbish", bytes(60000)],
-                         ids=["cut", "rubbish", "zeros"])
+@pytest.mark.parametrize("exif", [b"MM\0*\0\0\0\x08\0\xff\x01\x12", b"rubbish", bytes(60000), NINE],
+                         ids=["cut", "rubbish", "zeros", "orientation 9"])
 def test_broken_exif_is_ignored_with_a_warning(folder, exif, caplog):
     put(folder, "odd.jpg", saved(blocks(3), "JPEG", quality=100, subsampling=0, exif=b"Exif\0\0" + exif))
     with caplog.at_level(logging.WARNING):

@@ -358,6 +358,7 @@ class Reference:
         configs: scheduler_config.json of the models of this family; the first is the default.
         targets: ends of the names of the linear layers that get a LoRA.
         samples: whole images.
+        runs: training runs.
     """
 
     family: str
@@ -367,12 +368,22 @@ class Reference:
     configs: dict[str, dict] = {}
     targets: tuple[str, ...] = ()
     samples: list[dict] = []
+    runs: tuple[dict, ...] = ()
 
     def __init__(self, models: Path):
         raise NotImplementedError
 
     def make(self, case: Case) -> None:
-        raise NotImplementedError
+        texts(case, self)
+        self.make_more(case)
+        files(case, self)
+        schedules(case, self)
+        samples(case, self)
+        for run in self.runs:
+            train(case, self, run)
+
+    def make_more(self, case: Case) -> None:
+        """What this family alone records, behind its texts."""
 
     def tokens(self, text: str) -> dict[str, list[int]]:
         raise NotImplementedError
@@ -472,6 +483,14 @@ def sized(name: str, prompt: str, height: int, width: int, steps: int, cfg_scale
             "width": width, "num_inference_steps": steps} | more
 
 
+def check_slow_clip() -> None:
+    """CLIP's tokens are those of transformers 4's slow CLIPTokenizer with ftfy."""
+    import ftfy  # noqa: F401 without it the slow tokenizer gives other ids
+
+    if not transformers.__version__.startswith("4."):
+        raise SystemExit("CLIP's tokens are those of transformers 4's slow CLIPTokenizer: use 4.57.")
+
+
 class Flux(Reference):
     """FLUX.1-dev: transformers' slow CLIPTokenizer with ftfy, T5TokenizerFast, FluxPipeline."""
 
@@ -486,14 +505,18 @@ class Flux(Reference):
                      embedded_guidance=3.5),
                sized("chinese", CHINESE, 64, 96, 3, 3.0, embedded_guidance=2.0)]
     mu = staticmethod(linear_mu)
+    sft = settings("sft", "sft", lr_scheduler="linear", lr_warmup_steps=1, rows=ROWS)
+    runs = (settings(
+        "dreambooth", "dreambooth", weighting_scheme="cosmap", posterior="sample", guidance_scale=3.5,
+        prior_loss_weight=0.7, lr_scheduler="cosine", gradient_accumulation_steps=2, batches_per_epoch=3,
+        loss_scale=64.0, ema_decay=0.9, rows=PRIOR, instances=2,
+        batches=[[0, 2], [1, 3], [0, 3], [1, 2], [0, 2], [1, 3], [1, 2], [0, 3]]), sft)
 
     def __init__(self, models: Path):
-        import ftfy  # noqa: F401 without it the slow tokenizer gives other ids
+        check_slow_clip()
         from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-        if not transformers.__version__.startswith("4."):
-            raise SystemExit("FLUX.1's CLIP tokens are those of transformers 4's slow CLIPTokenizer: use 4.57.")
         m = models / self.folder
         self.network = FluxTransformer2DModel.from_pretrained(m / "transformer").eval()
         self.vae = AutoencoderKL.from_pretrained(m / "vae").eval()
@@ -503,20 +526,7 @@ class Flux(Reference):
             T5EncoderModel.from_pretrained(m / "text_encoder_2").eval(),
             T5TokenizerFast.from_pretrained(m / "tokenizer_2"), self.network)
 
-    def make(self, case: Case) -> None:
-        texts(case, self)
-        self.given_ids(case)
-        files(case, self)
-        schedules(case, self)
-        samples(case, self)
-        train(case, self, settings(
-            "dreambooth", "dreambooth", weighting_scheme="cosmap", posterior="sample", guidance_scale=3.5,
-            prior_loss_weight=0.7, lr_scheduler="cosine", gradient_accumulation_steps=2, batches_per_epoch=3,
-            loss_scale=64.0, ema_decay=0.9, rows=PRIOR, instances=2,
-            batches=[[0, 2], [1, 3], [0, 3], [1, 2], [0, 2], [1, 3], [1, 2], [0, 3]]))
-        train(case, self, settings("sft", "sft", lr_scheduler="linear", lr_warmup_steps=1, rows=ROWS))
-
-    def given_ids(self, case: Case) -> None:
+    def make_more(self, case: Case) -> None:
         """T5's embeddings of 150 ids, and the bucket of every distance up to 150."""
         from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -586,14 +596,14 @@ class Sd3(Flux):
                sized("negative", "a red cat by the sea", 96, 160, 4, 7.0, "ugly, blurry image of a dog"),
                sized("chinese", CHINESE, 64, 96, 2, 3.0)]
 
+    runs = (settings("dreambooth", "dreambooth", weighting_scheme="none", posterior="sample", lr_scheduler="cosine",
+                     rows=ROWS), Flux.sft)
+
     def __init__(self, models: Path):
-        import ftfy  # noqa: F401 without it the slow tokenizers give other ids
+        check_slow_clip()
         from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
         from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-        if not transformers.__version__.startswith("4."):
-            raise SystemExit("Stable Diffusion 3's CLIP tokens are those of transformers 4's slow CLIPTokenizer: use "
-                             "4.57.")
         m = models / self.folder
         self.network = SD3Transformer2DModel.from_pretrained(m / "transformer").eval()
         self.vae = AutoencoderKL.from_pretrained(m / "vae").eval()
@@ -607,14 +617,8 @@ class Sd3(Flux):
             text_encoder_3=T5EncoderModel.from_pretrained(m / "text_encoder_3").eval(),
             tokenizer_3=T5TokenizerFast.from_pretrained(m / "tokenizer_3"))
 
-    def make(self, case: Case) -> None:
-        texts(case, self)
-        files(case, self)
-        schedules(case, self)
-        samples(case, self)
-        train(case, self, settings("dreambooth", "dreambooth", weighting_scheme="none", posterior="sample",
-                                   lr_scheduler="cosine", rows=ROWS))
-        train(case, self, settings("sft", "sft", lr_scheduler="linear", lr_warmup_steps=1, rows=ROWS))
+    def make_more(self, case: Case) -> None:
+        """Nothing beside what all record."""
 
     def tokens(self, text):
         pipe = self.pipe
@@ -661,6 +665,9 @@ class Flux2(Reference):
                 "'<|im_end|>' + '\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
                 "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}"
                 "{%- endif %}{%- endif %}")
+    runs = (settings("sft", "sft", lr_scheduler="constant", lr_warmup_steps=1, rows=ROWS),
+            settings("edit", "sft", extra_inputs="edit_image", lr_scheduler="cosine",
+                     rows=[{**row, "edit_image": before["image"]} for row, before in zip(ROWS, (ROWS[-1], *ROWS))]))
 
     def __init__(self, models: Path):
         from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
@@ -678,15 +685,6 @@ class Flux2(Reference):
         self.pipe = Flux2KleinPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler.from_config(dynamic()), vae=self.vae, text_encoder=encoder,
             tokenizer=tokenizer, transformer=self.network)
-
-    def make(self, case: Case) -> None:
-        texts(case, self)
-        files(case, self)
-        schedules(case, self)
-        samples(case, self)
-        train(case, self, settings("sft", "sft", lr_scheduler="constant", lr_warmup_steps=1, rows=ROWS))
-        edited = [row | {"edit_image": ROWS[k - 1]["image"]} for k, row in enumerate(ROWS)]
-        train(case, self, settings("edit", "sft", extra_inputs="edit_image", lr_scheduler="cosine", rows=edited))
 
     @staticmethod
     def mu(config: dict, tokens: int, steps: int) -> float:
@@ -853,6 +851,9 @@ class QwenImage(Reference):
                 "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
                 "<|im_start|>assistant\n")
     dropped = 34  # tokens of the template in front of the prompt
+    runs = (settings("sft", "sft", lr_scheduler="linear", lr_warmup_steps=1, max_grad_norm=0.3,
+                     gradient_accumulation_steps=2, max_sequence_length=None, rows=ROWS,
+                     batches=[[0, 1], [2, 3], [1, 2], [3, 0], [0, 2], [1, 3], [2, 1], [0, 3], [0, 1], [2, 3]]),)
 
     def __init__(self, models: Path):
         from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
@@ -865,16 +866,6 @@ class QwenImage(Reference):
             scheduler=FlowMatchEulerDiscreteScheduler.from_config(self.configs["base"]), vae=self.vae,
             text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(m / "text_encoder").eval(),
             tokenizer=Qwen2TokenizerFast.from_pretrained(m / "tokenizer"), transformer=self.network)
-
-    def make(self, case: Case) -> None:
-        texts(case, self)
-        files(case, self)
-        schedules(case, self)
-        samples(case, self)
-        train(case, self, settings("sft", "sft", lr_scheduler="linear", lr_warmup_steps=1, max_grad_norm=0.3,
-                                   gradient_accumulation_steps=2, max_sequence_length=None, rows=ROWS,
-                                   batches=[[0, 1], [2, 3], [1, 2], [3, 0], [0, 2], [1, 3], [2, 1], [0, 3], [0, 1],
-                                            [2, 3]]))
 
     def tokens(self, text):
         ids = self.pipe.tokenizer(self.template.format(text), max_length=self.max_length + self.dropped,

@@ -10,9 +10,15 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from urllib.parse import unquote
+
+from huggingface_hub import constants, utils
+
+from ms_diffsynth.hub import download
 
 
 @dataclass
@@ -25,6 +31,17 @@ class Repository:
     token: str | None = None  # the token a reader must show
 
 
+def only_this_machine(monkeypatch) -> None:
+    """Clients are online, ask no proxy and do not wait before they ask again."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(utils._http, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
+    monkeypatch.setattr(download, "WAIT_SECONDS", 0.0)
+    if hasattr(utils, "reset_sessions"):  # huggingface_hub < 1 decides when it makes a session
+        utils.reset_sessions()
+
+
 class HubServer:
     """Serves repositories until the block ends.
 
@@ -35,6 +52,8 @@ class HubServer:
         hidden: files that are listed but cannot be downloaded.
         status: when not None, every request is answered with it.
     """
+
+    handler: type | None = None
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -59,7 +78,7 @@ class HubServer:
         return [path.split("/", 5)[5] for method, path, _ in self.requests if method == "GET" and "/resolve/" in path]
 
     def __enter__(self) -> HubServer:
-        handler = type("Handler", (_Handler,), {"hub": self})
+        handler = type("Handler", (self.handler or _Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()

@@ -1,12 +1,11 @@
 """What the tests of publishing share: the folder of a run with private files, and a machine without a login."""
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-from huggingface_hub import constants, utils
+from hub_server import only_this_machine
+from huggingface_hub import constants
 from upload_server import MODELSCOPE_TOKEN, TOKEN
 
 from ms_diffsynth.formats.weights import save_state_dict
@@ -45,16 +44,11 @@ def write_run(tmp_path: Path) -> Path:
 
 def without_a_login(monkeypatch, tmp_path: Path) -> None:
     """No waiting, no login, no network but this machine's."""
-    monkeypatch.setattr(utils._http, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    only_this_machine(monkeypatch)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
     monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "no-login"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", MODELSCOPE_TOKEN)
-    if hasattr(utils, "reset_sessions"):  # huggingface_hub < 1 decides when it makes a session
-        utils.reset_sessions()
 
 
 def expected(folder):

@@ -105,13 +105,6 @@ def test_how_to_load_it(family, base, libraries, trained, hub):
     assert ("transformer/*.safetensors" in here) == (trained == "lora") and "vae/*.safetensors" in here
 
 
-def test_another_family_and_other_weights():
-    text = card("toy", base_model=None)
-    assert "library_name: ms_diffsynth" in text and 'load_state_dict("step-72.safetensors")' in text
-    text = card(trained="text_encoder_1")
-    assert "text\\_encoder\\_1 for" in text and 'load_state_dict("step-72.safetensors")' in text
-
-
 @pytest.mark.parametrize("base", ["x) [evil](https://e.example", "/data/me/flux", "a/b/c", "flux-tiny"])
 def test_a_base_model_that_is_no_name_is_not_told(base, tmp_path):
     text = card(base_model=base)

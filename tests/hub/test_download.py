@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
-from huggingface_hub import constants, utils
+from hub_server import HubServer, only_this_machine
 
 from ms_diffsynth.errors import ConfigError, HubError, WeightError
 from ms_diffsynth.hub import download as hub_module
@@ -26,11 +25,7 @@ FILES = {
 
 @pytest.fixture
 def hub(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    if hasattr(utils, "reset_sessions"):  # huggingface_hub < 1 decides when it makes a session
-        utils.reset_sessions()
-    monkeypatch.setattr(hub_module, "WAIT_SECONDS", 0.0)
+    only_this_machine(monkeypatch)
     with HubServer() as server:
         server.commit = server.add(NAME, FILES)
         yield server

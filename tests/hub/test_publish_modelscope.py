@@ -1,16 +1,14 @@
 """Publishing on ModelScope, through its real client, against a stand-in on this machine that fails on demand."""
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import environment, run_python
 from published_run import NAME, expected, held, without_a_login, write_run
 from upload_server import MODELSCOPE_TOKEN, TOKEN, ModelScopeServer
 
-import ms_diffsynth
 from ms_diffsynth.errors import HubError
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.hub.download import ModelConfig
@@ -95,7 +93,5 @@ def test_modelscopes_client_does_not_import_torch(modelscope, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     code = ("from ms_diffsynth.hub.publish import connect\nimport sys\n"
             "connect('modelscope')\nsys.exit(int('torch' in sys.modules))")
-    path = os.pathsep.join([str(tmp_path), str(Path(ms_diffsynth.__file__).parents[1])])
-    result = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True,
-                            text=True, check=False)
+    result = run_python("-c", code, env=environment(tmp_path))
     assert result.returncode == 0, result.stderr

@@ -13,7 +13,6 @@ import re
 import threading
 import time
 from dataclasses import dataclass, field
-from http.server import ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from hub_server import HubServer, Repository, _Handler
@@ -78,14 +77,6 @@ class UploadServer(HubServer):
 
     def is_allowed(self, headers: object) -> bool:
         return headers.get("Authorization") == f"Bearer {self.token}"
-
-    def __enter__(self) -> UploadServer:
-        handler = type("Handler", (self.handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self._thread.start()
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-        return self
 
 
 class _Writer(_Handler):

@@ -2,11 +2,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import ms_diffsynth
+from processes import run_python
+
 from ms_diffsynth.launch.job import Job
 from ms_diffsynth.launch.worker import HEARTBEAT
 
@@ -34,14 +33,10 @@ def test_the_variables_are_those_of_msrun(monkeypatch, tmp_path):
 
 def test_the_launcher_imports_no_mindspore():
     code = "import sys, ms_diffsynth.launch.supervise, ms_diffsynth.cli.launch; sys.exit('mindspore' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], check=False,
-                          env=os.environ | {"PYTHONPATH": str(Path(ms_diffsynth.__file__).parents[1])})
-    assert done.returncode == 0
+    assert run_python("-c", code).returncode == 0
 
 
 def test_a_heartbeat_imports_next_to_nothing():
     code = ("import sys, ms_diffsynth.launch.worker; "
             "sys.exit(bool({'numpy', 'mindspore', 'huggingface_hub'} & sys.modules.keys()))")
-    done = subprocess.run([sys.executable, "-c", code], check=False,
-                          env=os.environ | {"PYTHONPATH": str(Path(ms_diffsynth.__file__).parents[1])})
-    assert done.returncode == 0
+    assert run_python("-c", code).returncode == 0

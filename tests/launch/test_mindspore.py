@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from launched import HANGING
-
-import ms_diffsynth
+from processes import environment
 
 HERE = Path(__file__).parent
 SCRIPT = str(HERE / "allreduce.py")
@@ -22,12 +21,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault]
 @pytest.fixture
 def start(tmp_path):
     """``start(word, ...)``: a program with this package on its path."""
-    path = os.pathsep.join([str(Path(ms_diffsynth.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # msrun looks for "python" there
 
     def call(*words):
         return subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                env=os.environ | {"PYTHONPATH": path, "PATH": programs})
+                                env=environment(PATH=programs))
 
     return call
 

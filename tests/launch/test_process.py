@@ -3,14 +3,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from launched import HANGING, until
+from processes import run_python
 
-import ms_diffsynth
 from ms_diffsynth.launch.process import Process
 
 
@@ -51,8 +50,7 @@ def test_it_leads_a_session_of_its_own(start):
 def test_a_parent_that_has_ended_before_it_could_be_told():
     code = ("import os, signal, time\nfrom ms_diffsynth.launch.process import end_with_parent\n"
             "end_with_parent(os.getppid() + 1, signal.SIGKILL)\ntime.sleep(3600)")
-    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=HANGING,
-                          env=os.environ | {"PYTHONPATH": str(Path(ms_diffsynth.__file__).parents[1])})
+    done = run_python("-c", code, timeout=HANGING)
     assert done.returncode == -signal.SIGKILL
 
 

@@ -21,12 +21,6 @@ class Step(TrainStep):
         return (((self.model(x) - 1) ** 2).mean(),)
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    yield
-    runtime.configure("graph", DEVICE)
-
-
 def build(mode, decay=0.9):
     runtime.configure(mode, DEVICE)
     ms.set_seed(3)

@@ -6,8 +6,8 @@ import re
 import mindspore as ms
 import numpy as np
 import pytest
-from low_rank import inject_lora, lora_pairs, lora_parameters, set_lora
-from mindspore import Parameter, ParameterTuple, Tensor, mint, nn, ops
+from low_rank import inject_lora, lora_parameters
+from mindspore import ParameterTuple, Tensor, mint, nn, ops
 
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, DeviceError
@@ -216,75 +216,3 @@ def test_offload_is_refused_in_mode_graph():
         toy(True, checkpoint=(True, True))
 
 
-# -- FLUX.1 --------------------------------------------------------------------------------------------------------
-
-
-class Flux(nn.Cell):
-    """A FLUX.1 of one joint and one single block with a LoRA, and a loss."""
-
-    def __init__(self, is_own):
-        super().__init__(auto_prefix=False)
-        from mindone.diffusers import FluxTransformer2DModel
-
-        from ms_diffsynth.pipelines.flux import transformer
-
-        self.dit = FluxTransformer2DModel(
-            patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
-            num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(4, 4, 8),
-            guidance_embeds=True)
-        for seed, parameter in enumerate(self.dit.get_parameters()):
-            parameter.set_data(Tensor(draw(seed, *parameter.shape) * max(parameter.shape[-1], 4) ** -0.5))
-        if is_own:
-            transformer.use_own_blocks(self.dit)
-        inject_lora(self.dit, ["attn.to_q", "attn.to_out.0", "ff.net.2", "proj_out"], rank=2)
-        set_lora(self.dit, {name: (a, 0.3 * draw(seed, *b.shape))
-                            for seed, (name, (a, b)) in enumerate(lora_pairs(self.dit).items())})
-        self.text_ids = Tensor(np.zeros((4, 3), np.float32))
-        self.ids = Tensor(np.array([(0, i, j) for i in range(2) for j in range(3)], np.float32))
-
-    def construct(self, tokens, time, guidance, pooled, text):
-        out = self.dit(hidden_states=tokens, timestep=time, guidance=guidance, pooled_projections=pooled,
-                       encoder_hidden_states=text, txt_ids=self.text_ids, img_ids=self.ids, return_dict=False)[0]
-        return (out * tokens).sum()
-
-
-FLUX_INPUTS = (Tensor(draw(1, 2, 6, 16)), Tensor([0.5, 0.3], ms.float32), Tensor([1.0, 3.5], ms.float32),
-               Tensor(draw(2, 2, 10)), Tensor(draw(3, 2, 4, 12)))
-
-
-@pytest.mark.slow
-@COMPILED
-@pytest.mark.parametrize(("is_own", "trained"), [(False, "lora"), (True, "lora"), (True, "all")])
-def test_flux_is_equal_bit_for_bit(is_own, trained, compiled):
-    results = []
-    for recomputed in (False, True):
-        model = Flux(is_own)
-        if recomputed:
-            assert use_recompute(model.dit) == 2
-        if trained == "all":
-            for parameter in model.dit.get_parameters():
-                parameter.requires_grad = True
-        weights = lora_parameters(model.dit) if trained == "lora" else model.dit.trainable_params()
-        assert all(isinstance(p, Parameter) for p in weights)
-        results.append(value_and_gradients(model, FLUX_INPUTS, weights, compiled))
-    assert differing_bits(results[1], results[0]) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_every_operation_of_flux_is_computed_twice(recomputed, tmp_path):
-    """In the compiled step; those outside the blocks once, and gradients have kernels of other names."""
-    model = Flux(True)
-    if recomputed:
-        use_recompute(model.dit)
-    ms.set_context(save_graphs=1, save_graphs_path=str(tmp_path))
-    try:
-        value_and_gradients(model, FLUX_INPUTS, lora_parameters(model.dit), True)
-    finally:
-        ms.set_context(save_graphs=0)
-    final = sorted(tmp_path.rglob("*_execute_*.ir"))[-1].read_text()
-    names = ("Softmax", "Sigmoid", "LayerNorm")
-    counts = {name: len(re.findall(rf"= (?:PrimFunc_)?{name}\(", final)) for name in names}
-    times = 2 if recomputed else 1
-    # attention of two blocks; GELU of two streams and one; norms before 4 + 1 sub-layers, and at the end
-    assert counts == {"Softmax": 2 * times, "Sigmoid": 3 * times, "LayerNorm": 5 * times + 1}

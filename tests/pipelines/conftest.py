@@ -1,43 +1,38 @@
-"""Tiny models, written once a session."""
+"""Tiny models by the names of their families, and sampling without compilation."""
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from device import DEVICE
 
-from ms_diffsynth.registry import family
-
-
-@pytest.fixture(scope="session")
-def tiny_flux(tmp_path_factory):
-    """Folder of a tiny FLUX.1 with random weights."""
-    folder = tmp_path_factory.mktemp("models") / "flux"
-    family("flux").write_tiny(folder, 0)
-    return folder
+from ms_diffsynth import runtime
 
 
 @pytest.fixture(scope="session")
-def tiny_qwen(tmp_path_factory):
-    """Folder of a tiny Qwen-Image with random weights."""
-    folder = tmp_path_factory.mktemp("models") / "qwen_image"
-    family("qwen_image").write_tiny(folder, 0)
-    return folder
+def tiny_flux(tiny_model):
+    return tiny_model("flux")
 
 
 @pytest.fixture(scope="session")
-def tiny_flux2(tmp_path_factory):
-    """Folder of a tiny FLUX.2 klein with random weights."""
-    folder = tmp_path_factory.mktemp("models") / "flux2"
-    family("flux2").write_tiny(folder, 0)
-    return folder
+def tiny_qwen(tiny_model):
+    return tiny_model("qwen_image")
 
 
 @pytest.fixture(scope="session")
-def tiny_sd3(tmp_path_factory):
-    """Folder of a tiny Stable Diffusion 3 with random weights."""
-    folder = tmp_path_factory.mktemp("models") / "sd3"
-    family("sd3").write_tiny(folder, 0)
-    return folder
+def tiny_flux2(tiny_model):
+    return tiny_model("flux2")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tiny_model):
+    return tiny_model("sd3")
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """Without compilation, which tests/pipelines/test_contract.py covers."""
+    runtime.configure("pynative", DEVICE)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,8 @@ import numpy as np
 from low_rank import inject_lora, lora_pairs, lora_parameters, set_lora
 from mindspore import Parameter, ParameterTuple, Tensor, nn
 
+from ms_diffsynth.nn.adapters.dora import MAGNITUDE, DoRA
+
 # float32: the rounding of sums of up to a hundred terms through four blocks, of each tensor's largest element. A
 # gradient that is zero in exact arithmetic (the bias of a key projection, which shifts all scores of a row alike) is
 # rounding noise, so 1e-6 of the network's largest gradient is allowed everywhere.
@@ -27,12 +29,21 @@ def with_weights(dit: nn.Cell) -> nn.Cell:
     return dit
 
 
-def with_lora(dit: nn.Cell, targets: tuple[str, ...]) -> list[Parameter]:
+def with_lora(dit: nn.Cell, targets: tuple[str, ...], alpha: float | None = None) -> list[Parameter]:
     """A LoRA away from its start, where B is zero."""
-    inject_lora(dit, targets, rank=2)
+    inject_lora(dit, targets, rank=2, alpha=alpha)
     set_lora(dit, {name: (a, 0.3 * draw(seed, *b.shape))
                    for seed, (name, (a, b)) in enumerate(lora_pairs(dit).items())})
     return lora_parameters(dit)
+
+
+def with_dora(dit: nn.Cell, targets: tuple[str, ...]) -> list[Parameter]:
+    """A DoRA away from its start, where B is zero and the magnitudes are the norms."""
+    DoRA().inject(dit, targets, rank=2, alpha=3)
+    DoRA().load(dit, {name: array * (1 + 0.2 * draw(seed, *array.shape)) if MAGNITUDE in name
+                      else array + 0.3 * draw(seed, *array.shape)
+                      for seed, (name, array) in enumerate(DoRA().tensors(dit).items())})
+    return DoRA().parameters(dit)
 
 
 def value_and_gradients(dit: nn.Cell, forward, inputs: list[Tensor], weights: list[Parameter], compiled: bool) -> dict:

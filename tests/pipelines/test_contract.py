@@ -35,19 +35,6 @@ SIDE = 32  # pixels
 FLOAT = ms.float32
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    written = {}
-
-    def folder(name):
-        if name not in written:
-            written[name] = tmp_path_factory.mktemp("models") / name
-            family(name).write_tiny(written[name], 0)
-        return written[name]
-
-    return folder
-
-
 def each(names):
     return [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in names]
 
@@ -65,8 +52,8 @@ def pipeline(folder, name):
 
 
 @pytest.fixture
-def pipe(folders, name):
-    return pipeline(folders(name), name)
+def pipe(tiny_model, name):
+    return pipeline(tiny_model(name), name)
 
 
 def row(seed=0):
@@ -138,8 +125,8 @@ def largest(arrays):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_programs_build(folders, name):
-    pipe = pipeline(folders(name), name)
+def test_programs_build(tiny_model, name):
+    pipe = pipeline(tiny_model(name), name)
     objective = objective_of(pipe, posterior="sample")
     cut = pipe.training_program(objective, pipe.training_schedule("sft").sigmas).cut(("loss",), (pipe.network,))
     assert cut.models("step") == (pipe.network,) and pipe.network not in cut.models("prepare")
@@ -233,10 +220,10 @@ def test_every_tensor_unit_is_the_same_eager_and_compiled_in_value_and_gradient(
 
 
 @pytest.mark.parametrize("name", each(WITH_VAE))
-def test_split_equals_single_stage(folders, name):
+def test_split_equals_single_stage(tiny_model, name):
     results = []
     for fuse in ((), ("encode_image",)):
-        module = lora_module(pipeline(folders(name), name), fuse, posterior="sample")
+        module = lora_module(pipeline(tiny_model(name), name), fuse, posterior="sample")
         cut, step = step_of(module)
         assert ("moments" in cut.cache) == (not fuse) and ("pixels" in cut.cache) == bool(fuse)
         results.append(loss_and_gradients(step, inputs_of(module, cut)))
@@ -247,11 +234,11 @@ def test_split_equals_single_stage(folders, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_cache_gives_what_prepare_gave(folders, name, tmp_path):
+def test_the_cache_gives_what_prepare_gave(tiny_model, name, tmp_path):
     modules = []
     for stage in ("data_process", "train"):
         module = DiffusionTrainingModule()
-        module.pipe = pipeline(folders(name), name)
+        module.pipe = pipeline(tiny_model(name), name)
         module.switch_pipe_to_training_mode(module.pipe, lora_base_model=module.pipe.network, lora_rank=2,
                                             task=f"sft:{stage}")
         modules.append(module)
@@ -291,17 +278,17 @@ def test_the_documents_forward_gives_the_loss_of_the_compiled_step(pipe, posteri
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_component_survives_saving_and_loading(folders, name, pipe, tmp_path):
+def test_every_component_survives_saving_and_loading(tiny_model, name, pipe, tmp_path):
     sources = []
     for component in pipe.store.components:
         if not component.class_name:
             continue
         weights = state_dict(getattr(pipe, component.name))
-        saved = load_state_dict(folders(name) / component.folder)
+        saved = load_state_dict(tiny_model(name) / component.folder)
         for key, value in weights.items():
             assert np.array_equal(value, saved[key]), key
         # shards of 100 kB, so that a model is in several
-        config = json.loads((folders(name) / component.folder / "config.json").read_text())
+        config = json.loads((tiny_model(name) / component.folder / "config.json").read_text())
         assert {k for k in config if k not in ("_class_name", "architectures")} <= set(pipe.config(component.name))
         save_sharded(tmp_path / component.name, weights, max_shard_bytes=100_000, config=config)
         sources.append(ModelConfig(str(tmp_path / component.name)))
@@ -314,7 +301,7 @@ def test_every_component_survives_saving_and_loading(folders, name, pipe, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_a_saved_adapter_gives_the_same_velocity_in_a_fresh_pipeline(folders, name, pipe, tmp_path, kind):
+def test_a_saved_adapter_gives_the_same_velocity_in_a_fresh_pipeline(tiny_model, name, pipe, tmp_path, kind):
     module = lora_module(pipe, kind=kind)
     cut = module.training_cut()
     inputs = dict(zip((*cut.cache, *cut.draws), inputs_of(module, cut)))
@@ -322,7 +309,7 @@ def test_a_saved_adapter_gives_the_same_velocity_in_a_fresh_pipeline(folders, na
     slots |= {"latents": inputs["noise"], "sigma": Tensor(np.float32([0.7])), "guidance": Tensor(np.float32([3.5])),
               "timestep_index": Tensor(np.int32([700]))}
     module.save(tmp_path / "lora.safetensors")
-    fresh = pipeline(folders(name), name)
+    fresh = pipeline(tiny_model(name), name)
     plain = fresh.model_fn(**slots).asnumpy()
     count = fresh.load_lora(getattr(fresh, fresh.network), tmp_path / "lora.safetensors")
     assert count == len(adapted_layers(getattr(pipe, pipe.network)))
@@ -330,7 +317,7 @@ def test_a_saved_adapter_gives_the_same_velocity_in_a_fresh_pipeline(folders, na
     assert_close(fresh.model_fn(**slots).asnumpy(), wanted, 1e-5)  # W + s B A is rounded once more when fused
     assert np.abs(wanted - plain).max() > 1e-2 * np.abs(wanted).max()
     resumed = DiffusionTrainingModule()
-    resumed.pipe = pipeline(folders(name), name)
+    resumed.pipe = pipeline(tiny_model(name), name)
     resumed.switch_pipe_to_training_mode(resumed.pipe, lora_base_model=pipe.network, lora_rank=2, lora_alpha=1.0,
                                          lora_checkpoint=tmp_path / "lora.safetensors", adapter=kind)
     assert_close(resumed.pipe.model_fn(**slots).asnumpy(), wanted, 1e-5)  # though its scale is another
@@ -369,8 +356,8 @@ def test_sampling_depends_on_the_seed_and_on_the_weights_of_the_moment(pipe):
 
 
 @pytest.mark.parametrize("name", each(WITH_VAE))
-def test_sampling_depends_on_the_condition_and_compiles_once(folders, name):
-    pipe = pipeline(folders(name), name)
+def test_sampling_depends_on_the_condition_and_compiles_once(tiny_model, name):
+    pipe = pipeline(tiny_model(name), name)
     plain = pipe.condition("a red cat", guidance=Tensor(np.float32([3.5])))
     other = pipe.condition("x", guidance=Tensor(np.float32([3.5])))
     latents = ops.zeros((1, *pipe.latent_shape(SIDE, SIDE)), FLOAT)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from device import DEVICE
 from PIL import Image
 
-from ms_diffsynth import UnconditionalImagePipeline, runtime
+from ms_diffsynth import UnconditionalImagePipeline
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,8 +33,7 @@ def train(example, tmp_path):
             lr_warmup_steps=0, num_inference_steps=1, mode="pynative", output_dir=str(tmp_path / "out"), **settings)
         return example["main"](config)
 
-    yield run
-    runtime.configure("graph", DEVICE)
+    return run
 
 
 def test_with_draws_of_the_host_it_can_be_repeated_and_leaves_a_grid_and_a_model(train, tmp_path, caplog):

@@ -11,7 +11,6 @@ from device import DEVICE
 from mindspore import ops
 from PIL import Image
 
-from ms_diffsynth import runtime
 from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, OutputError, WeightError
@@ -21,7 +20,7 @@ from ms_diffsynth.hub.publish import choose
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipelines.ddpm_unet.pipeline import UnconditionalImagePipeline, build_unet
-from ms_diffsynth.pipelines.ddpm_unet.tiny import CONFIG, write_tiny
+from ms_diffsynth.pipelines.ddpm_unet.tiny import CONFIG
 from ms_diffsynth.run.task import launch_training_task
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.logger import ModelLogger
@@ -31,16 +30,8 @@ SIDE = 8  # pixels
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "ddpm"
-    write_tiny(path, 0)
-    return path
-
-
-@pytest.fixture
-def eager():
-    yield runtime.configure("pynative", DEVICE)
-    runtime.configure("graph", DEVICE)
+def folder(tiny_model):
+    return tiny_model("ddpm_unet")
 
 
 def module_on(folder, **objective):

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from device import DEVICE
 from mindspore import Tensor
 from PIL import Image
 
-from ms_diffsynth import AdamW, DiffusionTrainingModule, Draws, Flux2ImagePipeline, UnifiedDataset, runtime
+from ms_diffsynth import AdamW, DiffusionTrainingModule, Draws, Flux2ImagePipeline, UnifiedDataset
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.data.loader import collate
 from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.training.program_step import ProgramTrainStep
+
+pytestmark = pytest.mark.usefixtures("eager")
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = ROOT / "examples/flux2/templates"
@@ -24,13 +25,6 @@ TILES = ROOT / "examples/data/photo_tiles64"
 TRAINED = {"brightness": "template_model", "caption": "template_model", "thumbnail": "template_model.mlp"}
 DRAWS = {"noise": Draws(1).normal("noise", np.arange(2), (128, 2, 2)),
          "timestep_index": np.int32([222, 777])}
-
-
-@pytest.fixture(autouse=True)
-def eager():
-    runtime.configure("pynative", DEVICE)
-    yield
-    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from ms_diffsynth.training.optim import AdamW
 from ms_diffsynth.training.prepared import in_bucket
 from ms_diffsynth.training.program_step import ProgramTrainStep
 
+pytestmark = pytest.mark.usefixtures("eager")
+
 DRAWS = {name: Objective().draw(name, (1, 128, 2, 3), 1000, Draws(5).of(np.array([0])))
          for name in ("noise", "timestep_index")}
 
@@ -45,13 +47,6 @@ def step_of(module, data, mode):
     step = ProgramTrainStep(module, cut, AdamW(module.trainable_parameters(), learning_rate=1e-3), mode=mode)
     result = step.step(*[Tensor(slots[n]) for n in (*cut.cache, *cut.draws)])
     return float(result.loss.asnumpy()), float(result.grad_norm.asnumpy())
-
-
-@pytest.fixture(autouse=True)
-def eager():
-    runtime.configure("pynative", DEVICE)
-    yield
-    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture(scope="module")

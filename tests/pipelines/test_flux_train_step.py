@@ -23,15 +23,8 @@ SIZE, PIXELS, TOKENS = 4, 32, 6
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny") / "flux"
-    FAMILY.write_tiny(path, 0)
-    return path
-
-
-@pytest.fixture(scope="module")
-def pipe(folder):
-    pipe = FAMILY.pipeline.from_pretrained(str(folder))
+def pipe(tiny_flux):
+    pipe = FAMILY.pipeline.from_pretrained(str(tiny_flux))
     inject_lora(pipe.dit, ["attn.to_q", "proj_out"], rank=2)
     rng = np.random.default_rng(3)
     set_lora(pipe.dit, {n: tuple(0.1 * rng.standard_normal(a.shape).astype(np.float32) for a in pair)

@@ -1,25 +1,37 @@
-"""FLUX.1 by its own blocks equals mindone's network in value and gradient.
+"""FLUX.1 by its own blocks equals mindone's network in value and gradient, whole or with an adapter on a frozen base.
 
-Tolerance: float32, 1e-5 of each tensor's largest element, the rounding of sums of up to a hundred terms through three
-blocks. A gradient that is zero in exact arithmetic (the bias of a key projection, which shifts all scores of a row
-alike) is rounding noise, so 1e-6 of the network's largest gradient is allowed everywhere.
+That a layer with DoRA computes what peft computes is shown in tests/nn/test_dora.py.
 """
 from __future__ import annotations
+
+from functools import partial
 
 import mindspore as ms
 import numpy as np
 import pytest
-from low_rank import inject_lora, lora_pairs, lora_parameters, set_lora
-from mindspore import ParameterTuple, Tensor
+from low_rank import lora_parameters
+from mindspore import Tensor
+from own_blocks import (
+    assert_equal_bit_for_bit,
+    assert_same,
+    draw,
+    final_operations,
+    value_and_gradients,
+    with_dora,
+    with_lora,
+    with_weights,
+)
 
+from ms_diffsynth.nn.adapters.dora import DoRA
 from ms_diffsynth.nn.quant import store_8bit
 from ms_diffsynth.nn.recompute import use_recompute
 
-RELATIVE, OF_LARGEST = 1e-5, 1e-6
 TARGETS = ("attn.to_q", "attn.to_out.0", "attn.add_k_proj", "ff.net.0.proj", "proj_mlp", "proj_out")
+ADAPTERS = {"lora": with_lora, "scaled lora": partial(with_lora, alpha=3.0), "dora": with_dora}
 AXES = {16: (4, 4, 8), 32: (8, 12, 12)}
 IDS = Tensor(np.array([(0, i, j) for i in range(2) for j in range(3)], np.float32))
 TEXT_IDS = Tensor(np.zeros((4, 3), np.float32))
+COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["pynative", "graph"])
 
 
 @pytest.fixture(scope="module")
@@ -30,110 +42,102 @@ def flux(configured):
     return transformer
 
 
-def draw(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def network(head_dim=16, guided=True, double=1):
+def network(head_dim=16, guided=True, double=1, single=1):
     from mindone.diffusers import FluxTransformer2DModel
 
-    dit = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=double, num_single_layers=1, attention_head_dim=head_dim,
+    return with_weights(FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=double, num_single_layers=single, attention_head_dim=head_dim,
         num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=AXES[head_dim],
-        guidance_embeds=guided)
-    for seed, parameter in enumerate(dit.get_parameters()):
-        weight = draw(seed, *parameter.shape) * (parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1)
-        parameter.set_data(Tensor(weight + 1 if ".norm_" in parameter.name and parameter.ndim == 1 else weight))
-    return dit
+        guidance_embeds=guided))
 
 
-def with_lora(dit):
-    inject_lora(dit, TARGETS, rank=2)
-    move(dit)
-    return lora_parameters(dit)
+def result(dit, weights, compiled=False, guided=True):
+    time, pooled = Tensor([0.5, 0.3], ms.float32), Tensor(draw(2, 2, 10))
+    guidance = Tensor([1.0, 3.5], ms.float32) if guided else None
+
+    def forward(tokens, text):
+        return dit(hidden_states=tokens, timestep=time, guidance=guidance, pooled_projections=pooled,
+                   encoder_hidden_states=text, txt_ids=TEXT_IDS, img_ids=IDS, return_dict=False)[0]
+
+    return value_and_gradients(dit, forward, [Tensor(draw(1, 2, 6, 16)), Tensor(draw(3, 2, 4, 12))], weights, compiled)
 
 
-def move(dit):
-    """Away from the start of a LoRA, where B is zero."""
-    pairs = lora_pairs(dit).items()
-    set_lora(dit, {name: (a, 0.3 * draw(seed, *b.shape)) for seed, (name, (a, b)) in enumerate(pairs)})
-
-
-def inputs(guided=True):
-    return (Tensor(draw(1, 2, 6, 16)), Tensor([0.5, 0.3], ms.float32),
-            Tensor([1.0, 3.5], ms.float32) if guided else None, Tensor(draw(2, 2, 10)), Tensor(draw(3, 2, 4, 12)))
-
-
-def value_and_gradients(dit, weights, guided=True, compiled=False):
-    """Output of the network, and gradients of its input and weights, on the host."""
-    target = Tensor(draw(4, 2, 6, 16))
-    tokens, time, guidance, pooled, text = inputs(guided)
-
-    def loss(tokens, time, guidance, pooled, text):
-        out = dit(hidden_states=tokens, timestep=time, guidance=guidance, pooled_projections=pooled,
-                  encoder_hidden_states=text, txt_ids=TEXT_IDS, img_ids=IDS, return_dict=False)[0]
-        return (out * target).sum(), out
-
-    gradient = ms.value_and_grad(loss, 0, ParameterTuple(weights), has_aux=True)
-
-    def step(tokens, time, guidance, pooled, text):
-        return gradient(tokens, time, guidance, pooled, text)
-
-    (_, out), (of_input, of_weights) = (ms.jit(step, fullgraph=True) if compiled else step)(
-        tokens, time, guidance, pooled, text)
-    found = {p.name: g.asnumpy().copy() for p, g in zip(weights, of_weights)}
-    if "lora" in found:
-        found |= dit.lora.matrices(found.pop("lora"))
-    return {"output": out.asnumpy().copy(), "gradient of the input": of_input.asnumpy().copy(), **found}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    largest = max(np.abs(v).max() for name, v in expected.items() if name != "output")
-    wrong = []
-    for name, value in expected.items():
-        allowed = max(RELATIVE * np.abs(value).max(), OF_LARGEST * largest)
-        error = np.abs(found[name] - value).max()
-        if not error <= allowed:
-            wrong.append(f"{name}: {error:.1e}, allowed {allowed:.1e}")
-    assert not wrong, wrong
-
-
-@pytest.mark.parametrize("head_dim, guided", [(16, True), (32, False)])
-def test_equals_mindone(flux, head_dim, guided):
+@pytest.mark.parametrize("head_dim, guided, compiled", [(16, True, False), (32, False, False), (16, True, True)])
+def test_equals_mindone(flux, head_dim, guided, compiled):
     dit = network(head_dim, guided)
     names = [p.name for p in dit.get_parameters()]
-    expected = value_and_gradients(dit, dit.trainable_params(), guided)
+    expected = result(dit, dit.trainable_params(), guided=guided)
     assert flux.use_own_blocks(dit) is dit
     assert [p.name for p in dit.get_parameters()] == names and list(dit.parameters_dict()) == names
-    assert_same(value_and_gradients(dit, dit.trainable_params(), guided), expected)
+    assert_same(result(dit, dit.trainable_params(), compiled, guided), expected)
 
 
-@pytest.mark.parametrize("order", ["LoRA first", "LoRA last"])
-def test_equals_mindone_with_lora_on_a_frozen_base(flux, order):
-    dit = network()
-    expected = value_and_gradients(dit, with_lora(dit))
-    fresh = network()
-    if order == "LoRA first":
-        with_lora(fresh)
+@pytest.mark.parametrize("adapter, order, head_dim, compiled", [
+    ("lora", "adapter first", 16, False), ("scaled lora", "adapter last", 16, False),
+    ("lora", "adapter last", 32, True), ("dora", "adapter last", 16, False),
+    ("dora", "adapter last", 16, True)])
+def test_equals_mindone_with_an_adapter_on_a_frozen_base(flux, adapter, order, head_dim, compiled):
+    dit, inject = network(head_dim, single=2), ADAPTERS[adapter]
+    expected = result(dit, inject(dit, TARGETS))
+    fresh = network(head_dim, single=2)
+    if order == "adapter first":
+        inject(fresh, TARGETS)
         weights = lora_parameters(flux.use_own_blocks(fresh))
     else:
-        weights = with_lora(flux.use_own_blocks(fresh))
-    assert_same(value_and_gradients(fresh, weights), expected)
+        weights = inject(flux.use_own_blocks(fresh), TARGETS)
+    if adapter == "dora":
+        assert [p.name for p in weights] == ["lora", *(f"proj_out.{part}" for part in DoRA.format.parts)]
+    assert_same(result(fresh, weights, compiled), expected)
+    assert fresh.single_cell_of == (0, 0) and all(np.abs(array).max() > 0 for array in expected.values())
 
 
-def test_compiled_equals_mindone(flux):
-    dit = network()
-    expected = value_and_gradients(dit, dit.trainable_params())
-    assert_same(value_and_gradients(flux.use_own_blocks(dit), dit.trainable_params(), compiled=True), expected)
+@COMPILED
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_blocks_may_differ_and_recompute_changes_no_bit(flux, adapter, compiled):
+    """An adapter on one of two blocks, on a base in 8 bits or beside one: two cells."""
+    def found(is_own, recomputed=False):
+        dit = network(double=2)
+        if is_own:
+            flux.use_own_blocks(dit)
+        places = (f"transformer_blocks.1.{name}" for name in ("attn.to_q", "ff.net.2"))
+        weights = ADAPTERS[adapter](dit, [*places, "proj_out"])
+        store_8bit(dit.transformer_blocks[adapter == "dora"])
+        if recomputed:
+            use_recompute(dit)
+        if is_own:
+            assert dit.double_cell_of == (0, 1) and dit.single_cell_of == (0,)
+        return result(dit, weights, compiled)
+
+    plain = found(True)
+    assert_same(plain, found(False))
+    assert_equal_bit_for_bit(found(True, recomputed=True), plain)
 
 
-def test_compiled_equals_mindone_with_lora(flux):
-    dit = network(32)
-    expected = value_and_gradients(dit, with_lora(dit))
-    fresh = network(32)
-    weights = with_lora(flux.use_own_blocks(fresh))
-    assert_same(value_and_gradients(fresh, weights, compiled=True), expected)
+@pytest.mark.slow
+@COMPILED
+@pytest.mark.parametrize("is_own", [False, True])
+def test_recompute_changes_no_bit_of_mindones_blocks_and_when_all_is_trained(flux, is_own, compiled):
+    def found(recomputed):
+        dit = network()
+        weights = flux.use_own_blocks(dit).trainable_params() if is_own else with_lora(dit, TARGETS)
+        if recomputed:
+            assert use_recompute(dit) == 2
+        return result(dit, weights, compiled)
+
+    assert_equal_bit_for_bit(found(True), found(False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_every_operation_of_a_block_is_computed_twice(flux, recomputed, tmp_path):
+    dit = flux.use_own_blocks(network())
+    weights = with_lora(dit, TARGETS)
+    if recomputed:
+        use_recompute(dit)
+    counts = final_operations(lambda: result(dit, weights, True), tmp_path, ("Softmax", "Sigmoid", "LayerNorm"))
+    times = 2 if recomputed else 1
+    # attention of two blocks; GELU of two streams and one; norms before 4 + 1 sub-layers, and at the end
+    assert counts == {"Softmax": 2 * times, "Sigmoid": 3 * times, "LayerNorm": 5 * times + 1}
 
 
 def test_a_network_of_mindone_stays_as_it_is(flux):
@@ -165,25 +169,3 @@ def test_sigma_and_guidance_are_multiplied_in_float32(flux):
         dit.embed(embedder, Tensor([sigma], ms.float32), ms.bfloat16)
     first, second = (x.astype(ms.float32).asnumpy() for x in seen)
     assert seen[0].dtype == ms.bfloat16 and np.abs(first - second).max() > 0.5
-
-
-@pytest.mark.parametrize("compiled", [False, True], ids=["pynative", "graph"])
-def test_blocks_may_differ(flux, compiled):
-    """A LoRA on one of two blocks, the base of the other in 8 bits: two cells, and gradients as by mindone's."""
-    def result(is_own, recomputed=False):
-        dit = network(double=2)
-        if is_own:
-            flux.use_own_blocks(dit)
-        inject_lora(dit, ["transformer_blocks.1.attn.to_q", "proj_out"], 2)
-        move(dit)
-        store_8bit(dit.transformer_blocks[0])
-        if recomputed:
-            use_recompute(dit)
-        if is_own:
-            assert dit.double_cell_of == (0, 1) and dit.single_cell_of == (0,)
-        return value_and_gradients(dit, lora_parameters(dit), compiled=compiled)
-
-    plain = result(True)
-    assert_same(plain, result(False))
-    again = result(True, recomputed=True)
-    assert all((again[name] == value).all() for name, value in plain.items())

@@ -1,15 +1,14 @@
 """use_gradient_checkpointing, fp8_models and split training through whole runs of the tiny FLUX.1."""
 from __future__ import annotations
 
-import csv
 import shutil
 
 import numpy as np
 import pytest
 from device import DEVICE
 from PIL import Image
+from records import records
 
-from ms_diffsynth import runtime
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.errors import CacheError, ConfigError
 from ms_diffsynth.hub.download import ModelConfig
@@ -24,12 +23,6 @@ ROWS = [{"image": Image.fromarray(np.random.default_rng(k).integers(0, 256, (32,
          "prompt": f"picture {k}"} for k in range(2)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def runtime_restored():
-    yield
-    runtime.configure("graph", DEVICE)
-
-
 def module(folder, task="sft", name="flux", tokenizers=None, **how):
     made = DiffusionTrainingModule()
     made.pipe = family(name).pipeline.from_pretrained(str(folder), **(tokenizers or {}))
@@ -42,8 +35,7 @@ def losses(folder, out, **how):
     made = module(folder, **how)
     launch_training_task(Accelerator(1, "pynative", DEVICE), ROWS, made, ModelLogger(out), learning_rate=1e-2,
                          max_train_steps=3, num_epochs=None)
-    with open(out / "loss.csv", newline="") as file:
-        return [row["loss"] for row in csv.DictReader(file)], made
+    return [row["loss"] for row in records(out)], made
 
 
 @pytest.mark.slow

@@ -1,33 +1,24 @@
 """Sampling: without a module of training, and under guidance nothing is prepared twice that both branches share."""
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from device import DEVICE
-from PIL import Image
+from arrays import noise_image
+from processes import run_python
 
 import ms_diffsynth
-from ms_diffsynth import runtime
 from ms_diffsynth.errors import ProgramError
 from ms_diffsynth.pipelines.flux.pipeline import FluxImagePipeline
 from ms_diffsynth.pipelines.flux2 import units
 from ms_diffsynth.pipelines.flux2.pipeline import Flux2ImagePipeline
-from ms_diffsynth.pipelines.toy.pipeline import write_tiny
 
 ROOT = Path(ms_diffsynth.__file__).parents[1]
 SIZE = {"height": 32, "width": 32, "seed": 1, "num_inference_steps": 2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def eager():
-    runtime.configure("pynative", DEVICE)
-    yield
-    runtime.configure("graph", DEVICE)
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 SAMPLE = """
@@ -46,18 +37,9 @@ sys.exit(f"sampling imports {found}" if found else 0)
 
 
 @pytest.mark.parametrize("name", ["flux", "toy"])
-def test_no_family_imports_training_to_sample(name, tiny_flux, tmp_path):
-    folder = tiny_flux
-    if name == "toy":
-        folder = tmp_path / "toy"
-        write_tiny(folder)
-    done = subprocess.run([sys.executable, "-c", SAMPLE, name, str(folder)], text=True, capture_output=True,
-                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600, check=False)
+def test_no_family_imports_training_to_sample(name, tiny_model, tmp_path):
+    done = run_python("-c", SAMPLE, name, tiny_model(name), timeout=600)
     assert done.returncode == 0, done.stderr
-
-
-def noise_image(seed, width=32, height=48):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 @pytest.fixture
@@ -75,7 +57,7 @@ def calls(monkeypatch):
 
 def test_an_edit_image_is_encoded_once_under_guidance(tiny_flux2, calls):
     pipe = Flux2ImagePipeline.from_pretrained(str(tiny_flux2))
-    edit = noise_image(0)
+    edit = noise_image(48, 32)
     found = pipe(prompt="a cat", negative_prompt="blurred", cfg_scale=2.0, edit_image=edit, **SIZE)
     assert calls == ["encode_edit_image", "tokenize_prompt", "tokenize_prompt"]
     # the same from two conditions that share nothing
@@ -90,14 +72,15 @@ def test_an_edit_image_is_encoded_once_under_guidance(tiny_flux2, calls):
 
 def test_another_edit_image_of_the_negative_branch_is_encoded_too(tiny_flux2, calls):
     pipe = Flux2ImagePipeline.from_pretrained(str(tiny_flux2))
-    both = {"prompt": "a cat", "negative_prompt": "blurred", "cfg_scale": 2.0, "edit_image": noise_image(0), **SIZE}
+    both = {"prompt": "a cat", "negative_prompt": "blurred", "cfg_scale": 2.0, **SIZE}
+    both["edit_image"] = noise_image(48, 32)
     shared = pipe(**both)
     calls.clear()
-    found = pipe(**both, negative_edit_image=noise_image(1))
+    found = pipe(**both, negative_edit_image=noise_image(48, 32, 1))
     assert calls.count("encode_edit_image") == 2 and (np.asarray(found) != np.asarray(shared)).any()
     calls.clear()
     without = {name: value for name, value in both.items() if name != "edit_image"}
-    pipe(**without, negative_edit_image=noise_image(1))  # only one branch has any
+    pipe(**without, negative_edit_image=noise_image(48, 32, 1))  # only one branch has any
     assert calls.count("encode_edit_image") == 1 and calls.count("tokenize_prompt") == 2
 
 

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from hub_server import HubServer
+from hub_server import HubServer, only_this_machine
 
 from ms_diffsynth import Flux2ImagePipeline, FluxImagePipeline, ModelConfig, QwenImagePipeline
 from ms_diffsynth.errors import ConfigError, WeightError
@@ -95,8 +95,7 @@ def test_a_file_that_cannot_be_obeyed_is_refused(folders, tmp_path, text, error,
 
 
 def test_the_file_of_a_hub_comes_with_the_network(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    only_this_machine(monkeypatch)
     model = with_file(folders[QwenImagePipeline], tmp_path, LIGHTNING)
     files = {f"{part}/{path.name}": path.read_bytes() for part in ("transformer", "scheduler")
              for path in (model / part).iterdir()}

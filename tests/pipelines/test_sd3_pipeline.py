@@ -7,11 +7,9 @@ import shutil
 import mindspore as ms
 import numpy as np
 import pytest
-from device import DEVICE
 from mindspore import Tensor, nn
 from mindspore.nn.utils import no_init_parameters
 
-from ms_diffsynth import runtime
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.debug.skeleton import build
 from ms_diffsynth.errors import ConfigError, WeightError
@@ -26,13 +24,7 @@ from ms_diffsynth.pipelines.sd3.transformer import PatchEmbed
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.training.module import DiffusionTrainingModule
 
-
-@pytest.fixture(scope="module", autouse=True)
-def eager():
-    """Without compilation, which tests/pipelines/test_contract.py and tests/cli/test_parity.py cover."""
-    runtime.configure("pynative", DEVICE)
-    yield
-    runtime.configure("graph", DEVICE)
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 def pipeline(folder):

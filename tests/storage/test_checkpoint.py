@@ -118,15 +118,6 @@ def test_the_same_step_again_replaces_it(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.fault
-def test_space_for_all_of_it_is_checked_first(tmp_path):
-    calls = FaultyCalls()
-    calls.free = lambda folder: 1500  # the weights alone would fit
-    with pytest.raises(OutputError, match=r"step-00000001 cannot be written: ENOSPC .*; \d{4} bytes needed, 1500 b"):
-        save_checkpoint(tmp_path, 1, GROUPS, STATE, calls=calls)
-    assert calls.made == [] and list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("groups, state, message", [
     ({"../x": {}, "a": {}}, {}, r"the group '\.\./x'\. Expected letters"),
     ({}, {"a": float("nan"), "b": {"c": [0, np.float64(1)]}},

@@ -5,8 +5,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,8 +13,8 @@ import numpy as np
 import pytest
 from faults import FaultyCalls, Killed
 from power_loss import Folder, ModelCalls, build
+from processes import run_python
 
-import ms_diffsynth
 from ms_diffsynth.errors import OutputError
 from ms_diffsynth.storage.checkpoint import latest, remove_old_checkpoints, save_checkpoint
 from ms_diffsynth.storage.files import CALLS, Calls
@@ -115,9 +113,7 @@ def test_no_interrupted_call_loses_a_checkpoint(memory, action, has_exchange, fa
 
 def test_200_kills_while_saving_lose_nothing(memory):
     script = Path(__file__).with_name("kill_loop.py")
-    environment = os.environ | {"PYTHONPATH": str(Path(ms_diffsynth.__file__).parents[1])}
-    result = subprocess.run([sys.executable, script, memory, "200", "0.01"], env=environment, capture_output=True,
-                            text=True, check=False)
+    result = run_python(script, memory, "200", "0.01", timeout=None)
     assert result.returncode == 0, result.stderr[-2000:]
     count = json.loads(result.stdout)
     assert {name: count[name] for name in ("killed", "lost", "damaged", "fewer_than_two", "leftovers")} == {

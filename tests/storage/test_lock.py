@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import environment
 
-import ms_diffsynth
 from ms_diffsynth.errors import OutputError
 from ms_diffsynth.storage.lock import LOCK, lock_folder
 
@@ -24,8 +24,7 @@ HOLD = "import sys, time; from ms_diffsynth.storage.lock import lock_folder\n" \
 @pytest.fixture
 def other_run(tmp_path):
     """A process that holds ``tmp_path / "out"``."""
-    environment = os.environ | {"PYTHONPATH": str(Path(ms_diffsynth.__file__).parents[1])}
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], env=environment, text=True,
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], env=environment(), text=True,
                           stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == "held\n"
         yield process

@@ -6,16 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from device import DEVICE
-from hub_server import HubServer
-from huggingface_hub import constants, utils
+from hub_server import HubServer, only_this_machine
 from mindspore import ops
 from PIL import Image
 
 from ms_diffsynth import runtime
-from ms_diffsynth.hub import download as hub_module
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipelines.toy.pipeline import Denoise, ToyImagePipeline
-from ms_diffsynth.registry import family
 
 HEAD = '''
 import numpy as np
@@ -62,18 +59,13 @@ class TemplateToy(ToyImagePipeline):
 
 
 @pytest.fixture(scope="session")
-def toy_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "toy"
-    family("toy").write_tiny(folder, 0)
-    return folder
+def toy_folder(tiny_model):
+    return tiny_model("toy")
 
 
 @pytest.fixture(scope="session")
-def flux2_folder(tmp_path_factory):
-    """A tiny FLUX.2 klein with random weights."""
-    folder = tmp_path_factory.mktemp("models") / "flux2"
-    family("flux2").write_tiny(folder, 0)
-    return folder
+def flux2_folder(tiny_model):
+    return tiny_model("flux2")
 
 
 @pytest.fixture
@@ -106,11 +98,7 @@ def row():
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub on this machine; ``hub.config("owner/name")`` is a ModelConfig that asks it."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    if hasattr(utils, "reset_sessions"):  # huggingface_hub < 1 decides when it makes a session
-        utils.reset_sessions()
-    monkeypatch.setattr(hub_module, "WAIT_SECONDS", 0.0)
+    only_this_machine(monkeypatch)
     with HubServer() as server:
         server.config = lambda name, pattern=None, **how: ModelConfig(
             model_id=name, origin_file_pattern=pattern, endpoint=server.endpoint, cache_dir=tmp_path / "cache", **how)
@@ -120,8 +108,6 @@ def hub(monkeypatch, tmp_path):
 @pytest.fixture(autouse=True)
 def eager():
     runtime.configure("pynative", DEVICE)
-    yield
-    runtime.configure("graph", DEVICE)
 
 
 @pytest.fixture

@@ -1,21 +1,18 @@
-"""Five things DiffSynth-Studio documents of templates, and its code (2.1.12) does not do."""
+"""Things DiffSynth-Studio documents of templates, and its code (2.1.12) does not do."""
 from __future__ import annotations
 
 import importlib
-import sys
 
 import numpy as np
 from device import DEVICE
 
-from ms_diffsynth import DiffusionTrainingModule, TemplatePipeline, UnifiedDataset, load_template_model, save_state_dict
-from ms_diffsynth.formats.weights import load_state_dict as read
+from ms_diffsynth import DiffusionTrainingModule, TemplatePipeline, load_template_model, save_state_dict
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.run.task import launch_training_task
 from ms_diffsynth.template.package import pack_template
 from ms_diffsynth.template.units import trained_template_cache
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.logger import ModelLogger
-from ms_diffsynth.training.two_stage import launch_data_process_task
 
 TRUST = {"trust_template_code": True}
 EAGER = Accelerator(1, "pynative", DEVICE)
@@ -36,7 +33,7 @@ def trained(path, module, data):
     return logger.saved[-1]
 
 
-def test_a_load_state_dict_is_imported_from_where_load_template_model_is(tmp_path):
+def test_load_state_dict_is_imported_from_where_load_template_model_is(tmp_path):
     for name in ("ms_diffsynth.template", "ms_diffsynth"):
         package = importlib.import_module(name)
         assert {"load_state_dict", "load_template_model", "TemplatePipeline"} <= set(package.__all__)
@@ -45,7 +42,7 @@ def test_a_load_state_dict_is_imported_from_where_load_template_model_is(tmp_pat
         assert found["a"].dtype.name == "bfloat16" and found["a"] == 1
 
 
-def test_b_a_template_without_a_data_processor_is_trained_and_sampled(toy, template, row, tmp_path):
+def test_a_template_without_a_data_processor_is_trained_and_sampled(toy, template, row, tmp_path):
     folder = template()
     assert "TEMPLATE_DATA_PROCESSOR" not in (folder / "model.py").read_text()
     assert trained(tmp_path / "out", module_of(toy(), folder), [row(0, (16, 16))])
@@ -53,20 +50,7 @@ def test_b_a_template_without_a_data_processor_is_trained_and_sampled(toy, templ
                                                         width=16, num_inference_steps=1)
 
 
-def test_c_weights_may_be_a_list_of_shards(template, plain_source):
-    folder, weights = template(), {}
-    names = [f"model-{k:05d}-of-00003.safetensors" for k in (1, 2, 3)]
-    found = state_dict(load_template_model(folder, **TRUST))
-    for k, file in enumerate(names):
-        part = {name: array + k + 1 for name, array in list(found.items())[k::3]}
-        save_state_dict(folder / file, part)
-        weights |= part
-    (folder / "model.py").write_text(plain_source + f"\nTEMPLATE_MODEL_PATH = {names!r}\n")
-    loaded = state_dict(load_template_model(folder, **TRUST))
-    assert all(np.array_equal(loaded[name], weights[name]) for name in found)
-
-
-def test_d_packing_keeps_the_trained_weights(toy, template, row, tmp_path):
+def test_packing_keeps_the_trained_weights(toy, template, row, tmp_path):
     folder = template()
     start, module = state_dict(load_template_model(folder, **TRUST)), module_of(toy(), folder)
     packed = pack_template(folder, trained(tmp_path / "out", module, [row(0, (16, 16))]), tmp_path / "packed", **TRUST)
@@ -77,24 +61,3 @@ def test_d_packing_keeps_the_trained_weights(toy, template, row, tmp_path):
     in_training = trained_template_cache(module.pipe, {"scale": 0.3})
     assert all(np.array_equal(a.asnumpy(), b.asnumpy()) for a, b in zip(cache["kv_cache"]["double_0"],
                                                                         in_training["kv_cache"]["double_0"]))
-
-
-def test_e_a_part_of_a_template_is_trained_in_two_stages(toy, template, plain_source, row, tmp_path):
-    source = plain_source.replace("vectors = self.mlp(value)", "vectors = self.mlp(stage_two(value))") + '''
-
-def stage_two(value):
-    if not IS_STAGE_TWO:
-        raise RuntimeError("forward ran in stage one")
-    return value
-'''
-    folder, data = template(source + "IS_STAGE_TWO = False\n"), [row(k, (16, 16)) for k in range(2)]
-    what = "template_model.mlp"
-    first = module_of(toy(), folder, what, "sft:data_process")
-    cache = launch_data_process_task(EAGER, data, first, ModelLogger(tmp_path / "cache"))
-    sys.modules[type(first.pipe.template_model).__module__].IS_STAGE_TWO = True
-    second = module_of(toy(), folder, what, "sft:train")
-    two = read(trained(tmp_path / "two", second, UnifiedDataset(str(cache.folder))))
-    one = read(trained(tmp_path / "one", module_of(toy(), folder, what), data))
-    assert set(one) == set(two) == {"mlp.weight", "mlp.bias"}
-    start = state_dict(load_template_model(folder, **TRUST))
-    assert all(np.array_equal(one[n], two[n]) and not np.array_equal(one[n], start[n]) for n in one)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from device import DEVICE
 from mindspore import Tensor
+from records import table
 
 from ms_diffsynth import DiffusionTrainingModule, Flux2ImagePipeline, UnifiedDataset, attach_template
 from ms_diffsynth.diffusion.density import timestep_index
@@ -170,10 +171,6 @@ def rows_of(row, count=3):
     return [row(k, (16, 16)) for k in range(count)]
 
 
-def losses(path):
-    return [line.rsplit(",", 1)[0] for line in (path / "loss.csv").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("what, mode", [("template_model", "graph"), ("template_model.mlp", "pynative")])
 def test_both_stages_give_the_bits_of_one(toy, template, row, tmp_path, what, mode):
     folder, data = template(), rows_of(row)
@@ -183,7 +180,7 @@ def test_both_stages_give_the_bits_of_one(toy, template, row, tmp_path, what, mo
     second = Module(toy(), folder, what, "sft:train")
     logs.append(train(tmp_path / "two", second, UnifiedDataset(str(cache.folder)), mode, batch_size=2))
     one, two = (load_state_dict(log.saved[-1]) for log in logs)
-    assert losses(tmp_path / "one") == losses(tmp_path / "two") and len(losses(tmp_path / "one")) == 31
+    assert table(tmp_path / "one") == table(tmp_path / "two") and len(table(tmp_path / "one")) == 31
     assert all(one[name].tobytes() == two[name].tobytes() for name in one) and one.keys() == two.keys()
     assert set(one) == {"mlp.weight", "mlp.bias"} | (set() if "mlp" in what else {"frozen.weight", "frozen.bias"})
     assert set(cache.read(cache.keys()[0])[0]) == {"template.value", "moments", "prompt_embeds"}
@@ -200,7 +197,7 @@ def test_around_a_frozen_template_something_else_is_trained(toy, template, row, 
     assert set(cache.read(cache.keys()[0])[0]) == {"template.value", "moments", "prompt_embeds"}
     second = Module(toy(), template(), None, "sft:train", **how)
     two = train(tmp_path / "two", second, UnifiedDataset(str(cache.folder)), max_train_steps=3)
-    assert losses(tmp_path / "one") == losses(tmp_path / "two") and all("lora" in n for n in
+    assert table(tmp_path / "one") == table(tmp_path / "two") and all("lora" in n for n in
                                                                        load_state_dict(two.saved[-1]))
     assert one.saved[-1].read_bytes()[-64:] == two.saved[-1].read_bytes()[-64:]
 
@@ -349,7 +346,7 @@ TEMPLATE_MODEL = Reads
     cache = process(tmp_path / "cache", Module(toy(), folder, task="sft:data_process"), data)
     second = Module(toy(), folder, task="sft:train")
     train(tmp_path / "two", second, UnifiedDataset(str(cache.folder)), max_train_steps=2)
-    one, two = ([float(line.split(",")[3]) for line in losses(tmp_path / name)[1:]] for name in ("one", "two"))
+    one, two = ([float(line.split(",")[3]) for line in table(tmp_path / name)[1:]] for name in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-5) and set(second.pipe.models) == {"template_model", "dit"}
     (folder / "model.py").write_text((folder / "model.py").read_text().replace("pipe.text_encoder(", "pipe.dit("))
     module = Module(toy(), folder)

@@ -1,17 +1,12 @@
 """What a network cannot take from a template: every message, eager and compiled."""
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
+from processes import run_python
 
-import ms_diffsynth
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.errors import TemplateError
 from ms_diffsynth.pipelines.flux2.template import by_block, joined, with_text
@@ -98,9 +93,7 @@ def test_a_cache_that_cannot_enter_is_an_error_that_says_why(mode, kind, message
 
 
 def test_what_fails_to_compile_fails_in_a_process_of_its_own():
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "alone", "-p", "no:cacheprovider", __file__]
-    place = {"PYTHONPATH": str(Path(ms_diffsynth.__file__).parents[1])}
-    child = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | place)
+    child = run_python("-m", "pytest", "-q", "-m", "alone", "-p", "no:cacheprovider", __file__)
     assert child.returncode == 0 and "." * 15 in child.stdout, child.stdout
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, ops
-from toy_run import Module, rows, toy_model, train
+from toy_run import Module, rows, train
 
 from ms_diffsynth.errors import CheckpointError, ConfigError
 from ms_diffsynth.formats.lora import LORA
@@ -36,11 +36,6 @@ class Gain(LinearAdapter):
 
     def fused(self, weight, parts, scale):
         return weight * (1 + np.float32(scale) * parts["gain"].astype(np.float32)[:, None])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from toy_model(tmp_path_factory)
 
 
 @pytest.fixture(params=[*ADAPTERS, "gain"])

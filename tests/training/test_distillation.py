@@ -6,6 +6,7 @@ import csv
 import numpy as np
 import pytest
 from mindspore import Parameter, ParameterTuple, Tensor, ops
+from records import column
 
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.diffusion.distillation import DirectDistillation, ReplayNoise, Unroll
@@ -79,11 +80,6 @@ def test_the_noise_is_that_of_the_sample(teacher):
             run_unit(ReplayNoise(2), pipe, {"seed": seed, "height": SIDE, "width": SIDE})
 
 
-def losses_of(folder):
-    with (folder / "loss.csv").open() as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
-
-
 def train(teacher, output, *more):
     return main(["train", "--family", "toy", "--model_paths", str(teacher / "model"), "--dataset_base_path",
                  str(teacher), "--dataset_metadata_path", str(teacher / "metadata.csv"), "--height", str(SIDE),
@@ -93,12 +89,12 @@ def train(teacher, output, *more):
 
 def test_a_student_comes_nearer_to_its_teacher_alike_in_both_modes_and_from_a_cache(teacher, tmp_path):
     assert train(teacher, tmp_path / "graph") == 0
-    losses = losses_of(tmp_path / "graph")
+    losses = column(tmp_path / "graph")
     assert np.mean(losses[-4:]) < 0.5 * np.mean(losses[:4])
     assert train(teacher, tmp_path / "eager", "--mode", "pynative", "--max_train_steps", "4") == 0
-    np.testing.assert_allclose(losses_of(tmp_path / "eager"), losses[:4], rtol=1e-5)
+    np.testing.assert_allclose(column(tmp_path / "eager"), losses[:4], rtol=1e-5)
     assert train(teacher, tmp_path / "cached", "--cache_dir", str(tmp_path / "cache"), "--max_train_steps", "4") == 0
-    assert losses_of(tmp_path / "cached") == losses[:4]
+    assert np.array_equal(column(tmp_path / "cached"), losses[:4])
 
 
 def test_a_row_without_a_seed_and_settings_of_other_tasks_are_refused(teacher, tmp_path, capsys):

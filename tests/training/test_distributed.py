@@ -1,7 +1,6 @@
 """Several ranks train as one with their batches together; checkpoints of any number are read by any other."""
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -12,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
-from toy_run import files, state, toy_model
+from records import column
+from toy_run import files, state
 
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.launch.ports import free_port
@@ -21,11 +21,6 @@ from ms_diffsynth.storage.checkpoint import latest
 CI = ("lora", "prior", "own forward", "bad sample", "zero 1", "zero 2 eager", "cache")
 REST = ("lora eager", "full", "zero 2", "zero 1 eager")
 OTHERS = ("zero 2 prodigy", "adafactor")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from toy_model(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +66,7 @@ def ends(codes, *words):
 
 
 def numbers(path):
-    with open(path / "loss.csv", newline="") as file:
-        return np.array([[float(row[c]) for c in ("loss", "grad_norm", "learning_rate", "is_skipped")]
-                         for row in csv.DictReader(file)])
+    return np.stack([column(path, name) for name in ("loss", "grad_norm", "learning_rate", "is_skipped")], 1)
 
 
 def same(one, two, name):

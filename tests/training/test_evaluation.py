@@ -1,7 +1,6 @@
 """Evaluation while a run goes on: what it writes, with which weights, and that it goes on with the run."""
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -11,7 +10,8 @@ import numpy as np
 import pytest
 from mindspore import ops
 from PIL import Image
-from toy_run import SIDE, Module, rows, toy_model, train
+from records import records
+from toy_run import SIDE, Module, rows, train
 
 from ms_diffsynth.config import load_config
 from ms_diffsynth.data.plots import kid_curve
@@ -23,23 +23,18 @@ from ms_diffsynth.training.signals import Stopped
 
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    yield from toy_model(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("real")
+    path = tmp_path_factory.mktemp("real")
     for k, row in enumerate(rows(6)):
-        row["image"].save(folder / f"{k}.png")
-    return folder
+        row["image"].save(path / f"{k}.png")
+    return path
 
 
 class Run:
     """A run of the toy family that evaluates four gray pictures, as bright as what it trains is large."""
 
-    def __init__(self, toy, real, output):
-        self.module, self.output, self.real, self.seen = Module(toy), output, real, []
+    def __init__(self, folder, real, output):
+        self.module, self.output, self.real, self.seen = Module(folder), output, real, []
 
     def sampler(self, count=2):
         size = float(sum(ops.abs(p).sum() for p in self.module.trainable_parameters()))
@@ -53,19 +48,14 @@ class Run:
         return self
 
 
-def table(folder):
-    with open(folder / "evaluation.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def events(folder):
     return [record for line in (folder / "events.jsonl").read_text().splitlines()
             if (record := json.loads(line))["event"] == "evaluation"]
 
 
-def test_before_between_and_at_the_end(toy, real, tmp_path):
-    run = Run(toy, real, tmp_path / "run").train(5)
-    found = table(run.output)
+def test_before_between_and_at_the_end(folder, real, tmp_path):
+    run = Run(folder, real, tmp_path / "run").train(5)
+    found = records(run.output, "evaluation.csv")
     assert tuple(found[0]) == COLUMNS and [row["step"] for row in found] == ["0", "2", "4", "5"]
     assert [count for count, _ in run.seen] == [2, 4, 4, 4, 4, 2]  # samples at the begin and at the end only
     told = events(run.output)
@@ -77,8 +67,8 @@ def test_before_between_and_at_the_end(toy, real, tmp_path):
     assert Image.open(run.output / "kid.png").size == (800, 480)
 
 
-def test_the_moving_average_is_what_is_evaluated(toy, real, tmp_path):
-    run = Run(toy, real, tmp_path / "run").train(4, use_ema=True, ema_decay=0.5, save_steps=4)
+def test_the_moving_average_is_what_is_evaluated(folder, real, tmp_path):
+    run = Run(folder, real, tmp_path / "run").train(4, use_ema=True, ema_decay=0.5, save_steps=4)
     average = load_state_dict(str(tmp_path / "run/step-4-ema.safetensors"))
     size = float(sum(np.abs(value).sum() for value in average.values()))
     assert run.seen[-1][1] == pytest.approx(size, rel=1e-5)
@@ -86,17 +76,17 @@ def test_the_moving_average_is_what_is_evaluated(toy, real, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_goes_on_with_the_run(toy, real, tmp_path):
-    whole = Run(toy, real, tmp_path / "whole").train(5)
-    Run(toy, real, tmp_path / "cut").train(3, checkpoint_steps=2)
-    resumed = Run(toy, real, tmp_path / "cut").train(5, resume="auto", checkpoint_steps=2)
-    found, expected = table(resumed.output), table(whole.output)
+def test_it_goes_on_with_the_run(folder, real, tmp_path):
+    whole = Run(folder, real, tmp_path / "whole").train(5)
+    Run(folder, real, tmp_path / "cut").train(3, checkpoint_steps=2)
+    resumed = Run(folder, real, tmp_path / "cut").train(5, resume="auto", checkpoint_steps=2)
+    found, expected = records(resumed.output, "evaluation.csv"), records(whole.output, "evaluation.csv")
     assert [row["step"] for row in found] == ["0", "2", "3", "4", "5"]  # the first run ended with 3
     assert [row for row in found if row["step"] != "3"] == expected
 
 
-def test_a_signal_gives_up_the_pictures_and_saves_first(toy, real, tmp_path):
-    run = Run(toy, real, tmp_path / "cut")
+def test_a_signal_gives_up_the_pictures_and_saves_first(folder, real, tmp_path):
+    run = Run(folder, real, tmp_path / "cut")
     made = run.sampler
 
     def sampler(count=2):
@@ -109,19 +99,19 @@ def test_a_signal_gives_up_the_pictures_and_saves_first(toy, real, tmp_path):
     run.sampler, not_given_up = sampler, []
     with pytest.raises(Stopped):
         run.train(5, checkpoint_steps=2, use_ema=True)
-    assert not not_given_up and [row["step"] for row in table(run.output)] == ["0", "2"]
-    run = Run(toy, real, tmp_path / "cut").train(5, resume="auto", checkpoint_steps=2, use_ema=True)
-    assert [row["step"] for row in table(run.output)] == ["0", "2", "4", "5"]
-    whole = Run(toy, real, tmp_path / "other").train(5, use_ema=True)
-    assert table(run.output) == table(whole.output)
+    assert not not_given_up and [row["step"] for row in records(run.output, "evaluation.csv")] == ["0", "2"]
+    run = Run(folder, real, tmp_path / "cut").train(5, resume="auto", checkpoint_steps=2, use_ema=True)
+    assert [row["step"] for row in records(run.output, "evaluation.csv")] == ["0", "2", "4", "5"]
+    whole = Run(folder, real, tmp_path / "other").train(5, use_ema=True)
+    assert records(run.output, "evaluation.csv") == records(whole.output, "evaluation.csv")
 
 
-def test_what_cannot_be_meant(toy, real, tmp_path):
-    run = Run(toy, real, tmp_path / "run")
+def test_what_cannot_be_meant(folder, real, tmp_path):
+    run = Run(folder, real, tmp_path / "run")
     run.sampler = None
     with pytest.raises(ConfigError, match="no images are made: set sample_prompts"):
         run.train(2)
-    run = Run(toy, real, tmp_path / "run")
+    run = Run(folder, real, tmp_path / "run")
     with pytest.raises(ConfigError, match="set evaluation_reference"):
         run.train(2, evaluation_reference=None)
     with pytest.raises(DataError, match="nowhere is not a folder"):

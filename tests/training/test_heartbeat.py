@@ -1,16 +1,10 @@
 """What a run tells its launcher: each phase begins with a heartbeat, so that a hang is told from a long save."""
 from __future__ import annotations
 
-import pytest
-from toy_run import Module, rows, toy_model, train
+from toy_run import Module, rows, train
 
 from ms_diffsynth.training import logger, prepared, trainer
 from ms_diffsynth.training.hooks import checkpoints
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from toy_model(tmp_path_factory)
 
 
 def test_steps_are_told_apart_from_what_may_take_longer(folder, tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Training runs of the toy family: what they write, that they repeat, and how they fail."""
 from __future__ import annotations
 
-import csv
 import json
 
 import numpy as np
@@ -9,7 +8,8 @@ import pytest
 from low_rank import lora_parameters
 from mindspore import Tensor, ops
 from PIL import Image
-from toy_run import SIDE, Module, poison, rows, toy_model, train
+from records import column, records
+from toy_run import SIDE, Module, poison, rows, train
 
 from ms_diffsynth import FlowMatchSFTLoss, UnifiedDataset
 from ms_diffsynth.data.loader import Loader
@@ -22,11 +22,6 @@ from ms_diffsynth.training.distributed import Accelerator, DistributedDataParall
 from ms_diffsynth.training.logger import COLUMNS, ModelLogger
 from ms_diffsynth.training.options import TrainingOptions
 from ms_diffsynth.training.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from toy_model(tmp_path_factory)
 
 
 class Documented(Module):
@@ -44,15 +39,6 @@ class Documented(Module):
             inputs_shared, inputs_posi, inputs_nega = self.pipe.unit_runner(unit, self.pipe, inputs_shared, inputs_posi,
                                                                             inputs_nega)
         return FlowMatchSFTLoss(self.pipe, **inputs_shared, **inputs_posi)
-
-
-def records(path):
-    with open(path / "loss.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def column(path, name="loss"):
-    return np.array([float(r[name]) for r in records(path)])
 
 
 def events(path, kind=None):

@@ -16,10 +16,8 @@ from ms_diffsynth.training.module import DiffusionTrainingModule
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "toy"
-    family("toy").write_tiny(path, 0)
-    return path
+def folder(tiny_model):
+    return tiny_model("toy")
 
 
 @pytest.fixture

@@ -11,11 +11,9 @@ from itertools import count
 import mindspore as ms
 import numpy as np
 import pytest
-from device import DEVICE
 from mindspore import Parameter, Tensor, mint, nn, ops
 from mindspore.amp import DynamicLossScaler, StaticLossScaler
 
-from ms_diffsynth import runtime
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.training.optim import AdamW
 from ms_diffsynth.training.step import TrainStep
@@ -31,12 +29,6 @@ OVERFLOWS = {"none": 1e17, "static": 1e8, "dynamic": 1e8}
 NAMES = count()  # MindSpore wants distinct names of Parameters
 
 pytestmark = pytest.mark.fault
-
-
-@pytest.fixture(autouse=True, scope="module")
-def runtime_restored():
-    yield
-    runtime.configure("graph", DEVICE)
 
 
 class Network(nn.Cell):

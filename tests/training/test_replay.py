@@ -12,7 +12,7 @@ import pytest
 import toy_run
 from device import DEVICE
 from mindspore import Tensor, ops
-from toy_run import Module, dataset_of, digests, files, rows, toy_model
+from toy_run import Module, dataset_of, digests, files, rows
 
 from ms_diffsynth import FlowMatchSFTLoss, UnifiedDataset
 from ms_diffsynth.debug.replay import Replay, replay_training_step
@@ -26,11 +26,6 @@ from ms_diffsynth.training.two_stage import launch_data_process_task
 
 MODES = ("pynative", "graph")
 SLOW_GRAPH = ("pynative", pytest.param("graph", marks=pytest.mark.slow))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    yield from toy_model(tmp_path_factory)
 
 
 class Documented(Module):

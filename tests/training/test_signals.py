@@ -7,11 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from processes import environment
 
-import ms_diffsynth
 from ms_diffsynth.training.signals import HUNG, Interrupted, Stopped, stopping_on_signals
 
 pytestmark = pytest.mark.fault
@@ -33,7 +32,7 @@ def child(what, grace):
     """A process inside a block that it would leave after a minute."""
     process = subprocess.Popen([sys.executable, "-c", START.format(what=what, grace=grace)], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=os.environ | {"PYTHONPATH": str(Path(ms_diffsynth.__file__).parents[1])})
+                               env=environment())
     assert process.stdout.readline() == "begun\n"
     time.sleep(0.1)
     return process

@@ -6,29 +6,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import toy_run
 from device import DEVICE
 from PIL import Image
+from toy_run import table
 
-from ms_diffsynth import models, runtime
+from ms_diffsynth import models
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.diffusion.units import Objective
-from ms_diffsynth.errors import CacheError, ConfigError
+from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
-from ms_diffsynth.run.task import launch_training_task
-from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.logger import ModelLogger
-from ms_diffsynth.training.module import DiffusionTrainingModule
-from ms_diffsynth.training.two_stage import launch_data_process_task, open_cache, stage_of
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "toy"
-    family("toy").write_tiny(path, 0)
-    return path
+from ms_diffsynth.training.two_stage import launch_data_process_task, stage_of
 
 
 def pictures(base, count=3, first=0, side=16, repeat=1, extra=None):
@@ -44,18 +36,8 @@ def pictures(base, count=3, first=0, side=16, repeat=1, extra=None):
                           UnifiedDataset.default_image_operator(str(base), height=side, width=side))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def runtime_restored():
-    yield
-    runtime.configure("graph", DEVICE)
-
-
-class Module(DiffusionTrainingModule):
-    def __init__(self, folder, task="sft", objective=None, fuse=(), **how):
-        super().__init__()
-        self.pipe, self.fuse, self.prepared = family("toy").pipeline.from_pretrained(str(folder)), fuse, 0
-        self.switch_pipe_to_training_mode(self.pipe, task=task, objective=objective,
-                                          **(how or {"lora_base_model": "dit", "lora_rank": 2}))
+class Module(toy_run.Module):
+    prepared = 0
 
     def prepare(self, data, cut):
         self.prepared += 1
@@ -67,16 +49,7 @@ def process(path, module, dataset, **options):
 
 
 def train(path, module, dataset, mode="pynative", **options):
-    return launch_training_task(Accelerator(1, mode, DEVICE), dataset, module, ModelLogger(path),
-                                **{"learning_rate": 1e-2, "max_train_steps": 7, "num_epochs": None, **options})
-
-
-def losses(path):
-    return (path / "loss.csv").read_text().replace("\r", "").split("\n")
-
-
-def without_seconds(path):
-    return [line.rsplit(",", 1)[0] for line in losses(path)]
+    return toy_run.train(path, module, dataset, mode, **{"max_train_steps": 7, "num_epochs": None, **options})
 
 
 @pytest.mark.fault
@@ -91,7 +64,7 @@ def test_both_stages_give_the_bits_of_one(folder, tmp_path, how, mode):
     cache = process(tmp_path / "cache", first, pictures(tmp_path / "data"))
     second = Module(folder, "sft:train", **how)
     train(tmp_path / "two", second, UnifiedDataset(str(cache.folder), repeat=2), mode, batch_size=2)
-    assert without_seconds(tmp_path / "one") == without_seconds(tmp_path / "two") and len(losses(tmp_path / "one")) > 7
+    assert table(tmp_path / "one") == table(tmp_path / "two") and len(table(tmp_path / "one")) > 7
     one, two = (load_state_dict(next((tmp_path / name).glob("*.safetensors"))) for name in ("one", "two"))
     assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
     assert set(first.pipe.models) == set(first.training_cut().models("prepare"))
@@ -139,7 +112,7 @@ def test_class_images_are_cached_beside_the_pictures(folder, tmp_path):
                     class_dataset=sets[1])
     assert len(cache.rows("instance")) == 3 and len(cache.rows("class")) == 2
     train(tmp_path / "two", Module(folder, "dreambooth:train", **how), UnifiedDataset(str(cache.folder)))
-    assert without_seconds(tmp_path / "one") == without_seconds(tmp_path / "two")
+    assert table(tmp_path / "one") == table(tmp_path / "two")
 
 
 def test_a_second_run_prepares_only_what_is_new(folder, tmp_path):
@@ -158,59 +131,6 @@ def test_a_second_run_prepares_only_what_is_new(folder, tmp_path):
                                                                                           width=16), captions=False)
     same.rows = [row | {"prompt": "picture 0"} for row in same.rows if row["image"] in ("0.png", "1.png")]
     assert counted(same) == 0, "equal pictures share an entry, whatever they are called"
-
-
-@pytest.mark.fault
-def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
-    dataset, module = pictures(tmp_path / "data", 5), Module(folder, "sft:data_process")
-    prepare = Module.prepare
-
-    def failing(self, data, cut):
-        if self.prepared == 2:
-            raise KeyboardInterrupt
-        return prepare(self, data, cut)
-
-    monkeypatch.setattr(Module, "prepare", failing)
-    with pytest.raises(KeyboardInterrupt):
-        process(tmp_path / "cache", module, dataset)
-    monkeypatch.undo()
-    second = Module(folder, "sft:train")
-    with pytest.raises(CacheError, match="incomplete: 2 of 5"):
-        train(tmp_path / "out", second, UnifiedDataset(str(tmp_path / "cache")))
-    assert not (tmp_path / "out").exists()
-    again = Module(folder, "sft:data_process")
-    process(tmp_path / "cache", again, dataset)
-    assert again.prepared == 3 and Cache(tmp_path / "cache").manifest["complete"]
-
-
-@pytest.mark.fault
-def test_a_damaged_entry_stops_training_and_is_replaced(folder, tmp_path):
-    dataset = pictures(tmp_path / "data")
-    cache = process(tmp_path / "cache", Module(folder, "sft:data_process"), dataset)
-    path = cache._path(cache.keys()[1])
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(CacheError, match=r"\(1\.png\) is damaged"):
-        train(tmp_path / "out", Module(folder, "sft:train"), UnifiedDataset(str(cache.folder)))
-    module = Module(folder, "sft:data_process")
-    process(cache.folder, module, dataset)
-    assert module.prepared == 1
-
-
-@pytest.mark.fault
-def test_a_cache_of_other_weights_or_another_job_is_refused(folder, tmp_path):
-    cache = process(tmp_path / "cache", Module(folder, "sft:data_process"), pictures(tmp_path / "data"))
-    family("toy").write_tiny(tmp_path / "other", 1)
-    data = UnifiedDataset(str(cache.folder))
-    with pytest.raises(CacheError, match=r"models\.text_encoder: .* models\.vae: "):
-        train(tmp_path / "out", Module(tmp_path / "other", "sft:train"), data)
-    with pytest.raises(CacheError, match="slots: "):
-        train(tmp_path / "out", Module(folder, "sft:train", trainable_models="text_encoder"), data)
-    module = Module(folder, "sft:train")
-    with pytest.raises(CacheError, match=r"image\.ImageCropAndResize\.height: 16, expected 32"):
-        open_cache(cache.folder, module, module.training_cut(),
-                   {"instance": pictures(tmp_path / "data", side=32).operators()})
 
 
 @pytest.mark.fault
@@ -250,7 +170,7 @@ def test_one_call_does_both_stages(folder, tmp_path):
         module = Module(folder)
         out = tmp_path / f"both {prepared}"
         train(out, module, dataset, args=SimpleNamespace(cache_dir=str(tmp_path / "cache")))
-        assert without_seconds(out) == without_seconds(tmp_path / "one")
+        assert table(out) == table(tmp_path / "one")
         assert module.prepared == prepared and list(module.pipe.models) == ["dit"]
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from device import DEVICE
 from PIL import Image
+from records import table
 
 from ms_diffsynth import UnifiedDataset, runtime
 from ms_diffsynth.draws import Draws
@@ -138,11 +139,6 @@ class Crashing:
 
 
 # -- what they left ------------------------------------------------------------------------------------------------
-
-
-def table(path: Path) -> list[str]:
-    """loss.csv without the seconds."""
-    return [line.rsplit(",", 1)[0] for line in (path / "loss.csv").read_text().splitlines()]
 
 
 def state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
