@@ -24,12 +24,14 @@ from ms_diffsynth.diffusion.tasks import Task, task
 from ms_diffsynth.diffusion.units import Objective, SampleLatents
 from ms_diffsynth.errors import ConfigError, DataError, ProgramError, listing, nearest
 from ms_diffsynth.formats.lora import load_adapter
+from ms_diffsynth.formats.weights import load_state_dict, match
 from ms_diffsynth.hub.card import Licence, Loader
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.models import Component, ModelStore, Source
 from ms_diffsynth.nn.adapters import adapter_of, formats
 from ms_diffsynth.nn.adapters.layer import linear_modules
 from ms_diffsynth.nn.adapters.linear import fuse
+from ms_diffsynth.nn.names import assign, torch_shapes
 from ms_diffsynth.program import Cut, Program, slot
 from ms_diffsynth.storage.files import sha256_of
 from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
@@ -370,6 +372,29 @@ class Pipeline:
             if model is module:
                 self.store.note_change(name, f"{file.format.name} {sha256_of(path)} x {alpha}")
         return len(file.modules)
+
+    def load_weights(self, path: str | Path) -> dict[str, int]:
+        """Put weights that training saved (``step-N.safetensors``) into the models they are of.
+
+        Names begin with ``pipe.<model>.``; others are of the network. A part of a model, trained alone, is enough.
+
+        Returns: model -> how many of its tensors are new. Raises: WeightError naming each tensor that is superfluous or
+            of another shape; nothing is changed then.
+        """
+        weights: dict[str, dict[str, np.ndarray]] = {}
+        for name, array in load_state_dict(path).items():
+            model, _, inner = name.removeprefix("pipe.").partition(".")
+            is_named = name.startswith("pipe.") and model in self.model_names
+            weights.setdefault(model if is_named else self.network, {})[inner if is_named else name] = array
+        for model, own in weights.items():
+            known = torch_shapes(getattr(self, model))
+            match({n: shape for n, shape in known.items() if n in own}, {n: a.shape for n, a in own.items()},
+                  where=f"{path} ({model})")
+        for model, own in weights.items():
+            assign(getattr(self, model), own.items())
+            self.store.note_change(model, f"weights {sha256_of(path)}")
+        self.forget_compiled()
+        return {model: len(own) for model, own in weights.items()}
 
     def config(self, name: str) -> dict[str, Any]:
         """config.json of a component, without loading its weights."""

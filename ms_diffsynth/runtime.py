@@ -114,7 +114,7 @@ def current() -> Runtime:
 
 
 def use_device(device: str | None) -> None:
-    """Go on with another device, in the same mode; None keeps the present one. Raises: as `configure`."""
+    """Take another device, in the same mode; None keeps the present one. Raises: as `configure`."""
     if device is not None and device.lower() != current().device.lower():
         configure(current().mode, device)
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a diffusers-format model")
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--count", type=int, default=16, help="how many, of a family without prompts (default: 16)")
-    parser.add_argument("--weights", type=Path, help="weights that training saved, of a family without prompts")
+    parser.add_argument("--weights", type=Path, help="weights that full training saved, for the models they are of")
     parser.add_argument("--negative_prompt", default="", help="what cfg_scale leads away from")
     parser.add_argument("--lora", type=Path, help="file of a LoRA, or of another adapter, to fuse into the transformer")
     parser.add_argument("--lora_scale", type=float, default=1.0, help="factor on the LoRA (default: 1)")
@@ -59,11 +59,14 @@ def execute(args: argparse.Namespace) -> int:
     cls = chosen.pipeline
     if chosen.takes_prompts and not args.prompt:
         raise ConfigError(f"no prompt: images of the family {args.family} follow one. Give --prompt.")
-    unused = [n for n in (("weights",) if chosen.takes_prompts else ("prompt", "lora", "template")) if getattr(args, n)]
+    unused = [n for n in (() if chosen.takes_prompts else ("prompt", "lora", "template")) if getattr(args, n)]
     if unused:
         raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")
     cls.check_sampler(args.sampler)
     pipe = open_pipeline(args.family, str(args.model), device=args.device, max_sequence_length=args.max_sequence_length)
+    if args.weights:
+        loaded = pipe.load_weights(args.weights)
+        sys.stderr.write(f"{args.weights}: {', '.join(f'{n} tensors of {model}' for model, n in loaded.items())}\n")
     if args.lora:
         fused = pipe.load_lora(getattr(pipe, pipe.network), args.lora, args.lora_scale)
         sys.stderr.write(f"{args.lora}: fused into {fused} layers\n")
@@ -72,8 +75,6 @@ def execute(args: argparse.Namespace) -> int:
     if args.prompt:
         images = _with_prompts(args, pipe, same)
     else:
-        if args.weights:
-            pipe.load_weights(args.weights)
         images = pipe(batch_size=args.count, seed=args.seed, **same)
     for k, image in enumerate(images):
         path = args.output / f"{k:03d}-seed{args.seed + k if args.prompt else args.seed}.png"

@@ -3,7 +3,7 @@
     DIR/cache.json                      the manifest: fingerprint, configs, and the rows of each data set in order
     DIR/entries/ab/ab12...safetensors   the slots of one row, without batch axis
 
-An entry is named by what it was made of, so equal rows share one, a restart goes on where it stopped, and two writers
+An entry is named by what it was made of, so equal rows share one, a restart continues where it stopped, and two writers
 at once write the same files. It carries a digest of everything in it. Writing goes through `storage.files.write_file`.
 """
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Cache:
         return True
 
     def write(self, key: str, slots: Mapping[str, np.ndarray], size: tuple[int, int]) -> None:
-        """Write one entry: its slots, and the height and width of its picture in pixels. Raises: OutputError."""
+        """Write one entry: its slots, and the height and width of its image in pixels. Raises: OutputError."""
         metadata = {"size": json.dumps(size), "digest": _digest(key, slots, size)}
         write_file(self._path(key), serialize(slots, metadata))
 
@@ -102,7 +102,7 @@ class Cache:
             cut short. A wrong bit in an entry is found by `read`.
         """
         if self.manifest is None:
-            raise CacheError(f"{self.folder} is no cache: {self._what_it_is()}. Make one with --task "
+            raise CacheError(f"{self.folder} is not a cache: {self._what_it_is()}. Make one with --task "
                              "sft:data_process --output_path, and name its folder.")
         wrong = differences(self.manifest["fingerprint"], _plain(expected))
         if wrong:
@@ -112,7 +112,7 @@ class Cache:
             keys = set(self.keys())
             done = sum(self._path(key).is_file() for key in keys)
             raise CacheError(f"the cache in {self.folder} is incomplete: {done} of {len(keys)} entries are there. Run "
-                             "--task sft:data_process again; it goes on where it stopped.")
+                             "--task sft:data_process again; it continues where it stopped.")
         self._check_entries()
 
     def rows(self, name: str) -> list[PlannedRow]:
@@ -124,7 +124,7 @@ class Cache:
         return list(dict.fromkeys(key for rows in self.manifest["rows"].values() for key, _ in rows))
 
     def read(self, key: str, label: str = "") -> tuple[dict[str, np.ndarray], tuple[int, int]]:
-        """The slots of an entry, and height and width of its picture.
+        """The slots of an entry, and height and width of its image.
 
         Raises: CacheError when it is missing, truncated, or has one wrong bit.
         """

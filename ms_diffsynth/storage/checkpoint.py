@@ -1,7 +1,7 @@
 """Checkpoints: all of a training run's state in one folder, committed as one and verified when it is opened.
 
     ROOT/step-00000120/weights.safetensors    one file a group of arrays: weights, moments, ema
-                       state.json             what is no array: step, epoch, seed, fingerprints
+                       state.json             what is not an array: step, epoch, seed, fingerprints
                        moments-00001-of-00002.safetensors    or one file a rank and group: see storage.rank_files
                        MANIFEST.json          format, step, bytes and SHA-256 of each file, and a digest of all that
 
@@ -179,13 +179,13 @@ def latest(root: str | os.PathLike[str]) -> Checkpoint | None:
 def open_checkpoint_folder(path: str | os.PathLike[str]) -> Checkpoint:
     """Open ``ROOT/step-N`` after reading and verifying every byte of it.
 
-    Raises: CheckpointError naming each damaged file, or saying why this is no checkpoint.
+    Raises: CheckpointError naming each damaged file, or saying why this is not a checkpoint.
     """
     path = Path(os.path.abspath(path))
     if not _FOLDER.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
         what = "a link" if path.is_symlink() else "not there" if not path.exists() else "something else"
-        raise CheckpointError(f"{path} is no checkpoint, but {what}. Expected a folder of the name step-00000120, not "
-                              "a link: give the path of one.")
+        raise CheckpointError(f"{path} is not a checkpoint, but {what}. Expected a folder of the name step-00000120, "
+                              "not a link: give the path of one.")
     manifest = _read_manifest(path)
     problems = [text for name, record in manifest["files"].items() if (text := _damage(path, name, record))]
     if problems:
@@ -221,7 +221,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         name = f"step-{manifest['step']:08d}"
         files = {name: (record["bytes"], record["sha256"]) for name, record in manifest["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no checkpoint: {MANIFEST} lacks a part ({type(error).__name__}: {error}). "
+        raise CheckpointError(f"{path} is not a checkpoint: {MANIFEST} lacks a part ({type(error).__name__}: {error}). "
                               "Resume from another checkpoint.") from error
     if not is_sound or STATE not in files:
         raise CheckpointError(f"{path} is damaged: the digest of {MANIFEST} is wrong. Resume from another checkpoint.")
@@ -240,7 +240,7 @@ def _read_json(file: Path, most: int | None = None) -> Any:
         return json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         what = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{file.parent} is no complete checkpoint: {file.name}: {what}. Resume from another "
+        raise CheckpointError(f"{file.parent} is not a complete checkpoint: {file.name}: {what}. Resume from another "
                               "checkpoint.") from error
 
 

@@ -98,7 +98,7 @@ def write_file(path: str | os.PathLike[str], data: Data, *, calls: Calls = CALLS
 
 
 def write_beside(path: str | os.PathLike[str], data: Data, *, calls: Calls = CALLS) -> Path:
-    """Write a hidden file into the folder of ``path``, for `Stage.take`; one that nobody takes is a leftover.
+    """Write a hidden file into the folder of ``path``, for `Stage.take`; one that is never taken is a leftover.
 
     Returns: where it is, durable. Raises: OutputError; nothing is left behind.
     """
@@ -159,7 +159,7 @@ def stage_folder(path: str | os.PathLike[str], *, replace: bool = False, needed:
             system cannot swap in one step, the old folder is moved aside first and moved back on an error.
         needed: bytes that will be written, where that is known: refused before the first when they do not fit.
 
-    Raises: OutputError; nothing is left behind, unless the last fsync failed: then nobody knows which of the two
+    Raises: OutputError; nothing is left behind, unless the last fsync failed: then it is unknown which of the two
         folders the disk has under which name, and both stay.
     """
     path = Path(path)

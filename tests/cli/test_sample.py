@@ -1,12 +1,17 @@
 """``ms-diffsynth sample``."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from device import DEVICE
 from PIL import Image
 
+from ms_diffsynth import Accelerator, DiffusionTrainingModule, ModelLogger, launch_training_task
 from ms_diffsynth.formats.lora import save_lora
 from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
+from ms_diffsynth.registry import family
 
 SMALL = ("--height", 16, "--width", 24, "--num_inference_steps", 2)
 
@@ -87,6 +92,28 @@ def test_a_family_without_prompts(run, tmp_path):
     assert (picture("other/000-seed5.png") != picture("samples/000-seed5.png")).any()
     code, _, err = run(*words, "--prompt", "a cat")
     assert code == 64 and "prompt: the family ddpm_unet has no use for it. Remove it." in err
+
+
+def test_weights_of_full_training_are_put_into_the_models_they_are_of(run, tmp_path, toy_model):
+    """Of the network, and of a text encoder trained beside it; the image is that of the model that was trained."""
+    pixels = {"image": Image.fromarray(np.full((32, 32, 3), 90, np.uint8)), "prompt": "a"}
+    module = DiffusionTrainingModule()
+    module.pipe = family("toy").pipeline.from_pretrained(str(toy_model))
+    module.switch_pipe_to_training_mode(module.pipe, trainable_models="dit,text_encoder.embedding")
+    launch_training_task(Accelerator(1, "pynative", DEVICE), [pixels], module,
+                         ModelLogger(tmp_path / "run", "pipe.dit."), learning_rate=0.1, max_train_steps=3, save_steps=3,
+                         num_epochs=None)
+    trained = module.pipe(prompt="a", height=32, width=32, seed=1, num_inference_steps=2)
+    words = ("sample", "toy", toy_model, "--prompt", "a", "--seed", 1, "--num_inference_steps", 2, "--height", 32,
+             "--width", 32, "--mode", "pynative")
+    code, _, err = run(*words, "--weights", tmp_path / "run/step-3.safetensors")
+    assert code == 0 and "6 tensors of dit, 1 tensors of text_encoder" in err
+    assert np.array_equal(picture("samples/000-seed1.png"), np.asarray(trained))
+    assert run(*words, "--output", "plain")[0] == 0
+    assert (picture("plain/000-seed1.png") != picture("samples/000-seed1.png")).any()
+    save_state_dict(tmp_path / "odd.safetensors", {"layer_9.weight": np.zeros((2, 2), np.float32)})
+    code, _, err = run(*words, "--weights", tmp_path / "odd.safetensors", "--output", "none")
+    assert code == 66 and "1 superfluous: layer_9.weight" in err and not Path("none").exists()
 
 
 def test_a_family_with_prompts_wants_one(run, toy_model):

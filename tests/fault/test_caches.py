@@ -64,7 +64,7 @@ def only_sound(folder):
     try:
         cache.check(FINGERPRINT)
     except CacheError as error:
-        assert "is incomplete" in str(error) or "is no cache" in str(error)
+        assert "is incomplete" in str(error) or "is not a cache" in str(error)
         return cache, False
     return cache, True
 
@@ -228,7 +228,7 @@ def test_a_manifest_that_is_no_file(run, mine, change):
     Path("cache/cache.json").unlink()
     change(Path("cache/cache.json"))
     code, err = run(*stage_two(mine))
-    assert code == 78 and "cache is no cache: it has no cache.json" in err, err
+    assert code == 78 and "cache is not a cache: it has no cache.json" in err, err
 
 
 # ---- C1: made by other settings
@@ -303,7 +303,7 @@ def test_killed_while_it_writes_an_entry(run, python, toy):
     half = list(Path("cache").rglob(".tmp-*"))
     assert len(half) == 1 and Cache("cache").unused() == half
     code, err = run(*stage_two(toy))
-    assert code == 78 and "is incomplete: 1 of 3 entries are there" in err and "it goes on where it stopped" in err, err
+    assert code == 78 and "is incomplete: 1 of 3 entries are there" in err and "it continues" in err, err
     code, err = run(*stage_one(toy))
     assert code == 0 and was_mended(err, 2), err
     assert content("cache") == content(toy / "cache")
@@ -366,7 +366,7 @@ def test_four_writers_and_a_reader_at_once(tmp_path):
                 cache.check(FINGERPRINT)
                 seen["complete"] += 1
             except CacheError as error:
-                assert "is incomplete" in str(error) or "is no cache" in str(error), error
+                assert "is incomplete" in str(error) or "is not a cache" in str(error), error
 
     write = functools.partial(fill, tmp_path, rows, slots=slots)
     found = together(read, write, write, write, write)

@@ -146,7 +146,7 @@ def test_latest_is_the_highest_step_that_verifies(tmp_path, caplog):
     (tmp_path / name_of(100) / MANIFEST).unlink()
     assert latest(tmp_path).step == 40
     assert "step-123456789 is damaged: weights.safetensors has another SHA-256" in caplog.messages[0]
-    assert "step-00000100 is no complete checkpoint: MANIFEST.json: No such file" in caplog.messages[1]
+    assert "step-00000100 is not a complete checkpoint: MANIFEST.json: No such file" in caplog.messages[1]
     assert len(caplog.messages) == 2
     for step in (5, 40):
         shutil.rmtree(tmp_path / name_of(step))
@@ -240,7 +240,7 @@ def test_links_and_pipes_are_not_followed(tmp_path, caplog):
     before = {file.name: file.read_bytes() for file in good.iterdir()}
     link = tmp_path / "root" / name_of(9)
     link.symlink_to(good)
-    with pytest.raises(CheckpointError, match="is no checkpoint, but a link"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint, but a link"):
         open_checkpoint_folder(link)
     with pytest.raises(OutputError, match="exists and is not a folder"):
         save(tmp_path / "root", 9)
@@ -263,7 +263,7 @@ def test_links_and_pipes_are_not_followed(tmp_path, caplog):
 @pytest.mark.parametrize("name", ["step-1", "root", "step-00000002", "."])
 def test_what_is_no_checkpoint_is_refused(tmp_path, name):
     save(tmp_path / "root", 1)
-    with pytest.raises(CheckpointError, match=r"is no checkpoint, but .* Expected a folder of the name step-00000120"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint, but .* Expected a folder of the name step-0+120"):
         open_checkpoint_folder(tmp_path / name)
 
 

@@ -322,7 +322,7 @@ def test_a_run_that_went_on_from_another_one(folder, tmp_path):
         replay(branch, 2, Module(folder), rows(3), num_epochs=2)
     assert digests(whole) == digests(tmp_path / "kept")
     shutil.rmtree(whole)
-    with pytest.raises(CheckpointError, match="step-00000002 is no checkpoint, but not there"):
+    with pytest.raises(CheckpointError, match="step-00000002 is not a checkpoint, but not there"):
         replay(branch, 4, Module(folder), rows(3), num_epochs=2)
 
 

@@ -81,7 +81,7 @@ def test_going_back_keeps_later_checkpoints_but_never_uses_them(folder, tmp_path
 @pytest.mark.fault
 @pytest.mark.parametrize("path, expected", [
     ("atuo", r"resume=atuo: there is no such folder. Did you mean 'auto'\? .*checkpoints/step-00000120"),
-    (".", "is no checkpoint, but something else")])
+    (".", "is not a checkpoint, but something else")])
 def test_no_checkpoint(folder, tmp_path, path, expected):
     with pytest.raises(CheckpointError, match=expected):
         train(tmp_path / "run", Module(folder), rows(3), resume=path)

@@ -19,15 +19,15 @@ from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule, ddim, ddpm
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, WeightError
-from ms_diffsynth.formats.weights import load_state_dict, match, save_sharded
+from ms_diffsynth.formats.weights import save_sharded
 from ms_diffsynth.models import SCHEDULER_FILE, Component, arguments
 from ms_diffsynth.nn.adapters.layer import adapted_layers
-from ms_diffsynth.nn.names import assign, state_dict, torch_shapes
+from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipeline import Pipeline, SamplingDefaults, UnitSequence
 from ms_diffsynth.pipelines.ddpm_unet.units import Denoise, LoadPixels
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.program import Program
-from ms_diffsynth.storage.files import sha256_of, stage_folder, write_file
+from ms_diffsynth.storage.files import stage_folder, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -180,17 +180,6 @@ class UnconditionalImagePipeline(Pipeline):
             self.sampling_program().cut(self.denoise.output_params), self).positional)
 
     # -- files ---------------------------------------------------------------------------------------------------
-
-    def load_weights(self, path: str | Path) -> None:
-        """Put weights that training saved (``step-N.safetensors``) into the network.
-
-        Raises: WeightError naming what is missing, superfluous or of another shape.
-        """
-        weights = {name.removeprefix("pipe.unet."): array for name, array in load_state_dict(path).items()}
-        match(torch_shapes(self.unet), {name: array.shape for name, array in weights.items()}, where=str(path))
-        assign(self.unet, weights.items(), self.dtype)
-        self.store.note_change("unet", f"weights {sha256_of(path)}")
-        self.forget_compiled()
 
     def save_pretrained(self, folder: str | Path, replace: bool = False) -> None:
         """Write a folder that `from_pretrained` and diffusers' DDPMPipeline load: network and noise schedule.
