@@ -212,7 +212,7 @@ def test_all_damaged_files_are_named(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (lambda path: (path / MANIFEST).unlink(), r"MANIFEST\.json: No such file"),
     (lambda path: (path / MANIFEST).write_bytes(b"\xff{"), r"MANIFEST\.json: 'utf-8' codec"),
-    (lambda path: (path / MANIFEST).write_text("[" * 100_000), "no complete checkpoint"),
+    (lambda path: (path / MANIFEST).write_text("[" * 100_000), "not a complete checkpoint"),
     (lambda path: (path / MANIFEST).write_text("[]"), "lacks a part"),
     (lambda path: (path / MANIFEST).write_bytes(b" " * 2**21), "2097152 bytes, expected at most 1048576"),
     (lambda path: change_manifest(path, format=2, files=None), r"has format 2, this release reads up to 1\. Resume w"),
@@ -223,7 +223,7 @@ def test_all_damaged_files_are_named(tmp_path):
     (lambda path: change_manifest(path, files={"state.json": {"bytes": 1}}), "lacks a part"),
     (lambda path: change_manifest(path, files={"state.json": {"bytes": 1, "sha256": ""},
                                                "../x": {"bytes": 1, "sha256": ""}}), r"\.\./x leads out"),
-    (lambda path: path.rename(path.with_name(name_of(3))) and None, "is not there|no checkpoint"),
+    (lambda path: path.rename(path.with_name(name_of(3))) and None, "is not there|not a checkpoint"),
 ])
 def test_a_manifest_that_does_not_fit_is_refused(tmp_path, change, message):
     path = save(tmp_path, 1)
