@@ -94,7 +94,7 @@ def test_tensors_are_aligned_to_their_width():
 
 
 @pytest.mark.parametrize("metadata, values, text", [
-    ({"a": 1}, {}, "metadata a=1 is no text"),
+    ({"a": 1}, {}, "metadata a=1 is not text"),
     ({}, {"x": np.ones(2, complex)}, "tensor 'x' is ndarray of complex128"),
     ({}, {"x": [1.0]}, "tensor 'x' is list of no dtype"),
 ])
@@ -209,7 +209,7 @@ def test_a_name_in_two_files_is_refused(tmp_path):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("text, message", [
-    ("{", "no index of shards"), ("[]", "no index of shards"), ("{}", "no index of shards .KeyError"),
+    ("{", "not an index of shards"), ("[]", "no index of shards"), ("{}", "no index of shards .KeyError"),
     ('{"weight_map": {"a": "../x.safetensors"}}', r"names files outside its folder: \.\./x"),
     ('{"weight_map": {"a": "/x.safetensors"}}', "names files outside its folder: /x"),
 ])
@@ -250,7 +250,7 @@ def test_pickles_are_refused_whatever_they_are_called(tmp_path, monkeypatch, suf
     monkeypatch.chdir(tmp_path)
     (tmp_path / f"model{suffix}").write_bytes(pickle.dumps(Bomb()))
     for source in (tmp_path, tmp_path / f"model{suffix}", [tmp_path / f"model{suffix}"]):
-        text = "no complete safetensors" if suffix == ".safetensors" else "pickled weights are not read"
+        text = "not a complete safetensors" if suffix == ".safetensors" else "pickled weights are not read"
         with pytest.raises(WeightError, match=text):
             open_checkpoint(source)
     assert not (tmp_path / "canary").exists()
@@ -264,7 +264,7 @@ def test_a_file_cut_anywhere_is_named(tmp_path):
     header = 8 + struct.unpack("<Q", whole[:8])[0]
     for size in (0, 1, 7, 8, header // 2, header - 1, header, (header + len(whole)) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(WeightError, match=rf"f.safetensors \({size} bytes\) is no complete safetensors file"):
+        with pytest.raises(WeightError, match=rf"f.safetensors \({size} bytes\) is not a complete safetensors file"):
             load_state_dict(path)
 
 
