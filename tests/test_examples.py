@@ -66,6 +66,7 @@ def test_a_short_script_trains(path, monkeypatch, tmp_path):
     family(config.model.family).write_tiny(tmp_path / "model", 0)
     short = dataclasses.replace(
         config, model=dataclasses.replace(config.model, model_paths=str(tmp_path / "model")),
+        optimizer=dataclasses.replace(config.optimizer, lr_warmup_steps=0),
         run=dataclasses.replace(config.run, max_train_steps=2, sample_prompts=(), sample_steps=None,
                                 output_path=str(tmp_path / "run"), mode="pynative"))
     logger = train(short)

@@ -112,7 +112,7 @@ def _caption(base: str, name: str) -> str:
     if not found:
         raise DataError(
             f"the image {plain(name, 200)} has no caption file; expected {plain(stem, 200)}.txt beside it. Write "
-            "one, or pass captions=False to train without captions"
+            "one, or set instance_prompt, which serves images without a caption (captions=False of UnifiedDataset)"
         )
     if len(found) > 1:
         raise DataError(f"the image {plain(name, 200)} has two caption files, {' and '.join(map(plain, found))}. "

@@ -10,10 +10,11 @@ import math
 
 import numpy as np
 
+from ms_diffsynth.config import SETTINGS
 from ms_diffsynth.errors import ConfigError, nearest
 
 # The density of each scheme. The last four draw uniformly: they differ in the loss weight (`weighting`).
-SCHEMES = ("logit_normal", "mode", "uniform", "none", "sigma_sqrt", "cosmap", "diffsynth")
+SCHEMES = (*SETTINGS["weighting_scheme"].metadata["choices"], "uniform")
 
 
 def draw_kind(scheme: str) -> str:

@@ -12,6 +12,7 @@ from ms_diffsynth.data.loader import Batch
 from ms_diffsynth.errors import UserError
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline, pad_prompts
+from ms_diffsynth.pipelines.shared.cuts import counted_cuts
 from ms_diffsynth.program import Cut
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.training.module import DiffusionTrainingModule
@@ -118,12 +119,14 @@ def prepare_all(sets: Sequence[PreparedRows], progress: Progress) -> None:
     """Prepare every row of the data sets, or read it from its cache."""
     what = "reading" if isinstance(sets[0], CachedRows) else "preparing"
     progress.begin(sum(rows.rows for rows in sets), what, "row")
-    for rows in sets:
-        for row in range(rows.rows):
-            still()
-            rows[row]
-            progress.advance()
-    progress.end()
+    with counted_cuts() as cuts:
+        for rows in sets:
+            for row in range(rows.rows):
+                still()
+                cuts.row = rows.label(row)
+                rows[row]
+                progress.advance()
+        progress.end()
     met = {name: set().union(*(rows.dtypes.get(name, ()) for rows in sets)) for name in sets[0].dtypes}
     if mixed := [name for name, dtypes in met.items() if len(dtypes) > 1]:
         for rows in sets:

@@ -25,13 +25,14 @@ from ms_diffsynth.config import flat
 from ms_diffsynth.errors import CacheError, ConfigError, listing
 from ms_diffsynth.launch.worker import beat, still
 from ms_diffsynth.pipeline import Pipeline
+from ms_diffsynth.pipelines.shared.cuts import counted_cuts
 from ms_diffsynth.program import Cut
 from ms_diffsynth.storage.cache import Cache, PlannedRow, digest_of
 from ms_diffsynth.storage.files import sha256_of
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.logger import ModelLogger
 from ms_diffsynth.training.module import DiffusionTrainingModule
-from ms_diffsynth.training.prepared import CachedRows, prepare_row
+from ms_diffsynth.training.prepared import CachedRows, label_of, prepare_row
 from ms_diffsynth.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -105,15 +106,17 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
     pipe.compile_to_prepare(cut.prepare, len(todo))
     progress.begin(len(own), "caching", "row")
     beat(0, "prepare")
-    for key, (name, index) in own:
-        still()
-        if not cache.holds(key):
-            slots, size_of_image = prepare_row(sets[name], index, model, cut)
-            cache.write(key, slots, size_of_image)
-            written += 1
-            size += sum(array.nbytes for array in slots.values())
-        progress.advance()
-    progress.end()
+    with counted_cuts() as cuts:
+        for key, (name, index) in own:
+            still()
+            if not cache.holds(key):
+                cuts.row = label_of(sets[name], index)
+                slots, size_of_image = prepare_row(sets[name], index, model, cut)
+                cache.write(key, slots, size_of_image)
+                written += 1
+                size += sum(array.nbytes for array in slots.values())
+            progress.advance()
+        progress.end()
     done = [json.loads(text) for text in accelerator.gather_text(json.dumps([written, size]))]
     if accelerator.is_main_process:
         cache.finish()

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ms_diffsynth.errors import DataError, TemplateError
+from ms_diffsynth.pipelines.shared.cuts import tell_cut
 from ms_diffsynth.training.prepared import PreparedRows, in_bucket, prepare_all
 from ms_diffsynth.training.progress import Progress
 
@@ -113,3 +114,19 @@ def test_numbers_of_one_field_have_one_dtype_in_all_rows(limit):
     whole, = sets([0, 1])
     prepare_all([whole], Progress(enabled=False))
     assert whole[1].slots["scale"].dtype == np.int64  # an index stays one
+
+
+def test_prompts_that_are_cut_are_told_in_one_line(caplog):
+    """Each by itself where an image is sampled; of the rows of a data set their number, and the first of them."""
+    class Cutting(Module):
+        def prepare(self, data, cut):
+            tell_cut(90, "CLIP tokens", 77, "a long prompt")
+            return super().prepare(data, cut)
+
+    tell_cut(90, "CLIP tokens", 77, "a long prompt")
+    assert caplog.messages == ["prompt of 90 CLIP tokens is cut to 77: 'a long prompt'"]
+    caplog.clear()
+    data = [{"prompt": k, "image": Image.new("RGB", (8, 8))} for k in range(5)]
+    prepare_all([PreparedRows(data, Cutting(), None)], Progress(enabled=False))
+    said, = caplog.messages
+    assert said == "5 prompts are longer than 77 CLIP tokens, and cut there: row 1, row 2, row 3 and 2 more (5 in all)."

@@ -5,8 +5,6 @@ running mean and variance of the VAE's batch norm, which is never called.
 """
 from __future__ import annotations
 
-import logging
-
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint, nn, ops
@@ -21,9 +19,8 @@ from ms_diffsynth.pipelines.flux2.denoise import to_tokens
 from ms_diffsynth.pipelines.flux2.prompt import dev_ids, klein_ids
 from ms_diffsynth.pipelines.flux2.rotary import edit_places
 from ms_diffsynth.pipelines.shared import vae_units
+from ms_diffsynth.pipelines.shared.cuts import tell_cut
 from ms_diffsynth.units import PipelineUnit, TensorUnit
-
-logger = logging.getLogger(__name__)
 
 
 class TokenizePrompt(PipelineUnit):
@@ -44,7 +41,7 @@ class TokenizePrompt(PipelineUnit):
         is_dev = class_name_of(pipe.config("text_encoder")).startswith("Mistral3")
         ids = (dev_ids if is_dev else klein_ids)(tokenizer, prompt)
         if len(ids) > length:
-            logger.warning("prompt of %d tokens, template included, is cut to %d: %r", len(ids), length, prompt[:80])
+            tell_cut(len(ids), "tokens, template included,", length, prompt)
         ids = ids[:length]
         start = length - len(ids) if tokenizer.padding_side == "left" else 0
         padded, mask = np.full((1, length), tokenizer.pad_token_id, np.int32), np.zeros((1, length), np.float32)

@@ -1,8 +1,6 @@
 """What Qwen-Image encodes: the prompt by Qwen2.5-VL, the image as a video of one frame by the VAE; and decoding."""
 from __future__ import annotations
 
-import logging
-
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint, ops
@@ -10,9 +8,8 @@ from mindspore import Tensor, mint, ops
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.ops.clamp import clamp
 from ms_diffsynth.pipelines.shared import vae_units
+from ms_diffsynth.pipelines.shared.cuts import tell_cut
 from ms_diffsynth.units import PipelineUnit, TensorUnit
-
-logger = logging.getLogger(__name__)
 
 # Source: diffusers 0.35 and DiffSynth-Studio 2.1.12; both drop the template's first 34 tokens from the hidden states
 TEMPLATE = ("<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -40,7 +37,7 @@ class TokenizePrompt(PipelineUnit):
                               f"{list(PREFIX[:4])}...: another model's. Give the tokenizer/ folder of Qwen-Image.")
         ids, most = ids[len(PREFIX):], pipe.max_sequence_length
         if len(ids) > most:
-            logger.warning("prompt of %d tokens is cut to %d: %r", len(ids), most, prompt[:80])
+            tell_cut(len(ids), "tokens", most, prompt)
         ids = np.array([ids[:most]], np.int32)
         return {"prompt_ids": Tensor(ids), "prompt_mask": Tensor(np.ones(ids.shape, np.float32))}
 

@@ -4,7 +4,6 @@ Networks are imported in the functions, so that a family can be described withou
 """
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import numpy as np
 from mindspore import Tensor
 
 from ms_diffsynth.errors import DeviceError
+from ms_diffsynth.pipelines.shared.cuts import tell_cut
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.pipelines.shared.t5 import with_exact_buckets
-
-logger = logging.getLogger(__name__)
 
 CLIP_TOKENS = 77
 # the tokenizers of CLIP-L and T5 v1.1, as published with FLUX.1, and of Qwen2.5
@@ -72,6 +70,6 @@ def padded_ids(tokenizer: Any, prompt: str, length: int, name: str) -> Tensor:
     """The ids of a prompt, padded or cut to ``length``: int32 [1, length]; what is cut off is logged."""
     whole = len(tokenizer(prompt).input_ids)
     if whole > length:
-        logger.warning("prompt of %d %s tokens is cut to %d: %r", whole, name, length, prompt[:80])
+        tell_cut(whole, f"{name} tokens", length, prompt)
     ids = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="np").input_ids
     return Tensor(ids.astype(np.int32))
