@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import csv
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -17,8 +19,9 @@ from ms_diffsynth.diffusion.weighting import table as weights_of
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, DataError
 from ms_diffsynth.training.distributed import Accelerator
-from ms_diffsynth.training.hooks.validation import LEVELS
+from ms_diffsynth.training.hooks.validation import LEVELS, Validation
 from ms_diffsynth.training.logger import ModelLogger
+from ms_diffsynth.training.signals import Stopped
 from ms_diffsynth.training.two_stage import launch_data_process_task
 
 HELD_OUT = 3
@@ -158,3 +161,17 @@ def test_what_cannot_be_validated(folder, tmp_path):
 def test_settings_that_do_not_fit(settings, text):
     with pytest.raises(ConfigError, match=text):
         load_config(family="toy", dataset_base_path="data", num_epochs=1, **settings)
+
+
+@pytest.mark.fault
+def test_a_signal_in_the_first_validation_is_obeyed(folder, tmp_path, monkeypatch):
+    """Nothing is written of it; the resumed run makes it."""
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)  # unless it is given up
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Validation, "_losses", interrupted)
+        validate(tmp_path / "run", Module(folder))
+    assert not (tmp_path / "run/validation.csv").exists() and (tmp_path / "run/step-0.safetensors").is_file()
+    assert [row["step"] for row in validate(tmp_path / "run", Module(folder), resume="auto")] == [0, 2, 4]

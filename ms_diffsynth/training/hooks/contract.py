@@ -26,6 +26,42 @@ class Hook:
         """After the last step, or after the step at which a signal stopped the run."""
 
 
+class Look(Hook):
+    """A hook that looks at the weights before the first step, every N steps and at the end, once at each of them.
+
+    ``every``: steps; None looks before the first step and at the end. A subclass has ``last_look``, and ``look``, which
+    a signal may end at any place.
+    """
+
+    every: int | None
+
+    def start(self, trainer: Trainer) -> None:
+        self.after_step(trainer)
+
+    def after_step(self, trainer: Trainer) -> None:
+        if is_due(self.every, trainer.logger.num_steps):
+            self.look_once(trainer)
+
+    def end(self, trainer: Trainer) -> None:
+        self.look_once(trainer)
+
+    def look_once(self, trainer: Trainer) -> None:
+        """Look, unless that is done at this step."""
+        if self.last_look(trainer) == trainer.logger.num_steps:
+            return
+        with trainer.looking() as is_wanted:
+            if is_wanted:
+                self.look(trainer)
+
+    def last_look(self, trainer: Trainer) -> int:
+        """The step of the last look; -1 before the first."""
+        raise TypeError(f"{type(self).__name__} has no last_look: implement it.")
+
+    def look(self, trainer: Trainer) -> None:
+        """Look, on the first rank, at the weights or at their moving average."""
+        raise TypeError(f"{type(self).__name__} has no look: implement it.")
+
+
 def is_due(every: int | None, step: int) -> bool:
     """Whether something that happens every N steps is due after ``step`` of them; None: only before the first."""
     return step % every == 0 if every else step == 0

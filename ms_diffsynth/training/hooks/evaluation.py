@@ -11,7 +11,7 @@ from ms_diffsynth.data.plots import kid_curve
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.evaluate import Evaluator
 from ms_diffsynth.storage.files import write_file
-from ms_diffsynth.training.hooks.contract import Hook, is_due
+from ms_diffsynth.training.hooks.contract import Look
 from ms_diffsynth.training.hooks.rows import read_rows, write_rows
 from ms_diffsynth.training.state import run_folder
 from ms_diffsynth.training.trainer import Trainer
@@ -20,7 +20,7 @@ FILE = "evaluation.csv"
 COLUMNS = ("step", "kid", "kid_low", "kid_high", "kid_floor", "memorised")
 
 
-class Evaluation(Hook):
+class Evaluation(Look):
     """Compares images of a model in training with real ones, before the first step, every N steps and at the end;
     docs/how_to/evaluation.md says what the numbers mean.
 
@@ -51,32 +51,22 @@ class Evaluation(Hook):
     def start(self, trainer: Trainer) -> None:
         if trainer.resumed_from is not None:
             self.rows = read_rows(run_folder(trainer.resumed_from) / FILE, trainer.logger.num_steps)
-        self.after_step(trainer)
+        super().start(trainer)
 
-    def after_step(self, trainer: Trainer) -> None:
-        if is_due(self.every, trainer.logger.num_steps):
-            self._evaluate(trainer)
+    def last_look(self, trainer: Trainer) -> int:
+        return self.rows[-1]["step"] if self.rows else -1
 
-    def end(self, trainer: Trainer) -> None:
-        self._evaluate(trainer)
-
-    def _evaluate(self, trainer: Trainer) -> None:
-        """Evaluate the present weights, once. Raises: OutputError."""
-        step, logger = trainer.logger.num_steps, trainer.logger
-        if self.rows and self.rows[-1]["step"] == step:
-            return
-        with trainer.looking() as is_wanted:
-            if not is_wanted:
-                return
-            began = time.perf_counter()
-            found = self.evaluator.evaluate(self.sampler(self.count))
-            self.rows.append({"step": step, **found.record()})
-            rounded = [{name: round(value, 6) for name, value in row.items()} for row in self.rows]
-            write_rows(logger.output_path / FILE, COLUMNS, rounded)
-            write_file(logger.output_path / f"samples/nearest-step-{step}.png", found.nearest_png)
-            logger.write_image("kid.png", kid_curve(self.rows))
-            logger.scalars(found.record(), step)
-            logger.event("evaluation", **found.record(), pictures=self.count,
-                         reference=str(self.evaluator.reference.folder), seconds=round(time.perf_counter() - began, 2))
-            trainer.progress.say(f"step {step}: KID {found.kid} on EfficientNet-Lite0 features, floor "
-                                 f"{found.floor[1]:.4f}; {found.is_memorised.sum()} of {self.count} near copies")
+    def look(self, trainer: Trainer) -> None:
+        """Evaluate the present weights. Raises: OutputError."""
+        step, logger, began = trainer.logger.num_steps, trainer.logger, time.perf_counter()
+        found = self.evaluator.evaluate(self.sampler(self.count))
+        self.rows.append({"step": step, **found.record()})
+        rounded = [{name: round(value, 6) for name, value in row.items()} for row in self.rows]
+        write_rows(logger.output_path / FILE, COLUMNS, rounded)
+        write_file(logger.output_path / f"samples/nearest-step-{step}.png", found.nearest_png)
+        logger.write_image("kid.png", kid_curve(self.rows))
+        logger.scalars(found.record(), step)
+        logger.event("evaluation", **found.record(), pictures=self.count,
+                     reference=str(self.evaluator.reference.folder), seconds=round(time.perf_counter() - began, 2))
+        trainer.progress.say(f"step {step}: KID {found.kid} on EfficientNet-Lite0 features, floor "
+                             f"{found.floor[1]:.4f}; {found.is_memorised.sum()} of {self.count} near copies")

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from ms_diffsynth.training.hooks.contract import Hook, is_due
+from ms_diffsynth.training.hooks.contract import Look
 from ms_diffsynth.training.trainer import Trainer
 
 
-class Samples(Hook):
+class Samples(Look):
     """Writes ``samples/step-N.png``, and at the end ``samples/before_after.png``.
 
     Args:
@@ -21,23 +21,15 @@ class Samples(Hook):
     def __init__(self, sampler: Callable[[], list[Image.Image]], captions: list[str], every: int | None = None):
         self.sampler, self.captions, self.every = sampler, captions, every
 
-    def start(self, trainer: Trainer) -> None:
-        self.after_step(trainer)
+    def last_look(self, trainer: Trainer) -> int:
+        return max(trainer.logger.samples, default=-1)
 
-    def after_step(self, trainer: Trainer) -> None:
-        if is_due(self.every, trainer.logger.num_steps):
-            self._make(trainer)
+    def look(self, trainer: Trainer) -> None:
+        logger = trainer.logger
+        path = logger.log_samples(logger.num_steps, self.sampler(), self.captions)
+        trainer.progress.say(f"samples: {path}")
 
     def end(self, trainer: Trainer) -> None:
-        self._make(trainer)
+        super().end(trainer)
         if trainer.accelerator.is_main_process:
             trainer.logger.write_comparison(self.captions)
-
-    def _make(self, trainer: Trainer) -> None:
-        logger = trainer.logger
-        if logger.num_steps in logger.samples:
-            return
-        with trainer.looking() as is_wanted:
-            if is_wanted:
-                path = logger.log_samples(logger.num_steps, self.sampler(), self.captions)
-                trainer.progress.say(f"samples: {path}")

@@ -17,7 +17,7 @@ from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import UnitSequence
-from ms_diffsynth.training.hooks.contract import Hook, is_due
+from ms_diffsynth.training.hooks.contract import Look
 from ms_diffsynth.training.hooks.rows import read_rows, write_rows
 from ms_diffsynth.training.prepared import PreparedRows, prepare_all
 from ms_diffsynth.training.state import run_folder
@@ -27,7 +27,7 @@ FILE = "validation.csv"
 LEVELS = 8
 
 
-class Validation(Hook):
+class Validation(Look):
     """Adds a row to ``validation.csv`` before the first step, every N steps and at the end: the mean loss, and the mean
     at each noise level, of all held-out images. The bar shows the mean as ``val``.
 
@@ -71,35 +71,25 @@ class Validation(Hook):
             rows = read_rows(run_folder(trainer.resumed_from) / FILE, trainer.logger.num_steps)
             if rows and set(rows[0]) == set(self.columns):  # otherwise they are of other levels
                 self.rows = rows
-        self.after_step(trainer)
+        super().start(trainer)
 
-    def after_step(self, trainer: Trainer) -> None:
-        if is_due(self.every, trainer.logger.num_steps):
-            self._validate(trainer)
+    def last_look(self, trainer: Trainer) -> int:
+        return self.rows[-1]["step"] if self.rows else -1
 
-    def end(self, trainer: Trainer) -> None:
-        self._validate(trainer)
-
-    def _validate(self, trainer: Trainer) -> None:
-        step = trainer.logger.num_steps
-        if self.rows and self.rows[-1]["step"] == step:
-            return
-        with trainer.looking() as is_wanted:
-            if not is_wanted:
-                return
-            began = time.perf_counter()
-            losses = np.array([self._losses(row) for row in range(self.dataset.rows)], np.float64)
-            found = dict(zip(self.names, losses.mean(axis=0).tolist()))
-            self.rows.append({"step": step, "loss": float(losses.mean()), **found})
-            write_rows(trainer.logger.output_path / FILE, self.columns, [
-                {name: f"{v:.9g}" if isinstance(v, float) else v for name, v in row.items()} for row in self.rows])
-            trainer.logger.scalars({"validation_loss": self.rows[-1]["loss"]}, step)
-            trainer.logger.event("validation", loss=self.rows[-1]["loss"], images=self.dataset.rows,
-                                 seconds=round(time.perf_counter() - began, 2))
-        trainer.progress.shown["val"] = f"{self.rows[-1]['loss']:.4f}"
-        first = f", {self.rows[0]['loss']:.4f} at step {self.rows[0]['step']:.0f}" if len(self.rows) > 1 else ""
-        trainer.progress.say(f"step {step}: validation loss {self.rows[-1]['loss']:.4f} of {self.dataset.rows} "
-                             f"images{first}")
+    def look(self, trainer: Trainer) -> None:
+        """Add the row of the present weights. Raises: OutputError."""
+        step, began = trainer.logger.num_steps, time.perf_counter()
+        losses = np.array([self._losses(row) for row in range(self.dataset.rows)], np.float64)
+        loss = float(losses.mean())
+        self.rows.append({"step": step, "loss": loss, **dict(zip(self.names, losses.mean(axis=0).tolist()))})
+        write_rows(trainer.logger.output_path / FILE, self.columns, [
+            {name: f"{v:.9g}" if isinstance(v, float) else v for name, v in row.items()} for row in self.rows])
+        trainer.logger.scalars({"validation_loss": loss}, step)
+        trainer.logger.event("validation", loss=loss, images=self.dataset.rows,
+                             seconds=round(time.perf_counter() - began, 2))
+        trainer.progress.shown["val"] = f"{loss:.4f}"
+        first = f", {self.rows[0]['loss']:.4f} at step {self.rows[0]['step']}" if len(self.rows) > 1 else ""
+        trainer.progress.say(f"step {step}: validation loss {loss:.4f} of {self.dataset.rows} images{first}")
 
     def _losses(self, row: int) -> list[float]:
         """The loss of one row at each level."""
