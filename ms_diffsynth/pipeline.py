@@ -32,6 +32,7 @@ from ms_diffsynth.nn.adapters import adapter_of, formats
 from ms_diffsynth.nn.adapters.layer import linear_modules
 from ms_diffsynth.nn.adapters.linear import fuse
 from ms_diffsynth.nn.names import assign, torch_shapes
+from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.program import Cut, Program, slot
 from ms_diffsynth.storage.files import sha256_of
 from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
@@ -196,6 +197,7 @@ class Pipeline:
         self.unit_runner = UnitRunner()
         self.compiled_steps: dict[tuple[str, tuple[str, ...]], CompiledStep] = {}
         self.units_to_compile: frozenset[str] = frozenset()
+        self.records_loss = False  # True while a training module's own forward is recorded
         self.keeps_models = True  # False: what has prepared the rows is unloaded then
         self.units = self.build_units()
         if any("moments" in unit.output_params for unit in self.units):  # no VAE, no posterior
@@ -263,9 +265,32 @@ class Pipeline:
             self.inputs = (*self.inputs, name)
             self.units[:0] = self.optional_units[name]
 
-    def model_fn(self, **slots: Any) -> Tensor:
+    @property
+    def model_fn(self) -> Callable[..., Tensor]:
         """The network's velocity for named slots (``latents``, ``sigma``, conditions); others are ignored."""
+        return self._model_fn
+
+    @model_fn.setter
+    def model_fn(self, function: Any) -> None:
+        raise ProgramError(f"{type(self).__name__}.model_fn was assigned: training and sampling would not use it, they "
+                           "compile the unit pipe.denoise. Write a TensorUnit that reads latents and sigma and writes "
+                           "velocity, and assign that to pipe.denoise.")
+
+    def _model_fn(self, **slots: Any) -> Tensor:
+        self.recompute_as_asked(slots)
         return run_unit(self.denoise, self, slots)[self.denoise.output_params[0]]
+
+    def recompute_as_asked(self, slots: Mapping[str, Any]) -> None:
+        """Let the network's blocks be computed again in backward if ``use_gradient_checkpointing``, or with
+        ``_offload`` at its end, is among ``slots`` and true.
+        """
+        is_offloaded = bool(slots.get("use_gradient_checkpointing_offload"))
+        if not (slots.get("use_gradient_checkpointing") or is_offloaded):
+            return
+        network, component = getattr(self, self.network), self.store.component(self.network)
+        if not (component.recomputes_itself or getattr(network, "has_recomputed_blocks", False)):
+            use_recompute(network, offload=is_offloaded)
+            self.forget_compiled()
 
     def run(self, units: Sequence[Any], slots: dict[str, Any]) -> dict[str, Any]:
         """Run units eagerly on named slots; returns all slots."""
@@ -473,15 +498,17 @@ def _fresh_random(stream: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def pad_prompts(pipe: Pipeline, slots: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int | None]:
-    """Slots of one row, those of varying length padded with zeros to the next length there is; and that length.
+def pad_prompts(pipe: Pipeline, slots: dict[str, np.ndarray],
+                least: int = 0) -> tuple[dict[str, np.ndarray], int | None]:
+    """Slots of one row, those of varying length padded with zeros to the next length there is, which is ``least`` or
+    longer; and that length.
 
     Raises: DataError when a row is longer than the longest.
     """
     names = [name for name in pipe.padded_slots if name in slots]
     if not names:
         return slots, None
-    length = max(len(slots[name]) for name in names)
+    length = max(least, *(len(slots[name]) for name in names))
     fitting = [n for n in sorted(pipe.prompt_lengths) if n >= length]
     if not fitting:
         raise DataError(f"a prompt of {length} tokens is longer than the longest of prompt_lengths="

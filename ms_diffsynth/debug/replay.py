@@ -301,7 +301,7 @@ def _from_prepare(run: Trainer, batches: list[Batch], findings: list[Finding]) -
     batch, position = batches[first.micro_step - 1], first.rows[0]
     half = len(batch.indices) if run.class_dataset is None else len(batch.indices) // 2
     rows = run.dataset if position < half else run.class_dataset
-    if isinstance(rows, CachedRows):
+    if isinstance(rows, CachedRows) or run.own_forward is not None:
         return findings
     with Probes(run.cut.prepare, run.module.pipe.models) as probes:
         probes.begin(1)

@@ -147,6 +147,7 @@ def use_recompute(model: nn.Cell, blocks: Sequence[str] | None = None, offload: 
                 block.construct = partial(_offloaded_forward, block.construct)
             else:
                 block.recompute(**_OPTIONS)
+    model.has_recomputed_blocks = True
     return len(chosen)
 
 

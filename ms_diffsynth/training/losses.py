@@ -1,7 +1,7 @@
 """The documents' loss functions: called eagerly, with the slots that the pipeline's units wrote."""
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mindspore import Tensor
@@ -11,7 +11,14 @@ from ms_diffsynth.errors import ProgramError
 from ms_diffsynth.pipeline import Pipeline
 
 
-def FlowMatchSFTLoss(pipe: Pipeline, **inputs: Any) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class RecordedLoss:
+    """The loss of one row before it is computed: the slots that it is computed of. See `training.own_forward`."""
+
+    slots: dict[str, Any]
+
+
+def FlowMatchSFTLoss(pipe: Pipeline, **inputs: Any) -> Tensor | RecordedLoss:
     """Loss of one prepared sample or batch, by the same units the compiled step runs: flow matching, or what else the
     family's objective is.
 
@@ -19,14 +26,20 @@ def FlowMatchSFTLoss(pipe: Pipeline, **inputs: Any) -> Tensor:
         inputs: the slots that ``pipe.units`` wrote; ``input_latents`` (with posterior "sample" also ``moments``) and
             what the network reads are used, anything else is ignored.
 
-    Returns: float32 scalar. Noise and noise level come from ``pipe.random``. The weight of class images is not applied
-        here: `training.program_step.ModuleTrainStep` does that, when it averages the rows of a batch.
+    ``use_gradient_checkpointing`` and ``use_gradient_checkpointing_offload`` are obeyed, from the first call on.
+
+    Returns: float32 scalar; a `RecordedLoss` while a ``forward`` is recorded to be compiled. Noise and noise level come
+        from ``pipe.random``. The weight of class images is not applied here: `training.program_step.ModuleTrainStep`
+        does that, when it averages the rows of a batch.
     Raises: ProgramError when there are no latents, or when the pipeline is not in training mode.
     Source: DiffSynth-Studio 2.1.12, diffusion/loss.py, with sigma looked up by index in float32.
     """
     if pipe.sigmas is None:
         raise ProgramError("FlowMatchSFTLoss needs a grid of noise levels, but the pipeline has none: call "
                            "switch_pipe_to_training_mode first.")
+    pipe.recompute_as_asked(inputs)
+    if pipe.records_loss:
+        return RecordedLoss(inputs)
     latents = _latents(pipe, inputs)
     objective, shape = pipe.objective, tuple(latents.shape)
     drawn = {name: Tensor(objective.draw(name, shape, len(pipe.sigmas), pipe.random))

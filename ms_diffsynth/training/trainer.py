@@ -22,6 +22,7 @@ from ms_diffsynth.training.logger import ModelLogger
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.optim import LearningRate, build_optimizer
 from ms_diffsynth.training.options import TrainingOptions
+from ms_diffsynth.training.own_forward import PRICE, NotCompilable, OwnForward
 from ms_diffsynth.training.prepared import CachedRows, PreparedRows, prepare_all
 from ms_diffsynth.training.program_step import ModuleTrainStep, ProgramTrainStep
 from ms_diffsynth.training.progress import Progress
@@ -62,16 +63,17 @@ class Trainer:
         self.hooks, self.identity, self.resumed_from = list(hooks), dict(identity or {}), resume_from
         self.settings = dict(settings or {})
         self.stop, self.at_exit = StopRequest(), contextlib.ExitStack()
-        self.is_eager = module.has_own_forward
-        self.cut = None if self.is_eager else module.training_cut()
         self.draws = Draws(options.seed)
         self.progress = Progress(accelerator.is_main_process)
         module.pipe.announce = self._announce
+        self.own_forward = self._own_forward(dataset)
+        self.is_eager = module.has_own_forward and self.own_forward is None
+        self.cut = None if self.is_eager else self.own_forward.cut if self.own_forward else module.training_cut()
         self.dataset, self.class_dataset = self._prepared(dataset, class_dataset)
         self.loader = Loader(self.dataset, options.batch_size, seed=options.seed, class_dataset=self.class_dataset,
                              bucket_of=getattr(self.dataset, "bucket_of", None),
                              class_bucket_of=getattr(self.class_dataset, "bucket_of", None),
-                             num_workers=options.num_workers if self.is_eager else 0,
+                             num_workers=options.num_workers if module.has_own_forward else 0,
                              rank=accelerator.process_index, world_size=accelerator.num_processes)
         self.steps_per_epoch = -(-len(self.loader) // options.gradient_accumulation_steps)
         by_epochs = None if options.num_epochs is None else options.num_epochs * self.steps_per_epoch
@@ -88,9 +90,10 @@ class Trainer:
         if self.is_eager:
             self.step = ModuleTrainStep(module, self.optimizer, **how)
         else:
-            buckets = {self.dataset.bucket_of(row) for row in range(self.dataset.rows)}
+            buckets = (None if self.own_forward else  # it may crop and pad as it likes
+                       len({self.dataset.bucket_of(row) for row in range(self.dataset.rows)}))
             self.step = ProgramTrainStep(module, self.cut, self.optimizer, **how, mode=accelerator.mode,
-                                         planned_compilations=len(buckets), announce=self._announce)
+                                         planned_compilations=buckets, announce=self._announce)
         self.report = StepReport(logger, self.progress, self.step, self.dataset, self.class_dataset)
         if resume_from is not None:
             self.restore(resume_from)
@@ -108,7 +111,7 @@ class Trainer:
             raise ConfigError("class_dataset is given, but the objective has no prior_loss_weight: the class images "
                               "would be trained on like any other. Set Objective(prior_loss_weight=1.0), or leave them "
                               "out.")
-        if self.is_eager:
+        if self.module.has_own_forward:
             return dataset, class_dataset
         beat(0, "prepare")
         sets = [d if d is None or isinstance(d, PreparedRows) else PreparedRows(d, self.module, self.cut)
@@ -119,10 +122,24 @@ class Trainer:
         prepare_all(rows, self.progress)
         return sets[0], sets[1]
 
+    def _own_forward(self, dataset: Any) -> OwnForward | None:
+        """The module's own forward, compiled. None where it has none, in PyNative, and where that cannot be: the price
+        is said.
+        """
+        if not self.module.has_own_forward or self.accelerator.mode != "graph":
+            return None
+        beat(0, "prepare")
+        try:
+            return OwnForward(self.module, dataset[0])
+        except NotCompilable as reason:
+            self.progress.say(f"{type(self.module).__name__}.forward is not compiled: {reason}; {PRICE}.")
+            return None
+
     def _describe(self) -> str:
         """What is about to be trained, in one line."""
         count, tensors = sum(p.size for p in self.optimizer.parameters), len(self.optimizer.parameters)
         where = "eagerly, by the module's own forward" if self.is_eager else f"in {self.accelerator.mode} mode"
+        where += ", by the module's own forward" if self.own_forward else ""
         ranks = self.accelerator.num_processes
         return (f"training {count:,} parameters in {tensors} tensor{'s' if tensors > 1 else ''} {where} on "
                 f"{self.accelerator.device}{f', {ranks} ranks' if ranks > 1 else ''}: {self.total} steps, "
@@ -225,9 +242,14 @@ class Trainer:
         """
         if self.is_eager:
             return batch.items
-        slots = collate([item.slots for item in batch.items])
         pipe, random = self.module.pipe, self.draws.of(batch.sample_indices)
-        shape = pipe.latent_shape(*batch.items[0].size)
+        if self.own_forward is not None:
+            randoms = [self.draws.of(number) for number in batch.sample_indices[:, None]]
+            slots = self.own_forward.slots(batch.items, randoms)
+            shape = self.own_forward.latent_shape(slots)
+        else:
+            slots = collate([item.slots for item in batch.items])
+            shape = pipe.latent_shape(*batch.items[0].size)
         for name in self.cut.draws:
             slots[name] = pipe.objective.draw(name, (len(batch.items), *shape), len(pipe.sigmas), random)
         return [runtime.to_device(slots[name]) for name in (*self.cut.cache, *self.cut.draws)]

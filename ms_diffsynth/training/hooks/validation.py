@@ -47,7 +47,7 @@ class Validation(Look):
 
     def start(self, trainer: Trainer) -> None:
         module, pipe = trainer.module, trainer.module.pipe
-        if trainer.is_eager:
+        if module.has_own_forward:
             raise ConfigError(f"validation_steps={self.every} with {type(module).__name__}.forward: a forward of your "
                               "own draws its noise itself. Remove forward, or validation_steps.")
         task = pipe.objective
