@@ -24,7 +24,7 @@ from ms_diffsynth.diffusion.tasks import Task, task
 from ms_diffsynth.diffusion.units import Objective, SampleLatents
 from ms_diffsynth.errors import ConfigError, DataError, ProgramError, listing, nearest
 from ms_diffsynth.formats.lora import load_adapter
-from ms_diffsynth.formats.weights import load_state_dict, match
+from ms_diffsynth.formats.weights import asked_dtype, load_state_dict, match
 from ms_diffsynth.hub.card import Licence, Loader
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.models import Component, ModelStore, Source
@@ -435,14 +435,15 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, model_configs: Sequence[ModelConfig] | ModelConfig | str, *,
-                        mindspore_dtype: ms.Type | None = None, device: str | None = None,
+                        mindspore_dtype: ms.Type | None = None, torch_dtype: Any = None, device: str | None = None,
                         **tokenizer_configs: ModelConfig | None) -> Pipeline:
         """A pipeline whose models are loaded at first use.
 
         Args:
             model_configs: a diffusers-format folder, or a ModelConfig for each component, and for a
                 scheduler_config.json.
-            mindspore_dtype: compute dtype; None means bfloat16 on Ascend, float32 on the CPU.
+            mindspore_dtype, torch_dtype: compute dtype, by either name; None means bfloat16 on Ascend, float32 on the
+                CPU.
             tokenizer_configs: ``<name>_config`` for each tokenizer of the family (``tokenizer_config``, or
                 ``tokenizer_1_config`` and so on); None uses the model's own, or the one shipped with the package.
         """
@@ -451,8 +452,7 @@ class Pipeline:
             if name not in tokenizers:
                 raise TypeError(f"{cls.__name__}.from_pretrained() got an unexpected keyword argument '{name}'")
         runtime.use_device(device)
-        dtype = None if mindspore_dtype is None else runtime.dtype_name(mindspore_dtype)
-        pipe = cls(dtype=runtime.compute_dtype(dtype))
+        pipe = cls(dtype=runtime.compute_dtype(asked_dtype(mindspore_dtype, torch_dtype)))
         if isinstance(model_configs, (str, Path)):
             model_configs = [ModelConfig(str(model_configs))]
         elif isinstance(model_configs, ModelConfig):

@@ -226,11 +226,6 @@ def compute_dtype(name: str | None) -> ms.Type:
     return DTYPES[name or "bfloat16"]
 
 
-def dtype_name(dtype: ms.Type) -> str:
-    """``"float32"`` for mindspore.float32, and so on."""
-    return {value: key for key, value in DTYPES.items()}[dtype]
-
-
 def model_base_path() -> str | None:
     """Folder that holds downloaded models, from MS_DIFFSYNTH_MODEL_BASE_PATH; None uses the hub's own cache."""
     return os.environ.get("MS_DIFFSYNTH_MODEL_BASE_PATH") or None

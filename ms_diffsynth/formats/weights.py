@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ms_diffsynth.errors import WeightError, listing, nearest
+from ms_diffsynth.errors import ConfigError, WeightError, listing, nearest
 from ms_diffsynth.formats.shards import INDEX, PICKLES, Source, find_files, names_in, pickle_text
 from ms_diffsynth.storage.files import stage_folder, write_file
 
@@ -115,27 +115,45 @@ def open_checkpoint(source: Source) -> Checkpoint:
     return checkpoint
 
 
-def load_state_dict(path: Source, torch_dtype: Any = None, device: str = "cpu") -> dict[str, np.ndarray]:
+def load_state_dict(path: Source, torch_dtype: Any = None, device: str = "cpu",
+                    mindspore_dtype: Any = None) -> dict[str, np.ndarray]:
     """All tensors of a checkpoint in memory.
 
     Args:
         path: see `open_checkpoint`.
-        torch_dtype: float32, float16, bfloat16 or float64 as a name, a NumPy type or a MindSpore type; floating-point
-            tensors are cast to it, others are not. None keeps what the file holds.
+        torch_dtype, mindspore_dtype: float32, float16, bfloat16 or float64 as a name, a NumPy type or a MindSpore
+            type; floating-point tensors are cast to it, others are not. None keeps what the file holds.
         device: only "cpu": arrays live on the host.
 
     Raises: WeightError, also for a value that does not fit into the dtype.
     """
     if device != "cpu":
         raise WeightError(f"device='{device}': expected 'cpu'. Weights are loaded as NumPy arrays.")
-    dtype = None if torch_dtype is None else float_dtype(torch_dtype)
+    asked = asked_dtype(mindspore_dtype, torch_dtype)
+    dtype = None if asked is None else float_dtype(asked)
     tensors = open_checkpoint(path).tensors()
     return {name: array if dtype is None else cast(array, dtype, name) for name, array in tensors}
 
 
+def dtype_name(dtype: Any) -> str:
+    """``"float32"`` for mindspore.float32, torch.float32, numpy.float32 or its name, and so on."""
+    is_numpy = isinstance(dtype, np.dtype) or (isinstance(dtype, type) and issubclass(dtype, np.generic))
+    return np.dtype(dtype).name if is_numpy else str(dtype).rpartition(".")[2].lower()
+
+
+def asked_dtype(mindspore_dtype: Any, torch_dtype: Any) -> str | None:
+    """The name of the dtype that a function was given under either name. Raises: ConfigError for two that differ."""
+    names = {name: dtype_name(dtype) for name, dtype in (("mindspore_dtype", mindspore_dtype),
+                                                         ("torch_dtype", torch_dtype)) if dtype is not None}
+    if len(set(names.values())) > 1:
+        raise ConfigError(f"mindspore_dtype={names['mindspore_dtype']} and torch_dtype={names['torch_dtype']}: the two "
+                          "mean the same. Give one of them.")
+    return next(iter(names.values()), None)
+
+
 def float_dtype(dtype: Any) -> np.dtype:
     """The NumPy dtype of a name, a NumPy type or a MindSpore type. Raises: WeightError."""
-    name = np.dtype(dtype).name if isinstance(dtype, (type, np.dtype)) else str(dtype).lower()
+    name = dtype_name(dtype)
     if name not in FLOATS:
         raise WeightError(f"dtype {dtype}: expected one of {listing(FLOATS)}.{nearest(name, FLOATS)}")
     return FLOATS[name]

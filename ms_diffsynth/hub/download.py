@@ -1,6 +1,7 @@
-"""Where the files of a model are: a local path, a local copy of a repository, or the Hugging Face Hub and its cache.
+"""Where the files of a model are: a local path, a local copy of a repository, or a hub and its cache.
 
-The token is huggingface_hub's business (``hf auth login``): it is never a setting here and never in a message.
+The token is the business of the hub's client (``hf auth login``, ``modelscope login``): it is never a setting here and
+never in a message.
 """
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ from huggingface_hub.errors import (
 )
 
 from ms_diffsynth.errors import ConfigError, HubError, WeightError, listing, nearest
+from ms_diffsynth.hub import modelscope_download
 from ms_diffsynth.storage.files import sha256_of
 
 # huggingface_hub < 1 raises errors of requests, which are OSErrors; 1 and 2 those of httpx, which are not
@@ -36,6 +38,8 @@ NETWORK_ERRORS = (OSError, HfHubHTTPError.__bases__[0])
 
 logger = logging.getLogger(__name__)
 
+SOURCES = ("huggingface", "modelscope")
+SOURCE_VARIABLE = "MS_DIFFSYNTH_DOWNLOAD_SOURCE"
 ATTEMPTS = 3  # a download resumes where it was cut
 TOO_MUCH_IS_HERE = 416  # the answer to a request for what comes after the end of a file
 WAIT_SECONDS = 1.0  # before the second attempt, doubled before each further one
@@ -53,8 +57,9 @@ class ModelConfig:
         revision: branch, tag or commit. `resolve` replaces it by the commit that was used.
         local_model_path: a folder with copies of repositories, ``<local_model_path>/<model_id>/...``, looked at first.
         skip_download: never ask the network, take what the cache holds.
-        endpoint: address of the hub; None is huggingface_hub's own (``HF_ENDPOINT``).
-        cache_dir: None is huggingface_hub's own (``HF_HOME``).
+        endpoint: address of the hub; None is its client's own (``HF_ENDPOINT``, ``MODELSCOPE_ENDPOINT``).
+        cache_dir: None is the client's own (``HF_HOME``, ``MODELSCOPE_CACHE``).
+        download_source: ``"huggingface"`` or ``"modelscope"``; None is MS_DIFFSYNTH_DOWNLOAD_SOURCE, or huggingface.
     """
 
     path: str | os.PathLike[str] | list[str | os.PathLike[str]] | None = None
@@ -65,6 +70,7 @@ class ModelConfig:
     skip_download: bool = False
     endpoint: str | None = None
     cache_dir: str | os.PathLike[str] | None = None
+    download_source: str | None = None
 
     def resolve(self, base_path: str | os.PathLike[str] | None = None) -> list[Path]:
         """The files, sorted, or the one folder when a whole folder is named; downloaded when they are not here yet.
@@ -85,13 +91,26 @@ class ModelConfig:
             if found := _select(folder, self.origin_file_pattern):
                 logger.info("%s: using the local copy %s.", self, folder)
                 return found
-        folder = _Repository(self).snapshot()
-        self.revision = folder.name
+        if self.source == "modelscope":
+            folder, self.revision = modelscope_download.snapshot(
+                self, lambda names: _matching(names, self.origin_file_pattern))
+        else:
+            folder = _Repository(self).snapshot()
+            self.revision = folder.name
         found = _select(folder, self.origin_file_pattern)
         if not found:
             raise HubError(f"{self}: no such file in the cache {folder}, which holds {listing(_files_in(folder))}. "
                            "Run once with a connection to download it.")
         return found
+
+    @property
+    def source(self) -> str:
+        """The hub that is asked. Raises: ConfigError for one that is unknown."""
+        source = self.download_source or os.environ.get(SOURCE_VARIABLE) or SOURCES[0]
+        if source not in SOURCES:
+            where = "download_source" if self.download_source else SOURCE_VARIABLE
+            raise ConfigError(f"{where}={source!r}: expected {' or '.join(SOURCES)}.{nearest(source, SOURCES)}")
+        return source
 
     def download_if_necessary(self, base_path: str | os.PathLike[str] | None = None) -> None:
         """`resolve`, and put the result into ``path``: a text for one path, a list for several."""

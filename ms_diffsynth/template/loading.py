@@ -1,8 +1,10 @@
 """From a template's folder, or its name on a hub, to its model."""
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import textwrap
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from mindspore import Tensor, nn, ops
 
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, TemplateError, UserError, listing, nearest
-from ms_diffsynth.formats.weights import match, open_checkpoint
+from ms_diffsynth.formats.weights import asked_dtype, match, open_checkpoint
 from ms_diffsynth.hub.download import ModelConfig, parse_path_or_model_id
 from ms_diffsynth.nn.names import assign, torch_shapes
 from ms_diffsynth.template.code import TemplateCode, check_trust, line_in, read_code, run_code, weight_files
@@ -139,23 +141,54 @@ def open_template(path: str | Path | ModelConfig, trust_template_code: bool = Fa
 
 
 def load_template_model(path: str | Path | ModelConfig, mindspore_dtype: ms.Type | None = None,
-                        device: str | None = None, *, trust_template_code: bool = False,
+                        device: str | None = None, *, torch_dtype: Any = None, trust_template_code: bool = False,
                         trust_template_sha256: str | None = None) -> nn.Cell:
     """The model of a template; see `open_template` and `Template.build`.
 
     Args:
-        mindspore_dtype: of its weights; None is float32. device: ``"CPU"`` or ``"Ascend"``; None is the present one.
+        mindspore_dtype, torch_dtype: of its weights, by either name; None is float32.
+        device: ``"CPU"`` or ``"Ascend"``; None is the present one.
     """
     runtime.use_device(device)
     template = open_template(path, trust_template_code, trust_template_sha256)
-    return template.build(ms.float32 if mindspore_dtype is None else mindspore_dtype)
+    asked = asked_dtype(mindspore_dtype, torch_dtype) or "float32"
+    if asked not in runtime.DTYPES:
+        raise ConfigError(f"dtype='{asked}': expected one of {listing(runtime.DTYPES)}."
+                          f"{nearest(asked, runtime.DTYPES)}")
+    return template.build(runtime.DTYPES[asked])
 
 
 def forward_arguments(model: nn.Cell) -> tuple[str, ...]:
-    """Names of what ``forward`` takes from ``process_inputs``: its parameters without a default."""
-    return tuple(p.name for p in inspect.signature(model.forward).parameters.values()
-                 if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-                 and p.name not in RESERVED)
+    """Names of what ``forward`` takes from ``process_inputs``: its parameters without a default, and what is written
+    there as a key of the returned dict and fits one with a default, or ``**kwargs``.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = {p.name: p.default is p.empty for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = [name for name, is_needed in named.items() if is_needed]
+    names += [key for key in returned_keys(model.process_inputs) if key in named or takes_all]
+    return tuple(name for name in dict.fromkeys(names) if name not in RESERVED)
+
+
+def returned_keys(function: Callable[..., Any]) -> list[str]:
+    """Keys, written as texts, of the dict that a function returns, made where it is returned or under a name before."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    names = {value.id for value in returned if isinstance(value, ast.Name)}
+    keys: list[ast.AST | None] = []
+    for node in ast.walk(tree):
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            if isinstance(target, ast.Name) and target.id in names:
+                returned.append(node.value)
+            elif isinstance(target, ast.Subscript) and getattr(target.value, "id", None) in names:
+                keys.append(target.slice)
+    keys += [key for value in returned if isinstance(value, ast.Dict) for key in value.keys]
+    return [key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
+
+
+def forward_options(model: nn.Cell, **options: bool) -> dict[str, bool]:
+    """Those of ``use_gradient_checkpointing`` and ``use_gradient_checkpointing_offload`` that ``forward`` names."""
+    return {name: value for name, value in options.items() if takes(model.forward, name)}
 
 
 def takes(method: Callable[..., Any], name: str) -> bool:
@@ -192,8 +225,8 @@ def processed(template: Template, model: nn.Cell, pipe: Any, inputs: dict[str, A
     lost, odd = [n for n in names if n not in result], [n for n in result if n not in names]
     if lost or odd:
         raise TemplateError(f"{place} returned {listing(result) or 'nothing'}, and forward takes {listing(names)}: "
-                            f"expected the same names.{nearest((lost + odd)[0], [*names, *result])} Name in forward, "
-                            "without a default, exactly what process_inputs returns.")
+                            f"expected the same names.{nearest((lost + odd)[0], [*names, *result])} Name in forward "
+                            "exactly what process_inputs returns.")
     batch = {}
     for name in names:
         value, which = result[name], f"{place}: {name}"

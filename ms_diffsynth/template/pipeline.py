@@ -10,10 +10,11 @@ from mindspore import nn
 
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import ConfigError, listing
+from ms_diffsynth.formats.weights import asked_dtype
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.template.cache import TemplateCache, check_cache, merge
-from ms_diffsynth.template.loading import Template, open_template, processed, takes
+from ms_diffsynth.template.loading import Template, forward_options, open_template, processed, takes
 
 
 class TemplatePipeline:
@@ -32,14 +33,15 @@ class TemplatePipeline:
 
     @classmethod
     def from_pretrained(cls, model_configs: Sequence[ModelConfig | str | Path], *,
-                        mindspore_dtype: ms.Type | None = None, device: str | None = None, lazy_loading: bool = False,
-                        trust_template_code: bool = False,
+                        mindspore_dtype: ms.Type | None = None, torch_dtype: Any = None, device: str | None = None,
+                        lazy_loading: bool = False, trust_template_code: bool = False,
                         trust_template_sha256: str | Sequence[str] | None = None) -> TemplatePipeline:
         """Open the templates.
 
         Args:
             model_configs: folders, or ModelConfigs of folders or repositories, in the order ``model_id`` counts.
-            mindspore_dtype: of their weights; None means bfloat16 on Ascend, float32 on the CPU.
+            mindspore_dtype, torch_dtype: of their weights, by either name; None means bfloat16 on Ascend, float32 on
+                the CPU.
             lazy_loading: keep one model in memory at a time, loaded when it is asked for.
             trust_template_code: run their ``model.py``; see `template.code.check_trust`.
             trust_template_sha256: of their ``model.py``, one each.
@@ -55,8 +57,8 @@ class TemplatePipeline:
             raise ConfigError(f"trust_template_sha256 has {len(hashes)} entries for {len(model_configs)} templates: "
                               "expected one each.")
         templates = [open_template(config, trust_template_code, sha) for config, sha in zip(model_configs, hashes)]
-        name = None if mindspore_dtype is None else runtime.dtype_name(mindspore_dtype)
-        return cls(templates, runtime.compute_dtype(name), lazy_loading)
+        asked = asked_dtype(mindspore_dtype, torch_dtype)
+        return cls(templates, runtime.compute_dtype(asked), lazy_loading)
 
     def fetch_model(self, model_id: int) -> nn.Cell:
         """The model of one template. Raises: ConfigError for a number without a template."""
@@ -100,4 +102,5 @@ def template_cache(template: Template, model: nn.Cell, pipe: Pipeline, inputs: d
     """Run ``process_inputs`` and ``forward`` of one template eagerly on one input."""
     values = processed(template, model, pipe, inputs)
     extra = {"pipe": pipe} if takes(model.forward, "pipe") else {}
+    extra |= forward_options(model, use_gradient_checkpointing=False, use_gradient_checkpointing_offload=False)
     return check_cache(template.call(model.forward, "forward", **values, **extra), f"{template.code.path}: forward")

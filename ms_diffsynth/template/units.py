@@ -12,7 +12,14 @@ from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.models import Component, Source
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.template.cache import TemplateCache, check_cache
-from ms_diffsynth.template.loading import Template, forward_arguments, open_template, processed, takes
+from ms_diffsynth.template.loading import (
+    Template,
+    forward_arguments,
+    forward_options,
+    open_template,
+    processed,
+    takes,
+)
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 MODEL = "template_model"  # its name in the pipeline
@@ -59,7 +66,7 @@ def template_units(template: Template, pipe: Pipeline, options: dict[str, bool])
         used += [name for name in pipe.model_names if name not in ("template_model", pipe.network)]
     return [ReadTemplateInputs(template), ProcessTemplateInputs(template, forward_arguments(model), used),
             ForwardTemplate(forward_arguments(model), takes(model.forward, "pipe"),
-                            {n: v for n, v in options.items() if takes(model.forward, n)})]
+                            forward_options(model, **options))]
 
 
 class ReadTemplateInputs(PipelineUnit):

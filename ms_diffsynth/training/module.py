@@ -165,6 +165,9 @@ class DiffusionTrainingModule:
                  if not inner or n == inner or n.startswith(inner + ".")}
         if not found:
             tops = sorted({n.split(".")[0] for n in weights})
+            if not tops:
+                raise ConfigError(f"trainable_models='{name}': '{root}' has no weights at all, so nothing of it can "
+                                  "learn. Expected a model with layers, or with a mindspore.Parameter.")
             raise ConfigError(f"trainable_models='{name}' names no weights: '{root}' has {listing(tops)}."
                               f"{nearest(inner, tops)}")
         return list(found.values())

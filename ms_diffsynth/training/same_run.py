@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ms_diffsynth import runtime
 from ms_diffsynth.config import SETTINGS, flat
 from ms_diffsynth.errors import CheckpointError, ConfigError, listing, nearest
+from ms_diffsynth.formats.weights import dtype_name
 from ms_diffsynth.program import Cut
 from ms_diffsynth.redact import without_secrets
 from ms_diffsynth.storage.cache import digest_of
@@ -131,7 +131,7 @@ def identity(accelerator: Accelerator, module: DiffusionTrainingModule, cut: Cut
     settings["batch_size"] = options.batch_size * accelerator.num_processes  # more ranks may take smaller batches
     settings |= dataclasses.asdict(pipe.objective)
     settings |= {"task": module.task, "mode": accelerator.mode, "device": accelerator.device,
-                 "dtype": runtime.dtype_name(pipe.dtype), "fuse": module.fuse, "pipeline": type(pipe).__name__,
+                 "dtype": dtype_name(pipe.dtype), "fuse": module.fuse, "pipeline": type(pipe).__name__,
                  "adapter": module.adapter.name}
     data = {f"{name}.{part}": value for name, found in (("data", dataset), ("class_data", class_dataset))
             if found is not None for part, value in _content(found).items()}

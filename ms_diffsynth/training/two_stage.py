@@ -23,6 +23,7 @@ from PIL import Image
 from ms_diffsynth import runtime
 from ms_diffsynth.config import flat
 from ms_diffsynth.errors import CacheError, ConfigError, listing
+from ms_diffsynth.formats.weights import dtype_name
 from ms_diffsynth.launch.worker import beat, still
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.pipelines.shared.cuts import counted_cuts
@@ -54,7 +55,7 @@ def fingerprint(module: DiffusionTrainingModule, cut: Cut, pictures: Mapping[str
         "units": {unit.name: _code_digest(type(unit)) for unit in cut.prepare},
         "models": {name: digest for name, digest in models.items() if digest is not None},
         "libraries": {package: version(package) for package in sorted(libraries)},
-        "dtype": runtime.dtype_name(pipe.dtype),
+        "dtype": dtype_name(pipe.dtype),
         "settings": {name: getattr(pipe, name) for name in pipe.prepare_settings},
         "row_fields": module.row_fields,
     }

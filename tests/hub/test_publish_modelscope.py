@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from processes import environment, run_python
 from published_run import NAME, expected, held, without_a_login, write_run
 from upload_server import MODELSCOPE_TOKEN, TOKEN, ModelScopeServer
 
-from ms_diffsynth.errors import HubError
+from ms_diffsynth.errors import ConfigError, HubError
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.hub.publish import connect, publish
@@ -95,3 +96,56 @@ def test_modelscopes_client_does_not_import_torch(modelscope, tmp_path):
             "connect('modelscope')\nsys.exit(int('torch' in sys.modules))")
     result = run_python("-c", code, env=environment(tmp_path))
     assert result.returncode == 0, result.stderr
+
+
+# -- and back ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(modelscope, folder, tmp_path):
+    """The repository of `write_run`, and a ModelConfig of it whose cache is a folder of the test's own."""
+    publish(folder, NAME, hub="modelscope", endpoint=modelscope.endpoint)
+    place = {"endpoint": modelscope.endpoint, "cache_dir": tmp_path / "cache", "download_source": "modelscope"}
+    return lambda pattern=None, **how: ModelConfig(model_id=NAME, origin_file_pattern=pattern, **place, **how)
+
+
+def test_what_was_published_is_loaded_by_its_name(modelscope, published, folder, monkeypatch):
+    config = published("*.safetensors")
+    assert load_state_dict(config.resolve()[0])["a"][-1] == 49_999 and config.revision == "master"
+    whole = published().resolve()[0]
+    assert {n: (whole / n).read_bytes() for n in expected(folder)} == expected(folder)
+    config.download_source = None  # by the environment, as on a command line
+    monkeypatch.setenv("MS_DIFFSYNTH_DOWNLOAD_SOURCE", "modelscope")
+    assert config.source == "modelscope" and config.resolve()[0].is_file()
+
+
+def test_without_a_connection_the_cache_is_used(published, modelscope, caplog):
+    published("*.safetensors").resolve()
+    config = published("*.safetensors", skip_download=True)
+    assert config.resolve()[0].is_file() and "using what ModelScope's cache holds" in caplog.text
+    with pytest.raises(HubError, match="skip_download is set, and ModelScope's cache does not hold revision v2"):
+        published(revision="v2", skip_download=True).resolve()
+
+
+@pytest.mark.fault
+def test_what_modelscope_cannot_give_is_said(published, modelscope, monkeypatch):
+    with pytest.raises(HubError, match=r"no file matches; the repository on 127.* holds .*README\.md"):
+        published("unet/*").resolve()
+    with pytest.raises(HubError, match=r"no/body:.* does not exist or is private \(404\).*modelscope login"):
+        replace(published(""), model_id="no/body").resolve()
+    with pytest.raises(HubError, match="'body' is not a repository name"):
+        replace(published(), model_id="body").resolve()
+    with pytest.raises(ConfigError, match=r"download_source='modelscop': expected huggingface or modelscope\. Did"):
+        replace(published(), download_source="modelscop").resolve()
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
+    with pytest.raises(HubError, match=r"needs its client: pip install 'ms_diffsynth\[modelscope\]'"):
+        published().resolve()
+
+
+@pytest.mark.fault
+def test_a_file_that_arrives_with_other_content_is_not_used(published, modelscope):
+    modelscope.damaged.add("step-2.safetensors")
+    with pytest.raises(HubError, match=r"step-2\.safetensors could not be downloaded.*run again"):
+        published("*.safetensors").resolve()
+    modelscope.damaged.clear()
+    assert load_state_dict(published("*.safetensors").resolve()[0])["a"][-1] == 49_999

@@ -258,7 +258,9 @@ class _ModelScope(_Writer):
                                          "Sha256": _identity(d, True)} for n, d in files.items()]})
         if found[2] == "/revisions":
             return self.data({"RevisionMap": {"Branches": [{"Revision": "master"}], "Tags": []}})
-        return self.reply(200, files[query["FilePath"][0]], {"Content-Type": "application/octet-stream"})
+        name = query["FilePath"][0]
+        data = files[name] if name not in self.hub.damaged else files[name][::-1]
+        return self.reply(200, data, {"Content-Type": "application/octet-stream"})
 
     def post(self, path: str, body: bytes) -> None:
         given = json.loads(body)
@@ -283,7 +285,9 @@ class _ModelScope(_Writer):
 
 
 class ModelScopeServer(UploadServer):
-    """``visibility``: repository -> 1 (private), 3 or 5 (public). ``licences``: what it was made with."""
+    """``visibility``: repository -> 1 (private), 3 or 5 (public). ``licences``: what it was made with. ``damaged``:
+    names of files that are sent with other content.
+    """
 
     token = MODELSCOPE_TOKEN
     handler = _ModelScope
@@ -292,6 +296,7 @@ class ModelScopeServer(UploadServer):
         super().__init__()
         self.visibility: dict[str, int] = {}
         self.licences: dict[str, str] = {}
+        self.damaged: set[str] = set()
 
     def make(self, name: str, visibility: int) -> None:
         self.visibility[name] = visibility

@@ -11,7 +11,7 @@ from typing import Any
 
 from mindspore import Tensor, nn
 
-from ms_diffsynth.pipelines.shared.language_model import LowerLayers, attend, heads
+from ms_diffsynth.pipelines.shared.language_model import LowerLayers, TakesTokens, attend, heads
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
 with quiet_imports():
@@ -50,7 +50,7 @@ class MistralLayers(LowerLayers, mistral.MistralModel):
     layer_class = MistralLayer
 
 
-class Qwen3TextEncoder(nn.Cell):
+class Qwen3TextEncoder(TakesTokens, nn.Cell):
     """klein's: hidden states of a prompt after 9, 18 and 27 of 36 layers, joined.
 
     Shapes: ids int32 [B, T], mask float32 [B, T] (1 for text, 0 for padding on either side) -> [B, T, 3 W].
@@ -66,7 +66,7 @@ class Qwen3TextEncoder(nn.Cell):
         return self.model(ids, mask)
 
 
-class MistralTextEncoder(nn.Cell):
+class MistralTextEncoder(TakesTokens, nn.Cell):
     """dev's: hidden states of a prompt after 10, 20 and 30 of 40 layers, joined; without the tower for images.
 
     Parameters are named as in FLUX.2-dev's files, ``language_model.model.layers``.

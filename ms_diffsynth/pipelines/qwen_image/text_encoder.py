@@ -11,7 +11,7 @@ from typing import Any
 
 from mindspore import Tensor, nn
 
-from ms_diffsynth.pipelines.shared.language_model import attend, causal_mask, heads
+from ms_diffsynth.pipelines.shared.language_model import TakesTokens, attend, causal_mask, heads
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.pipelines.shared.rotary import text_table
 
@@ -45,11 +45,13 @@ class QwenTextModel(mindone.Qwen2_5_VLTextModel):
         return self.norm(x)
 
 
-class QwenTextEncoder(nn.Cell):
+class QwenTextEncoder(TakesTokens, nn.Cell):
     """Hidden states after the last norm, for token ids; without the vision tower and the head over the vocabulary.
 
     Shapes: ids int32 [B, T] -> [B, T, H D].
     """
+
+    takes_mask = False
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()

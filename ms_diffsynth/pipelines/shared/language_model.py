@@ -7,6 +7,7 @@ Shape legend: B batch, T tokens, W channels, H heads, K key heads, G = H / K, D 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,21 @@ def attend(attn: nn.Cell, q: Tensor, k: Tensor, v: Tensor, table: Tensor, mask: 
     v = ops.broadcast_to(v.expand_dims(2), shape).reshape(q.shape)
     out = layers_compat.scaled_dot_product_attention(q, k, v, mask > 0.5)
     return attn.o_proj(out.swapaxes(1, 2).reshape(batch, tokens, -1).astype(dtype))
+
+
+class TakesTokens:
+    """Mixed into a text encoder: called with what a tokenizer returns, it takes ids and mask out of that, so that
+    ``pipe.text_encoder(pipe.tokenizer("a cat"))`` encodes a text. In a compiled step it is called with Tensors.
+    """
+
+    takes_mask = True
+
+    def __call__(self, tokens, *mask):
+        if isinstance(tokens, Mapping):
+            ids, present = (np.atleast_2d(tokens[name]) for name in ("input_ids", "attention_mask"))
+            mask = (Tensor(present.astype(np.float32)),) if self.takes_mask else ()
+            tokens = Tensor(ids.astype(np.int32))
+        return super().__call__(tokens, *mask)
 
 
 class LowerLayers:
