@@ -29,9 +29,9 @@ from ms_diffsynth import (
 class TrainingModule(DiffusionTrainingModule):
     """What is trained, and what is minimised.
 
-    As it stands, the training step is compiled. With a ``forward(self, data) -> loss`` of its own (which may call
-    FlowMatchSFTLoss) the module is differentiated eagerly instead. Override ``get_pipeline_inputs(self, data)`` to read
-    other columns.
+    As it stands, rows are prepared once. A ``forward(self, data) -> loss`` of its own prepares each row at every use;
+    the loss is compiled where that is FlowMatchSFTLoss, and otherwise differentiated operation by operation. Override
+    ``get_pipeline_inputs(self, data)`` to read other columns.
     """
 
 

@@ -1,7 +1,7 @@
 """The shortest script that trains a LoRA on Qwen-Image: everything a training module has to say, and nothing else.
 
 Images, prompts and models are where DiffSynth-Studio's script of the same name has them. It needs a device that holds
-the whole model. The script beside `special` has flags, and compiles its step.
+the whole model. The script beside `special` has flags, and prepares each row once.
 """
 # ruff: noqa: E501  (lines as they are in DiffSynth-Studio's script)
 import mindspore as ms
