@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -137,6 +137,26 @@ def files_digest(source: Source) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Weights of a model that training saved. ``names``: its name of a tensor -> that of the file ``path``."""
+
+    path: Path
+    names: Mapping[str, str]
+
+    def check(self, name: str, model: nn.Cell) -> None:
+        """Raises: WeightError naming each tensor that the model does not have, or has in another shape."""
+        known, shapes = torch_shapes(model), open_checkpoint(self.path).shapes
+        match({n: shape for n, shape in known.items() if n in self.names},
+              {n: shapes[key] for n, key in self.names.items()}, where=f"{self.path} ({name})")
+
+    def put(self, name: str, model: nn.Cell) -> None:
+        """Assign them. Raises: as `check`."""
+        self.check(name, model)
+        checkpoint = open_checkpoint(self.path)
+        assign(model, ((n, checkpoint[key]) for n, key in self.names.items()))
+
+
 class ModelStore:
     """The models of one pipeline by name: loaded when they are first asked for, and unloaded when they are not needed.
 
@@ -152,6 +172,7 @@ class ModelStore:
         given_as: ``"owner/name:pattern"`` -> the name of the model that these files turned out to be.
         known_configs: config.json of models whose files are not here: the cache of prepared rows brings them.
         weight_changes: name -> what was done to its weights after loading.
+        trained: name -> weights of a training that it gets after it is loaded.
         scheduler_file: a scheduler_config.json that was given, or came with the network.
     """
 
@@ -164,6 +185,7 @@ class ModelStore:
         self.given_as: dict[str, str] = {}
         self.known_configs: dict[str, dict[str, Any]] = {}
         self.weight_changes: dict[str, list[str]] = {}
+        self.trained: dict[str, list[Trained]] = {}
         self.scheduler_file: Path | None = None
         self._digests: dict[Source, str] = {}  # of the files of each model: ten gigabytes are read once
         self._configs: dict[tuple[Path, str], dict[str, Any]] = {}  # each file is read once: every batch asks for them
@@ -295,7 +317,17 @@ class ModelStore:
             component, source = self.component(name), self.source(name)
             self.loaded[name] = (load_component(component, source, self.dtype) if component.class_name
                                  else component.build(source.folder))
+            for weights in self.trained.get(name, ()):
+                weights.put(name, self.loaded[name])
         return self.loaded[name]
+
+    def add_trained(self, name: str, weights: Trained) -> None:
+        """Weights of a training, for a model: it has them now, or gets them whenever it is loaded."""
+        if name in self.loaded:
+            weights.put(name, self.loaded[name])
+        if weights not in self.trained.setdefault(name, []):
+            self.trained[name].append(weights)
+        self.note_change(name, f"weights {sha256_of(weights.path)}", is_once=True)
 
     def unload(self, names: Iterable[str]) -> None:
         """Let go of models, which are loaded again at first use."""

@@ -23,15 +23,14 @@ from ms_diffsynth.diffusion.schedule import Schedule
 from ms_diffsynth.diffusion.tasks import Task, task
 from ms_diffsynth.diffusion.units import Objective, SampleLatents
 from ms_diffsynth.errors import ConfigError, DataError, ProgramError, listing, nearest
-from ms_diffsynth.formats.lora import load_adapter
-from ms_diffsynth.formats.weights import asked_dtype, load_state_dict, match
+from ms_diffsynth.formats.lora import PREFIXES, load_adapter, models_in
+from ms_diffsynth.formats.weights import asked_dtype, open_checkpoint
 from ms_diffsynth.hub.card import Licence, Loader
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.models import Component, ModelStore, Source
+from ms_diffsynth.models import Component, ModelStore, Source, Trained
 from ms_diffsynth.nn.adapters import adapter_of, formats
 from ms_diffsynth.nn.adapters.layer import linear_modules
 from ms_diffsynth.nn.adapters.linear import fuse
-from ms_diffsynth.nn.names import assign, torch_shapes
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.program import Cut, Program, slot
 from ms_diffsynth.storage.files import sha256_of
@@ -383,43 +382,66 @@ class Pipeline:
                                   f"{listing(self.model_names)}.{nearest(name, self.model_names)}")
             getattr(self, name)
 
-    def load_lora(self, module: nn.Cell, path: str | Path, alpha: float = 1.0) -> int:
-        """Fuse the file of a LoRA, or of another adapter, into a model's weights; returns the number of layers.
+    def load_lora(self, module: nn.Cell | None, path: str | Path, alpha: float = 1.0) -> int:
+        """Fuse the file of a LoRA, or of another adapter, into the weights; returns the number of layers.
 
         Args:
+            module: the model that it is for; None reads that in its names, which may be of several.
             alpha: factor on the file's own scale.
 
-        Raises: WeightError when a key of the file fits no layer.
+        Raises: WeightError when a key of the file fits no layer; nothing is changed then.
         """
-        file = load_adapter(path, list(linear_modules(module)), formats())
-        fuse(adapter_of(file.format), module, file.with_scale(), alpha)
-        for name, model in self.models.items():
-            if model is module:
+        models = {name: model for name, model in self.models.items() if model is module}
+        if module is None:
+            models = {name: getattr(self, name) for name in models_in(path, self.adapter_prefixes)}
+        found = [(name, model, load_adapter(path, list(linear_modules(model)), formats(), **self.adapter_names(name)))
+                 for name, model in (models or {"": module}).items()]
+        for name, model, file in found:
+            fuse(adapter_of(file.format), model, file.with_scale(), alpha)
+            if name:
                 self.store.note_change(name, f"{file.format.name} {sha256_of(path)} x {alpha}")
-        return len(file.modules)
+        return sum(len(file.modules) for _, _, file in found)
 
-    def load_weights(self, path: str | Path) -> dict[str, int]:
+    @property
+    def adapter_prefixes(self) -> dict[str, str]:
+        """Each model and what its modules' names begin with in the file of an adapter, the network first."""
+        trained = [c.name for c in self.store.components if not c.is_tokenizer and c.name != self.network]
+        return {name: self.lora_prefixes.get(name, name) for name in (self.network, *trained)}
+
+    def adapter_names(self, model: str) -> dict[str, tuple[str, ...]]:
+        """What `formats.lora.load_adapter` should know of the names in the file of an adapter for ``model``."""
+        prefixes = {name: (prefix + ".",) for name, prefix in self.adapter_prefixes.items()}
+        prefixes[self.network] = (*prefixes[self.network], *PREFIXES)
+        if model not in prefixes:  # a model that is not of this pipeline
+            return {}
+        return {"prefixes": prefixes[model],
+                "others": tuple(p for name, own in prefixes.items() if name != model for p in own)}
+
+    def load_weights(self, path: str | Path, is_lazy: bool = False) -> dict[str, int]:
         """Put weights that training saved (``step-N.safetensors``) into the models they are of.
 
-        Names begin with ``pipe.<model>.``; others are of the network. A part of a model, trained alone, is enough.
+        Names begin with ``pipe.<model>.``; others are of the network. A part of a model, trained alone, is enough. A
+        model that is unloaded gets them again when it is loaded.
+
+        Args:
+            is_lazy: models that are not loaded get them when they are.
 
         Returns: model -> how many of its tensors are new. Raises: WeightError naming each tensor that is superfluous or
-            of another shape; nothing is changed then.
+            of another shape; nothing is changed then. What ``is_lazy`` puts off is checked when it is done.
         """
-        weights: dict[str, dict[str, np.ndarray]] = {}
-        for name, array in load_state_dict(path).items():
+        found: dict[str, dict[str, str]] = {}  # model -> its name of a tensor -> the file's
+        for name in open_checkpoint(path).shapes:
             model, _, inner = name.removeprefix("pipe.").partition(".")
             is_named = name.startswith("pipe.") and model in self.model_names
-            weights.setdefault(model if is_named else self.network, {})[inner if is_named else name] = array
-        for model, own in weights.items():
-            known = torch_shapes(getattr(self, model))
-            match({n: shape for n, shape in known.items() if n in own}, {n: a.shape for n, a in own.items()},
-                  where=f"{path} ({model})")
-        for model, own in weights.items():
-            assign(getattr(self, model), own.items())
-            self.store.note_change(model, f"weights {sha256_of(path)}")
+            found.setdefault(model if is_named else self.network, {})[inner if is_named else name] = name
+        own = {model: Trained(Path(path), names) for model, names in found.items()}
+        for model, weights in own.items():
+            if not is_lazy or model in self.models:
+                weights.check(model, getattr(self, model))
+        for model, weights in own.items():
+            self.store.add_trained(model, weights)
         self.forget_compiled()
-        return {model: len(own) for model, own in weights.items()}
+        return {model: len(names) for model, names in found.items()}
 
     def config(self, name: str) -> dict[str, Any]:
         """config.json of a component, without loading its weights."""

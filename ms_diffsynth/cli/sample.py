@@ -68,7 +68,7 @@ def execute(args: argparse.Namespace) -> int:
         loaded = pipe.load_weights(args.weights)
         sys.stderr.write(f"{args.weights}: {', '.join(f'{n} tensors of {model}' for model, n in loaded.items())}\n")
     if args.lora:
-        fused = pipe.load_lora(getattr(pipe, pipe.network), args.lora, args.lora_scale)
+        fused = pipe.load_lora(None, args.lora, args.lora_scale)
         sys.stderr.write(f"{args.lora}: fused into {fused} layers\n")
     same = {"num_inference_steps": args.num_inference_steps, "sampler": args.sampler, "height": args.height,
             "width": args.width}

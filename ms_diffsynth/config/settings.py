@@ -56,6 +56,7 @@ class ModelSection:
     lora_alpha: float | None = _setting(None, "the LoRA is scaled by lora_alpha / lora_rank; null = lora_rank",
                                         "0 < lora_alpha")
     lora_checkpoint: str | None = _setting(None, "LoRA file to start from")
+    weights: str | None = _place("file of weights to start from that full training saved; null = those of the model")
     trainable_models: str | None = _setting(None, "models trained in full, with commas, such as dit or vae.decoder")
     remove_prefix_in_ckpt: str | None = _setting("pipe.dit.", "taken off the names of saved weights", may_change=True)
     fp8_models: str | None = _setting(None, "frozen models whose linear layers are stored in 8 bits, with commas")

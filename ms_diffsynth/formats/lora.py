@@ -151,16 +151,27 @@ def load_lora(path: str | os.PathLike[str], modules: Iterable[str] | None = None
             for module, parts in found.modules.items()}
 
 
+def models_in(path: str | os.PathLike[str], prefixes: Mapping[str, str]) -> list[str]:
+    """The models that a file of adapters is for, by its names: ``prefixes`` is model -> prefix. A name with none of
+    them is of the first model.
+    """
+    first, *others = prefixes
+    found = {next((model for model in others if key.startswith(prefixes[model] + ".")), first)
+             for key in Checkpoint([path]).entries}
+    return [model for model in prefixes if model in found] or [first]
+
+
 def load_adapter(path: str | os.PathLike[str], modules: Iterable[str] | None = None,
-                 formats: Sequence[Format] = (LORA,)) -> AdapterFile:
+                 formats: Sequence[Format] = (LORA,), prefixes: Sequence[str] = PREFIXES,
+                 others: Sequence[str] = ()) -> AdapterFile:
     """Read the file of an adapter, of the first of ``formats`` that has all of its tensors.
 
-    Accepts names with ``transformer.``, ``unet.``, ``diffusion_model.`` or no prefix, with or without ``.default``,
-    with lora_A / lora_B or lora_down / lora_up and ``.alpha``; and kohya's ``lora_unet_`` names where ``modules`` tells
-    what they mean.
+    Accepts names with one of ``prefixes`` or none, with or without ``.default``, with lora_A / lora_B or lora_down /
+    lora_up and ``.alpha``; and kohya's ``lora_unet_`` names where ``modules`` tells what they mean.
 
     Args:
         modules: the names of the model's modules; every tensor of the file must belong to one of them.
+        others: prefixes of what the file holds for other models, which is passed over.
 
     Raises: WeightError listing everything that is not understood, unmatched or incomplete.
     """
@@ -175,18 +186,20 @@ def load_adapter(path: str | os.PathLike[str], modules: Iterable[str] | None = N
     keys: dict[str, dict[str, str]] = {}  # module -> part -> key
     problems: list[str] = []
     for key in checkpoint.entries:
+        if key.startswith(tuple(others)):
+            continue
         found = pattern.fullmatch(key)
         part = part_of.get(found["name"], ALPHA) if found else ""
         if not part or (part.endswith(".weight") and not found["weight"]):  # only a vector goes without .weight
             problems.append(f"{key} is not part of a {' or a '.join(f.name for f in formats)}")
             continue
-        module = _module(found["stem"], known, flat, problems)
+        module = _module(found["stem"], known, flat, prefixes, problems)
         if module is None:
             continue
         if part in keys.setdefault(module, {}):
             problems.append(f"{key} and {keys[module][part]} both mean {module}")
         keys[module][part] = key
-    settings = _settings(checkpoint.metadata, path)
+    settings = _settings(checkpoint.metadata, path, prefixes)
     parts = {part for found in keys.values() for part in found} - {ALPHA}
     file_format = next((f for f in formats if parts <= f.parts.keys()), formats[0])
     tensors, scales = {}, {}
@@ -236,7 +249,8 @@ def _read(module: str, keys: Mapping[str, str], checkpoint: Checkpoint, settings
     return parts, scale
 
 
-def _module(stem: str, known: set[str] | None, flat: Mapping[str, list[str]], problems: list[str]) -> str | None:
+def _module(stem: str, known: set[str] | None, flat: Mapping[str, list[str]], prefixes: Sequence[str],
+            problems: list[str]) -> str | None:
     """The module a key belongs to; None, with a problem noted, when that cannot be said."""
     if stem.startswith(KOHYA):
         if known is None:
@@ -249,14 +263,14 @@ def _module(stem: str, known: set[str] | None, flat: Mapping[str, list[str]], pr
         return meant[0]
     if known is not None and stem in known:
         return stem
-    module = next((stem.removeprefix(p) for p in PREFIXES if stem.startswith(p)), stem)
+    module = next((stem.removeprefix(p) for p in prefixes if stem.startswith(p)), stem)
     if known is not None and module not in known:
         problems.append(f"{stem} is not a module of the model.{nearest(module, known)}")
         return None
     return module
 
 
-def _settings(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> dict[str, Any]:
+def _settings(metadata: Mapping[str, str], path: str | os.PathLike[str], prefixes: Sequence[str]) -> dict[str, Any]:
     """The adapter's settings from the metadata, without the prefix of the model."""
     if ADAPTER_METADATA not in metadata:
         return {}
@@ -265,7 +279,7 @@ def _settings(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> dict
     except (ValueError, TypeError) as error:
         raise WeightError(f"{path}: the metadata '{ADAPTER_METADATA}' is not a JSON object ({error}). "
                           "Save it again.") from error
-    settings = {next((k.removeprefix(p) for p in PREFIXES if k.startswith(p)), k): v for k, v in settings.items()}
+    settings = {next((k.removeprefix(p) for p in prefixes if k.startswith(p)), k): v for k, v in settings.items()}
     alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or not all(
             value is None or (type(value) in (int, float) and math.isfinite(value))

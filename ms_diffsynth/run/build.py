@@ -71,6 +71,8 @@ def build_module(config: TrainConfig, pipe: Pipeline, task: str | None = None,
     module.load_training_template_model(pipe, model.template_model_id_or_path, **recompute,
                                         trust_template_code=model.trust_template_code,
                                         trust_template_sha256=model.trust_template_sha256)
+    if model.weights:
+        pipe.load_weights(model.weights, is_lazy=True)
     module.switch_pipe_to_training_mode(
         pipe, **recompute, trainable_models=model.trainable_models,
         lora_base_model=None if model.trainable_models else model.lora_base_model, adapter=model.adapter,

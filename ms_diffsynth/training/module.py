@@ -112,7 +112,7 @@ class DiffusionTrainingModule:
             self.adapter.inject(model, targets, lora_rank, lora_alpha, lora_uniform)
             if lora_checkpoint:
                 cells = adapted_layers(model)
-                file = load_adapter(lora_checkpoint, list(cells), formats())
+                file = load_adapter(lora_checkpoint, list(cells), formats(), **pipe.adapter_names(lora_base_model))
                 if (found := adapter_of(file.format).name) != self.adapter.name:
                     raise ConfigError(f"lora_checkpoint={lora_checkpoint} holds the adapter {found}: expected "
                                       f"{self.adapter.name}, as the setting adapter says. Set adapter={found}, or give "

@@ -40,7 +40,8 @@ ONE = 'return {"value": Tensor([[float(scale)]])}'
 TWO = 'return {"value": Tensor([[float(scale)]]), "more": Tensor([[float(scale)]])}'
 NAMED = 'found = {"value": Tensor([[float(scale)]])}\n        found["more"] = found["value"]\n        return found'
 KINDS = {
-    "reserved without defaults": (ONE, "value, use_gradient_checkpointing, use_gradient_checkpointing_offload", "value"),
+    "reserved without defaults": (ONE, "value, use_gradient_checkpointing, use_gradient_checkpointing_offload",
+                                  "value"),
     "only kwargs": (ONE, "**kwargs", 'kwargs["value"]'),
     "one named, one of kwargs": (TWO, "value, **kwargs", 'value + kwargs["more"]'),
     "one named, one not used": (TWO, "value, **kwargs", "value"),
@@ -71,7 +72,7 @@ def test_it_is_trained_and_sampled(kind, mode, template, head, toy, row, tmp_pat
 
 def test_keys_that_code_computes_are_not_guessed():
     def process_inputs(scale):
-        found = {key: scale for key in "ab"}
+        found = {key: scale + 1 for key in "ab"}
         other = {"c": 1}
         other["d"] = 2
         return found | other
@@ -101,7 +102,8 @@ def test_a_text_encoder_reads_what_the_tokenizer_returns(name, tiny_model):
 @pytest.mark.parametrize("dtype", [ms.float16, "float16", np.float16, np.dtype("float16")])
 def test_a_dtype_goes_by_both_names(dtype, template, plain_source, tiny_model, tmp_path):
     folder = template(plain_source)
-    for how in ({"torch_dtype": dtype}, {"mindspore_dtype": dtype}, {"torch_dtype": dtype, "mindspore_dtype": "float16"}):
+    for names in (["torch_dtype"], ["mindspore_dtype"], ["torch_dtype", "mindspore_dtype"]):
+        how = dict.fromkeys(names, dtype)
         assert load_template_model(folder, **how, **TRUST).mlp.weight.dtype == ms.float16
         assert family("toy").pipeline.from_pretrained(str(tiny_model("toy")), **how).dtype == ms.float32  # of a CPU
         file = Path(tiny_model("toy"), "transformer/diffusion_pytorch_model.safetensors")
