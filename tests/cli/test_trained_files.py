@@ -30,12 +30,13 @@ def data(tmp_path):
 @pytest.fixture
 def train(data, tmp_path, tiny_model):
     """``train(family, name, *flags)`` -> the file of two steps in the folder ``name``."""
-    def run(name, output, *flags):
-        code = main(["train", "--family", name, "--model_paths", str(tiny_model(name)), "--dataset_base_path", str(data),
-                     "--height", "32", "--width", "32", "--max_train_steps", "2", "--save_steps", "2", "--output_path",
-                     str(tmp_path / output), *EAGER, *flags])
+    def run(name, out, *flags):
+        model = str(tiny_model(name))
+        code = main(["train", "--family", name, "--model_paths", model, "--dataset_base_path", str(data),
+                     "--height", "32", "--width", "32", "--max_train_steps", "2", "--save_steps", "2",
+                     "--output_path", str(tmp_path / out), *EAGER, *flags])
         assert code == 0
-        return tmp_path / output / "step-2.safetensors"
+        return tmp_path / out / "step-2.safetensors"
     return run
 
 
@@ -53,7 +54,7 @@ def test_a_lora_of_a_text_encoder_is_used_where_it_was_saved(name, train, tiny_m
     assert all(key.startswith("text_encoder.") for key in load_state_dict(file))
     again = train(name, "again", *how, "--lora_checkpoint", str(file))
     assert column(tmp_path / "again")[0] != column(tmp_path / "first")[0]  # it began where the first one ended
-    assert {k for k in load_state_dict(again)} == set(load_state_dict(file))
+    assert load_state_dict(again).keys() == load_state_dict(file).keys()
     plain = sampled(name, tiny_model(name), tmp_path / "plain")
     assert np.abs(sampled(name, tiny_model(name), tmp_path / "with", "--lora", str(file)) - plain).max() > 0
     pipe = family(name).pipeline.from_pretrained(str(tiny_model(name)))

@@ -72,7 +72,7 @@ def test_it_is_trained_and_sampled(kind, mode, template, head, toy, row, tmp_pat
 
 def test_keys_that_code_computes_are_not_guessed():
     def process_inputs(scale):
-        found = {key: scale + 1 for key in "ab"}
+        found = {key + "s": scale for key in "ab"}
         other = {"c": 1}
         other["d"] = 2
         return found | other
