@@ -138,21 +138,27 @@ class UnitRunner:
 
     A unit that reads something of ``inputs_posi`` (the prompt, or what was made of it) writes there, and runs again on
     the negative side when ``cfg_scale`` is not 1; any other unit reads and writes ``inputs_shared``.
+
+    Args:
+        run: runs a unit on named slots, as `units.run_unit` does.
     """
+
+    def __init__(self, run: Callable[..., dict[str, Any]] = run_unit):
+        self.run = run
 
     def __call__(self, unit: PipelineUnit | TensorUnit, pipe: Pipeline, inputs_shared: dict[str, Any],
                  inputs_posi: dict[str, Any], inputs_nega: dict[str, Any]) -> tuple[dict, dict, dict]:
         shared, posi, nega = dict(inputs_shared), dict(inputs_posi), dict(inputs_nega)
         reads = {slot(p) for p in unit.input_params}
         if not reads & set(posi):
-            shared.update(run_unit(unit, pipe, shared))
+            shared.update(self.run(unit, pipe, shared))
             return shared, posi, nega
-        outputs = run_unit(unit, pipe, shared | posi)
+        outputs = self.run(unit, pipe, shared | posi)
         if shared.get("cfg_scale", 1) == 1:
             nega.update(outputs)
         else:
             negative = {k.removeprefix("negative_"): v for k, v in nega.items()}
-            nega.update(run_unit(unit, pipe, shared | negative))
+            nega.update(self.run(unit, pipe, shared | negative))
         posi.update(outputs)
         return shared, posi, nega
 

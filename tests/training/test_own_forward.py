@@ -1,7 +1,10 @@
 """A module's own forward: compiled where its loss is FlowMatchSFTLoss alone; otherwise the price is said."""
 from __future__ import annotations
 
+from collections import Counter
+
 import mindspore as ms
+import numpy as np
 import pytest
 import toy_run
 from records import column
@@ -10,8 +13,10 @@ from toy_run import Module, rows
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import DataError, ProgramError, TrainingError
 from ms_diffsynth.registry import family
+from ms_diffsynth.training import own_forward
 from ms_diffsynth.training.losses import FlowMatchSFTLoss
 from ms_diffsynth.training.module import DiffusionTrainingModule
+from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit
 
 
 class Documented(Module):
@@ -113,3 +118,45 @@ def test_model_fn_cannot_be_assigned(folder):
     pipe = Module(folder).pipe
     with pytest.raises(ProgramError, match=r"assign that to pipe\.denoise"):
         pipe.model_fn = lambda **slots: slots["latents"]
+
+
+def test_units_run_once_for_equal_inputs(folder, tmp_path, monkeypatch):
+    counts = Counter()
+
+    def counted(unit, pipe, slots):
+        counts[unit.name] += 1
+        return run_unit(unit, pipe, slots)
+
+    class Mine(PipelineUnit):
+        """A unit of someone else's may draw: it runs every time."""
+
+        input_params, output_params = ("prompt",), ("mine",)
+
+        def process(self, pipe, prompt):
+            return {"mine": prompt}
+
+    monkeypatch.setattr(own_forward, "run_unit", counted)
+    module = Documented(folder)
+    module.pipe.units.append(Mine())
+    data = [row | {"prompt": "the same"} for row in rows(3)]
+    found = train(module, tmp_path / "own", data=data, num_epochs=4)
+    assert counts.pop("mine") == module.calls == 13
+    assert all(n == (1 if "prompt" in name or "text" in name else 3) for name, n in counts.items()), counts
+    assert found == train(Module(folder), tmp_path / "plain", data=data, num_epochs=4)
+
+
+def test_what_is_remembered_has_a_limit(folder):
+    class Double(TensorUnit):
+        input_params, output_params = ("x",), ("y",)
+
+        def construct(self, x):
+            return (x * 2,)
+
+    Double.__module__ = "ms_diffsynth.here"
+    pipe, unit, memory = Module(folder).pipe, Double(), own_forward.Remembered(limit_bytes=3 * 400)
+    for k in range(10):
+        made = memory(unit, pipe, {"x": ms.Tensor(np.full(100, k, np.float32))})["y"]
+        assert made.asnumpy()[0] == 2 * k and memory.kept_bytes <= 3 * 400
+    assert memory(unit, pipe, {"x": ms.Tensor(np.full(100, 9, np.float32))})["y"] is made
+    again = memory(unit, pipe, {"x": made})["y"]
+    assert again is memory(unit, pipe, {"x": made})["y"] and again.asnumpy()[0] == 36
