@@ -96,7 +96,8 @@ def read_folder(base: str, captions: bool = True, allow_outside: bool = False) -
     files, and folders that are links (which ``allow_outside`` follows).
     """
     if not os.path.isdir(base):
-        raise DataError(f"base_path={base} is not a folder; expected a folder of images. Correct base_path")
+        raise DataError(f"{base} is not a folder; expected a folder of images. Correct dataset_base_path, or which "
+                        "setting names it")
     names, others = _walk(base, allow_outside)
     table = Table(base, images=names)
     sidecars = set()

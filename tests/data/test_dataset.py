@@ -164,7 +164,7 @@ def test_a_row_that_spans_lines_keeps_line_numbers_right(folder):
 
 
 def test_folders_that_are_not_there_or_empty(folder):
-    with pytest.raises(DataError, match=r"is not a folder.*Correct base_path"):
+    with pytest.raises(DataError, match=r"is not a folder.*Correct dataset_base_path"):
         UnifiedDataset(str(folder / "nowhere"))
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty data set: it has no images"):
