@@ -138,6 +138,11 @@ class UnifiedDataset:
         Raises: DataError when a column is not there.
         """
         source, keys = self.table.source, self.data_file_keys
+        if source == self.base_path:  # a folder, which has no columns of other names
+            if odd := [name for name in (image_column, caption_column) if name]:
+                logger.info("%s has no metadata: image_column and caption_column, here %s, are not used.", source,
+                            listing(map(plain, odd)))
+            image_column, caption_column = None, "" if caption_column == "" else None
         for setting, name in (("image_column", image_column), ("caption_column", caption_column)):
             if name and columns and name not in columns:
                 raise DataError(f"{source} has no column {plain(name)}, which {setting} names; it has "

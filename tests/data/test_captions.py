@@ -172,6 +172,11 @@ def test_a_script_keeps_the_columns_it_names(folder):
     assert dataset[0] == {"file_name": "0.png", "text": "a", "prompt": "a"}
 
 
+def test_a_folder_has_no_columns_of_other_names(folder, told):
+    dataset = UnifiedDataset(str(folder), instance_prompt="sks", image_column="photo", caption_column="words", **TRAIN)
+    assert prompts(dataset) == ["sks"] * 4 and "here photo, words, are not used" in told.text
+
+
 # ---- metadata that are found in the folder
 
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
