@@ -59,7 +59,9 @@ def test_few_shapes_have_each_their_own():
 
 def test_one_bucket_for_tall_and_wide_is_square():
     assert choose_buckets([(256, 512), (512, 256)] * 3, 65536, 8, most=1) == [Bucket(248, 248)]
-    assert choose_buckets([(256, 512)] * 9 + [(512, 256)], 65536, 8, most=2) == [Bucket(176, 360), Bucket(360, 176)]
+    for tall in (1, 9):  # with two the square, which is the best of one, is given up
+        sizes = [(256, 512)] * tall + [(512, 256)]
+        assert choose_buckets(sizes, 65536, 8, most=2) == [Bucket(176, 360), Bucket(360, 176)]
 
 
 def test_near_shapes_share_one():
