@@ -54,7 +54,7 @@ def main():
         launch_data_process_task(accelerator, dataset, module, logger, class_dataset, args=config,
                                  validation_dataset=validation_dataset)
         return
-    sampler, captions = build_sampler(config, pipe)
+    sampler, captions = build_sampler(config, pipe, dataset)
     launch_training_task(accelerator, dataset, module, logger, class_dataset=class_dataset, args=config,
                          validation_dataset=validation_dataset, sampler=sampler, sample_captions=captions,
                          hooks=[Announce()])

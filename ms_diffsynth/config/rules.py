@@ -19,20 +19,15 @@ def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
     for section, one, other in (("data", "height", "width"), ("run", "sample_height", "sample_width")):
         given = [getattr(getattr(c, section), name) is not None for name in (one, other)]
         yield given[0] != given[1], f"only one of {one} and {other} is set: set both, or neither."
-    yield (c.data.height is not None and c.data.buckets > 1,
+    yield (c.data.height is not None and (c.data.buckets or 1) > 1,
            f"buckets={c.data.buckets} with a fixed height and width: remove these for dynamic resolution, or buckets.")
     yield (prior and c.data.class_base_path is None,
            "with_prior_preservation=true without class_base_path: name the folder of the class images.")
-    yield (prior and c.data.class_prompt is None and c.data.class_metadata_path is None,
-           "with_prior_preservation=true without class_prompt: give it, or class_metadata_path with a prompt column.")
     yield (prior and kind != "dreambooth",
            f"with_prior_preservation=true with task={c.objective.task}: expected task=dreambooth.")
     unused = [n for n in ("class_base_path", "class_metadata_path", "class_prompt") if getattr(c.data, n) is not None]
     yield (bool(unused) and not prior,
            f"{listing(unused)} would not be used: set with_prior_preservation=true, or remove it.")
-    yield (kind == "dreambooth" and not c.data.instance_prompt and not c.data.dataset_metadata_path
-           and stage != "train",
-           "task=dreambooth without instance_prompt: give it, or dataset_metadata_path with a prompt column.")
     yield (c.model.trainable_models is not None and c.model.lora_checkpoint is not None,
            f"lora_checkpoint={c.model.lora_checkpoint} with trainable_models, which trains no LoRA: remove one.")
     yield (c.model.trainable_models is not None and c.model.adapter != SETTINGS["adapter"].default,

@@ -78,8 +78,13 @@ class DataSection:
     dataset_metadata_path: str | None = _place("csv, json or jsonl that lists images and prompts")
     dataset_repeat: int = _setting(1, "how often an epoch shows each image", "1 <= dataset_repeat")
     data_file_keys: str = _setting("image", "metadata columns that hold file names, separated by commas")
+    image_column: str | None = _place("metadata column of the images; null = image or file_name")
+    caption_column: str | None = _place("metadata column of the prompts; null = prompt, text or caption; empty = none, "
+                                        "and caption files are not read either")
+    allow_outside_base: bool = _setting(False, "read files outside the data folder, to which links and paths lead: for "
+                                        "metadata that you trust", may_change=True)
     extra_inputs: str | None = _setting(None, "further columns to train on, with commas: edit_image, template_inputs")
-    instance_prompt: str | None = _setting(None, "prompt of every image that has none of its own")
+    instance_prompt: str | None = _setting(None, "prompt of every image that has none of its own, or an empty one")
     class_base_path: str | None = _place("folder of the class images of prior preservation")
     class_metadata_path: str | None = _place("metadata of the class images")
     class_prompt: str | None = _setting(None, "prompt of every class image that has none of its own")
@@ -90,8 +95,11 @@ class DataSection:
                                                   "validation_base_path these lie in dataset_base_path")
     height: int | None = _setting(None, "height in pixels; null with width = dynamic resolution", "1 <= height")
     width: int | None = _setting(None, "width in pixels; null with height = dynamic resolution", "1 <= width")
-    max_pixels: int = _setting(1048576, "most pixels of an image in dynamic resolution", "1 <= max_pixels")
-    buckets: int = _setting(1, "most aspect ratios in dynamic resolution; each one is one compilation", "1 <= buckets")
+    max_pixels: int = _setting(1048576, "most pixels of an image, height times width, in dynamic resolution; larger "
+                               "ones are shrunk", "1 <= max_pixels")
+    buckets: int | None = _setting(None, "most sizes in dynamic resolution, each of which is a compilation; null = as "
+                                   "few as keep images near their shapes, at most 8, and 1 with class images",
+                                   "1 <= buckets")
     cache_dir: str | None = _place("folder of the cache of split training; null = none, but the output_path of "
                                    "task ...:data_process and the dataset_base_path of task ...:train")
     max_sequence_length: int | None = _setting(None, "text tokens a prompt is padded or cut to; null = the family's",

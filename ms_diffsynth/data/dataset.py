@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, DataError, UserError, listing, nearest
-from .buckets import Bucket, BucketCropAndResize
+from .buckets import Bucket, BucketCropAndResize, nearest_bucket
 from .images import SUFFIXES, image_size
 from .loader import permutation
-from .metadata import read_folder, read_metadata
+from .metadata import CAPTION_COLUMNS, Table, column_of, read_folder, read_metadata
 from .operators import (
     DataProcessingOperator,
     ImageCropAndResize,
@@ -24,7 +24,7 @@ from .operators import (
     ToAbsolutePath,
     describe,
 )
-from .paths import open_regular, plain, resolve, shorten
+from .paths import lookalike, open_regular, plain, resolve, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +43,23 @@ class UnifiedDataset:
 
     Args:
         base_path: the data folder. The files that a row names are inside it.
-        metadata_path: .csv, .json or .jsonl; None: the images below ``base_path`` with .txt or .caption sidecars.
+        metadata_path: .csv, .json or .jsonl; None: the images below ``base_path`` with .txt or .caption sidecars, or,
+            when there are none of these, metadata.csv or metadata.jsonl in that folder.
         repeat: how many times an epoch goes through the rows.
         data_file_keys: columns that name files, as a tuple or "image,edit_image". They must be in every row. Those
-            without a special operator are images.
+            without a special operator are images. When ``image`` is required and not among them, the first one is the
+            column of the images, unless the metadata have one by its usual name.
         main_data_operator: applied to the cells of ``data_file_keys``.
         special_operator_map: column -> operator, instead of the main one, for any column (not only for files).
         max_data_items: the length of an epoch, instead of rows x repeat.
         required: further columns that must be there, such as ("prompt",).
-        captions: False for a folder of images without captions.
-        allow_outside_base: let rows name files outside ``base_path`` (a hub cache of links, say).
+        captions: False for images without captions.
+        allow_outside_base: let rows name files outside ``base_path`` (a hub cache of links, say), and follow links.
+        instance_prompt: the prompt of every row that has none of its own: no sidecar, an empty one, no such key, null,
+            an empty cell. Without it what is there and empty is the empty prompt.
+        prompt_setting: what ``instance_prompt`` is called in messages.
+        image_column: the column that is the ``image`` of a row; None: image or file_name, in any case of letters.
+        caption_column: the column that is its ``prompt``; None: prompt, text or caption; "": none, nor sidecars.
 
     Construction reads the header and the end of every image and raises one DataError naming the bad rows, before any
     model is loaded. What only decoding shows (damage in the middle) is raised by ``dataset[i]`` with the row's number.
@@ -73,6 +80,10 @@ class UnifiedDataset:
         required: str | Sequence[str] = (),
         captions: bool = True,
         allow_outside_base: bool = False,
+        instance_prompt: str | None = None,
+        prompt_setting: str = "instance_prompt",
+        image_column: str | None = None,
+        caption_column: str | None = None,
     ):
         for name, value in (("repeat", repeat), ("max_data_items", max_data_items)):
             if value is not None and value < 1:
@@ -86,16 +97,124 @@ class UnifiedDataset:
         self.special_operator_map = dict(special_operator_map or {})
         self.allow_outside_base = allow_outside_base
         self.required = _names(required)
+        self.instance_prompt, self.prompt_setting = instance_prompt, prompt_setting
+        self.buckets: Sequence[Bucket] = ()  # see `use_buckets`
         self._sizes: dict[str, tuple[int, int]] = {}
+        self._written: dict[str, str] = {}  # field of a row -> the column it is in the metadata
         if metadata_path is None and os.path.isfile(os.path.join(self.base_path, "cache.json")):
             self.rows = []  # a cache of split training: launch_training_task reads it for task sft:train
             return
+        is_captioned = captions and caption_column != ""
         if metadata_path is None:
-            self.table = read_folder(self.base_path, captions)
+            self.table = self._read_folder(is_captioned, image_column)
         else:
             self.table = read_metadata(os.fspath(metadata_path))
-        self.check()
+        columns = self.table.columns
+        self._take_columns(columns, image_column, caption_column if is_captioned else "")
+        if captions or instance_prompt is not None:
+            self._give_prompts([name for name in columns if name.casefold() in CAPTION_COLUMNS
+                                and name != self._column("prompt") and caption_column is None])
+        self.check(columns)
         self.rows: list[dict] = self.table.rows
+
+    def _read_folder(self, captions: bool, image_column: str | None) -> Table:
+        """The images of the folder, or the metadata that are found in it."""
+        table = read_folder(self.base_path, captions, self.allow_outside_base)
+        if not table.found:
+            return table
+        found = read_metadata(table.found)
+        if image_column is None and found.rows and column_of("image", found.columns, found.source) is None:
+            logger.warning("%s is not used: it has no column of images, image or file_name; it has %s. Name it by "
+                           "dataset_metadata_path, and its column by image_column, to use it.", table.found,
+                           listing(map(plain, found.columns)))
+            return table
+        logger.info("%s was found in the folder and is used.", table.found)
+        found.images = table.images
+        return found
+
+    def _take_columns(self, columns: list[str], image_column: str | None, caption_column: str | None) -> None:
+        """Give rows the fields ``image`` and ``prompt``, whatever their columns are called.
+
+        Raises: DataError when a column is not there.
+        """
+        source, keys = self.table.source, self.data_file_keys
+        if source == self.base_path:  # a folder, which has no columns of other names
+            if odd := [name for name in (image_column, caption_column) if name]:
+                logger.info("%s has no metadata: image_column and caption_column, here %s, are not used.", source,
+                            listing(map(plain, odd)))
+            image_column, caption_column = None, "" if caption_column == "" else None
+        for setting, name in (("image_column", image_column), ("caption_column", caption_column)):
+            if name and columns and name not in columns:
+                raise DataError(f"{source} has no column {plain(name)}, which {setting} names; it has "
+                                f"{listing(map(plain, columns))}.{nearest(name, columns)} Correct {setting}")
+        if "image" in (*keys, *self.required):
+            others = [key for key in keys if key in columns and key not in self.required and "image" not in keys]
+            image = image_column or column_of("image", columns, source) or (others[0] if others else "image")
+            self.data_file_keys = ("image", *(key for key in keys if key not in ("image", image)))
+            if image != "image":
+                self._rename("image", image)
+        if caption_column == "":
+            for row in filter(None, self.table.rows):
+                row.pop("prompt", None)
+        elif caption := caption_column or column_of("caption", columns, source):
+            self._rename("prompt", caption)
+
+    def _rename(self, field: str, column: str) -> None:
+        """Give rows a field that is another column."""
+        self._written[field] = column
+        for row in filter(None, self.table.rows):
+            if column in row:
+                row[field] = row[column]
+            else:
+                row.pop(field, None)
+
+    def _give_prompts(self, unused: list[str]) -> None:
+        """``instance_prompt`` for rows without a prompt of their own; without it, note those that have none.
+
+        ``unused``: columns that may hold captions too.
+        """
+        table, given, empty = self.table, [], []
+        if problems := _caption_problems(self.instance_prompt or "", self.prompt_setting):
+            raise ConfigError(problems[0])
+        is_folder, needed = os.path.isdir(table.source), "prompt" in self.required
+        for index, row in enumerate(table.rows):
+            prompt = None if row is None else row.get("prompt")
+            if row is None or (isinstance(prompt, str) and prompt.strip()) or not isinstance(prompt, str | None):
+                continue
+            if self.instance_prompt is not None:
+                row["prompt"] = self.instance_prompt
+                given.append(index)
+            elif prompt is not None:
+                row["prompt"] = ""
+                empty.append(index)
+            elif is_folder:
+                name = row["image"]
+                what_to_do = (f"There is {table.lookalikes[index]!r}, which differs in case or Unicode form: rename it"
+                              if index in table.lookalikes else
+                              f"Write one, or set {self.prompt_setting}, which serves every image without a caption")
+                table.blame(index, f"the image {plain(name, 200)} has no caption file; expected "
+                            f"{plain(os.path.splitext(name)[0], 200)}.txt beside it. {what_to_do}")
+            elif needed and any("prompt" in row for row in filter(None, table.rows)):
+                table.blame(index, f"no {self._column('prompt')}. Write one, or set {self.prompt_setting}, which "
+                            "serves every row without one")
+        own = len(table.rows) - len(given)
+        if empty:
+            logger.warning("%s: %d of %d captions are empty and train the empty prompt, as for guidance: %s. "
+                           "%s would serve them instead.", table.source, len(empty), len(table.rows),
+                           listing((table.places[i] for i in empty), 5), self.prompt_setting)
+        if self.instance_prompt is not None and own:
+            logger.info("%s: %d of %d images have a caption of their own, %s.", table.source, own, len(table.rows),
+                        f"{len(given)} use {self.prompt_setting}" if given else f"{self.prompt_setting} is not used")
+        if given and unused:
+            logger.warning("%s: the column %s is not used. Set caption_column=%s if it holds the captions.",
+                           table.source, listing(map(plain, unused)), plain(unused[0]))
+        if missed := [f"{table.lookalikes[i]!r} of {table.rows[i]['image']!r}" for i in given if i in table.lookalikes]:
+            logger.warning("%s: these are not read as captions, because their names differ in case or Unicode form "
+                           "from those of the images: %s. Rename them to use them.", table.source, listing(missed))
+
+    def _column(self, field: str) -> str:
+        """What a field is called in the metadata."""
+        return self._written.get(field, field)
 
     def __len__(self) -> int:
         return self.max_data_items or len(self.rows) * self.repeat
@@ -124,7 +243,7 @@ class UnifiedDataset:
         For buckets: ``Loader(dataset, bucket_of=lambda i: nearest_bucket(*dataset.image_size(i), buckets))``.
         """
         row = self.rows[index % len(self.rows)]
-        for key in self.data_file_keys:
+        for key in sorted(self.data_file_keys, key=lambda key: key != "image"):
             for value in _as_list(row[key]):
                 if value in self._sizes:
                     return self._sizes[value]
@@ -132,6 +251,13 @@ class UnifiedDataset:
             f"{self.table.source} has no image column in data_file_keys={','.join(self.data_file_keys) or '()'}; "
             "expected the column of the images. Set data_file_keys='image'"
         )
+
+    def use_buckets(self, buckets: Sequence[Bucket], operator: Callable[[Any], Any]) -> None:
+        """Apply ``operator``, which brings images to these buckets, from now on.
+
+        They were chosen for these and other images, so the size of each is part of `content` and `fingerprint`.
+        """
+        self.buckets, self.main_data_operator = buckets, operator
 
     def fingerprint(self) -> str:
         """SHA-256 over all rows and the bytes of all files they name: equal data, equal fingerprint."""
@@ -188,22 +314,24 @@ class UnifiedDataset:
         return ", ".join(names) or f"row {index + 1}"
 
     def _file_digest(self, name: str) -> str:
-        return _digest(resolve(self.base_path, name, self.allow_outside_base))
+        digest = _digest(resolve(self.base_path, name, self.allow_outside_base))
+        is_chosen = self.buckets and name in self._sizes
+        return f"{digest} {nearest_bucket(*self._sizes[name], self.buckets)}" if is_chosen else digest
 
-    def check(self) -> None:
-        """Look at every row and the header of every image. Raises: one DataError with the first ten bad rows."""
+    def check(self, columns: Sequence[str]) -> None:
+        """Look at every row and the header of every image. ``columns``: those of the metadata.
+
+        Raises: one DataError with the first ten bad rows.
+        """
         table = self.table
         if not table.rows:
             what = "images" if os.path.isdir(table.source) else "rows below the header"
             raise DataError(f"{table.source} is an empty data set: it has no {what}; expected at least one. Add some")
-        columns = list(dict.fromkeys(key for row in table.rows if row for key in row))
-        wanted = (*self.data_file_keys, *self.required)
-        missing = [key for key in wanted if key not in columns]
-        if missing and columns:
-            raise DataError(
-                f"{table.source} has no column {listing(missing)}; it has {listing(map(plain, columns))}."
-                f"{nearest(missing[0], columns)} Correct data_file_keys or the metadata"
-            )
+        fields = table.columns
+        missing = [key for key in dict.fromkeys((*self.data_file_keys, *self.required)) if key not in fields]
+        if missing and columns and not (missing == ["prompt"] and os.path.isdir(table.source)):
+            raise DataError(f"{table.source} has no column {listing(missing)}; it has {listing(map(plain, columns))}."
+                            f"{nearest(missing[0], columns)} {self._how_to_name(missing)}")
         faults: dict[tuple[str, bool], str] = {}
         for index, row in enumerate(table.rows):
             if row is not None:
@@ -215,28 +343,48 @@ class UnifiedDataset:
                  if first.setdefault(text := json.dumps(row, sort_keys=True), i) != i]
         if again:
             logger.warning("%s: equal rows are each trained on: %s.", table.source, listing(again))
+        if table.images and table.source != self.base_path:
+            named = {os.path.normpath(str(value)) for row in table.rows for value in _as_list(row.get("image"))}
+            if left := [repr(name) for name in table.images if name not in named]:
+                logger.warning("%s does not list %d of the %d images of the folder, which are not used: %s.",
+                               table.source, len(left), len(table.images), listing(left))
 
-    def _row_problems(self, row: dict, columns: list[str], faults: dict[tuple[str, bool], str]) -> list[str]:
-        lacking = [key for key in columns if key not in row]
+    def _how_to_name(self, missing: list[str]) -> str:
+        """What to do about columns that are not there."""
+        row = next(filter(None, self.table.rows))
+        images = [name for name, value in row.items() if str(value).lower().endswith(SUFFIXES)]
+        ways = []
+        if "image" in missing:
+            ways.append("Name the column of the images by image_column"
+                        + (f", for example image_column={images[0]}" if images else ""))
+        if "prompt" in missing:
+            ways.append("Name the column of the prompts by caption_column, or set "
+                        f"{self.prompt_setting}, which serves every image without one")
+        if set(missing) - {"image", "prompt"}:
+            ways.append("Correct data_file_keys, extra_inputs or the metadata")
+        return ". ".join(ways)
+
+    def _row_problems(self, row: dict, columns: Sequence[str], faults: dict[tuple[str, bool], str]) -> list[str]:
+        lacking = [key for key in columns if key not in row and key != self._column("prompt")]
         problems = []
         if lacking:
             problems.append(f"no {listing(map(plain, lacking))}, which other rows have. Add it")
         if "prompt" in row:
-            problems += _caption_problems(row["prompt"])
+            problems += _caption_problems(row["prompt"], self._column("prompt"))
         if not isinstance(row.get("template_inputs", {}), dict):
             problems.append(f"template_inputs={shorten(row['template_inputs'])}: expected an object such as "
                             '{"scale": 0.2}. Write the metadata as .json or .jsonl')
         for key in self.data_file_keys:
-            values = _as_list(row.get(key))
+            values, shown = _as_list(row.get(key)), self._column(key)
             if key in row and (not values or None in values or "" in values):
-                problems.append(f"{key}={shorten(row[key])} is empty; expected the name of a file. Fill it in")
+                problems.append(f"{shown}={shorten(row[key])} is empty; expected the name of a file. Fill it in")
                 continue
             for value in values if key in row else ():
                 header = key not in self.special_operator_map or str(value).lower().endswith(SUFFIXES)
                 if (cause := str(value), header) not in faults:
                     faults[cause, header] = self._file_problem(value, header)
                 if faults[cause, header]:
-                    problems.append(f"{key}={shorten(value, 200)}: {faults[cause, header]}")
+                    problems.append(f"{shown}={shorten(value, 200)}: {faults[cause, header]}")
         return problems
 
     def _file_problem(self, value: object, header: bool) -> str:
@@ -247,7 +395,8 @@ class UnifiedDataset:
             else:
                 open_regular(path).close()
         except DataError as error:
-            return str(error)
+            similar = isinstance(value, str) and "does not exist" in str(error) and lookalike(self.base_path, value)
+            return f"{error}.{similar}" if similar else str(error)
         return ""
 
     @staticmethod
@@ -262,11 +411,12 @@ class UnifiedDataset:
         convert_RGBA: bool = False,
         buckets: Sequence[Bucket] | None = None,
         allow_outside_base: bool = False,
+        chosen_by: Mapping[str, Any] | None = None,
     ) -> DataProcessingOperator:
         """File name (or list of them) -> image of height x width, or of its own size, or of its nearest bucket."""
-        if buckets and height is not None:
+        if buckets is not None and height is not None:
             raise ConfigError(f"height={height} and buckets are both set; expected one of them. Remove one")
-        resize = BucketCropAndResize(buckets) if buckets else ImageCropAndResize(
+        resize = BucketCropAndResize(buckets, chosen_by) if buckets is not None else ImageCropAndResize(
             height, width, max_pixels, height_division_factor, width_division_factor)
         load = ToAbsolutePath(base_path, allow_outside_base) >> LoadImage(convert_RGB, convert_RGBA) >> resize
         return RouteByType([(str, load), (list, SequentialProcess(load))])
@@ -289,16 +439,13 @@ def _as_list(value: object) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _caption_problems(prompt: object) -> list[str]:
+def _caption_problems(prompt: object, name: str) -> list[str]:
     if not isinstance(prompt, str):
-        return [f"prompt={shorten(prompt)} is of type {type(prompt).__name__}; expected text. Correct it"]
-    if not prompt.strip():
-        return [f"prompt={shorten(prompt)} is an empty caption; expected text. Write one, or leave out the column "
-                "everywhere"]
+        return [f"{name}={shorten(prompt)} is of type {type(prompt).__name__}; expected text. Correct it"]
     if len(prompt) > LONGEST_CAPTION:
-        return [f"prompt={shorten(prompt)} has {len(prompt)} characters; expected at most {LONGEST_CAPTION}, which is "
+        return [f"{name}={shorten(prompt)} has {len(prompt)} characters; expected at most {LONGEST_CAPTION}, which is "
                 "more than a text encoder reads. Shorten it"]
     if odd := sorted(set(_NO_TEXT.findall(prompt))):
-        return [f"prompt={shorten(prompt)} holds {listing(f'U+{ord(letter):04X}' for letter in odd)}, control "
+        return [f"{name}={shorten(prompt)} holds {listing(f'U+{ord(letter):04X}' for letter in odd)}, control "
                 "characters or half a pair; expected text. Remove them"]
     return []

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont
 
 from ..errors import DataError
+from .fonts import font_for
 from .paths import open_regular
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ MAX_BYTES = 8 * MAX_PIXELS  # 16-bit RGBA, not compressed
 MIN_SIDE = 16
 MAX_ASPECT = 20
 
+_WIDE = "\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"  # each is a word of its own
+_BREAKS = re.compile(f" ?(?:[{_WIDE}]|[^ {_WIDE}]+)")
 _BITS, _PHOTOMETRIC, _ORIENTATION = 0x0102, 0x0106, 0x0112  # tags of TIFF and EXIF
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -303,7 +306,8 @@ def grid(
         rows: rows of images; or one list of images, which is broken into rows of ``columns``.
         captions: one for each row, above it.
         columns: only for one list of images; as many as there are by default.
-        titles: one for each column (such as the prompts), below the last row, in at most three lines.
+        titles: one for each column (such as the prompts), below the last row, in at most three lines. One that has
+            letters of no font of this system (`fonts.font_for`) is its number instead: "prompt 2".
     """
     if rows and isinstance(rows[0], Image.Image):
         columns = columns or len(rows)
@@ -320,8 +324,10 @@ def grid(
     margin, gap, font = text, max(4, text // 2), ImageFont.load_default(text)
     band = text + gap if captions else 0
     step = band + cell_height + (2 * gap if captions else gap)
-    feet = [_wrapped(title, cell_width, font) for title in titles or ()]
-    foot = max((foot.count("\n") + 1 for foot in feet), default=0) * (text + gap // 2)
+    found = [(title, own) if (own := font_for(title, text)) else (f"prompt {number}", font)
+             for number, title in enumerate(titles or (), 1)]
+    feet = [(_wrapped(title, cell_width, own), own) for title, own in found]
+    foot = max((foot.count("\n") + 1 for foot, _ in feet), default=0) * (text + gap // 2)
     bottom = margin + (len(rows) - 1) * step + band + cell_height
     size = 2 * margin + across * (cell_width + gap) - gap, bottom + (foot and foot + gap) + margin
     sheet = Image.new("RGB", size, "white")
@@ -335,17 +341,20 @@ def grid(
             left = margin + j * (cell_width + gap)
             sheet.paste(image.convert("RGB"), (
                 left + (cell_width - image.width) // 2, top + (cell_height - image.height) // 2))
-    for j, title in enumerate(feet):
+    for j, (title, own) in enumerate(feet):
         centre = margin + j * (cell_width + gap) + cell_width // 2
-        draw.text((centre, bottom + gap), title, (110, 110, 110), font, "ma", spacing=gap // 2, align="center")
+        draw.text((centre, bottom + gap), title, (110, 110, 110), own, "ma", spacing=gap // 2, align="center")
     return sheet
 
 
 def _wrapped(text: str, room: int, font: ImageFont.FreeTypeFont, lines: int = 3) -> str:
-    """The text in at most ``lines`` lines of ``room`` pixels; what does not fit ends in three dots."""
-    result, words = [""], text.split()
+    """The text in at most ``lines`` lines of ``room`` pixels; what does not fit ends in three dots.
+
+    Lines break at spaces, and between Chinese, Japanese or Korean letters.
+    """
+    result, words = [""], _BREAKS.findall(" ".join(text.split()))
     while words:
-        longer = f"{result[-1]} {words[0]}".strip()
+        longer = f"{result[-1]}{words[0]}".strip()
         if font.getlength(longer) <= room or (not result[-1] and len(result) < lines):
             result[-1] = longer
             words.pop(0)

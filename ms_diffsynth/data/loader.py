@@ -108,7 +108,7 @@ class Loader:
             if missing:
                 raise DataError(
                     f"the class data set has no image of bucket {listing(missing)}, which the data set has; expected "
-                    "at least one of each. Add class images of these shapes, or use fewer buckets"
+                    "at least one of each. Add class images of these shapes, or set buckets=1"
                 )
         self.step = 0
         self._samples_per_epoch = 0

@@ -14,22 +14,37 @@ from typing import Any
 
 from ..errors import DataError, listing
 from .images import SUFFIXES
-from .paths import LONGEST_TEXT, plain, read_text, resolve, shorten
+from .paths import LONGEST_TEXT, fold, plain, read_text, resolve, shorten
 
 logger = logging.getLogger(__name__)
 
 CAPTION_SUFFIXES = (".txt", ".caption")
+IMAGE_COLUMNS = ("image", "file_name")  # DiffSynth-Studio; Hugging Face's imagefolder
+CAPTION_COLUMNS = ("prompt", "text", "caption")  # the same; and captioning tools
+FOUND = ("metadata.csv", "metadata.jsonl")  # read without being named, as imagefolder does
 DEEPEST = 100  # levels of brackets in a row
 
 
 @dataclass
 class Table:
-    """Rows as they were read. An unreadable row is None and has a problem; ``places`` says where each row stands."""
+    """Rows as they were read. An unreadable row is None and has a problem; ``places`` says where each row stands.
+
+    Of a folder: ``images`` are all that are in it, ``found`` is the path of metadata that speak for them when no image
+    has a caption file, and ``lookalikes`` (row -> file) are captions but for the case of their names.
+    """
 
     source: str
     rows: list[dict | None] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     problems: dict[int, list[str]] = field(default_factory=dict)
+    images: list[str] = field(default_factory=list)
+    found: str = ""
+    lookalikes: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column of any row."""
+        return list(dict.fromkeys(key for row in self.rows if row for key in row))
 
     def add(self, row: dict | None, place: str, problem: str = "") -> None:
         """Append a row, with what is wrong with it."""
@@ -73,51 +88,95 @@ def read_metadata(path: str) -> Table:
     return table
 
 
-def read_folder(base: str, captions: bool = True) -> Table:
+def read_folder(base: str, captions: bool = True, allow_outside: bool = False) -> Table:
     """A row for every image below ``base``, sorted: ``image`` and, with ``captions``, ``prompt`` from its sidecar.
 
-    The sidecar of ``cat.png`` is ``cat.txt`` or ``cat.caption``. Names that begin with a dot are left out; a warning
-    names what else is there and left out: other files, and folders that are links.
+    The sidecar of ``cat.png`` is ``cat.txt`` or ``cat.caption``, in this case of letters; a row whose image has none
+    has no ``prompt``. Names that begin with a dot are left out; a warning names what else is there and left out: other
+    files, and folders that are links (which ``allow_outside`` follows).
     """
     if not os.path.isdir(base):
-        raise DataError(f"base_path={base} is not a folder; expected a folder of images. Correct base_path")
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror}). Make it a readable folder, or remove it")
-
-    table = Table(base)
-    names, others = [], []
-    for folder, folders, files in os.walk(base, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        others += [os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))]
-        for name in files:
-            if not name.startswith("."):
-                (names if name.lower().endswith(SUFFIXES) else others).append(os.path.join(folder, name))
-    names = sorted(os.path.relpath(name, base) for name in names)
-    for number, name in enumerate(names, 1):
-        place = f"row {number} ({plain(name, 200)})"
+        raise DataError(f"{base} is not a folder; expected a folder of images. Correct dataset_base_path, or which "
+                        "setting names it")
+    names, others = _walk(base, allow_outside)
+    table = Table(base, images=names)
+    sidecars = set()
+    by_fold: dict[str, list[str]] = {}
+    for name in others:
+        by_fold.setdefault(fold(name), []).append(name)
+    for index, name in enumerate(names):
+        stem = os.path.splitext(name)[0]
+        beside = [stem + suffix for suffix in CAPTION_SUFFIXES if captions and stem + suffix in others]
+        sidecars.update(beside)
+        place = f"row {index + 1} ({plain(name, 200)})"
         try:
-            table.add({"image": name, **({"prompt": _caption(base, name)} if captions else {})}, place)
+            prompt = {"prompt": _caption(base, name, beside, allow_outside)} if beside else {}
+            table.add({"image": name, **prompt}, place)
         except DataError as error:
             table.add(None, place, str(error))
-    sidecars = {os.path.splitext(name)[0] + suffix for name in names for suffix in CAPTION_SUFFIXES if captions}
-    left = sorted(repr(name) for other in others if (name := os.path.relpath(other, base)) not in sidecars)
+        similar = [other for suffix in CAPTION_SUFFIXES for other in by_fold.get(fold(stem + suffix), ())]
+        if captions and similar and not beside:
+            table.lookalikes[index] = similar[0]
+    if captions and not sidecars:
+        found = [name for name in FOUND if name in others]
+        if len(found) > 1:
+            raise DataError(f"{base} has {' and '.join(found)}; expected one. Name the one that is meant by "
+                            f"dataset_metadata_path={os.path.join(base, found[0])}, or remove the other")
+        table.found = os.path.join(base, found[0]) if found else ""
+    left = sorted(repr(name) for name in others if name not in sidecars and os.path.join(base, name) != table.found)
     if left:
         logger.warning("%s: neither images nor the captions of one, and not used: %s.", base, listing(left))
+    if again := {name for name, count in Counter(map(fold, names)).items() if count > 1}:
+        logger.warning("%s: these names differ only in case or Unicode form, and each is an image of its own: %s.",
+                       base, listing(ascii(name) for name in names if fold(name) in again))
     return table
 
 
-def _caption(base: str, name: str) -> str:
-    stem = os.path.splitext(name)[0]
-    found = [stem + suffix for suffix in CAPTION_SUFFIXES if os.path.lexists(os.path.join(base, stem + suffix))]
-    if not found:
-        raise DataError(
-            f"the image {plain(name, 200)} has no caption file; expected {plain(stem, 200)}.txt beside it. Write "
-            "one, or set instance_prompt, which serves images without a caption (captions=False of UnifiedDataset)"
-        )
-    if len(found) > 1:
-        raise DataError(f"the image {plain(name, 200)} has two caption files, {' and '.join(map(plain, found))}. "
+def _walk(base: str, follow: bool) -> tuple[list[str], set[str]]:
+    """The images below a folder, sorted, and what else is there: paths relative to it."""
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}). Make it a readable folder, or remove it")
+
+    images, others, followed, real = [], set(), set(), os.path.realpath(base)
+    for folder, folders, files in os.walk(base, onerror=refuse, followlinks=follow):
+        for name in [name for name in folders if os.path.islink(os.path.join(folder, name))]:
+            leads_to = os.path.realpath(os.path.join(folder, name))
+            if not follow or leads_to in followed or os.path.commonpath([leads_to, real]) in (leads_to, real):
+                folders.remove(name)  # a loop, or images that are met without it
+                others |= set() if name.startswith(".") else {os.path.relpath(os.path.join(folder, name), base)}
+            followed.add(leads_to)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith("."):
+                path = os.path.relpath(os.path.join(folder, name), base)
+                if name.lower().endswith(SUFFIXES):
+                    images.append(path)
+                else:
+                    others.add(path)
+    return sorted(images), others
+
+
+def _caption(base: str, name: str, beside: list[str], allow_outside: bool) -> str:
+    if len(beside) > 1:
+        raise DataError(f"the image {plain(name, 200)} has two caption files, {' and '.join(map(plain, beside))}. "
                         "Remove one")
-    return read_text(resolve(base, found[0])).strip()
+    return read_text(resolve(base, beside[0], allow_outside), may_be_empty=True).strip()
+
+
+def column_of(kind: str, columns: list[str], source: str) -> str | None:
+    """The column of the images ("image") or of the prompts ("caption") by its usual names, in any case of letters.
+
+    Returns: its name as the metadata write it; None when there is none. Raises: DataError when two could be meant.
+    """
+    usual = IMAGE_COLUMNS if kind == "image" else CAPTION_COLUMNS
+    if usual[0] in columns:
+        return usual[0]
+    found = [name for name in columns if name.casefold() == usual[0]] or [
+        name for name in columns if name.casefold() in usual]
+    if len(found) > 1:
+        raise DataError(f"{source} has the columns {listing(found)}, each of which may be that of the {kind}s. Say "
+                        f"which by {kind}_column, for example {kind}_column={found[0]}")
+    return found[0] if found else None
 
 
 def _read_csv(text: str, table: Table) -> None:

@@ -16,7 +16,12 @@ from .paths import resolve
 
 
 class DataProcessingOperator:
-    """A function of one cell. Subclasses define ``__call__``; ``a >> b`` does a, then b."""
+    """A function of one cell. Subclasses define ``__call__``; ``a >> b`` does a, then b.
+
+    ``not_described``: its settings that do not shape what it gives; see `describe`.
+    """
+
+    not_described: tuple[str, ...] = ()
 
     def __call__(self, data: Any) -> Any:
         raise TypeError(f"{type(self).__name__} does not define __call__(self, data): implement it.")
@@ -80,6 +85,8 @@ class ToList(DataProcessingOperator):
 
 class ToAbsolutePath(DataProcessingOperator):
     """The path of a file below ``base_path``. Raises: DataError when it leaves that folder; see ``paths.resolve``."""
+
+    not_described = ("base_path", "allow_outside_base")
 
     def __init__(self, base_path: str = "", allow_outside_base: bool = False):
         self.base_path = os.fspath(base_path)
@@ -203,8 +210,9 @@ class RouteByExtensionName(DataProcessingOperator):
 def describe(value: Any) -> Any:
     """An operator as a JSON value: its settings by the name of its class, so that equal ones are described the same.
 
-    Steps of a pipeline stand beside each other; a function is its qualified name. Where the data lie (``base_path``) is
-    left out, and so is the route of lists when it does to each element what is done to a single one.
+    Steps of a pipeline stand beside each other; a function is its qualified name. What is ``not_described``, such
+    as where the data lie, is left out, and so is the route of lists when it does to each element what is done to a
+    single one.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -224,5 +232,6 @@ def describe(value: Any) -> Any:
         routes = [(kind, operator) for kind, operator in value.operator_map
                   if not (kind is list and isinstance(operator, SequentialProcess) and operator.operator is first)]
         return describe(first) if len(routes) == 1 else [[describe(kind), describe(op)] for kind, op in routes]
-    settings = {key: describe(element) for key, element in sorted(vars(value).items()) if key != "base_path"}
+    hidden = ("not_described", *getattr(value, "not_described", ()))
+    settings = {key: describe(element) for key, element in sorted(vars(value).items()) if key not in hidden}
     return {type(value).__qualname__: settings}

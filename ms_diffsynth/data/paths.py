@@ -4,6 +4,8 @@ from __future__ import annotations
 import os
 import re
 import stat
+import unicodedata
+from functools import lru_cache
 from typing import BinaryIO
 
 from ..errors import DataError, listing
@@ -41,7 +43,7 @@ def resolve(base: str, value: object, allow_outside: bool = False) -> str:
     if not real.startswith(os.path.join(os.path.realpath(base), "")):
         raise DataError(
             f"{shown} leaves the data folder {base} (it leads to {plain(real, 200)}). Move the file into the folder, "
-            "or pass allow_outside_base=True if you trust this metadata"
+            "or set allow_outside_base=true if you trust what names it"
         )
     return path
 
@@ -66,8 +68,39 @@ def plain(name: str, most: int = 60) -> str:
     return name if len(name) <= most and name.isprintable() else shorten(name, most)
 
 
-def open_regular(path: str) -> BinaryIO:
-    """Open a regular, non-empty file for reading.
+def fold(name: str) -> str:
+    """What two names have in common that differ only in case or in Unicode form."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def lookalike(base: str, name: str) -> str:
+    """`` There is 'IMG.PNG', which differs in case`` for a file below ``base`` that is not there; or nothing."""
+    found = "/" if os.path.isabs(name) else ""
+    for part in name.split("/"):
+        path = os.path.join(base, found, part)
+        if not os.path.lexists(path):
+            folder = os.path.dirname(path) or "."
+            try:
+                same = _entries(folder, os.stat(folder).st_mtime_ns).get(fold(part))
+            except (OSError, ValueError):
+                same = None
+            if not same:
+                return ""
+            part = same
+        found = os.path.join(found, part)
+    if unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", name):
+        return f" There is {found!a}, which differs in Unicode form from {name!a}: rename one"
+    return f" There is {shorten(found, 200)}, which differs in case: rename one"
+
+
+@lru_cache(maxsize=16)
+def _entries(folder: str, mtime: int) -> dict[str, str]:
+    """The names in a folder by what `fold` leaves of them. ``mtime`` tells a folder that changed."""
+    return {fold(name): name for name in sorted(os.listdir(folder))}
+
+
+def open_regular(path: str, may_be_empty: bool = False) -> BinaryIO:
+    """Open a regular file for reading; one of zero bytes only when it ``may_be_empty``.
 
     O_NONBLOCK, because opening a named pipe for reading otherwise waits for a writer forever.
 
@@ -80,7 +113,7 @@ def open_regular(path: str) -> BinaryIO:
     except OSError as error:
         raise DataError(f"{path} cannot be opened ({error.strerror}). Make it a readable regular file") from error
     status = os.fstat(descriptor)
-    if stat.S_ISREG(status.st_mode) and status.st_size:
+    if stat.S_ISREG(status.st_mode) and (status.st_size or may_be_empty):
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
     if stat.S_ISREG(status.st_mode):
@@ -89,9 +122,9 @@ def open_regular(path: str) -> BinaryIO:
     raise DataError(f"{path} is {kind}; expected a regular file. Name a file, or remove it")
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, may_be_empty: bool = False) -> str:
     """The text of a UTF-8 file, with or without a byte-order mark. Raises: DataError when it is not UTF-8."""
-    with open_regular(path) as file:
+    with open_regular(path, may_be_empty) as file:
         if (size := os.fstat(file.fileno()).st_size) > LONGEST_TEXT:
             raise DataError(f"{path} has {size} bytes; expected at most {LONGEST_TEXT}. Name a text file")
         content = file.read()

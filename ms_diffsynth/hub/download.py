@@ -309,12 +309,12 @@ class _Repository:
         except NETWORK_ERRORS as error:
             if getattr(error, "errno", None) is not None and not isinstance(error, (ConnectionError, TimeoutError)):
                 raise HubError(f"{self.config}: the cache cannot be written ({error.strerror}). Free some space, or "
-                               "give another cache_dir.") from error
+                               "set HF_HOME to another folder (cache_dir of ModelConfig).") from error
             raise _Unreachable(f"the connection to {self.host} failed ({type(error).__name__})") from error
 
     def _error(self, what: str, remedy: str) -> HubError:
         return HubError(f"{self.config} on {self.host} {what}. {remedy}; files of the cache alone are used with "
-                        "skip_download=True.")
+                        "HF_HUB_OFFLINE=1 (skip_download=True of ModelConfig).")
 
 
 class _Unreachable(Exception):

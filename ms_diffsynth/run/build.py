@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -13,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ms_diffsynth.config import SETTINGS, DataSection, TrainConfig
-from ms_diffsynth.data.buckets import Bucket, make_buckets
+from ms_diffsynth.config import SETTINGS, TrainConfig
+from ms_diffsynth.data.buckets import Bucket, choose_buckets, describe_fit, nearest_bucket, own_bucket
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.tasks import Task, task_class
@@ -27,6 +30,8 @@ from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.template.units import trained_template_cache
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.two_stage import stage_of
+
+logger = logging.getLogger(__name__)
 
 
 def build_task(config: TrainConfig) -> Task:
@@ -108,53 +113,100 @@ def build_datasets(config: TrainConfig) -> DataSets:
     if stage_of(config.objective.task) == "train":
         folder = data.cache_dir or data.dataset_base_path
         cache, columns = Cache(folder), [key.strip() for key in data.data_file_keys.split(",")]
-        made = dict.fromkeys(columns, describe(_image_operator(config, "")))
+        pictures = (cache.manifest or {}).get("fingerprint", {}).get("pictures", {}).get("instance")
+        if isinstance(pictures, dict):  # the columns as stage one found them in the metadata
+            columns = list(pictures)
+        made = dict.fromkeys(columns, describe(_image_operator(config, "", [])))
         names = ["instance", *(["class"] if config.objective.with_prior_preservation else [])]
         held_out = [name for name in (cache.manifest or {}).get("rows", {}) if name == "validation"]
         cache.check({"pictures": dict.fromkeys([*names, *held_out], made)})
         return DataSets(UnifiedDataset(folder, repeat=data.dataset_repeat))
-    instance = _dataset(config, data.dataset_base_path, data.dataset_metadata_path, data.instance_prompt,
+    instance = _dataset(config, data.dataset_base_path, data.dataset_metadata_path, "instance_prompt",
                         data.dataset_repeat)
     classes = validation = None
     if config.objective.with_prior_preservation:
-        classes = _dataset(config, data.class_base_path, data.class_metadata_path, data.class_prompt)
+        classes = _dataset(config, data.class_base_path, data.class_metadata_path, "class_prompt")
     if data.validation_share is not None:
         instance, validation = instance.split(data.validation_share, config.run.seed)
     elif data.validation_base_path or data.validation_metadata_path:
         validation = _dataset(config, data.validation_base_path or data.dataset_base_path,
-                              data.validation_metadata_path, data.instance_prompt)
-    return DataSets(instance, classes, validation)
+                              data.validation_metadata_path, "instance_prompt")
+    sets = DataSets(instance, classes, validation)
+    _resize(config, sets)
+    return sets
 
 
-def _dataset(config: TrainConfig, base: str, metadata: str | None, prompt: str | None,
-             repeat: int = 1) -> UnifiedDataset:
-    """Images and prompts; ``prompt`` serves every image that has none of its own."""
+def _dataset(config: TrainConfig, base: str, metadata: str | None, prompt: str, repeat: int = 1) -> UnifiedDataset:
+    """Images and prompts; the setting called ``prompt`` serves every image that has none of its own."""
     extra = [name.strip() for name in (config.data.extra_inputs or "").split(",") if name.strip()]
     known = {*family(config.model.family).pipeline().optional_units, "template_inputs"}
     if odd := [name for name in extra if name not in known]:
         raise ConfigError(f"extra_inputs names {', '.join(map(repr, odd))}: expected some of "
                           f"{', '.join(sorted(known))}.{nearest(odd[0], known)}")
-    needs_prompts = prompt is None and "prompt" in family(config.model.family).pipeline.inputs
-    dataset = UnifiedDataset(base_path=base, metadata_path=metadata, repeat=repeat,
-                             data_file_keys=config.data.data_file_keys,
-                             main_data_operator=_image_operator(config, base), captions=needs_prompts,
-                             required=[*extra, *(["prompt"] if needs_prompts else [])])
-    if prompt is not None:
-        dataset.rows = [{"prompt": prompt} | row for row in dataset.rows]
-    return dataset
+    data, has_prompts = config.data, "prompt" in family(config.model.family).pipeline.inputs
+    return UnifiedDataset(base_path=base, metadata_path=metadata, repeat=repeat, data_file_keys=data.data_file_keys,
+                          captions=has_prompts, instance_prompt=getattr(data, prompt) if has_prompts else None,
+                          prompt_setting=prompt, image_column=data.image_column, caption_column=data.caption_column,
+                          allow_outside_base=data.allow_outside_base,
+                          required=["image", *extra, *(["prompt"] if has_prompts else [])])
 
 
-def _image_operator(config: TrainConfig, base: str) -> DataProcessingOperator:
+def _resize(config: TrainConfig, sets: DataSets) -> None:
+    """Decide at what sizes images are trained, the same for all data sets, and say what that costs."""
     data, factor = config.data, family(config.model.family).pipeline.division_factor
-    buckets = None if data.height else _buckets_near_square(data, factor, data.buckets)
+    named = {what: images for what, images in zip(("images", "class images", "held-out images"), sets) if images}
+    sizes = {what: [images.image_size(row) for row in range(len(images.rows))] for what, images in named.items()}
+    shapes = [*sizes["images"], *sizes.get("class images", ())]
+    if data.height:
+        buckets, remedy = [Bucket(data.height, data.width)], "Leave out height and width: images then keep their shapes"
+        if data.max_pixels != SETTINGS["max_pixels"].default:
+            logger.warning("max_pixels=%d is not used: height and width are set. Leave them out to use it.",
+                           data.max_pixels)
+    else:
+        buckets = choose_buckets(shapes, data.max_pixels, factor, _most_buckets(config))
+        more = len(buckets) < len({own_bucket(*size, data.max_pixels, factor) for size in shapes})
+        remedy = (f"Set buckets={2 * len(buckets)} for more sizes, each of which is a compilation, or crop them"
+                  if more else "Raise max_pixels, or crop them")
+        _warn_of_few_pixels(data.max_pixels, shapes)
+    for what, images in named.items():
+        names = [images.label(row) for row in range(len(images.rows))]
+        line, warnings = describe_fit(sizes[what], names, buckets, remedy)
+        logger.info("%s: %s.", what, line)
+        for warning in warnings:
+            logger.warning("%s: %s.", what, warning)
+        operator = _image_operator(config, images.base_path, buckets)
+        images.use_buckets(() if data.height else buckets, operator)
+    held = Counter(nearest_bucket(*size, buckets) for size in sizes["images"])
+    again = sum(-count * data.dataset_repeat % config.run.batch_size for count in held.values())
+    if again and len(held) > 1:
+        logger.info("a batch holds images of one size: to fill batches of %d, %d images come once more in each epoch.",
+                    config.run.batch_size, again)
+
+
+def _most_buckets(config: TrainConfig) -> int | None:
+    """None leaves their number open. With class images, of which a batch needs some of its size, it is 1 by default."""
+    is_open = config.data.buckets is None
+    return 1 if is_open and config.objective.with_prior_preservation else config.data.buckets
+
+
+def _warn_of_few_pixels(max_pixels: int, sizes: list[tuple[int, int]]) -> None:
+    """Say when ``max_pixels`` looks like a side, or shrinks images to less than families are trained for."""
+    shrunk = sum(width * height > max_pixels for width, height in sizes)
+    if shrunk and max_pixels < 256 * 256:
+        side = math.isqrt(max_pixels)
+        meant = (f"Did you mean {max_pixels**2} ({max_pixels} x {max_pixels})?" if 64 <= max_pixels <= 4096 else
+                 "Most families need max_pixels=65536 (256 x 256) or more.")
+        logger.warning("max_pixels=%d is %d x %d pixels, to which %d of %d images are shrunk. %s", max_pixels, side,
+                       side, shrunk, len(sizes), meant)
+
+
+def _image_operator(config: TrainConfig, base: str, buckets: list[Bucket]) -> DataProcessingOperator:
+    data, factor = config.data, family(config.model.family).pipeline.division_factor
+    rule = {"max_pixels": data.max_pixels, "most": _most_buckets(config), "factor": factor}
     return UnifiedDataset.default_image_operator(
         base_path=base, max_pixels=data.max_pixels, height=data.height, width=data.width,
-        height_division_factor=factor, width_division_factor=factor, buckets=buckets)
-
-
-def _buckets_near_square(data: DataSection, factor: int, count: int) -> list[Bucket]:
-    """The ``count`` buckets of at most ``max_pixels`` pixels whose shape is nearest to a square."""
-    return sorted(make_buckets(data.max_pixels, factor), key=lambda b: abs(np.log(b.width / b.height)))[:count]
+        height_division_factor=factor, width_division_factor=factor, buckets=None if data.height else buckets,
+        allow_outside_base=data.allow_outside_base, chosen_by=rule)
 
 
 # -- sample images -------------------------------------------------------------------------------------------------
@@ -162,8 +214,10 @@ def _buckets_near_square(data: DataSection, factor: int, count: int) -> list[Buc
 Sampler = Callable[..., list[Image.Image]]
 
 
-def build_sampler(config: TrainConfig, pipe: Pipeline) -> tuple[Sampler | None, list[str]]:
+def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> tuple[Sampler | None, list[str]]:
     """``sampler()`` makes one image a prompt, always from the same seeds; and the prompts. None without prompts.
+
+    Without sample_height and height it makes them at the size of most images of ``dataset``, or square.
 
     ``sampler(count)`` makes this many, with the prompts in turn. For a family without prompts, ``sampler()`` makes
     ``sample_count`` images.
@@ -185,9 +239,13 @@ def build_sampler(config: TrainConfig, pipe: Pipeline) -> tuple[Sampler | None, 
         return sampler if size else None, []
     if not prompts:
         return None, []
-    square = _buckets_near_square(config.data, pipe.division_factor, 1)[0]
-    how["height"] = run.sample_height or config.data.height or square.height
-    how["width"] = run.sample_width or config.data.width or square.width
+    side = math.isqrt(config.data.max_pixels)
+    usual = own_bucket(side, side, config.data.max_pixels, pipe.division_factor)
+    if buckets := getattr(dataset, "buckets", ()):
+        found = Counter(nearest_bucket(*dataset.image_size(row), buckets) for row in range(len(dataset.rows)))
+        usual = found.most_common(1)[0][0]
+    how["height"] = run.sample_height or config.data.height or usual.height
+    how["width"] = run.sample_width or config.data.width or usual.width
     inputs: list[Mapping[str, Any]] = []
     if text := run.sample_template_inputs:
         try:

@@ -51,6 +51,7 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> ModelLogger:
     if stage != "data_process":
         same_run.check_folder(Path(config.run.output_path), config.run.resume)
     sets = build_datasets(config)
+    images = sets.instance
     pipe = build_pipeline(config)
     logger = ModelLogger(config.run.output_path, config.model.remove_prefix_in_ckpt, config.run.enable_tensorboard_log)
     logger.metadata = {"ms_diffsynth.family": config.model.family}
@@ -72,13 +73,13 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> ModelLogger:
     pipe.load_models_to_device(cut.models("step"))
     if accelerator.is_main_process:
         logger.files["config.yaml"] = to_yaml(config).encode()
-        images, classes, held_out = (
+        count, classes, held_out = (
             None if rows is None else rows.rows if isinstance(rows, CachedRows) else len(rows.rows) for rows in sets)
         prior = "" if classes is None else f" and {classes} class images"
         other = "" if held_out is None else f", {held_out} held out"
-        sys.stderr.write(f"{config.model.family}: {images} images{prior}{other}, batch size {config.run.batch_size}, "
+        sys.stderr.write(f"{config.model.family}: {count} images{prior}{other}, batch size {config.run.batch_size}, "
                          f"task {config.objective.task}, output in {config.run.output_path}\n{module.pipe.objective}\n")
-    sampler, captions = build_sampler(config, pipe)
+    sampler, captions = build_sampler(config, pipe, images)
     return launch_training_task(accelerator, sets.instance, module, logger, class_dataset=sets.classes,
                                 validation_dataset=sets.validation, args=config, sampler=sampler,
                                 sample_captions=captions, hooks=hooks)

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ms_diffsynth.data.fonts import font_for
 from ms_diffsynth.data.images import grid, png_bytes
 from ms_diffsynth.data.plots import loss_curve
-from ms_diffsynth.errors import ConfigError, OutputError
+from ms_diffsynth.errors import ConfigError, OutputError, listing
 from ms_diffsynth.launch.worker import beat
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.redact import redact, without_secrets
@@ -218,9 +219,22 @@ class ModelLogger:
         first = min(self.samples, default=step)
         self.samples = {first: self.samples.get(first, images), step: images}
         columns = len(images) if captions else math.ceil(math.sqrt(len(images)))
+        self._write_prompts(captions)
         path = self.write_image(f"samples/step-{step}.png", grid(images, columns=columns, titles=_titles(captions)))
         self.event("samples", file=f"samples/step-{step}.png")
         return path
+
+    def _write_prompts(self, captions: list[str]) -> None:
+        """``samples/prompts.txt`` when an image has its number under it, because no font has the letters."""
+        titles = _titles(captions) or []
+        odd = [k for k, title in enumerate(titles, 1) if font_for(title, 16) is None]
+        text = "".join(f"prompt {k}: {' '.join(title.split())}\n" for k, title in enumerate(titles, 1)).encode()
+        path = self.output_path / "samples/prompts.txt"
+        if odd and not (path.is_file() and path.read_bytes() == text):
+            write_file(path, text)
+            logger.warning("no font of this system has the letters of prompt %s: its number is under the images, its "
+                           "text is in %s. Install a font, such as that of the package fonts-noto-cjk.", listing(odd),
+                           path)
 
     def first_and_last(self) -> dict[str, np.ndarray]:
         """The first and the last samples, which `write_comparison` needs, by ``STEP.NUMBER``."""

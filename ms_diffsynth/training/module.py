@@ -228,8 +228,8 @@ class DiffusionTrainingModule:
         lost = [name for name in self._columns if data.get(name) is None]
         if lost:
             raise DataError(f"a row has no {' and no '.join(map(repr, lost))}: it has {listing(sorted(data))}. "
-                            f"Expected the columns {' and '.join(map(repr, self._columns))}; rename yours, or override "
-                            "get_pipeline_inputs.")
+                            f"Expected the columns {' and '.join(map(repr, self._columns))}; name yours by "
+                            "image_column and caption_column, or override get_pipeline_inputs in a script.")
         shared = {"input_image": data["image"], "height": data["image"].size[1], "width": data["image"].size[0],
                   "cfg_scale": 1, **{name: data[name] for name in (*self._extra_inputs, *self.pipe.objective.inputs)}}
         if "prompt" not in self._columns:

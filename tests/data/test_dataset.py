@@ -6,7 +6,7 @@ import json
 import pytest
 from PIL import Image
 
-from ms_diffsynth.data import ToFloat, ToInt, UnifiedDataset, make_buckets
+from ms_diffsynth.data import Bucket, ToFloat, ToInt, UnifiedDataset
 from ms_diffsynth.errors import ConfigError, DataError
 
 
@@ -98,7 +98,7 @@ def test_lists_of_pictures_and_nested_fields(folder):
 
 
 def test_bucket_operator_and_header_sizes(folder):
-    buckets = make_buckets(64 * 64)
+    buckets = [Bucket(32, 48), Bucket(48, 32)]
     operator = UnifiedDataset.default_image_operator(str(folder), buckets=buckets)
     dataset = table(folder, GOOD, main_data_operator=operator, repeat=2)
     assert [dataset.image_size(i) for i in range(4)] == [(40, 32), (32, 40), (64, 20), (40, 32)]
@@ -138,8 +138,7 @@ def test_missing_and_bad_sidecars(folder):
     (folder / "1.txt").write_text(" \n")
     with pytest.raises(DataError) as caught:
         UnifiedDataset(str(folder))
-    for word in ("3 of 3 rows", "0.txt line 2 is not UTF-8 (byte 0xfc", "row 2 (1.png)", "empty caption",
-                 "the image 2.png has no caption file", "2.txt", "captions=False"):
+    for word in ("2 of 3 rows", "0.txt line 2 is not UTF-8 (byte 0xfc", "the image 2.png has no caption file", "2.txt"):
         assert word in str(caught.value)
 
 
@@ -165,7 +164,7 @@ def test_a_row_that_spans_lines_keeps_line_numbers_right(folder):
 
 
 def test_folders_that_are_not_there_or_empty(folder):
-    with pytest.raises(DataError, match=r"is not a folder.*Correct base_path"):
+    with pytest.raises(DataError, match=r"is not a folder.*Correct dataset_base_path"):
         UnifiedDataset(str(folder / "nowhere"))
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty data set: it has no images"):

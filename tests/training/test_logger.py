@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ms_diffsynth.data import fonts
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.training.logger import COLUMNS, ModelLogger
 
@@ -147,3 +148,14 @@ def test_tensorboard_gets_every_step(tmp_path, monkeypatch):
     assert writer.scalars == [("loss", 0.5, 1), ("learning_rate", 1e-4, 1), ("grad_norm", 1.5, 1)]
     logger.on_training_end(MAIN, Model())
     assert writer.is_closed
+
+
+def test_prompts_that_no_font_can_write_are_in_a_file(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fonts, "_FOLDERS", ())
+    logger, images = ModelLogger(tmp_path), [Image.new("RGB", (32, 32))] * 2
+    logger.log_samples(0, images, ["a cat", "a dog"])
+    assert not (tmp_path / "samples/prompts.txt").exists() and not caplog.text
+    for step in (1, 2):
+        logger.log_samples(step, images, ["a cat", "\u4e00\u53ea\n\u732b"])
+    assert (tmp_path / "samples/prompts.txt").read_text("utf-8") == "prompt 1: a cat\nprompt 2: \u4e00\u53ea \u732b\n"
+    assert caplog.text.count("no font of this system has the letters of prompt 2:") == 1
