@@ -133,7 +133,9 @@ class PipeView:
 def run_unit(unit: PipelineUnit | TensorUnit, pipe: Any, slots: dict[str, Any]) -> dict[str, Any]:
     """Run one unit eagerly on ``slots`` (not changed) and return what it writes.
 
-    What is not in ``slots`` is taken from ``pipe.input_defaults``. Raises: ProgramError when an input is missing, or when it writes other slots than it declares.
+    What is not in ``slots`` is taken from ``pipe.input_defaults``.
+
+    Raises: ProgramError when an input is missing, or when it writes other slots than it declares.
     """
     inputs, known = {}, {**getattr(pipe, "input_defaults", {}), **slots}
     for param in unit.input_params:

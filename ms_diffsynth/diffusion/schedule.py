@@ -326,7 +326,8 @@ def obeyed(settings: type, config: Mapping[str, Any], kinds: Sequence[str], fixe
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 # as published with FLUX.1-dev and FLUX.1-schnell

@@ -1034,8 +1034,8 @@ class DdpmUnet(Reference):
         return ((prediction - draws["noise"]) ** 2).mean()
 
 
-FAMILIES = {"flux": Flux, "flux_from_image": FluxFromImage, "sd3": Sd3, "flux2": Flux2, "flux2_dev": Flux2Dev, "qwen_image": QwenImage,
-            "ddpm_unet": DdpmUnet}
+FAMILIES = {"flux": Flux, "flux_from_image": FluxFromImage, "sd3": Sd3, "flux2": Flux2, "flux2_dev": Flux2Dev,
+            "qwen_image": QwenImage, "ddpm_unet": DdpmUnet}
 
 
 def main(models: str, output: str, *names: str) -> None:

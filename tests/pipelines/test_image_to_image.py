@@ -157,7 +157,8 @@ def test_rows_are_prepared_in_tiles_when_they_say_so(tiny_model, tmp_path):
     pipe = pipeline("toy", tiny_model)
     own = pipe.vae.own_encode
     pipe.vae.own_encode = lambda x: (sizes.append(x.shape), own(x))[1]
-    found, wanted = losses(InTiles(pipe), tmp_path / "tiles"), losses(Module(pipeline("toy", tiny_model)), tmp_path / "o")
+    found = losses(InTiles(pipe), tmp_path / "tiles")
+    wanted = losses(Module(pipeline("toy", tiny_model)), tmp_path / "whole")
     assert set(sizes) == {(1, 3, 16, 16)} and len(sizes) == 2 * 9
     np.testing.assert_allclose(found, wanted, rtol=1e-5)  # toy's VAE is one that tiles do not change
 

@@ -111,8 +111,12 @@ class EncodeEditImage(PipelineUnit):
         eps = float(pipe.config("vae")["batch_norm_eps"])
         encode = EncodeImage(pipe.dtype)
         tiles, cells = encode.tiles(tiled, tile_size, tile_stride), encode.cells(pipe.config("vae"))
-        moments = [in_tiles(lambda x: normalised_moments(pipe.vae, x, pipe.dtype, eps),
-                            pipe.preprocess_image(shrink(to_rgb(image))), tiles, *cells) for image in images]
+
+        def encoded(pixels):
+            return normalised_moments(pipe.vae, pixels, pipe.dtype, eps)
+
+        pixels = [pipe.preprocess_image(shrink(to_rgb(image))) for image in images]
+        moments = [encoded(x) if tiles is None else in_tiles(encoded, x, tiles, *cells) for x in pixels]
         latents = [m[:, :m.shape[1] // 2] for m in moments]
         return {"edit_latents": ops.cat([to_tokens(x) for x in latents], 1),
                 "edit_places": Tensor(edit_places([x.shape[2:] for x in latents])[None])}

@@ -21,6 +21,7 @@ from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.pipeline import Pipeline, UnitSequence, pad_prompts
+from ms_diffsynth.pipelines.shared.tiles import Tiles
 from ms_diffsynth.program import Program
 from ms_diffsynth.template.cache import JoinTemplateCache, TemplateCache, to_slots
 from ms_diffsynth.units import TensorUnit, run_unit
@@ -82,7 +83,7 @@ class ImagePipeline(Pipeline):
         sampler = self.check_sampler(sampler)
         check_strength(denoising_strength)
         tiling = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
-        self.build_decode().tiles(**tiling)
+        self.check_tiles(**tiling)
         own, default = self.sampling, (self.sampling.height, self.sampling.width)
         if input_image is not None:
             if not isinstance(input_image, Image.Image):
@@ -112,6 +113,14 @@ class ImagePipeline(Pipeline):
         latents = self.start(input_image, noise, sigmas, tiling)
         latents = self.integrate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler)
         return self.decode(latents, **tiling)[0]
+
+    def check_tiles(self, tiled: bool, tile_size: int | None, tile_stride: int | None) -> None:
+        """Raises: ConfigError for tiles that cannot be, or of a family whose VAE takes none."""
+        decode = self.build_decode()
+        Tiles.of(tiled, tile_size, tile_stride, getattr(decode, "patch", 1))
+        if tiled and "tiled" not in decode.options:
+            raise ConfigError(f"tiled=True: the VAE of {type(self).__name__} takes no tiles. Leave tiled out, or make "
+                              "its units of pipelines.shared.vae_units.")
 
     # -- noise levels --------------------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ def weights(starts: list[int], size: int) -> list[np.ndarray]:
     return [(share / total[start:start + size]).astype(np.float32) for start, share in zip(starts, shares)]
 
 
-def in_tiles(function: Callable[[Tensor], Tensor], image: Tensor, tiles: Tiles | None, cell: int,
+def in_tiles(function: Callable[[Tensor], Tensor], image: Tensor, tiles: Tiles, cell: int,
              result_cell: int) -> Tensor:
     """``function(image)`` from its tiles. An image that is no larger than a tile is computed whole: the same bytes.
 
@@ -81,7 +81,7 @@ def in_tiles(function: Callable[[Tensor], Tensor], image: Tensor, tiles: Tiles |
     Shapes: image [B, C, H, W] -> [B, D, H / cell * result_cell, W / cell * result_cell].
     """
     height, width = (side // cell for side in image.shape[2:])
-    if tiles is None or max(height, width) <= tiles.size:
+    if max(height, width) <= tiles.size:
         return function(image)
     from mindspore import Tensor, mint
 

@@ -40,14 +40,16 @@ class _VaeUnit(TensorUnit):
     """A unit of the VAE with one input and one output.
 
     Attributes:
-        scale_factor: from the VAE's config to the pixels on a side of one of its latent pixels.
+        scale_factor: from the VAE's config to the pixels on a side of one of its latent pixels; read for tiles only.
         patch: sides of the square of latent pixels that is kept as one.
     """
 
     onload_model_names = ("vae",)
     options = TILING
-    scale_factor = staticmethod(lambda config: 8)
     patch = 1
+
+    def scale_factor(self, config: dict[str, Any]) -> int:
+        raise TypeError(f"{type(self).__name__} has no scale_factor: set it to let the VAE work in tiles.")
 
     def tiles(self, tiled: bool | None, tile_size: int | None = None, tile_stride: int | None = None) -> Tiles | None:
         """As `Tiles.of`, in kept latents."""
@@ -59,11 +61,13 @@ class _VaeUnit(TensorUnit):
         raise TypeError(f"{type(self).__name__} has no cells: implement it.")
 
     def process(self, pipe, tiled=None, tile_size=None, tile_stride=None, **inputs):
+        tiles = self.tiles(tiled, tile_size, tile_stride)
+        if tiles is None:
+            return super().process(pipe, **inputs)
         self.attach(pipe)
         compute, (image,) = pipe.function_of(self), inputs.values()
-        result = in_tiles(lambda x: compute(x)[0], image, self.tiles(tiled, tile_size, tile_stride),
-                          *self.cells(pipe.config("vae")))
-        return {self.output_params[0]: result}
+        return {self.output_params[0]: in_tiles(lambda x: compute(x)[0], image, tiles,
+                                                *self.cells(pipe.config("vae")))}
 
 
 class EncodeImage(_VaeUnit):
