@@ -5,6 +5,7 @@ cut names.
 """
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from ms_diffsynth.compile import Announce, CompiledStep, log_only
 from ms_diffsynth.data.images import to_pixels
 from ms_diffsynth.diffusion.schedule import Schedule
 from ms_diffsynth.diffusion.tasks import Task, task
-from ms_diffsynth.diffusion.units import Objective, SampleLatents
+from ms_diffsynth.diffusion.units import Objective, SampleLatents, StartLatents
 from ms_diffsynth.errors import ConfigError, DataError, ProgramError, listing, nearest
 from ms_diffsynth.formats.lora import PREFIXES, load_adapter, models_in
 from ms_diffsynth.formats.weights import asked_dtype, open_checkpoint
@@ -174,6 +175,8 @@ class Pipeline:
         store: the models: where they lie, and what was done to them.
         units: from the inputs to conditions and ``input_latents``, in order. Every program is made of this list: a unit
             added to it is part of training and sampling.
+        sigmas: the grid trained on, float32 [1000]; None before training.
+        sampled_sigmas: the levels that are sampled now, float32 [n + 1]; None while rows are prepared for training.
     """
 
     components: tuple[Component, ...] = ()  # of the family; those of one pipeline are ``store.components``
@@ -190,6 +193,9 @@ class Pipeline:
     samplers: tuple[str, ...] = ()  # names of those that fit what the network predicts; the first is the default
     prompt_lengths: tuple[int, ...] = ()  # the lengths they are padded to; each is one compilation
     announce: Announce = staticmethod(log_only)  # what is told when something is compiled
+    # inputs of units that a caller need not give: where sampling starts, and how the VAE works; see `shared.tiles`
+    input_defaults: Mapping[str, Any] = {"noise": None, "start_noise": None, "tiled": False, "tile_size": None,
+                                         "tile_stride": None}
 
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
         self.dtype = dtype or runtime.compute_dtype(None)
@@ -197,7 +203,8 @@ class Pipeline:
         self.store = ModelStore(cls.components, self.dtype, cls.__name__, cls.variants, models)
         self.device = runtime.current().device
         self.objective = Objective()
-        self.sigmas: np.ndarray | None = None  # the grid trained on, float32 [1000]
+        self.sigmas: np.ndarray | None = None
+        self.sampled_sigmas: np.ndarray | None = None
         self.random = _fresh_random
         self.unit_runner = UnitRunner()
         self.compiled_steps: dict[tuple[str, tuple[str, ...]], CompiledStep] = {}
@@ -241,7 +248,9 @@ class Pipeline:
     def training_program(self, objective: Task, sigmas: np.ndarray) -> Program:
         """Everything from a row of the data set to ``loss``: ``units``, then the objective around ``denoise``."""
         units = [SampleLatents(objective.posterior) if isinstance(u, SampleLatents) else u for u in self.units]
-        return Program([*units, *objective.units(self, sigmas)], (*self.inputs, *objective.inputs), objective.draws)
+        defaults = [name for name in self.input_defaults if name not in objective.draws]
+        return Program([*map(at_the_start, units), *objective.units(self, sigmas)],
+                       (*self.inputs, *objective.inputs, *defaults), objective.draws)
 
     @property
     def takes_guidance(self) -> bool:
@@ -249,12 +258,18 @@ class Pipeline:
         return any(slot(param) == "guidance" for param in self.denoise.input_params)
 
     def sampling_program(self, extra: Sequence[str] = ()) -> Program:
-        """From a prompt, and the ``extra`` inputs, to ``velocity`` at given ``latents`` and ``sigma``."""
+        """From a prompt, and the ``extra`` inputs, to ``velocity`` at given ``latents`` and ``sigma``; and from
+        ``input_image`` and ``start_noise`` to ``start_latents``, from where sampling starts.
+        """
         optional = {id(unit) for units in self.optional_units.values() for unit in units}
         units = [unit for name in extra for unit in self.optional_units[name]]
-        units += [unit for unit in self.units if id(unit) not in optional]
+        units += [at_the_start(unit) for unit in self.units if id(unit) not in optional]
+        written = {name for unit in units for name in unit.output_params}
+        if "input_latents" in written and "start_latents" not in written:
+            units.append(StartLatents())
         guidance = ("guidance",) if self.takes_guidance else ()
-        return Program([*units, self.denoise], (*type(self).inputs, *extra, *guidance), ("latents", "sigma"))
+        return Program([*units, self.denoise], (*type(self).inputs, *extra, *guidance, *self.input_defaults),
+                       ("latents", "sigma"))
 
     def use_input(self, name: str) -> None:
         """Train on a further input: its units join ``units``. Sampling reads it whenever it is given, trained or not.
@@ -312,6 +327,11 @@ class Pipeline:
     def network(self) -> str:
         """Name of the model that ``denoise`` calls."""
         return self.denoise.onload_model_names[0]
+
+    @property
+    def torch_dtype(self) -> ms.Type:
+        """``dtype``, by DiffSynth-Studio's name; a dtype of MindSpore."""
+        return self.dtype
 
     @property
     def models(self) -> dict[str, Any]:
@@ -515,6 +535,16 @@ class Pipeline:
             logger.warning("%d x %d pixels: sides must be multiples of %d, so %d x %d is used.", height, width, factor,
                            *rounded)
         return rounded
+
+
+def at_the_start(unit: PipelineUnit | TensorUnit) -> PipelineUnit | TensorUnit:
+    """A unit as a program takes it: the ``noise`` and ``latents`` of a host's unit that writes ``latents``, as
+    DiffSynth-Studio's image embedders do, are those that sampling starts from; a step has its own.
+    """
+    if not (unit.is_host and "latents" in unit.output_params):
+        return unit
+    reads = {"noise": "start_noise"} if "noise" in map(slot, unit.input_params) else {}
+    return copy.copy(unit).with_slots(reads, {"latents": "start_latents"})
 
 
 def _fresh_random(stream: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -56,6 +56,7 @@ class PipelineUnit(_Renamable):
     input_params: tuple[str, ...] = ()
     output_params: tuple[str, ...] = ()
     onload_model_names: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # see `TensorUnit.options`
     is_host = True
     is_always_fused = False
     no_grad = False
@@ -89,6 +90,7 @@ class TensorUnit(_Renamable, nn.Cell):
     input_params: tuple[str, ...] = ()
     output_params: tuple[str, ...] = ()
     onload_model_names: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # what `process` takes besides: no slots, so that they never enter a compiled step
     is_host = False
     is_always_fused = False  # True: it runs in the training step although it could be prepared
     has_few_shapes = False  # True: its inputs do, so that it may be compiled to prepare many rows
@@ -131,14 +133,17 @@ class PipeView:
 def run_unit(unit: PipelineUnit | TensorUnit, pipe: Any, slots: dict[str, Any]) -> dict[str, Any]:
     """Run one unit eagerly on ``slots`` (not changed) and return what it writes.
 
+    What is not in ``slots`` is taken from ``pipe.input_defaults``.
+
     Raises: ProgramError when an input is missing, or when it writes other slots than it declares.
     """
-    inputs = {}
+    inputs, known = {}, {**getattr(pipe, "input_defaults", {}), **slots}
     for param in unit.input_params:
-        if slot(param) not in slots and not is_optional(param):
+        if slot(param) not in known and not is_optional(param):
             raise ProgramError(f"unit '{unit.name}' needs '{slot(param)}', which was not given; "
                                f"given: {sorted(slots)}.")
-        inputs[slot(param)] = slots.get(slot(param))
+        inputs[slot(param)] = known.get(slot(param))
+    inputs |= {name: known.get(name) for name in unit.options}
     if unit.is_host:  # its `process` has keywords
         reads, writes = unit.original_slots
         inputs = {reads.get(name, name): value for name, value in inputs.items()}

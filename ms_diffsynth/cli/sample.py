@@ -12,7 +12,9 @@ from typing import Any
 from PIL import Image
 
 from ms_diffsynth.cli.template import add_trust_flags
+from ms_diffsynth.diffusion.schedule import check_strength
 from ms_diffsynth.errors import ConfigError, OutputError
+from ms_diffsynth.pipelines.shared.tiles import Tiles
 from ms_diffsynth.registry import FAMILIES, family
 
 
@@ -34,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust_flags(parser)
     parser.add_argument("--height", type=int, help="pixels (default: the family's)")
     parser.add_argument("--width", type=int, help="pixels (default: the family's)")
+    parser.add_argument("--input_image", type=Path, metavar="FILE",
+                        help="start from this image instead of from noise alone; height and width are then its own")
+    parser.add_argument("--denoising_strength", type=float,
+                        help="how much of it is made anew: above 0, at most 1 = all (default: 1)")
+    parser.add_argument("--tiled", action="store_true", help="the VAE works in tiles, to save memory")
+    parser.add_argument("--tile_size", type=int, help="side of a tile in latent pixels, 8 pixels each (default: 128)")
+    parser.add_argument("--tile_stride", type=int, help="from one tile to the next (default: half of tile_size)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the next ones add 1 (default: 0)")
     parser.add_argument("--num_inference_steps", type=int, help="sampling steps (default: the family's)")
     parser.add_argument("--sampler", help="one of the family's samplers (default: its first)")
@@ -59,7 +68,8 @@ def execute(args: argparse.Namespace) -> int:
     cls = chosen.pipeline
     if chosen.takes_prompts and not args.prompt:
         raise ConfigError(f"no prompt: images of the family {args.family} follow one. Give --prompt.")
-    unused = [n for n in (() if chosen.takes_prompts else ("prompt", "lora", "template")) if getattr(args, n)]
+    of_prompts = ("prompt", "lora", "template", "input_image", "tiled")
+    unused = [n for n in (() if chosen.takes_prompts else of_prompts) if getattr(args, n)]
     if unused:
         raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")
     cls.check_sampler(args.sampler)
@@ -85,6 +95,12 @@ def execute(args: argparse.Namespace) -> int:
 
 def _with_prompts(args: argparse.Namespace, pipe: Any, same: dict[str, Any]) -> Iterator[Image.Image]:
     """One image a prompt, with templates if there are any. ``same``: arguments of all images."""
+    from ms_diffsynth.data.images import read_image
+
+    same |= {"tiled": args.tiled, "tile_size": args.tile_size, "tile_stride": args.tile_stride}
+    if args.input_image:
+        same["input_image"] = read_image(str(args.input_image))
+        same["denoising_strength"] = 1.0 if args.denoising_strength is None else args.denoising_strength
     given = {name: text for name in ("template_inputs", "negative_template_inputs") if (text := getattr(args, name))}
     generate, inputs = pipe, {}
     if args.template:
@@ -114,9 +130,15 @@ def _check(args: argparse.Namespace) -> None:
                 for name, least in (("num_inference_steps", 1), ("height", 1), ("width", 1), ("seed", 0),
                                     ("max_sequence_length", 1), ("count", 1))
                 if getattr(args, name) is not None and getattr(args, name) < least]
-    problems += [f"{name}={path}: no such file" for name in ("lora", "weights")
+    problems += [f"{name}={path}: no such file" for name in ("lora", "weights", "input_image")
                  if (path := getattr(args, name)) and not path.is_file()]
+    if args.denoising_strength is not None and not args.input_image:
+        problems.append("denoising_strength without input_image, of which it says how much is kept: name the file")
+    problems += [f"{name} without tiled: expected --tiled too" for name in ("tile_size", "tile_stride")
+                 if getattr(args, name) is not None and not args.tiled]
     if problems:
         raise ConfigError("; ".join(problems) + ".")
+    check_strength(1.0 if args.denoising_strength is None else args.denoising_strength)
+    Tiles.of(args.tiled, args.tile_size, args.tile_stride)
     if args.output.exists() and not args.output.is_dir():
         raise OutputError(f"output={args.output} is a file: expected a folder. Choose another one.")

@@ -20,13 +20,16 @@ from PIL import Image
 
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.data.dataset import UnifiedDataset
+from ms_diffsynth.data.images import read_image
 from ms_diffsynth.debug.compare import Quantity, relative_error, worst
 from ms_diffsynth.debug.end_to_end_training import check_training
+from ms_diffsynth.diffusion.schedule import last_steps
 from ms_diffsynth.errors import DataError, listing
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.models import read_config
 from ms_diffsynth.nn.names import torch_parameters
 from ms_diffsynth.pipeline import Pipeline, UnitSequence
+from ms_diffsynth.pipelines.shared.image import scaled
 from ms_diffsynth.program import Program, is_optional, slot
 from ms_diffsynth.registry import family
 from ms_diffsynth.training.prepared import in_bucket
@@ -248,7 +251,8 @@ def _samples(case: EndToEndCase, pipe: Pipeline) -> Iterator[Quantity]:
             image = own.generate(noise, given["num_inference_steps"], given["sampler"], given["eta"],
                                  lambda k, step_noise=step_noise: step_noise[k])[0]
         else:
-            sigmas = own.sampling_sigmas(given["num_inference_steps"], noise.shape[1:])
+            sigmas = last_steps(own.sampling_sigmas(given["num_inference_steps"], noise.shape[1:]),
+                                given.get("denoising_strength", 1.0))
             error = relative_error(sigmas, case.wanted(f"sigmas.{name}"))
             yield Quantity(f"sigmas of image {name}", error, SIGMAS)
             # what the call of the pipeline does once it has drawn its noise
@@ -257,6 +261,14 @@ def _samples(case: EndToEndCase, pipe: Pipeline) -> Iterator[Quantity]:
                 extra["edit_image"] = Image.open(case.folder / "images" / given["edit_image"])
             negative = {"prompt": given["negative_prompt"], **extra} if given["cfg_scale"] != 1 else None
             conditions = own.conditions({"prompt": given["prompt"], **extra}, negative)
-            image = own.generate(*conditions, noise, sigmas, given["cfg_scale"])[0]
+            start = None
+            if "input_image" in given:
+                start = read_image(str(case.folder / "images" / given["input_image"]))
+                start = scaled(start, given["height"], given["width"])
+            latents = own.integrate(*conditions, own.start(start, noise, sigmas), sigmas, given["cfg_scale"])
+            if f"final.{name}" in case.expected:
+                error = relative_error(latents.asnumpy(), case.wanted(f"final.{name}"))
+                yield Quantity(f"latents of image {name}", error, LATENTS)
+            image = own.decode(latents)[0]
         yield Quantity(f"image {name}, {given['width']}x{given['height']}", _levels(np.asarray(image), expected),
                        IMAGE, unit="of 255")

@@ -183,6 +183,25 @@ def sampling_sigmas(num_inference_steps: int, grid: Grid, seq_len: int | None = 
     return np.append(grid(num_inference_steps, seq_len), _f32(0))
 
 
+def last_steps(sigmas: np.ndarray, denoising_strength: float = 1.0) -> np.ndarray:
+    """Of sampling sigmas [n + 1] those that sampling from an image walks: its last n * denoising_strength steps.
+
+    A part of a step is a step; at 1 all are kept. Raises: ConfigError for a strength that is not in (0, 1].
+    Source: diffusers 0.39, FluxImg2ImgPipeline.get_timesteps. (DiffSynth-Studio spreads all n steps over the levels
+    below sigma = denoising_strength, before the shift.)
+    """
+    check_strength(denoising_strength)
+    n = len(sigmas) - 1
+    return sigmas[int(max(n - min(n * denoising_strength, n), 0)):]
+
+
+def check_strength(denoising_strength: float) -> None:
+    """Raises: ConfigError for what is not a number in (0, 1]."""
+    if not _is_number(denoising_strength) or not 0 < denoising_strength <= 1:
+        raise ConfigError(f"denoising_strength={denoising_strength!r}: expected a number above 0, at most 1. 1 keeps "
+                          "nothing of the image, 0.3 most of it.")
+
+
 def diffsynth_flux(shift: float = 3.0) -> Schedule:
     """FLUX.1 as DiffSynth-Studio trains and samples it.
 
@@ -307,7 +326,8 @@ def obeyed(settings: type, config: Mapping[str, Any], kinds: Sequence[str], fixe
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 # as published with FLUX.1-dev and FLUX.1-schnell

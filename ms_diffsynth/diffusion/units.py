@@ -14,7 +14,7 @@ from mindspore import Tensor, mint, ops
 
 from ms_diffsynth.diffusion import density, flow, losses, weighting
 from ms_diffsynth.ops.clamp import clamp
-from ms_diffsynth.units import TensorUnit
+from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 Random = Callable[[str, str, tuple[int, ...]], np.ndarray]  # (stream, "normal" or "uniform", shape) -> float32
 
@@ -125,6 +125,20 @@ class SampleLatents(TensorUnit):
             log_variance = clamp(log_variance, -30.0, 20.0)
             latents = latents + ops.pow(Tensor(np.float32(np.exp(0.5))), log_variance) * posterior_noise
         return ((latents - self.shift_factor) * self.scaling_factor,)
+
+
+class StartLatents(PipelineUnit):
+    """Where sampling starts from an image: its latents with the noise of the first level that is sampled.
+
+    Shapes: input_latents, start_noise float32 [B, ...] -> start_latents of the same shape.
+    """
+
+    input_params = ("input_latents", "start_noise")
+    output_params = ("start_latents",)
+
+    def process(self, pipe, input_latents, start_noise):
+        scheduler = pipe.scheduler
+        return {"start_latents": scheduler.add_noise(input_latents, start_noise, scheduler.timesteps[0])}
 
 
 class FlowMatchPath(TensorUnit):

@@ -99,7 +99,7 @@ class DiffusionTrainingModule:
             pipe.use_input(name)
         pipe.forget_compiled()  # what was compiled before has no LoRA in it
         pipe.objective = pipe.objective_for(objective, kind)
-        pipe.sigmas = pipe.training_schedule(kind).sigmas
+        pipe.sigmas, pipe.sampled_sigmas = pipe.training_schedule(kind).sigmas, None
         self.lora_base_model = lora_base_model
         self.trainable = (*names, *([lora_base_model] if lora_base_model else []))
         if stage == "data_process":  # nothing is trained, so what would be is not loaded
@@ -255,7 +255,8 @@ class DiffusionTrainingModule:
     def prepare(self, data: dict[str, Any], cut: Cut) -> dict[str, np.ndarray]:
         """Run the prepared half on one row: the slots that cross the cut, each without its batch axis."""
         shared, posi, _ = self.get_pipeline_inputs(data)
-        slots = self.pipe.run(cut.prepare, {k: v for k, v in (shared | posi).items() if k in cut.inputs})
+        known = {*cut.inputs, *self.pipe.input_defaults}
+        slots = self.pipe.run(cut.prepare, {k: v for k, v in (shared | posi).items() if k in known})
         return {name: to_numpy(slots[name])[0, ...] for name in cut.cache}  # an array, of a number too
 
     def forward(self, data: dict[str, Any]) -> Tensor:

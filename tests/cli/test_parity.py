@@ -161,6 +161,15 @@ def test_images_and_training_give_what_the_references_give(run, name, runs, mode
     assert name != "flux" or all(f"ok   dreambooth: EMA after {count}" in out for count in ("1 update", "5"))
 
 
+@pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
+def test_images_made_from_an_image_are_those_of_the_reference(run, mode):
+    code, out, _ = run("parity", GOLDEN / "flux_from_image_end_to_end", "--mode", mode)
+    assert code == 0 and "FAIL" not in out
+    for name in ("strength 0.3", "strength 0.6", "strength 1.0", "negative"):
+        assert all(f"ok   {line}" in out for line in (f"sigmas of image {name}", f"latents of image {name}",
+                                                      f"image {name}, "))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux2_dev", "ddpm_unet"])
 def test_a_small_case_from_end_to_end_compiled(run, name):

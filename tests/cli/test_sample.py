@@ -57,9 +57,18 @@ def test_a_lora_changes_the_picture_by_its_scale(run, tmp_path, toy_model):
     (["--lora", "absent.safetensors"], 64, "lora=absent.safetensors: no such file."),
     (["--max_sequence_length", 8], 64, "max_sequence_length=8: prompts of the family toy have one fixed length."),
     (["--output", "taken"], 74, "output=taken is a file"),
+    (["--input_image", "absent.png"], 64, "input_image=absent.png: no such file."),
+    (["--denoising_strength", 0.5], 64, "denoising_strength without input_image"),
+    (["--input_image", "red.png", "--denoising_strength", 0], 64, "denoising_strength=0.0: expected a number above 0"),
+    (["--input_image", "red.png", "--denoising_strength", 2], 64, "denoising_strength=2.0: expected"),
+    (["--input_image", "taken"], 65, "taken"),
+    (["--tiled", "--tile_size", 0], 64, "tile_size=0: expected a positive integer"),
+    (["--tiled", "--tile_size", 8, "--tile_stride", 9], 64, "tile_stride=9: expected at most tile_size=8"),
+    (["--tile_size", 8], 64, "tile_size without tiled: expected --tiled too"),
 ])
 def test_bad_flags(run, toy_model, tmp_path, words, code, expected):
     (tmp_path / "taken").write_text("")
+    Image.new("RGB", (24, 16), "red").save(tmp_path / "red.png")
     found, _, err = run("sample", "toy", toy_model, "--prompt", "a", *words)
     assert found == code and expected in err and not (tmp_path / "samples").exists()
 
@@ -119,3 +128,27 @@ def test_weights_of_full_training_are_put_into_the_models_they_are_of(run, tmp_p
 def test_a_family_with_prompts_wants_one(run, toy_model):
     code, _, err = run("sample", "toy", toy_model)
     assert code == 64 and "no prompt: images of the family toy follow one. Give --prompt." in err
+
+
+def test_from_an_image(run, toy_model):
+    """Less of it is made anew at a lower strength; its size is that of the image; tiles change nothing in toy's VAE."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 24, 3), np.uint8)).save("own.png")
+    words = ("sample", "toy", toy_model, "--prompt", "a", "--mode", "pynative", "--num_inference_steps", 4)
+    names = {"half": ("--denoising_strength", 0.5), "all": (), "tiles": ("--denoising_strength", 0.5, "--tiled",
+                                                                       "--tile_size", 4, "--tile_stride", 2)}
+    for name, more in names.items():
+        assert run(*words, "--input_image", "own.png", *more, "--output", name)[0] == 0
+    half, everything, tiles = (picture(f"{name}/000-seed0.png").astype(int) for name in names)
+    assert half.shape == everything.shape == (40, 24, 3) and (half != everything).any()
+    assert np.abs(half - tiles).max() <= 1
+    assert run(*words, "--height", 40, "--width", 24, "--output", "noise")[0] == 0
+    assert np.array_equal(picture("noise/000-seed0.png"), everything)
+    assert run(*words, "--input_image", "own.png", "--height", 16, "--output", "low")[0] == 0
+    assert picture("low/000-seed0.png").shape == (16, 24, 3)
+
+
+def test_a_family_that_starts_from_noise_alone(run, tmp_path):
+    assert run("tiny", "ddpm_unet", "ddpm")[0] == 0
+    Image.new("RGB", (32, 32)).save("own.png")
+    code, _, err = run("sample", "ddpm_unet", "ddpm", "--input_image", "own.png", "--tiled")
+    assert code == 64 and "input_image, tiled: the family ddpm_unet has no use for it. Remove it." in err

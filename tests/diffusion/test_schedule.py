@@ -154,3 +154,22 @@ def test_a_new_schedule_is_two_grids():
     grid = sch.Grid(sch.to_one_nth, (sch.ExponentialShift(0.8), sch.TerminalStretch(0.02)))
     sigmas = sch.Schedule(training=grid, inference=grid).sigmas
     np.testing.assert_allclose(sigmas[[0, 500, 999]], [1, 0.6955, 0.02], atol=1e-4)
+
+
+# -- from an image -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps, strength, kept", [
+    (10, 0.3, 3), (10, 0.6, 6), (10, 1.0, 10), (10, 1, 10), (28, 0.6, 17), (4, 0.25, 1), (4, 0.26, 2), (50, 0.01, 1),
+    (1, 0.1, 1), (7, 0.5, 4), (10, 0.7, 7), (10, np.float32(0.5), 5)])
+def test_of_the_steps_the_last_ones_are_walked(steps, strength, kept):
+    """The counts are those of diffusers 0.39: num_inference_steps - t_start of FluxImg2ImgPipeline.get_timesteps."""
+    sigmas = sch.FLUX_SCHNELL.schedule().sampling(steps)
+    found = sch.last_steps(sigmas, strength)
+    assert len(found) == kept + 1 and np.array_equal(found, sigmas[-kept - 1:])
+
+
+@pytest.mark.parametrize("strength", [0, -0.1, 1.01, math.nan, math.inf, "0.5", None, True])
+def test_strengths_that_are_refused(strength):
+    with pytest.raises(ConfigError, match="denoising_strength="):
+        sch.last_steps(np.linspace(1, 0, 5), strength)

@@ -1,7 +1,7 @@
 """Make the reference cases from end to end: texts, image files, noise and draws, and what PyTorch makes of them.
 
     ms-diffsynth tiny flux models/flux        # also sd3, flux2, qwen_image and ddpm_unet; seed 0
-    python tests/golden/make_end_to_end.py models OUTPUT [flux sd3 flux2 flux2_dev qwen_image ddpm_unet]
+    python tests/golden/make_end_to_end.py models OUTPUT [flux flux_from_image sd3 flux2 flux2_dev qwen_image ddpm_unet]
 
 Runs in a PyTorch environment; nothing of ms_diffsynth or mindone is imported, only the tiny weights are read. FLUX.1
 and Stable Diffusion 3 need transformers 4.57 with ftfy, because their CLIP tokens are those of the slow CLIPTokenizer
@@ -585,6 +585,52 @@ class Flux(Reference):
         return 3 * sigmas / (1 + 2 * sigmas)
 
 
+class FluxFromImage(Flux):
+    """FLUX.1-dev from an image and a prompt: FluxImg2ImgPipeline, with the mean of the VAE's posterior.
+
+    A sample holds no noise of its own for the posterior, and what trains and samples here is the mean.
+    """
+
+    samples = [sized(f"strength {strength}", "a red cat by the sea", 64, 96, 10, embedded_guidance=3.5,
+                     input_image="palette.png", denoising_strength=strength) for strength in (0.3, 0.6, 1.0)]
+    samples.append(sized("negative", "a red cat by the sea", 96, 64, 7, 3.0, "ugly, blurry image of a dog",
+                         embedded_guidance=2.0, input_image="palette.png", denoising_strength=0.5))
+
+    def make(self, case):
+        from diffusers import FluxImg2ImgPipeline
+        from diffusers.pipelines.flux import pipeline_flux_img2img as module
+
+        write_images(case.folder / "images")
+        for file in (case.folder / "images").iterdir():
+            if file.name not in {sample["input_image"] for sample in self.samples}:
+                file.unlink()
+        self.case, self.pipe = case, FluxImg2ImgPipeline(**self.pipe.components)
+        self.pipe.set_progress_bar_config(disable=True)
+        retrieve = module.retrieve_latents
+        module.retrieve_latents = lambda encoded, generator=None: retrieve(encoded, generator, "argmax")
+        module.randn_tensor = lambda *shape, **given: self.noise
+        case.info["max_sequence_length"] = self.max_length
+        samples(case, self)
+        for sample in self.samples:  # the steps that were left out are not walked
+            steps, strength = sample["num_inference_steps"], sample["denoising_strength"]
+            _, kept = self.pipe.get_timesteps(steps, strength, "cpu")
+            sigmas = case.expected[f"sigmas.{sample['name']}"]
+            case.expected[f"sigmas.{sample['name']}"] = sigmas[-kept - 1:]
+
+    @torch.no_grad()
+    def sample(self, s, noise, edit):
+        self.noise = noise
+        tokens = self.pipe(s.prompt, negative_prompt=s.negative_prompt, true_cfg_scale=s.cfg_scale,
+                           image=load_whole(self.case.folder / "images" / s.input_image),
+                           strength=s.denoising_strength, guidance_scale=s.embedded_guidance, height=s.height,
+                           width=s.width, num_inference_steps=s.num_inference_steps, output_type="latent",
+                           max_sequence_length=self.max_length).images
+        latents, config = unpack(tokens, s.height // 8, s.width // 8), self.vae.config
+        self.case.expected[f"final.{s.name}"] = latents
+        pixels = self.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
+        return self.pipe.image_processor.postprocess(pixels, output_type="pil")[0]
+
+
 class Sd3(Flux):
     """Stable Diffusion 3: transformers' slow CLIPTokenizers with ftfy, T5TokenizerFast, StableDiffusion3Pipeline."""
 
@@ -988,8 +1034,8 @@ class DdpmUnet(Reference):
         return ((prediction - draws["noise"]) ** 2).mean()
 
 
-FAMILIES = {"flux": Flux, "sd3": Sd3, "flux2": Flux2, "flux2_dev": Flux2Dev, "qwen_image": QwenImage,
-            "ddpm_unet": DdpmUnet}
+FAMILIES = {"flux": Flux, "flux_from_image": FluxFromImage, "sd3": Sd3, "flux2": Flux2, "flux2_dev": Flux2Dev,
+            "qwen_image": QwenImage, "ddpm_unet": DdpmUnet}
 
 
 def main(models: str, output: str, *names: str) -> None:

@@ -216,3 +216,48 @@ def test_offload_is_refused_in_mode_graph():
         toy(True, checkpoint=(True, True))
 
 
+
+
+SNIPPET = """
+from ..core import gradient_checkpoint_forward
+
+text, image = gradient_checkpoint_forward(
+    block,
+    use_gradient_checkpointing,
+    use_gradient_checkpointing_offload,
+    image=image,
+    text=text,
+    temb=conditioning,
+)
+"""
+
+
+class Joint(nn.Cell):
+    """A block whose every input has a keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = mint.nn.Linear(4, 4)
+        self.runs = 0
+
+    def construct(self, image, text, temb):
+        self.runs += 1
+        return text * temb, self.mlp(image + temb)
+
+
+@pytest.mark.parametrize("checkpoint, runs", [((False, False), 1), ((True, False), 2), ((True, True), 2)])
+def test_the_documents_snippet_runs_in_a_module_beside_the_pipelines(checkpoint, runs, pynative):
+    block = Joint()
+    first, second = (Tensor(np.full((2, 4), value, np.float32)) for value in (1, 3))
+
+    def loss(image, text):
+        scope = {"__package__": "ms_diffsynth.pipelines", "block": block, "image": image, "text": text,
+                 "conditioning": Tensor(np.full((2, 4), 2, np.float32)), "use_gradient_checkpointing": checkpoint[0],
+                 "use_gradient_checkpointing_offload": checkpoint[1]}
+        exec(SNIPPET, scope)
+        return (scope["text"] + scope["image"]).sum()
+
+    gradients, weights = ms.grad(loss, (0, 1), block.trainable_params())(first, second)
+    np.testing.assert_allclose(gradients[1].asnumpy(), 2 * np.ones((2, 4)))
+    np.testing.assert_allclose(gradients[0].asnumpy(), np.tile(block.mlp.weight.asnumpy().sum(0), (2, 1)), rtol=1e-5)
+    assert block.runs == runs and all(np.abs(w.asnumpy()).max() > 0 for w in weights)

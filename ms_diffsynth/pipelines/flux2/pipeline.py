@@ -14,10 +14,11 @@ from ms_diffsynth.models import Component
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.flux2 import units
 from ms_diffsynth.pipelines.flux2.denoise import Denoise
+from ms_diffsynth.pipelines.shared.autoencoder_kl import scale_factor
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.pipelines.shared.text import QWEN_TOKENIZER, build_qwen_tokenizer
-from ms_diffsynth.pipelines.shared.vae_units import LoadPixels
+from ms_diffsynth.pipelines.shared.vae_units import LoadPixels, with_latents
 
 # Qwen2.5's vocabulary is Qwen3's without these four, which come right behind it
 LATER_TOKENS = ("<tool_response>", "</tool_response>", "<think>", "</think>")
@@ -42,7 +43,7 @@ def _build_vae(config: dict[str, Any]):
     with quiet_imports():
         from mindone.diffusers import AutoencoderKLFlux2
 
-    vae = AutoencoderKLFlux2(**_arguments(config))
+    vae = with_latents(AutoencoderKLFlux2, units.EncodeImage, units.Decode, **units.FIXED)(**_arguments(config))
     del vae.bn.num_batches_tracked  # a count of training steps, which nothing reads
     return vae
 
@@ -169,11 +170,11 @@ class Flux2ImagePipeline(ImagePipeline):
     def config(self, name: str) -> dict[str, Any]:
         """As `Pipeline.config`; the VAE's unit normalises by itself, so that nothing is left to scale."""
         config = super().config(name)
-        return config | {"scaling_factor": 1.0} if name == "vae" else config
+        return config | units.FIXED if name == "vae" else config
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         config = self.config("vae")
-        factor = 2 * 2 ** (len(config["block_out_channels"]) - 1)  # 2x2 patches of the VAE's latents
+        factor = 2 * scale_factor(config)  # 2x2 patches of the VAE's latents
         return (4 * config["latent_channels"], height // factor, width // factor)
 
     @property

@@ -19,7 +19,9 @@ from ms_diffsynth.pipelines.flux2.denoise import to_tokens
 from ms_diffsynth.pipelines.flux2.prompt import dev_ids, klein_ids
 from ms_diffsynth.pipelines.flux2.rotary import edit_places
 from ms_diffsynth.pipelines.shared import vae_units
+from ms_diffsynth.pipelines.shared.autoencoder_kl import scale_factor
 from ms_diffsynth.pipelines.shared.cuts import tell_cut
+from ms_diffsynth.pipelines.shared.tiles import in_tiles
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 
@@ -65,11 +67,16 @@ class EncodePrompt(TensorUnit):
         return (self.text_encoder(prompt_ids, prompt_mask).astype(ms.float32),)
 
 
+FIXED = {"scaling_factor": 1.0}  # of the VAE: its units normalise by themselves, so that nothing is left to scale
+
+
 class EncodeImage(vae_units.EncodeImage):
     """The VAE's posterior in 2x2 patches, already normalised: mean and log-variance, not a sample, to be cached.
 
     Shapes: pixels float32 [B, 3, H, W] in [-1, 1] -> moments float32 [B, 2C, H/16, W/16].
     """
+
+    scale_factor, patch = staticmethod(scale_factor), 2
 
     def attach(self, pipe):
         super().attach(pipe)
@@ -91,9 +98,10 @@ class EncodeEditImage(PipelineUnit):
     input_params = ("edit_image",)
     output_params = ("edit_latents", "edit_places")
     onload_model_names = ("vae",)
+    options = vae_units.TILING
     max_pixels = 1024 * 1024
 
-    def process(self, pipe, edit_image):
+    def process(self, pipe, edit_image, tiled=None, tile_size=None, tile_stride=None):
         images = edit_image if isinstance(edit_image, (list, tuple)) else [edit_image]
         if not images or not all(isinstance(image, Image.Image) for image in images):
             raise DataError(f"edit_image={edit_image!r}: expected an image or a list of images. In a data set name "
@@ -101,8 +109,14 @@ class EncodeEditImage(PipelineUnit):
         factor = pipe.division_factor
         shrink = ImageCropAndResize(None, None, self.max_pixels, factor, factor)
         eps = float(pipe.config("vae")["batch_norm_eps"])
-        moments = [normalised_moments(pipe.vae, pipe.preprocess_image(shrink(to_rgb(image))), pipe.dtype, eps)
-                   for image in images]
+        encode = EncodeImage(pipe.dtype)
+        tiles, cells = encode.tiles(tiled, tile_size, tile_stride), encode.cells(pipe.config("vae"))
+
+        def encoded(pixels):
+            return normalised_moments(pipe.vae, pixels, pipe.dtype, eps)
+
+        pixels = [pipe.preprocess_image(shrink(to_rgb(image))) for image in images]
+        moments = [encoded(x) if tiles is None else in_tiles(encoded, x, tiles, *cells) for x in pixels]
         latents = [m[:, :m.shape[1] // 2] for m in moments]
         return {"edit_latents": ops.cat([to_tokens(x) for x in latents], 1),
                 "edit_places": Tensor(edit_places([x.shape[2:] for x in latents])[None])}
@@ -113,6 +127,8 @@ class Decode(vae_units.Decode):
 
     Shapes: latents float32 [B, C, H/16, W/16] -> pixels float32 [B, 3, H, W], about [-1, 1].
     """
+
+    scale_factor, patch = staticmethod(scale_factor), 2
 
     def attach(self, pipe):
         super().attach(pipe)

@@ -14,7 +14,7 @@ from ms_diffsynth.pipelines.qwen_image.denoise import Denoise
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.pipelines.shared.text import QWEN_TOKENIZER, build_qwen_tokenizer
-from ms_diffsynth.pipelines.shared.vae_units import LoadPixels
+from ms_diffsynth.pipelines.shared.vae_units import LoadPixels, with_latents
 
 # settings newer diffusers write into config.json; with these values the network is the one mindone 0.5.0 knows
 LATER_SETTINGS = {"use_additional_t_cond": False, "use_layer3d_rope": False, "zero_cond_t": False, "input_channels": 3}
@@ -32,7 +32,7 @@ def _build_vae(config: dict[str, Any]):
     with quiet_imports():
         from mindone.diffusers import AutoencoderKLQwenImage
 
-    return AutoencoderKLQwenImage(**_arguments(config))
+    return with_latents(AutoencoderKLQwenImage, units.EncodeImage, units.Decode)(**_arguments(config))
 
 
 def _build_text_encoder(config: dict[str, Any]):
@@ -102,7 +102,7 @@ class QwenImagePipeline(ImagePipeline):
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         config = self.config("vae")
-        factor = 2 ** len(config["temperal_downsample"])  # the config's spelling
+        factor = units.scale_factor(config)
         return (config["z_dim"], height // factor, width // factor)
 
     def published_scheduler(self) -> FlowMatchSettings:

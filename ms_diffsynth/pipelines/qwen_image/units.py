@@ -1,6 +1,8 @@
 """What Qwen-Image encodes: the prompt by Qwen2.5-VL, the image as a video of one frame by the VAE; and decoding."""
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint, ops
@@ -68,6 +70,11 @@ class EncodePrompt(TensorUnit):
         return (hidden[:, len(PREFIX):].astype(ms.float32),)
 
 
+def scale_factor(config: dict[str, Any]) -> int:
+    """Pixels on a side of a latent pixel."""
+    return 2 ** len(config["temperal_downsample"])  # the config's spelling
+
+
 class EncodeImage(vae_units.EncodeImage):
     """The VAE's posterior: mean and log-variance, not a sample, so that it can be cached.
 
@@ -75,6 +82,8 @@ class EncodeImage(vae_units.EncodeImage):
 
     Shapes: pixels float32 [B, 3, H, W] in [-1, 1] -> moments float32 [B, 2C, H/8, W/8].
     """
+
+    scale_factor = staticmethod(scale_factor)
 
     def construct(self, pixels):
         moments = self.vae.quant_conv(self.vae.encoder(pixels.astype(self.dtype).expand_dims(2)))
@@ -86,6 +95,8 @@ class Decode(vae_units.Decode):
 
     Shapes: latents float32 [B, C, H/8, W/8] -> pixels float32 [B, 3, H, W] in [-1, 1].
     """
+
+    scale_factor = staticmethod(scale_factor)
 
     def attach(self, pipe):
         super().attach(pipe)

@@ -14,7 +14,7 @@ def build_autoencoder_kl(config: dict[str, Any]):
     with quiet_imports():
         from mindone.diffusers import AutoencoderKL
 
-    return AutoencoderKL(**arguments(config))
+    return vae_units.with_latents(AutoencoderKL, EncodeImage, Decode)(**arguments(config))
 
 
 def scale_factor(config: dict[str, Any]) -> int:
@@ -33,6 +33,8 @@ class EncodeImage(vae_units.EncodeImage):
     Shapes: pixels float32 [B, 3, H, W] in [-1, 1] -> moments float32 [B, 2C, H/8, W/8].
     """
 
+    scale_factor = staticmethod(scale_factor)
+
     def construct(self, pixels):
         return (self.vae.encode(pixels.astype(self.dtype))[0].astype(ms.float32),)
 
@@ -42,6 +44,8 @@ class Decode(vae_units.Decode):
 
     Shapes: latents float32 [B, C, H/8, W/8] -> pixels float32 [B, 3, H, W], about [-1, 1].
     """
+
+    scale_factor = staticmethod(scale_factor)
 
     def attach(self, pipe):
         super().attach(pipe)

@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import mindspore as ms
@@ -11,14 +12,16 @@ import numpy as np
 from mindspore import Tensor
 from PIL import Image
 
-from ms_diffsynth.data.images import to_pil
+from ms_diffsynth.data.images import to_pil, to_rgb
 from ms_diffsynth.diffusion.guidance import classifier_free
 from ms_diffsynth.diffusion.samplers import SAMPLERS
-from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule
+from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule, check_strength, last_steps
+from ms_diffsynth.diffusion.scheduler import Scheduler
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.pipeline import Pipeline, UnitSequence, pad_prompts
+from ms_diffsynth.pipelines.shared.tiles import Tiles
 from ms_diffsynth.program import Program
 from ms_diffsynth.template.cache import JoinTemplateCache, TemplateCache, to_slots
 from ms_diffsynth.units import TensorUnit, run_unit
@@ -48,7 +51,9 @@ class ImagePipeline(Pipeline):
     def __call__(self, prompt: str, negative_prompt: str = "", cfg_scale: float | None = None,
                  embedded_guidance: float | None = None, height: int | None = None, width: int | None = None,
                  seed: int | None = None, num_inference_steps: int | None = None, sampler: str | None = None,
-                 on_step: Callable[[int, int], None] | None = None, **inputs: Any) -> Image.Image:
+                 on_step: Callable[[int, int], None] | None = None, input_image: Image.Image | None = None,
+                 denoising_strength: float = 1.0, tiled: bool = False, tile_size: int | None = None,
+                 tile_stride: int | None = None, **inputs: Any) -> Image.Image:
         """Generate one image. What is None is as in ``sampling``.
 
         Args:
@@ -58,10 +63,16 @@ class ImagePipeline(Pipeline):
             seed: of the initial noise; None is fresh.
             sampler: one of `diffusion.samplers.SAMPLERS`; None is the first, ``"euler"``.
             on_step: called with (step, steps) after every step.
+            input_image: sampling starts from it instead of from noise alone. A side that is not given is that of the
+                image; where they differ, the image is scaled (Lanczos) to height x width, whatever its proportions.
+            denoising_strength: above 0, at most 1: the part of the steps that is walked, the last ones. The image is
+                mixed with the noise of the first of them, which at 1 is noise alone.
+            tiled: let the VAE encode and decode in tiles of ``tile_size`` latent pixels (None: 128), one every
+                ``tile_stride`` (None: half of it), to save memory; see `shared.tiles`.
             inputs: further inputs of the family; ``template_cache``; with ``negative_`` in front, those of the branch
                 of the negative prompt, instead of the same.
 
-        Raises: ConfigError for an input the family does not have, or an unknown sampler.
+        Raises: ConfigError for an input the family does not have, an unknown sampler, or a value out of range.
         """
         known = [name for name in self.optional_units if name != "template_inputs"]  # TemplatePipeline takes those
         known += ["template_cache"] if "template_cache?" in self.denoise.input_params else []
@@ -70,22 +81,46 @@ class ImagePipeline(Pipeline):
             raise ConfigError(f"{type(self).__name__} has no input {listing(odd)}; it has prompt, negative_prompt, "
                               f"{listing([*_OPTIONS, *known], 20)}.{nearest(odd[0], [*_OPTIONS, *known])}")
         sampler = self.check_sampler(sampler)
-        own = self.sampling
-        size = self.check_resize_height_width(height or own.height, width or own.width)
+        check_strength(denoising_strength)
+        tiling = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
+        self.check_tiles(**tiling)
+        own, default = self.sampling, (self.sampling.height, self.sampling.width)
+        if input_image is not None:
+            if not isinstance(input_image, Image.Image):
+                raise ConfigError(f"input_image={input_image!r:.80}: expected an image of Pillow. Open the file: "
+                                  "Image.open(path).")
+            default = input_image.size[::-1]
+        elif denoising_strength != 1:
+            raise ConfigError(f"denoising_strength={denoising_strength} without input_image: expected 1. Give the "
+                              "image to start from as input_image.")
+        size = self.check_resize_height_width(height or default[0], width or default[1])
         shape = self.latent_shape(*size)
         cfg_scale = own.cfg_scale if cfg_scale is None else cfg_scale
         seed = int(np.random.SeedSequence().entropy % 2**63) if seed is None else seed
-        latents = Draws(seed).normal("latents", np.array([0]), shape)
+        noise = Draws(seed).normal("latents", np.array([0]), shape)
         guidance = own.embedded_guidance if embedded_guidance is None else embedded_guidance
         inputs["guidance"] = Tensor(np.full(1, guidance, np.float32))
-        positive = {name: value for name, value in inputs.items() if not name.startswith("negative_")}
+        positive = {name: value for name, value in inputs.items() if not name.startswith("negative_")} | tiling
         branches = [{"prompt": prompt, **positive}]
         if cfg_scale != 1:  # a template is of one branch only, everything else of both
             negative = {n.removeprefix("negative_"): value for n, value in inputs.items() if n not in positive}
             positive.pop("template_cache", None)
             branches.append({"prompt": negative_prompt, **positive, **negative})
-        sigmas = self.sampling_sigmas(num_inference_steps or own.num_inference_steps, shape)
-        return self.generate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler)[0]
+        sigmas = last_steps(self.sampling_sigmas(num_inference_steps or own.num_inference_steps, shape),
+                            denoising_strength)
+        if input_image is not None:
+            input_image = scaled(to_rgb(input_image, "input_image"), *size)
+        latents = self.start(input_image, noise, sigmas, tiling)
+        latents = self.integrate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler)
+        return self.decode(latents, **tiling)[0]
+
+    def check_tiles(self, tiled: bool, tile_size: int | None, tile_stride: int | None) -> None:
+        """Raises: ConfigError for tiles that cannot be, or of a family whose VAE takes none."""
+        decode = self.build_decode()
+        Tiles.of(tiled, tile_size, tile_stride, getattr(decode, "patch", 1))
+        if tiled and "tiled" not in decode.options:
+            raise ConfigError(f"tiled=True: the VAE of {type(self).__name__} takes no tiles. Leave tiled out, or make "
+                              "its units of pipelines.shared.vae_units.")
 
     # -- noise levels --------------------------------------------------------------------------------------------
 
@@ -122,6 +157,29 @@ class ImagePipeline(Pipeline):
         tokens = self.image_tokens(latent_shape)
         return self.scheduler_settings.schedule(self.dynamic_mu).sampling(num_inference_steps, tokens)
 
+    @property
+    def scheduler(self) -> Scheduler:
+        """The noise levels as DiffSynth-Studio's units ask for them."""
+        return Scheduler(self)
+
+    def start(self, input_image: Image.Image | None, noise: np.ndarray, sigmas: np.ndarray,
+              tiling: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
+        """Latents at ``sigmas[0]``, where sampling starts: the image's with noise, or noise alone.
+
+        By the units of training, up to ``input_latents``. They see ``sigmas`` in ``scheduler``.
+
+        Shapes: noise float32 [B, ...] -> float32 [B, ...]; the image has the sides of the noise.
+        """
+        slots = {"input_image": input_image, "start_noise": Tensor(noise), **tiling}
+        if input_image is None and not any("latents" in unit.output_params for unit in self.units):
+            return slots["start_noise"]
+        self.sampled_sigmas = sigmas
+        try:
+            return self.run(self.sampling_program().cut(("start_latents",)).prepare, slots)["start_latents"]
+        finally:
+            if self.sigmas is not None:  # training goes on
+                self.sampled_sigmas = None
+
     def image_tokens(self, latent_shape: tuple[int, ...]) -> int:
         """Image tokens that the network makes of latents [C, H, W], or of F frames of them, [C, F, H, W]."""
         *frames, height, width = latent_shape[1:]
@@ -152,7 +210,8 @@ class ImagePipeline(Pipeline):
             given = {name: value for name, value in branch.items() if value is not None and name != "template_cache"}
             program = self.sampling_program([name for name in given if name in self.optional_units])
             cut = program.cut(("velocity",))
-            slots, units = {name: value for name, value in given.items() if name in cut.inputs}, cut.prepare
+            known = {*cut.inputs, *self.input_defaults}
+            slots, units = {name: value for name, value in given.items() if name in known}, cut.prepare
             if first.keys() == given.keys():
                 again = program.branch([name for name in given if given[name] is not first[name]], ("velocity",))
                 slots, units = prepared | slots, tuple(unit for unit in units if unit.name in again)
@@ -183,21 +242,35 @@ class ImagePipeline(Pipeline):
     def generate(self, positive: dict[str, Any], negative: dict[str, Any] | None, latents: np.ndarray,
                  sigmas: np.ndarray, cfg_scale: float = 1.0, on_step: Callable[[int, int], None] | None = None,
                  sampler: str = "euler") -> list[Image.Image]:
-        """Integrate from noise to images.
+        """Integrate from noise to images; arguments as `integrate`."""
+        return self.decode(self.integrate(positive, negative, latents, sigmas, cfg_scale, on_step, sampler))
+
+    def integrate(self, positive: dict[str, Any], negative: dict[str, Any] | None, latents: np.ndarray | Tensor,
+                  sigmas: np.ndarray, cfg_scale: float = 1.0, on_step: Callable[[int, int], None] | None = None,
+                  sampler: str = "euler") -> Tensor:
+        """Latents at the last of ``sigmas``, float32 [B, ...].
 
         Args:
             positive, negative: conditions from `condition`; ``negative`` is used when ``cfg_scale`` is not 1.
-            latents: noise, float32 [B, ...]. sigmas: float32 [n + 1], decreasing, ends with 0.
+            latents: at ``sigmas[0]`` (noise alone where it is 1), float32 [B, ...].
+            sigmas: float32 [n + 1], decreasing, ends with 0.
         """
         denoise = self.denoiser(positive)
         if cfg_scale != 1 and negative is not None:
             denoise = self.guidance_rule(denoise, self.denoiser(negative), cfg_scale)
-        return self.decode(SAMPLERS[sampler](denoise, Tensor(latents), sigmas, on_step))
+        return SAMPLERS[sampler](denoise, Tensor(latents), sigmas, on_step)
 
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Images from latents."""
-        pixels = run_unit(self.build_decode(), self, {"latents": latents})["pixels"].asnumpy()
-        return [to_pil(p) for p in pixels]
+    def decode(self, latents: Tensor, tiled: bool = False, tile_size: int | None = None,
+               tile_stride: int | None = None) -> list[Image.Image]:
+        """Images from latents; in tiles as `__call__`."""
+        slots = {"latents": latents, "tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
+        return [to_pil(p) for p in run_unit(self.build_decode(), self, slots)["pixels"].asnumpy()]
 
 
-_OPTIONS = ("cfg_scale", "embedded_guidance", "height", "width", "seed", "num_inference_steps", "sampler", "on_step")
+def scaled(image: Image.Image, height: int, width: int) -> Image.Image:
+    """An image at a size in pixels. Source: diffusers 0.39, VaeImageProcessor with its default resampling."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+_OPTIONS = ("cfg_scale", "embedded_guidance", "height", "width", "seed", "num_inference_steps", "sampler", "on_step",
+            "input_image", "denoising_strength", "tiled", "tile_size", "tile_stride")

@@ -53,6 +53,8 @@ class LoadPixels(PipelineUnit):
 class EncodeImage(vae_units.EncodeImage):
     """pixels float32 [B, 3, H, W] -> moments float32 [B, 2C, H/4, W/4]; computed in ``dtype``."""
 
+    scale_factor = staticmethod(lambda config: PATCH)
+
     def construct(self, pixels):
         return (self.vae.encode(pixels.astype(self.dtype)).astype(ms.float32),)
 
@@ -72,6 +74,8 @@ class Denoise(TensorUnit):
 class Decode(vae_units.Decode):
     """latents float32 [B, C, h, w] -> pixels float32 [B, 3, 4h, 4w]; computed in ``dtype``."""
 
+    scale_factor = staticmethod(lambda config: PATCH)
+
     def construct(self, latents):
         return (self.vae.decode(latents.astype(self.dtype)).astype(ms.float32),)
 
@@ -84,7 +88,7 @@ COMPONENTS = (
     Component(name="text_encoder", folder="text_encoder", class_name="ToyTextEncoder",
               build=lambda config: ToyTextEncoder(**_arguments(config))),
     Component(name="vae", folder="vae", class_name="ToyAutoencoder",
-              build=lambda config: ToyAutoencoder(**_arguments(config))),
+              build=lambda config: vae_units.with_latents(ToyAutoencoder, EncodeImage, Decode)(**_arguments(config))),
     Component(name="dit", folder="transformer", class_name="ToyTransformer",
               build=lambda config: ToyTransformer(**_arguments(config))),
 )
