@@ -248,9 +248,14 @@ class Pipeline:
     def training_program(self, objective: Task, sigmas: np.ndarray) -> Program:
         """Everything from a row of the data set to ``loss``: ``units``, then the objective around ``denoise``."""
         units = [SampleLatents(objective.posterior) if isinstance(u, SampleLatents) else u for u in self.units]
-        defaults = [name for name in self.input_defaults if name not in objective.draws]
-        return Program([*map(at_the_start, units), *objective.units(self, sigmas)],
-                       (*self.inputs, *objective.inputs, *defaults), objective.draws)
+        units = [*map(at_the_start, units), *objective.units(self, sigmas)]
+        return Program(units, (*self.inputs, *objective.inputs, *self._defaults(units, objective.draws)),
+                       objective.draws)
+
+    def _defaults(self, units: Sequence[PipelineUnit | TensorUnit], draws: Sequence[str]) -> list[str]:
+        """Of ``input_defaults`` those that nothing else writes."""
+        written = {*draws, *(name for unit in units for name in unit.output_params)}
+        return [name for name in self.input_defaults if name not in written]
 
     @property
     def takes_guidance(self) -> bool:
@@ -268,8 +273,8 @@ class Pipeline:
         if "input_latents" in written and "start_latents" not in written:
             units.append(StartLatents())
         guidance = ("guidance",) if self.takes_guidance else ()
-        return Program([*units, self.denoise], (*type(self).inputs, *extra, *guidance, *self.input_defaults),
-                       ("latents", "sigma"))
+        units, draws = [*units, self.denoise], ("latents", "sigma")
+        return Program(units, (*type(self).inputs, *extra, *guidance, *self._defaults(units, draws)), draws)
 
     def use_input(self, name: str) -> None:
         """Train on a further input: its units join ``units``. Sampling reads it whenever it is given, trained or not.
