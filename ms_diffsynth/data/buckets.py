@@ -74,6 +74,9 @@ class BucketCropAndResize(DataProcessingOperator):
     def __init__(self, buckets: Sequence[Bucket]):
         self.buckets = list(buckets)
 
+    def target_size(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) in pixels that an image of width x height is brought to."""
+        return nearest_bucket(width, height, self.buckets).size
+
     def __call__(self, data: Image.Image) -> Image.Image:
-        bucket = nearest_bucket(*data.size, self.buckets)
-        return crop_and_resize(data, *bucket.size)
+        return crop_and_resize(data, *self.target_size(*data.size))

@@ -23,6 +23,7 @@ from .operators import (
     SequentialProcess,
     ToAbsolutePath,
     describe,
+    size_after,
 )
 from .paths import open_regular, plain, resolve, shorten
 
@@ -102,10 +103,14 @@ class UnifiedDataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row ``index`` modulo the number of rows, operators applied. Raises: DataError naming the row and the cell."""
+        return self.cells(index)
+
+    def cells(self, index: int, fields: Sequence[str] | None = None) -> dict[str, Any]:
+        """The item of a row, or only these fields of it. Raises: as ``dataset[index]``."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of a data set of {len(self)}")
         number = index % len(self) % len(self.rows)
-        item = dict(self.rows[number])
+        item = {key: cell for key, cell in self.rows[number].items() if fields is None or key in fields}
         for key in dict.fromkeys((*self.data_file_keys, *self.special_operator_map)):
             if key not in item:
                 continue
@@ -117,6 +122,16 @@ class UnifiedDataset:
                 place = f"{self.table.source} {self.table.places[number]}"
                 raise DataError(f"{place}, {key}={item[key]!r}: {what}") from error
         return item
+
+    def size_of(self, index: int, key: str = "image") -> tuple[int, int] | None:
+        """Height and width of the image of row ``index``, operators applied, by its header; None where that is not
+        known before the image is loaded.
+        """
+        cell = self.rows[index % len(self.rows)].get(key)
+        if not isinstance(cell, str) or cell not in self._sizes or key not in self.data_file_keys:
+            return None
+        width, height = self._sizes[cell]
+        return size_after(self.special_operator_map.get(key, self.main_data_operator), cell, (height, width))
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Width and height in pixels of the first image of item ``index``, upright, known from its header.

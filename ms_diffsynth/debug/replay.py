@@ -36,7 +36,7 @@ from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.logger import ModelLogger, _text
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.options import TrainingOptions
-from ms_diffsynth.training.prepared import CachedRows, name_row, rows_of
+from ms_diffsynth.training.prepared import CachedRows, name_row, prepare_row, rows_of
 from ms_diffsynth.training.records import numbers_of
 from ms_diffsynth.training.state import CHECKPOINTS, parameters_of, run_folder, versions
 from ms_diffsynth.training.trainer import Trainer
@@ -305,6 +305,7 @@ def _from_prepare(run: Trainer, batches: list[Batch], findings: list[Finding]) -
         return findings
     with Probes(run.cut.prepare, run.module.pipe.models) as probes:
         probes.begin(1)
-        rows._make(int(batch.indices[position]) % rows.rows)
+        run.module.texts = None  # what was kept of a text is computed again too
+        prepare_row(rows.dataset, int(batch.indices[position]) % rows.rows, run.module, run.cut)
     before = [dataclasses.replace(f, micro_step=first.micro_step, rows=(position,)) for f in probes.findings]
     return (before + findings)[:MOST]
