@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, UserError, listing, nearest
 from .buckets import Bucket, BucketCropAndResize
-from .images import SUFFIXES, image_size
+from .images import SUFFIXES, image_size, read_image
 from .loader import permutation
 from .metadata import read_folder, read_metadata
 from .operators import (
@@ -29,6 +29,7 @@ from .paths import open_regular, plain, resolve, shorten
 
 logger = logging.getLogger(__name__)
 
+DECODED_AT_ONCE = 64_000_000  # pixels: images of so few together are decoded by the check, which takes about 3 s
 LONGEST_CAPTION = 10_000  # characters; the longest prompt that an encoder reads is 1024 tokens (Qwen-Image)
 
 _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -55,8 +56,9 @@ class UnifiedDataset:
         captions: False for a folder of images without captions.
         allow_outside_base: let rows name files outside ``base_path`` (a hub cache of links, say).
 
-    Construction reads the header and the end of every image and raises one DataError naming the bad rows, before any
-    model is loaded. What only decoding shows (damage in the middle) is raised by ``dataset[i]`` with the row's number.
+    Construction reads the header and the end of every image, and decodes them all when they are small together
+    (`DECODED_AT_ONCE`). It raises one DataError naming the bad rows, before any model is loaded. What only decoding
+    shows (damage in the middle) is raised by ``dataset[i]`` with the row's number where they are more.
 
     Source: DiffSynth-Studio 2.1.12, ``UnifiedDataset``; there a special operator has no effect on other columns.
     """
@@ -225,6 +227,13 @@ class UnifiedDataset:
                 for problem in self._row_problems(row, columns, faults):
                     table.blame(index, problem)
         table.refuse_bad_rows()
+        if sum(width * height for width, height in self._sizes.values()) <= DECODED_AT_ONCE:
+            damaged = {name: problem for name in self._sizes if (problem := self._file_problem(name, True, True))}
+            for index, row in enumerate(table.rows if damaged else ()):
+                for key in self.data_file_keys:
+                    for name in set(_as_list(row[key])) & set(damaged):
+                        table.blame(index, f"{key}={shorten(name, 200)}: {damaged[name]}")
+            table.refuse_bad_rows()
         first: dict[str, int] = {}
         again = [f"{table.places[i]} is {table.places[first[text]]}" for i, row in enumerate(table.rows)
                  if first.setdefault(text := json.dumps(row, sort_keys=True), i) != i]
@@ -254,10 +263,12 @@ class UnifiedDataset:
                     problems.append(f"{key}={shorten(value, 200)}: {faults[cause, header]}")
         return problems
 
-    def _file_problem(self, value: object, header: bool) -> str:
+    def _file_problem(self, value: object, header: bool, whole: bool = False) -> str:
         try:
             path = resolve(self.base_path, value, self.allow_outside_base)
-            if header:
+            if whole:
+                read_image(path, None)
+            elif header:
                 self._sizes[value] = image_size(path)
             else:
                 open_regular(path).close()

@@ -206,7 +206,8 @@ def size_after(operator: Callable[[Any], Any], cell: Any, size: tuple[int, int])
     None where only the operator knows: one of your own without ``target_size(width, height)``.
     """
     if isinstance(operator, RouteByType):
-        operator = next((route for kind, route in operator.operator_map if kind is None or isinstance(cell, kind)), None)
+        operator = next((route for kind, route in operator.operator_map if kind is None or isinstance(cell, kind)),
+                        None)
     is_loaded = False
     for step in _steps(operator):
         if isinstance(step, (ToAbsolutePath, LoadImage)):

@@ -45,7 +45,11 @@ class Batches:
         """Make the inputs of the next batch, if that is not done."""
         self.load(1)
         if self._inputs is None and self._waiting:
-            self._inputs = self.inputs_of(self._waiting[0])
+            try:
+                self._inputs = self.inputs_of(self._waiting[0])
+            except Exception as error:
+                self.failure = error
+                self._waiting.clear()
 
     def close(self) -> None:
         """End the threads that load ahead."""

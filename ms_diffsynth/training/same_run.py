@@ -68,6 +68,24 @@ def check_folder(output_path: Path, resume: str) -> None:
                               " Choose another output_path.")
 
 
+def check_family(output_path: Path, resume: str, pipeline: str, accept: Collection[str] = ()) -> None:
+    """Refuse the checkpoint of another family before any model is loaded; all else is compared when they are.
+
+    Raises: CheckpointError.
+    """
+    names = checkpoints_in(output_path)
+    if resume == "none" or (resume == "auto" and not names):
+        return
+    path = output_path / CHECKPOINTS / names[-1] if resume == "auto" else Path(resume)
+    try:
+        saved = json.loads((path / "state.json").read_text(encoding="utf-8"))["identity"]["pipeline"]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: told when it is opened
+        return
+    if saved != pipeline and "pipeline" not in accept:
+        raise CheckpointError(f"{path} was saved by another run than this one:\n  pipeline: \"{saved}\" when saved, "
+                              f"\"{pipeline}\" now\nChoose another output_path to start afresh with --resume none.")
+
+
 def find_checkpoint(output_path: Path, resume: str) -> Checkpoint | None:
     """The checkpoint to resume from, verified; None for a run that starts.
 

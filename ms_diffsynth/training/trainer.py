@@ -1,4 +1,4 @@
-"""The trainer: one compiled step follows the other, on rows that are prepared when they are needed, with hooks between."""
+"""The trainer: one compiled step follows the other, on rows prepared when they are needed, with hooks between."""
 from __future__ import annotations
 
 import contextlib
@@ -30,14 +30,14 @@ from ms_diffsynth.training.signals import Interrupted, StopRequest, stopping_on_
 from ms_diffsynth.training.step import StepResult
 from ms_diffsynth.training.two_stage import describe_loaded
 
-
 PREPARED = "prepared"  # folder in that of a run, of rows that do not fit into memory; gone when the run has ended
 ROWS_TO_MEASURE = 16
+_ANOTHER_RANK = "another rank cannot make its next batch: its message says why."
 
 
 class Trainer:
-    """A training run. It is complete when it is constructed: the step is built, the state of a checkpoint is restored,
-    and the rows of the next step are prepared. `run` makes the steps, and prepares others as they are needed.
+    """A training run. It is complete when it is constructed: the step is built, and the state of a checkpoint is
+    restored. `run` makes the steps, and prepares rows as they are needed.
 
     Args:
         accelerator: device, rank and mode.
@@ -56,7 +56,7 @@ class Trainer:
         stop: whether a signal asked to stop. failure: why there is no next step, on any rank; None while there is.
         at_exit: callbacks for when the run ends, in whatever way.
 
-    Raises: ConfigError for impossible options; DataError for a row of the next step that cannot be prepared.
+    Raises: ConfigError for impossible options; DataError for a row that is prepared here and cannot be.
     """
 
     def __init__(self, accelerator: Accelerator, dataset: Any, module: DiffusionTrainingModule, logger: ModelLogger,
@@ -81,7 +81,9 @@ class Trainer:
                              num_workers=options.num_workers if self.is_eager else 0,
                              rank=accelerator.process_index, world_size=accelerator.num_processes)
         self.steps_per_epoch = -(-len(self.loader) // options.gradient_accumulation_steps)
-        self.total = self._steps_of_run()
+        self.images = options.batch_size * accelerator.num_processes
+        self.total = steps_in(len(self.loader), self.images, options.gradient_accumulation_steps, options.num_epochs,
+                              options.max_train_steps, resume_from)
         self.rate = LearningRate(schedule=options.lr_scheduler, base=options.learning_rate,
                                  warmup_steps=options.lr_warmup_steps, total_steps=self.total)
         self.optimizer = build_optimizer(options, module.trainable_parameters())
@@ -100,12 +102,6 @@ class Trainer:
         self.report = StepReport(logger, self.progress, self.step, self.dataset, self.class_dataset)
         if resume_from is not None:
             self.restore(resume_from)
-        self.batches = Batches(self.loader, self.inputs)
-        if not self.is_eager and (resume_from is None or resume_from.step < self.total):
-            beat(0, "prepare")
-            self.batches.load(self._batches_of_step())
-            if self.batches.failure is not None:
-                raise self.batches.failure
         self.progress.say(self._describe())
 
     # -- before the first step -----------------------------------------------------------------------------------
@@ -152,30 +148,6 @@ class Trainer:
             return None
         return len({rows.bucket_of(row) for rows in sets.values() for row in range(rows.rows)})
 
-    def _steps_of_run(self) -> int:
-        """How many steps the run has, those of before a resumption included. An epoch that is done stays done, whatever
-        batch size and data were then.
-        """
-        options, ends = self.options, []
-        if options.max_train_steps is not None:
-            ends.append(options.max_train_steps)
-        if options.num_epochs is not None:
-            done, epoch, position = 0, 0, 0
-            if self.resumed_from is not None:
-                done, (epoch, position) = self.resumed_from.step, self._place(self.resumed_from)
-            left = -(-(len(self.loader) - position) // options.gradient_accumulation_steps)
-            left += (options.num_epochs - epoch - 1) * self.steps_per_epoch
-            ends.append(done + max(left, 0))
-        return min(ends)
-
-    def _place(self, checkpoint: Checkpoint) -> tuple[int, int]:
-        """Epoch and batch in it where a checkpoint continues. Another batch size continues at the same images."""
-        found, before = checkpoint.state, checkpoint.state["identity"].get("batch_size")
-        position, now = found["position"], self.options.batch_size * self.accelerator.num_processes
-        if before and before != now:
-            position = position * before // now
-        return found["epoch"], min(position, len(self.loader))
-
     def _batches_of_step(self) -> int:
         """How many batches the next step takes: fewer than the others at the end of an epoch."""
         left = len(self.loader) - self.step.batches % len(self.loader)
@@ -198,7 +170,7 @@ class Trainer:
         """Weights, moments, and the place in the data: an epoch's begin if its place is no longer in the epoch."""
         found = checkpoint.state
         state.restore(self.step, checkpoint, self.identity)
-        epoch, position = self._place(checkpoint)
+        epoch, position = place_in(len(self.loader), self.images, checkpoint)
         self.loader.seek(epoch * len(self.loader) + position)
         self.step.batches = self.loader.step
         self.report.skipped, self.report.skipped_in_a_row = found["skipped"], found["skipped_in_a_row"]
@@ -217,6 +189,13 @@ class Trainer:
             self.progress.say(f"nothing left to do: the run has {done} of {self.total} steps. To train on, raise "
                               "num_epochs or max_train_steps.")
             return
+        self.batches = Batches(self.loader, self.inputs)
+        beat(0, "prepare")
+        self.batches.load(self._batches_of_step())  # nothing is written before that is known to go well
+        if Agreement(self.stop, self.accelerator)(self.batches.failure is not None):
+            self.batches.close()
+            self.at_exit.close()
+            raise self.batches.failure or DataError(_ANOTHER_RANK)
         logger.start(self.settings, done, self.resumed_from and state.run_folder(self.resumed_from))
         with self.at_exit, stopping_on_signals(self.options.grace_seconds) as self.stop:
             self.at_exit.callback(self.progress.end)
@@ -236,8 +215,7 @@ class Trainer:
                     for hook in self.hooks:
                         hook.after_step(self)
                 if is_stopping.is_failed:
-                    self.failure = self.batches.failure or DataError("another rank cannot make its next batch: its "
-                                                                     "message says why.")
+                    self.failure = self.batches.failure or DataError(_ANOTHER_RANK)
                 elif self.is_done:
                     is_stopping()  # also after the last step
                 self.report.flush()
@@ -246,7 +224,8 @@ class Trainer:
                     hook.end(self)
                 if self.failure is not None:
                     self.progress.say(f"stopped after step {logger.num_steps} of {self.total}, which is saved: a row "
-                                      "cannot be prepared")
+                                      "cannot be prepared. When it is put right, continue by --resume auto "
+                                      "--accept_changes data")
                     raise self.failure
                 self._finish() if self.stop.signal is None else self._tell_stopped()
             except UserError as error:
@@ -369,6 +348,35 @@ class Trainer:
         for path in [*logger.saved[-1:], folder / "loss.png", folder / "samples/before_after.png"]:
             if path.exists():
                 self.progress.say(f"  {path}")
+
+
+def steps_in(batches: int, images: int, accumulation: int, num_epochs: int | None, max_train_steps: int | None,
+             checkpoint: Checkpoint | None = None) -> int:
+    """How many steps a run has, those before its checkpoint included. An epoch that is done stays done, whatever batch
+    size and data were then.
+
+    Args:
+        batches: in an epoch. images: in a batch, over all ranks. accumulation: batches to a step.
+    """
+    ends = [] if max_train_steps is None else [max_train_steps]
+    if num_epochs is not None:
+        done, epoch, position = 0, 0, 0
+        if checkpoint is not None:
+            done, (epoch, position) = checkpoint.step, place_in(batches, images, checkpoint)
+        left = -(-(batches - position) // accumulation) + (num_epochs - epoch - 1) * -(-batches // accumulation)
+        ends.append(done + max(left, 0))
+    return min(ends)
+
+
+def place_in(batches: int, images: int, checkpoint: Checkpoint) -> tuple[int, int]:
+    """Epoch and batch in it where a run continues after a checkpoint: at the same images, if batches have another size.
+
+    Args:
+        batches: in an epoch. images: in a batch, over all ranks.
+    """
+    found, before = checkpoint.state, checkpoint.state["identity"].get("batch_size")
+    position = found["position"] * before // images if before else found["position"]
+    return found["epoch"], min(position, batches)
 
 
 def _time(seconds: float) -> str:

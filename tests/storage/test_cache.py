@@ -88,7 +88,8 @@ def test_rows_of_one_text_name_its_entry_and_no_entry_is_opened_to_check(tmp_pat
         monkeypatch.setattr(cache_module, name, lambda *a, **k: pytest.fail("opened"))
     again = Cache(tmp_path)
     again.check(FINGERPRINT)
-    assert again.kind(ROWS["instance"][1].key) == ((16, 8), {"embeds": ("float32", (3, 2)), "moments": ("float32", (4,))})
+    assert again.kind(ROWS["instance"][1].key) == (
+        (16, 8), {"embeds": ("float32", (3, 2)), "moments": ("float32", (4,))})
     monkeypatch.undo()
     assert np.array_equal(again.read(ROWS["instance"][2].key)[0]["embeds"], embeds) and again.unused() == []
     assert len(list(again.entries())) == 4

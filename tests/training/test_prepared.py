@@ -20,7 +20,6 @@ from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.prepared import PreparedRows, in_bucket, prepare_all, unify
 from ms_diffsynth.training.progress import Progress
 
-
 CUT = SimpleNamespace(cache=("moments",), prepare=())
 
 
@@ -216,8 +215,9 @@ def test_batches_of_several_need_no_row_before_its_time(folder, tmp_path, prepar
     assert sum(prepared_rows.values()) == 2
 
 
-@pytest.mark.parametrize("name, network", [("toy", "text_encoder"), ("flux", "text_encoder_2"), ("sd3", "text_encoder_1"),
-                                           ("flux2", "text_encoder"), ("qwen_image", "text_encoder")])
+@pytest.mark.parametrize("name, network", [
+    ("toy", "text_encoder"), ("flux", "text_encoder_2"), ("sd3", "text_encoder_1"), ("flux2", "text_encoder"),
+    ("qwen_image", "text_encoder")])
 def test_equal_prompts_are_encoded_once(tiny_model, tmp_path, name, network):
     """Whatever the family: one prompt of all rows, and one of the class images, are two runs of the text encoder."""
     pipe = family(name).pipeline.from_pretrained(str(tiny_model(name)))
