@@ -159,6 +159,7 @@ def replay_training_step(accelerator: Accelerator, dataset: Any, model: Diffusio
             replay = _replay(trainer, recorded, step, checkpoint)
         finally:
             trainer.progress.end()
+            trainer.at_exit.close()
         write_file(folder / f"replay-step-{step}.json", (json.dumps(without_secrets(replay.record()), indent=1)
                                                          + "\n").encode())
     return replay

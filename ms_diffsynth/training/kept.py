@@ -1,6 +1,7 @@
 """Prepared slots that are kept: in memory while they fit, then in files that are removed when the run ends."""
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Sequence
@@ -63,6 +64,8 @@ class Kept:
         """Remove the files."""
         if self._files is not None:
             shutil.rmtree(self._files.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # other ranks or data sets have files there
+                self._files.folder.parent.rmdir()
             self._files, self._in_files = None, set()
 
     def _write(self, key: str, slots: dict[str, np.ndarray], size: Sequence[int], text: str, needed: int) -> None:

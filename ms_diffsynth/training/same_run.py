@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.options import TrainingOptions
 from ms_diffsynth.training.prepared import CachedRows, PreparedRows
-from ms_diffsynth.training.state import CHECKPOINTS, versions
+from ms_diffsynth.training.state import CHECKPOINTS, PREPARED, versions
 from ms_diffsynth.training.two_stage import images_of
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def holding(output_path: Path) -> Iterator[None]:
             for part in (output_path / CHECKPOINTS).glob(".tmp-*"):  # of any machine: no other run writes here
                 if part.is_file():
                     part.unlink()
+        shutil.rmtree(output_path / PREPARED, ignore_errors=True)  # of a killed run too
         yield
 
 

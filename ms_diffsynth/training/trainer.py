@@ -30,7 +30,6 @@ from ms_diffsynth.training.signals import Interrupted, StopRequest, stopping_on_
 from ms_diffsynth.training.step import StepResult
 from ms_diffsynth.training.two_stage import describe_loaded
 
-PREPARED = "prepared"  # folder in that of a run, of rows that do not fit into memory; gone when the run has ended
 ROWS_TO_MEASURE = 16
 _ANOTHER_RANK = "another rank cannot make its next batch: its message says why."
 
@@ -136,7 +135,7 @@ class Trainer:
         Returns: how many shapes of rows there are; None where that is not known.
         """
         for name, rows in sets.items():
-            rows.keep_in(self.logger.output_path / PREPARED / f"{name}-{self.accelerator.process_index}")
+            rows.keep_in(self.logger.output_path / state.PREPARED / f"{name}-{self.accelerator.process_index}")
             self.at_exit.callback(rows.close)
         is_first = any(rows.has_values or (needs_buckets and not rows.foresees_buckets) for rows in sets.values())
         if is_first:

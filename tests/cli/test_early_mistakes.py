@@ -109,7 +109,8 @@ def test_the_checkpoint_of_another_family_is_found_before_anything_slow(run, con
 
 @pytest.mark.parametrize("words", [
     ("sample", "toy", "MODEL", "--prompt", "a", "--output", ""), ("sample", "toy", "", "--prompt", "a"),
-    ("tiny", "toy", ""), ("cache", "inspect", " "), ("push", "", "me/it"), ("evaluate", "--generated", "", "--reference", "x"),
+    ("tiny", "toy", ""),
+    ("cache", "inspect", " "), ("push", "", "me/it"), ("evaluate", "--generated", "", "--reference", "x"),
     ("launch", "--workers", "2", "--log_dir", "", "train")], ids=" ".join)
 def test_the_empty_name_of_a_folder_is_no_folder(run, toy_model, tmp_path, words):
     code, _, err = run(*(toy_model if word == "MODEL" else word for word in words))

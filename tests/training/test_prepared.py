@@ -75,7 +75,7 @@ def test_rows_beyond_the_limit_are_in_files_and_that_is_said_once(tmp_path, monk
     module = Module()
     rows = PreparedRows(Dataset(), module, CUT, limit_bytes=limit)
     if where != "nowhere":
-        rows.keep_in(tmp_path / "run/prepared/instance-0")
+        rows.keep_in(tmp_path / "run/.prepared/instance-0")
     if where == "a full disk":
         monkeypatch.setattr(kept, "SPARE_BYTES", 1 << 62)
     with caplog.at_level(logging.WARNING):
@@ -87,12 +87,12 @@ def test_rows_beyond_the_limit_are_in_files_and_that_is_said_once(tmp_path, monk
     first = caplog.messages[0]
     if where == "files":
         assert len(caplog.messages) == 1 and "removed when the run ends" in first
-        assert len(list((tmp_path / "run/prepared").rglob("*.safetensors"))) == len(again)
+        assert len(list((tmp_path / "run/.prepared").rglob("*.safetensors"))) == len(again)
     else:
         assert "prepared again at every use. Set cache_dir" in caplog.messages[-1]
         assert len(caplog.messages) == (1 if where == "nowhere" else 2)
     rows.close()
-    assert not list(tmp_path.rglob("instance-0"))
+    assert not list((tmp_path / "run").iterdir() if (tmp_path / "run").is_dir() else ())
 
 
 def test_a_file_that_was_damaged_is_made_again(tmp_path, caplog):
@@ -196,7 +196,7 @@ def test_rows_are_prepared_when_they_are_needed_and_once(folder, tmp_path, monke
     assert sum(prepared_rows.values()) == len(prepared_rows) == 3
     prepared_rows.clear()
     run("all")
-    assert sorted(prepared_rows.values()) == [1] * 5 and not (tmp_path / "all/prepared/instance-0").exists()
+    assert sorted(prepared_rows.values()) == [1] * 5 and not (tmp_path / "all/.prepared").exists()
     monkeypatch.setattr(PreparedRows, "foresees_buckets", False)
     run("first", batch_size=1)
     assert toy_run.table(tmp_path / "all") == toy_run.table(tmp_path / "first")
