@@ -571,11 +571,16 @@ def pad_prompts(pipe: Pipeline, slots: dict[str, np.ndarray],
     names = [name for name in pipe.padded_slots if name in slots]
     if not names:
         return slots, None
-    length = max(least, *(len(slots[name]) for name in names))
+    length = padded_to(max(least, *(len(slots[name]) for name in names)), pipe)
+    wide = {name: np.pad(slots[name], [(0, length - len(slots[name]))] + [(0, 0)] * (slots[name].ndim - 1))
+            for name in names}
+    return slots | wide, length
+
+
+def padded_to(length: int, pipe: Pipeline) -> int:
+    """The next of the pipeline's lengths of prompts. Raises: DataError for more tokens than the longest."""
     fitting = [n for n in sorted(pipe.prompt_lengths) if n >= length]
     if not fitting:
         raise DataError(f"a prompt of {length} tokens is longer than the longest of prompt_lengths="
                         f"{pipe.prompt_lengths}: shorten it, or add a length.")
-    wide = {name: np.pad(slots[name], [(0, fitting[0] - len(slots[name]))] + [(0, 0)] * (slots[name].ndim - 1))
-            for name in names}
-    return slots | wide, fitting[0]
+    return fitting[0]

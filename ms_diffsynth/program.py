@@ -54,6 +54,25 @@ class Cut:
         """Names of the models that the stage ``"prepare"`` or ``"step"`` touches, sorted."""
         return tuple(sorted({m for u in getattr(self, stage) for m in u.onload_model_names}))
 
+    def split(self, inputs: Iterable[str]) -> tuple[tuple[Unit, ...], tuple[Unit, ...]]:
+        """`prepare` in two: the units that need nothing but these inputs, as far as none of the others reads what they
+        write; and the others. Either part may run first.
+        """
+        known, given = set(inputs), set(self.inputs) | {p for unit in self.prepare for p in unit.output_params}
+        apart = []
+        for unit in self.prepare:
+            reads = {slot(p) for p in unit.input_params} & given
+            if reads and reads <= known:
+                apart.append(unit)
+                known |= set(unit.output_params)
+        read_by_others: set[str] = set()
+        for unit in reversed(self.prepare):
+            if unit in apart and read_by_others & set(unit.output_params):
+                apart.remove(unit)
+            if unit not in apart:
+                read_by_others |= {slot(p) for p in unit.input_params}
+        return tuple(apart), tuple(unit for unit in self.prepare if unit not in apart)
+
     def describe(self) -> str:
         """The cut as straight-line code, one line a unit."""
         lines = []

@@ -28,18 +28,23 @@ def execute(args: argparse.Namespace) -> int:
 
 def _inspect(cache: Cache) -> int:
     manifest = cache.manifest
-    shapes, sizes, problems, total = {}, Counter(), [], 0
+    shapes, sizes, problems, total, texts = {}, Counter(), [], 0, {"": {}}
     for name in manifest["rows"]:
         for row in cache.rows(name):
             try:
-                slots, size = cache.read(row.key, row.label)
+                slots, size, text = cache.entry(row.key, row.label)
+                if text not in texts:
+                    found = cache.entry(text, f"the text of {row.label}").slots
+                    texts[text] = {slot: f"{array.dtype} {list(array.shape)}" for slot, array in found.items()}
+                    total += sum(array.nbytes for array in found.values())
             except CacheError as error:
                 problems.append(str(error))
                 continue
             sizes[f"{size[1]} x {size[0]}"] += 1
             total += sum(array.nbytes for array in slots.values())
-            for slot, array in slots.items():
-                shapes.setdefault(slot, Counter())[f"{array.dtype} {list(array.shape)}"] += 1
+            own = {slot: f"{array.dtype} {list(array.shape)}" for slot, array in slots.items()}
+            for slot, shape in sorted((own | texts[text]).items()):
+                shapes.setdefault(slot, Counter())[shape] += 1
     state = "damaged" if problems else "complete" if manifest["complete"] else "incomplete"
     lines = [f"{cache.folder}: {state}, {total / 1e6:,.1f} MB"]
     lines += [f"  {name}: {len(rows)} rows" for name, rows in manifest["rows"].items()]

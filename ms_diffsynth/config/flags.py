@@ -25,6 +25,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
 
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        if action.type is Path and not text.strip():  # which would be the current folder
+            name = "/".join(action.option_strings) or action.metavar or action.dest
+            raise ConfigError(f"{name} is empty: expected the name of a file or folder. See {self.prog} --help.")
+        return super()._get_value(action, text)
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}. See {self.prog} --help.")
 

@@ -2,14 +2,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import MISSING
 
 from ms_diffsynth.config.settings import SETTINGS, TrainConfig
 from ms_diffsynth.errors import listing
 from ms_diffsynth.registry import OPTIMIZERS
 
+PLACES = ("model_paths", "lora_checkpoint", "template_model_id_or_path", "dataset_base_path", "dataset_metadata_path",
+          "class_base_path", "class_metadata_path", "validation_base_path", "validation_metadata_path", "cache_dir",
+          "output_path", "evaluation_reference", "resume", *(n for n in SETTINGS if n.startswith("tokenizer")))
+
 
 def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
     """(is it wrong, what to say) for each rule. What depends on the family's units is checked when the run is built."""
+    for name in PLACES:
+        value = c.flat()[name]
+        yield (value is not None and not value.strip(), f"{name} is empty: expected the name of a file or folder"
+               f"{'.' if SETTINGS[name].default is MISSING else '; leave it out for what is usual.'}")
     prior = c.objective.with_prior_preservation
     kind, _, stage = c.objective.task.partition(":")
     yield (c.run.num_epochs is None and c.run.max_train_steps is None and stage != "data_process",

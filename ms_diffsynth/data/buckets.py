@@ -125,8 +125,12 @@ class BucketCropAndResize(DataProcessingOperator):
         self.buckets, self.chosen_by = list(buckets), chosen_by
         self.not_described = ("chosen_by",) if chosen_by is None else ("buckets",)
 
+    def target_size(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) in pixels that an image of width x height is brought to."""
+        return nearest_bucket(width, height, self.buckets).size
+
     def __call__(self, data: Image.Image) -> Image.Image:
-        return crop_and_resize(data, *nearest_bucket(*data.size, self.buckets).size)
+        return crop_and_resize(data, *self.target_size(*data.size))
 
 
 def describe_fit(sizes: Sequence[tuple[int, int]], names: Sequence[str], buckets: Sequence[Bucket],

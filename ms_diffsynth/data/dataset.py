@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, UserError, listing, nearest
 from .buckets import Bucket, BucketCropAndResize, nearest_bucket
-from .images import SUFFIXES, image_size
+from .images import SUFFIXES, image_size, read_image
 from .loader import permutation
 from .metadata import CAPTION_COLUMNS, Table, column_of, read_folder, read_metadata
 from .operators import (
@@ -23,11 +23,13 @@ from .operators import (
     SequentialProcess,
     ToAbsolutePath,
     describe,
+    size_after,
 )
 from .paths import lookalike, open_regular, plain, resolve, shorten
 
 logger = logging.getLogger(__name__)
 
+DECODED_AT_ONCE = 64_000_000  # pixels: images of so few together are decoded by the check, which takes about 3 s
 LONGEST_CAPTION = 10_000  # characters; the longest prompt that an encoder reads is 1024 tokens (Qwen-Image)
 
 _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -61,8 +63,9 @@ class UnifiedDataset:
         image_column: the column that is the ``image`` of a row; None: image or file_name, in any case of letters.
         caption_column: the column that is its ``prompt``; None: prompt, text or caption; "": none, nor sidecars.
 
-    Construction reads the header and the end of every image and raises one DataError naming the bad rows, before any
-    model is loaded. What only decoding shows (damage in the middle) is raised by ``dataset[i]`` with the row's number.
+    Construction reads the header and the end of every image, and decodes them all when they are small together
+    (`DECODED_AT_ONCE`). It raises one DataError naming the bad rows, before any model is loaded. What only decoding
+    shows (damage in the middle) is raised by ``dataset[i]`` with the row's number where they are more.
 
     Source: DiffSynth-Studio 2.1.12, ``UnifiedDataset``; there a special operator has no effect on other columns.
     """
@@ -221,10 +224,14 @@ class UnifiedDataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Row ``index`` modulo the number of rows, operators applied. Raises: DataError naming the row and the cell."""
+        return self.cells(index)
+
+    def cells(self, index: int, fields: Sequence[str] | None = None) -> dict[str, Any]:
+        """The item of a row, or only these fields of it. Raises: as ``dataset[index]``."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of a data set of {len(self)}")
         number = index % len(self) % len(self.rows)
-        item = dict(self.rows[number])
+        item = {key: cell for key, cell in self.rows[number].items() if fields is None or key in fields}
         for key in dict.fromkeys((*self.data_file_keys, *self.special_operator_map)):
             if key not in item:
                 continue
@@ -236,6 +243,16 @@ class UnifiedDataset:
                 place = f"{self.table.source} {self.table.places[number]}"
                 raise DataError(f"{place}, {key}={item[key]!r}: {what}") from error
         return item
+
+    def size_of(self, index: int, key: str = "image") -> tuple[int, int] | None:
+        """Height and width of the image of row ``index``, operators applied, by its header; None where that is not
+        known before the image is loaded.
+        """
+        cell = self.rows[index % len(self.rows)].get(key)
+        if not isinstance(cell, str) or cell not in self._sizes or key not in self.data_file_keys:
+            return None
+        width, height = self._sizes[cell]
+        return size_after(self.special_operator_map.get(key, self.main_data_operator), cell, (height, width))
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Width and height in pixels of the first image of item ``index``, upright, known from its header.
@@ -338,6 +355,13 @@ class UnifiedDataset:
                 for problem in self._row_problems(row, columns, faults):
                     table.blame(index, problem)
         table.refuse_bad_rows()
+        if sum(width * height for width, height in self._sizes.values()) <= DECODED_AT_ONCE:
+            damaged = {name: problem for name in self._sizes if (problem := self._file_problem(name, True, True))}
+            for index, row in enumerate(table.rows if damaged else ()):
+                for key in self.data_file_keys:
+                    for name in set(_as_list(row[key])) & set(damaged):
+                        table.blame(index, f"{key}={shorten(name, 200)}: {damaged[name]}")
+            table.refuse_bad_rows()
         first: dict[str, int] = {}
         again = [f"{table.places[i]} is {table.places[first[text]]}" for i, row in enumerate(table.rows)
                  if first.setdefault(text := json.dumps(row, sort_keys=True), i) != i]
@@ -387,10 +411,12 @@ class UnifiedDataset:
                     problems.append(f"{shown}={shorten(value, 200)}: {faults[cause, header]}")
         return problems
 
-    def _file_problem(self, value: object, header: bool) -> str:
+    def _file_problem(self, value: object, header: bool, whole: bool = False) -> str:
         try:
             path = resolve(self.base_path, value, self.allow_outside_base)
-            if header:
+            if whole:
+                read_image(path, None)
+            elif header:
                 self._sizes[value] = image_size(path)
             else:
                 open_regular(path).close()

@@ -207,6 +207,25 @@ class RouteByExtensionName(DataProcessingOperator):
         raise DataError(f"{data} has the extension '{extension}'; expected one of {known}. Convert or rename the file")
 
 
+def size_after(operator: Callable[[Any], Any], cell: Any, size: tuple[int, int]) -> tuple[int, int] | None:
+    """(height, width) of the image that an operator makes of a cell, which names one of ``size``, the same way round.
+
+    None where only the operator knows: one of your own without ``target_size(width, height)``.
+    """
+    if isinstance(operator, RouteByType):
+        operator = next((route for kind, route in operator.operator_map if kind is None or isinstance(cell, kind)),
+                        None)
+    is_loaded = False
+    for step in _steps(operator):
+        if isinstance(step, (ToAbsolutePath, LoadImage)):
+            is_loaded |= isinstance(step, LoadImage)
+        elif is_loaded and hasattr(step, "target_size"):
+            size = step.target_size(size[1], size[0])
+        else:
+            return None
+    return size if is_loaded else None
+
+
 def describe(value: Any) -> Any:
     """An operator as a JSON value: its settings by the name of its class, so that equal ones are described the same.
 

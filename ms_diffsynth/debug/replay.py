@@ -36,7 +36,7 @@ from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.logger import ModelLogger, _text
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.options import TrainingOptions
-from ms_diffsynth.training.prepared import CachedRows, name_row, rows_of
+from ms_diffsynth.training.prepared import CachedRows, name_row, prepare_row, rows_of
 from ms_diffsynth.training.records import numbers_of
 from ms_diffsynth.training.state import CHECKPOINTS, parameters_of, run_folder, versions
 from ms_diffsynth.training.trainer import Trainer
@@ -159,6 +159,7 @@ def replay_training_step(accelerator: Accelerator, dataset: Any, model: Diffusio
             replay = _replay(trainer, recorded, step, checkpoint)
         finally:
             trainer.progress.end()
+            trainer.at_exit.close()
         write_file(folder / f"replay-step-{step}.json", (json.dumps(without_secrets(replay.record()), indent=1)
                                                          + "\n").encode())
     return replay
@@ -305,6 +306,7 @@ def _from_prepare(run: Trainer, batches: list[Batch], findings: list[Finding]) -
         return findings
     with Probes(run.cut.prepare, run.module.pipe.models) as probes:
         probes.begin(1)
-        rows._make(int(batch.indices[position]) % rows.rows)
+        run.module.texts = None  # what was kept of a text is computed again too
+        prepare_row(rows.dataset, int(batch.indices[position]) % rows.rows, run.module, run.cut)
     before = [dataclasses.replace(f, micro_step=first.micro_step, rows=(position,)) for f in probes.findings]
     return (before + findings)[:MOST]

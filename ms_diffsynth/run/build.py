@@ -4,6 +4,7 @@ The command line, the scripts in `examples/` and the tests build a run from thes
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -214,6 +215,20 @@ def _image_operator(config: TrainConfig, base: str, buckets: list[Bucket]) -> Da
 Sampler = Callable[..., list[Image.Image]]
 
 
+def sample_template_inputs(config: TrainConfig) -> list[Mapping[str, Any]]:
+    """Template inputs of each sample image; empty for none. Raises: ConfigError."""
+    text, count, given = config.run.sample_template_inputs, len(config.run.sample_prompts), None
+    if not text:
+        return []
+    with contextlib.suppress(ValueError):
+        given = json.loads(text)
+    inputs = [given] * count if isinstance(given, dict) else given
+    if not isinstance(inputs, list) or len(inputs) != count or not all(isinstance(item, dict) for item in inputs):
+        raise ConfigError(f"sample_template_inputs={text}: expected a JSON object such as {{\"scale\": 0.5}}, or a "
+                          f"list of {count}, one for each of sample_prompts.")
+    return inputs
+
+
 def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> tuple[Sampler | None, list[str]]:
     """``sampler()`` makes one image a prompt, always from the same seeds; and the prompts. None without prompts.
 
@@ -246,17 +261,7 @@ def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> t
         usual = found.most_common(1)[0][0]
     how["height"] = run.sample_height or config.data.height or usual.height
     how["width"] = run.sample_width or config.data.width or usual.width
-    inputs: list[Mapping[str, Any]] = []
-    if text := run.sample_template_inputs:
-        try:
-            given = json.loads(text)
-        except ValueError:
-            given = None
-        inputs = [given] * len(prompts) if isinstance(given, dict) else given
-        is_list = isinstance(inputs, list) and len(inputs) == len(prompts)
-        if not is_list or not all(isinstance(item, dict) for item in inputs):
-            raise ConfigError(f"sample_template_inputs={text}: expected a JSON object such as {{\"scale\": 0.5}}, or a "
-                              f"list of {len(prompts)}, one for each of sample_prompts.")
+    inputs = sample_template_inputs(config)
 
     def sampler(count: int = len(prompts)) -> list[Image.Image]:
         caches = [trained_template_cache(pipe, given) for given in inputs] if inputs else [None] * len(prompts)

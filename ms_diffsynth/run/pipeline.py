@@ -19,15 +19,10 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
     Raises: ConfigError for files, a tokenizer or a setting that the family does not have.
     """
     model = config.model
-    pipe = open_pipeline(model.family, model_configs(model.model_paths, model.model_id_with_origin_paths),
+    return open_pipeline(model.family, model_configs(model.model_paths, model.model_id_with_origin_paths),
                          tokenizers={name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")},
                          device=config.run.device, dtype=config.run.dtype,
                          max_sequence_length=config.data.max_sequence_length)
-    needs_prompts = family(model.family).takes_prompts and not config.run.sample_prompts
-    for name in ("sample_steps", "evaluation_steps"):
-        if needs_prompts and (every := getattr(config.run, name)) is not None:
-            raise ConfigError(f"{name}={every} without sample_prompts: say what to make images of.")
-    return pipe
 
 
 def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None] | None = None,

@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -14,6 +13,7 @@ from PIL import Image
 from ms_diffsynth.config import TrainConfig, flat, to_yaml
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_sampler
+from ms_diffsynth.run.checks import check_data, check_settings
 from ms_diffsynth.run.pipeline import build_pipeline
 from ms_diffsynth.training import same_run
 from ms_diffsynth.training.distributed import Accelerator
@@ -25,7 +25,6 @@ from ms_diffsynth.training.hooks.samples import Samples
 from ms_diffsynth.training.hooks.validation import Validation
 from ms_diffsynth.training.logger import ModelLogger
 from ms_diffsynth.training.module import DiffusionTrainingModule
-from ms_diffsynth.training.optim import optimizer_arguments
 from ms_diffsynth.training.options import TrainingOptions
 from ms_diffsynth.training.prepared import CachedRows, PreparedRows
 from ms_diffsynth.training.trainer import Trainer
@@ -45,12 +44,10 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> ModelLogger:
     if accelerator.num_processes > 1:
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logging.Formatter(f"rank {accelerator.process_index}: %(levelname)s: %(message)s"))
-    check_token(accelerator, config)
-    optimizer_arguments(config.optimizer)
     stage, cache_dir = stage_of(config.objective.task), config.data.cache_dir
-    if stage != "data_process":
-        same_run.check_folder(Path(config.run.output_path), config.run.resume)
+    check_settings(accelerator, config)
     sets = build_datasets(config)
+    check_data(accelerator, config, sets)
     images = sets.instance
     pipe = build_pipeline(config)
     logger = ModelLogger(config.run.output_path, config.model.remove_prefix_in_ckpt, config.run.enable_tensorboard_log)

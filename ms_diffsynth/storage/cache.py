@@ -1,20 +1,24 @@
 """The cache of split training: what crosses the cut, one safetensors file a row, and what shaped it.
 
-    DIR/cache.json                      the manifest: fingerprint, configs, and the rows of each data set in order
-    DIR/entries/ab/ab12...safetensors   the slots of one row, without batch axis
+    DIR/cache.json                      the manifest: fingerprint, configs, the rows of each data set in order, and
+                                        what each entry holds
+    DIR/entries/ab/ab12...safetensors   the slots of one row, without batch axis, but for those of its text; or the
+                                        slots of a text, which all rows of that text name
 
 An entry is named by what it was made of, so equal rows share one, a restart continues where it stopped, and two writers
 at once write the same files. It carries a digest of everything in it. Writing goes through `storage.files.write_file`.
+A complete manifest tells shapes and sizes of files, so that no entry is opened before it is used.
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +27,7 @@ from ms_diffsynth.formats.weights import open_checkpoint, read_header, serialize
 from ms_diffsynth.storage.files import write_file
 from ms_diffsynth.storage.lock import _STAGE, _is_running
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "cache.json"
 
 
@@ -33,6 +37,21 @@ class PlannedRow:
 
     key: str
     label: str
+
+
+class Entry(NamedTuple):
+    """Slots of one row, or of a text; height and width of the image in pixels; the key of the text's entry."""
+
+    slots: dict[str, np.ndarray]
+    size: tuple[int, ...] = ()
+    text: str = ""
+
+
+class Kind(NamedTuple):
+    """What a row holds, known without opening its entry: height and width, and slot -> (dtype, shape)."""
+
+    size: tuple[int, ...]
+    slots: dict[str, tuple[str, tuple[int, ...]]]
 
 
 def digest_of(value: Any) -> str:
@@ -56,6 +75,7 @@ class Cache:
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
+        self._sound: set[str] = set()  # texts that were read, which many rows name
         self.manifest: dict[str, Any] | None = self._read_manifest()
 
     # -- stage one -----------------------------------------------------------------------------------------------
@@ -68,30 +88,56 @@ class Cache:
         """
         old = self.manifest
         new = {"format": FORMAT, "complete": False, "fingerprint": _plain(fingerprint), "configs": _plain(configs),
-               "rows": {name: [[row.key, row.label] for row in planned] for name, planned in rows.items()}}
-        if old is not None and {**old, "complete": False} == new:
+               "rows": {name: [[row.key, row.label] for row in planned] for name, planned in rows.items()},
+               "entries": {}, "kinds": []}
+        if old is not None and {**old, "complete": False, "entries": {}, "kinds": []} == new:
             return []
         self._write_manifest(new)
         return [] if old is None else differences(old["fingerprint"], new["fingerprint"])
 
     def holds(self, key: str) -> bool:
-        """Whether the entry is there and sound."""
+        """Whether the entry is there and sound, and that of its text."""
         try:
-            self.read(key)
+            text = self.entry(key).text
+            if text and text not in self._sound:
+                self.entry(text)
+                self._sound.add(text)
         except CacheError:
             return False
         return True
 
-    def write(self, key: str, slots: Mapping[str, np.ndarray], size: tuple[int, int]) -> None:
-        """Write one entry: its slots, and the height and width of its image in pixels. Raises: OutputError."""
-        metadata = {"size": json.dumps(size), "digest": _digest(key, slots, size)}
-        write_file(self._path(key), serialize(slots, metadata))
+    def write(self, key: str, slots: Mapping[str, np.ndarray], size: Sequence[int] = (), text: str = "") -> None:
+        """Write one entry: its slots, height and width of its image in pixels, and the key of its text's entry.
+
+        Raises: OutputError.
+        """
+        write_file(self._path(key), serialize(slots, _metadata(key, slots, size, text)))
 
     def finish(self) -> None:
-        """Mark the cache complete. Raises: CacheError when an entry is missing or cut short."""
-        self._check_entries()
-        if not self.manifest["complete"]:
-            self._write_manifest({**self.manifest, "complete": True})
+        """Mark the cache complete, with what each entry holds. Raises: CacheError when one is missing or cut short."""
+        labels = {key: label for rows in self.manifest["rows"].values() for key, label in rows}
+        entries, kinds, lost, cut = {}, {}, [], []
+        todo = list(labels)
+        for key in todo:  # which grows by the texts
+            path = self._path(key)
+            if not path.is_file():
+                lost.append(labels[key])
+                continue
+            try:
+                tensors, metadata = read_header(path)
+                size, text = json.loads(metadata["size"]), metadata["text"]
+            except (WeightError, KeyError, ValueError):  # it is not as long as its header says
+                cut.append(labels[key])
+                continue
+            kind = [path.stat().st_size, size, {n: [t.dtype.name, list(t.shape)] for n, t in sorted(tensors.items())}]
+            entries[key] = [kinds.setdefault(json.dumps(kind), len(kinds)), text]
+            if text and text not in labels:
+                labels[text] = f"the text of {labels[key]}"
+                todo.append(text)
+        self._refuse(lost, cut)
+        new = {**self.manifest, "complete": True, "entries": entries, "kinds": [json.loads(kind) for kind in kinds]}
+        if self.manifest != new:
+            self._write_manifest(new)
 
     # -- stage two -----------------------------------------------------------------------------------------------
 
@@ -99,7 +145,7 @@ class Cache:
         """Refuse to train on a cache that is not there, not complete, or shaped by other fields than ``expected``.
 
         Raises: CacheError naming each field that differs, with both values; or the rows whose entries are missing or
-            cut short. A wrong bit in an entry is found by `read`.
+            cut short. A wrong bit in an entry is found when that is read: none is opened here.
         """
         if self.manifest is None:
             raise CacheError(f"{self.folder} is not a cache: {self._what_it_is()}. Make one with --task "
@@ -109,25 +155,48 @@ class Cache:
             raise CacheError(f"the cache in {self.folder} was made by another configuration: {listing(wrong)}. "
                              "Train with the same settings, or make the cache again with --task sft:data_process.")
         if not self.manifest["complete"]:
-            keys = set(self.keys())
+            keys = self.keys()
             done = sum(self._path(key).is_file() for key in keys)
             raise CacheError(f"the cache in {self.folder} is incomplete: {done} of {len(keys)} entries are there. Run "
                              "--task sft:data_process again; it continues where it stopped.")
-        self._check_entries()
+        there = {}
+        for folder in os.scandir(self.folder / "entries") if (self.folder / "entries").is_dir() else ():
+            if folder.is_dir():
+                there |= {file.name: file for file in os.scandir(folder) if file.is_file()}
+        labels = {key: label for rows in self.manifest["rows"].values() for key, label in rows}
+        texts = {text: f"the text of {labels[key]}" for key, (_, text) in self.manifest["entries"].items() if text}
+        lost, cut = [], []
+        for key, (kind, _) in self.manifest["entries"].items():
+            file = there.get(f"{key}.safetensors")
+            if file is None:
+                lost.append(labels.get(key) or texts[key])
+            elif file.stat().st_size != self.manifest["kinds"][kind][0]:
+                cut.append(labels.get(key) or texts[key])
+        self._refuse(lost, cut)
 
     def rows(self, name: str) -> list[PlannedRow]:
         """The rows of a data set (``"instance"`` or ``"class"``), in order; empty when it has none."""
         return [PlannedRow(*row) for row in self.manifest["rows"].get(name, [])]
 
     def keys(self) -> list[str]:
-        """Every entry the manifest names."""
+        """Every entry of a row that the manifest names."""
         return list(dict.fromkeys(key for rows in self.manifest["rows"].values() for key, _ in rows))
 
-    def read(self, key: str, label: str = "") -> tuple[dict[str, np.ndarray], tuple[int, int]]:
-        """The slots of an entry, and height and width of its image.
+    def kind(self, key: str) -> Kind:
+        """What the row of an entry holds, by the manifest of a complete cache."""
+        index, text = self.manifest["entries"][key]
+        _, size, slots = self.manifest["kinds"][index]
+        if text:
+            slots = slots | self.manifest["kinds"][self.manifest["entries"][text][0]][2]
+        return Kind(tuple(size), {name: (dtype, tuple(shape)) for name, (dtype, shape) in slots.items()})
 
-        Raises: CacheError when it is missing, truncated, or has one wrong bit.
-        """
+    def read(self, key: str, label: str = "") -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+        """The slots of a row, with those of its text, and height and width of its image. Raises: as `entry`."""
+        found = self.entry(key, label)
+        return found.slots | (self.entry(found.text, label).slots if found.text else {}), found.size
+
+    def entry(self, key: str, label: str = "") -> Entry:
+        """What one file holds. Raises: CacheError when it is missing, truncated, or has one wrong bit."""
         path = self._path(key)
         remedy = "Run --task sft:data_process again; it replaces what is damaged."
         name = f"the cache entry {path}" + (f" ({label})" if label else "")
@@ -136,13 +205,13 @@ class Cache:
         try:
             _, metadata = read_header(path)
             slots = dict(open_checkpoint([path]).tensors())
-            size = tuple(json.loads(metadata["size"]))
-            is_sound = metadata["digest"] == _digest(key, slots, size)
+            size, text = tuple(json.loads(metadata["size"])), metadata["text"]
+            is_sound = metadata == {"format": "pt", **_metadata(key, slots, size, text)}
         except (WeightError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise CacheError(f"{name} is damaged ({error}). {remedy}") from None
         if not is_sound:
             raise CacheError(f"{name} is damaged: its content has another digest than when it was written. {remedy}")
-        return slots, size
+        return Entry(slots, size, text)
 
     # -- upkeep --------------------------------------------------------------------------------------------------
 
@@ -155,6 +224,9 @@ class Cache:
         killed while it wrote left half done.
         """
         named = set(self.keys()) if self.manifest else set()
+        for key in list(named):
+            with contextlib.suppress(WeightError):  # damaged: made again, with its text
+                named.add(read_header(self._path(key))[1].get("text", ""))
         halves = [path for pattern in (".tmp-*", "entries/??/.tmp-*") for path in self.folder.glob(pattern)
                   if (stage := _STAGE.fullmatch(path.name)) and not _is_running(int(stage[1]))]
         return sorted([*halves, *(path for path in self.entries() if path.stem not in named)])
@@ -162,18 +234,10 @@ class Cache:
     def _path(self, key: str) -> Path:
         return self.folder / "entries" / key[:2] / f"{key}.safetensors"
 
-    def _check_entries(self) -> None:
-        labels = {key: label for rows in self.manifest["rows"].values() for key, label in rows}
-        lost = [labels[key] for key in self.keys() if not self._path(key).is_file()]
+    def _refuse(self, lost: Sequence[str], cut: Sequence[str]) -> None:
         if lost:
             raise CacheError(f"the cache in {self.folder} lacks the entries of {listing(lost)}. Run --task "
                              "sft:data_process again; it makes what is missing.")
-        cut = []
-        for key in self.keys():
-            try:
-                read_header(self._path(key))
-            except WeightError:  # it is not as long as its header says
-                cut.append(labels[key])
         if cut:
             raise CacheError(f"the cache in {self.folder} has damaged entries for {listing(cut)}. Run --task "
                              "sft:data_process again; it replaces what is damaged.")
@@ -209,8 +273,12 @@ class Cache:
         return manifest
 
 
-def _digest(key: str, slots: Mapping[str, np.ndarray], size: Sequence[int]) -> str:
-    found = hashlib.sha256(json.dumps([key, list(size)]).encode())
+def _metadata(key: str, slots: Mapping[str, np.ndarray], size: Sequence[int], text: str) -> dict[str, str]:
+    return {"size": json.dumps(size), "text": text, "digest": _digest(key, slots, size, text)}
+
+
+def _digest(key: str, slots: Mapping[str, np.ndarray], size: Sequence[int], text: str) -> str:
+    found = hashlib.sha256(json.dumps([key, list(size), text]).encode())
     for name in sorted(slots):
         array = np.ascontiguousarray(slots[name])
         found.update(json.dumps([name, array.dtype.str, array.shape]).encode())

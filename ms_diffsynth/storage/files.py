@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 Data = bytes | bytearray | memoryview | list[memoryview]
 
+LEAST_FREE = 16 << 20  # bytes, for the records and the weights of the smallest run
+
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
@@ -95,6 +97,22 @@ def write_file(path: str | os.PathLike[str], data: Data, *, calls: Calls = CALLS
             _discard(stage, calls.unlink)
             raise
         _sync(path.parent, calls)
+
+
+def check_writable(folder: str | os.PathLike[str], *, calls: Calls = CALLS) -> None:
+    """Look whether files can be written into a folder, which need not be there yet; nothing is written.
+
+    Raises: OutputError, as `write_file`.
+    """
+    place = Path(folder).absolute()
+    with _explained(place, LEAST_FREE, calls):
+        while not os.path.lexists(place):
+            place = place.parent
+        if not place.is_dir():
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        _check_space(place, LEAST_FREE, calls)
 
 
 def write_beside(path: str | os.PathLike[str], data: Data, *, calls: Calls = CALLS) -> Path:

@@ -89,16 +89,25 @@ class Accelerator:
 
 
 class Agreement:
-    """One decision of all ranks to stop, between two steps, whichever of them was asked to."""
+    """One decision of all ranks to stop, between two steps, whichever of them was asked to, or cannot go on.
+
+    Attributes:
+        is_failed: whether a rank could not go on.
+    """
 
     def __init__(self, stop: StopRequest, accelerator: Accelerator):
-        self.stop, self._is_alone = stop, accelerator.num_processes == 1
+        self.stop, self.is_failed, self._is_alone = stop, False, accelerator.num_processes == 1
 
-    def __call__(self) -> bool:
-        """Whether to stop now. Every rank must ask after the same steps; ``stop.signal`` is then set on all of them."""
-        if not self._is_alone:
-            numbers = P.AllGather()(Tensor(np.float32([self.stop.signal or 0]))).asnumpy()
-            if number := int(numbers.max()):
-                self.stop.signal = self.stop.signal or signal.Signals(number)
-            return bool(number)
-        return self.stop.signal is not None
+    def __call__(self, is_failed: bool = False) -> bool:
+        """Whether to stop now. Every rank must ask after the same steps; ``stop.signal`` and ``is_failed`` are then the
+        same on all of them.
+        """
+        if self._is_alone:
+            self.is_failed = is_failed
+        else:
+            said = np.float32([[float(is_failed), self.stop.signal or 0]])
+            failed, number = P.AllGather()(Tensor(said)).asnumpy().max(axis=0)
+            self.is_failed = bool(failed)
+            if number:
+                self.stop.signal = self.stop.signal or signal.Signals(int(number))
+        return self.is_failed or self.stop.signal is not None

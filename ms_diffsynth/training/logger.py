@@ -51,6 +51,8 @@ class ModelLogger:
 
     def __init__(self, output_path: str | Path, remove_prefix_in_ckpt: str | None = None,
                  enable_tensorboard_log: bool = False):
+        if not str(output_path).strip():  # which would be the current folder
+            raise ConfigError("output_path is empty: expected the name of a folder.")
         self.output_path = Path(output_path)
         self.remove_prefix_in_ckpt = remove_prefix_in_ckpt
         self.num_steps = 0

@@ -1,9 +1,9 @@
 """What is trained: a pipeline, an objective, and which of its weights learn."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -22,8 +22,23 @@ from ms_diffsynth.nn.quant import store_models_8bit
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
+from ms_diffsynth.storage.cache import Entry, digest_of
 from ms_diffsynth.template.units import attach_template
 from ms_diffsynth.training.losses import FlowMatchSFTLoss
+
+
+class Texts(Protocol):
+    """Prepared slots of texts by key; those who prepare rows provide it."""
+
+    def get(self, key: str) -> Entry | None: ...
+
+    def put(self, key: str, slots: dict[str, np.ndarray]) -> None: ...
+
+
+class PreparedSlots(dict):
+    """Prepared slots of one row by name. ``text``: the key under which `Texts` holds some of them, and their names."""
+
+    text: tuple[str, tuple[str, ...]] = ("", ())
 
 
 class DiffusionTrainingModule:
@@ -37,10 +52,12 @@ class DiffusionTrainingModule:
         fuse: units pulled into the compiled step although they could be prepared (``("encode_image",)`` puts the VAE
             there).
         adapter: what ``lora_base_model`` gets.
+        texts: where what is prepared of a text is kept for other rows of the same text; None: nowhere.
     """
 
     pipe: Pipeline
     fuse: Sequence[str] = ()
+    texts: Texts | None = None
 
     def __init__(self):
         self.trainable: tuple[str, ...] = ()
@@ -252,12 +269,41 @@ class DiffusionTrainingModule:
         is_own = type(self).get_pipeline_inputs is not DiffusionTrainingModule.get_pipeline_inputs
         return None if is_own else self._columns
 
-    def prepare(self, data: dict[str, Any], cut: Cut) -> dict[str, np.ndarray]:
-        """Run the prepared half on one row: the slots that cross the cut, each without its batch axis."""
+    def prepare(self, data: dict[str, Any], cut: Cut) -> PreparedSlots:
+        """Run the prepared half on one row: the slots that cross the cut, each without its batch axis.
+
+        What depends on nothing but texts, such as the embeddings of a prompt, is computed once for equal ones.
+        """
         shared, posi, _ = self.get_pipeline_inputs(data)
         known = {*cut.inputs, *self.pipe.input_defaults}
-        slots = self.pipe.run(cut.prepare, {k: v for k, v in (shared | posi).items() if k in known})
-        return {name: to_numpy(slots[name])[0, ...] for name in cut.cache}  # an array, of a number too
+        given = {k: v for k, v in (shared | posi).items() if k in known}
+        texts = {k: v for k, v in given.items() if isinstance(v, str)}
+        apart, others = cut.split(texts) if self.texts is not None else ((), cut.prepare)
+        names = tuple(name for unit in apart for name in unit.output_params if name in cut.cache)
+        found = PreparedSlots()
+        if names:
+            key = digest_of([names, texts])
+            entry = self.texts.get(key)
+            if entry is None:
+                found.update(self._computed(apart, texts, names))
+                self.texts.put(key, dict(found))
+            else:
+                found.update(entry.slots)
+            found.text = key, names
+        found.update(self._computed(others, given, [name for name in cut.cache if name not in names]))
+        return found
+
+    def _computed(self, units: Sequence[Any], given: dict[str, Any], names: Iterable[str]) -> dict[str, np.ndarray]:
+        """These slots of one row, by these units."""
+        slots = self.pipe.run(units, given)
+        return {name: to_numpy(slots[name])[0, ...] for name in names}  # an array, of a number too
+
+    def padded_length(self, prompt: str, cut: Cut) -> int | None:
+        """How long the slots of a prompt are that are padded, by its tokens; None where only a network could say."""
+        apart, _ = cut.split(["prompt"])
+        tokens = self.pipe.run([unit for unit in apart if unit.is_host], {"prompt": prompt})
+        lengths = [tokens[name].shape[1] for name in self.pipe.padded_slots if name in tokens]
+        return max(lengths, default=None)
 
     def forward(self, data: dict[str, Any]) -> Tensor:
         """Loss of one row, eagerly, by the pipeline's units and FlowMatchSFTLoss."""

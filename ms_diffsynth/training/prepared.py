@@ -1,24 +1,25 @@
-"""The prepared half of every row, computed once and kept: exactly the slots that cross the cut."""
+"""The prepared half of every row, computed when it is first needed, and kept: exactly the slots that cross the cut."""
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+import functools
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ms_diffsynth.data.loader import Batch
-from ms_diffsynth.errors import UserError
+from ms_diffsynth.errors import DataError, UserError
 from ms_diffsynth.launch.worker import still
-from ms_diffsynth.pipeline import Pipeline, pad_prompts
-from ms_diffsynth.pipelines.shared.cuts import counted_cuts
+from ms_diffsynth.pipeline import Pipeline, pad_prompts, padded_to
+from ms_diffsynth.pipelines.shared.cuts import Cuts
 from ms_diffsynth.program import Cut
-from ms_diffsynth.storage.cache import Cache
+from ms_diffsynth.storage.cache import Cache, Entry
+from ms_diffsynth.training.kept import Kept
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.progress import Progress
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,67 +32,120 @@ class PreparedRow:
 
 
 class PreparedRows:
-    """A data set whose items are prepared rows.
+    """A data set whose items are prepared rows, each prepared when it is first asked for, and kept.
 
     Args:
         dataset: rows of images and captions; item ``i`` and item ``i + rows`` are the same row.
         module, cut: what prepares, and for which job.
-        limit_bytes: rows beyond this much memory are prepared again at every use.
+        limit_bytes: rows beyond this much memory are written to files, see `keep_in`; without, prepared again at every
+            use.
+
+    Attributes:
+        made, seconds: how many rows were prepared, and how long all but the first of them took.
     """
 
     def __init__(self, dataset: Any, module: DiffusionTrainingModule, cut: Cut, limit_bytes: int = 8 << 30):
         self.dataset, self.module, self.cut, self.limit_bytes = dataset, module, cut, limit_bytes
         self.rows = _count(dataset)
-        self._kept: dict[int, PreparedRow] = {}
+        self.kept, self.cuts = Kept(limit_bytes), Cuts()
+        self.made, self.seconds = 0, 0.0
         self._buckets: dict[int, tuple[int, ...]] = {}
-        self.kept_bytes = 0
-        self.dtypes: dict[str, set[np.dtype]] = {}  # slot -> those that were met
+        self._lengths: dict[str, int | None] = {}  # of prompts
+        self.dtypes: dict[str, set[str]] = {}  # slot -> those that were met
         self._as_float: frozenset[str] = frozenset()
-        self._is_full = False
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> PreparedRow:
         row = index % self.rows
-        if row in self._kept:
-            return self._kept[row]
-        slots, image_size = self._make(row)
+        slots, size = self._load(row)
         for name, array in slots.items():
-            self.dtypes.setdefault(name, set()).add(array.dtype)
-        prepared = in_bucket(self._cast(slots), image_size, self.module.pipe)
-        self._buckets[row] = prepared.bucket
-        size = sum(a.nbytes for a in prepared.slots.values())
-        if self.kept_bytes + size <= self.limit_bytes:
-            self._kept[row] = prepared
-            self.kept_bytes += size
-        elif not self._is_full:
-            self._is_full = True
-            logger.warning("prepared rows fill %.1f GiB: row %d and others beyond that are prepared again at every "
-                           "use.", self.limit_bytes / 2**30, row)
+            self.dtypes.setdefault(name, set()).add(array.dtype.name)
+        slots = {n: a.astype(np.float32) if n in self._as_float else a for n, a in slots.items()}
+        prepared = in_bucket(slots, size, self.module.pipe)
+        if self._buckets.setdefault(row, prepared.bucket) != prepared.bucket:
+            raise DataError(f"{self.label(row)} has changed since the data were checked: it is now of the shape "
+                            f"{prepared.bucket}, it was {self._buckets[row]}. Put it back, or start again.")
         return prepared
+
+    def keep_in(self, folder: Path) -> None:
+        """Write rows that do not fit into memory to files of this folder, until `close`."""
+        self.kept.folder = folder
+
+    def close(self) -> None:
+        """Remove the files, and say which prompts were cut."""
+        self.kept.close()
+        self.cuts.tell()
 
     def use_float32(self, names: Collection[str]) -> None:
         """Give these slots of every row as float32: of a template, where a row has 1 and another one 0.5."""
         self._as_float = frozenset(names)
-        self._kept = {row: replace(kept, slots=self._cast(kept.slots)) for row, kept in self._kept.items()}
-
-    def _cast(self, slots: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {n: a.astype(np.float32) if n in self._as_float else a for n, a in slots.items()}
 
     def bucket_of(self, index: int) -> tuple[int, ...]:
-        """The bucket of a row; see `PreparedRow`."""
+        """The bucket of a row; see `PreparedRow`. The row is prepared for it only where `foresees_buckets` is False."""
         row = index % self.rows
         if row not in self._buckets:
-            self[row]
+            if self.foresees_buckets:
+                length = self._padded_length(row)
+                self._buckets[row] = (*self.dataset.size_of(row), *([] if length is None else [length]))
+            else:
+                self[row]
         return self._buckets[row]
+
+    @functools.cached_property
+    def foresees_buckets(self) -> bool:
+        """Whether buckets follow from the headers of the images and the tokens of the prompts."""
+        is_further = bool(set(self.cut.cache) & _further(self.module.pipe))
+        if is_further or not hasattr(self.dataset, "size_of") or self.dataset.size_of(0) is None:
+            return False
+        return not self.has_lengths or (self.module.row_fields is not None and self._padded_length(0) is not None)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether slots hold values of a further input as they are, of a template say: their dtypes differ by row."""
+        further = _further(self.module.pipe)
+        return any(further & set(unit.output_params) and set(unit.onload_model_names) <= {"template_model"}
+                   for unit in self.cut.prepare)
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether slots are padded, by the tokens of the prompt."""
+        return bool(set(self.cut.cache) & set(self.module.pipe.padded_slots))
+
+    def _padded_length(self, row: int) -> int | None:
+        if not self.has_lengths:
+            return None
+        prompt = self.dataset.cells(row, ["prompt"])["prompt"]
+        if prompt not in self._lengths:
+            with Cuts().of(""):  # told when the row is prepared
+                self._lengths[prompt] = self.module.padded_length(prompt, self.cut)
+        length = self._lengths[prompt]
+        return None if length is None else padded_to(length, self.module.pipe)
 
     def label(self, row: int) -> str:
         """What to call a row in a message."""
         return label_of(self.dataset, row)
 
-    def _make(self, row: int) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
-        return prepare_row(self.dataset, row, self.module, self.cut)
+    def _load(self, row: int) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
+        """The slots of a row and the size of its image, kept or prepared now."""
+        kept, texts = self.kept.get(f"row {row}"), self.module.texts
+        if kept is not None and not kept.text:
+            return kept.slots, kept.size
+        if kept is not None and texts is not None and (text := texts.get(kept.text)) is not None:
+            return kept.slots | text.slots, kept.size
+        still()
+        if texts is None:
+            self.module.texts = self.kept  # of all data sets of the module, in the room of this one
+        began = time.perf_counter()
+        with self.cuts.of(self.label(row)):
+            slots, size = prepare_row(self.dataset, row, self.module, self.cut)
+        self.made, self.seconds = self.made + 1, self.seconds + (time.perf_counter() - began if self.made else 0)
+        text, shared = getattr(slots, "text", ("", ()))
+        self.kept.put(f"row {row}", {n: a for n, a in slots.items() if n not in shared}, size, text)
+        if self.made == self.rows:
+            self.cuts.tell()
+        return slots, size
 
 
 class CachedRows(PreparedRows):
@@ -102,32 +156,61 @@ class CachedRows(PreparedRows):
         repeat: how many times an epoch goes through the rows.
     """
 
+    foresees_buckets, has_values, has_lengths = True, False, False  # the manifest tells shapes and dtypes
+
     def __init__(self, cache: Cache, name: str, module: DiffusionTrainingModule, repeat: int = 1,
                  limit_bytes: int = 8 << 30):
         self.cache, self.planned = cache, cache.rows(name)
         super().__init__(range(len(self.planned) * repeat), module, None, limit_bytes)
         self.rows = len(self.planned)
+        for slots in {row.key: cache.kind(row.key).slots for row in self.planned}.values():
+            for name, (dtype, _) in slots.items():
+                self.dtypes.setdefault(name, set()).add(dtype)
+
+    def keep_in(self, folder: Path) -> None:
+        """They are in files already."""
+
+    def bucket_of(self, index: int) -> tuple[int, ...]:
+        row = index % self.rows
+        if row not in self._buckets:
+            size, slots = self.cache.kind(self.planned[row].key)
+            shapes = {name: shape for name, (_, shape) in slots.items()}
+            self._buckets[row] = bucket(shapes, size, self.module.pipe)
+        return self._buckets[row]
 
     def label(self, row: int) -> str:
         return self.planned[row].label
 
-    def _make(self, row: int) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
-        return self.cache.read(self.planned[row].key, self.planned[row].label)
+    def _load(self, row: int) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
+        found = self._entry(self.planned[row].key, self.label(row))
+        return found.slots | (self._entry(found.text, self.label(row)).slots if found.text else {}), found.size
+
+    def _entry(self, key: str, label: str) -> Entry:
+        """An entry, read once while it fits into memory. Raises: CacheError."""
+        found = self.kept.get(key)
+        if found is None:
+            still()
+            found = self.cache.entry(key, label)
+            self.kept.put(key, *found)
+        return found
 
 
 def prepare_all(sets: Sequence[PreparedRows], progress: Progress) -> None:
-    """Prepare every row of the data sets, or read it from its cache."""
-    what = "reading" if isinstance(sets[0], CachedRows) else "preparing"
-    progress.begin(sum(rows.rows for rows in sets), what, "row")
-    with counted_cuts() as cuts:
-        for rows in sets:
-            for row in range(rows.rows):
-                still()
-                cuts.row = rows.label(row)
-                rows[row]
-                progress.advance()
-        progress.end()
-    met = {name: set().union(*(rows.dtypes.get(name, ()) for rows in sets)) for name in sets[0].dtypes}
+    """Prepare every row of the data sets now."""
+    progress.begin(sum(rows.rows for rows in sets), "preparing", "row")
+    for rows in sets:
+        for row in range(rows.rows):
+            rows[row]
+            progress.advance()
+    progress.end()
+
+
+def unify(sets: Sequence[PreparedRows]) -> None:
+    """Give numbers of one slot in one dtype, so far as the dtypes of the rows are known."""
+    met: dict[str, set[str]] = {}
+    for rows in sets:
+        for name, dtypes in rows.dtypes.items():
+            met.setdefault(name, set()).update(dtypes)
     if mixed := [name for name, dtypes in met.items() if len(dtypes) > 1]:
         for rows in sets:
             rows.use_float32(mixed)
@@ -185,11 +268,24 @@ def image_size(data: dict[str, Any]) -> tuple[int, ...]:
 def in_bucket(slots: dict[str, np.ndarray], size: tuple[int, ...], pipe: Pipeline) -> PreparedRow:
     """A row as the step takes it: the slots of varying length padded; see `pipeline.pad_prompts`.
 
+    Raises: DataError when a row is longer than the longest.
+    """
+    shapes = {name: array.shape for name, array in slots.items()}
+    return PreparedRow(pad_prompts(pipe, slots)[0], size, bucket(shapes, size, pipe))
+
+
+def bucket(shapes: Mapping[str, tuple[int, ...]], size: tuple[int, ...], pipe: Pipeline) -> tuple[int, ...]:
+    """The bucket of a row with slots of these shapes and an image of this size.
+
     Rows of one size share a batch when further inputs (edit images, a template's values) have the same shapes too.
 
     Raises: DataError when a row is longer than the longest.
     """
-    further = {name for units in pipe.optional_units.values() for unit in units for name in unit.output_params}
-    shapes = [side for name in sorted(further & set(slots)) for side in slots[name].shape]
-    slots, length = pad_prompts(pipe, slots)
-    return PreparedRow(slots, size, (*size, *([] if length is None else [length]), *shapes))
+    padded = [shapes[name][0] for name in pipe.padded_slots if name in shapes]
+    further = [side for name in sorted(_further(pipe) & set(shapes)) for side in shapes[name]]
+    return (*size, *([padded_to(max(padded), pipe)] if padded else []), *further)
+
+
+def _further(pipe: Pipeline) -> set[str]:
+    """Slots that come of further inputs."""
+    return {name for units in pipe.optional_units.values() for unit in units for name in unit.output_params}

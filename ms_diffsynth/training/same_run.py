@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.options import TrainingOptions
 from ms_diffsynth.training.prepared import CachedRows, PreparedRows
-from ms_diffsynth.training.state import CHECKPOINTS, versions
+from ms_diffsynth.training.state import CHECKPOINTS, PREPARED, versions
 from ms_diffsynth.training.two_stage import images_of
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def holding(output_path: Path) -> Iterator[None]:
             for part in (output_path / CHECKPOINTS).glob(".tmp-*"):  # of any machine: no other run writes here
                 if part.is_file():
                     part.unlink()
+        shutil.rmtree(output_path / PREPARED, ignore_errors=True)  # of a killed run too
         yield
 
 
@@ -66,6 +68,24 @@ def check_folder(output_path: Path, resume: str) -> None:
     if found and Path(resume).resolve().parent != (output_path / CHECKPOINTS).resolve():
         raise CheckpointError(f"{output_path} holds checkpoints of another run than {resume}, the last one {found[-1]}."
                               " Choose another output_path.")
+
+
+def check_family(output_path: Path, resume: str, pipeline: str, accept: Collection[str] = ()) -> None:
+    """Refuse the checkpoint of another family before any model is loaded; all else is compared when they are.
+
+    Raises: CheckpointError.
+    """
+    names = checkpoints_in(output_path)
+    if resume == "none" or (resume == "auto" and not names):
+        return
+    path = output_path / CHECKPOINTS / names[-1] if resume == "auto" else Path(resume)
+    try:
+        saved = json.loads((path / "state.json").read_text(encoding="utf-8"))["identity"]["pipeline"]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: told when it is opened
+        return
+    if saved != pipeline and "pipeline" not in accept:
+        raise CheckpointError(f"{path} was saved by another run than this one:\n  pipeline: \"{saved}\" when saved, "
+                              f"\"{pipeline}\" now\nChoose another output_path to start afresh with --resume none.")
 
 
 def find_checkpoint(output_path: Path, resume: str) -> Checkpoint | None:

@@ -21,6 +21,7 @@ from ms_diffsynth.storage.checkpoint import Checkpoint
 from ms_diffsynth.training.step import TrainStep
 
 CHECKPOINTS = "checkpoints"  # folder in the folder of a run
+PREPARED = ".prepared"  # another one, of rows that do not fit into memory; gone when the run has ended
 
 
 def versions() -> dict[str, str]:

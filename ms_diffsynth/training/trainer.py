@@ -1,4 +1,4 @@
-"""The trainer: rows are prepared once, then one compiled step follows the other, with hooks between them."""
+"""The trainer: one compiled step follows the other, on rows prepared when they are needed, with hooks between."""
 from __future__ import annotations
 
 import contextlib
@@ -10,7 +10,7 @@ from mindspore import amp
 from ms_diffsynth import runtime
 from ms_diffsynth.data.loader import Batch, Loader, collate
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.errors import ConfigError, UserError
+from ms_diffsynth.errors import ConfigError, DataError, UserError
 from ms_diffsynth.launch.worker import beat
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.storage.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.optim import LearningRate, build_optimizer
 from ms_diffsynth.training.options import TrainingOptions
 from ms_diffsynth.training.own_forward import PRICE, NotCompilable, OwnForward
-from ms_diffsynth.training.prepared import CachedRows, PreparedRows, prepare_all
+from ms_diffsynth.training.prepared import CachedRows, PreparedRows, prepare_all, unify
 from ms_diffsynth.training.program_step import ModuleTrainStep, ProgramTrainStep
 from ms_diffsynth.training.progress import Progress
 from ms_diffsynth.training.records import StepReport
@@ -31,10 +31,13 @@ from ms_diffsynth.training.signals import Interrupted, StopRequest, stopping_on_
 from ms_diffsynth.training.step import StepResult
 from ms_diffsynth.training.two_stage import describe_loaded
 
+ROWS_TO_MEASURE = 16
+_ANOTHER_RANK = "another rank cannot make its next batch: its message says why."
+
 
 class Trainer:
-    """A training run. It is complete when it is constructed: rows are prepared, the step is built, and the state of a
-    checkpoint is restored. `run` makes the steps.
+    """A training run. It is complete when it is constructed: the step is built, and the state of a checkpoint is
+    restored. `run` makes the steps, and prepares rows as they are needed.
 
     Args:
         accelerator: device, rank and mode.
@@ -50,9 +53,10 @@ class Trainer:
     Attributes:
         step: the training step. optimizer, ema, rate: what it uses. loader: where the batches come from.
         total: how many steps the run has. steps_per_epoch: how many of them an epoch has.
-        stop: whether a signal asked to stop. at_exit: callbacks for when the run ends, in whatever way.
+        stop: whether a signal asked to stop. failure: why there is no next step, on any rank; None while there is.
+        at_exit: callbacks for when the run ends, in whatever way.
 
-    Raises: ConfigError for impossible options; DataError for a row that cannot be prepared.
+    Raises: ConfigError for impossible options; DataError for a row that is prepared here and cannot be.
     """
 
     def __init__(self, accelerator: Accelerator, dataset: Any, module: DiffusionTrainingModule, logger: ModelLogger,
@@ -62,22 +66,25 @@ class Trainer:
         self.accelerator, self.module, self.logger, self.options = accelerator, module, logger, options
         self.hooks, self.identity, self.resumed_from = list(hooks), dict(identity or {}), resume_from
         self.settings = dict(settings or {})
-        self.stop, self.at_exit = StopRequest(), contextlib.ExitStack()
+        self.stop, self.at_exit, self.failure = StopRequest(), contextlib.ExitStack(), None
         self.draws = Draws(options.seed)
         self.progress = Progress(accelerator.is_main_process)
         module.pipe.announce = self._announce
         self.own_forward = self._own_forward(dataset)
         self.is_eager = module.has_own_forward and self.own_forward is None
         self.cut = None if self.is_eager else self.own_forward.cut if self.own_forward else module.training_cut()
-        self.dataset, self.class_dataset = self._prepared(dataset, class_dataset)
+        self.dataset, self.class_dataset = self._rows(dataset, class_dataset)
+        needs_buckets = options.batch_size * accelerator.num_processes > 1 or class_dataset is not None
+        planned = None if module.has_own_forward else self.get_ready(self.row_sets, needs_buckets)
         self.loader = Loader(self.dataset, options.batch_size, seed=options.seed, class_dataset=self.class_dataset,
-                             bucket_of=getattr(self.dataset, "bucket_of", None),
+                             bucket_of=getattr(self.dataset, "bucket_of", None) if needs_buckets else None,
                              class_bucket_of=getattr(self.class_dataset, "bucket_of", None),
                              num_workers=options.num_workers if module.has_own_forward else 0,
                              rank=accelerator.process_index, world_size=accelerator.num_processes)
         self.steps_per_epoch = -(-len(self.loader) // options.gradient_accumulation_steps)
-        by_epochs = None if options.num_epochs is None else options.num_epochs * self.steps_per_epoch
-        self.total = min(n for n in (by_epochs, options.max_train_steps) if n is not None)
+        self.images = options.batch_size * accelerator.num_processes
+        self.total = steps_in(len(self.loader), self.images, options.gradient_accumulation_steps, options.num_epochs,
+                              options.max_train_steps, resume_from)
         self.rate = LearningRate(schedule=options.lr_scheduler, base=options.learning_rate,
                                  warmup_steps=options.lr_warmup_steps, total_steps=self.total)
         self.optimizer = build_optimizer(options, module.trainable_parameters())
@@ -90,10 +97,9 @@ class Trainer:
         if self.is_eager:
             self.step = ModuleTrainStep(module, self.optimizer, **how)
         else:
-            buckets = (None if self.own_forward else  # it may crop and pad as it likes
-                       len({self.dataset.bucket_of(row) for row in range(self.dataset.rows)}))
             self.step = ProgramTrainStep(module, self.cut, self.optimizer, **how, mode=accelerator.mode,
-                                         planned_compilations=buckets, announce=self._announce)
+                                         planned_compilations=planned, announce=self._announce)
+        self._has_told_time = False
         self.report = StepReport(logger, self.progress, self.step, self.dataset, self.class_dataset)
         if resume_from is not None:
             self.restore(resume_from)
@@ -101,8 +107,10 @@ class Trainer:
 
     # -- before the first step -----------------------------------------------------------------------------------
 
-    def _prepared(self, dataset: Any, class_dataset: Any) -> tuple[Any, Any]:
-        """The rows as the step takes them; of a module with its own forward as they are."""
+    def _rows(self, dataset: Any, class_dataset: Any) -> tuple[Any, Any]:
+        """The rows as the step takes them, prepared when they are asked for; of a module with its own forward as they
+        are.
+        """
         weight = self.module.pipe.objective.prior_loss_weight
         if class_dataset is None and weight is not None:
             raise ConfigError(f"prior_loss_weight={weight}, but there are no class images: half of every batch would "
@@ -113,13 +121,12 @@ class Trainer:
                               "out.")
         if self.module.has_own_forward:
             return dataset, class_dataset
-        beat(0, "prepare")
+        self.module.texts = None
         sets = [d if d is None or isinstance(d, PreparedRows) else PreparedRows(d, self.module, self.cut)
                 for d in (dataset, class_dataset)]
-        rows = [d for d in sets if d is not None]
-        if not isinstance(rows[0], CachedRows):
-            self.module.pipe.compile_to_prepare(self.cut.prepare, sum(d.rows for d in rows))
-        prepare_all(rows, self.progress)
+        self.row_sets = {name: rows for name, rows in zip(("instance", "class"), sets) if rows is not None}
+        if not isinstance(sets[0], CachedRows):
+            self.module.pipe.compile_to_prepare(self.cut.prepare, sum(d.rows for d in self.row_sets.values()))
         return sets[0], sets[1]
 
     def _own_forward(self, dataset: Any) -> OwnForward | None:
@@ -134,6 +141,31 @@ class Trainer:
         except NotCompilable as reason:
             self.progress.say(f"{type(self.module).__name__}.forward is not compiled: {reason}; {PRICE}.")
             return None
+
+    def get_ready(self, sets: Mapping[str, PreparedRows], needs_buckets: bool = True) -> int | None:
+        """Prepare rows now where it must be known before the first step what they hold: values of a template, whose
+        dtype all rows decide, and shapes that do not follow from headers and tokens. Others are prepared when they are
+        needed.
+
+        Returns: how many shapes of rows there are; None where that is not known.
+        """
+        for name, rows in sets.items():
+            rows.keep_in(self.logger.output_path / state.PREPARED / f"{name}-{self.accelerator.process_index}")
+            self.at_exit.callback(rows.close)
+        is_first = any(rows.has_values or (needs_buckets and not rows.foresees_buckets) for rows in sets.values())
+        if is_first:
+            beat(0, "prepare")
+            prepare_all(list(sets.values()), self.progress)
+        unify(list(sets.values()))
+        is_cheap = all(rows.foresees_buckets and not rows.has_lengths for rows in sets.values())
+        if not (is_first or needs_buckets or is_cheap):
+            return None
+        return len({rows.bucket_of(row) for rows in sets.values() for row in range(rows.rows)})
+
+    def _batches_of_step(self) -> int:
+        """How many batches the next step takes: fewer than the others at the end of an epoch."""
+        left = len(self.loader) - self.step.batches % len(self.loader)
+        return min(left, self.options.gradient_accumulation_steps)
 
     def _describe(self) -> str:
         """What is about to be trained, in one line."""
@@ -153,7 +185,8 @@ class Trainer:
         """Weights, moments, and the place in the data: an epoch's begin if its place is no longer in the epoch."""
         found = checkpoint.state
         state.restore(self.step, checkpoint, self.identity)
-        self.loader.seek(found["epoch"] * len(self.loader) + min(found["position"], len(self.loader)))
+        epoch, position = place_in(len(self.loader), self.images, checkpoint)
+        self.loader.seek(epoch * len(self.loader) + position)
         self.step.batches = self.loader.step
         self.report.skipped, self.report.skipped_in_a_row = found["skipped"], found["skipped_in_a_row"]
 
@@ -161,29 +194,54 @@ class Trainer:
 
     def run(self) -> None:
         """Make all steps that are left. Raises: Stopped after a signal, when all is saved; TrainingError after 20
-        non-finite steps in a row.
+        non-finite steps in a row; when all is saved, DataError or CacheError for a row that cannot be prepared.
         """
         logger, done = self.logger, self.resumed_from.step if self.resumed_from else 0
+        if done >= self.total:
+            logger.num_steps, logger.checkpoint = done, self.resumed_from.path
+            logger.restore(self.resumed_from.state)
+            self.at_exit.close()
+            self.progress.say(f"nothing left to do: the run has {done} of {self.total} steps. To train on, raise "
+                              "num_epochs or max_train_steps.")
+            return
+        self.batches = Batches(self.loader, self.inputs)
+        beat(0, "prepare")
+        self.batches.load(self._batches_of_step())  # nothing is written before that is known to go well
+        if Agreement(self.stop, self.accelerator)(self.batches.failure is not None):
+            self.batches.close()
+            self.at_exit.close()
+            raise self.batches.failure or DataError(_ANOTHER_RANK)
         logger.start(self.settings, done, self.resumed_from and state.run_folder(self.resumed_from))
         with self.at_exit, stopping_on_signals(self.options.grace_seconds) as self.stop:
             self.at_exit.callback(self.progress.end)
             is_stopping = Agreement(self.stop, self.accelerator)
-            self.batches = Batches(self.loader, self.inputs)
             self.at_exit.callback(self.batches.close)
             try:
                 for hook in self.hooks:
                     hook.start(self)
                 self.progress.begin(self.total, "training", "step", done=done)
-                while not (self.is_done or is_stopping()):
+                while not self.is_done:
+                    self.batches.load(self._batches_of_step())
+                    if is_stopping(self.batches.failure is not None):
+                        break
                     while not self.train_on(*self.batches.next()):
                         pass
+                    self._tell_time_to_prepare()
                     for hook in self.hooks:
                         hook.after_step(self)
-                is_stopping()  # also after the last step
+                if is_stopping.is_failed:
+                    self.failure = self.batches.failure or DataError(_ANOTHER_RANK)
+                elif self.is_done:
+                    is_stopping()  # also after the last step
                 self.report.flush()
                 self.progress.end()
                 for hook in reversed(self.hooks):
                     hook.end(self)
+                if self.failure is not None:
+                    self.progress.say(f"stopped after step {logger.num_steps} of {self.total}, which is saved: a row "
+                                      "cannot be prepared. When it is put right, continue by --resume auto "
+                                      "--accept_changes data")
+                    raise self.failure
                 self._finish() if self.stop.signal is None else self._tell_stopped()
             except UserError as error:
                 logger.event("stopped", reason=str(error))
@@ -262,7 +320,7 @@ class Trainer:
         is resumed does it then. Every rank must enter: what is pending is reported first, and may end the run.
         """
         self.report.flush()
-        if not self.accelerator.is_main_process or self.stop.signal is not None:
+        if not self.accelerator.is_main_process or self.stop.signal is not None or self.failure is not None:
             yield False
             return
         beat(self.logger.num_steps + 1, "looking")
@@ -271,6 +329,21 @@ class Trainer:
                 yield True
         except Interrupted:
             self.progress.say("given up: a signal came")
+
+    def _tell_time_to_prepare(self) -> None:
+        """Say how long preparing takes, measured on the first rows, once and only where there are many."""
+        sets = [] if self.is_eager else [rows for rows in self.row_sets.values() if not isinstance(rows, CachedRows)]
+        made = sum(rows.made for rows in sets)
+        if self._has_told_time or made <= ROWS_TO_MEASURE:
+            return
+        self._has_told_time = True
+        rows, share = sum(rows.rows for rows in sets), self.accelerator.num_processes
+        each = sum(rows.seconds for rows in sets) / (made - len(sets))
+        left = (rows / share - made) * each
+        if rows / share > 2 * ROWS_TO_MEASURE and left > 0:
+            self.progress.say(f"preparing {rows} rows as they are needed, about {_time(each)} each"
+                              f"{f', {share} ranks' if share > 1 else ''}: the first epoch takes about {_time(left)} "
+                              "longer than later ones")
 
     # -- after the steps ------------------------------------------------------------------------------------------
 
@@ -295,3 +368,40 @@ class Trainer:
         for path in [*logger.saved[-1:], folder / "loss.png", folder / "samples/before_after.png"]:
             if path.exists():
                 self.progress.say(f"  {path}")
+
+
+def steps_in(batches: int, images: int, accumulation: int, num_epochs: int | None, max_train_steps: int | None,
+             checkpoint: Checkpoint | None = None) -> int:
+    """How many steps a run has, those before its checkpoint included. An epoch that is done stays done, whatever batch
+    size and data were then.
+
+    Args:
+        batches: in an epoch. images: in a batch, over all ranks. accumulation: batches to a step.
+    """
+    ends = [] if max_train_steps is None else [max_train_steps]
+    if num_epochs is not None:
+        done, epoch, position = 0, 0, 0
+        if checkpoint is not None:
+            done, (epoch, position) = checkpoint.step, place_in(batches, images, checkpoint)
+        left = -(-(batches - position) // accumulation) + (num_epochs - epoch - 1) * -(-batches // accumulation)
+        ends.append(done + max(left, 0))
+    return min(ends)
+
+
+def place_in(batches: int, images: int, checkpoint: Checkpoint) -> tuple[int, int]:
+    """Epoch and batch in it where a run continues after a checkpoint: at the same images, if batches have another size.
+
+    Args:
+        batches: in an epoch. images: in a batch, over all ranks.
+    """
+    found, before = checkpoint.state, checkpoint.state["identity"].get("batch_size")
+    position = found["position"] * before // images if before else found["position"]
+    return found["epoch"], min(position, batches)
+
+
+def _time(seconds: float) -> str:
+    """``6 ms``, ``12 s``, ``5 min`` or ``3.2 h``."""
+    for unit, size, most in (("ms", 1e-3, 1), ("s", 1, 100), ("min", 60, 6000)):
+        if seconds < most:
+            return f"{seconds / size:.2g} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"

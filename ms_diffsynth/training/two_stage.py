@@ -26,9 +26,9 @@ from ms_diffsynth.errors import CacheError, ConfigError, listing
 from ms_diffsynth.formats.weights import dtype_name
 from ms_diffsynth.launch.worker import beat, still
 from ms_diffsynth.pipeline import Pipeline
-from ms_diffsynth.pipelines.shared.cuts import counted_cuts
+from ms_diffsynth.pipelines.shared.cuts import Cuts
 from ms_diffsynth.program import Cut
-from ms_diffsynth.storage.cache import Cache, PlannedRow, digest_of
+from ms_diffsynth.storage.cache import Cache, Entry, PlannedRow, digest_of
 from ms_diffsynth.storage.files import sha256_of
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.logger import ModelLogger
@@ -107,17 +107,21 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
     pipe.compile_to_prepare(cut.prepare, len(todo))
     progress.begin(len(own), "caching", "row")
     beat(0, "prepare")
-    with counted_cuts() as cuts:
-        for key, (name, index) in own:
-            still()
-            if not cache.holds(key):
-                cuts.row = label_of(sets[name], index)
+    cuts, model.texts = Cuts(), CachedTexts(cache, stamp)
+    for key, (name, index) in own:
+        still()
+        if not cache.holds(key):
+            with cuts.of(label_of(sets[name], index)):
                 slots, size_of_image = prepare_row(sets[name], index, model, cut)
-                cache.write(key, slots, size_of_image)
-                written += 1
-                size += sum(array.nbytes for array in slots.values())
-            progress.advance()
-        progress.end()
+            text, shared = slots.text
+            own_slots = {name: array for name, array in slots.items() if name not in shared}
+            cache.write(key, own_slots, size_of_image, model.texts.key(text))
+            written += 1
+            size += sum(array.nbytes for array in own_slots.values())
+        progress.advance()
+    progress.end()
+    cuts.tell()
+    size, model.texts = size + model.texts.written, None
     done = [json.loads(text) for text in accelerator.gather_text(json.dumps([written, size]))]
     if accelerator.is_main_process:
         cache.finish()
@@ -128,6 +132,38 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
                  f"{len(todo) - written} there already{f'; {len(done)} ranks' if len(done) > 1 else ''}")
     progress.say(f"loaded: {describe_loaded(pipe)}; peak memory {runtime.memory_text(runtime.peak_memory_bytes())}")
     return Cache(folder)
+
+
+class CachedTexts:
+    """What is prepared of texts, an entry of the cache each; see `training.module.Texts`.
+
+    Args:
+        stamp: digest of all that shapes what is prepared.
+
+    Attributes:
+        written: bytes.
+    """
+
+    def __init__(self, cache: Cache, stamp: str):
+        self.cache, self.stamp, self.written = cache, stamp, 0
+        self._last: tuple[str, Entry | None] = ("", None)
+
+    def key(self, key: str) -> str:
+        """The name of the entry; empty for none."""
+        return digest_of([self.stamp, key]) if key else ""
+
+    def get(self, key: str) -> Entry | None:
+        if self._last[0] != key:
+            try:
+                self._last = key, self.cache.entry(self.key(key))
+            except CacheError:
+                return None
+        return self._last[1]
+
+    def put(self, key: str, slots: dict[str, np.ndarray]) -> None:
+        self.cache.write(self.key(key), slots)
+        self._last = key, Entry(slots)
+        self.written += sum(array.nbytes for array in slots.values())
 
 
 def open_cache(folder: str | Path, module: DiffusionTrainingModule, cut: Cut,

@@ -54,7 +54,7 @@ def test_two_writers_at_once_agree(config, python):
     for writer in writers:
         _, err = writer.communicate(timeout=120)
         assert writer.returncode == 0, err
-    assert len(list(Path("cache/entries").rglob("*.safetensors"))) == 3
+    assert len(list(Path("cache/entries").rglob("*.safetensors"))) == 3 + 3, "of rows and of their texts"
     found = python("-m", "ms_diffsynth.cli.main", "cache", "inspect", "cache")
     assert found.returncode == 0 and found.stdout.startswith("cache: complete")
 
@@ -66,8 +66,8 @@ def test_inspect_and_prune(run, config):
     assert "images: 16 x 16 (3)" in out and "models.vae: " in out and "not used" not in out
     flags = ("--task", "sft:data_process", "--output_path", "cache", "--height", 32, "--width", 32)
     assert run("train", config, *flags)[0] == 0
-    assert "3 entries" in run("cache", "inspect", "cache")[1]
-    assert run("cache", "prune", "cache")[1].startswith("3 entries removed")
+    assert "6 entries" in run("cache", "inspect", "cache")[1]
+    assert run("cache", "prune", "cache")[1].startswith("6 entries removed")
     assert run("cache", "prune", "cache")[1].startswith("0 entries removed")
     entry = next(Path("cache/entries").rglob("*.safetensors"))
     entry.write_bytes(entry.read_bytes()[:-1])

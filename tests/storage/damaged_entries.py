@@ -19,7 +19,8 @@ def rename(path):
 
 
 def swap(path):
-    other = next(p for p in path.parents[1].rglob("*.safetensors") if p != path)
+    other = next(p for p in path.parents[1].rglob("*.safetensors")
+                 if p != path and p.stat().st_size == path.stat().st_size)
     kept = other.read_bytes()
     other.write_bytes(path.read_bytes())
     path.write_bytes(kept)

@@ -5,8 +5,10 @@ import json
 
 import numpy as np
 import pytest
+from damaged_entries import deep, flip
 
 from ms_diffsynth.errors import CacheError
+from ms_diffsynth.storage import cache as cache_module
 from ms_diffsynth.storage.cache import Cache, PlannedRow, differences, digest_of
 
 pytestmark = pytest.mark.fault
@@ -58,7 +60,7 @@ def test_sixty_four_flipped_bits_are_sixty_four_found(cache):
     blanks = sound.index(b"}}") + 2  # a header is padded with blanks, which mean nothing
     header_end = 8 + int.from_bytes(sound[:8], "little")
     places = [p for p in generator.permutation(len(sound)) if not blanks <= p < header_end][:64]
-    for place in places:
+    for place in (*places, sound.index(b"format") + 2):
         broken = bytearray(sound)
         broken[place] ^= 1 << generator.integers(8)
         path.write_bytes(broken)
@@ -67,6 +69,35 @@ def test_sixty_four_flipped_bits_are_sixty_four_found(cache):
         assert not cache.holds(key)
     path.write_bytes(sound)
     assert cache.holds(key)
+
+
+def test_metadata_that_no_reader_should_descend_into(cache):
+    deep(cache._path(ROWS["instance"][1].key))
+    with pytest.raises(CacheError, match=r"\(1.png\) is damaged \(maximum recursion depth"):
+        cache.read(ROWS["instance"][1].key, "1.png")
+
+
+def test_rows_of_one_text_name_its_entry_and_no_entry_is_opened_to_check(tmp_path, monkeypatch):
+    cache, text, embeds = Cache(tmp_path), digest_of("a cat"), np.arange(6, dtype=np.float32).reshape(3, 2)
+    cache.begin(FINGERPRINT, {}, ROWS)
+    cache.write(text, {"embeds": embeds})
+    for k, row in enumerate(ROWS["instance"]):
+        cache.write(row.key, {"moments": np.full(4, k, np.float32)}, (16, 8), text)
+    cache.finish()
+    for name in ("read_header", "open_checkpoint"):
+        monkeypatch.setattr(cache_module, name, lambda *a, **k: pytest.fail("opened"))
+    again = Cache(tmp_path)
+    again.check(FINGERPRINT)
+    assert again.kind(ROWS["instance"][1].key) == (
+        (16, 8), {"embeds": ("float32", (3, 2)), "moments": ("float32", (4,))})
+    monkeypatch.undo()
+    assert np.array_equal(again.read(ROWS["instance"][2].key)[0]["embeds"], embeds) and again.unused() == []
+    assert len(list(again.entries())) == 4
+    flip(again._path(text))
+    assert not again.holds(ROWS["instance"][0].key)
+    again._path(text).unlink()
+    with pytest.raises(CacheError, match=r"lacks the entries of the text of"):
+        Cache(tmp_path).check(FINGERPRINT)
 
 
 def test_an_interrupted_cache_says_how_far_it_came(tmp_path):
@@ -101,7 +132,7 @@ def test_what_is_no_cache_says_what_it_is(tmp_path):
 @pytest.mark.parametrize("damage, expected", [
     (lambda text: text[:50], "damaged"), (lambda text: "[]", "damaged"), (lambda text: "\x00", "damaged"),
     (lambda text: text.replace("float32", "float64"), "digest is wrong"),
-    (lambda text: json.dumps((lambda m: m | {"digest": digest_of(m)})({"format": 9})), "its format is 9, expected 1"),
+    (lambda text: json.dumps((lambda m: m | {"digest": digest_of(m)})({"format": 9})), "its format is 9, expected 2"),
 ])
 def test_a_damaged_manifest_is_refused(cache, damage, expected):
     path = cache.folder / "cache.json"

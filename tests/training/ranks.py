@@ -7,6 +7,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -29,10 +30,11 @@ from toy_run import Module, Own, dataset_of, poison, rows, train
 
 from ms_diffsynth import runtime
 from ms_diffsynth.diffusion.units import Objective
-from ms_diffsynth.errors import OutputError
+from ms_diffsynth.errors import DataError, OutputError
 from ms_diffsynth.launch.job import SCHEDULER, Job
 from ms_diffsynth.launch.ports import free_port
 from ms_diffsynth.nn.names import to_numpy
+from ms_diffsynth.training import prepared
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.logger import ModelLogger
 from ms_diffsynth.training.trainer import Trainer
@@ -70,13 +72,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "stopped in pictures": {"how": FULL, "zero_stage": 1, "pictures": 4, "sample_steps": 4, "checkpoint_steps": 100,
                             "grace_seconds": 600.0},
     "another seed": {"steps": 2, "other_seed": 1},
+    "bad row": {"how": FULL, "zero_stage": 1, "bad_row": (1, 3), "steps": 4, "checkpoint_steps": 100},
     "full disk": {"how": FULL, "zero_stage": 1, "full": 1, "steps": 2, "checkpoint_steps": 1},
 }
 
 
 def run(name: str, model: Path, data: Path, out: Path, steps: int | None = None, kind: type = Module,
         how: dict[str, Any] | None = None, prior: bool = False, bad: int | None = None, term: Any = None,
-        pictures: int | None = None, full: int | None = None, other_seed: int | None = None, in_order: bool = False,
+        pictures: int | None = None, full: int | None = None, other_seed: int | None = None,
+        bad_row: Any = None, in_order: bool = False,
         resume: str = "none", **options: Any) -> str:
     """One of `RUNS`, in this process and all others of the job. Returns: a digest of the weights it ended with."""
     accelerator = Accelerator(options.get("accumulation", 1), options.get("mode", "pynative"), DEVICE)
@@ -91,6 +95,8 @@ def run(name: str, model: Path, data: Path, out: Path, steps: int | None = None,
             patch.setattr("ms_diffsynth.training.hooks.checkpoints.write_part", _no_space)
         if other_seed == accelerator.process_index:
             options["seed"] = 7
+        if bad_row is not None and bad_row[0] == accelerator.process_index:
+            _bad_row(patch, (bad_row[1] - 1) * BATCH // ranks)
         if in_order:
             patch.setattr("mindspore.ops.operations.AllReduce", InOrder)
         if pictures is not None:
@@ -141,6 +147,18 @@ def _send(patch: pytest.MonkeyPatch, step: int) -> None:
         return original(self, *batch)
 
     patch.setattr(Trainer, "compute", compute)
+
+
+def _bad_row(patch: pytest.MonkeyPatch, sound: int) -> None:
+    """This process can prepare so many rows, and not the next one."""
+    original, made = prepared.prepare_row, itertools.count()
+
+    def prepare_row(*arguments):
+        if next(made) == sound:
+            raise DataError("the bad row")
+        return original(*arguments)
+
+    patch.setattr(prepared, "prepare_row", prepare_row)
 
 
 def _no_space(*_: Any, **__: Any) -> None:

@@ -19,5 +19,5 @@ def test_each_row_that_is_prepared_says_that_it_goes_on(folder, tmp_path, monkey
     """However many there are, preparing is not taken for a hang."""
     told = []
     monkeypatch.setattr(prepared, "still", lambda: told.append(1))
-    train(tmp_path / "run", Module(folder), rows(3), max_train_steps=1, num_epochs=None)
+    train(tmp_path / "run", Module(folder), rows(3), batch_size=3, max_train_steps=1, num_epochs=None)
     assert len(told) == 3

@@ -233,9 +233,10 @@ def test_a_bad_entry_of_a_cache(folder, tmp_path):
                              ModelLogger(tmp_path / "cache"))
     cache = Cache(tmp_path / "cache")
     row = cache.rows("instance")[3]
-    slots, size = cache.read(row.key)
+    text = cache.entry(row.key).text
+    slots = cache.entry(text).slots
     slots["prompt_embeds"][0, 0] = np.inf
-    cache.write(row.key, slots, size)
+    cache.write(text, slots)
     data, options = UnifiedDataset(str(tmp_path / "cache")), {"batch_size": 5, "num_epochs": 1}
     train(tmp_path / "run", Module(folder, "sft:train"), data, **options)
     found = replay(tmp_path / "run", 1, Module(folder, "sft:train"), data, **options)

@@ -12,7 +12,7 @@ from PIL import Image
 from ms_diffsynth import UnifiedDataset
 from ms_diffsynth.data.loader import Batch
 from ms_diffsynth.errors import TrainingError
-from ms_diffsynth.storage.cache import PlannedRow
+from ms_diffsynth.storage.cache import Kind, PlannedRow
 from ms_diffsynth.training.prepared import CachedRows, PreparedRows, name_row, rows_of
 from ms_diffsynth.training.records import StepReport
 from ms_diffsynth.training.step import StepResult
@@ -34,7 +34,8 @@ def files(folder, count=3, repeat=4):
 
 def cached(count):
     planned = [PlannedRow(f"key{k}", f"cat{k}.png") for k in range(count)]
-    return CachedRows(SimpleNamespace(rows=lambda name: planned), "instance", None, repeat=2)
+    cache = SimpleNamespace(rows=lambda name: planned, kind=lambda key: Kind((16, 16), {}))
+    return CachedRows(cache, "instance", None, repeat=2)
 
 
 def test_the_names_of_rows_in_every_kind_of_data_set(tmp_path):

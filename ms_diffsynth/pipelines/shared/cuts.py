@@ -16,6 +16,23 @@ class Cuts:
     def __init__(self):
         self.row, self.found = "", {}
 
+    @contextlib.contextmanager
+    def of(self, row: str) -> Iterator[None]:
+        """Count the prompts that are cut inside the block, where the row is prepared that is called this."""
+        global _counting
+        self.row, before = row, _counting
+        _counting = self
+        try:
+            yield
+        finally:
+            _counting = before
+
+    def tell(self) -> None:
+        """Say, once, how many prompts were cut, and which."""
+        found, self.found = self.found, {}
+        for kind, rows in found.items():
+            logger.warning("%d prompts are longer than %s, and cut there: %s.", len(rows), kind, listing(rows, 3))
+
 
 _counting: Cuts | None = None
 
@@ -26,16 +43,3 @@ def tell_cut(tokens: int, kind: str, length: int, prompt: str) -> None:
         logger.warning("prompt of %d %s is cut to %d: %r", tokens, kind, length, prompt[:80])
     else:
         _counting.found.setdefault(f"{length} {kind}", []).append(_counting.row)
-
-
-@contextlib.contextmanager
-def counted_cuts() -> Iterator[Cuts]:
-    """Count prompts that are cut inside the block, and say at its end how many they were and which."""
-    global _counting
-    _counting, before = Cuts(), _counting
-    try:
-        yield _counting
-    finally:
-        cuts, _counting = _counting, before
-        for kind, rows in cuts.found.items():
-            logger.warning("%d prompts are longer than %s, and cut there: %s.", len(rows), kind, listing(rows, 3))

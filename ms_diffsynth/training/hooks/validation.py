@@ -19,7 +19,7 @@ from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import UnitSequence
 from ms_diffsynth.training.hooks.contract import Look
 from ms_diffsynth.training.hooks.rows import read_rows, write_rows
-from ms_diffsynth.training.prepared import PreparedRows, prepare_all
+from ms_diffsynth.training.prepared import PreparedRows
 from ms_diffsynth.training.state import run_folder
 from ms_diffsynth.training.trainer import Trainer
 
@@ -57,10 +57,9 @@ class Validation(Look):
         self.cut = module.training_cut(task, outputs=("sample_losses",))
         if not isinstance(self.dataset, PreparedRows):
             self.dataset = PreparedRows(self.dataset, module, self.cut)
-        prepare_all([self.dataset], trainer.progress)
-        buckets = {self.dataset.bucket_of(row) for row in range(self.dataset.rows)}
+        planned = trainer.get_ready({"validation": self.dataset})
         self.loss_of = CompiledStep(UnitSequence(self.cut, pipe).positional, "the validation loss",
-                                    trainer.accelerator.mode, planned=len(buckets), announce=pipe.announce)
+                                    trainer.accelerator.mode, planned=planned, announce=pipe.announce)
         if task.level_draw is None:
             self.levels, self.names = [None], ["loss"]
         else:  # positions on the training grid, evenly spread over it, and the columns of their losses

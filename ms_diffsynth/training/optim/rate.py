@@ -35,6 +35,9 @@ class LearningRate:
             wrong.append(f"learning_rate={self.base}: expected a finite number, at least 0. Try 1e-4.")
         if self.warmup_steps < 0:
             wrong.append(f"lr_warmup_steps={self.warmup_steps}: expected at least 0.")
+        elif self.total_steps and self.warmup_steps > self.total_steps:
+            wrong.append(f"lr_warmup_steps={self.warmup_steps}: expected at most the {self.total_steps} steps of the "
+                         "run. Train longer or warm up for fewer steps.")
         elif self.schedule in SCHEDULES[1:] and self.total_steps <= self.warmup_steps:
             wrong.append(f"total steps={self.total_steps}: expected more than lr_warmup_steps={self.warmup_steps} for "
                          f"lr_scheduler={self.schedule}. Train longer or warm up for fewer steps.")

@@ -1,0 +1,103 @@
+"""What can be found wrong with a run before a model is loaded, a row prepared or a file written.
+
+`config.rules` says which settings exclude each other, `data.dataset` looks at every row and every header. Here is what
+needs more than one of settings, data, the output folder and the checkpoint to resume from.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from mindspore import Parameter, Tensor
+
+from ms_diffsynth.config import TrainConfig
+from ms_diffsynth.data.loader import Loader
+from ms_diffsynth.errors import ConfigError, DataError, UserError
+from ms_diffsynth.evaluate import Evaluator
+from ms_diffsynth.formats.weights import read_header
+from ms_diffsynth.hub.download import parse_path_or_model_id
+from ms_diffsynth.registry import family
+from ms_diffsynth.run.build import DataSets, build_task, sample_template_inputs
+from ms_diffsynth.storage.files import check_writable
+from ms_diffsynth.training import same_run
+from ms_diffsynth.training.distributed import Accelerator
+from ms_diffsynth.training.hooks.publish import check_token
+from ms_diffsynth.training.optim import LearningRate, optimizer_arguments
+from ms_diffsynth.training.optim.build import optimizer_class
+from ms_diffsynth.training.trainer import steps_in
+from ms_diffsynth.training.two_stage import stage_of
+
+
+def check_settings(accelerator: Accelerator, config: TrainConfig) -> None:
+    """What settings alone tell, with the files and folders they name.
+
+    Raises: ConfigError, HubError, WeightError, CheckpointError, OutputError or DataError.
+    """
+    run, model, stage = config.run, config.model, stage_of(config.objective.task)
+    check_token(accelerator, config)
+    options = config.optimizer
+    probe = Parameter(Tensor(np.zeros((1, 1), np.float32)), name="probe")
+    optimizer_class(options.optimizer).from_settings([probe], options.learning_rate, options.weight_decay,
+                                                     **optimizer_arguments(options))
+    build_task(config)
+    if model.lora_checkpoint is not None:
+        read_header(model.lora_checkpoint)
+    if model.template_model_id_or_path is not None:
+        parse_path_or_model_id(model.template_model_id_or_path)
+    if accelerator.is_main_process:
+        check_writable(run.output_path)
+        if config.data.cache_dir is not None and stage != "train":
+            check_writable(config.data.cache_dir)
+    if stage == "data_process":
+        return
+    pipeline = family(model.family).pipeline
+    same_run.check_folder(Path(run.output_path), run.resume)
+    same_run.check_family(Path(run.output_path), run.resume, pipeline.__name__, run.accept_changes)
+    pipeline.check_sampler(run.sampler)
+    sample_template_inputs(config)
+    for name in ("sample_steps", "evaluation_steps"):
+        if "prompt" in pipeline.inputs and not run.sample_prompts and (every := getattr(run, name)) is not None:
+            raise ConfigError(f"{name}={every} without sample_prompts: say what to make images of.")
+    if run.evaluation_steps is not None and accelerator.is_main_process:
+        Evaluator(run.evaluation_reference or config.data.dataset_base_path)  # describes nothing yet
+
+
+def check_data(accelerator: Accelerator, config: TrainConfig, sets: DataSets) -> None:
+    """What the data tell: columns that the family needs, and how many steps the run has.
+
+    Raises: DataError; ConfigError for a learning-rate schedule that does not fit the steps.
+    """
+    if stage_of(config.objective.task) == "train":  # the cache has been checked
+        return
+    pipeline, task = family(config.model.family).pipeline, build_task(config)
+    extra = [name.strip() for name in (config.data.extra_inputs or "").split(",") if name.strip()]
+    images = ["image", *(name for name in extra if name.endswith("image"))]
+    for data in (found for found in sets if found is not None):
+        if lost := [name for name in images if name not in data.data_file_keys]:
+            keys = ",".join(dict.fromkeys((*data.data_file_keys, *lost)))
+            raise DataError(f"data_file_keys={','.join(data.data_file_keys)}: {lost[0]} is read as an image, so it "
+                            f"must be among them. Set data_file_keys={keys}, or rename your column.")
+        for index, row in enumerate(data.rows):
+            if isinstance(row["image"], list):
+                data.table.blame(index, f"image={row['image']!r} is a list; expected the name of one file. Give each "
+                                        "image a row of its own")
+            for name in task.inputs:
+                if row.get(name) is None:
+                    data.table.blame(index, f"no {name}, which task={config.objective.task} reads. Add it")
+        data.table.refuse_bad_rows()
+    run, optimizer, ranks = config.run, config.optimizer, accelerator.num_processes
+    if stage_of(config.objective.task) == "data_process":
+        return
+    if (pipeline.padded_slots or extra) and run.batch_size * ranks > 1:
+        return  # which rows share a batch follows the tokens of prompts, or further inputs: the trainer checks
+    loader = Loader(sets.instance, run.batch_size, bucket_of=sets.instance.size_of, class_dataset=sets.classes,
+                    class_bucket_of=getattr(sets.classes, "size_of", None), world_size=ranks)
+    checkpoint = None
+    if run.resume != "none" and (optimizer.lr_warmup_steps or optimizer.lr_scheduler != "constant"):
+        try:
+            checkpoint = same_run.find_checkpoint(Path(run.output_path), run.resume)
+        except UserError:  # told when the run is resumed, with what else is wrong
+            return
+    LearningRate(schedule=optimizer.lr_scheduler, base=optimizer.learning_rate, warmup_steps=optimizer.lr_warmup_steps,
+                 total_steps=steps_in(len(loader), run.batch_size * ranks, optimizer.gradient_accumulation_steps,
+                                      run.num_epochs, run.max_train_steps, checkpoint))
