@@ -119,6 +119,7 @@ class Trainer:
             raise ConfigError("class_dataset is given, but the objective has no prior_loss_weight: the class images "
                               "would be trained on like any other. Set Objective(prior_loss_weight=1.0), or leave them "
                               "out.")
+        self.row_sets: dict[str, PreparedRows] = {}
         if self.module.has_own_forward:
             return dataset, class_dataset
         self.module.texts = None
@@ -332,7 +333,7 @@ class Trainer:
 
     def _tell_time_to_prepare(self) -> None:
         """Say how long preparing takes, measured on the first rows, once and only where there are many."""
-        sets = [] if self.is_eager else [rows for rows in self.row_sets.values() if not isinstance(rows, CachedRows)]
+        sets = [rows for rows in self.row_sets.values() if not isinstance(rows, CachedRows)]
         made = sum(rows.made for rows in sets)
         if self._has_told_time or made <= ROWS_TO_MEASURE:
             return

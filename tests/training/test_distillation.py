@@ -100,7 +100,7 @@ def test_a_student_comes_nearer_to_its_teacher_alike_in_both_modes_and_from_a_ca
 def test_a_row_without_a_seed_and_settings_of_other_tasks_are_refused(teacher, tmp_path, capsys):
     (tmp_path / "metadata.csv").write_text("image,prompt\n0.png,a cat\n")
     assert train(teacher, tmp_path / "out", "--dataset_metadata_path", str(tmp_path / "metadata.csv")) != 0
-    assert "no 'seed'" in capsys.readouterr().err
+    assert "no seed, which task=direct_distill reads" in capsys.readouterr().err
     assert train(teacher, tmp_path / "out", "--weighting_scheme", "cosmap") != 0
     told = capsys.readouterr().err
     assert "weighting_scheme=cosmap: the family toy has no such setting for task=direct_distill" in told
