@@ -6,16 +6,21 @@ docs/reference/errors.md. ``assert`` is for our own invariants only.
 """
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 INTERNAL = 70  # exit code of an internal error
+LONGEST_LINE = 2000  # characters of a line of a message: the ten names of a listing fit, a value that is a file does not
 
 
 class UserError(Exception):
-    """Something the user gave is wrong, and the message says how to correct it."""
+    """Something the user gave is wrong, and the message says how to correct it. Of a long value its ends are shown."""
 
     exit_code = 64
+
+    def __str__(self) -> str:
+        return "\n".join(shortened(line, LONGEST_LINE) for line in super().__str__().split("\n"))
 
 
 class ConfigError(UserError):
@@ -84,6 +89,34 @@ class OutputError(UserError):
     """Results cannot be written: no space, no permission, the path is taken."""
 
     exit_code = 74
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """``text``, or of a longer one the first two thirds and the end, and how many characters there are between them."""
+    if len(text) <= most:
+        return text
+    first, last = most * 2 // 3, most // 6
+    return f"{text[:first]} [... {len(text) - first - last} characters ...] {text[len(text) - last:]}"
+
+
+_NO_MEMORY = re.compile(r"(?i)out of memory|(?:memory is not|not) enough memory|memory isn't enough|bad_alloc|"
+                        r"(?:allocate|malloc)\w*\b.{0,40}\bmemory\b.{0,40}\bfail|fail\w* to (?:allocate|malloc)|"
+                        r"allocat\w+ .{0,40}failed|\bmemory .{0,30}(?:alloc|malloc)\w* fail")
+
+
+def is_memory_short(error: BaseException) -> bool:
+    """Whether an error, or what caused it, says that there is no memory: Python's and NumPy's, or one of MindSpore's."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError) or (isinstance(seen, RuntimeError) and _NO_MEMORY.search(str(seen))):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether an error is one that code makes, of whatever class, and no wish to end the process (Ctrl-C)."""
+    return not isinstance(error, KeyboardInterrupt)
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

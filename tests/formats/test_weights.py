@@ -209,7 +209,10 @@ def test_a_name_in_two_files_is_refused(tmp_path):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("text, message", [
-    ("{", "not an index of shards"), ("[]", "not an index of shards"), ("{}", "not an index of shards .KeyError"),
+    ("{", "index.json is not JSON"), ("[]", r"index.json holds \[\], expected an object"),
+    ("{}", "not an index of shards: its weight_map is null"), ('{"weight_map": {"a": 1}}', "not an index of shards"),
+    ('{"weight_map": [1]}', "not an index of shards"), ("[" * 100_000, "nested deeper than 100 brackets"),
+    ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "names a twice"),
     ('{"weight_map": {"a": "../x.safetensors"}}', r"names files outside its folder: \.\./x"),
     ('{"weight_map": {"a": "/x.safetensors"}}', "names files outside its folder: /x"),
 ])
