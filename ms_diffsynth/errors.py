@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 INTERNAL = 70  # exit code of an internal error
-LONGEST_LINE = 2000  # characters of a line of a message: the ten names of a listing fit, a value that is a file does not
+LONGEST_LINE = 2000  # characters of a line of a message: ten names fit, a whole file does not
 
 
 class UserError(Exception):
-    """Something the user gave is wrong, and the message says how to correct it. Of a long value its ends are shown."""
+    """Something the user gave is wrong, and the message says how to correct it; of a long value it has the ends."""
 
     exit_code = 64
 
@@ -92,7 +92,7 @@ class OutputError(UserError):
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """``text``, or of a longer one the first two thirds and the end, and how many characters there are between them."""
+    """``text``, or of a longer one its beginning and its end, and how many characters are left out."""
     if len(text) <= most:
         return text
     first, last = most * 2 // 3, most // 6
@@ -105,7 +105,7 @@ _NO_MEMORY = re.compile(r"(?i)out of memory|(?:memory is not|not) enough memory|
 
 
 def is_memory_short(error: BaseException) -> bool:
-    """Whether an error, or what caused it, says that there is no memory: Python's and NumPy's, or one of MindSpore's."""
+    """Whether an error, or what caused it, is for want of memory: one of Python or NumPy, or of MindSpore."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, MemoryError) or (isinstance(seen, RuntimeError) and _NO_MEMORY.search(str(seen))):

@@ -21,7 +21,7 @@ from mindspore import nn
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import HubError, UserError, WeightError, is_memory_short, is_mistake, listing, shortened
 from ms_diffsynth.formats.json_text import read_json, shown
-from ms_diffsynth.formats.weights import FLOATS, match, open_checkpoint
+from ms_diffsynth.formats.weights import match, open_checkpoint
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.names import assign, torch_shapes
 from ms_diffsynth.storage.files import sha256_of
@@ -105,8 +105,6 @@ def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.C
     Raises: WeightError for the config.json of another model, or naming missing, superfluous and mis-shaped tensors, or
         a missing shard.
     """
-    from mindspore.nn.utils import no_init_parameters
-
     config = read_config(source.folder)
     if class_name_of(config) != component.class_name:
         raise WeightError(f"{source.folder / 'config.json'} describes a {class_name_of(config)}, but "

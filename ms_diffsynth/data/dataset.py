@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,12 +24,9 @@ from .operators import (
     describe,
 )
 from .paths import open_regular, plain, resolve, shorten
+from .prompts import prompt_problem
 
 logger = logging.getLogger(__name__)
-
-LONGEST_CAPTION = 10_000  # characters; the longest prompt that an encoder reads is 1024 tokens (Qwen-Image)
-
-_NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def identity(data: Any) -> Any:
@@ -292,13 +288,5 @@ def _as_list(value: object) -> list:
 def _caption_problems(prompt: object) -> list[str]:
     if not isinstance(prompt, str):
         return [f"prompt={shorten(prompt)} is of type {type(prompt).__name__}; expected text. Correct it"]
-    if not prompt.strip():
-        return [f"prompt={shorten(prompt)} is an empty caption; expected text. Write one, or leave out the column "
-                "everywhere"]
-    if len(prompt) > LONGEST_CAPTION:
-        return [f"prompt={shorten(prompt)} has {len(prompt)} characters; expected at most {LONGEST_CAPTION}, which is "
-                "more than a text encoder reads. Shorten it"]
-    if odd := sorted(set(_NO_TEXT.findall(prompt))):
-        return [f"prompt={shorten(prompt)} holds {listing(f'U+{ord(letter):04X}' for letter in odd)}, control "
-                "characters or half a pair; expected text. Remove them"]
-    return []
+    problem = prompt_problem(prompt)
+    return [f"prompt={shorten(prompt)} {problem}"] if problem else []

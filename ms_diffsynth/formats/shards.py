@@ -106,10 +106,10 @@ def pickle_text(paths: list[Path]) -> str:
 def _weight_map(index: Path) -> dict[str, str]:
     remedy = "Download it again."
     names = read_json(index, WeightError, remedy).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()) or not names:
-        raise WeightError(f"{index} is not an index of shards: its weight_map is {shown(names)}, expected tensor names and "
-                          f"the files that hold them. {remedy}")
-    outside = sorted({s for s in names.values() if Path(s).name != s or "\0" in s})
+    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
+        raise WeightError(f"{index} is not an index of shards: its weight_map is {shown(names)}, expected names of "
+                          f"tensors and of files. {remedy}")
+    outside = sorted({shard for shard in names.values() if Path(shard).name != shard or "\0" in shard})
     if outside:
         raise WeightError(f"{index} names files outside its folder: {listing(outside)}. Expected plain file names.")
     return names

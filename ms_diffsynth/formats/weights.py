@@ -89,7 +89,7 @@ class Checkpoint:
             return _read(file, entry)
 
     def refuse_integers(self, names: Iterable[str] | None = None) -> None:
-        """Raises: WeightError naming the tensors (of ``names``) that are no floating-point numbers: no network's are."""
+        """Raises: WeightError naming the tensors (of ``names``) that are no floating-point numbers: no weights are."""
         odd = [f"{n} ({self.entries[n].dtype})" for n in (names or self.entries)
                if "float" not in self.entries[n].dtype.name]
         if odd:

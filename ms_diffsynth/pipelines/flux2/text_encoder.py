@@ -83,7 +83,8 @@ class MistralTextEncoder(nn.Cell):
         self.config = config
         outer, inner = self.path
         setattr(self, outer, nn.Cell())
-        setattr(getattr(self, outer), inner, MistralLayers._from_config(MistralConfig(**arguments(MistralConfig, config["text_config"]))))
+        text = MistralConfig(**arguments(MistralConfig, config["text_config"]))
+        setattr(getattr(self, outer), inner, MistralLayers._from_config(text))
 
     def construct(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.language_model.model(ids, mask)

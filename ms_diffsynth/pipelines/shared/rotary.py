@@ -18,8 +18,8 @@ def check_axes(config: Mapping[str, Any]) -> None:
     """Raises: WeightError for a transformer whose positions do not fill the channels of its heads in pairs."""
     axes, channels = config.get("axes_dims_rope"), config.get("attention_head_dim")
     if axes is not None and channels is not None and (sum(axes) != channels or any(size % 2 for size in axes)):
-        raise WeightError(f"it says axes_dims_rope={list(axes)} and attention_head_dim={channels}: expected even numbers "
-                          "that add up to it. Download the file again.")
+        raise WeightError(f"it says axes_dims_rope={list(axes)} and attention_head_dim={channels}: expected even "
+                          "numbers that add up to it. Download the file again.")
 
 
 def frequencies(channels: int, theta: float) -> np.ndarray:
