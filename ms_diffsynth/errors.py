@@ -6,8 +6,9 @@ docs/reference/errors.md. ``assert`` is for our own invariants only.
 """
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
 INTERNAL = 70  # exit code of an internal error
@@ -110,13 +111,37 @@ def is_memory_short(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, MemoryError) or (isinstance(seen, RuntimeError) and _NO_MEMORY.search(str(seen))):
             return True
-        seen = seen.__cause__ or seen.__context__
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
     return False
 
 
+class Interrupted(BaseException):
+    """A signal came in a block that can be given up. No ``except Exception`` inside takes it for a failure."""
+
+
 def is_mistake(error: BaseException) -> bool:
-    """Whether an error is one that code makes, of whatever class, and no wish to end the process (Ctrl-C)."""
-    return not isinstance(error, KeyboardInterrupt)
+    """Whether an error is one of code that was called, whatever its class, and not the wish to end (Ctrl-C)."""
+    return not isinstance(error, (KeyboardInterrupt, Interrupted))
+
+
+def said(error: BaseException) -> str:
+    """Class and text of an error of other code, in one line."""
+    try:
+        text = str(error)
+    except Exception as own:  # a class of other code may fail to say what it is
+        text = f"its text cannot be had, {type(own).__name__}"
+    return shortened(" ".join(f"{type(error).__name__}: {text}".split()), 400)
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Inside the block, the message of a UserError begins with ``what`` (a setting and its value), unless it has it."""
+    try:
+        yield
+    except UserError as error:
+        if what.partition("=")[0] in str(error):
+            raise
+        raise type(error)(f"{shortened(what)}: {error}") from error
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

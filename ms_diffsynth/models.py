@@ -19,7 +19,7 @@ import mindspore as ms
 from mindspore import nn
 
 from ms_diffsynth import runtime
-from ms_diffsynth.errors import HubError, UserError, WeightError, is_memory_short, is_mistake, listing, shortened
+from ms_diffsynth.errors import HubError, UserError, WeightError, is_memory_short, is_mistake, listing, said
 from ms_diffsynth.formats.json_text import read_json, shown
 from ms_diffsynth.formats.weights import match, open_checkpoint
 from ms_diffsynth.hub.download import ModelConfig
@@ -143,7 +143,7 @@ def _build(component: Component, config: dict[str, Any], file: Path, shapes: Map
         if is_memory_short(error):
             text = "its sizes need more memory than there is"
         else:
-            text = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 300)
+            text = said(error)
         named = [f"{k}={shown(v)}" for k, v in config.items() if re.search(rf"\b{re.escape(k)}\b", str(error))]
         named = named or [f"{k}={v}" for k, v in config.items() if type(v) in (int, float) and not 0 < v < 1 << 20]
         raise WeightError(f"no {component.class_name} can be built from {file} ({text})"
@@ -170,8 +170,7 @@ def build_tokenizer(component: Component, folder: Path) -> Any:
     except BaseException as error:  # of the package tokenizers it is no Exception, when its own code fails
         if not is_mistake(error):
             raise
-        text = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 300)
-        raise WeightError(f"no tokenizer '{component.name}' can be made of the files in {folder} ({text}). "
+        raise WeightError(f"no tokenizer '{component.name}' can be made of the files in {folder} ({said(error)}). "
                           f"{remedy}") from error
 
 

@@ -3,16 +3,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from ms_diffsynth.config import load_config
-from ms_diffsynth.config.flags import add_flags, overrides_of
+from ms_diffsynth.config.flags import add_flags, overrides_of, path_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The same as of ``train``."""
     parser.usage = "ms-diffsynth describe [CONFIG.yaml] [--setting value ...]"
-    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("config", nargs="?", type=path_argument, metavar="CONFIG.yaml")
     add_flags(parser)
 
 

@@ -5,6 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ms_diffsynth.config.flags import path_argument
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.evaluate import evaluate
 
@@ -13,9 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Two folders of images, and where to write."""
     parser.description += (" Kernel inception distance on EfficientNet-Lite0 features, with an interval, and a search "
                            "for copies of reference images. Needs the extra [eval].")
-    parser.add_argument("--generated", type=Path, required=True, metavar="DIR", help="the generated images")
-    parser.add_argument("--reference", type=Path, required=True, metavar="DIR", help="real ones: the training set")
-    parser.add_argument("--output", type=Path, default=Path("evaluation"), metavar="DIR",
+    parser.add_argument("--generated", type=path_argument, required=True, metavar="DIR", help="the generated images")
+    parser.add_argument("--reference", type=path_argument, required=True, metavar="DIR",
+                        help="real ones: the training set")
+    parser.add_argument("--output", type=path_argument, default=Path("evaluation"), metavar="DIR",
                         help="where evaluation.json and nearest.png are written (default: evaluation)")
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of the random halves (default: 0)")
 

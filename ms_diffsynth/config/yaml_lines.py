@@ -92,7 +92,8 @@ def _written(node: yaml.Node, place: str) -> Written:
     if isinstance(node, yaml.SequenceNode) and all(map(_is_text, node.value)):
         return Written(place=place, items=tuple(item.value for item in node.value))
     kinds = {yaml.MappingNode: "(a mapping)", yaml.SequenceNode: "(a list that holds more than texts)"}
-    return Written(place=place, what=_TAGGED.get(node.tag) or kinds.get(type(node)) or f"(a value tagged {node.tag})")
+    tagged = f"(a value tagged {node.tag.replace(_TAG, '!!')})"
+    return Written(place=place, what=_TAGGED.get(node.tag) or kinds.get(type(node)) or tagged)
 
 
 def _is_text(node: yaml.Node) -> bool:

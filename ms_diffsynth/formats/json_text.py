@@ -15,6 +15,7 @@ from ms_diffsynth.data.paths import open_regular
 from ms_diffsynth.errors import DataError, UserError, listing, shortened
 
 DEEPEST = 100  # levels of brackets
+MOST_DIGITS = 40  # the model_max_length of tokenizers that have none is 10 ** 30
 MOST_BYTES = 1 << 27  # a tokenizer.json has 11 million
 
 _KINDS = {dict: "an object {...}", list: "a list [...]"}
@@ -30,8 +31,8 @@ def parse_json(text: str | bytes, kind: type | None = dict) -> Any:
     Args:
         kind: dict or list, what the value must be; None takes any.
 
-    Raises: NotJSON for what is not UTF-8 or not JSON, for NaN and infinity, whole numbers beyond 64 bits, a name that
-        comes twice in an object, brackets deeper than 100 levels, and another kind of value.
+    Raises: NotJSON for what is not UTF-8 or not JSON, for NaN and infinity, numbers of more than 40 digits, a name
+        that comes twice in an object, brackets deeper than 100 levels, and another kind of value.
     """
     try:
         value = _DECODER.decode(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
@@ -86,10 +87,9 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(digits: str) -> int:
-    number = int(digits) if len(digits) <= 20 else 1 << 64
-    if not -(1 << 63) <= number < 1 << 64:
-        raise NotJSON(f"holds the number {shortened(digits, 60)}, expected numbers of 64 bits")
-    return number
+    if len(digits) > MOST_DIGITS:
+        raise NotJSON(f"holds a number of {len(digits)} digits, expected at most {MOST_DIGITS}")
+    return int(digits)
 
 
 def _decimal(digits: str) -> float:

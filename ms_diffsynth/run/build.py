@@ -5,7 +5,6 @@ The command line, the scripts in `examples/` and the tests build a run from thes
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -19,7 +18,8 @@ from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.tasks import Task, task_class
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.errors import ConfigError, listing, nearest
+from ms_diffsynth.errors import ConfigError, listing, nearest, shortened
+from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import TASKS, family
@@ -189,14 +189,14 @@ def build_sampler(config: TrainConfig, pipe: Pipeline) -> tuple[Sampler | None, 
     inputs: list[Mapping[str, Any]] = []
     if text := run.sample_template_inputs:
         try:
-            given = json.loads(text)
-        except ValueError:
+            given = parse_json(text, None)
+        except NotJSON:
             given = None
         inputs = [given] * len(prompts) if isinstance(given, dict) else given
         is_list = isinstance(inputs, list) and len(inputs) == len(prompts)
         if not is_list or not all(isinstance(item, dict) for item in inputs):
-            raise ConfigError(f"sample_template_inputs={text}: expected a JSON object such as {{\"scale\": 0.5}}, or a "
-                              f"list of {len(prompts)}, one for each of sample_prompts.")
+            raise ConfigError(f"sample_template_inputs={shortened(text)}: expected a JSON object such as "
+                              f"{{\"scale\": 0.5}}, or a list of {len(prompts)}, one for each of sample_prompts.")
 
     def sampler(count: int = len(prompts)) -> list[Image.Image]:
         caches = [trained_template_cache(pipe, given) for given in inputs] if inputs else [None] * len(prompts)

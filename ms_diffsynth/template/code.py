@@ -22,7 +22,7 @@ from importlib.util import decode_source
 from pathlib import Path
 
 from ms_diffsynth.data.paths import open_regular
-from ms_diffsynth.errors import DataError, TemplateError, UntrustedCodeError, WeightError
+from ms_diffsynth.errors import DataError, TemplateError, UntrustedCodeError, WeightError, is_mistake, said
 
 LARGEST = 1 << 20  # bytes; a model.py is a few kilobytes
 PATH_NAME = "TEMPLATE_MODEL_PATH"
@@ -114,9 +114,9 @@ def run_code(code: TemplateCode) -> types.ModuleType:
         exec(compiled, module.__dict__)
     except BaseException as error:
         sys.modules.pop(module.__name__, None)
-        if not isinstance(error, (Exception, SystemExit)):
+        if not is_mistake(error):
             raise
-        raise TemplateError(f"{code.path}{line_in(error, module)}: {type(error).__name__}: {error}. Expected code "
+        raise TemplateError(f"{code.path}{line_in(error, module)}: {said(error)}. Expected code "
                             "that defines TEMPLATE_MODEL; correct it.") from error
     if not callable(getattr(module, "TEMPLATE_MODEL", None)):
         raise TemplateError(f"{code.path} defines no TEMPLATE_MODEL: expected TEMPLATE_MODEL = <class of the model>, "

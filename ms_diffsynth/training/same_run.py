@@ -22,7 +22,7 @@ from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.options import TrainingOptions
 from ms_diffsynth.training.prepared import CachedRows, PreparedRows
-from ms_diffsynth.training.state import CHECKPOINTS, versions
+from ms_diffsynth.training.state import CHECKPOINTS, check_state, versions
 from ms_diffsynth.training.two_stage import images_of
 
 logger = logging.getLogger(__name__)
@@ -175,6 +175,7 @@ def check_identity(checkpoint: Checkpoint, now: Mapping[str, Any], accept: Colle
     Returns: a line for each field. Raises: CheckpointError listing what was not accepted; ConfigError for a name that
         is none.
     """
+    check_state(checkpoint)
     # what every run had before there was a setting, so that checkpoints written then can be resumed from
     defaults = {n: SETTINGS[n].default for n in now if n in SETTINGS and SETTINGS[n].default is not dataclasses.MISSING}
     saved = json.loads(json.dumps(defaults)) | checkpoint.state["identity"]
