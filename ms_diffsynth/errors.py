@@ -134,11 +134,11 @@ def said(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def naming(what: str) -> Iterator[None]:
-    """Inside the block, the message of a UserError begins with ``what`` (a setting and its value), unless it has it."""
+def naming(what: str, kinds: type[UserError] | tuple[type[UserError], ...] = UserError) -> Iterator[None]:
+    """Inside the block, messages of these kinds begin with ``what``, a setting and its value, unless they name it."""
     try:
         yield
-    except UserError as error:
+    except kinds as error:
         if what.partition("=")[0] in str(error):
             raise
         raise type(error)(f"{shortened(what)}: {error}") from error

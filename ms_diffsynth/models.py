@@ -8,7 +8,6 @@ import inspect
 import logging
 import os
 import re
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from mindspore import nn
 
 from ms_diffsynth import runtime
 from ms_diffsynth.errors import HubError, UserError, WeightError, is_memory_short, is_mistake, listing, said
-from ms_diffsynth.formats.json_text import read_json, shown
+from ms_diffsynth.formats.json_text import is_of, read_json, shown, words_of
 from ms_diffsynth.formats.weights import match, open_checkpoint
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.names import assign, torch_shapes
@@ -230,11 +229,11 @@ def arguments(cls: type, config: Mapping[str, Any], later: Mapping[str, Any] | N
         default, hint = parameters[key].default, hints.get(key)
         if hint is None and default is not inspect.Parameter.empty and default is not None:
             hint = type(default) | None
-        if hint is not None and not _is_of(value, hint):
-            wrong.append(f"{key}={shown(value)}: expected {_words(hint)}")
+        if hint is not None and not is_of(value, hint):
+            wrong.append(f"{key}={shown(value)}: expected {words_of(hint)}")
     lost = [n for n, p in list(parameters.items())[1:]
             if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and n not in given]
-    wrong += [f"nothing of {name}: expected {_words(hints.get(name, object))}" for name in lost]
+    wrong += [f"nothing of {name}: expected {words_of(hints.get(name, object))}" for name in lost]
     if wrong:
         raise WeightError(f"it says {listing(wrong)}. Expected the settings of a {cls.__name__}; download the file "
                           "again.")
@@ -245,39 +244,6 @@ def arguments(cls: type, config: Mapping[str, Any], later: Mapping[str, Any] | N
     given = {k: v for k, v in given.items() if is_open or k in parameters}
     return given if is_open else {k: tuple(v) if isinstance(v, list) and not isinstance(parameters[k].default, list)
                                   else v for k, v in given.items()}
-
-
-def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON is of an annotated type: int, float, bool, str, list, tuple, and unions of these."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_of(value, one) for one in inner)
-    if hint is type(None):
-        return value is None
-    if hint is float:
-        return type(value) in (int, float)
-    if hint is int:
-        return type(value) is int and value >= 0
-    if hint in (bool, str):
-        return type(value) is hint
-    if hint in (list, tuple) or origin in (list, tuple):
-        if not isinstance(value, (list, tuple)):
-            return False
-        if origin is tuple and len(inner) > 1 and ... not in inner and len(value) != len(inner):
-            return False
-        return not inner or all(_is_of(item, inner[0]) for item in value)
-    return True
-
-
-def _words(hint: Any) -> str:
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_words(one) for one in inner)
-    if hint in (list, tuple) or origin in (list, tuple):
-        count = f" of {len(inner)}" if origin is tuple and len(inner) > 1 and ... not in inner else ""
-        return f"a list{count}"
-    return {int: "a whole number from 0", float: "a number", bool: "true or false", str: "a text",
-            type(None): "null"}.get(hint, "a value")
 
 
 def class_name_of(config: Mapping[str, Any]) -> str:

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from ms_diffsynth.config.flags import path_argument
-from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.errors import ConfigError, naming
 from ms_diffsynth.evaluate import evaluate
+from ms_diffsynth.evaluate.features import ImageFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,9 @@ def execute(args: argparse.Namespace) -> int:
                               "grid for an image. Expected a folder elsewhere.")
     if args.seed < 0:
         raise ConfigError(f"--seed {args.seed}: expected 0 or more.")
+    for name in ("generated", "reference"):
+        with naming(f"--{name} {getattr(args, name)}"):
+            ImageFolder(getattr(args, name))
     result = evaluate(args.generated, args.reference, args.seed)
     paths = result.save(args.output)
     sys.stdout.write("\n".join([result.summary(), *(f"  {path}" for path in paths)]) + "\n")

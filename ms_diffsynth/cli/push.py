@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 
 from ms_diffsynth.config.flags import path_argument, refuse_tokens
+from ms_diffsynth.errors import naming
 from ms_diffsynth.hub.publish import HUBS, choose, publish
 
 
@@ -26,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Publish, or list."""
-    names = choose(args.folder, args.files)
+    with naming(f"--files {' '.join(args.files)}") if args.files else nullcontext():
+        names = choose(args.folder, args.files)
     if "README.md" not in names:
         sys.stderr.write(f"{args.folder} has no README.md: it is published without a model card\n")
     if args.dry_run:

@@ -15,7 +15,7 @@ from ms_diffsynth.config.flags import path_argument
 from ms_diffsynth.config.setting import out_of_range
 from ms_diffsynth.config.settings import SETTINGS
 from ms_diffsynth.data.prompts import prompt_problem
-from ms_diffsynth.errors import ConfigError, OutputError, shortened
+from ms_diffsynth.errors import ConfigError, DataError, OutputError, naming, shortened
 from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.registry import FAMILIES, family
 
@@ -94,7 +94,10 @@ def execute(args: argparse.Namespace) -> int:
         images = partial(_with_prompts, args, pipe, same)
     else:
         images = partial(pipe, batch_size=args.count or 16, seed=args.seed, **same)
-    with runtime.memory_for(height=args.height, width=args.width, count=args.count, model=args.model):
+    given = [f"MODEL {args.model}", *(f"--{name} {value}" for name in ("weights", "lora", "lora_scale", "cfg_scale",
+             "embedded_guidance") if (value := getattr(args, name)) is not None)]
+    memory = runtime.memory_for(height=args.height, width=args.width, count=args.count, model=args.model)
+    with memory, naming(" ".join(given), DataError):  # images that are not finite are made of these
         for k, image in enumerate(images()):
             path = args.output / f"{k:03d}-seed{args.seed + k if args.prompt else args.seed}.png"
             write_file(path, png_bytes(image))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import types
+import typing
 from collections import Counter
 from typing import Any
 
@@ -76,6 +78,40 @@ def read_json(path: str | os.PathLike[str], error: type[UserError], remedy: str,
 def shown(value: Any) -> str:
     """A value as JSON writes it, the middle of a long one left out."""
     return shortened(json.dumps(value, ensure_ascii=False, default=str), 80)
+
+
+def is_of(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of an annotated type: int, float, bool, str, list, tuple, and unions of these."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(is_of(value, one) for one in inner)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return type(value) in (int, float)
+    if hint is int:
+        return type(value) is int and value >= 0
+    if hint in (bool, str):
+        return type(value) is hint
+    if hint in (list, tuple) or origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            return False
+        if origin is tuple and len(inner) > 1 and ... not in inner and len(value) != len(inner):
+            return False
+        return not inner or all(is_of(item, inner[0]) for item in value)
+    return True
+
+
+def words_of(hint: Any) -> str:
+    """An annotated type in words."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(words_of(one) for one in inner)
+    if hint in (list, tuple) or origin in (list, tuple):
+        count = f" of {len(inner)}" if origin is tuple and len(inner) > 1 and ... not in inner else ""
+        return f"a list{count}"
+    return {int: "a whole number from 0", float: "a number", bool: "true or false", str: "a text",
+            type(None): "null"}.get(hint, "a value")
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

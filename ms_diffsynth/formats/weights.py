@@ -17,7 +17,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ms_diffsynth.errors import WeightError, listing, nearest
+from ms_diffsynth.data.paths import open_regular
+from ms_diffsynth.errors import DataError, WeightError, listing, nearest
 from ms_diffsynth.formats.json_text import parse_json
 from ms_diffsynth.formats.shards import INDEX, PICKLES, Source, find_files, names_in, pickle_text
 from ms_diffsynth.storage.files import stage_folder, write_file
@@ -276,11 +277,15 @@ def read_header(file: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[st
     if file.suffix in PICKLES:
         raise WeightError(pickle_text([file]))
     try:
+        if os.path.lexists(file):
+            open_regular(os.fspath(file)).close()  # reading a pipe would wait for ever
         with safe_open(file, framework="np"):  # refuses bad lengths, and offsets that overlap or leave gaps
             pass
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = parse_json(stream.read(length))
+    except DataError as error:
+        raise WeightError(f"{str(error).partition('. ')[0]}. Download or save it again.") from None
     except FileNotFoundError:
         raise WeightError(f"{file} does not exist.{nearest(file.name, names_in(file.parent))}") from None
     except (SafetensorError, ValueError, OSError) as error:

@@ -18,7 +18,7 @@ from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.tasks import Task, task_class
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.errors import ConfigError, listing, nearest, shortened
+from ms_diffsynth.errors import ConfigError, DataError, listing, nearest, shortened
 from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
@@ -111,32 +111,37 @@ def build_datasets(config: TrainConfig) -> DataSets:
         held_out = [name for name in (cache.manifest or {}).get("rows", {}) if name == "validation"]
         cache.check({"pictures": dict.fromkeys([*names, *held_out], made)})
         return DataSets(UnifiedDataset(folder, repeat=data.dataset_repeat))
-    instance = _dataset(config, data.dataset_base_path, data.dataset_metadata_path, data.instance_prompt,
+    instance = _dataset(config, "dataset", data.dataset_base_path, data.dataset_metadata_path, data.instance_prompt,
                         data.dataset_repeat)
     classes = validation = None
     if config.objective.with_prior_preservation:
-        classes = _dataset(config, data.class_base_path, data.class_metadata_path, data.class_prompt)
+        classes = _dataset(config, "class", data.class_base_path, data.class_metadata_path, data.class_prompt)
     if data.validation_share is not None:
         instance, validation = instance.split(data.validation_share, config.run.seed)
     elif data.validation_base_path or data.validation_metadata_path:
-        validation = _dataset(config, data.validation_base_path or data.dataset_base_path,
+        validation = _dataset(config, "validation", data.validation_base_path or data.dataset_base_path,
                               data.validation_metadata_path, data.instance_prompt)
     return DataSets(instance, classes, validation)
 
 
-def _dataset(config: TrainConfig, base: str, metadata: str | None, prompt: str | None,
+def _dataset(config: TrainConfig, name: str, base: str, metadata: str | None, prompt: str | None,
              repeat: int = 1) -> UnifiedDataset:
-    """Images and prompts; ``prompt`` serves every image that has none of its own."""
+    """Images and prompts; ``prompt`` serves every image that has none of its own. ``name``: how its settings begin."""
     extra = [name.strip() for name in (config.data.extra_inputs or "").split(",") if name.strip()]
     known = {*family(config.model.family).pipeline().optional_units, "template_inputs"}
     if odd := [name for name in extra if name not in known]:
         raise ConfigError(f"extra_inputs names {', '.join(map(repr, odd))}: expected some of "
                           f"{', '.join(sorted(known))}.{nearest(odd[0], known)}")
     needs_prompts = prompt is None and "prompt" in family(config.model.family).pipeline.inputs
-    dataset = UnifiedDataset(base_path=base, metadata_path=metadata, repeat=repeat,
-                             data_file_keys=config.data.data_file_keys,
-                             main_data_operator=_image_operator(config, base), captions=needs_prompts,
-                             required=[*extra, *(["prompt"] if needs_prompts else [])])
+    try:
+        dataset = UnifiedDataset(base_path=base, metadata_path=metadata, repeat=repeat,
+                                 data_file_keys=config.data.data_file_keys,
+                                 main_data_operator=_image_operator(config, base), captions=needs_prompts,
+                                 required=[*extra, *(["prompt"] if needs_prompts else [])])
+    except DataError as error:
+        if str(error).startswith(("base_path=", "metadata_path=")):  # as the class calls what the settings name
+            raise DataError(f"{name}_{error}") from error
+        raise
     if prompt is not None:
         dataset.rows = [{"prompt": prompt} | row for row in dataset.rows]
     return dataset

@@ -20,8 +20,9 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
     Raises: ConfigError for files, a tokenizer or a setting that the family does not have.
     """
     model = config.model
-    models = "model_paths" if model.model_paths else "model_id_with_origin_paths"
-    with naming(f"{models}={getattr(model, models)}"):
+    given = [f"{name}={value}" for name in ("model_paths", "model_id_with_origin_paths")
+             if (value := getattr(model, name))]
+    with naming(", ".join(given) or "model_paths"):
         pipe = open_pipeline(
             model.family, model_configs(model.model_paths, model.model_id_with_origin_paths),
             tokenizers={name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")},

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.config import TrainConfig, flat, to_yaml
-from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.errors import CacheError, ConfigError, OutputError, naming
 from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_sampler
 from ms_diffsynth.run.pipeline import build_pipeline
 from ms_diffsynth.training import same_run
@@ -43,9 +43,10 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> ModelLogger:
     Returns: the logger, which knows what was saved. Raises: as `launch_training_task`.
     """
     data, run = config.data, config.run
+    kinds = (OutputError, CacheError) if data.cache_dir else ()
     size = {"max_pixels": data.max_pixels} if data.height is None else {"height": data.height, "width": data.width}
     with runtime.memory_for(batch_size=run.batch_size, **size, sample_height=run.sample_height,
-                            sample_width=run.sample_width):
+                            sample_width=run.sample_width), naming(f"cache_dir={data.cache_dir}", kinds):
         return _train(config, hooks)
 
 

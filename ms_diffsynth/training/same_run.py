@@ -12,7 +12,7 @@ from typing import Any
 
 from ms_diffsynth import runtime
 from ms_diffsynth.config import SETTINGS, flat
-from ms_diffsynth.errors import CheckpointError, ConfigError, listing, nearest
+from ms_diffsynth.errors import CheckpointError, ConfigError, listing, naming, nearest
 from ms_diffsynth.program import Cut
 from ms_diffsynth.redact import without_secrets
 from ms_diffsynth.storage.cache import digest_of
@@ -39,7 +39,8 @@ MAY_CHANGE = frozenset((*_OF_SCRIPTS, *(n for n, setting in SETTINGS.items() if 
 def holding(output_path: Path) -> Iterator[None]:
     """Hold the folder of a run for this process. Raises: OutputError when another run holds it."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lock_folder(output_path))
+        with naming(f"output_path={output_path}"):
+            stack.enter_context(lock_folder(output_path))
         if (output_path / CHECKPOINTS).is_dir():  # what a killed run left half written is in there
             stack.enter_context(lock_folder(output_path / CHECKPOINTS))
             for part in (output_path / CHECKPOINTS).glob(".tmp-*"):  # of any machine: no other run writes here
