@@ -156,7 +156,7 @@ def build_tokenizer(component: Component, folder: Path) -> Any:
     if not folder.is_dir():
         raise WeightError(f"{folder} is not a folder: expected that of the tokenizer '{component.name}'. {remedy}")
     for name in sorted(name for name in os.listdir(folder) if name.endswith(".json")):
-        found = read_json(folder / name, WeightError, remedy)  # transformers takes a broken one for a missing one
+        found = read_json(folder / name, WeightError, remedy)  # transformers leaves out what is broken
         if name == "vocab.json" and (odd := [k for k, v in found.items() if type(v) is not int or v < 0]):
             raise WeightError(f"{folder / name} gives {shown(odd[0])} the number {shown(found[odd[0]])}: expected whole "
                               f"numbers from 0. {remedy}")

@@ -8,23 +8,27 @@ import struct
 from pathlib import Path
 from typing import Any
 
-TEXTS = ["", " ", "\t", "null", "~", "0", "-1", "-0", "1", "7", "5000", "1e400", "-1e400", "nan", "inf", "-inf", "1e-320", "1e-46", "1e308",
-         "-1e308", "0.5", "1.0", "1,5", "16.5", "1_000", "+5", "0x10", "0b1", "1e3", "٣", "１２", "2147483647", "2147483648",
-         "4294967296", "9223372036854775807", "9223372036854775808", "-9223372036854775809", "99999999999999999999",
-         "9" * 5000, "x" * 256, "x" * 5000, "x" * 70_000, "é" * 130, "猫", "\udce9", "caf\udce9", "\ud83d", "a\x07b", "\x1b[31m",
-         "\u200b", "\ufeff", "\ufffe", "\u202e", "\n", "a\nb", "[", "[]", "[1]", "[[]]", '["a"]', '["a", 1]', "[null]",
-         '[""]', "{}", '{"a": 1}', '[{"a": 1}]', "[" * 100_000, "true", "false", "yes", "None", "a,b", ",", ",,", "a:b", "a/b:c", "owner/name:",
-         "owner/name:*.safetensors", ":", "/", "//", ".", "..", "../../../../etc", "/etc/passwd", "/dev/null", "/dev/zero",
-         "/dev/full", "/proc/self/mem", "/proc/1/root", "*", "?", "[a-", "toy.yaml", "toy.yaml/x", "data", "data/000.png",
-         "empty", "emptydir", "pipe", "loop", "dangling", "locked", "lockeddir", "binary", "odd\udcff", "models/toy", "models/flux", "models/toy/vae",
-         "models/toy/model_index.json", "lora.safetensors", "full.safetensors", "runs/run", "runs/run/checkpoints",
-         "runs/run/checkpoints/step-00000003", "cache", "template", "rows.csv", "rows.jsonl", "--x", "-", "--", "'", '"',
-         "$HOME", "~/x", "%s", "{0}", "\\", "a\\b", "http://x/y", "file:///etc", "dit", "vae", "vae.decoder", "text_encoder", "auto", "none"]
-VALUES: list[Any] = [None, True, False, 0, 1, -1, 2, 7, 64, 0.5, -0.5, 1e-320, 1e308, -1e308, 2**31, 2**32, 2**63, 2**64, 10**30, -(2**63),
-                     "", "x", "0.5", "64", "nan", "x" * 70_000, "\ud83d", "a\0b", "../x", "/etc/passwd", [], {}, [None], [0], [1], [-1], [1, 2], [[1]],
-                     ["x"], [2**63], {"a": 1}, {"": None}, [[[[[[]]]]]], [1] * 100, [0.5] * 4]
-RAW = ["null", "[]", "{}", "0", '"x"', "", " ", "{", "[", "nul", "{'a': 1}", '{"a": NaN}', '{"a": Infinity}', '{"a": 1, "a": 2}',
-       '{"a": 1e999}', "[" * 100_000, '{"a":' * 50_000, "9" * 5000, '{"a": ' + "9" * 5000 + "}", "\ufeff{}", "// x\n{}", "{}{}", "\0" * 64]
+TEXTS = ["", " ", "\t", "null", "~", "0", "-1", "-0", "1", "7", "5000", "1e400", "-1e400", "nan", "inf", "-inf",
+         "1e-320", "1e-46", "1e308", "-1e308", "0.5", "1.0", "1,5", "16.5", "1_000", "+5", "0x10", "0b1", "1e3", "٣",
+         "１２", "2147483647", "2147483648", "4294967296", "9223372036854775807", "9223372036854775808",
+         "-9223372036854775809", "99999999999999999999", "9" * 5000, "x" * 256, "x" * 5000, "x" * 70_000, "é" * 130,
+         "猫", "\udce9", "caf\udce9", "\ud83d", "a\x07b", "\x1b[31m", "\u200b", "\ufeff", "\ufffe", "\u202e", "\n",
+         "a\nb", "[", "[]", "[1]", "[[]]", '["a"]', '["a", 1]', "[null]", '[""]', "{}", '{"a": 1}', '[{"a": 1}]',
+         "[" * 100_000, "true", "false", "yes", "None", "a,b", ",", ",,", "a:b", "a/b:c", "owner/name:",
+         "owner/name:*.safetensors", ":", "/", "//", ".", "..", "../../../../etc", "/etc/passwd", "/dev/null",
+         "/dev/zero", "/dev/full", "/proc/self/mem", "/proc/1/root", "*", "?", "[a-", "toy.yaml", "toy.yaml/x", "data",
+         "data/000.png", "empty", "emptydir", "pipe", "loop", "dangling", "locked", "lockeddir", "binary", "odd\udcff",
+         "models/toy", "models/flux", "models/toy/vae", "models/toy/model_index.json", "lora.safetensors",
+         "full.safetensors", "runs/run", "runs/run/checkpoints", "runs/run/checkpoints/step-00000003", "cache",
+         "template", "rows.csv", "rows.jsonl", "--x", "-", "--", "'", '"', "$HOME", "~/x", "%s", "{0}", "\\", "a\\b",
+         "http://x/y", "file:///etc", "dit", "vae", "vae.decoder", "text_encoder", "auto", "none"]
+VALUES: list[Any] = [None, True, False, 0, 1, -1, 2, 7, 64, 0.5, -0.5, 1e-320, 1e308, -1e308, 2**31, 2**32, 2**63,
+                     2**64, 10**30, -(2**63), "", "x", "0.5", "64", "nan", "x" * 70_000, "\ud83d", "a\0b", "../x",
+                     "/etc/passwd", [], {}, [None], [0], [1], [-1], [1, 2], [[1]], ["x"], [2**63], {"a": 1},
+                     {"": None}, [[[[[[]]]]]], [1] * 100, [0.5] * 4]
+RAW = ["null", "[]", "{}", "0", '"x"', "", " ", "{", "[", "nul", "{'a': 1}", '{"a": NaN}', '{"a": Infinity}',
+       '{"a": 1, "a": 2}', '{"a": 1e999}', "[" * 100_000, '{"a":' * 50_000, "9" * 5000, '{"a": ' + "9" * 5000 + "}",
+       "\ufeff{}", "// x\n{}", "{}{}", "\0" * 64]
 
 
 def value(random: random.Random) -> Any:
@@ -47,18 +51,22 @@ def broken_json(random: random.Random, document: Any) -> bytes:
         elif kind < 0.2 and isinstance(outer, dict):
             outer[random.choice(["later_setting", "", "_x", key.upper(), "x" * 300])] = value(random)
         elif kind < 0.35 and isinstance(outer[key], (int, float)) and not isinstance(outer[key], bool):
-            outer[key] = random.choice([outer[key] + 1, outer[key] * 2, -outer[key], outer[key] * 1000, str(outer[key]), [outer[key]],
+            outer[key] = random.choice([outer[key] + 1, outer[key] * 2, -outer[key], outer[key] * 1000,
+                                        str(outer[key]), [outer[key]],
                                         outer[key] / 3, float(outer[key])])
         elif kind < 0.45 and isinstance(outer[key], list):
             outer[key] = random.choice([outer[key][1:], outer[key] * 2, outer[key][::-1], {"0": outer[key]}])
         else:
             outer[key] = value(random)
     text = json.dumps(document, ensure_ascii=random.random() < 0.5)
-    return text.encode("utf-8", "surrogatepass") if random.random() < 0.85 else broken_bytes(random, text.encode("utf-8", "surrogatepass"))
+    return text.encode("utf-8", "surrogatepass") if random.random() < 0.85 else broken_bytes(random,
+                                                                                             text.encode("utf-8",
+                                                                                                         "surrogatepass"))
 
 
 def _places(document: Any):
-    items = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    items = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document,
+                                                                                                  list) else ()
     for key, inner in list(items):
         yield document, key
         yield from _places(inner)
@@ -82,7 +90,8 @@ def broken_bytes(random: random.Random, data: bytes) -> bytes:
     if kind == 4:
         return data + random.choice((b"\0", b"\n", b"x", data, bytes(1000)))
     if kind == 5:
-        return data[:at] + random.choice((b"\xff", b"\xe9", b"\0", b"\xed\xa0\x80", b"\xef\xbf\xbe", b"\r", b"\x1b")) + data[at:]
+        return data[:at] + random.choice((b"\xff", b"\xe9", b"\0", b"\xed\xa0\x80", b"\xef\xbf\xbe", b"\r",
+                                          b"\x1b")) + data[at:]
     if kind == 6:
         return random.randbytes(random.choice((1, 100, 10_000)))
     if kind == 7:
@@ -106,17 +115,21 @@ def broken_weights(random: random.Random, data: bytes) -> bytes:
     kind, name = random.randrange(14), random.choice(names)
     entry = header[name]
     if kind == 0:
-        entry["dtype"] = random.choice(["U32", "I32", "F64", "BF16", "F16", "BOOL", "I64", "F8_E4M3", "F8_E5M2", "F4", "", "x", None, 1])
+        entry["dtype"] = random.choice(["U32", "I32", "F64", "BF16", "F16", "BOOL", "I64", "F8_E4M3", "F8_E5M2", "F4",
+                                        "", "x", None, 1])
     elif kind == 1:
         sizes = {"F32": ("U32", "I32"), "F16": ("I16", "BF16", "U16"), "F64": ("I64", "U64")}
         for other in names:
             header[other]["dtype"] = random.choice(sizes.get(header[other]["dtype"], ("F32",)))
     elif kind == 2:
-        entry["shape"] = random.choice([[], [-1], [0], [2**63], entry["shape"][::-1], [*entry["shape"], 1], None, "x", [1.5], [None]])
+        entry["shape"] = random.choice([[], [-1], [0], [2**63], entry["shape"][::-1], [*entry["shape"], 1], None, "x",
+                                        [1.5], [None]])
     elif kind == 3:
-        entry["data_offsets"] = random.choice([[0, 0], [0], [], [-1, 4], [0, 2**63], None, "x", entry["data_offsets"][::-1]])
+        entry["data_offsets"] = random.choice([[0, 0], [0], [], [-1, 4], [0, 2**63], None, "x",
+                                               entry["data_offsets"][::-1]])
     elif kind == 4:
-        header["__metadata__"] = random.choice([None, [], {}, 1, "x", {"a": 1}, {"a": None}, {"a": {}}, {"lora_adapter_metadata": "x"}])
+        header["__metadata__"] = random.choice([None, [], {}, 1, "x", {"a": 1}, {"a": None}, {"a": {}},
+                                                {"lora_adapter_metadata": "x"}])
     elif kind == 5:
         del header[name]
     elif kind == 6:

@@ -69,9 +69,12 @@ def settings_as_flags(random: random.Random) -> Case:
     return Case("settings", no_nul([command, "toy.yaml", *words]), names)
 
 
-YAML = ["{a: 1}", "[1, [2]]", "!!set {a, b}", "!!binary eA==", "!!python/name:os.system", "*a", "&a [*a]", "? x", "2026-01-01", "!!float x",
-        '"\\U00110000"', '"\\ud800"', '"\\x00"', "'", "|\n      a\n      b", ">-\n      x", "[a, b", "{", "!x y", "!!int 5", "- a", "@", "%", "`", "yes", "0o17",
-        "1:30", ".inf", ".nan", "<<: *x", "\t5", "\u00a05", "'5'", '"5"', "!!null", "!!bool maybe", "[null]", "[~, a]", "!!omap [a: 1]", "# nothing"]
+YAML = ["{a: 1}", "[1, [2]]", "!!set {a, b}", "!!binary eA==", "!!python/name:os.system", "*a", "&a [*a]", "? x",
+        "2026-01-01", "!!float x",
+        '"\\U00110000"', '"\\ud800"', '"\\x00"', "'", "|\n      a\n      b", ">-\n      x", "[a, b", "{", "!x y",
+        "!!int 5", "- a", "@", "%", "`", "yes", "0o17",
+        "1:30", ".inf", ".nan", "<<: *x", "\t5", "\u00a05", "'5'", '"5"', "!!null", "!!bool maybe", "[null]", "[~, a]",
+        "!!omap [a: 1]", "# nothing"]
 
 
 def settings_in_yaml(random: random.Random) -> Case:
@@ -87,7 +90,8 @@ def settings_in_yaml(random: random.Random) -> Case:
         Path("c.yaml").write_bytes(raw("\n".join(lines)))
         return f"{name}: {text[:60]}"
 
-    return Case("settings", [random.choice(("train", "train", "describe")), "c.yaml"], [name, "c.yaml"], prepare=prepare)
+    return Case("settings", [random.choice(("train", "train", "describe")), "c.yaml"], [name, "c.yaml"],
+                prepare=prepare)
 
 
 def yaml_bytes(random: random.Random) -> Case:
@@ -170,7 +174,8 @@ def images(random: random.Random) -> Case:
         return f"{mode} {size} {suffix}"
 
     words = ["train", "toy.yaml", *random.choice(([], [], ["--validation_share", "0.3", "--validation_steps", "1"]))]
-    return Case("images", words, ["001", "data"], prepare=prepare, needs=("models/toy", "data", "toy.yaml", "photo.jpg"))
+    return Case("images", words, ["001", "data"], prepare=prepare,
+                needs=("models/toy", "data", "toy.yaml", "photo.jpg"))
 
 
 def _break_in(random: random.Random, folder: str, configs: float = 0.55) -> str:
@@ -186,13 +191,16 @@ def _break_in(random: random.Random, folder: str, configs: float = 0.55) -> str:
     return f"{path}: {break_file(random, path, files)}"
 
 
-PARTS = ["config.json", "model_index.json", "tokenizer", "text_encoder", "vae", "transformer", "unet", "scheduler", "models/",
+PARTS = ["config.json", "model_index.json", "tokenizer", "text_encoder", "vae", "transformer", "unet", "scheduler",
+         "models/",
          "model_paths", "diffusion_pytorch_model", "model.safetensors", "vocab", "merges"]
 
 
 def toy_model(random: random.Random) -> Case:
-    words = random.choice((["train", "toy.yaml"], ["sample", "toy", "models/toy", "--prompt", "x", *SMALL], ["describe", "toy.yaml"],
-                           ["train", "toy.yaml", "--model_paths", '["models/toy/vae", "models/toy/transformer", "models/toy/text_encoder"]']))
+    words = random.choice((["train", "toy.yaml"], ["sample", "toy", "models/toy", "--prompt", "x", *SMALL],
+                           ["describe", "toy.yaml"],
+                           ["train", "toy.yaml", "--model_paths",
+                            '["models/toy/vae", "models/toy/transformer", "models/toy/text_encoder"]']))
     return Case("model folder (toy)", words, PARTS, prepare=lambda random: _break_in(random, "models/toy"))
 
 
@@ -202,7 +210,8 @@ def real_model(random: random.Random) -> Case:
     if family == "ddpm_unet":
         words += ["--count", "1"] if random.random() < 0.7 else []
         if random.random() < 0.4:
-            words = ["train", "toy.yaml", "--family", family, "--model_paths", f"models/{family}", "--trainable_models", "unet"]
+            words = ["train", "toy.yaml", "--family", family, "--model_paths", f"models/{family}",
+                     "--trainable_models", "unet"]
     elif random.random() < 0.25:
         words = ["describe", "toy.yaml", "--family", family, "--model_paths", f"models/{family}"]
     else:
@@ -214,11 +223,13 @@ def real_model(random: random.Random) -> Case:
 def lora(random: random.Random) -> Case:
     file = random.choice(("lora.safetensors", "lora.safetensors", "dora.safetensors", "full.safetensors"))
     words = random.choice((
-        ["train", "toy.yaml", "--lora_checkpoint", file], ["sample", "toy", "models/toy", "--prompt", "x", *SMALL, "--lora", file],
+        ["train", "toy.yaml", "--lora_checkpoint", file], ["sample", "toy", "models/toy", "--prompt", "x", *SMALL,
+                                                           "--lora", file],
         ["sample", "toy", "models/toy", "--prompt", "x", *SMALL, "--weights", file],
         ["train", "toy.yaml", "--lora_checkpoint", file, "--adapter", "dora"]))
     others = [Path("full.safetensors"), Path("models/toy/vae/diffusion_pytorch_model.safetensors"), Path("toy.yaml")]
-    return Case("LoRA files", words, [file, "lora_checkpoint"], prepare=lambda random: break_file(random, Path(file), others),
+    return Case("LoRA files", words, [file, "lora_checkpoint"],
+                prepare=lambda random: break_file(random, Path(file), others),
                 needs=("models/toy", "data", "toy.yaml", "lora.safetensors", "dora.safetensors", "full.safetensors"))
 
 
@@ -228,14 +239,18 @@ def runs(random: random.Random) -> Case:
     if kind == "script":
         return _script(random)
     if kind == "resume":
-        words, where = [*resume, "--resume", random.choice(("auto", "auto", "runs/run/checkpoints/step-00000002"))], "runs/run"
+        words, where = [*resume, "--resume", random.choice(("auto", "auto",
+                                                            "runs/run/checkpoints/step-00000002"))], "runs/run"
     elif kind == "replay":
         words, where = ["replay", "runs/run", random.choice(("3", "3", "2", "1", "9", "0"))], "runs/run"
     elif kind == "cache":
-        words, where = random.choice((["cache", "inspect", "cache"], ["cache", "prune", "cache"], ["train", "toy.yaml", "--cache_dir", "cache"],
-                                      ["train", "toy.yaml", "--task", "sft:train", "--dataset_base_path", "cache"])), "cache"
+        words, where = random.choice((["cache", "inspect", "cache"], ["cache", "prune", "cache"],
+                                      ["train", "toy.yaml", "--cache_dir", "cache"],
+                                      ["train", "toy.yaml", "--task", "sft:train", "--dataset_base_path",
+                                       "cache"])), "cache"
     else:
-        words, where = random.choice((["push", "runs/run", "--hub_model_id", "a/b", "--dry_run"], ["evaluate", "--generated", "runs/run", "--reference", "data"],
+        words, where = random.choice((["push", "runs/run", "--hub_model_id", "a/b", "--dry_run"],
+                                      ["evaluate", "--generated", "runs/run", "--reference", "data"],
                                       resume)), "runs/run"
 
     def prepare(random: random.Random) -> str:
@@ -246,7 +261,8 @@ def runs(random: random.Random) -> Case:
         return _break_in(random, where, 0.4)
 
     return Case("checkpoints, runs, caches", words,
-                ["runs/run", "cache", "step-0", "generated", "config.yaml", "training_args.json", "loss.csv", "events.jsonl", *SETTINGS],
+                ["runs/run", "cache", "step-0", "generated", "config.yaml", "training_args.json", "loss.csv",
+                 "events.jsonl", *SETTINGS],
                 prepare=prepare, needs=("models/toy", "data", "toy.yaml", "runs/run", "cache"))
 
 
@@ -269,7 +285,8 @@ def _script(random: random.Random) -> Case:
             from ms_diffsynth.formats.weights import load_state_dict
             groups[name] = dict(load_state_dict(sound / f"{name}.safetensors"))
         if random.random() < 0.4:
-            groups[random.choice(list(groups))] = random.choice(({}, {"a": np.zeros(2)}, {"a": np.zeros((2, 2), np.int64)}))
+            groups[random.choice(list(groups))] = random.choice(({}, {"a": np.zeros(2)},
+                                                                 {"a": np.zeros((2, 2), np.int64)}))
         try:
             save_checkpoint("own", 3, groups, state)
         except (UserError, UnicodeEncodeError):
@@ -277,27 +294,36 @@ def _script(random: random.Random) -> Case:
         return str(state)[:80]
 
     return Case("checkpoints, runs, caches",
-                ["train", "toy.yaml", "--output_path", "runs/y", "--resume", "own/step-00000003", "--max_train_steps", "4"],
-                ["own/step-0", "state", "resume"], prepare=prepare, needs=("models/toy", "data", "toy.yaml", "runs/run"))
+                ["train", "toy.yaml", "--output_path", "runs/y", "--resume", "own/step-00000003", "--max_train_steps",
+                 "4"],
+                ["own/step-0", "state", "resume"], prepare=prepare,
+                needs=("models/toy", "data", "toy.yaml", "runs/run"))
 
 
 FLAGS = {
-    "sample": ["prompt", "count", "weights", "negative_prompt", "lora", "lora_scale", "template", "template_inputs", "negative_template_inputs",
-               "trust_template_sha256", "height", "width", "seed", "num_inference_steps", "sampler", "cfg_scale", "embedded_guidance",
+    "sample": ["prompt", "count", "weights", "negative_prompt", "lora", "lora_scale", "template", "template_inputs",
+               "negative_template_inputs",
+               "trust_template_sha256", "height", "width", "seed", "num_inference_steps", "sampler", "cfg_scale",
+               "embedded_guidance",
                "max_sequence_length", "mode", "device", "output"],
-    "launch": ["workers", "log_dir", "hang_seconds", "compile_seconds", "grace_seconds", "start_seconds", "nodes", "node_rank", "master_address",
+    "launch": ["workers", "log_dir", "hang_seconds", "compile_seconds", "grace_seconds", "start_seconds", "nodes",
+               "node_rank", "master_address",
                "master_port"],
     "evaluate": ["generated", "reference", "output", "seed"], "push": ["hub_model_id", "hub", "files", "message"],
-    "parity": ["mode", "device", "dtype", "report"], "tiny": ["seed"], "replay": [], "cache": [], "template": ["trust_template_sha256"],
+    "parity": ["mode", "device", "dtype", "report"], "tiny": ["seed"], "replay": [], "cache": [],
+    "template": ["trust_template_sha256"],
     "train": ["x"], "describe": ["x"]}
 POSITIONAL = {
-    "sample": ["FAMILY", "family", "MODEL"], "tiny": ["FAMILY", "family", "DIR"], "replay": ["RUN", "step"], "cache": ["action", "DIR"], "push": ["FOLDER"],
+    "sample": ["FAMILY", "family", "MODEL"], "tiny": ["FAMILY", "family", "DIR"], "replay": ["RUN", "step"],
+    "cache": ["action", "DIR"], "push": ["FOLDER"],
     "parity": ["DIR"], "template": ["ACTION", "TEMPLATE", "CHECKPOINT", "OUTPUT"]}
 SOUND = {
     "sample": ["toy", "models/toy"], "tiny": ["toy", "new"], "replay": ["runs/run", "3"], "cache": ["inspect", "cache"],
-    "push": ["runs/run"], "parity": ["cases/flux"], "template": ["pack", "template", "full.safetensors", "packed"], "evaluate": [], "launch": [],
+    "push": ["runs/run"], "parity": ["cases/flux"], "template": ["pack", "template", "full.safetensors", "packed"],
+    "evaluate": [], "launch": [],
     "train": ["toy.yaml"], "describe": ["toy.yaml"]}
-ALWAYS = {"sample": SMALL, "parity": PYNATIVE, "push": ["--dry_run", "--hub_model_id", "a/b"], "evaluate": ["--generated", "data", "--reference", "classes"],
+ALWAYS = {"sample": SMALL, "parity": PYNATIVE, "push": ["--dry_run", "--hub_model_id", "a/b"],
+          "evaluate": ["--generated", "data", "--reference", "classes"],
           "launch": ["--workers", "2"], "template": ["--trust_template_code"]}
 
 
@@ -317,39 +343,52 @@ def commands(random: random.Random) -> Case:
     for _ in range(random.choice((0, 1, 1, 2)) if given != SOUND[command] else random.choice((1, 1, 2))):
         if FLAGS[command]:
             name = random.choice(FLAGS[command])
-            words += [f"--{name}", random.choice(TEXTS) if random.random() < 0.8 else str(random.choice((-1, 0, 1, 7, 16384, 65536, 10**9)))]
-    needs = ("models/toy", "models/ddpm_unet", "data", "classes", "toy.yaml", "runs/run", "cache", "template", "full.safetensors", "lora.safetensors",
+            words += [f"--{name}", random.choice(TEXTS) if random.random() < 0.8
+                      else str(random.choice((-1, 0, 1, 7, 16384, 65536, 10**9)))]
+    needs = ("models/toy", "models/ddpm_unet", "data", "classes", "toy.yaml", "runs/run", "cache", "template",
+             "full.safetensors", "lora.safetensors",
              "cases/flux")
     tail = ["train", "toy.yaml"] if command == "launch" else []
-    return Case("commands", no_nul([command, *given, *words, *tail]), [*names, *[b for b in broken if b.strip()], "models/"], needs=needs)
+    return Case("commands", no_nul([command, *given, *words, *tail]),
+                [*names, *[b for b in broken if b.strip()], "models/"], needs=needs)
 
 
 def streams(random: random.Random) -> Case:
     name = random.choice(("猫", "caf\udce9", "caf\u00e9", "x y", "\u202ex", "out"))
-    words = random.choice((["describe", "toy.yaml"], ["cache", "inspect", "cache"], ["template", "show", "template"], ["push", "runs/run", "--hub_model_id", "a/b", "--dry_run"],
-                           ["sample", "toy", "models/toy", "--prompt", "x", *SMALL, "--output", name], ["tiny", "toy", name],
-                           ["train", "toy.yaml", "--output_path", name], ["replay", "runs/run", "3"], ["train", "toy.yaml", "--instance_prompt", name],
+    words = random.choice((["describe", "toy.yaml"], ["cache", "inspect", "cache"], ["template", "show", "template"],
+                           ["push", "runs/run", "--hub_model_id", "a/b", "--dry_run"],
+                           ["sample", "toy", "models/toy", "--prompt", "x", *SMALL, "--output", name],
+                           ["tiny", "toy", name],
+                           ["train", "toy.yaml", "--output_path", name], ["replay", "runs/run", "3"],
+                           ["train", "toy.yaml", "--instance_prompt", name],
                            ["train", f"{name}.yaml"], ["--help"], ["sample", "--help"], []))
     environment = {}
     for _ in range(random.choice((0, 0, 1))):
-        variable = random.choice(("RANK_SIZE", "MS_WORKER_NUM", "DEVICE_ID", "LOCAL_WORLD_SIZE", "HF_TOKEN", "HF_ENDPOINT", "HF_HOME", "TMPDIR",
-                                  "COLUMNS", "LANG", "MS_DIFFSYNTH_MODEL_BASE_PATH", "MY_PASSWORD", "RANK_ID", "MS_ROLE"))
-        environment[variable] = random.choice(("", "x", "0", "1", "-1", "1.5", "99999999999999999999", " 1", "1 ", "٣", "\udce9" * 9, "/dev/null", "a\nb", "x" * 5000))
+        variable = random.choice(("RANK_SIZE", "MS_WORKER_NUM", "DEVICE_ID", "LOCAL_WORLD_SIZE", "HF_TOKEN",
+                                  "HF_ENDPOINT", "HF_HOME", "TMPDIR",
+                                  "COLUMNS", "LANG", "MS_DIFFSYNTH_MODEL_BASE_PATH", "MY_PASSWORD", "RANK_ID",
+                                  "MS_ROLE"))
+        environment[variable] = random.choice(("", "x", "0", "1", "-1", "1.5", "99999999999999999999", " 1", "1 ", "٣",
+                                               "\udce9" * 9, "/dev/null", "a\nb", "x" * 5000))
         if variable in ("RANK_SIZE", "MS_WORKER_NUM") and environment[variable].strip() in ("٣",):
             environment[variable] = "x"
     stdout = random.choice(("file", "closed", "full", "pipe", "ascii", "latin-1", "utf-16", "cp037"))
-    return Case("streams, environment", no_nul(words), [*environment, "output", "usage", "ms-diffsynth", name, ascii(name)[1:-1]], environment=environment, stdout=stdout,
+    return Case("streams, environment", no_nul(words), [*environment, "output", "usage", "ms-diffsynth", name,
+                                                        ascii(name)[1:-1]], environment=environment, stdout=stdout,
                 needs=("models/toy", "data", "toy.yaml", "runs/run", "cache", "template"))
 
 
 def prompts(random: random.Random) -> Case:
     text = random.choice(TEXTS) if random.random() < 0.7 else "".join(
-        random.choice("a \u0301猫\U0001f600\u200d\u202e\x00\x07\udce9<>|{}\n'\"") for _ in range(random.choice((1, 5, 200, 12_000))))
+        random.choice("a \u0301猫\U0001f600\u200d\u202e\x00\x07\udce9<>|{}\n'\"")
+        for _ in range(random.choice((1, 5, 200, 12_000))))
     family = random.choice(("toy", "toy", "toy", "flux", "sd3", "qwen_image", "flux2"))
     words, names = random.choice((
         (["sample", family, f"models/{family}", "--prompt", text, *SMALL], ["prompt"]),
-        (["sample", family, f"models/{family}", "--prompt", "a", "--negative_prompt", text, "--cfg_scale", "2", *SMALL], ["negative_prompt"]),
-        (["train", "toy.yaml", "--instance_prompt", text, "--dataset_metadata_path", "bare.csv"], ["instance_prompt", "prompt"]),
+        (["sample", family, f"models/{family}", "--prompt", "a", "--negative_prompt", text, "--cfg_scale", "2",
+          *SMALL], ["negative_prompt"]),
+        (["train", "toy.yaml", "--instance_prompt", text, "--dataset_metadata_path", "bare.csv"],
+         ["instance_prompt", "prompt"]),
         (["train", "toy.yaml", "--sample_prompts", text, "--sample_steps", "1"], ["sample_prompts"]),
         (["train", "toy.yaml", "--sample_prompts", json.dumps([text, "b"])], ["sample_prompts"])))
 
@@ -357,23 +396,34 @@ def prompts(random: random.Random) -> Case:
         Path("bare.csv").write_text("image\n000.png\n001.png\n")
         return ascii(text[:40])
 
-    return Case("prompts", no_nul(words), names, prepare=prepare, needs=(f"models/{family}", "models/toy", "data", "toy.yaml"))
+    return Case("prompts", no_nul(words), names, prepare=prepare,
+                needs=(f"models/{family}", "models/toy", "data", "toy.yaml"))
 
 
-CODE = ["raise SystemExit(0)", "raise GeneratorExit", "class Stop(BaseException): pass\nraise Stop('x')", "1/0", "import nothing_of_this_name", "(", "\x00",
-        "TEMPLATE_MODEL = 5", "TEMPLATE_MODEL = None", "TEMPLATE_MODEL = print", "def TEMPLATE_MODEL(): raise BaseException('x')",
-        "TEMPLATE_MODEL = lambda: 1", "x = [" * 300, "", "# -*- coding: nothing -*-", "\ufeffx = 1", "raise MemoryError", "raise RecursionError",
-        "class E(Exception):\n    def __str__(self): raise ValueError\nraise E", "def f(): f()\nf()", "raise StopIteration", "raise OSError(5, 'x', 'y')",
-        "del __builtins__", "import sys\nsys.exit(70)", "raise KeyError", "import sys\nsys.stdout = None", "TEMPLATE_MODEL_PATH = 5",
-        "TEMPLATE_MODEL_PATH = '../x.safetensors'", "TEMPLATE_MODEL_PATH = ['a\\0b.safetensors']", "TEMPLATE_MODEL_PATH = 'x' * 5000 + '.safetensors'"]
+CODE = ["raise SystemExit(0)", "raise GeneratorExit", "class Stop(BaseException): pass\nraise Stop('x')", "1/0",
+        "import nothing_of_this_name", "(", "\x00",
+        "TEMPLATE_MODEL = 5", "TEMPLATE_MODEL = None", "TEMPLATE_MODEL = print",
+        "def TEMPLATE_MODEL(): raise BaseException('x')",
+        "TEMPLATE_MODEL = lambda: 1", "x = [" * 300, "", "# -*- coding: nothing -*-", "\ufeffx = 1",
+        "raise MemoryError", "raise RecursionError",
+        "class E(Exception):\n    def __str__(self): raise ValueError\nraise E", "def f(): f()\nf()",
+        "raise StopIteration", "raise OSError(5, 'x', 'y')",
+        "del __builtins__", "import sys\nsys.exit(70)", "raise KeyError", "import sys\nsys.stdout = None",
+        "TEMPLATE_MODEL_PATH = 5",
+        "TEMPLATE_MODEL_PATH = '../x.safetensors'", "TEMPLATE_MODEL_PATH = ['a\\0b.safetensors']",
+        "TEMPLATE_MODEL_PATH = 'x' * 5000 + '.safetensors'"]
 
 
 def templates(random: random.Random) -> Case:
     words = random.choice((
-        ["template", "show", "template"], ["template", "pack", "template", "full.safetensors", "packed", "--trust_template_code"],
-        ["template", "pack", "template", "full.safetensors", "packed", "--trust_template_code", "--trust_template_sha256", random.choice(TEXTS)],
-        ["train", "toy.yaml", "--template_model_id_or_path", "template", "--extra_inputs", "template_inputs", "--trust_template_code"],
-        ["sample", "flux2", "models/flux2", "--prompt", "x", *SMALL, "--template", "template", "--trust_template_code", "--template_inputs",
+        ["template", "show", "template"], ["template", "pack", "template", "full.safetensors", "packed",
+                                           "--trust_template_code"],
+        ["template", "pack", "template", "full.safetensors", "packed", "--trust_template_code",
+         "--trust_template_sha256", random.choice(TEXTS)],
+        ["train", "toy.yaml", "--template_model_id_or_path", "template", "--extra_inputs", "template_inputs",
+         "--trust_template_code"],
+        ["sample", "flux2", "models/flux2", "--prompt", "x", *SMALL, "--template", "template", "--trust_template_code",
+         "--template_inputs",
          random.choice(('[{"scale": 1}]', "[{}]", '[{"scale": "x"}]', random.choice(TEXTS)))]))
 
     def prepare(random: random.Random) -> str:
@@ -382,13 +432,16 @@ def templates(random: random.Random) -> Case:
             return break_file(random, path, [Path("toy.yaml")])
         text, code = path.read_text(), random.choice(CODE)
         path.unlink()
-        places = (code + "\n" + text, text + "\n" + code, code, text.replace("return {\"scale\": scale}", "return " + random.choice(
-            ("None", "{}", "{'scale': None}", "{'scale': 2**70}", "{'scale': 'x'}", "{'scale': float('nan')}", "{'x': 1}", "{1: 2}", "[1]"))))
+        places = (code + "\n" + text, text + "\n" + code, code,
+                  text.replace("return {\"scale\": scale}", "return " + random.choice(
+            ("None", "{}", "{'scale': None}", "{'scale': 2**70}", "{'scale': 'x'}", "{'scale': float('nan')}",
+             "{'x': 1}", "{1: 2}", "[1]"))))
         path.write_bytes(random.choice(places).encode("utf-8", "surrogatepass"))
         return code[:40]
 
     family = "flux2" if words[0] == "sample" else "toy"
-    return Case("templates", no_nul(words), ["template", "full.safetensors", "model.py", "extra_inputs"], prepare=prepare,
+    return Case("templates", no_nul(words), ["template", "full.safetensors", "model.py", "extra_inputs"],
+                prepare=prepare,
                 needs=(f"models/{family}", "data", "toy.yaml", "template", "full.safetensors"))
 
 
@@ -398,11 +451,13 @@ def parity(random: random.Random) -> Case:
     def prepare(random: random.Random) -> str:
         return _break_in(random, f"cases/{case}", 0.8)
 
-    return Case("parity cases", ["parity", f"cases/{case}", *PYNATIVE], [f"cases/{case}"], prepare=prepare, needs=(f"cases/{case}",))
+    return Case("parity cases", ["parity", f"cases/{case}", *PYNATIVE], [f"cases/{case}"], prepare=prepare,
+                needs=(f"cases/{case}",))
 
 
 AREAS: dict[Callable[[random.Random], Case], int] = {  # weights
-    settings_as_flags: 26, settings_in_yaml: 10, yaml_bytes: 4, metadata: 4, captions: 2, images: 6, toy_model: 8, real_model: 10, lora: 5, runs: 8,
+    settings_as_flags: 26, settings_in_yaml: 10, yaml_bytes: 4, metadata: 4, captions: 2, images: 6, toy_model: 8,
+    real_model: 10, lora: 5, runs: 8,
     commands: 9, streams: 4, prompts: 5, templates: 3, parity: 2}
 
 

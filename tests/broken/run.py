@@ -35,8 +35,10 @@ KNOWN_CODES = {0, 1, 64, 65, 66, 69, 74, 77, 78, 130, 141, 143}
 _ERROR = re.compile(r"^(?:\w*Error|interrupted)\b.*", re.MULTILINE | re.DOTALL)
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # of the events that change files, which of their arguments are paths
-_CHANGES = {"os.mkdir": (0,), "os.remove": (0,), "os.rmdir": (0,), "os.rename": (0, 1), "os.link": (1,), "os.symlink": (1,), "os.chmod": (0,),
-            "os.truncate": (0,), "os.utime": (0,), "os.chown": (0,), "shutil.rmtree": (0,), "os.mkfifo": (0,), "os.setxattr": (0,)}
+_CHANGES = {"os.mkdir": (0,), "os.remove": (0,), "os.rmdir": (0,), "os.rename": (0, 1), "os.link": (1,),
+            "os.symlink": (1,), "os.chmod": (0,),
+            "os.truncate": (0,), "os.utime": (0,), "os.chown": (0,), "shutil.rmtree": (0,), "os.mkfifo": (0,),
+            "os.setxattr": (0,)}
 _PROGRAMS = ("subprocess.Popen", "os.posix_spawn", "os.exec", "os.system", "os.fork", "os.forkpty", "pty.spawn")
 
 
@@ -59,7 +61,8 @@ def guard(folder: str) -> None:
                 check(arguments[k], event)
         elif event in _PROGRAMS or (event == "os.kill" and arguments[1]):
             raise PermissionError(errno.EACCES, f"no other programs ({event})")
-        elif event in ("socket.connect", "socket.sendto") or (event == "socket.getaddrinfo" and arguments[0] != "127.0.0.1"):
+        elif event in ("socket.connect", "socket.sendto") or (event == "socket.getaddrinfo"
+                                                              and arguments[0] != "127.0.0.1"):
             raise OSError(errno.ENETUNREACH, "Network is unreachable")
 
     sys.addaudithook(hook)
@@ -111,7 +114,8 @@ def streams(kind: str) -> None:
     os.dup2(out, 1)
     os.dup2(os.open("stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), 2)
     encoding = kind if kind in ("ascii", "latin-1", "utf-16", "cp037") else "utf-8"
-    sys.stderr = open(2, "w", encoding=encoding if encoding in ("ascii", "latin-1") else "utf-8", errors="backslashreplace")
+    sys.stderr = open(2, "w", encoding=encoding if encoding in ("ascii", "latin-1") else "utf-8",
+                      errors="backslashreplace")
     sys.stdout = open(1, "w", encoding=encoding)
     if kind == "closed":
         sys.stdout.detach()
@@ -131,7 +135,8 @@ def child(folder: Path, world: Path, seed: int, number: int) -> None:
         furnish(folder, world, case.needs)
         done = case.prepare(randomness) if case.prepare else ""
         (folder / "broken").write_text(done, "utf-8", "backslashreplace")
-        os.environ.update({"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "HF_HOME": str(folder / "home")})
+        os.environ.update({"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"),
+                           "HF_HOME": str(folder / "home")})
         tempfile.tempdir = str(folder / "tmp")
         for name, value in case.environment.items():
             os.environ[name] = value.replace("\0", "")
@@ -192,7 +197,8 @@ def judge(folder: Path, code: int | None, names: list[str]) -> tuple[str, str]:
     return "", last
 
 
-def run(world: Path, scratch: Path, seed: int, number: int, keep: bool = False) -> tuple[str, int | None, str, str, float]:
+def run(world: Path, scratch: Path, seed: int, number: int, keep: bool = False) -> tuple[str, int | None, str, str,
+                                                                                         float]:
     """Run a case. Returns: its area, its code (None for a hang), what is wrong, its last words, seconds of CPU."""
     import cases
 
@@ -233,7 +239,8 @@ def import_all() -> None:
     from ms_diffsynth.cli.main import COMMANDS
     for name in COMMANDS:
         import_module(f"ms_diffsynth.cli.{name}")
-    for name in ("run.task", "debug.replay", "debug.parity", "evaluate", "template.package", "pipelines.flux.transformer",
+    for name in ("run.task", "debug.replay", "debug.parity", "evaluate", "template.package",
+                 "pipelines.flux.transformer",
                  "pipelines.flux2.transformer", "pipelines.flux2.text_encoder", "pipelines.qwen_image.transformer",
                  "pipelines.qwen_image.text_encoder", "pipelines.sd3.transformer", "pipelines.toy.pipeline"):
         import_module(f"ms_diffsynth.{name}")

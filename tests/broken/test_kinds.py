@@ -73,8 +73,10 @@ VAE = "models/toy/vae/config.json"
 
 
 @pytest.mark.parametrize("text, named", [
-    ("null", "holds null, expected an object"), ("[]", "holds []"), ("3", "holds 3"), ('"x"', 'holds "x"'), ("", "zero bytes"),
-    ("[" * 100_000, "nested deeper"), ('{"a": ' + "[" * 120 + "]" * 120 + "}", "nested deeper than 100"), ('{"a": NaN}', "holds NaN"),
+    ("null", "holds null, expected an object"), ("[]", "holds []"), ("3", "holds 3"), ('"x"', 'holds "x"'),
+    ("", "zero bytes"),
+    ("[" * 100_000, "nested deeper"), ('{"a": ' + "[" * 120 + "]" * 120 + "}", "nested deeper than 100"),
+    ('{"a": NaN}', "holds NaN"),
     ('{"a": 1e999}', "too large"), ('{"a": ' + "9" * 5000 + "}", "a number of 5000 digits"),
     ('{"latent_channels": 4, "latent_channels": 8}', "names latent_channels twice"), ("\xff", "is not UTF-8"),
 ])
@@ -123,8 +125,10 @@ def test_values_of_real_families(tiny_model, run, family, file, values, named):
 
 
 @pytest.mark.parametrize("file, content, named", [
-    ("vocab.json", None, "lacks vocab.json"), ("merges.txt", None, "lacks merges.txt"), ("tokenizer_config.json", None, "lacks tokenizer_config"),
-    ("vocab.json", "null", "vocab.json holds null"), ("vocab.json", '{"a": "b"}', "tokenizer"), ("added_tokens.json", "", "added_tokens.json"),
+    ("vocab.json", None, "lacks vocab.json"), ("merges.txt", None, "lacks merges.txt"),
+    ("tokenizer_config.json", None, "lacks tokenizer_config"),
+    ("vocab.json", "null", "vocab.json holds null"), ("vocab.json", '{"a": "b"}', "tokenizer"),
+    ("added_tokens.json", "", "added_tokens.json"),
     ("tokenizer_config.json", '{"a": ' + "9" * 5000 + "}", "a number of 5000 digits"),
 ])
 def test_a_tokenizer_that_is_not_whole(tiny_model, file, content, named):
@@ -164,7 +168,8 @@ def test_a_file_of_weights_without_metadata_is_read(world, run):
 
 @pytest.mark.parametrize("dtype", ["U32", "I32"])
 def test_whole_numbers_are_no_weights(world, run, dtype):
-    with_header(WEIGHTS, lambda header: [entry.update(dtype=dtype) for name, entry in header.items() if "shape" in entry])
+    with_header(WEIGHTS, lambda header: [entry.update(dtype=dtype) for name,
+                                         entry in header.items() if "shape" in entry])
     code, _, err = run("train", "toy.yaml")
     assert code == 66 and WEIGHTS in err and f"{dtype.replace('I', 'int').replace('U', 'uint')}" in err
 
@@ -179,15 +184,24 @@ def test_a_pipe_in_place_of_weights_is_not_waited_for(world, run):
 
 
 @pytest.mark.parametrize("flag, value", [
-    ("batch_size", 10**20), ("dataset_repeat", 10**20), ("lora_rank", 10**20), ("lora_rank", 10**8), ("learning_rate", "1e-320"),
-    ("max_grad_norm", "1e-46"), ("lora_alpha", "1e-320"), ("loss_scale", "1e308"), ("max_pixels", 10**18), ("num_inference_steps", 1001),
-    ("grace_seconds", "1e300"), ("height", 10**9), ("evaluation_count", 10**30), ("output_path", X300), ("model_paths", X300),
-    ("cache_dir", X300), ("dataset_base_path", "a/" * 3000), ("lora_checkpoint", X300), ("resume", X300), ("model_paths", "[1]"),
-    ("model_paths", "[[]]"), ("model_paths", "[null]"), ("model_paths", "*"), ("model_id_with_origin_paths", "toy.yaml"),
-    ("instance_prompt", "caf\udce9"), ("sample_prompts", "a\x07b"), ("sample_prompts", "x" * 10_001), ("sample_prompts", '["a\\u0000b"]'),
-    ("class_prompt", "\x1b[31m"), ("lora_checkpoint", "absent"), ("trainable_models", "absent"), ("lora_base_model", "absent"),
-    ("dataset_metadata_path", "rows"), ("dataset_base_path", "absent"), ("adam_epsilon", "1e-31"), ("optimizer_args", "beta1=nan"),
-    ("trust_template_sha256", "rubbish"), ("trust_template_code", "true"), ("evaluation_reference", "absent"), ("tokenizer_path", "absent"),
+    ("batch_size", 10**20), ("dataset_repeat", 10**20), ("lora_rank", 10**20), ("lora_rank", 10**8),
+    ("learning_rate", "1e-320"),
+    ("max_grad_norm", "1e-46"), ("lora_alpha", "1e-320"), ("loss_scale", "1e308"), ("max_pixels", 10**18),
+    ("num_inference_steps", 1001),
+    ("grace_seconds", "1e300"), ("height", 10**9), ("evaluation_count", 10**30), ("output_path", X300),
+    ("model_paths", X300),
+    ("cache_dir", X300), ("dataset_base_path", "a/" * 3000), ("lora_checkpoint", X300), ("resume", X300),
+    ("model_paths", "[1]"),
+    ("model_paths", "[[]]"), ("model_paths", "[null]"), ("model_paths", "*"),
+    ("model_id_with_origin_paths", "toy.yaml"),
+    ("instance_prompt", "caf\udce9"), ("sample_prompts", "a\x07b"), ("sample_prompts", "x" * 10_001),
+    ("sample_prompts", '["a\\u0000b"]'),
+    ("class_prompt", "\x1b[31m"), ("lora_checkpoint", "absent"), ("trainable_models", "absent"),
+    ("lora_base_model", "absent"),
+    ("dataset_metadata_path", "rows"), ("dataset_base_path", "absent"), ("adam_epsilon", "1e-31"),
+    ("optimizer_args", "beta1=nan"),
+    ("trust_template_sha256", "rubbish"), ("trust_template_code", "true"), ("evaluation_reference", "absent"),
+    ("tokenizer_path", "absent"),
     ("seed", "9" * 5000), ("batch_size", "٣x"), ("family", "x" * 70_000),
 ])
 def test_a_setting_that_cannot_be_meant_is_named(world, run, flag, value):
@@ -196,7 +210,8 @@ def test_a_setting_that_cannot_be_meant_is_named(world, run, flag, value):
 
 
 @pytest.mark.parametrize("value, shown", [
-    ("{a: 1}", "(a mapping)"), ("!!set {a, b}", "(a set)"), ("!!binary eA==", "(binary data)"), ("[[a]]", "(a list that holds more than texts)"),
+    ("{a: 1}", "(a mapping)"), ("!!set {a, b}", "(a set)"), ("!!binary eA==", "(binary data)"),
+    ("[[a]]", "(a list that holds more than texts)"),
 ])
 def test_what_is_no_text_in_yaml_is_shown_as_what_it_is(world, run, value, shown):
     Path("c.yaml").write_text(f"run:\n  output_path: {value}\n")
@@ -211,12 +226,17 @@ def test_an_escape_that_is_no_letter_is_told_with_its_file(world, run):
 
 
 @pytest.mark.parametrize("words, named", [
-    (["--prompt", "caf\udce9"], "prompt"), (["--prompt", "a\ab"], "U+0007"), (["--prompt", "x" * 10_001], "10001 characters"),
-    (["--prompt", ""], "prompt"), (["--prompt", "\u200b"], "prompt"), (["--prompt", "x", "--negative_prompt", "\x00"], "negative_prompt"),
+    (["--prompt", "caf\udce9"], "prompt"), (["--prompt", "a\ab"], "U+0007"),
+    (["--prompt", "x" * 10_001], "10001 characters"),
+    (["--prompt", ""], "prompt"), (["--prompt", "\u200b"], "prompt"),
+    (["--prompt", "x", "--negative_prompt", "\x00"], "negative_prompt"),
     (["--prompt", "x", "--height", 10**20], "height"), (["--prompt", "x", "--height", 2**32], "height"),
-    (["--prompt", "x", "--num_inference_steps", 10**6], "num_inference_steps"), (["--prompt", "x", "--cfg_scale", "nan"], "cfg_scale"),
-    (["--prompt", "x", "--cfg_scale", -1], "cfg_scale"), (["--prompt", "x", "--lora_scale", 2], "lora_scale without --lora"),
-    (["--prompt", "x", "--template_inputs", ""], "template_inputs without --template"), (["--prompt", "x", "--count", 3], "count"),
+    (["--prompt", "x", "--num_inference_steps", 10**6], "num_inference_steps"),
+    (["--prompt", "x", "--cfg_scale", "nan"], "cfg_scale"),
+    (["--prompt", "x", "--cfg_scale", -1], "cfg_scale"), (["--prompt", "x", "--lora_scale", 2],
+                                                          "lora_scale without --lora"),
+    (["--prompt", "x", "--template_inputs", ""], "template_inputs without --template"),
+    (["--prompt", "x", "--count", 3], "count"),
     (["--prompt", "x", "--trust_template_sha256", "x"], "trust_template_sha256 without --template"),
     (["--prompt", "x", "--output", X300], "--output"), (["--prompt", "x", "--lora", "absent"], "lora=absent"),
     (["--prompt", "x", "--seed", 2**64], "seed"),
@@ -233,7 +253,8 @@ def test_what_a_family_has_no_use_for_is_refused(tiny_model, run, words):
 
 
 def test_guidance_for_a_model_that_is_told_none(tiny_model, run):
-    code, _, err = run("sample", "qwen_image", tiny_model("qwen_image"), "--prompt", "x", "--embedded_guidance", 3, *SAMPLE)
+    code, _, err = run("sample", "qwen_image", tiny_model("qwen_image"), "--prompt", "x", "--embedded_guidance", 3,
+                       *SAMPLE)
     assert code == 64 and "embedded_guidance=3.0: this model is told none" in err
 
 
@@ -268,11 +289,13 @@ def lora(path, alpha=None, rank=2, **metadata):
 
 @pytest.mark.parametrize("alpha, metadata, named", [
     (None, {"lora_alpha": 10**38}, "lora_alpha"), (None, {"alpha_pattern": {"layer_1": 10**30}}, "alpha_pattern"),
-    (None, {"lora_alpha": 1e300}, "lora_alpha"), (1e30, {}, "alpha"), (float("nan"), {}, "alpha"), (None, {"use_dora": True}, "use_dora"),
+    (None, {"lora_alpha": 1e300}, "lora_alpha"), (1e30, {}, "alpha"), (float("nan"), {}, "alpha"),
+    (None, {"use_dora": True}, "use_dora"),
 ])
 def test_an_adapter_that_cannot_be_meant(world, run, alpha, metadata, named):
     lora("l.safetensors", alpha, **metadata)
-    for words in (("train", "toy.yaml", "--lora_checkpoint"), ("sample", "toy", "models/toy", "--prompt", "x", *SAMPLE, "--lora")):
+    for words in (("train", "toy.yaml", "--lora_checkpoint"),
+                  ("sample", "toy", "models/toy", "--prompt", "x", *SAMPLE, "--lora")):
         code, _, err = run(*words, "l.safetensors")
         assert code == 66 and "l.safetensors" in err and named in err
 
@@ -298,7 +321,8 @@ def test_a_rank_larger_than_the_layers(world, run):
 # -- runs, caches, checkpoints -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"num_processes": "x"}', '{"num_processes": 0}', '{"batch_size": 10000000000}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"num_processes": "x"}', '{"num_processes": 0}',
+                                  '{"batch_size": 10000000000}'])
 def test_replay_of_a_run_whose_settings_are_damaged(world, run, text):
     assert run("train", "toy.yaml")[0] == 0
     Path("out/training_args.json").write_text(text)
@@ -306,15 +330,18 @@ def test_replay_of_a_run_whose_settings_are_damaged(world, run, text):
     assert code == 64 and "out/training_args.json" in err
 
 
-@pytest.mark.parametrize("state", [{}, {"identity": {}}, {"epoch": "x"}, {"position": -5}, {"saved": [1]}, {"step": 2**60}])
+@pytest.mark.parametrize("state", [{}, {"identity": {}}, {"epoch": "x"}, {"position": -5}, {"saved": [1]},
+                                   {"step": 2**60}])
 def test_a_checkpoint_that_a_script_saved(world, run, state):
     from ms_diffsynth.storage.checkpoint import save_checkpoint
 
     assert run("train", "toy.yaml")[0] == 0
     sound = json.loads(next(Path("out/checkpoints").glob("*/state.json")).read_text())
-    groups = {group: load_state_dict(next(Path("out/checkpoints").glob(f"*/{group}.safetensors"))) for group in ("weights", "moments")}
+    groups = {group: load_state_dict(next(Path("out/checkpoints").glob(f"*/{group}.safetensors")))
+              for group in ("weights", "moments")}
     save_checkpoint("own", 1, groups, sound | state if state else {})
-    code, _, err = run("train", "toy.yaml", "--output_path", "other", "--resume", "own/step-00000001", "--max_train_steps", 2)
+    code, _, err = run("train", "toy.yaml", "--output_path", "other", "--resume", "own/step-00000001",
+                       "--max_train_steps", 2)
     assert code == 78 and "own/step-00000001" in err
 
 
@@ -323,13 +350,15 @@ def test_a_manifest_of_a_cache_that_another_program_wrote(world, run):
 
     Path("cache").mkdir()
     for manifest in ({"format": 1, "rows": [], "fingerprint": {}, "configs": {}, "complete": True},
-                     {"format": 1, "rows": {"instance": [["a"]]}, "fingerprint": {}, "configs": {}, "complete": True}, {"format": 1}):
+                     {"format": 1, "rows": {"instance": [["a"]]}, "fingerprint": {}, "configs": {}, "complete": True},
+                     {"format": 1}):
         Path("cache/cache.json").write_text(json.dumps(manifest | {"digest": digest_of(manifest)}))
         code, _, err = run("cache", "inspect", "cache")
         assert code == 78 and "cache/cache.json is not the manifest of a cache" in err
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "[" * 100_000, '{"objective": "flow_match_sft"}', '{"objective": ["x"]}',
+@pytest.mark.parametrize("content", ["[]", "{}", "[" * 100_000, '{"objective": "flow_match_sft"}',
+                                     '{"objective": ["x"]}',
                                      '{"objective": "flow_match_sft", "family": [1], "row_stride": 0}'])
 def test_a_parity_case_that_cannot_be_run(run, content):
     Path("case").mkdir()
@@ -344,7 +373,8 @@ def test_a_parity_case_below_a_file(run):
     assert code == 65 and "file/x" in err
 
 
-@pytest.mark.parametrize("code", ["class Stop(BaseException): pass\nraise Stop('x')", "raise GeneratorExit", "raise SystemExit(3)",
+@pytest.mark.parametrize("code", ["class Stop(BaseException): pass\nraise Stop('x')", "raise GeneratorExit",
+                                  "raise SystemExit(3)",
                                   "class E(Exception):\n    def __str__(self): raise ValueError\nraise E"])
 def test_a_template_may_raise_what_it_likes(world, run, code):
     Path("t").mkdir()
@@ -360,7 +390,8 @@ def test_what_the_terminal_has_no_letter_for_is_escaped(world, python):
     Path("t").mkdir()
     Path("t/model.py").write_text("# 猫\n")
     command = ["-m", "ms_diffsynth.cli.main", "template", "show"]
-    done = python(*command, "t", env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": os.pathsep.join(__import__("sys").path)})
+    done = python(*command, "t", env=os.environ | {"PYTHONIOENCODING": "ascii",
+                                                   "PYTHONPATH": os.pathsep.join(__import__("sys").path)})
     assert done.returncode == 0 and done.stdout == "# \\u732b\n"
 
 
@@ -371,7 +402,8 @@ def test_an_output_that_is_closed_or_full(world, python, redirect, code):
 
     Path("t").mkdir()
     Path("t/model.py").write_text("x = 1\n")
-    done = subprocess.run(["bash", "-c", f"{sys.executable} -m ms_diffsynth.cli.main template show t {redirect}"], capture_output=True, text=True,
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m ms_diffsynth.cli.main template show t {redirect}"],
+                          capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, timeout=120, check=False)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert code == 0 or "OutputError: the output cannot be written: ENOSPC" in done.stderr
