@@ -158,15 +158,20 @@ def build_tokenizer(component: Component, folder: Path) -> Any:
     for name in sorted(name for name in os.listdir(folder) if name.endswith(".json")):
         found = read_json(folder / name, WeightError, remedy)  # transformers leaves out what is broken
         if name == "vocab.json" and (odd := [k for k, v in found.items() if type(v) is not int or v < 0]):
-            raise WeightError(f"{folder / name} gives {shown(odd[0])} the number {shown(found[odd[0]])}: expected whole "
-                              f"numbers from 0. {remedy}")
+            raise WeightError(f"{folder / name} gives {shown(odd[0])} the number {shown(found[odd[0]])}: expected "
+                              f"whole numbers from 0. {remedy}")
     shipped = sorted(os.listdir(component.default_folder)) if component.default_folder else []
-    names = [] if (folder / "tokenizer.json").is_file() else [n for n in shipped if not n.startswith("special_tokens")]
+    is_whole = (folder / "tokenizer.json").is_file()
+    names = [name for name in shipped if not (is_whole or name.startswith(("special_tokens", "added_tokens")))]
     lost = [name for name in {"tokenizer_config.json": None, **dict.fromkeys(names)} if not (folder / name).is_file()]
     try:
         if lost:
             raise WeightError(f"{folder} lacks {listing(lost)}, of the tokenizer '{component.name}'. {remedy}")
-        return component.build(folder)
+        tokenizer = component.build(folder)
+        ids = tokenizer("a cat", padding="max_length", max_length=8, truncation=True).input_ids
+        if not all(type(number) is int and number >= 0 for number in ids):
+            raise WeightError(f"the tokenizer in {folder} gives 'a cat' the numbers {shown(ids)}. {remedy}")
+        return tokenizer
     except UserError:
         raise
     except BaseException as error:  # of the package tokenizers it is no Exception, when its own code fails
@@ -341,7 +346,8 @@ class ModelStore:
         if config.model_id and not (folder / "config.json").is_file() and not paths[0].is_dir():
             beside = (PurePosixPath(config.origin_file_pattern or "").parent / "config.json").as_posix()
             replace(config, origin_file_pattern=beside).resolve(runtime.model_base_path())
-        if (folder / "model_index.json").is_file() and paths[0].is_dir():
+        if os.path.lexists(folder / "model_index.json") and paths[0].is_dir():
+            self._read(folder, "model_index.json")  # no part of it is used, but it is said when it is damaged
             for component in self.components:
                 if (folder / component.folder).is_dir():
                     self.sources[component.name] = Source(folder / component.folder)
@@ -428,8 +434,21 @@ class ModelStore:
         if name not in self.loaded:
             component, source = self.component(name), self.source(name)
             self.loaded[name] = (load_component(component, source, self.dtype) if component.class_name
-                                 else build_tokenizer(component, source.folder))
+                                 else self._tokenizer(component, source.folder))
         return self.loaded[name]
+
+    def _tokenizer(self, component: Component, folder: Path) -> Any:
+        """A tokenizer. Raises: WeightError also for one with more tokens than its text encoder has rows for."""
+        tokenizer, encoder = build_tokenizer(component, folder), component.name.replace("tokenizer", "text_encoder")
+        if self.has_config(encoder):
+            config = self.config(encoder)
+            rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+            token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+            if type(rows) is int and highest >= rows:
+                raise WeightError(f"the tokenizer in {folder} has the token {shown(token)} of number {highest}, but "
+                                  f"'{encoder}' has a vocab_size of {rows}: expected the two of one model. Download "
+                                  "both folders again.")
+        return tokenizer
 
     def unload(self, names: Iterable[str]) -> None:
         """Let go of models, which are loaded again at first use."""

@@ -5,6 +5,7 @@ reader to decide, who knows what is expected. Nothing in a file is executed or e
 """
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ def read_sections(path: str | os.PathLike[str], sections: Collection[str],
         if size > MOST_BYTES:
             raise ConfigError(f"{path} has {size} bytes, expected at most {MOST_BYTES}: give the path of a "
                               "configuration.")
+        if not os.path.isfile(path):  # reading a pipe would wait for ever
+            raise OSError(errno.EINVAL, "it is not a regular file")
         with open(path, encoding="utf-8") as file:
             root = yaml.compose(file, yaml.SafeLoader)
     except OSError as error:

@@ -141,7 +141,9 @@ def _dataset(config: TrainConfig, name: str, base: str, metadata: str | None, pr
     except DataError as error:
         if str(error).startswith(("base_path=", "metadata_path=")):  # as the class calls what the settings name
             raise DataError(f"{name}_{error}") from error
-        raise
+        if "\n" in str(error):  # the rows, and the file that they stand in
+            raise
+        raise DataError(f"{name}_{'base' if metadata is None else 'metadata'}_path: {error}") from error
     if prompt is not None:
         dataset.rows = [{"prompt": prompt} | row for row in dataset.rows]
     return dataset

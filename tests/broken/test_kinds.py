@@ -129,6 +129,7 @@ def test_values_of_real_families(tiny_model, run, family, file, values, named):
     ("tokenizer_config.json", None, "lacks tokenizer_config"),
     ("vocab.json", "null", "vocab.json holds null"), ("vocab.json", '{"a": "b"}', "tokenizer"),
     ("added_tokens.json", "", "added_tokens.json"),
+    ("vocab.json", '{"a": 1}', "tokenizer"),
     ("tokenizer_config.json", '{"a": ' + "9" * 5000 + "}", "a number of 5000 digits"),
 ])
 def test_a_tokenizer_that_is_not_whole(tiny_model, file, content, named):
@@ -144,6 +145,41 @@ def test_a_tokenizer_that_is_not_whole(tiny_model, file, content, named):
     with pytest.raises(WeightError, match="tokenizer") as caught:
         build_tokenizer(COMPONENTS[0], Path("tokenizer"))
     assert named in str(caught.value)
+
+
+def test_a_sentencepiece_model_of_noise(tiny_model):
+    from ms_diffsynth.errors import WeightError
+    from ms_diffsynth.models import build_tokenizer
+    from ms_diffsynth.pipelines.flux.pipeline import COMPONENTS
+
+    shutil.copytree(tiny_model("flux") / "tokenizer_2", "tokenizer_2")
+    Path("tokenizer_2/spiece.model").write_bytes(bytes(range(256)) * 4)  # of which transformers makes False
+    with pytest.raises(WeightError, match="tokenizer_2"):
+        build_tokenizer(COMPONENTS[1], Path("tokenizer_2"))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_encoder_has_rows(tiny_model, run):
+    shutil.copytree(tiny_model("qwen_image"), "model")
+    change("model/tokenizer/vocab.json", a=10**6)
+    code, _, err = run("sample", "qwen_image", "model", "--prompt", "x", *SAMPLE)
+    assert code == 66 and "number 1000000, but 'text_encoder' has a vocab_size of" in err
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "{"])
+def test_a_model_index_that_is_damaged(world, run, text):
+    Path("models/toy/model_index.json").write_text(text)
+    code, _, err = run("train", "toy.yaml")
+    assert code == 66 and "models/toy/model_index.json" in err
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_a_prompt_that_a_script_gives(tiny_model, name):
+    from ms_diffsynth.errors import ConfigError
+    from ms_diffsynth.pipelines.toy.pipeline import ToyImagePipeline
+
+    pipe = ToyImagePipeline.from_pretrained(str(tiny_model("toy")))
+    with pytest.raises(ConfigError, match=name):
+        pipe(**{"prompt": "a cat", name: "caf\udce9"}, height=32, width=32)
 
 
 def test_a_link_in_place_of_a_tokenizers_file_is_told(tiny_model):

@@ -12,11 +12,12 @@ from mindspore import Tensor
 from PIL import Image
 
 from ms_diffsynth.data.images import to_pil
+from ms_diffsynth.data.prompts import prompt_problem
 from ms_diffsynth.diffusion.guidance import classifier_free
 from ms_diffsynth.diffusion.samplers import SAMPLERS
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest
+from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest, shortened
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.pipeline import Pipeline, UnitSequence, pad_prompts
 from ms_diffsynth.program import Program
@@ -69,6 +70,9 @@ class ImagePipeline(Pipeline):
         if odd:
             raise ConfigError(f"{type(self).__name__} has no input {listing(odd)}; it has prompt, negative_prompt, "
                               f"{listing([*_OPTIONS, *known], 20)}.{nearest(odd[0], [*_OPTIONS, *known])}")
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if text and (problem := prompt_problem(text)):
+                raise ConfigError(f"{name}={shortened(text)} {problem}.")
         sampler = self.check_sampler(sampler)
         own = self.sampling
         size = self.check_resize_height_width(height or own.height, width or own.width)
