@@ -6,16 +6,22 @@ docs/reference/errors.md. ``assert`` is for our own invariants only.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
 INTERNAL = 70  # exit code of an internal error
+LONGEST_LINE = 2000  # characters of a line of a message: ten names fit, a whole file does not
 
 
 class UserError(Exception):
-    """Something the user gave is wrong, and the message says how to correct it."""
+    """Something the user gave is wrong, and the message says how to correct it; of a long value it has the ends."""
 
     exit_code = 64
+
+    def __str__(self) -> str:
+        return "\n".join(shortened(line, LONGEST_LINE) for line in super().__str__().split("\n"))
 
 
 class ConfigError(UserError):
@@ -84,6 +90,58 @@ class OutputError(UserError):
     """Results cannot be written: no space, no permission, the path is taken."""
 
     exit_code = 74
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """``text``, or of a longer one its beginning and its end, and how many characters are left out."""
+    if len(text) <= most:
+        return text
+    first, last = most * 2 // 3, most // 6
+    return f"{text[:first]} [... {len(text) - first - last} characters ...] {text[len(text) - last:]}"
+
+
+_NO_MEMORY = re.compile(r"(?i)out of memory|(?:memory is not|not) enough memory|memory isn't enough|bad_alloc|"
+                        r"(?:allocate|malloc)\w*\b.{0,40}\bmemory\b.{0,40}\bfail|fail\w* to (?:allocate|malloc)|"
+                        r"allocat\w+ .{0,40}failed|\bmemory .{0,30}(?:alloc|malloc)\w* fail")
+
+
+def is_memory_short(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is for want of memory: one of Python or NumPy, or of MindSpore."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, MemoryError) or (isinstance(seen, RuntimeError) and _NO_MEMORY.search(str(seen))):
+            return True
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return False
+
+
+class Interrupted(BaseException):
+    """A signal came in a block that can be given up. No ``except Exception`` inside takes it for a failure."""
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether an error is one of code that was called, whatever its class, and not the wish to end (Ctrl-C)."""
+    return not isinstance(error, (KeyboardInterrupt, Interrupted))
+
+
+def said(error: BaseException) -> str:
+    """Class and text of an error of other code, in one line."""
+    try:
+        text = str(error)
+    except Exception as own:  # a class of other code may fail to say what it is
+        text = f"its text cannot be had, {type(own).__name__}"
+    return shortened(" ".join(f"{type(error).__name__}: {text}".split()), 400)
+
+
+@contextlib.contextmanager
+def naming(what: str, kinds: type[UserError] | tuple[type[UserError], ...] = UserError) -> Iterator[None]:
+    """Inside the block, messages of these kinds begin with ``what``, a setting and its value, unless they name it."""
+    try:
+        yield
+    except kinds as error:
+        if what.partition("=")[0] in str(error):
+            raise
+        raise type(error)(f"{shortened(what)}: {error}") from error
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

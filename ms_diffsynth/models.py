@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import inspect
+import logging
+import os
+import re
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,13 +18,39 @@ import mindspore as ms
 from mindspore import nn
 
 from ms_diffsynth import runtime
-from ms_diffsynth.errors import HubError, WeightError, listing
+from ms_diffsynth.errors import HubError, UserError, WeightError, is_memory_short, is_mistake, listing, said
+from ms_diffsynth.formats.json_text import is_of, read_json, shown, words_of
 from ms_diffsynth.formats.weights import match, open_checkpoint
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.names import assign, torch_shapes
 from ms_diffsynth.storage.files import sha256_of
 
+logger = logging.getLogger(__name__)
+
 SCHEDULER_FILE = "scheduler_config.json"
+LARGEST_NUMBER = 1 << 31  # of a config.json: a size that a tensor can have, and every rope_theta
+MOST_LAYERS = 1000  # the largest models have 100; a network of a million would take hours to be built, and fit no file
+
+# what a value of a config.json must be: in words, and whether it is
+Kind = tuple[str, Callable[[Any], bool]]
+
+SIZE: Kind = ("a whole number from 1", lambda value: type(value) is int and value >= 1)
+COUNT: Kind = ("a whole number from 0", lambda value: type(value) is int and value >= 0)
+NUMBER: Kind = ("a number", lambda value: type(value) in (int, float))
+SCALE: Kind = ("a number above 0", lambda value: type(value) in (int, float) and value > 0)
+FLAG: Kind = ("true or false", lambda value: type(value) is bool)
+SIZES: Kind = ("a list of whole numbers from 1", lambda value: _is_list(value, lambda v: type(v) is int and v >= 1))
+NUMBERS: Kind = ("a list of numbers", lambda value: _is_list(value, lambda v: type(v) in (int, float)))
+LIST: Kind = ("a list", lambda value: _is_list(value, lambda v: True))
+
+
+def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(map(is_item, value))
+
+
+def optional(kind: Kind) -> Kind:
+    """The same, or null, or not there."""
+    return f"{kind[0]}, or null", lambda value: value is None or kind[1](value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +69,7 @@ class Component:
         build_for: the same as ``build``, also from the names of the tensors in the checkpoint: for a model whose files
             come under several names.
         recomputes_itself: its code applies gradient checkpointing by itself.
+        reads: what the pipeline itself reads in its config.json, and what that must be.
     """
 
     name: str
@@ -51,6 +82,7 @@ class Component:
     libraries: tuple[str, ...] = ()
     build_for: Callable[[dict[str, Any], Iterable[str]], nn.Cell] | None = None
     recomputes_itself: bool = False
+    reads: Mapping[str, Kind] = field(default_factory=dict, hash=False)
 
     @property
     def is_tokenizer(self) -> bool:
@@ -72,55 +104,160 @@ def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.C
     Raises: WeightError for the config.json of another model, or naming missing, superfluous and mis-shaped tensors, or
         a missing shard.
     """
-    from mindspore.nn.utils import no_init_parameters
-
     config = read_config(source.folder)
     if class_name_of(config) != component.class_name:
         raise WeightError(f"{source.folder / 'config.json'} describes a {class_name_of(config)}, but "
                           f"'{component.name}' is a {component.class_name}. Give the folder of such a model.")
+    _check_reads(config, source.folder / "config.json", component.reads)
     checkpoint = open_checkpoint(list(source.files) or source.folder)
-    try:
-        with no_init_parameters():
-            if component.build_for is None:
-                cell = component.build(config)
-            else:
-                cell = component.build_for(config, checkpoint.shapes)
-    except TypeError as error:
-        raise WeightError(f"no {component.class_name} can be built from {source.folder / 'config.json'} ({error}). "
-                          "Expected the settings of that class; download the file again.") from error
+    cell = _build(component, config, source.folder / "config.json", checkpoint.shapes)
     for _, part in cell.cells_and_names():
         if hasattr(part, "set_flash_attention_force_cast_dtype"):  # mindone's, which casts float32 to float16 on Ascend
             part.set_flash_attention_force_cast_dtype(None)
     found = {k: v for k, v in checkpoint.shapes.items() if not k.startswith(component.ignored)}
     match(torch_shapes(cell), found, where=str(source.folder))
+    checkpoint.refuse_integers(found)
     assign(cell, ((k, v) for k, v in checkpoint.tensors() if k in found), lambda k: component.weight_dtype(k, dtype))
     for parameter in cell.get_parameters():
         parameter.requires_grad = False
     return cell.set_train(False)
 
 
-def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """The JSON object in a file of a model. Raises: WeightError when there is none, or something else."""
-    path = folder / name
+def _build(component: Component, config: dict[str, Any], file: Path, shapes: Mapping[str, Sequence[int]]) -> nn.Cell:
+    """The cell of a config.json, its weights still to come. Raises: WeightError naming the file, whatever goes wrong:
+    these are classes of other packages, which take what they are given until something breaks.
+    """
+    from mindspore.nn.utils import no_init_parameters
+
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightError(f"{path} is missing: expected the config.json of a diffusers or transformers model beside "
-                          "its weights. Download the whole component folder.") from None
-    except ValueError as error:
-        raise WeightError(f"{path} is not JSON ({error}): download it again.") from None
-    if not isinstance(config, dict):
-        raise WeightError(f"{path} holds {str(config)[:40]}: expected a JSON object. Download it again.")
+        with no_init_parameters():
+            if component.build_for is None:
+                return component.build(config)
+            return component.build_for(config, shapes)
+    except WeightError as error:
+        raise WeightError(f"{file}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        if is_memory_short(error):
+            text = "its sizes need more memory than there is"
+        else:
+            text = said(error)
+        named = [f"{k}={shown(v)}" for k, v in config.items() if re.search(rf"\b{re.escape(k)}\b", str(error))]
+        named = named or [f"{k}={v}" for k, v in config.items() if type(v) in (int, float) and not 0 < v < 1 << 20]
+        raise WeightError(f"no {component.class_name} can be built from {file} ({text})"
+                          f"{', which says ' + listing(named) if named else ''}. Expected the settings of that class; "
+                          "download the file again.") from error
+
+
+def build_tokenizer(component: Component, folder: Path) -> Any:
+    """A tokenizer from its folder. Raises: WeightError naming the file that is missing or damaged, or the folder."""
+    remedy = "Download the whole folder again."
+    if not folder.is_dir():
+        raise WeightError(f"{folder} is not a folder: expected that of the tokenizer '{component.name}'. {remedy}")
+    for name in sorted(name for name in os.listdir(folder) if name.endswith(".json")):
+        found = read_json(folder / name, WeightError, remedy)  # transformers leaves out what is broken
+        if name == "vocab.json" and (odd := [k for k, v in found.items() if type(v) is not int or v < 0]):
+            raise WeightError(f"{folder / name} gives {shown(odd[0])} the number {shown(found[odd[0]])}: expected "
+                              f"whole numbers from 0. {remedy}")
+    shipped = sorted(os.listdir(component.default_folder)) if component.default_folder else []
+    is_whole = (folder / "tokenizer.json").is_file()
+    names = [name for name in shipped if not (is_whole or name.startswith(("special_tokens", "added_tokens")))]
+    lost = [name for name in {"tokenizer_config.json": None, **dict.fromkeys(names)} if not (folder / name).is_file()]
+    try:
+        if lost:
+            raise WeightError(f"{folder} lacks {listing(lost)}, of the tokenizer '{component.name}'. {remedy}")
+        tokenizer = component.build(folder)
+        ids = tokenizer("a cat", padding="max_length", max_length=8, truncation=True).input_ids
+        if not all(type(number) is int and number >= 0 for number in ids):
+            raise WeightError(f"the tokenizer in {folder} gives 'a cat' the numbers {shown(ids)}. {remedy}")
+        return tokenizer
+    except UserError:
+        raise
+    except BaseException as error:  # of the package tokenizers it is no Exception, when its own code fails
+        if not is_mistake(error):
+            raise
+        raise WeightError(f"no tokenizer '{component.name}' can be made of the files in {folder} ({said(error)}). "
+                          f"{remedy}") from error
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The JSON object in a file of a model.
+
+    Raises: WeightError when there is none, it is something else, or a number in it is none of a model.
+    """
+    path = folder / name
+    if not os.path.lexists(path):
+        raise WeightError(f"{path} is missing: expected the {name} of a diffusers or transformers model beside "
+                          "its weights. Download the whole component folder.")
+    config = read_json(path, WeightError, "Download it again.")
+    if wrong := list(_impossible(config, "")):
+        raise WeightError(f"{path} says {listing(wrong)}. Download it again.")
     return config
 
 
-def arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments from a diffusers config.json."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
+def _check_reads(config: Mapping[str, Any], path: Path, reads: Mapping[str, Kind]) -> None:
+    wrong = [f"{key}={shown(config[key]) if key in config else 'nothing'}: expected {words}"
+             for key, (words, is_right) in reads.items() if not is_right(config.get(key))]
+    if wrong:
+        raise WeightError(f"{path} says {listing(wrong)}. Download it again.")
 
 
-def class_name_of(config: dict[str, Any]) -> str:
-    return config.get("_class_name") or (config.get("architectures") or ["model without a class name"])[0]
+def _impossible(config: Mapping[str, Any], place: str) -> Iterable[str]:
+    """Each number that no model has."""
+    for key, value in config.items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict):
+                yield from _impossible(item, f"{place}{key}.")
+            elif type(item) is int and abs(item) > LARGEST_NUMBER:
+                yield f"{place}{key}={item}: expected a number up to {LARGEST_NUMBER}"
+            elif type(item) is int and item > MOST_LAYERS and re.search(r"layers|blocks|depth|num_.*heads", key):
+                yield f"{place}{key}={item}: expected at most {MOST_LAYERS}"
+
+
+def arguments(cls: type, config: Mapping[str, Any], later: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The arguments of a class's constructor from a config.json. Names that begin with _ are diffusers' own.
+
+    Args:
+        later: settings of newer versions, and the value with which the network is the one that ``cls`` makes.
+
+    Raises: WeightError naming each value of another kind than the constructor's annotations, or its defaults, say, and
+        each later setting that is on.
+    """
+    parameters, hints = inspect.signature(cls.__init__).parameters, {}
+    with contextlib.suppress(NameError, TypeError):  # of a class whose annotations name what it does not import
+        hints = typing.get_type_hints(inspect.unwrap(cls.__init__))
+    is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    given = {k: v for k, v in config.items() if not k.startswith("_") and not (k in (later or {}) and v == later[k])}
+    wrong = [f"{k}={shown(v)}: expected {shown(later[k])}, for which this version computes" for k, v in given.items()
+             if k in (later or {})]
+    for key, value in given.items():
+        if key not in parameters:
+            continue
+        default, hint = parameters[key].default, hints.get(key)
+        if hint is None and default is not inspect.Parameter.empty and default is not None:
+            hint = type(default) | None
+        if hint is not None and not is_of(value, hint):
+            wrong.append(f"{key}={shown(value)}: expected {words_of(hint)}")
+    lost = [n for n, p in list(parameters.items())[1:]
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and n not in given]
+    wrong += [f"nothing of {name}: expected {words_of(hints.get(name, object))}" for name in lost]
+    if wrong:
+        raise WeightError(f"it says {listing(wrong)}. Expected the settings of a {cls.__name__}; download the file "
+                          "again.")
+    unknown = [] if is_open else [k for k in given if k not in parameters and k != "architectures"]
+    if unknown:
+        logger.warning("%s: its config.json has %s, which this version does not know and leaves out. If the images are "
+                       "wrong, the model needs a newer version.", cls.__name__, listing(unknown))
+    given = {k: v for k, v in given.items() if is_open or k in parameters}
+    return given if is_open else {k: tuple(v) if isinstance(v, list) and not isinstance(parameters[k].default, list)
+                                  else v for k, v in given.items()}
+
+
+def class_name_of(config: Mapping[str, Any]) -> str:
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    return str(config.get("_class_name") or first or "model without a class name")
 
 
 def files_digest(source: Source) -> str:
@@ -231,7 +368,8 @@ class ModelStore:
         if config.model_id and not (folder / "config.json").is_file() and not paths[0].is_dir():
             beside = (PurePosixPath(config.origin_file_pattern or "").parent / "config.json").as_posix()
             replace(config, origin_file_pattern=beside).resolve(runtime.model_base_path())
-        if (folder / "model_index.json").is_file() and paths[0].is_dir():
+        if os.path.lexists(folder / "model_index.json") and paths[0].is_dir():
+            self._read(folder, "model_index.json")  # no part of it is used, but it is said when it is damaged
             for component in self.components:
                 if (folder / component.folder).is_dir():
                     self.sources[component.name] = Source(folder / component.folder)
@@ -298,7 +436,9 @@ class ModelStore:
             config = self.loaded[name].config
             return config.to_dict() if hasattr(config, "to_dict") else dict(config)  # transformers has classes
         if name in self.sources or name not in self.known_configs:
-            return self._read(self.source(name).folder)
+            config = self._read(folder := self.source(name).folder)
+            _check_reads(config, folder / "config.json", self.component(name).reads)
+            return config
         return self.known_configs[name]
 
     def scheduler_config(self, network: str) -> dict[str, Any] | None:
@@ -316,7 +456,7 @@ class ModelStore:
         if name not in self.loaded:
             component, source = self.component(name), self.source(name)
             self.loaded[name] = (load_component(component, source, self.dtype) if component.class_name
-                                 else component.build(source.folder))
+                                 else self._tokenizer(component, source.folder))
             for weights in self.trained.get(name, ()):
                 weights.put(name, self.loaded[name])
         return self.loaded[name]
@@ -328,6 +468,19 @@ class ModelStore:
         if weights not in self.trained.setdefault(name, []):
             self.trained[name].append(weights)
         self.note_change(name, f"weights {sha256_of(weights.path)}", is_once=True)
+
+    def _tokenizer(self, component: Component, folder: Path) -> Any:
+        """A tokenizer. Raises: WeightError also for one with more tokens than its text encoder has rows for."""
+        tokenizer, encoder = build_tokenizer(component, folder), component.name.replace("tokenizer", "text_encoder")
+        if self.has_config(encoder):
+            config = self.config(encoder)
+            rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+            token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+            if type(rows) is int and highest >= rows:
+                raise WeightError(f"the tokenizer in {folder} has the token {shown(token)} of number {highest}, but "
+                                  f"'{encoder}' has a vocab_size of {rows}: expected the two of one model. Download "
+                                  "both folders again.")
+        return tokenizer
 
     def unload(self, names: Iterable[str]) -> None:
         """Let go of models, which are loaded again at first use."""

@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TextIO
 from urllib.parse import quote
 
 from huggingface_hub import get_token
+
+from ms_diffsynth.errors import OutputError
 
 HIDDEN = "[redacted]"
 SHORTEST = 8  # characters of a value worth hiding: a shorter one would be found in innocent words
@@ -114,21 +117,47 @@ def redacted_terminal() -> Iterator[None]:
 
 
 class _Redacted:
-    """A stream that redacts what is written to it, and is the one it was made of in all else."""
+    """A stream that redacts what is written to it, and is the one it was made of in all else.
 
-    def __init__(self, stream: TextIO):
+    What the encoding of the terminal has not is written as an escape; of a process without a terminal nothing is said.
+    """
+
+    def __init__(self, stream: TextIO | None):
         self._stream = stream
 
     @classmethod
     def of(cls, stream: TextIO | None) -> Any:
-        return stream if stream is None or isinstance(stream, cls) else cls(stream)
+        return stream if isinstance(stream, cls) else cls(stream)
 
     def write(self, text: str) -> int:
-        self._stream.write(redact(text))
+        if self._stream is not None:
+            encoding = getattr(self._stream, "encoding", None) or "utf-8"
+            with _writing():
+                self._stream.write(redact(text).encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            with _writing():
+                self._stream.flush()
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"the output cannot be written: {errno.errorcode.get(error.errno, 'unknown error')} "
+                          f"({error.strerror}). Free some space, or send it elsewhere.") from error
 
 
 def _known() -> Iterator[str]:
@@ -146,8 +175,8 @@ def _forms(secret: str) -> Iterator[str]:
     if len(secret) < SHORTEST:
         return
     yield secret
-    yield quote(secret, safe="")
-    data = secret.encode()
+    yield quote(secret, safe="", errors="surrogateescape")
+    data = secret.encode(errors="surrogateescape")  # an environment may hold any bytes
     for shift, begin in ((0, 0), (1, 2), (2, 3)):
         whole = (shift + len(data)) * 8 // 6  # characters whose six bits all are the value's
         encoded = base64.b64encode(bytes(shift) + data).decode()[begin:whole]

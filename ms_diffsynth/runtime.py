@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ import mindspore as ms
 from mindspore import Tensor
 
 from ms_diffsynth import __version__
-from ms_diffsynth.errors import ConfigError, DeviceError, nearest
+from ms_diffsynth.errors import ConfigError, DataError, DeviceError, UserError, is_memory_short, nearest, shortened
 from ms_diffsynth.ops import install_cpu_kernels
 
 logger = logging.getLogger(__name__)
@@ -121,13 +122,13 @@ def use_device(device: str | None) -> None:
 
 def _join(device: str) -> tuple[int, int]:
     """Rank and number of ranks; the first call in a worker of msrun, or of our launcher, waits for all others."""
-    world_size = int(os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM") or 1)
+    world_size = _number_in("RANK_SIZE") or _number_in("MS_WORKER_NUM") or 1
     if world_size == 1:
         return 0, 1
     from mindspore import communication
 
     if device == "CPU" and _current is None and "DEVICE_ID" in os.environ:
-        _take_cores(int(os.environ["DEVICE_ID"]), int(os.environ.get("LOCAL_WORLD_SIZE") or world_size))
+        _take_cores(_number_in("DEVICE_ID") or 0, _number_in("LOCAL_WORLD_SIZE") or world_size)
     # On the CPU also how long a rank waits in a collective, while rank 0 makes images: 30 s by default.
     os.environ.setdefault("MS_NODE_TIMEOUT", "1800")
     try:
@@ -140,6 +141,18 @@ def _join(device: str) -> tuple[int, int]:
     if _current is None:
         atexit.register(_yield_to_others)  # runs before what MindSpore registered at its import: it leaves the others
     return communication.get_rank(), communication.get_group_size()
+
+
+def _number_in(name: str) -> int | None:
+    """A number of ranks, or the number of one, that the environment says; None where it says none.
+
+    Raises: ConfigError for what is no such number.
+    """
+    text = os.environ.get(name) or ""
+    if text and not (text.isascii() and text.isdecimal() and len(text) <= 6):
+        raise ConfigError(f"{name}={shortened(text)} in the environment: expected a whole number, as msrun and "
+                          f"ms-diffsynth launch set it. Unset {name} to train in one process.")
+    return int(text) if text else None
 
 
 def _yield_to_others() -> None:
@@ -160,6 +173,9 @@ def _take_cores(rank: int, ranks: int) -> None:
         rank, ranks: among those of this machine.
     """
     cores = sorted(os.sched_getaffinity(0))
+    if rank >= ranks:
+        raise ConfigError(f"DEVICE_ID={rank} and {ranks} ranks on this machine, as the environment says: expected 0 to "
+                          f"{ranks - 1}. Start all ranks by msrun or ms-diffsynth launch.")
     first, last = rank * len(cores) // ranks, (rank + 1) * len(cores) // ranks
     own = cores[first:last] or [cores[first]]
     for thread in os.listdir("/proc/self/task"):
@@ -229,6 +245,19 @@ def compute_dtype(name: str | None) -> ms.Type:
 def model_base_path() -> str | None:
     """Folder that holds downloaded models, from MS_DIFFSYNTH_MODEL_BASE_PATH; None uses the hub's own cache."""
     return os.environ.get("MS_DIFFSYNTH_MODEL_BASE_PATH") or None
+
+
+@contextlib.contextmanager
+def memory_for(**settings: Any) -> Iterator[None]:
+    """Inside the block, want of memory is a DeviceError that names the settings which ask for it, but for None."""
+    try:
+        yield
+    except Exception as error:
+        if (isinstance(error, UserError) and not isinstance(error, DataError)) or not is_memory_short(error):
+            raise
+        asked = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+        raise DeviceError(f"the memory does not suffice for {asked}: choose less of it (docs/reference/memory.md), or "
+                          "a smaller model.") from error
 
 
 def memory_text(size: int) -> str:

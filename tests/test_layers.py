@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Every layer may import those before it. A file that is no layer of its own belongs to its folder.
 LAYERS = ["errors", "redact", "program", "draws", "data", "formats", "storage", "hub", "launch", "registry", "config",
-          "ops", "runtime", "compile", "nn", "evaluate", "units", "diffusion", "models", "pipeline", "template",
+          "ops", "runtime", "compile", "nn", "core", "evaluate", "units", "diffusion", "models", "pipeline", "template",
           "pipelines", "training", "run", "standin", "debug", "cli"]
 NO_MINDSPORE = {"errors", "redact", "program", "draws", "data", "formats", "storage", "hub", "launch", "config",
                 "registry", "standin"}

@@ -63,10 +63,10 @@ def test_a_pipeline_that_is_not_made_yet_has_no_models():
 
 def test_a_config_is_read_once(tiny, monkeypatch):
     pipe = ToyImagePipeline.from_pretrained(str(tiny))
-    read = []
-    monkeypatch.setattr("ms_diffsynth.models.read_config", lambda folder, *name: read.append(folder) or {"a": 1})
+    read, config = [], {"latent_channels": 4, "scaling_factor": 0.5}
+    monkeypatch.setattr("ms_diffsynth.models.read_config", lambda folder, *name: read.append(folder) or config)
     for _ in range(3):
-        assert pipe.config("vae") == {"a": 1}
+        assert pipe.config("vae") == config
     assert read == [tiny / "vae"]
 
 
@@ -101,8 +101,8 @@ def test_the_config_of_another_model(folder):
         ToyImagePipeline.from_pretrained(ModelConfig(str(folder / "transformer")))
     with pytest.raises(WeightError, match="describes a UNet2DConditionModel, but 'dit' is a ToyTransformer"):
         _ = ToyImagePipeline.from_pretrained(str(folder)).dit
-    edit_config(folder / "transformer", _class_name="ToyTransformer", layers=3)
-    with pytest.raises(WeightError, match=r"no ToyTransformer can be built from .*config.json .*layers"):
+    edit_config(folder / "transformer", _class_name="ToyTransformer", hidden_size=0)
+    with pytest.raises(WeightError, match=r"no ToyTransformer can be built from .*config.json .*hidden_size=0"):
         _ = ToyImagePipeline.from_pretrained(str(folder)).dit
 
 

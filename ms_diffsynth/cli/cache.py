@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from ms_diffsynth.config.flags import path_argument
 from ms_diffsynth.errors import CacheError
 from ms_diffsynth.storage.cache import Cache
 
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description += " inspect reads every entry and ends with code 78 when one is missing or damaged."
     parser.add_argument("action", choices=("inspect", "prune"),
                         help="inspect: verify and describe; prune: delete entries that the manifest does not name")
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=path_argument, metavar="DIR")
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -3,16 +3,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from ms_diffsynth.config import load_config
-from ms_diffsynth.config.flags import add_flags, overrides_of
+from ms_diffsynth.config.flags import add_flags, overrides_of, path_argument
+from ms_diffsynth.errors import ConfigError, listing, nearest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The same as of ``train``."""
     parser.usage = "ms-diffsynth describe [CONFIG.yaml] [--setting value ...]"
-    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("config", nargs="?", type=path_argument, metavar="CONFIG.yaml")
     add_flags(parser)
 
 
@@ -28,6 +28,11 @@ def execute(args: argparse.Namespace) -> int:
     schedule = pipe.training_schedule(config.objective.task.split(":")[0])
     trainable = [n for n in (config.model.trainable_models or config.model.lora_base_model).split(",") if n]
     program = pipe.training_program(build_task(config), schedule.sigmas)
+    known = [component.name for component in pipe.store.components if not component.is_tokenizer]
+    if odd := [name for name in trainable if name.split(".")[0] not in known]:
+        setting = "trainable_models" if config.model.trainable_models else "lora_base_model"
+        raise ConfigError(f"{setting}: '{odd[0]}' cannot be trained: expected some of {listing(known)}."
+                          f"{nearest(odd[0], known)}")
     cut = program.cut(("loss",), trainable, (*pipe.always_fused, *config.model.fuse))
     sys.stdout.write(cut.describe() + "\n")
     for stage in ("prepare", "step"):

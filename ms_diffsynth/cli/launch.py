@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ms_diffsynth.config import NO_TOKEN, TOKEN_FLAGS, load_config
-from ms_diffsynth.config.flags import overrides_of, refuse_tokens
+from ms_diffsynth.config.flags import overrides_of, path_argument, refuse_tokens
+from ms_diffsynth.config.setting import out_of_range
 from ms_diffsynth.errors import ConfigError, DeviceError, OutputError, nearest
 from ms_diffsynth.launch.job import Job
 from ms_diffsynth.launch.ports import PORT, check_port, free_port, resolve, wait_for_scheduler
@@ -25,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     refuse_tokens(parser)
     add = parser.add_argument
     add("--workers", type=int, required=True, metavar="N", help="processes on this machine, one for each device")
-    add("--log_dir", type=Path, metavar="DIR", help="folder for worker-K.log (default: logs in the run's output_path, "
-        "for other programs launch-DATE-TIME)")
+    add("--log_dir", type=path_argument, metavar="DIR", help="folder for worker-K.log (default: logs in the run's "
+        "output_path, for other programs launch-DATE-TIME)")
     add("--hang_seconds", type=float, metavar="S", help="end the job when every worker has been in one step for this "
         "long, and for five times its longest step (default: 20; with several machines 300)")
     add("--compile_seconds", type=float, default=1800.0, metavar="S", help="the same for everything that is not a "
@@ -77,9 +78,10 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    wrong = [f"{name}={value}: expected a number above 0" for name, value in vars(args).items() if value is not None
-             and name in ("workers", "nodes", "hang_seconds", "compile_seconds", "grace_seconds", "start_seconds")
-             and not value > 0]
+    ranges = {"workers": "1 <= workers <= 1024", "nodes": "1 <= nodes <= 65536"} | {
+        f"{what}_seconds": f"0 < {what}_seconds <= 31536000" for what in ("hang", "compile", "grace", "start")}
+    wrong = [f"{name}={value}: {problem}" for name, allowed in ranges.items()
+             if (value := getattr(args, name)) is not None and (problem := out_of_range(value, allowed))]
     if not 0 <= args.node_rank < args.nodes:
         wrong.append(f"node_rank={args.node_rank}: expected 0 to {args.nodes - 1}, for nodes={args.nodes}")
     if args.nodes > 1 and args.master_address is None:

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from ms_diffsynth.cli.run_main import run_main
 from ms_diffsynth.config.flags import Parser
-from ms_diffsynth.errors import ConfigError, nearest
+from ms_diffsynth.errors import ConfigError, nearest, shortened
 
 # One file of this folder each, imported when it is asked for: MindSpore takes seconds to import, a help text must not.
 COMMANDS = {
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     command = next((word for word in arguments if not word.startswith("-")), None)
     if command is not None and command not in COMMANDS:
-        raise ConfigError(f"'{command}' is an unknown command: expected one of {', '.join(COMMANDS)}."
+        raise ConfigError(f"'{shortened(command)}' is an unknown command: expected one of {', '.join(COMMANDS)}."
                           f"{nearest(command, COMMANDS)}")
     args = parser(command).parse_args(arguments)
     return args.execute(args)

@@ -5,9 +5,9 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 from ms_diffsynth import runtime
+from ms_diffsynth.config.flags import path_argument
 from ms_diffsynth.debug.compare import TOLERANCES, tolerances
 from ms_diffsynth.debug.parity import CASES, check_case
 from ms_diffsynth.errors import ConfigError, UserError
@@ -17,7 +17,7 @@ from ms_diffsynth.storage.files import write_file
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The cases, and where and how to run them."""
-    parser.add_argument("cases", nargs="*", metavar="DIR", type=Path,
+    parser.add_argument("cases", nargs="*", metavar="DIR", type=path_argument,
                         help="folders that hold a case.json (default: those that come with the package)")
     parser.add_argument("--mode", choices=[*runtime.MODES, "both"], default="both",
                         help="graph, pynative or both (default: both)")
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="what to run them on (default: an Ascend where there is one, else the CPU)")
     parser.add_argument("--dtype", choices=TOLERANCES, default="float32",
                         help="what the network computes in (default: float32)")
-    parser.add_argument("--report", metavar="FILE", type=Path,
+    parser.add_argument("--report", metavar="FILE", type=path_argument,
                         help="also write every number, and the versions of everything, as JSON: to send to us")
 
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from contextlib import nullcontext
 
-from ms_diffsynth.config.flags import refuse_tokens
+from ms_diffsynth.config.flags import path_argument, refuse_tokens
+from ms_diffsynth.errors import naming
 from ms_diffsynth.hub.publish import HUBS, choose, publish
 
 
@@ -14,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description += (" Sent are the model card, weights, their configuration and sample images; never "
                            "optimizer states, logs, hidden files or links. The repository is private unless "
                            "--hub_public is given.")
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("folder", type=path_argument, metavar="FOLDER")
     parser.add_argument("--hub_model_id", required=True, metavar="OWNER/NAME", help="made when it does not exist")
     parser.add_argument("--hub", choices=HUBS, default=HUBS[0], help=f"where (default: {HUBS[0]})")
     parser.add_argument("--hub_public", action="store_true", help="make the repository public")
@@ -27,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Publish, or list."""
-    names = choose(args.folder, args.files)
+    with naming(f"--files {' '.join(args.files)}") if args.files else nullcontext():
+        names = choose(args.folder, args.files)
     if "README.md" not in names:
         sys.stderr.write(f"{args.folder} has no README.md: it is published without a model card\n")
     if args.dry_run:

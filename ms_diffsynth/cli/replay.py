@@ -3,13 +3,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
-from pathlib import Path
 
 from ms_diffsynth.config import load_config
-from ms_diffsynth.config.flags import add_flags, overrides_of
-from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.config.flags import add_flags, overrides_of, path_argument
+from ms_diffsynth.errors import ConfigError, shortened
 from ms_diffsynth.storage.lock import lock_folder
 
 
@@ -18,13 +16,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "ms-diffsynth replay RUN STEP [--setting value ...]"
     parser.description += (" The run is configured by its own config.yaml; a flag is for files that have another place "
                            "now, and for what is a flag only. Ends with code 1 when a number differs from loss.csv.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="output_path of the run")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="output_path of the run")
     parser.add_argument("step", type=int, metavar="STEP", help="step to make again, as in loss.csv")
     add_flags(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
     """Replay the step, and say what it gave."""
+    if not 0 < args.step < 1 << 31:
+        raise ConfigError(f"step={shortened(str(args.step))}: expected one of the steps in loss.csv, from 1.")
     file = args.run / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{args.run} has no config.yaml, so it is not a run of ms-diffsynth train. A script replays "
@@ -34,13 +34,12 @@ def execute(args: argparse.Namespace) -> int:
     # accept_changes belongs to resume, and what was accepted then is not accepted now
     overrides = {"resume": "auto", "accept_changes": "[]"} | overrides_of(args) | {"output_path": str(args.run)}
     config = load_config(file, overrides)
-    from ms_diffsynth.debug.replay import replay_training_step
+    from ms_diffsynth.debug.replay import replay_training_step, settings_of
     from ms_diffsynth.run.build import build_datasets, build_module
     from ms_diffsynth.run.pipeline import build_pipeline
     from ms_diffsynth.training.distributed import Accelerator
 
-    file = args.run / "training_args.json"
-    ranks = json.loads(file.read_text()).get("num_processes", 1) if file.is_file() else 1
+    ranks = settings_of(args.run).get("num_processes", 1)
     if ranks > 1:  # one process takes all of a batch that they shared
         sys.stderr.write(f"a run of {ranks} ranks, made again by one: equal but for the order of summation\n")
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, batch_size=config.run.batch_size * ranks))

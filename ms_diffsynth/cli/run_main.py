@@ -1,6 +1,7 @@
 """How a program of this package ends: what is said of an error, and its exit code."""
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -9,7 +10,7 @@ import traceback
 from collections.abc import Callable
 
 from ms_diffsynth import __version__
-from ms_diffsynth.errors import INTERNAL, UserError
+from ms_diffsynth.errors import INTERNAL, DeviceError, OutputError, UserError, is_memory_short, shortened
 from ms_diffsynth.redact import redact_logs, redacted_terminal
 
 _STDOUT = 1  # the number of its file
@@ -22,12 +23,17 @@ def run_main(function: Callable[[], int | None], debug: bool = False) -> int:
     and what to report. No secret is in what is written to the terminal meanwhile, nor in what is logged from then on.
     """
     redact_logs()
+    _open_streams()
     with redacted_terminal():
         try:
-            code = function() or 0
-            if sys.stdout is not None:  # it is in a process without one
+            try:
+                code = function() or 0
                 sys.stdout.flush()  # while what is wrong with it can still be told
-            return code
+                return code
+            except Exception as error:
+                if (known := _of_the_system(error)) is None:
+                    raise
+                raise known from error
         except UserError as error:
             lines = traceback.format_exception(error) if debug else [f"{type(error).__name__}: {error}\n"]
             sys.stderr.write("".join(lines))
@@ -43,6 +49,32 @@ def run_main(function: Callable[[], int | None], debug: bool = False) -> int:
                              f"lines, the command and its configuration (ms_diffsynth {__version__}, "
                              f"docs/reference/errors.md#{INTERNAL}).\n")
             return INTERNAL
+
+
+def _of_the_system(error: Exception) -> UserError | None:
+    """What the system refuses wherever it is asked: memory, or a path that an OSError names. Else None."""
+    if isinstance(error, UserError):
+        return None
+    if is_memory_short(error):
+        first = next(iter(str(error).strip().splitlines()), "")
+        return DeviceError(f"the memory does not suffice: {type(error).__name__}: {shortened(first)}. Choose a smaller "
+                           "batch_size, max_pixels, height and width (docs/reference/memory.md), or a smaller model.")
+    if isinstance(error, OSError) and error.filename is not None and not isinstance(error, BrokenPipeError):
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else error.filename
+        code = errno.errorcode.get(error.errno, "unknown error")
+        return OutputError(f"{shortened(str(name))} cannot be used: {code} ({error.strerror}). Check the path, "
+                           "and who may read and write there.")
+    return None
+
+
+def _open_streams() -> None:
+    """Where stdin, stdout or stderr are closed, as some schedulers do, the next file would get their number, and what
+    libraries write there."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
 
 
 def _is_reader_gone() -> bool:

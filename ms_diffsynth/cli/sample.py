@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -12,22 +11,35 @@ from typing import Any
 from PIL import Image
 
 from ms_diffsynth.cli.template import add_trust_flags
+from ms_diffsynth.config.flags import path_argument
+from ms_diffsynth.config.setting import out_of_range
+from ms_diffsynth.config.settings import SETTINGS
+from ms_diffsynth.data.prompts import prompt_problem
 from ms_diffsynth.diffusion.schedule import check_strength
-from ms_diffsynth.errors import ConfigError, OutputError
+from ms_diffsynth.errors import ConfigError, DataError, OutputError, naming, shortened
+from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.pipelines.shared.tiles import Tiles
 from ms_diffsynth.registry import FAMILIES, family
+
+RANGES = {name: SETTINGS[name].metadata["range"] for name in ("num_inference_steps", "height", "width",
+                                                              "max_sequence_length")} | {
+    "seed": "0 <= seed <= 9223372036854775807", "count": "1 <= count <= 65536",
+    "lora_scale": "-1000 <= lora_scale <= 1000", "cfg_scale": "0 <= cfg_scale <= 1000",
+    "embedded_guidance": "0 <= embedded_guidance <= 1000"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, prompts, and how to sample."""
     parser.add_argument("family", metavar="FAMILY", help=f"one of {', '.join(sorted(FAMILIES))}")
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a diffusers-format model")
+    parser.add_argument("model", type=path_argument, metavar="MODEL", help="folder of a diffusers-format model")
     parser.add_argument("--prompt", action="append", help="may be given several times")
-    parser.add_argument("--count", type=int, default=16, help="how many, of a family without prompts (default: 16)")
-    parser.add_argument("--weights", type=Path, help="weights that full training saved, for the models they are of")
-    parser.add_argument("--negative_prompt", default="", help="what cfg_scale leads away from")
-    parser.add_argument("--lora", type=Path, help="file of a LoRA, or of another adapter, to fuse into the transformer")
-    parser.add_argument("--lora_scale", type=float, default=1.0, help="factor on the LoRA (default: 1)")
+    parser.add_argument("--count", type=int, help="how many, of a family without prompts (default: 16)")
+    parser.add_argument("--weights", type=path_argument,
+                        help="weights that full training saved, for the models they are of")
+    parser.add_argument("--negative_prompt", help="what cfg_scale leads away from")
+    parser.add_argument("--lora", type=path_argument,
+                        help="file of a LoRA, or of another adapter, to fuse into the transformer")
+    parser.add_argument("--lora_scale", type=float, help="factor on the LoRA (default: 1)")
     parser.add_argument("--template", action="append", default=[],
                         help="folder of a template, or owner/name: on a hub; several times for several")
     parser.add_argument("--template_inputs", metavar="JSON",
@@ -52,44 +64,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_sequence_length", type=int, help="text tokens a prompt is padded or cut to")
     parser.add_argument("--mode", default="graph", help="graph or pynative (default: graph)")
     parser.add_argument("--device", help="CPU or Ascend (default: what is there)")
-    parser.add_argument("--output", type=Path, default=Path("samples"), help="folder (default: samples)")
+    parser.add_argument("--output", type=path_argument, default=Path("samples"), help="folder (default: samples)")
 
 
 def execute(args: argparse.Namespace) -> int:
     """Generate the images, and write each when it is there."""
     _check(args)
+    chosen = family(args.family)
     from ms_diffsynth import runtime
     from ms_diffsynth.data.images import png_bytes
     from ms_diffsynth.run.pipeline import open_pipeline
     from ms_diffsynth.storage.files import write_file
 
     runtime.configure(args.mode, args.device)
-    chosen = family(args.family)
     cls = chosen.pipeline
     if chosen.takes_prompts and not args.prompt:
         raise ConfigError(f"no prompt: images of the family {args.family} follow one. Give --prompt.")
-    of_prompts = ("prompt", "lora", "template", "input_image", "tiled")
-    unused = [n for n in (() if chosen.takes_prompts else of_prompts) if getattr(args, n)]
+    of_others = ("count",) if chosen.takes_prompts else (
+        "prompt", "negative_prompt", "lora", "template", "cfg_scale", "embedded_guidance", "input_image", "tiled")
+    unused = [name for name in of_others if getattr(args, name) not in (None, [], False)]
     if unused:
         raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")
     cls.check_sampler(args.sampler)
     pipe = open_pipeline(args.family, str(args.model), device=args.device, max_sequence_length=args.max_sequence_length)
+    if args.embedded_guidance is not None and not pipe.takes_guidance:
+        raise ConfigError(f"embedded_guidance={args.embedded_guidance}: this model is told none. Remove it, or use "
+                          "--cfg_scale.")
     if args.weights:
         loaded = pipe.load_weights(args.weights)
         sys.stderr.write(f"{args.weights}: {', '.join(f'{n} tensors of {model}' for model, n in loaded.items())}\n")
     if args.lora:
-        fused = pipe.load_lora(None, args.lora, args.lora_scale)
+        scale = 1.0 if args.lora_scale is None else args.lora_scale
+        fused = pipe.load_lora(None, args.lora, scale)
         sys.stderr.write(f"{args.lora}: fused into {fused} layers\n")
     same = {"num_inference_steps": args.num_inference_steps, "sampler": args.sampler, "height": args.height,
             "width": args.width}
     if args.prompt:
-        images = _with_prompts(args, pipe, same)
+        images = partial(_with_prompts, args, pipe, same)
     else:
-        images = pipe(batch_size=args.count, seed=args.seed, **same)
-    for k, image in enumerate(images):
-        path = args.output / f"{k:03d}-seed{args.seed + k if args.prompt else args.seed}.png"
-        write_file(path, png_bytes(image))
-        sys.stdout.write(f"{path}\n")
+        images = partial(pipe, batch_size=args.count or 16, seed=args.seed, **same)
+    given = [f"MODEL {args.model}", *(f"--{name} {value}" for name in ("weights", "lora", "lora_scale", "cfg_scale",
+             "embedded_guidance") if (value := getattr(args, name)) is not None)]
+    memory = runtime.memory_for(height=args.height, width=args.width, count=args.count, model=args.model)
+    with memory, naming(" ".join(given), DataError):  # images that are not finite are made of these
+        for k, image in enumerate(images()):
+            path = args.output / f"{k:03d}-seed{args.seed + k if args.prompt else args.seed}.png"
+            write_file(path, png_bytes(image))
+            sys.stdout.write(f"{path}\n")
     return 0
 
 
@@ -101,7 +122,8 @@ def _with_prompts(args: argparse.Namespace, pipe: Any, same: dict[str, Any]) -> 
     if args.input_image:
         same["input_image"] = read_image(str(args.input_image))
         same["denoising_strength"] = 1.0 if args.denoising_strength is None else args.denoising_strength
-    given = {name: text for name in ("template_inputs", "negative_template_inputs") if (text := getattr(args, name))}
+    names = [f"{side}template_inputs" for side in ("", "negative_")]
+    given = {name: text for name in names if (text := getattr(args, name)) is not None}
     generate, inputs = pipe, {}
     if args.template:
         from ms_diffsynth.template import TemplatePipeline
@@ -112,24 +134,29 @@ def _with_prompts(args: argparse.Namespace, pipe: Any, same: dict[str, Any]) -> 
         generate = partial(templates, pipe)
         for name, text in given.items():
             try:
-                inputs[name] = json.loads(text)
-            except ValueError:
-                inputs[name] = None
-            if not isinstance(inputs[name], list) or not all(isinstance(entry, dict) for entry in inputs[name]):
-                raise ConfigError(f"{name}={text}: expected a JSON list of objects, such as [{{\"scale\": 0.5}}].")
+                inputs[name] = parse_json(text, list)
+            except NotJSON:
+                inputs[name] = [None]
+            if not all(isinstance(entry, dict) for entry in inputs[name]):
+                raise ConfigError(f"{name}={shortened(text)}: expected a JSON list of objects, such as "
+                                  "[{\"scale\": 0.5}].")
     elif given:
         raise ConfigError(f"{next(iter(given))} without --template: name the template it is for.")
     for k, prompt in enumerate(args.prompt):
-        yield generate(prompt=prompt, negative_prompt=args.negative_prompt, cfg_scale=args.cfg_scale,
+        yield generate(prompt=prompt, negative_prompt=args.negative_prompt or "", cfg_scale=args.cfg_scale,
                        seed=args.seed + k, embedded_guidance=args.embedded_guidance, **same, **inputs)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused before MindSpore is imported."""
-    problems = [f"{name}={getattr(args, name)}: expected at least {least}"
-                for name, least in (("num_inference_steps", 1), ("height", 1), ("width", 1), ("seed", 0),
-                                    ("max_sequence_length", 1), ("count", 1))
-                if getattr(args, name) is not None and getattr(args, name) < least]
+    problems = [f"{name}={value}: {wrong}" for name, allowed in RANGES.items()
+                if (value := getattr(args, name)) is not None and (wrong := out_of_range(value, allowed))]
+    problems += [f"{name}={shortened(text, 80)} {wrong}" for name, texts in
+                 (("prompt", args.prompt or []), ("negative_prompt", [args.negative_prompt or "x"])) for text in texts
+                 if (wrong := prompt_problem(text))]
+    unused = [("lora_scale", "lora")] + [(f"trust_template_{what}", "template") for what in ("code", "sha256")]
+    problems += [f"{name} without --{other}: name what it is for, or remove it" for name, other in unused
+                 if getattr(args, name) not in (None, False) and not getattr(args, other)]
     problems += [f"{name}={path}: no such file" for name in ("lora", "weights", "input_image")
                  if (path := getattr(args, name)) and not path.is_file()]
     if args.denoising_strength is not None and not args.input_image:

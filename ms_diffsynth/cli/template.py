@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from ms_diffsynth.config.flags import path_argument
 from ms_diffsynth.errors import TemplateError
 
 
@@ -12,11 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Two actions: ``show`` and ``pack``."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="print model.py and its sha256; its code does not run")
-    show.add_argument("template", type=Path, metavar="TEMPLATE", help="folder of the template")
+    show.add_argument("template", type=path_argument, metavar="TEMPLATE", help="folder of the template")
     pack = actions.add_parser("pack", help="write model.py and all weights into a new folder")
     pack.add_argument("template", metavar="TEMPLATE", help="folder of the template, or owner/name: on a hub")
-    pack.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="safetensors file that training wrote")
-    pack.add_argument("output", type=Path, metavar="OUTPUT", help="new folder")
+    pack.add_argument("checkpoint", type=path_argument, metavar="CHECKPOINT",
+                      help="safetensors file that training wrote")
+    pack.add_argument("output", type=path_argument, metavar="OUTPUT", help="new folder")
     add_trust_flags(pack)
 
 

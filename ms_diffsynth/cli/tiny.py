@@ -3,15 +3,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from ms_diffsynth.config.flags import path_argument
 from ms_diffsynth.registry import FAMILIES, family
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which family, where, from which seed."""
     parser.add_argument("family", metavar="FAMILY", help=f"one of {', '.join(sorted(FAMILIES))}")
-    parser.add_argument("folder", type=Path, metavar="DIR",
+    parser.add_argument("folder", type=path_argument, metavar="DIR",
                         help="where to write; kept as it is when it already holds a model")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
 

@@ -2,17 +2,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ms_diffsynth.config import load_config
-from ms_diffsynth.config.flags import add_flags, overrides_of
+from ms_diffsynth.config.flags import add_flags, overrides_of, path_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The configuration file, and a flag for every setting in it."""
     parser.usage = "ms-diffsynth train [CONFIG.yaml] [--setting value ...]"
     parser.description += " Every setting of the file is also a flag; a flag wins."
-    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("config", nargs="?", type=path_argument, metavar="CONFIG.yaml")
     add_flags(parser)
 
 

@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 
 from ms_diffsynth.config.loading import NO_TOKEN, TOKEN_FLAGS, load_config
 from ms_diffsynth.config.settings import SECTIONS, SETTINGS, TrainConfig
-from ms_diffsynth.errors import ConfigError, nearest
+from ms_diffsynth.data.paths import path_problem
+from ms_diffsynth.errors import ConfigError, nearest, shortened
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,14 +33,14 @@ class Parser(argparse.ArgumentParser):
         return super()._get_value(action, text)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}. See {self.prog} --help.")
+        raise ConfigError(f"{shortened(message, 1000)}. See {self.prog} --help.")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             own = self.inner or self
             known = [flag for flag, action in own._option_string_actions.items() if not isinstance(action, NoToken)]
-            raise ConfigError(f"{own.prog} does not know {' '.join(unknown)}."
+            raise ConfigError(f"{own.prog} does not know {shortened(' '.join(unknown))}."
                               f"{nearest(unknown[0].partition('=')[0], known)} See {own.prog} --help.")
         return found
 
@@ -57,6 +58,13 @@ def refuse_tokens(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", action=NoToken, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
+def path_argument(text: str) -> Path:
+    """The type of an argument that is a path. Raises: what a parser tells, for one that the system cannot look for."""
+    if problem := path_problem(text):
+        raise argparse.ArgumentTypeError(f"{shortened(text)}: {problem}")
+    return Path(text)
+
+
 class TrainingParser(Parser):
     """The flags of a training script: every setting of `config.settings`, checked, and those the script adds itself."""
 
@@ -64,7 +72,8 @@ class TrainingParser(Parser):
         super().__init__(usage="%(prog)s [CONFIG.yaml] [--setting value ...]",
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.fixed, self.settings = fixed, defaults
-        self.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="file of settings; flags win")
+        self.add_argument("config", nargs="?", type=path_argument, metavar="CONFIG.yaml",
+                          help="file of settings; flags win")
         add_flags(self, defaults, without=tuple(fixed))
         self.add_argument("--find_unused_parameters", action="store_true",
                           help="no effect: weights without a gradient get zeros (DiffSynth-Studio's commands pass it)")

@@ -13,7 +13,7 @@ from ms_diffsynth.config.rules import rules
 from ms_diffsynth.config.setting import Wrong
 from ms_diffsynth.config.settings import SECTIONS, SETTINGS, TrainConfig
 from ms_diffsynth.config.yaml_lines import Written, read_sections
-from ms_diffsynth.errors import ConfigError, nearest
+from ms_diffsynth.errors import ConfigError, nearest, shortened
 from ms_diffsynth.redact import without_secrets
 
 TOKEN_FLAGS = ("hub_token", "token")  # known, so that they are refused and their value is never repeated
@@ -61,7 +61,7 @@ def load_config(path: str | os.PathLike[str] | None = None, flags: Mapping[str, 
 
 def validate(config: TrainConfig) -> TrainConfig:
     """Check ranges and what settings mean together. Raises: ConfigError listing everything that is wrong."""
-    problems = [f"{name}={value}: {expected}." for name, value in config.flat().items()
+    problems = [f"{name}={shortened(str(value))}: {expected}." for name, value in config.flat().items()
                 if value is not None and (expected := SETTINGS[name].expected(value))]
     problems += [text for condition, text in rules(config) if condition]
     _raise(problems)

@@ -8,9 +8,7 @@ from ms_diffsynth.config.settings import SETTINGS, TrainConfig
 from ms_diffsynth.errors import listing
 from ms_diffsynth.registry import OPTIMIZERS
 
-PLACES = ("model_paths", "lora_checkpoint", "template_model_id_or_path", "dataset_base_path", "dataset_metadata_path",
-          "class_base_path", "class_metadata_path", "validation_base_path", "validation_metadata_path", "cache_dir",
-          "output_path", "evaluation_reference", "resume", *(n for n in SETTINGS if n.startswith("tokenizer")))
+PLACES = tuple(name for name, setting in SETTINGS.items() if setting.metadata["holds"] == "path")
 
 
 def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
@@ -77,6 +75,12 @@ def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            f"push_to_hub=true with task={c.objective.task}, which trains nothing to publish: remove it.")
     unsent = [n for n in ("hub_model_id", "hub_private_repo", "hub") if getattr(c.run, n) != SETTINGS[n].default]
     yield bool(unsent) and not c.run.push_to_hub, f"{listing(unsent)} would not be used: set push_to_hub=true."
+    trusted = [n for n in ("trust_template_code", "trust_template_sha256") if getattr(c.model, n)]
+    yield (bool(trusted) and c.model.template_model_id_or_path is None,
+           f"{listing(trusted)} would not be used: set template_model_id_or_path, or remove it.")
+    unmade = [n for n in ("evaluation_count", "evaluation_reference") if getattr(c.run, n) != SETTINGS[n].default]
+    yield (bool(unmade) and c.run.evaluation_steps is None,
+           f"{listing(unmade)} would not be used: set evaluation_steps, for example to 100.")
     yield (c.run.resume not in ("none", "auto") and stage == "data_process",
            f"resume={c.run.resume} with task={c.objective.task}: remove it; a cache is always completed.")
     yield (bool(c.run.accept_changes) and c.run.resume == "none",

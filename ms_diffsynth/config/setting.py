@@ -1,7 +1,6 @@
 """One setting: what its text means, what is allowed, and how it is written to a file."""
 from __future__ import annotations
 
-import json
 import math
 import operator
 from collections.abc import Mapping
@@ -9,7 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ms_diffsynth.config.yaml_lines import Written
+from ms_diffsynth.data.paths import path_problem
+from ms_diffsynth.data.prompts import prompt_problem
 from ms_diffsynth.errors import listing, nearest
+from ms_diffsynth.formats.json_text import NotJSON, parse_json
 
 
 class Wrong(Exception):
@@ -53,7 +55,7 @@ class Setting:
         if self.kind in (int, float):
             try:
                 return self.kind(text)
-            except ValueError:
+            except ValueError:  # also for more digits than Python converts
                 raise Wrong(f"expected {_KINDS[self.kind]}{_whole(text) if self.kind is int else ''}") from None
         if self.kind is tuple:
             return _texts(text, self.metadata["has_commas"])
@@ -66,15 +68,14 @@ class Setting:
         if meta["choices"] and value not in meta["choices"]:
             hint = nearest(value, meta["choices"])
             return f"expected one of {listing(meta['choices'], 20)}" + ("." + hint if hint else "")
-        if self.kind not in (int, float) or self._is_within(value):
+        if meta["holds"]:
+            items = value if self.kind is tuple else [value] if value else []
+            if meta["holds"] == "path":
+                return next((problem for item in items if (problem := path_problem(item))), "")
+            return next((f"it {problem}" for item in items if (problem := prompt_problem(item))), "")
+        if self.kind not in (int, float) or not (wrong := out_of_range(value, meta["range"])):
             return ""
-        return f"expected {meta['range'] or 'a finite number'}" + self._other_exponent(text or "")
-
-    def _is_within(self, value: float) -> bool:
-        words = self.metadata["range"].split()  # ["0", "<", "lr", "<=", "0.1"], the first three of these, or []
-        above = not words or _COMPARE[words[1]](float(words[0]), value)
-        below = len(words) < 5 or _COMPARE[words[3]](value, float(words[4]))
-        return above and below and (isinstance(value, int) or math.isfinite(value))
+        return wrong + self._other_exponent(text or "")
 
     def _other_exponent(self, text: str) -> str:
         """1e4 where 1e-4 would do, or the reverse."""
@@ -83,11 +84,26 @@ class Setting:
             return ""
         other = f"{base}e{exponent[1:] if exponent.startswith('-') else '-' + exponent.lstrip('+')}"
         try:
-            return f". Did you mean {other}?" if self._is_within(float(other)) else ""
-        except ValueError:
+            is_within = not out_of_range(self.kind(float(other)), self.metadata["range"])
+            return f". Did you mean {other}?" if is_within else ""
+        except (ValueError, OverflowError):
             return ""
 
 
+def out_of_range(value: float, allowed: str) -> str:
+    """What was expected of a number that is not finite, not within ``allowed`` ("0 < lr <= 0.1"), or 0 in float32, in
+    which everything is computed, though not by itself; else an empty string."""
+    words = allowed.split()  # ["0", "<", "lr", "<=", "0.1"], the first three of these, or []
+    is_within = not words or _COMPARE[words[1]](float(words[0]), value)
+    is_within &= len(words) < 5 or _COMPARE[words[3]](value, float(words[4]))
+    if not is_within or not (isinstance(value, int) or math.isfinite(value)):
+        return f"expected {allowed or 'a finite number'}"
+    if words and float(words[0]) == 0 < value < SMALLEST:
+        return f"expected {allowed}, and at least {SMALLEST}: what is smaller is 0 where it is computed with"
+    return ""
+
+
+SMALLEST = 1.2e-38  # of float32's normal numbers; devices take those below for 0
 _COMPARE = {"<": operator.lt, "<=": operator.le}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
 
@@ -104,8 +120,8 @@ def _whole(text: str) -> str:
 def _texts(text: str, has_commas: bool) -> tuple[str, ...]:
     if text.lstrip().startswith("["):
         try:
-            items = json.loads(text)
-        except ValueError:
+            items = parse_json(text, list)
+        except NotJSON:
             items = [None]
         if not all(isinstance(item, str) for item in items):
             raise Wrong('expected a JSON list of texts such as ["a", "b"]')

@@ -18,7 +18,7 @@ from ms_diffsynth.registry import OPTIMIZERS, TASKS
 
 
 def _setting(default: Any, help: str, range: str = "", *, choices: tuple[str, ...] = (), has_commas: bool = False,
-             is_flag_only: bool = False, may_change: bool = False, configures: str = "") -> Any:
+             is_flag_only: bool = False, may_change: bool = False, configures: str = "", holds: str = "") -> Any:
     """One setting.
 
     Args:
@@ -26,16 +26,17 @@ def _setting(default: Any, help: str, range: str = "", *, choices: tuple[str, ..
         has_commas: a flag may list values with commas.
         is_flag_only: a file cannot set it.
         may_change: it shapes no number of a run, so a resumed run may have another value.
+        holds: "path" for what must be one that the system can look at, "prompt" for what a text encoder reads.
         configures: "training" for an option of `training.options.TrainingOptions`, "task" for a field of a task.
     """
     return field(default=default, metadata={
         "help": help, "range": range, "choices": choices, "has_commas": has_commas, "is_flag_only": is_flag_only,
-        "may_change": may_change, "configures": configures})
+        "may_change": may_change, "configures": configures, "holds": holds})
 
 
 def _place(help: str, **options: Any) -> Any:
     """Where files are: they are known by what they hold, so a resumed run may name another place."""
-    return _setting(None, help, may_change=True, **options)
+    return _setting(None, help, may_change=True, holds="path", **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,10 @@ class ModelSection:
     """What is trained, and from which weights."""
 
     family: str = _setting(MISSING, "model family, such as flux or toy")
-    model_paths: str | None = _place("folder of a diffusers-format model, or a JSON list of paths")
-    model_id_with_origin_paths: str | None = _place("owner/name:pattern of files on a hub, separated by commas")
+    model_paths: str | None = _setting(None, "folder of a diffusers-format model, or a JSON list of paths",
+                                       may_change=True)
+    model_id_with_origin_paths: str | None = _setting(None, "owner/name:pattern of files on a hub, separated by commas",
+                                                      may_change=True)
     tokenizer_path: str | None = _place("folder, or owner/name:tokenizer/; null = shipped or model's own")
     tokenizer_1_path: str | None = _place("folder, or owner/name:tokenizer/; null = shipped or model's own")
     tokenizer_2_path: str | None = _place("folder, or owner/name:tokenizer_2/; null = shipped or model's own")
@@ -52,17 +55,18 @@ class ModelSection:
     lora_base_model: str | None = _setting("dit", "model that gets the LoRA; unused when trainable_models is set")
     adapter: str = _setting("lora", "what that model gets: lora, or dora (all settings lora_... are its own too)")
     lora_target_modules: str = _setting("", "layers that get a LoRA, with commas; empty = the family's own choice")
-    lora_rank: int = _setting(16, "rank of the LoRA", "1 <= lora_rank")
+    lora_rank: int = _setting(16, "rank of the LoRA", "1 <= lora_rank <= 65536")
     lora_alpha: float | None = _setting(None, "the LoRA is scaled by lora_alpha / lora_rank; null = lora_rank",
-                                        "0 < lora_alpha")
-    lora_checkpoint: str | None = _setting(None, "LoRA file to start from")
+                                        "0 < lora_alpha <= 1000000")
+    lora_checkpoint: str | None = _setting(None, "LoRA file to start from", holds="path")
     weights: str | None = _place("file of weights to start from that full training saved; null = those of the model")
     trainable_models: str | None = _setting(None, "models trained in full, with commas, such as dit or vae.decoder")
     remove_prefix_in_ckpt: str | None = _setting("pipe.dit.", "taken off the names of saved weights", may_change=True)
     fp8_models: str | None = _setting(None, "frozen models whose linear layers are stored in 8 bits, with commas")
     use_gradient_checkpointing: bool = _setting(False, "compute blocks again in backward: less memory, more time")
     use_gradient_checkpointing_offload: bool = _setting(False, "also keep their inputs on the host; mode pynative")
-    template_model_id_or_path: str | None = _setting(None, "folder of a template, or owner/name: of one on a hub")
+    template_model_id_or_path: str | None = _setting(None, "folder of a template, or owner/name: of one on a hub",
+                                                     holds="path")
     trust_template_code: bool = _setting(False, "run the template's model.py, which is code; a flag only",
                                          is_flag_only=True, may_change=True)
     trust_template_sha256: str | None = _setting(None, "run it only with this SHA-256; a flag only",
@@ -74,36 +78,40 @@ class ModelSection:
 class DataSection:
     """The images."""
 
-    dataset_base_path: str = _setting(MISSING, "folder of the training images", may_change=True)
+    dataset_base_path: str = _setting(MISSING, "folder of the training images", may_change=True, holds="path")
     dataset_metadata_path: str | None = _place("csv, json or jsonl that lists images and prompts")
-    dataset_repeat: int = _setting(1, "how often an epoch shows each image", "1 <= dataset_repeat")
+    dataset_repeat: int = _setting(1, "how often an epoch shows each image", "1 <= dataset_repeat <= 1000000")
     data_file_keys: str = _setting("image", "metadata columns that hold file names, separated by commas")
-    image_column: str | None = _place("metadata column of the images; null = image or file_name")
-    caption_column: str | None = _place("metadata column of the prompts; null = prompt, text or caption; empty = none, "
-                                        "and caption files are not read either")
+    image_column: str | None = _setting(None, "metadata column of the images; null = image or file_name",
+                                        may_change=True)
+    caption_column: str | None = _setting(None, "metadata column of the prompts; null = prompt, text or caption; "
+                                          "empty = none, and caption files are not read either", may_change=True)
     allow_outside_base: bool = _setting(False, "read files outside the data folder, to which links and paths lead: for "
                                         "metadata that you trust", may_change=True)
     extra_inputs: str | None = _setting(None, "further columns to train on, with commas: edit_image, template_inputs")
-    instance_prompt: str | None = _setting(None, "prompt of every image that has none of its own, or an empty one")
+    instance_prompt: str | None = _setting(None, "prompt of every image that has none of its own, or an empty one",
+                                           holds="prompt")
     class_base_path: str | None = _place("folder of the class images of prior preservation")
     class_metadata_path: str | None = _place("metadata of the class images")
-    class_prompt: str | None = _setting(None, "prompt of every class image that has none of its own")
+    class_prompt: str | None = _setting(None, "prompt of every class image that has none of its own",
+                                       holds="prompt")
     validation_share: float | None = _setting(None, "share of the images that is held out for the validation loss",
                                               "0 < validation_share <= 0.5")
     validation_base_path: str | None = _place("folder of other images for the validation loss")
     validation_metadata_path: str | None = _place("metadata of images for the validation loss; without "
                                                   "validation_base_path these lie in dataset_base_path")
-    height: int | None = _setting(None, "height in pixels; null with width = dynamic resolution", "1 <= height")
-    width: int | None = _setting(None, "width in pixels; null with height = dynamic resolution", "1 <= width")
+    height: int | None = _setting(None, "height in pixels; null with width = dynamic resolution",
+                                  "1 <= height <= 16384")
+    width: int | None = _setting(None, "width in pixels; null with height = dynamic resolution", "1 <= width <= 16384")
     max_pixels: int = _setting(1048576, "most pixels of an image, height times width, in dynamic resolution; larger "
-                               "ones are shrunk", "1 <= max_pixels")
+                               "ones are shrunk", "1 <= max_pixels <= 268435456")
     buckets: int | None = _setting(None, "most sizes in dynamic resolution, each of which is a compilation; null = as "
                                    "few as keep images near their shapes, at most 8, and 1 with class images",
-                                   "1 <= buckets")
+                                   "1 <= buckets <= 1000")
     cache_dir: str | None = _place("folder of the cache of split training; null = none, but the output_path of "
                                    "task ...:data_process and the dataset_base_path of task ...:train")
     max_sequence_length: int | None = _setting(None, "text tokens a prompt is padded or cut to; null = the family's",
-                                               "1 <= max_sequence_length")
+                                               "1 <= max_sequence_length <= 8192")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,21 +125,22 @@ class ObjectiveSection:
     weighting_scheme: str | None = _setting(
         None, "distribution and weight of the training sigmas; null = diffsynth for sft, none for dreambooth",
         choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap", "diffsynth"), configures="task")
-    logit_mean: float = _setting(0.0, "mean of logit_normal", configures="task")
-    logit_std: float = _setting(1.0, "standard deviation of logit_normal", "0 < logit_std", configures="task")
-    mode_scale: float = _setting(1.29, "scale of mode", configures="task")
+    logit_mean: float = _setting(0.0, "mean of logit_normal", "-1000 <= logit_mean <= 1000", configures="task")
+    logit_std: float = _setting(1.0, "standard deviation of logit_normal", "0 < logit_std <= 1000", configures="task")
+    mode_scale: float = _setting(1.29, "scale of mode", "-1000 <= mode_scale <= 1000", configures="task")
     guidance_scale: float | None = _setting(
         None, "guidance embedded in the network during training; null = 3.5 for dreambooth, 1 for sft",
-        "0 <= guidance_scale", configures="task")
+        "0 <= guidance_scale <= 1000", configures="task")
     with_prior_preservation: bool = _setting(False, "also learn class images, so that the class is not forgotten",
                                              configures="task")
-    prior_loss_weight: float = _setting(1.0, "weight of the loss of the class images", "0 <= prior_loss_weight",
+    prior_loss_weight: float = _setting(1.0, "weight of the loss of the class images",
+                                        "0 <= prior_loss_weight <= 1000000",
                                         configures="task")
     prediction_type: str | None = _setting(
         None, "denoising diffusion: what the network learns to give; null = what its scheduler_config.json says",
         choices=("epsilon", "v_prediction", "sample"), configures="task")
     snr_gamma: float | None = _setting(None, "denoising diffusion: gamma of the min-SNR loss weights, such as 5; "
-                                       "null = none", "0 < snr_gamma", configures="task")
+                                       "null = none", "0 < snr_gamma <= 1000000", configures="task")
     random_flip: bool = _setting(False, "denoising diffusion: mirror images at random, anew at every step",
                                  configures="task")
     posterior: str | None = _setting(None, "what is taken of the VAE's posterior; null = sample for dreambooth, mean "
@@ -158,16 +167,18 @@ class OptimizerSection:
     adam_beta2: float = _optimizer(0.999, "decay of the second moment, of optimizers that have beta2",
                                    "0 <= adam_beta2 < 1")
     adam_epsilon: float = _optimizer(1e-8, "added to the root of the second moment, of optimizers that have epsilon",
-                                     "0 < adam_epsilon <= 1")
+                                     "1e-30 <= adam_epsilon <= 1")
     max_grad_norm: float | None = _optimizer(1.0, "gradients are scaled down to this norm; null = left as they are",
-                                             "0 < max_grad_norm")
+                                             "0 < max_grad_norm <= 1e+12")
     lr_scheduler: str = _optimizer("constant", "learning-rate schedule", choices=("constant", "linear", "cosine"))
-    lr_warmup_steps: int = _optimizer(0, "steps in which the learning rate rises from zero", "0 <= lr_warmup_steps")
-    gradient_accumulation_steps: int = _optimizer(1, "micro-steps to one step", "1 <= gradient_accumulation_steps")
+    lr_warmup_steps: int = _optimizer(0, "steps in which the learning rate rises from zero",
+                                      "0 <= lr_warmup_steps <= 1000000000")
+    gradient_accumulation_steps: int = _optimizer(1, "micro-steps to one step",
+                                                  "1 <= gradient_accumulation_steps <= 1000000")
     use_ema: bool = _optimizer(False, "keep a moving average of the trained weights, for samples and a file of its own")
     ema_decay: float = _optimizer(0.9999, "decay of the moving average, after its warm-up", "0 <= ema_decay < 1")
     loss_scale: float = _optimizer(1.0, "constant factor on the loss in the backward pass, for float16",
-                                   "1 <= loss_scale")
+                                   "1 <= loss_scale <= 1e+38")
 
 
 def _run(default: Any, help: str, range: str = "", **options: Any) -> Any:
@@ -191,41 +202,46 @@ class RunSection:
     jit_level: str = _setting("O0", "how far MindSpore fuses operators of the compiled step on an Ascend: O1 fuses "
                               "chains of element-wise ones", choices=("O0", "O1"))
     device_memory: float | None = _setting(None, "most GiB of an Ascend's memory that MindSpore may take; null = all",
-                                           "0 < device_memory", may_change=True)
+                                           "0 < device_memory <= 65536", may_change=True)
     seed: int = _setting(42, "seed of everything random", "0 <= seed < 4294967296", configures="training")
-    batch_size: int = _setting(1, "images in a micro-step, per device", "1 <= batch_size", configures="training")
+    batch_size: int = _setting(1, "images in a micro-step, per device",
+                               "1 <= batch_size <= 65536", configures="training")
     zero_stage: int = _run(0, "several devices: 1 divides the optimizer's moments among them, 2 the accumulated "
                            "gradients too", "0 <= zero_stage <= 2")
-    num_epochs: int | None = _run(None, "end after this many epochs", "1 <= num_epochs")
-    max_train_steps: int | None = _run(None, "end after this many steps", "1 <= max_train_steps")
-    output_path: str = _setting("./models/train", "folder for checkpoints, samples and records", may_change=True)
-    save_steps: int | None = _run(None, "save every N steps; null = after every epoch", "1 <= save_steps")
-    keep_saved: int | None = _run(None, "how many saves of weights to keep; null = all", "1 <= keep_saved")
-    sample_count: int = _sample(16, "how many sample images, of a family without prompts", "0 <= sample_count")
-    sample_steps: int | None = _run(None, "make sample images every N steps", "1 <= sample_steps")
-    sample_prompts: tuple[str, ...] = _sample((), "prompts of the sample images; as a flag one prompt or a JSON list")
+    num_epochs: int | None = _run(None, "end after this many epochs", "1 <= num_epochs <= 1000000000")
+    max_train_steps: int | None = _run(None, "end after this many steps", "1 <= max_train_steps <= 1000000000")
+    output_path: str = _setting("./models/train", "folder for checkpoints, samples and records", may_change=True,
+                                holds="path")
+    save_steps: int | None = _run(None, "save every N steps; null = after every epoch", "1 <= save_steps <= 1000000000")
+    keep_saved: int | None = _run(None, "how many saves of weights to keep; null = all",
+                                  "1 <= keep_saved <= 1000000000")
+    sample_count: int = _sample(16, "how many sample images, of a family without prompts", "0 <= sample_count <= 65536")
+    sample_steps: int | None = _run(None, "make sample images every N steps", "1 <= sample_steps <= 1000000000")
+    sample_prompts: tuple[str, ...] = _sample((), "prompts of the sample images; as a flag one prompt or a JSON list",
+                                              holds="prompt")
     sample_template_inputs: str | None = _sample(None, "template inputs of the sample images: a JSON object for all, "
                                                  "or a JSON list of one each")
     sample_seed: int = _sample(0, "seed of the sample images", "0 <= sample_seed < 4294967296")
-    num_inference_steps: int = _sample(20, "sampling steps of the sample images", "1 <= num_inference_steps")
+    num_inference_steps: int = _sample(20, "sampling steps of the sample images", "1 <= num_inference_steps <= 1000")
     sampler: str | None = _sample(None, "of the sample images, one of the family's; null = its first")
-    sample_height: int | None = _sample(None, "height of the sample images in pixels", "1 <= sample_height")
-    sample_width: int | None = _sample(None, "width of the sample images in pixels", "1 <= sample_width")
+    sample_height: int | None = _sample(None, "height of the sample images in pixels", "1 <= sample_height <= 16384")
+    sample_width: int | None = _sample(None, "width of the sample images in pixels", "1 <= sample_width <= 16384")
     validation_steps: int | None = _run(None, "compute the validation loss before the first step, every N steps and "
-                                        "at the end", "1 <= validation_steps")
+                                        "at the end", "1 <= validation_steps <= 1000000000")
     evaluation_steps: int | None = _run(None, "compare sample images with real ones before the first step, every N "
-                                        "steps and at the end (extra [eval])", "1 <= evaluation_steps")
-    evaluation_count: int = _run(64, "how many images are made for it", "4 <= evaluation_count")
-    evaluation_reference: str | None = _run(None, "folder of the real images; null = dataset_base_path")
+                                        "steps and at the end (extra [eval])", "1 <= evaluation_steps <= 1000000000")
+    evaluation_count: int = _run(64, "how many images are made for it", "4 <= evaluation_count <= 1000000")
+    evaluation_reference: str | None = _run(None, "folder of the real images; null = dataset_base_path",
+                                           holds="path")
     resume: str = _run("none", "auto = resume from the newest checkpoint in output_path, if there is one; none = "
-                       "start; or the path of a checkpoint")
+                       "start; or the path of a checkpoint", holds="path")
     accept_changes: tuple[str, ...] = _run((), "what may differ from the run that saved the checkpoint, with commas, "
                                            "such as learning_rate,data", has_commas=True)
     checkpoint_steps: int | None = _run(None, "save all that is needed to resume every N steps; null = with every "
-                                        "save of weights, 0 = never", "0 <= checkpoint_steps")
-    keep_checkpoints: int = _run(2, "how many of these to keep", "2 <= keep_checkpoints")
+                                        "save of weights, 0 = never", "0 <= checkpoint_steps <= 1000000000")
+    keep_checkpoints: int = _run(2, "how many of these to keep", "2 <= keep_checkpoints <= 1000000000")
     grace_seconds: float = _run(60.0, "most seconds from SIGTERM or SIGINT until the step is finished and saved",
-                                "0 < grace_seconds")
+                                "0 < grace_seconds <= 1000000")
     enable_tensorboard_log: bool = _setting(False, "also write TensorBoard events", may_change=True)
     push_to_hub: bool = _setting(False, "publish after every save, without holding up training", may_change=True)
     hub_model_id: str | None = _setting(None, "where: owner/name; made when it does not exist", may_change=True)

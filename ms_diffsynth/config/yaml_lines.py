@@ -5,31 +5,35 @@ reader to decide, who knows what is expected. Nothing in a file is executed or e
 """
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import yaml
 
-from ms_diffsynth.errors import ConfigError, listing, nearest
+from ms_diffsynth.errors import ConfigError, listing, nearest, shortened
 
 MOST_BYTES = 1 << 20  # a configuration has a few thousand; reading a million takes 4 s
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {_TAG + kind for kind in ("str", "int", "float", "bool", "null", "timestamp")}
 
+_TAGGED = {_TAG + "set": "(a set)", _TAG + "binary": "(binary data)", _TAG + "omap": "(an ordered mapping)"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A value as it was written, and where: a text, a list of texts, or neither of the two."""
+    """A value as it was written, and where: a text, a list of texts, or neither of the two: then ``what`` it is."""
 
     place: str
     text: str | None = None
     items: tuple[str, ...] | None = None
     is_quoted: bool = False
+    what: str = ""
 
     def __str__(self) -> str:
-        return str(self.text if self.items is None else list(self.items))
+        return self.what or shortened(self.text if self.items is None else str(list(self.items)))
 
 
 def read_sections(path: str | os.PathLike[str], sections: Collection[str],
@@ -46,11 +50,13 @@ def read_sections(path: str | os.PathLike[str], sections: Collection[str],
         if size > MOST_BYTES:
             raise ConfigError(f"{path} has {size} bytes, expected at most {MOST_BYTES}: give the path of a "
                               "configuration.")
+        if not os.path.isfile(path):  # reading a pipe would wait for ever
+            raise OSError(errno.EINVAL, "it is not a regular file")
         with open(path, encoding="utf-8") as file:
             root = yaml.compose(file, yaml.SafeLoader)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): give the path of a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an escape that is no letter is a ValueError
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         text = getattr(error, "problem", None) or error
@@ -88,7 +94,9 @@ def _written(node: yaml.Node, place: str) -> Written:
         return Written(place=place, text="null" if _is_null(node) else node.value, is_quoted=node.style is not None)
     if isinstance(node, yaml.SequenceNode) and all(map(_is_text, node.value)):
         return Written(place=place, items=tuple(item.value for item in node.value))
-    return Written(place=place)
+    kinds = {yaml.MappingNode: "(a mapping)", yaml.SequenceNode: "(a list that holds more than texts)"}
+    tagged = f"(a value tagged {node.tag.replace(_TAG, '!!')})"
+    return Written(place=place, what=_TAGGED.get(node.tag) or kinds.get(type(node)) or tagged)
 
 
 def _is_text(node: yaml.Node) -> bool:

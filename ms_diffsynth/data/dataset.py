@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,13 +25,11 @@ from .operators import (
     size_after,
 )
 from .paths import lookalike, open_regular, plain, resolve, shorten
+from .prompts import prompt_problem
 
 logger = logging.getLogger(__name__)
 
 DECODED_AT_ONCE = 64_000_000  # pixels: images of so few together are decoded by the check, which takes about 3 s
-LONGEST_CAPTION = 10_000  # characters; the longest prompt that an encoder reads is 1024 tokens (Qwen-Image)
-
-_NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def identity(data: Any) -> Any:
@@ -468,10 +465,5 @@ def _as_list(value: object) -> list:
 def _caption_problems(prompt: object, name: str) -> list[str]:
     if not isinstance(prompt, str):
         return [f"{name}={shorten(prompt)} is of type {type(prompt).__name__}; expected text. Correct it"]
-    if len(prompt) > LONGEST_CAPTION:
-        return [f"{name}={shorten(prompt)} has {len(prompt)} characters; expected at most {LONGEST_CAPTION}, which is "
-                "more than a text encoder reads. Shorten it"]
-    if odd := sorted(set(_NO_TEXT.findall(prompt))):
-        return [f"{name}={shorten(prompt)} holds {listing(f'U+{ord(letter):04X}' for letter in odd)}, control "
-                "characters or half a pair; expected text. Remove them"]
-    return []
+    problem = prompt_problem(prompt)
+    return [f"{name}={shorten(prompt)} {problem}"] if problem else []

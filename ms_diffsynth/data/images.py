@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -364,7 +365,8 @@ def _wrapped(text: str, room: int, font: ImageFont.FreeTypeFont, lines: int = 3)
             result[-1] = f"{longer}..."
             break
     for i, line in enumerate(result):
-        while font.getlength(line) > room and len(line) > 4:
-            line = line.removesuffix("...")[:-1].rstrip() + "..."
-        result[i] = line
+        if font.getlength(line) > room:  # a word that is wider than a line: as many of its letters as there is room for
+            line = line.removesuffix("...")
+            fitting = bisect_right(range(len(line)), room, key=lambda n: font.getlength(line[:n].rstrip() + "..."))
+            result[i] = line[:max(fitting - 1, 1)].rstrip() + "..."
     return "\n".join(result)

@@ -82,7 +82,8 @@ def read_metadata(path: str) -> Table:
     readers = {".csv": _read_csv, ".json": _read_json, ".jsonl": _read_jsonl}
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in readers:
-        raise DataError(f"{path} ends in '{suffix}'; expected .csv, .json or .jsonl. Convert or rename the metadata")
+        raise DataError(f"metadata_path={path} ends in '{suffix}'; expected .csv, .json or .jsonl. Convert or rename "
+                        "the metadata")
     table = Table(path)
     readers[suffix](read_text(path), table)
     return table

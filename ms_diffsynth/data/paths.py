@@ -1,6 +1,7 @@
 """Files of a data set: names that stay inside its folder, and opening that never blocks."""
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -46,6 +47,18 @@ def resolve(base: str, value: object, allow_outside: bool = False) -> str:
             "or set allow_outside_base=true if you trust what names it"
         )
     return path
+
+
+def path_problem(path: str) -> str:
+    """What was expected of a path that the system cannot even look for, or an empty string."""
+    try:
+        os.lstat(path)
+    except (ValueError, OSError) as error:  # a NUL, or half a pair: the system was not asked
+        number = getattr(error, "errno", None)
+        if number in (None, errno.ENAMETOOLONG, errno.ELOOP):
+            what = error.strerror if isinstance(error, OSError) else "it holds what no path can"
+            return f"expected a path of this system ({what.lower()})"
+    return ""
 
 
 def _is_name(value: object) -> bool:

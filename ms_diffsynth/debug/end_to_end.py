@@ -25,6 +25,7 @@ from ms_diffsynth.debug.compare import Quantity, relative_error, worst
 from ms_diffsynth.debug.end_to_end_training import check_training
 from ms_diffsynth.diffusion.schedule import last_steps
 from ms_diffsynth.errors import DataError, listing
+from ms_diffsynth.formats.json_text import read_json
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.models import read_config
 from ms_diffsynth.nn.names import torch_parameters
@@ -67,7 +68,7 @@ class EndToEndCase:
                 if path.name != "scheduler":
                     (folder / path.name).symlink_to(path.resolve())
             own = self.model / "scheduler" / "scheduler_config.json"
-            config = (json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}) | scheduler_config
+            config = (read_json(own, DataError, "Copy the case again.") if own.is_file() else {}) | scheduler_config
             (folder / "scheduler").mkdir()
             (folder / "scheduler" / own.name).write_text(json.dumps(config), encoding="utf-8")
         pipe = self.family.pipeline.from_pretrained(str(folder), mindspore_dtype=ms.float32)
@@ -155,7 +156,7 @@ class Part:
 
 def _texts(case: EndToEndCase, pipe: Pipeline, mode: str) -> list[Quantity]:
     """Token ids of all texts; embeddings of some, of two as one batch, and of given ids."""
-    texts = json.loads((case.folder / "texts.json").read_text(encoding="utf-8"))
+    texts = read_json(case.folder / "texts.json", DataError, "Copy the case again.")
     part = Part(pipe, ("prompt",), mode)
     tokens = {name: part.prepare(prompt=text) for name, text in texts.items()}
     quantities = list(_tokens(case, tokens))

@@ -5,7 +5,9 @@ optimizer, with the draws the case recorded. A case that cannot be run is an err
 """
 from __future__ import annotations
 
-import json
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from ms_diffsynth.debug.gradients import Gradients
 from ms_diffsynth.diffusion.ddpm import DDPMObjective
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.diffusion.weighting import table
-from ms_diffsynth.errors import DataError
+from ms_diffsynth.errors import DataError, UserError, is_memory_short, said
+from ms_diffsynth.formats.json_text import read_json
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.models import Component, Source
 from ms_diffsynth.nn.names import state_dict, to_numpy, trainable_parameters
@@ -42,13 +45,28 @@ EXPECTED = {"noisy_latents": "latents", "noisy": "latents", "noisy_images": "lat
 
 def read_case(folder: Path) -> dict[str, Any]:
     """What case.json says. Raises: DataError for a folder without one."""
-    try:
-        return json.loads((folder / "case.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    file = folder / "case.json"
+    if not os.path.lexists(file):
         raise DataError(f"{folder} is not a reference case: case.json is missing. Give a folder such as "
-                        f"{CASES / 'flux'}.") from None
-    except ValueError as error:
-        raise DataError(f"{folder / 'case.json'} is not JSON ({error}): copy the case again.") from None
+                        f"{CASES / 'flux'}.")
+    return read_json(file, DataError, "Copy the case again.")
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Inside the block, whatever breaks by what a case says, or does not hold, is a DataError that names the case.
+
+    A case is numbers and settings of another program: far more of it is used than could be checked one by one.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_memory_short(error) or folder.resolve().is_relative_to(CASES):  # these are sound
+            raise
+        raise DataError(f"{folder} cannot be run by its case.json and tensors: {said(error)}. Copy the case again, or "
+                        "make it again (docs/explanation/parity.md).") from error
 
 
 class Case:
@@ -121,14 +139,18 @@ def check_case(folder: Path, mode: str, dtype: str = "float32") -> list[Quantity
 
     Raises: DataError for a case from end to end in another dtype than float32.
     """
-    info = read_case(Path(folder))
+    with reading(Path(folder)):
+        return _check_case(Path(folder), read_case(Path(folder)), mode, dtype)
+
+
+def _check_case(folder: Path, info: dict[str, Any], mode: str, dtype: str) -> list[Quantity]:
     if info.get("kind") == "end_to_end":
         if dtype != "float32":
             raise DataError(f"{folder} is a case from end to end, whose ids and images are compared one by one: "
                             f"expected --dtype float32, got {dtype}. Give a case of one network, such as "
                             f"{CASES / 'flux'}.")
-        return check_end_to_end(Path(folder), info, mode)
-    case = Case(Path(folder), info, dtype)
+        return check_end_to_end(folder, info, mode)
+    case = Case(folder, info, dtype)
     pipe, objective = case.pipeline(), case.objective
     schedule = pipe.training_schedule(OBJECTIVES[case.info["objective"]])
     quantities = []

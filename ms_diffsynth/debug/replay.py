@@ -22,8 +22,10 @@ from mindspore import Tensor
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.config import flat
 from ms_diffsynth.data.loader import Batch
+from ms_diffsynth.data.paths import path_problem
 from ms_diffsynth.debug.probes import MOST, Finding, Probes
 from ms_diffsynth.errors import CheckpointError, ConfigError, listing
+from ms_diffsynth.formats.json_text import NotJSON, parse_json, read_json, shown
 from ms_diffsynth.nn.names import load_state, to_numpy
 from ms_diffsynth.redact import without_secrets
 from ms_diffsynth.run.build import DataSets
@@ -178,8 +180,15 @@ def find_start(folder: Path, step: int) -> Checkpoint | None:
         except CheckpointError as error:
             logger.warning("checkpoint skipped: %s", error)
     events = folder / "events.jsonl"
-    first = events.read_text().partition("\n")[0] if events.is_file() else ""
-    other = json.loads(first).get("checkpoint") if first else None  # of another run, which this one continued
+    first = events.read_text(errors="replace").partition("\n")[0] if events.is_file() else ""
+    try:
+        other = parse_json(first).get("checkpoint") if first else None  # of another run, which this one continued
+    except NotJSON as error:
+        raise CheckpointError(f"{events} line 1 {error}: expected an event of the run. Copy the run's folder "
+                              "again.") from None
+    if other is not None and (not isinstance(other, str) or path_problem(other)):
+        raise CheckpointError(f"{events} line 1 names the checkpoint {shown(other)}: expected a path. Copy the run's "
+                              "folder again.")
     if other is None:
         return None
     found = open_checkpoint_folder(other)
@@ -191,9 +200,29 @@ def find_start(folder: Path, step: int) -> Checkpoint | None:
 
 def _recorded(folder: Path) -> dict[int, dict[str, str]]:
     """The rows of loss.csv by step; one that was torn is left out."""
-    with open(folder / "loss.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values() and row["step"].isdigit()]
-    return {int(row["step"]): {name: row[name] for name in COMPARED} for row in rows}
+    with open(folder / "loss.csv", newline="", encoding="utf-8", errors="replace") as file:
+        try:
+            rows = list(csv.DictReader(line.replace("\0", "") for line in file))
+        except csv.Error as error:
+            raise ConfigError(f"{folder / 'loss.csv'} is not the record of a run ({error}). Copy the run's folder "
+                              "again.") from None
+    sound = [row for row in rows if None not in row and None not in row.values() and {"step", *COMPARED} <= row.keys()
+             and row["step"].isascii() and row["step"].isdigit() and len(row["step"]) < 12]
+    return {int(row["step"]): {name: row[name] for name in COMPARED} for row in sound}
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """What training_args.json of a run says; nothing where there is none. Raises: ConfigError when it is damaged."""
+    file = folder / "training_args.json"
+    if not file.is_file():
+        return {}
+    remedy = "Copy the run's folder again, or remove the file: then it is taken for a run of one process."
+    found = read_json(file, ConfigError, remedy)
+    wrong = [f"{name}={shown(found[name])}" for name in ("num_processes", "batch_size") if name in found
+             and not (type(found[name]) is int and 0 < found[name] <= 65536)]
+    if wrong:
+        raise ConfigError(f"{file} says {listing(wrong)}: expected whole numbers from 1. {remedy}")
+    return found
 
 
 def _check_same(identity: Mapping[str, Any], options: TrainingOptions, accelerator: Accelerator, folder: Path,
@@ -208,8 +237,8 @@ def _check_same(identity: Mapping[str, Any], options: TrainingOptions, accelerat
         return
     own = {**flat(args), **dataclasses.asdict(options), "mode": accelerator.mode, "device": accelerator.device}
     now = json.loads(json.dumps(without_secrets({k: v for k, v in own.items() if k not in same_run.MAY_CHANGE})))
-    saved = json.loads((folder / "training_args.json").read_text())
-    saved["batch_size"] *= saved.get("num_processes", 1)
+    saved = settings_of(folder)
+    saved["batch_size"] = saved.get("batch_size", options.batch_size) * saved.get("num_processes", 1)
     changed = differences({k: v for k, v in saved.items() if k in now}, {k: v for k, v in now.items() if k in saved},
                           options.accept_changes)
     if changed:

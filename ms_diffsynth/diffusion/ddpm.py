@@ -24,7 +24,7 @@ from mindspore import Tensor, mint, ops
 from ms_diffsynth.diffusion import losses
 from ms_diffsynth.diffusion.schedule import linspace, obeyed
 from ms_diffsynth.diffusion.units import Objective, Random
-from ms_diffsynth.errors import ConfigError, nearest
+from ms_diffsynth.errors import ConfigError, listing, naming, nearest
 from ms_diffsynth.ops.clamp import clamp
 from ms_diffsynth.units import TensorUnit
 
@@ -49,7 +49,7 @@ Noise = Callable[[int], Tensor]  # number of the sampling step -> noise [B, ...]
 class NoiseSchedule:
     """How noise is added and taken away; every field is diffusers' setting of that name, with its default.
 
-    Raises: ConfigError for a value that is none of ``CHOICES``.
+    Raises: ConfigError for a value that is none of ``CHOICES``, or a number that no schedule has.
     """
 
     num_train_timesteps: int = 1000
@@ -65,6 +65,15 @@ class NoiseSchedule:
 
     def __post_init__(self):
         _check_choices({name: getattr(self, name) for name in CHOICES})
+        wrong = [f"{name}={getattr(self, name)}: expected {expected}" for name, expected, is_right in (
+            ("num_train_timesteps", "1 to 100000", 1 <= self.num_train_timesteps <= 100_000),
+            ("beta_start", "a number above 0 and below 1", 0 < self.beta_start < 1),
+            ("beta_end", "a number above 0 and below 1", 0 < self.beta_end < 1),
+            ("clip_sample_range", "a number above 0, up to 1000", 0 < self.clip_sample_range <= 1000),
+            ("steps_offset", "0 to num_train_timesteps", 0 <= self.steps_offset <= self.num_train_timesteps))
+            if not is_right]
+        if wrong:
+            raise ConfigError(f"{listing(wrong)}. Give the noise schedule the network was trained with.")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
@@ -72,7 +81,8 @@ class NoiseSchedule:
 
         Raises: ConfigError for another class, and listing every setting that is not supported.
         """
-        return cls(**obeyed(cls, config, ("DDPMScheduler", "DDIMScheduler"), FIXED, UNUSED))
+        with naming("scheduler_config.json"):
+            return cls(**obeyed(cls, config, ("DDPMScheduler", "DDIMScheduler"), FIXED, UNUSED))
 
     def to_config(self) -> dict[str, Any]:
         """A ``scheduler_config.json`` that diffusers reads."""

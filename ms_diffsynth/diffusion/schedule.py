@@ -7,6 +7,7 @@ unit in the last place (diffusers 0.39, compared for FLUX.1 at 1, 4, 28 and 50 s
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -14,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ms_diffsynth.errors import ConfigError, listing
+from ms_diffsynth.errors import ConfigError, listing, naming
+from ms_diffsynth.formats.json_text import is_of, shown, words_of
 
 _f32 = np.float32
 
@@ -270,7 +272,8 @@ class FlowMatchSettings:
         """
         fixed = {"num_train_timesteps": 1000, "invert_sigmas": False, "use_karras_sigmas": False,
                  "use_exponential_sigmas": False, "use_beta_sigmas": False, "stochastic_sampling": False}
-        return cls(**obeyed(cls, config, ("FlowMatchEulerDiscreteScheduler",), fixed))
+        with naming("scheduler_config.json"):
+            return cls(**obeyed(cls, config, ("FlowMatchEulerDiscreteScheduler",), fixed))
 
     def schedule(self, mu: Callable[[int, int], float] | None = None) -> Schedule:
         """The grid training draws from, and the steps of sampling. Dynamic shifting leaves training unshifted.
@@ -322,7 +325,11 @@ def obeyed(settings: type, config: Mapping[str, Any], kinds: Sequence[str], fixe
     if wrong:
         raise ConfigError(f"scheduler_config.json sets {listing(wrong)}, which is not computed here: expected "
                           f"{listing(f'{n}={v}' for n, v in fixed.items())}, and nothing beside {listing(names)}.")
-    return {name: value for name, value in given.items() if name in names}
+    found, hints = {name: value for name, value in given.items() if name in names}, typing.get_type_hints(settings)
+    wrong = [f"{n}={shown(v)}: expected {words_of(hints[n])}" for n, v in found.items() if not is_of(v, hints[n])]
+    if wrong:
+        raise ConfigError(f"scheduler_config.json says {listing(wrong)}. Copy the file of the model again.")
+    return found
 
 
 def _is_number(value: Any) -> bool:

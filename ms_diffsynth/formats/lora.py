@@ -6,6 +6,7 @@ so it is folded into B when a file is written, with ``lora_alpha = r`` in the me
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -16,12 +17,16 @@ from typing import Any
 import numpy as np
 
 from ms_diffsynth.errors import WeightError, listing, nearest
+from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.formats.weights import FLOATS, Checkpoint, native, save_state_dict
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_METADATA = "lora_adapter_metadata"
 PREFIXES = ("transformer.", "unet.", "diffusion_model.")
 KOHYA = "lora_unet_"
 ALPHA = "alpha"
+LARGEST_ALPHA = 1e6
 
 Parts = Mapping[str, np.ndarray]  # part -> tensor of one module
 Pair = tuple[np.ndarray, np.ndarray]
@@ -218,6 +223,10 @@ def load_adapter(path: str | os.PathLike[str], modules: Iterable[str] | None = N
                           "Nothing was loaded. Give a LoRA made for this model, in diffusers naming.")
     if not tensors:
         raise WeightError(f"{path} holds no LoRA: expected names that end in .lora_A.weight and .lora_B.weight.")
+    for what, odd in (("alpha 0, so they change nothing", [m for m, scale in scales.items() if scale == 0]),
+                      ("a negative alpha, so they undo what was learned", [m for m, s in scales.items() if s < 0])):
+        if odd:
+            logger.warning("%s: %d of %d modules have %s: %s.", path, len(odd), len(scales), what, listing(odd))
     return AdapterFile(file_format, tensors, scales)
 
 
@@ -242,8 +251,8 @@ def _read(module: str, keys: Mapping[str, str], checkpoint: Checkpoint, settings
     if alpha.size != 1:
         raise WeightError(f"{module}: alpha has shape {alpha.shape}, expected one number")
     scale = float(alpha.reshape(())) / rank
-    if not math.isfinite(scale):
-        raise WeightError(f"{module}: alpha is {alpha.reshape(())}, expected a finite number")
+    if not abs(scale * rank) <= LARGEST_ALPHA:  # nor when it is NaN
+        raise WeightError(f"{module}: alpha is {alpha.reshape(())}, expected a number up to {LARGEST_ALPHA:g}")
     if told is not None and not math.isclose(told, scale, rel_tol=1e-2):  # bfloat16 alpha has 8 bits
         raise WeightError(f"{module}: scale {scale:g} by its .alpha but {told:g} by the metadata")
     return parts, scale
@@ -275,17 +284,16 @@ def _settings(metadata: Mapping[str, str], path: str | os.PathLike[str], prefixe
     if ADAPTER_METADATA not in metadata:
         return {}
     try:
-        settings = dict(json.loads(metadata[ADAPTER_METADATA]))
-    except (ValueError, TypeError) as error:
-        raise WeightError(f"{path}: the metadata '{ADAPTER_METADATA}' is not a JSON object ({error}). "
-                          "Save it again.") from error
+        settings = parse_json(metadata[ADAPTER_METADATA])
+    except NotJSON as error:
+        raise WeightError(f"{path}: the metadata '{ADAPTER_METADATA}' {error}. Save it again.") from error
     settings = {next((k.removeprefix(p) for p in prefixes if k.startswith(p)), k): v for k, v in settings.items()}
     alpha, patterns = settings.get("lora_alpha"), settings.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or not all(
-            value is None or (type(value) in (int, float) and math.isfinite(value))
+            value is None or (type(value) in (int, float) and abs(value) <= LARGEST_ALPHA)
             for value in (alpha, *patterns.values())):
         raise WeightError(f"{path}: the metadata '{ADAPTER_METADATA}' says lora_alpha={alpha!r}, alpha_pattern="
-                          f"{patterns!r}: expected finite numbers. Save it again.")
+                          f"{patterns!r}: expected numbers up to {LARGEST_ALPHA:g}. Save it again.")
     return settings
 
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections import defaultdict
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ms_diffsynth.errors import WeightError, listing, nearest
+from ms_diffsynth.formats.json_text import read_json, shown
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -104,13 +104,12 @@ def pickle_text(paths: list[Path]) -> str:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = {str(name): str(shard) for name, shard in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightError(f"{index} is not an index of shards ({type(error).__name__}: {error}). "
-                          "Download it again.") from error
-    outside = sorted({s for s in names.values() if Path(s).name != s})
+    remedy = "Download it again."
+    names = read_json(index, WeightError, remedy).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
+        raise WeightError(f"{index} is not an index of shards: its weight_map is {shown(names)}, expected names of "
+                          f"tensors and of files. {remedy}")
+    outside = sorted({shard for shard in names.values() if Path(shard).name != shard or "\0" in shard})
     if outside:
         raise WeightError(f"{index} names files outside its folder: {listing(outside)}. Expected plain file names.")
     return names

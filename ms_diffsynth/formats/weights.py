@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +17,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ms_diffsynth.errors import ConfigError, WeightError, listing, nearest
+from ms_diffsynth.data.paths import open_regular
+from ms_diffsynth.errors import ConfigError, DataError, WeightError, listing, nearest
+from ms_diffsynth.formats.json_text import parse_json
 from ms_diffsynth.formats.shards import INDEX, PICKLES, Source, find_files, names_in, pickle_text
 from ms_diffsynth.storage.files import stage_folder, write_file
 
@@ -86,6 +88,14 @@ class Checkpoint:
         entry = self.entries[name]
         with open(entry.file, "rb") as file:
             return _read(file, entry)
+
+    def refuse_integers(self, names: Iterable[str] | None = None) -> None:
+        """Raises: WeightError naming the tensors (of ``names``) that are no floating-point numbers: no weights are."""
+        odd = [f"{n} ({self.entries[n].dtype})" for n in (names or self.entries)
+               if "float" not in self.entries[n].dtype.name]
+        if odd:
+            raise WeightError(f"{listing(self.files)}: {len(odd)} tensors are not weights of a kind that is "
+                              f"read: {listing(odd)}. Expected {listing(FLOATS)}. Download or save the file again.")
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """All tensors as (name, array), file by file, one in memory at a time. Each array is the caller's own."""
@@ -285,32 +295,28 @@ def read_header(file: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[st
     if file.suffix in PICKLES:
         raise WeightError(pickle_text([file]))
     try:
+        if os.path.lexists(file):
+            open_regular(os.fspath(file)).close()  # reading a pipe would wait for ever
         with safe_open(file, framework="np"):  # refuses bad lengths, and offsets that overlap or leave gaps
             pass
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length), object_pairs_hook=_unique)
+            header = parse_json(stream.read(length))
+    except DataError as error:
+        raise WeightError(f"{str(error).partition('. ')[0]}. Download or save it again.") from None
     except FileNotFoundError:
         raise WeightError(f"{file} does not exist.{nearest(file.name, names_in(file.parent))}") from None
     except (SafetensorError, ValueError, OSError) as error:
         size = file.stat().st_size if file.is_file() else "no"
         raise WeightError(f"{file} ({size} bytes) is not a complete safetensors file: {error}. "
                           "Download or save it again.") from error
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}  # null is none: safetensors 0.8 opens such a file
     entries = {}
     for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if info["dtype"] not in DTYPES:
             raise WeightError(f"{file}: tensor '{name}' is {info['dtype']}; expected one of {listing(DTYPES, 20)}.")
         entries[name] = Entry(tuple(info["shape"]), DTYPES[info["dtype"]], file, 8 + length + info["data_offsets"][0])
     return entries, metadata
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no name may come twice: safetensors 0.8 takes the last one."""
-    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"its header names {listing(twice)} twice")
-    return dict(pairs)
 
 
 def _read(file: Any, entry: Entry) -> np.ndarray:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 import math
 from collections import Counter
@@ -23,7 +22,8 @@ from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.tasks import Task, task_class
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.errors import ConfigError, listing, nearest
+from ms_diffsynth.errors import ConfigError, DataError, listing, nearest, shortened
+from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import TASKS, family
@@ -122,34 +122,40 @@ def build_datasets(config: TrainConfig) -> DataSets:
         held_out = [name for name in (cache.manifest or {}).get("rows", {}) if name == "validation"]
         cache.check({"pictures": dict.fromkeys([*names, *held_out], made)})
         return DataSets(UnifiedDataset(folder, repeat=data.dataset_repeat))
-    instance = _dataset(config, data.dataset_base_path, data.dataset_metadata_path, "instance_prompt",
-                        data.dataset_repeat)
+    instance = _dataset(config, "dataset", data.dataset_repeat)
     classes = validation = None
     if config.objective.with_prior_preservation:
-        classes = _dataset(config, data.class_base_path, data.class_metadata_path, "class_prompt")
+        classes = _dataset(config, "class")
     if data.validation_share is not None:
         instance, validation = instance.split(data.validation_share, config.run.seed)
     elif data.validation_base_path or data.validation_metadata_path:
-        validation = _dataset(config, data.validation_base_path or data.dataset_base_path,
-                              data.validation_metadata_path, "instance_prompt")
+        validation = _dataset(config, "validation")
     sets = DataSets(instance, classes, validation)
     _resize(config, sets)
     return sets
 
 
-def _dataset(config: TrainConfig, base: str, metadata: str | None, prompt: str, repeat: int = 1) -> UnifiedDataset:
-    """Images and prompts; the setting called ``prompt`` serves every image that has none of its own."""
+def _dataset(config: TrainConfig, name: str, repeat: int = 1) -> UnifiedDataset:
+    """The images and prompts of the settings that begin with ``name``: dataset, class or validation."""
     extra = [name.strip() for name in (config.data.extra_inputs or "").split(",") if name.strip()]
     known = {*family(config.model.family).pipeline().optional_units, "template_inputs"}
     if odd := [name for name in extra if name not in known]:
         raise ConfigError(f"extra_inputs names {', '.join(map(repr, odd))}: expected some of "
                           f"{', '.join(sorted(known))}.{nearest(odd[0], known)}")
     data, has_prompts = config.data, "prompt" in family(config.model.family).pipeline.inputs
-    return UnifiedDataset(base_path=base, metadata_path=metadata, repeat=repeat, data_file_keys=data.data_file_keys,
-                          captions=has_prompts, instance_prompt=getattr(data, prompt) if has_prompts else None,
-                          prompt_setting=prompt, image_column=data.image_column, caption_column=data.caption_column,
-                          allow_outside_base=data.allow_outside_base,
-                          required=["image", *extra, *(["prompt"] if has_prompts else [])])
+    base, metadata = (getattr(data, f"{name}_{what}_path") for what in ("base", "metadata"))
+    prompt = "class_prompt" if name == "class" else "instance_prompt"
+    try:
+        return UnifiedDataset(
+            base_path=base or data.dataset_base_path, metadata_path=metadata, repeat=repeat,
+            data_file_keys=data.data_file_keys, captions=has_prompts, prompt_setting=prompt,
+            instance_prompt=getattr(data, prompt) if has_prompts else None, image_column=data.image_column,
+            caption_column=data.caption_column, allow_outside_base=data.allow_outside_base,
+            required=["image", *extra, *(["prompt"] if has_prompts else [])])
+    except DataError as error:
+        if "\n" in str(error) or f"{name}_" in str(error):  # it says which rows of which file, or the setting
+            raise
+        raise DataError(f"{name}_{'base' if metadata is None else 'metadata'}_path: {error}") from error
 
 
 def _resize(config: TrainConfig, sets: DataSets) -> None:
@@ -220,12 +226,12 @@ def sample_template_inputs(config: TrainConfig) -> list[Mapping[str, Any]]:
     text, count, given = config.run.sample_template_inputs, len(config.run.sample_prompts), None
     if not text:
         return []
-    with contextlib.suppress(ValueError):
-        given = json.loads(text)
+    with contextlib.suppress(NotJSON):
+        given = parse_json(text, None)
     inputs = [given] * count if isinstance(given, dict) else given
     if not isinstance(inputs, list) or len(inputs) != count or not all(isinstance(item, dict) for item in inputs):
-        raise ConfigError(f"sample_template_inputs={text}: expected a JSON object such as {{\"scale\": 0.5}}, or a "
-                          f"list of {count}, one for each of sample_prompts.")
+        raise ConfigError(f"sample_template_inputs={shortened(text)}: expected a JSON object such as "
+                          f"{{\"scale\": 0.5}}, or a list of {count}, one for each of sample_prompts.")
     return inputs
 
 

@@ -1,13 +1,14 @@
 """A family's pipeline on given files: for a configured run, and for sampling, which imports nothing of training."""
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from ms_diffsynth import runtime
 from ms_diffsynth.config import SETTINGS, TrainConfig
-from ms_diffsynth.errors import ConfigError, listing
+from ms_diffsynth.data.paths import path_problem
+from ms_diffsynth.errors import ConfigError, listing, naming, shortened
+from ms_diffsynth.formats.json_text import NotJSON, parse_json, shown
 from ms_diffsynth.hub.download import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
@@ -19,10 +20,13 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
     Raises: ConfigError for files, a tokenizer or a setting that the family does not have.
     """
     model = config.model
-    return open_pipeline(model.family, model_configs(model.model_paths, model.model_id_with_origin_paths),
-                         tokenizers={name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")},
-                         device=config.run.device, dtype=config.run.dtype,
-                         max_sequence_length=config.data.max_sequence_length)
+    given = [f"{name}={value}" for name in ("model_paths", "model_id_with_origin_paths")
+             if (value := getattr(model, name))]
+    with naming(", ".join(given) or "model_paths"):
+        return open_pipeline(
+            model.family, model_configs(model.model_paths, model.model_id_with_origin_paths),
+            tokenizers={name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")},
+            device=config.run.device, dtype=config.run.dtype, max_sequence_length=config.data.max_sequence_length)
 
 
 def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None] | None = None,
@@ -44,7 +48,8 @@ def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None
             raise ConfigError(f"{setting}={text}: {chosen.pipeline.__name__} has no {tokenizer}; it has "
                               f"{listing(chosen.tokenizers) or 'none at all'}. Remove the setting.")
         if text:
-            configs[f"{tokenizer}_config"] = parse_path_or_model_id(text)
+            with naming(f"{setting}={text}"):
+                configs[f"{tokenizer}_config"] = parse_path_or_model_id(text)
     pipe = chosen.pipeline.from_pretrained(models, **configs, device=device,
                                            mindspore_dtype=runtime.compute_dtype(dtype))
     if max_sequence_length is not None:
@@ -63,10 +68,17 @@ def model_configs(model_paths: str | None, model_id_with_origin_paths: str | Non
     paths: list[Any] = []
     if model_paths:
         try:
-            paths = json.loads(model_paths) if model_paths.lstrip().startswith("[") else [model_paths]
-        except ValueError as error:
-            raise ConfigError(f"model_paths={model_paths} is not JSON ({error}): expected a path, or a JSON list of "
+            paths = parse_json(model_paths, list) if model_paths.lstrip().startswith("[") else [model_paths]
+        except NotJSON as error:
+            raise ConfigError(f"model_paths={shortened(model_paths)} {error}: expected a path, or a JSON list of "
                               "paths.") from None
+    for path in paths:  # one model may be several files, a list in the list
+        names = path if isinstance(path, list) else [path]
+        wrong = [problem for name in names for problem in [
+            path_problem(name) if isinstance(name, str) and name else "expected a path"] if problem]
+        if wrong or not names:
+            raise ConfigError(f"model_paths={shortened(str(model_paths))}: {shown(path)} names no file: "
+                              f"{listing(wrong) or 'expected a path'}. Give a path, or a JSON list of paths.")
     configs = [ModelConfig(path) for path in paths]
     if model_id_with_origin_paths:
         configs += parse_model_id_with_origin_paths(model_id_with_origin_paths)

@@ -10,8 +10,9 @@ from typing import Any
 
 from PIL import Image
 
+from ms_diffsynth import runtime
 from ms_diffsynth.config import TrainConfig, flat, to_yaml
-from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.errors import CacheError, ConfigError, OutputError, naming
 from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_sampler
 from ms_diffsynth.run.checks import check_data, check_settings
 from ms_diffsynth.run.pipeline import build_pipeline
@@ -40,6 +41,15 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> ModelLogger:
 
     Returns: the logger, which knows what was saved. Raises: as `launch_training_task`.
     """
+    data, run = config.data, config.run
+    kinds = (OutputError, CacheError) if data.cache_dir else ()
+    size = {"max_pixels": data.max_pixels} if data.height is None else {"height": data.height, "width": data.width}
+    with runtime.memory_for(batch_size=run.batch_size, **size, sample_height=run.sample_height,
+                            sample_width=run.sample_width), naming(f"cache_dir={data.cache_dir}", kinds):
+        return _train(config, hooks)
+
+
+def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     accelerator = Accelerator.of(config.flat())
     if accelerator.num_processes > 1:
         for handler in logging.getLogger().handlers:

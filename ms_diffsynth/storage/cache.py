@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ms_diffsynth.errors import CacheError, WeightError, listing
+from ms_diffsynth.formats.json_text import parse_json, read_json
 from ms_diffsynth.formats.weights import open_checkpoint, read_header, serialize
 from ms_diffsynth.storage.files import write_file
 from ms_diffsynth.storage.lock import _STAGE, _is_running
@@ -205,7 +206,7 @@ class Cache:
         try:
             _, metadata = read_header(path)
             slots = dict(open_checkpoint([path]).tensors())
-            size, text = tuple(json.loads(metadata["size"])), metadata["text"]
+            size, text = tuple(parse_json(metadata["size"], list)), metadata["text"]
             is_sound = metadata == {"format": "pt", **_metadata(key, slots, size, text)}
         except (WeightError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise CacheError(f"{name} is damaged ({error}). {remedy}") from None
@@ -258,19 +259,34 @@ class Cache:
 
     def _read_manifest(self) -> dict[str, Any] | None:
         path = self.folder / MANIFEST
-        if not path.is_file():  # also a pipe, whose reading would wait for ever
-            return None
+        remedy = "Remove it and run --task sft:data_process again; sound entries are kept."
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            is_sound = manifest.pop("digest") == digest_of(manifest)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise CacheError(f"{path} is damaged ({error}): expected the manifest of a cache. Remove it and run --task "
-                             "sft:data_process again; sound entries are kept.") from None
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise CacheError(f"{path} cannot be seen ({error.strerror}): expected a folder that this user may read. "
+                             "Change its permissions, or choose another one.") from None
+        manifest = read_json(path, CacheError, remedy)
+        is_sound = manifest.pop("digest", None) == digest_of(manifest)
         if not is_sound or manifest.get("format") != FORMAT:
             what = f"its format is {manifest.get('format')}, expected {FORMAT}" if is_sound else "its digest is wrong"
-            raise CacheError(f"{path} cannot be used: {what}. Remove it and run --task sft:data_process again; sound "
-                             "entries are kept.")
+            raise CacheError(f"{path} cannot be used: {what}. {remedy}")
+        _check_manifest(manifest, path, remedy)
         return manifest
+
+
+def _check_manifest(manifest: Mapping[str, Any], path: Path, remedy: str) -> None:
+    """Raises: CacheError for a manifest whose digest is right, and which another program wrote."""
+    rows = manifest.get("rows")
+    is_right = (isinstance(rows, dict) and all(isinstance(found, list) for found in rows.values()) and all(
+        isinstance(row, list) and len(row) == 2 and all(isinstance(text, str) for text in row)
+        for found in rows.values() for row in found)
+        and all(isinstance(manifest.get(part), dict) for part in ("fingerprint", "configs"))
+        and isinstance(manifest.get("complete"), bool))
+    if not is_right:
+        raise CacheError(f"{path} is not the manifest of a cache: expected rows of a key and a name each, a "
+                         f"fingerprint and configs. {remedy}")
 
 
 def _metadata(key: str, slots: Mapping[str, np.ndarray], size: Sequence[int], text: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from ms_diffsynth.errors import CheckpointError, ConfigError, WeightError, listing, nearest
+from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.formats.shards import names_in
 from ms_diffsynth.formats.weights import open_checkpoint, serialize
 from ms_diffsynth.storage.cache import digest_of
@@ -236,11 +237,11 @@ def _read_json(file: Path, most: int | None = None) -> Any:
     try:
         size = _size_of(file)
         if most is not None and size > most:
-            raise ValueError(f"{size} bytes, expected at most {most}")
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        what = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{file.parent} is not a complete checkpoint: {file.name}: {what}. Resume from another "
+            raise NotJSON(f"has {size} bytes, expected at most {most}")
+        return parse_json(file.read_bytes())
+    except (OSError, NotJSON) as error:
+        what = f": {error.strerror}" if isinstance(error, OSError) else f" {error}"
+        raise CheckpointError(f"{file.parent} is not a complete checkpoint: {file.name}{what}. Resume from another "
                               "checkpoint.") from error
 
 

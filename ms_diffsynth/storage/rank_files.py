@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ms_diffsynth.errors import CheckpointError
+from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.formats.weights import open_checkpoint, serialize
 from ms_diffsynth.storage.files import CALLS, Calls, write_beside
 
@@ -83,7 +84,11 @@ class Parts:
             raise CheckpointError(f"{self.folder} has {len(files)} of {int(count)} files of {self.group}. Resume from "
                                   "another checkpoint.")
         self._files = [open_checkpoint(file) for file in files]
-        self.shapes = {name: tuple(shape) for name, shape in json.loads(self._files[0].metadata["shapes"]).items()}
+        try:
+            self.shapes = {n: tuple(shape) for n, shape in parse_json(self._files[0].metadata["shapes"]).items()}
+        except (KeyError, NotJSON, TypeError) as error:
+            raise CheckpointError(f"{files[0]} does not say what it is a part of ({error}). Resume from another "
+                                  "checkpoint.") from None
 
     def __getitem__(self, name: str) -> np.ndarray:
         pieces = [file[name] for file in self._files if name in file]

@@ -22,7 +22,7 @@ from importlib.util import decode_source
 from pathlib import Path
 
 from ms_diffsynth.data.paths import open_regular
-from ms_diffsynth.errors import DataError, TemplateError, UntrustedCodeError, WeightError
+from ms_diffsynth.errors import DataError, TemplateError, UntrustedCodeError, WeightError, is_mistake, said, shortened
 
 LARGEST = 1 << 20  # bytes; a model.py is a few kilobytes
 PATH_NAME = "TEMPLATE_MODEL_PATH"
@@ -80,8 +80,9 @@ def check_trust(code: TemplateCode, trust_template_code: bool, trust_template_sh
                                  "Read it, then pass --trust_template_code (trust_template_code=True), with "
                                  f"--trust_template_sha256 {code.sha256} to allow exactly these bytes.")
     if trust_template_sha256 is not None and trust_template_sha256.strip().lower() != code.sha256:
-        raise UntrustedCodeError(f"{code} is not what was allowed: expected sha256 {trust_template_sha256}. None of "
-                                 "it has run. Find out who changed it; read it again before you allow its new sha256.")
+        raise UntrustedCodeError(f"{code} is not what was allowed: expected the bytes of trust_template_sha256="
+                                 f"{shortened(trust_template_sha256, 80)}. None of it has run. Find out who changed "
+                                 "it; read it again before you allow its new sha256.")
 
 
 _loaded: dict[tuple[Path, str], types.ModuleType] = {}
@@ -114,9 +115,9 @@ def run_code(code: TemplateCode) -> types.ModuleType:
         exec(compiled, module.__dict__)
     except BaseException as error:
         sys.modules.pop(module.__name__, None)
-        if not isinstance(error, (Exception, SystemExit)):
+        if not is_mistake(error):
             raise
-        raise TemplateError(f"{code.path}{line_in(error, module)}: {type(error).__name__}: {error}. Expected code "
+        raise TemplateError(f"{code.path}{line_in(error, module)}: {said(error)}. Expected code "
                             "that defines TEMPLATE_MODEL; correct it.") from error
     if not callable(getattr(module, "TEMPLATE_MODEL", None)):
         raise TemplateError(f"{code.path} defines no TEMPLATE_MODEL: expected TEMPLATE_MODEL = <class of the model>, "

@@ -18,7 +18,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ms_diffsynth import runtime
-from ms_diffsynth.errors import ConfigError, TemplateError, UserError, listing, nearest
+from ms_diffsynth.errors import ConfigError, TemplateError, UserError, is_mistake, listing, nearest, said
 from ms_diffsynth.formats.weights import asked_dtype, match, open_checkpoint
 from ms_diffsynth.hub.download import ModelConfig, parse_path_or_model_id
 from ms_diffsynth.nn.names import assign, torch_shapes
@@ -103,11 +103,13 @@ class Template:
             return function(**arguments)
         except UserError:
             raise
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
+            if not is_mistake(error):
+                raise
             given = {k: v for k, v in arguments.items() if k not in RESERVED and not isinstance(v, Tensor)}
             on = f" on {given!r:.200}" if given else ""
             raise TemplateError(f"{self.code.path}{line_in(error, self.module)}: {name} failed{on} "
-                                f"({type(error).__name__}: {error}). Correct the input, or the template.") from error
+                                f"({said(error)}). Correct the input, or the template.") from error
 
 
 def open_template(path: str | Path | ModelConfig, trust_template_code: bool = False,

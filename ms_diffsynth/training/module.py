@@ -10,7 +10,7 @@ from mindspore import Parameter, Tensor, nn
 
 from ms_diffsynth.diffusion.tasks import Task
 from ms_diffsynth.diffusion.units import Objective
-from ms_diffsynth.errors import ConfigError, DataError, TrainingError, listing, nearest
+from ms_diffsynth.errors import ConfigError, DataError, TrainingError, listing, naming, nearest
 from ms_diffsynth.formats.lora import load_adapter, save_adapter
 from ms_diffsynth.formats.weights import save_state_dict
 from ms_diffsynth.hub.download import ModelConfig
@@ -101,10 +101,10 @@ class DiffusionTrainingModule:
             raise ConfigError("nothing would be trained: set lora_base_model or trainable_models, e.g. to dit.")
         known = [c.name for c in pipe.store.components if not c.is_tokenizer]
         for name in [*names, *([lora_base_model] if lora_base_model else [])]:
-            root = name.split(".")[0]
+            root, setting = name.split(".")[0], "trainable_models" if name in names else "lora_base_model"
             if root not in known:
-                raise ConfigError(f"'{name}' cannot be trained: {type(pipe).__name__} has the models {listing(known)}."
-                                  f"{nearest(root, pipe.model_names)}")
+                raise ConfigError(f"{setting}: '{name}' cannot be trained: {type(pipe).__name__} has the models "
+                                  f"{listing(known)}.{nearest(root, pipe.model_names)}")
         if lora_base_model in names:
             raise ConfigError(f"'{lora_base_model}' is in trainable_models and is lora_base_model: expected one of the "
                               "two. Train it whole, or train a LoRA on it.")
@@ -128,16 +128,7 @@ class DiffusionTrainingModule:
             model = getattr(pipe, lora_base_model)
             self.adapter.inject(model, targets, lora_rank, lora_alpha, lora_uniform)
             if lora_checkpoint:
-                cells = adapted_layers(model)
-                file = load_adapter(lora_checkpoint, list(cells), formats(), **pipe.adapter_names(lora_base_model))
-                if (found := adapter_of(file.format).name) != self.adapter.name:
-                    raise ConfigError(f"lora_checkpoint={lora_checkpoint} holds the adapter {found}: expected "
-                                      f"{self.adapter.name}, as the setting adapter says. Set adapter={found}, or give "
-                                      "another file.")
-                # a file's scale is folded into B; ours is alpha / rank, applied at run time
-                modules = file.with_scale({name: cell.scale for name, cell in cells.items()})
-                self.adapter.load(model, {f"{module}.{part}": array for module, parts in modules.items()
-                                          for part, array in parts.items()})
+                self._load_lora(pipe, lora_base_model, lora_checkpoint)
         for name in names:
             for parameter in self._parameters_under(pipe, name):
                 parameter.requires_grad = True
@@ -163,6 +154,20 @@ class DiffusionTrainingModule:
                             trust_template_sha256=trust_template_sha256,
                             use_gradient_checkpointing=use_gradient_checkpointing,
                             use_gradient_checkpointing_offload=use_gradient_checkpointing_offload)
+
+    def _load_lora(self, pipe: Pipeline, name: str, path: str | Path) -> None:
+        """Continue from a file of the same adapter, for the model called ``name``."""
+        model = getattr(pipe, name)
+        cells = adapted_layers(model)
+        with naming(f"lora_checkpoint={path}"):
+            file = load_adapter(path, list(cells), formats(), **pipe.adapter_names(name))
+            if (found := adapter_of(file.format).name) != self.adapter.name:
+                raise ConfigError(f"lora_checkpoint={path} holds the adapter {found}: expected {self.adapter.name}, as "
+                                  f"the setting adapter says. Set adapter={found}, or give another file.")
+            # a file's scale is folded into B; ours is alpha / rank, applied at run time
+            modules = file.with_scale({name: cell.scale for name, cell in cells.items()})
+            self.adapter.load(model, {f"{module}.{part}": array for module, parts in modules.items()
+                                      for part, array in parts.items()})
 
     def _store_frozen(self, fp8_models: str | None, stages: tuple[str, ...]) -> None:
         """Put the named models that these stages use into 8 bits; what is prepared by them depends on it."""

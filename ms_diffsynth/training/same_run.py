@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_diffsynth.config import SETTINGS, flat
-from ms_diffsynth.errors import CheckpointError, ConfigError, listing, nearest
+from ms_diffsynth.errors import CheckpointError, ConfigError, listing, naming, nearest
 from ms_diffsynth.formats.weights import dtype_name
 from ms_diffsynth.program import Cut
 from ms_diffsynth.redact import without_secrets
@@ -23,7 +23,7 @@ from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.options import TrainingOptions
 from ms_diffsynth.training.prepared import CachedRows, PreparedRows
-from ms_diffsynth.training.state import CHECKPOINTS, PREPARED, versions
+from ms_diffsynth.training.state import CHECKPOINTS, PREPARED, check_state, versions
 from ms_diffsynth.training.two_stage import images_of
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ MAY_CHANGE = frozenset((*_OF_SCRIPTS, *(n for n, setting in SETTINGS.items() if 
 def holding(output_path: Path) -> Iterator[None]:
     """Hold the folder of a run for this process. Raises: OutputError when another run holds it."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lock_folder(output_path))
+        with naming(f"output_path={output_path}"):
+            stack.enter_context(lock_folder(output_path))
         if (output_path / CHECKPOINTS).is_dir():  # what a killed run left half written is in there
             stack.enter_context(lock_folder(output_path / CHECKPOINTS))
             for part in (output_path / CHECKPOINTS).glob(".tmp-*"):  # of any machine: no other run writes here
@@ -195,6 +196,7 @@ def check_identity(checkpoint: Checkpoint, now: Mapping[str, Any], accept: Colle
     Returns: a line for each field. Raises: CheckpointError listing what was not accepted; ConfigError for a name that
         is none.
     """
+    check_state(checkpoint)
     # what every run had before there was a setting, so that checkpoints written then can be resumed from
     defaults = {n: SETTINGS[n].default for n in now if n in SETTINGS and SETTINGS[n].default is not dataclasses.MISSING}
     saved = json.loads(json.dumps(defaults)) | checkpoint.state["identity"]

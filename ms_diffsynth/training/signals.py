@@ -15,6 +15,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+from ms_diffsynth.errors import Interrupted
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 HUNG = 75  # exit code: try again
 _ONE_SECONDS = 1.0  # what comes sooner is the same wish: Slurm and systemd send to a launcher and to its workers
@@ -25,10 +27,6 @@ _active: StopRequest | None = None
 
 class Stopped(SystemExit):
     """A signal was obeyed; uncaught it ends the process with 128 + the signal's number, as shells count."""
-
-
-class Interrupted(BaseException):
-    """A signal came in a block that can be given up. No ``except Exception`` inside takes it for a failure."""
 
 
 class StopRequest:

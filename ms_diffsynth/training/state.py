@@ -15,6 +15,7 @@ from mindspore import Parameter, ops
 
 from ms_diffsynth import __version__
 from ms_diffsynth.errors import CheckpointError, listing
+from ms_diffsynth.formats.json_text import shown
 from ms_diffsynth.formats.weights import FLOATS
 from ms_diffsynth.nn.names import load_state
 from ms_diffsynth.storage.checkpoint import Checkpoint
@@ -47,6 +48,20 @@ def parameters_of(step: TrainStep) -> dict[str, dict[str, Parameter]]:
     if step.loss_scaler is not None:
         groups["loss_scale"] = {n: p for n, p in vars(step.loss_scaler).items() if isinstance(p, Parameter)}
     return groups
+
+
+def check_state(checkpoint: Checkpoint) -> None:
+    """Raises: CheckpointError for a sound checkpoint that is none of a training run: one that a script saved."""
+    kinds: dict[str, type] = dict.fromkeys(
+        ("step", "epoch", "position", "skipped", "skipped_in_a_row", "saved_at"), int)
+    kinds |= {"saved": list, "captions": list, "identity": dict, "versions": dict}
+    found = checkpoint.state
+    wrong = [f"{name}={shown(found[name]) if name in found else 'nothing'}" for name, kind in kinds.items()
+             if type(found.get(name)) is not kind or (kind is int and not -1 <= found[name] < 1 << 53)
+             or (kind is list and not all(isinstance(text, str) for text in found[name]))]
+    if wrong:
+        raise CheckpointError(f"{checkpoint.path} is no checkpoint of a training run: its state says {listing(wrong)}. "
+                              "Resume from one that training saved.")
 
 
 def restore(step: TrainStep, checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ def test_values_keep_the_text_they_were_written_in(tmp_path):
         ("one", "c", Written(place=place[2], text="010")),
         ("one", "d", Written(place=place[3], text="5", is_quoted=True)),
         ("one", "e", Written(place=place[4], text="null")), ("one", "f", Written(place=place[5], items=("x", "y, z"))),
-        ("one", "g", Written(place=place[6]))]
+        ("one", "g", Written(place=place[6], what="(a mapping)"))]
 
 
 def test_what_stands_outside_of_a_section_has_none(tmp_path):

@@ -29,7 +29,7 @@ def shallow():
     (f"run:\n  output_path: {CANARY}\n", "output_path=['touch canary'] in c.yaml line 2: expected text"),
     (f"{CANARY}\n", "c.yaml line 1: expected sections, each as 'name: value'"),
     (f"run: {CANARY}\n", "run in c.yaml line 1"),
-    ("run:\n  seed: !!python/name:os.system\n", "seed=None in c.yaml line 2: expected a whole number"),
+    ("run:\n  seed: !!python/name:os.system\n", "seed=(a value tagged !!python/name:os.system) in c.yaml line 2"),
     ("run:\n  seed: !!python/object/new:os.system [touch canary]\n", "in c.yaml line 2: expected a whole number"),
     (BOMB, "b in c.yaml line 3 is not a setting"),
     ("run:\n  sample_prompts:\n" + "    - a prompt of some words\n" * 400_000, " bytes, expected at most 1048576"),

@@ -20,7 +20,7 @@ from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.formats.weights import save_sharded
-from ms_diffsynth.models import SCHEDULER_FILE, Component, arguments
+from ms_diffsynth.models import SCHEDULER_FILE, SIZES, Component, arguments
 from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipeline import Pipeline, SamplingDefaults, UnitSequence
@@ -47,10 +47,11 @@ def build_unet(config: dict[str, Any]):
     with quiet_imports():
         from mindone.diffusers import UNet2DModel
 
-    return UNet2DModel(**arguments(config))
+    return UNet2DModel(**arguments(UNet2DModel, config))
 
 
-COMPONENTS = (Component(name="unet", folder="unet", class_name="UNet2DModel", build=build_unet),)
+COMPONENTS = (Component(name="unet", folder="unet", class_name="UNet2DModel", build=build_unet,
+                        reads={"block_out_channels": SIZES}),)
 
 
 class UnconditionalImagePipeline(Pipeline):

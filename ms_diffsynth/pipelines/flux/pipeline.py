@@ -4,11 +4,11 @@ from __future__ import annotations
 from typing import Any
 
 from ms_diffsynth.diffusion.schedule import FLUX_DEV, FLUX_SCHNELL, FlowMatchSettings, diffsynth_flux
-from ms_diffsynth.models import Component, arguments
+from ms_diffsynth.models import FLAG, Component
 from ms_diffsynth.pipelines.flux import units
 from ms_diffsynth.pipelines.flux.denoise import Denoise
 from ms_diffsynth.pipelines.shared import autoencoder_kl
-from ms_diffsynth.pipelines.shared.autoencoder_kl import Decode, EncodeImage, build_autoencoder_kl
+from ms_diffsynth.pipelines.shared.autoencoder_kl import AUTOENCODER_KL, Decode, EncodeImage
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.t5 import weight_dtype
 from ms_diffsynth.pipelines.shared.text import (
@@ -25,7 +25,7 @@ from ms_diffsynth.pipelines.shared.vae_units import LoadPixels
 def _build_dit(config: dict[str, Any]):
     from ms_diffsynth.pipelines.flux.transformer import build_transformer  # imports mindone's networks
 
-    return build_transformer(arguments(config))
+    return build_transformer(config)
 
 
 COMPONENTS = (
@@ -37,8 +37,9 @@ COMPONENTS = (
               ignored=("text_model.embeddings.position_ids",)),
     Component(name="text_encoder_2", folder="text_encoder_2", class_name="T5EncoderModel", build=build_t5,
               ignored=("encoder.embed_tokens.weight",), weight_dtype=weight_dtype),
-    Component(name="vae", folder="vae", class_name="AutoencoderKL", build=build_autoencoder_kl),
-    Component(name="dit", folder="transformer", class_name="FluxTransformer2DModel", build=_build_dit),
+    AUTOENCODER_KL,
+    Component(name="dit", folder="transformer", class_name="FluxTransformer2DModel", build=_build_dit,
+              reads={"guidance_embeds": FLAG}),
 )
 
 

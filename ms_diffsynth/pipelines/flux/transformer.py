@@ -16,9 +16,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint, nn, ops
 
+from ms_diffsynth.models import arguments
 from ms_diffsynth.nn.blocks import Arranged, Kind, by_head
 from ms_diffsynth.ops import network
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.rotary import check_axes
 
 with quiet_imports():
     from mindone.diffusers.models.transformers import transformer_flux as mindone
@@ -196,6 +198,8 @@ def use_own_blocks(dit: nn.Cell) -> nn.Cell:
 def build_transformer(config: dict) -> FluxTransformer:
     """The network of a ``config.json``, its weights still to come.
 
-    Raises: TypeError for a configuration that mindone 0.5.0 does not know.
+    Raises: WeightError for a setting that cannot be meant.
     """
-    return use_own_blocks(mindone.FluxTransformer2DModel(**config))
+    given = arguments(mindone.FluxTransformer2DModel, config)
+    check_axes(given)
+    return use_own_blocks(mindone.FluxTransformer2DModel(**given))

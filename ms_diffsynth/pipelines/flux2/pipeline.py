@@ -10,7 +10,7 @@ from PIL import Image
 
 from ms_diffsynth.diffusion.schedule import FLUX_DEV, ExponentialShift, FlowMatchSettings, Grid, to_one_nth
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.models import Component
+from ms_diffsynth.models import COUNT, FLAG, SCALE, SIZE, SIZES, Component, arguments, optional
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.flux2 import units
 from ms_diffsynth.pipelines.flux2.denoise import Denoise
@@ -36,14 +36,15 @@ UNUSED_OF_DEV = (
 def _build_dit(config: dict[str, Any]):
     from ms_diffsynth.pipelines.flux2.transformer import build_transformer  # imports mindone's networks
 
-    return build_transformer(_arguments(config))
+    return build_transformer(config)
 
 
 def _build_vae(config: dict[str, Any]):
     with quiet_imports():
         from mindone.diffusers import AutoencoderKLFlux2
 
-    vae = with_latents(AutoencoderKLFlux2, units.EncodeImage, units.Decode, **units.FIXED)(**_arguments(config))
+    vae = with_latents(AutoencoderKLFlux2, units.EncodeImage, units.Decode, **units.FIXED)(
+        **arguments(AutoencoderKLFlux2, config, {"decoder_block_out_channels": None}))
     del vae.bn.num_batches_tracked  # a count of training steps, which nothing reads
     return vae
 
@@ -82,20 +83,18 @@ def _build_dev_tokenizer(folder: Path):
     return tokenizer
 
 
-def _arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments from a diffusers config.json. A later setting that is on reaches mindone, which refuses."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
-            if not k.startswith("_") and (k, v) != ("decoder_block_out_channels", None)}
-
-
 COMPONENTS = (
     Component(name="tokenizer", folder="tokenizer", build=_build_tokenizer, default_folder=QWEN_TOKENIZER,
               libraries=("transformers",)),
     Component(name="text_encoder", folder="text_encoder", class_name="Qwen3ForCausalLM", build=_build_text_encoder,
               ignored=("lm_head.", "model.norm.", *UNUSED_LAYERS)),
     Component(name="vae", folder="vae", class_name="AutoencoderKLFlux2", build=_build_vae,
-              ignored=("bn.num_batches_tracked",)),
-    Component(name="dit", folder="transformer", class_name="Flux2Transformer2DModel", build=_build_dit),
+              ignored=("bn.num_batches_tracked",),
+              reads={"latent_channels": SIZE, "block_out_channels": SIZES, "batch_norm_eps": SCALE}),
+    Component(name="dit", folder="transformer", class_name="Flux2Transformer2DModel", build=_build_dit,
+              reads={"axes_dims_rope": SIZES, "rope_theta": SCALE, "num_attention_heads": SIZE,
+                     "attention_head_dim": SIZE, "num_layers": COUNT, "num_single_layers": COUNT,
+                     "guidance_embeds": optional(FLAG)}),
 )
 
 # FLUX.2-dev's: its tokenizer does not ship with the package

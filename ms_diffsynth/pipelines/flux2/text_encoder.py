@@ -11,6 +11,7 @@ from typing import Any
 
 from mindspore import Tensor, nn
 
+from ms_diffsynth.models import arguments
 from ms_diffsynth.pipelines.shared.language_model import LowerLayers, TakesTokens, attend, heads
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
@@ -59,7 +60,7 @@ class Qwen3TextEncoder(TakesTokens, nn.Cell):
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
-        self.config = Qwen3Config(**config)
+        self.config = Qwen3Config(**arguments(Qwen3Config, config))
         self.model = Qwen3Layers._from_config(self.config)
 
     def construct(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -82,7 +83,8 @@ class MistralTextEncoder(TakesTokens, nn.Cell):
         self.config = config
         outer, inner = self.path
         setattr(self, outer, nn.Cell())
-        setattr(getattr(self, outer), inner, MistralLayers._from_config(MistralConfig(**config.get("text_config"))))
+        text = MistralConfig(**arguments(MistralConfig, config["text_config"]))
+        setattr(getattr(self, outer), inner, MistralLayers._from_config(text))
 
     def construct(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.language_model.model(ids, mask)

@@ -15,10 +15,12 @@ from functools import partial
 import mindspore as ms
 from mindspore import mint, nn
 
+from ms_diffsynth.models import arguments
 from ms_diffsynth.nn.blocks import Arranged, Kind, at, by_head
 from ms_diffsynth.ops import network
 from ms_diffsynth.pipelines.flux2.template import JOINT_LAYERS, SINGLE_LAYERS, joined
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.rotary import check_axes
 
 with quiet_imports():
     from mindone.diffusers.models.transformers import transformer_flux2 as mindone
@@ -188,11 +190,13 @@ def _shapes(kind, blocks):
 def build_transformer(config: dict) -> Flux2Transformer:
     """The network of a ``config.json``, its weights still to come.
 
-    Raises: TypeError for a configuration that mindone 0.5.0 does not know.
+    Raises: WeightError for a setting that cannot be meant.
     """
     config = dict(config)
     is_guided = config.pop("guidance_embeds", True)  # dev's config.json is older than the setting
-    dit = mindone.Flux2Transformer2DModel(**config)
+    given = arguments(mindone.Flux2Transformer2DModel, config)
+    check_axes(given)
+    dit = mindone.Flux2Transformer2DModel(**given)
     dit.register_to_config(guidance_embeds=is_guided)
     if not is_guided:
         del dit.time_guidance_embed.guidance_embedder

@@ -7,7 +7,7 @@ import numpy as np
 
 from ms_diffsynth.diffusion.guidance import classifier_free_with_norms
 from ms_diffsynth.diffusion.schedule import ExponentialShift, FlowMatchSettings, Grid, TerminalStretch, linspace
-from ms_diffsynth.models import Component
+from ms_diffsynth.models import LIST, NUMBERS, SIZE, SIZES, Component, arguments
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.qwen_image import units
 from ms_diffsynth.pipelines.qwen_image.denoise import Denoise
@@ -19,20 +19,19 @@ from ms_diffsynth.pipelines.shared.vae_units import LoadPixels, with_latents
 # settings newer diffusers write into config.json; with these values the network is the one mindone 0.5.0 knows
 LATER_SETTINGS = {"use_additional_t_cond": False, "use_layer3d_rope": False, "zero_cond_t": False, "input_channels": 3}
 
-_LATER = list(LATER_SETTINGS.items())
-
 
 def _build_dit(config: dict[str, Any]):
     from ms_diffsynth.pipelines.qwen_image.transformer import build_transformer  # imports mindone's networks
 
-    return build_transformer(_arguments(config))
+    return build_transformer(config)
 
 
 def _build_vae(config: dict[str, Any]):
     with quiet_imports():
         from mindone.diffusers import AutoencoderKLQwenImage
 
-    return with_latents(AutoencoderKLQwenImage, units.EncodeImage, units.Decode)(**_arguments(config))
+    return with_latents(AutoencoderKLQwenImage, units.EncodeImage, units.Decode)(
+        **arguments(AutoencoderKLQwenImage, config, LATER_SETTINGS))
 
 
 def _build_text_encoder(config: dict[str, Any]):
@@ -41,18 +40,15 @@ def _build_text_encoder(config: dict[str, Any]):
     return QwenTextEncoder(config)
 
 
-def _arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Constructor arguments from a diffusers config.json. A later setting that is on reaches mindone, which refuses."""
-    return {k: v for k, v in config.items() if not k.startswith("_") and (k, v) not in _LATER}
-
-
 COMPONENTS = (
     Component(name="tokenizer", folder="tokenizer", build=build_qwen_tokenizer, default_folder=QWEN_TOKENIZER,
               libraries=("transformers",)),
     Component(name="text_encoder", folder="text_encoder", class_name="Qwen2_5_VLForConditionalGeneration",
               build=_build_text_encoder, ignored=("visual.", "lm_head.")),
-    Component(name="vae", folder="vae", class_name="AutoencoderKLQwenImage", build=_build_vae),
-    Component(name="dit", folder="transformer", class_name="QwenImageTransformer2DModel", build=_build_dit),
+    Component(name="vae", folder="vae", class_name="AutoencoderKLQwenImage", build=_build_vae,
+              reads={"z_dim": SIZE, "temperal_downsample": LIST, "latents_mean": NUMBERS, "latents_std": NUMBERS}),
+    Component(name="dit", folder="transformer", class_name="QwenImageTransformer2DModel", build=_build_dit,
+              reads={"axes_dims_rope": SIZES}),
 )
 
 # What DiffSynth-Studio's Qwen-Image LoRA script adapts

@@ -11,6 +11,7 @@ from typing import Any
 
 from mindspore import Tensor, nn
 
+from ms_diffsynth.models import arguments
 from ms_diffsynth.pipelines.shared.language_model import TakesTokens, attend, causal_mask, heads
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.pipelines.shared.rotary import text_table
@@ -55,7 +56,7 @@ class QwenTextEncoder(TakesTokens, nn.Cell):
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
-        self.config = Qwen2_5_VLConfig(**config)
+        self.config = Qwen2_5_VLConfig(**arguments(Qwen2_5_VLConfig, config))
         text = self.config.text_config
         self.theta, self.head_dim = float(text.rope_theta), text.hidden_size // text.num_attention_heads
         self.model = mindone.Qwen2_5_VLTextModel._from_config(text)

@@ -13,9 +13,12 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import mint, nn, ops
 
+from ms_diffsynth.models import arguments
 from ms_diffsynth.nn.blocks import Arranged, Kind, by_head
 from ms_diffsynth.ops import network
+from ms_diffsynth.pipelines.qwen_image.pipeline import LATER_SETTINGS
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.pipelines.shared.rotary import check_axes
 
 with quiet_imports():
     from mindone.diffusers.models.transformers import transformer_qwenimage as mindone
@@ -122,9 +125,11 @@ class QwenImageTransformer(Arranged, mindone.QwenImageTransformer2DModel):
 def build_transformer(config: dict) -> QwenImageTransformer:
     """The network of a ``config.json``, its weights still to come.
 
-    Raises: TypeError for a configuration that mindone 0.5.0 does not know.
+    Raises: WeightError for a setting that cannot be meant.
     """
-    dit = mindone.QwenImageTransformer2DModel(**config)
+    given = arguments(mindone.QwenImageTransformer2DModel, config, LATER_SETTINGS)
+    check_axes(given)
+    dit = mindone.QwenImageTransformer2DModel(**given)
     del dit.pos_embed  # complex tables of 4096 positions that nothing reads any more
     dit.__class__, dit.heads = QwenImageTransformer, dit.config.num_attention_heads
     for block in dit.transformer_blocks:

@@ -9,12 +9,12 @@ import numpy as np
 
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, diffsynth_flux, linspace, sampling_sigmas
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.models import Component, arguments, read_config
+from ms_diffsynth.models import SIZE, Component, arguments, read_config
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.sd3 import units
 from ms_diffsynth.pipelines.sd3.denoise import Denoise
 from ms_diffsynth.pipelines.shared import autoencoder_kl
-from ms_diffsynth.pipelines.shared.autoencoder_kl import Decode, EncodeImage, build_autoencoder_kl
+from ms_diffsynth.pipelines.shared.autoencoder_kl import AUTOENCODER_KL, Decode, EncodeImage
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.t5 import weight_dtype
 from ms_diffsynth.pipelines.shared.text import (
@@ -31,7 +31,7 @@ from ms_diffsynth.pipelines.shared.vae_units import LoadPixels
 def _build_dit(config: dict[str, Any]):
     from ms_diffsynth.pipelines.sd3.transformer import SD3Transformer  # imports mindone's networks
 
-    return SD3Transformer(**arguments(config))
+    return SD3Transformer(**arguments(SD3Transformer, config))
 
 
 def _build_clip_g(config: dict[str, Any]):
@@ -52,8 +52,9 @@ COMPONENTS = (
     Component(name="text_encoder_2", folder="text_encoder_2", build=_build_clip_g, **_CLIP),
     Component(name="text_encoder_3", folder="text_encoder_3", class_name="T5EncoderModel", build=build_t5,
               ignored=("encoder.embed_tokens.weight",), weight_dtype=weight_dtype),
-    Component(name="vae", folder="vae", class_name="AutoencoderKL", build=build_autoencoder_kl),
-    Component(name="dit", folder="transformer", class_name="SD3Transformer2DModel", build=_build_dit),
+    AUTOENCODER_KL,
+    Component(name="dit", folder="transformer", class_name="SD3Transformer2DModel", build=_build_dit,
+              reads={"pos_embed_max_size": SIZE, "patch_size": SIZE, "joint_attention_dim": SIZE}),
 )
 
 # What diffusers' train_dreambooth_lora_sd3.py adapts

@@ -5,7 +5,7 @@ from typing import Any
 
 import mindspore as ms
 
-from ms_diffsynth.models import arguments
+from ms_diffsynth.models import NUMBER, SCALE, SIZE, SIZES, Component, arguments, optional
 from ms_diffsynth.pipelines.shared import vae_units
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
@@ -14,7 +14,13 @@ def build_autoencoder_kl(config: dict[str, Any]):
     with quiet_imports():
         from mindone.diffusers import AutoencoderKL
 
-    return vae_units.with_latents(AutoencoderKL, EncodeImage, Decode)(**arguments(config))
+    return vae_units.with_latents(AutoencoderKL, EncodeImage, Decode)(**arguments(AutoencoderKL, config))
+
+
+AUTOENCODER_KL = Component(
+    name="vae", folder="vae", class_name="AutoencoderKL", build=build_autoencoder_kl,
+    reads={"latent_channels": SIZE, "block_out_channels": SIZES, "scaling_factor": SCALE,
+           "shift_factor": optional(NUMBER)})
 
 
 def scale_factor(config: dict[str, Any]) -> int:

@@ -13,14 +13,15 @@ from mindspore import Tensor
 from PIL import Image
 
 from ms_diffsynth.data.images import to_pil, to_rgb
+from ms_diffsynth.data.prompts import prompt_problem
 from ms_diffsynth.diffusion.guidance import classifier_free
 from ms_diffsynth.diffusion.samplers import SAMPLERS
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule, check_strength, last_steps
-from ms_diffsynth.diffusion.scheduler import Scheduler
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest
+from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest, shortened
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.pipeline import Pipeline, UnitSequence, pad_prompts
+from ms_diffsynth.pipelines.shared.scheduler import Scheduler
 from ms_diffsynth.pipelines.shared.tiles import Tiles
 from ms_diffsynth.program import Program
 from ms_diffsynth.template.cache import JoinTemplateCache, TemplateCache, to_slots
@@ -80,6 +81,9 @@ class ImagePipeline(Pipeline):
         if odd:
             raise ConfigError(f"{type(self).__name__} has no input {listing(odd)}; it has prompt, negative_prompt, "
                               f"{listing([*_OPTIONS, *known], 20)}.{nearest(odd[0], [*_OPTIONS, *known])}")
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if text and (problem := prompt_problem(text)):
+                raise ConfigError(f"{name}={shortened(text)} {problem}.")
         sampler = self.check_sampler(sampler)
         check_strength(denoising_strength)
         tiling = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}

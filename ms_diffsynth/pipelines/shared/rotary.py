@@ -4,9 +4,22 @@ Shape legend: B batch, H heads, L tokens, D channels of a head.
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
+
+from ms_diffsynth.errors import WeightError
+
+
+def check_axes(config: Mapping[str, Any]) -> None:
+    """Raises: WeightError for a transformer whose positions do not fill the channels of its heads in pairs."""
+    axes, channels = config.get("axes_dims_rope"), config.get("attention_head_dim")
+    if axes is not None and channels is not None and (sum(axes) != channels or any(size % 2 for size in axes)):
+        raise WeightError(f"it says axes_dims_rope={list(axes)} and attention_head_dim={channels}: expected even "
+                          "numbers that add up to it. Download the file again.")
 
 
 def frequencies(channels: int, theta: float) -> np.ndarray:

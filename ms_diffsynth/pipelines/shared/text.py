@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Tensor
 
 from ms_diffsynth.errors import DeviceError
+from ms_diffsynth.models import arguments
 from ms_diffsynth.pipelines.shared.cuts import tell_cut
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.pipelines.shared.t5 import with_exact_buckets
@@ -26,7 +27,7 @@ def build_clip(config: dict[str, Any], class_name: str = "CLIPTextModel"):
         from mindone import transformers as networks
         from transformers import CLIPTextConfig
 
-    return getattr(networks, class_name)(CLIPTextConfig(**config))
+    return getattr(networks, class_name)(CLIPTextConfig(**arguments(CLIPTextConfig, config)))
 
 
 def build_clip_with_projection(config: dict[str, Any]):
@@ -38,7 +39,7 @@ def build_t5(config: dict[str, Any]):
         from mindone.transformers import T5EncoderModel
         from transformers import T5Config
 
-    return with_exact_buckets(T5EncoderModel(T5Config(**config)))
+    return with_exact_buckets(T5EncoderModel(T5Config(**arguments(T5Config, config))))
 
 
 def build_clip_tokenizer(folder: Path):

@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import Tensor
 
 from ms_diffsynth.diffusion.schedule import FLUX_SCHNELL, Schedule, diffsynth_flux, flow_match_euler
-from ms_diffsynth.models import Component
+from ms_diffsynth.models import NUMBER, SCALE, SIZE, Component, arguments, optional
 from ms_diffsynth.pipelines.shared import vae_units
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.tiny import write_model
@@ -80,17 +80,15 @@ class Decode(vae_units.Decode):
         return (self.vae.decode(latents.astype(self.dtype)).astype(ms.float32),)
 
 
-def _arguments(config: dict) -> dict:
-    return {k: v for k, v in config.items() if not k.startswith("_") and k != "architectures"}
-
-
 COMPONENTS = (
     Component(name="text_encoder", folder="text_encoder", class_name="ToyTextEncoder",
-              build=lambda config: ToyTextEncoder(**_arguments(config))),
+              build=lambda config: ToyTextEncoder(**arguments(ToyTextEncoder, config))),
     Component(name="vae", folder="vae", class_name="ToyAutoencoder",
-              build=lambda config: vae_units.with_latents(ToyAutoencoder, EncodeImage, Decode)(**_arguments(config))),
+              build=lambda config: vae_units.with_latents(ToyAutoencoder, EncodeImage, Decode)(
+                  **arguments(ToyAutoencoder, config)),
+              reads={"latent_channels": SIZE, "scaling_factor": SCALE, "shift_factor": optional(NUMBER)}),
     Component(name="dit", folder="transformer", class_name="ToyTransformer",
-              build=lambda config: ToyTransformer(**_arguments(config))),
+              build=lambda config: ToyTransformer(**arguments(ToyTransformer, config))),
 )
 
 CONFIGS = {

@@ -90,6 +90,10 @@ def _parsed(text: str, kind: type) -> float | bool:
             raise ValueError("true or false")
         return text.lower() == "true"
     try:
-        return kind(text)
+        value = kind(text)
+        is_number = abs(value) < (1 << 31 if kind is int else 1e38)  # NaN is not below
     except ValueError:
-        raise ValueError("a number") from None
+        is_number = False
+    if not is_number:
+        raise ValueError("a number")
+    return value
