@@ -8,6 +8,7 @@ its own size; micro-step and update-step are two compiled functions chosen on th
 """
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import mindspore as ms
@@ -22,6 +23,7 @@ from ms_diffsynth.training import grads as gradients
 from ms_diffsynth.training.optim import guarded
 from ms_diffsynth.training.zero import broadcast, exchange_for
 
+_seeds = import_module("mindspore.common.seed")  # `ms.set_seed` would also reset NumPy and the data set
 ACCUMULATION_SETTINGS = ("length_of_dataloader", "sync_with_dataloader")
 
 
@@ -65,6 +67,9 @@ class TrainStep(nn.Cell):
         mode: ``"graph"`` or ``"pynative"``; None takes the runtime's.
         planned_compilations, announce: see `compile.CompiledStep`.
 
+    What ``forward`` draws by MindSpore's operators differs between ranks, also where all call ``ms.set_seed`` with the
+    same seed before they make the step.
+
     Settings are read when the step is compiled; changing an attribute after the first call has no effect in mode graph.
 
     Raises: TrainingError when nothing would be trained, or for impossible settings.
@@ -86,6 +91,8 @@ class TrainStep(nn.Cell):
         self.sums_early = optimizer.sums_early  # at each micro-step
         broadcast(self.weights)  # a random start that no seed decides is that of rank 0
         optimizer.take_weights()
+        if (seed := ms.get_seed()) is not None:  # of ms.set_seed, the same on all ranks; NumPy's and the data's stay
+            _seeds._GLOBAL_SEED = seed + 1_000_003 * runtime.current().rank
         self.loss_scaler = loss_scaler
         self.loss_scale = getattr(loss_scaler, "scale_value", None)
         self.max_grad_norm = max_grad_norm
