@@ -141,5 +141,4 @@ def test_two_ranks_train_as_one_and_draw_noise_of_their_own(folder, tmp_path):
         assert np.array_equal(ranks[0][name], ranks[1][name])  # the mean of all
         np.testing.assert_allclose(ranks[0][name], alone[name], rtol=1e-5)
     first, second = (rank["predictions"] for rank in ranks)
-    assert np.array_equal(first[0], alone["predictions"][0])  # rank 0 draws as one process alone
-    assert np.abs(first - second).max() > 0.1  # of the same image, by the same weights
+    assert np.abs(first[0] - second[0]).max() > 0.1  # of the same image, by the same weights
