@@ -8,6 +8,7 @@ its own size; micro-step and update-step are two compiled functions chosen on th
 """
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -93,6 +94,8 @@ class TrainStep(nn.Cell):
         optimizer.take_weights()
         if (seed := ms.get_seed()) is not None:  # of ms.set_seed, the same on all ranks; NumPy's and the data's stay
             _seeds._GLOBAL_SEED = seed + 1_000_003 * runtime.current().rank
+        if vae := sys.modules.get("mindone.diffusers.models.autoencoders.vae"):
+            vae.randn_tensor = posterior_noise
         self.loss_scaler = loss_scaler
         self.loss_scale = getattr(loss_scaler, "scale_value", None)
         self.max_grad_norm = max_grad_norm
@@ -204,6 +207,18 @@ class TrainStep(nn.Cell):
             self.loss_scaler.adjust(is_finite)
         numbers = ops.cat((loss.reshape((1,)), norm.reshape((1,)), is_finite.astype(ms.float32).reshape((1,))))
         return (loss, norm, is_finite, numbers) + values[2:]
+
+
+def posterior_noise(shape: tuple[int, ...], generator: np.random.Generator | None = None,
+                    dtype: ms.Type | None = None) -> Tensor:
+    """N(0, 1) of ``shape``, for ``vae.diag_gauss_dist.sample`` inside a step.
+
+    mindone 0.5.0 takes it from NumPy, which compiled code calls once: every step would have the same. It is the second
+    half of what is drawn: under ``ms.set_seed`` another random operator of the step may begin with the first half.
+    """
+    if generator is None:
+        return ops.randn(2, *shape)[1].astype(dtype)
+    return Tensor(generator.standard_normal(shape), dtype)
 
 
 def _check(optimizer: nn.Cell, max_grad_norm: float | None, accumulation_steps: int | None,

@@ -14,6 +14,7 @@ import pytest
 from device import DEVICE
 
 from ms_diffsynth import runtime
+from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.errors import TrainingError
 from ms_diffsynth.launch.ports import free_port
 
@@ -120,6 +121,19 @@ def test_what_does_not_compile_says_what_does(condition, compiled):
     step = compiled(BRANCHES.replace("FIRST", "pass").replace("CONDITION", condition))
     with pytest.raises(TrainingError, match=r"cannot be compiled: .*give it one before the 'if'.*becomes an attribute"):
         step(flag=False, weight=0.5)
+
+
+@pytest.mark.parametrize("mode", ["graph", "pynative"])
+def test_the_posterior_is_sampled_anew_at_every_step(folder, mode, tmp_path):
+    """mindone's own sample is of NumPy, which compiled code asks once."""
+    runtime.configure(mode, DEVICE)
+    step = dreambooth.make_step(folder, 2)
+    parameters = ms.Tensor(np.zeros((1, 8, 2, 2), np.float32))
+    sample = CompiledStep(step.vae.diag_gauss_dist.sample, "the sample", mode)
+    found = [sample(parameters).asnumpy() for _ in range(2)]
+    assert found[0].shape == (1, 4, 2, 2) and np.abs(found[0] - found[1]).max() > 0.1
+    given = [step.vae.diag_gauss_dist.sample(parameters, np.random.default_rng(3)).asnumpy() for _ in range(2)]
+    assert np.array_equal(*given)
 
 
 @pytest.mark.slow
