@@ -4,7 +4,7 @@ As it stands there, but for the import of `TrainStep` and the tutorial's own err
 lists; each such line says so. In place of the butterflies is a folder of images, `data`. Cells that only show something
 (`matplotlib`) are left out. The test makes the sizes smaller.
 """
-# ruff: noqa: E402  (imports are in the cells that use them)
+# ruff: noqa: B007, C408, E402, RUF059  (the tutorial's own lines)
 import ms_diffsynth  # isort: skip  # noqa: F401  new: before the first import from mindone
 
 # -- Training configuration

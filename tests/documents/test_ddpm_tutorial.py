@@ -17,11 +17,13 @@ from upload_server import UploadServer
 from ms_diffsynth import UnconditionalImagePipeline, runtime
 
 TUTORIAL = Path(__file__).parent / "ddpm_tutorial.py"
-SMALLER = {"image_size = 128": "image_size = 32", "train_batch_size = 16": "train_batch_size = 4",
-           "num_epochs = 50": "num_epochs = 2", "lr_warmup_steps = 500": "lr_warmup_steps = 1",
-           "(128, 128, 256, 256, 512, 512)": "(32, 32, 32, 32, 32, 32)", "layers_per_block=2": "layers_per_block=1",
-           "save_image_epochs = 10": "save_image_epochs = 2", "<your-username>/<my-awesome-model>": "writer/butterflies",
-           "        batch_size=config.eval_batch_size,": "        batch_size=config.eval_batch_size, num_inference_steps=2,"}
+SMALLER = {
+    "image_size = 128": "image_size = 32", "train_batch_size = 16": "train_batch_size = 4",
+    "num_epochs = 50": "num_epochs = 2", "lr_warmup_steps = 500": "lr_warmup_steps = 1",
+    "(128, 128, 256, 256, 512, 512)": "(32, 32, 32, 32, 32, 32)", "layers_per_block=2": "layers_per_block=1",
+    "save_image_epochs = 10": "save_image_epochs = 2", "<your-username>/<my-awesome-model>": "writer/butterflies",
+    "        batch_size=config.eval_batch_size,": "        batch_size=config.eval_batch_size, num_inference_steps=2,",
+}
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def left(hub):
-    """What a run leaves: a grid of samples and a model, here and on the hub; the model is a pipeline of this package."""
+    """What a run leaves: a grid of samples and a model, which is a pipeline of this package, here and on the hub."""
     folder = Path("ddpm-butterflies-128")
     assert Image.open(folder / "samples/0001.png").size == (4 * 32, 4 * 32)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

@@ -19,7 +19,7 @@ from ms_diffsynth.errors import TrainingError
 from ms_diffsynth.launch.ports import free_port
 
 sys.path.insert(0, str(Path(__file__).parent))
-import dreambooth  # noqa: E402
+import dreambooth
 
 SCHEMES = ("none", "logit_normal", "mode", "sigma_sqrt", "cosmap")
 
@@ -45,8 +45,8 @@ def trains(folder, mode, **settings):
 
 def test_it_takes_the_ten_arguments_of_the_document():
     names = [name for name in inspect.signature(dreambooth.TrainStepForFluxDevDB.__init__).parameters if name != "self"]
-    assert names == ["vae", "transformer", "optimizer", "noise_scheduler", "weight_dtype", "length_of_dataloader", "args",
-                     "prompt_embeds", "pooled_prompt_embeds", "text_ids"]
+    assert names == ["vae", "transformer", "optimizer", "noise_scheduler", "weight_dtype", "length_of_dataloader",
+                     "args", "prompt_embeds", "pooled_prompt_embeds", "text_ids"]
     ours = inspect.signature(dreambooth.ms_diffsynth.TrainStepForFluxDevDB.__init__).parameters
     assert [name for name in ours if name not in ("self", "options")] == names
 

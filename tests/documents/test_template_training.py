@@ -3,6 +3,7 @@
 But for `nn.Cell` (torch.nn.Module), `@no_grad()` (@torch.no_grad()), `python` (accelerate launch) and the flag that
 trusts the code. Names such as xxx are the document's. The models are tiny ones where the document's names lead to.
 """
+# ruff: noqa: E501  (the document's own lines)
 from __future__ import annotations
 
 import json
@@ -15,7 +16,6 @@ import mindspore as ms
 import numpy as np
 import pytest
 from device import DEVICE
-from mindspore import Tensor
 from PIL import Image
 from published_run import without_a_login
 from records import column
