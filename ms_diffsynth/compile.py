@@ -68,7 +68,7 @@ class CompiledStep:
         compile_seconds: time spent in calls that compiled, their first execution included.
 
     Raises: TrainingError from a call that compiles once more than planned, or again for shapes it has seen, or with an
-        argument that is not a Tensor.
+        argument that is not a Tensor, or where a name has no value on some path.
     """
 
     def __init__(self, function: Callable[..., Any], name: str, mode: str, planned: int | None = None,
@@ -109,6 +109,12 @@ class CompiledStep:
         hook, sys.breakpointhook = sys.breakpointhook, _no_breakpoint
         try:
             result = self._function(*tensors)
+        except NameError as error:
+            raise TrainingError(f"{self.name} cannot be compiled: {str(error).splitlines()[0]} In compiled code a name "
+                                "has a value on every path: give it one before the 'if', or let the 'if' ask an "
+                                "attribute of the step itself (if self.flag; self.args.flag is known too late). A "
+                                "global of a script, such as args, becomes an attribute (self.args). In mode pynative "
+                                "the code runs as it is.") from error
         finally:
             sys.breakpointhook = hook
         seconds = time.perf_counter() - began

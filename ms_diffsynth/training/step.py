@@ -8,6 +8,8 @@ its own size; micro-step and update-step are two compiled functions chosen on th
 """
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import mindspore as ms
@@ -22,6 +24,7 @@ from ms_diffsynth.training import grads as gradients
 from ms_diffsynth.training.optim import guarded
 from ms_diffsynth.training.zero import broadcast, exchange_for
 
+_seeds = import_module("mindspore.common.seed")  # `ms.set_seed` would also reset NumPy and the data set
 ACCUMULATION_SETTINGS = ("length_of_dataloader", "sync_with_dataloader")
 
 
@@ -65,6 +68,9 @@ class TrainStep(nn.Cell):
         mode: ``"graph"`` or ``"pynative"``; None takes the runtime's.
         planned_compilations, announce: see `compile.CompiledStep`.
 
+    What ``forward`` draws by MindSpore's operators differs between ranks, also where all call ``ms.set_seed`` with the
+    same seed before they make the step.
+
     Settings are read when the step is compiled; changing an attribute after the first call has no effect in mode graph.
 
     Raises: TrainingError when nothing would be trained, or for impossible settings.
@@ -86,6 +92,10 @@ class TrainStep(nn.Cell):
         self.sums_early = optimizer.sums_early  # at each micro-step
         broadcast(self.weights)  # a random start that no seed decides is that of rank 0
         optimizer.take_weights()
+        if (seed := ms.get_seed()) is not None:  # of ms.set_seed, the same on all ranks; NumPy's and the data's stay
+            _seeds._GLOBAL_SEED = seed + 1_000_003 * runtime.current().rank
+        if vae := sys.modules.get("mindone.diffusers.models.autoencoders.vae"):
+            vae.randn_tensor = posterior_noise
         self.loss_scaler = loss_scaler
         self.loss_scale = getattr(loss_scaler, "scale_value", None)
         self.max_grad_norm = max_grad_norm
@@ -197,6 +207,18 @@ class TrainStep(nn.Cell):
             self.loss_scaler.adjust(is_finite)
         numbers = ops.cat((loss.reshape((1,)), norm.reshape((1,)), is_finite.astype(ms.float32).reshape((1,))))
         return (loss, norm, is_finite, numbers) + values[2:]
+
+
+def posterior_noise(shape: tuple[int, ...], generator: np.random.Generator | None = None,
+                    dtype: ms.Type | None = None) -> Tensor:
+    """N(0, 1) of ``shape``, for ``vae.diag_gauss_dist.sample`` inside a step.
+
+    mindone 0.5.0 takes it from NumPy, which compiled code calls once: every step would have the same. It is the second
+    half of what is drawn: under ``ms.set_seed`` another random operator of the step may begin with the first half.
+    """
+    if generator is None:
+        return ops.randn(2, *shape)[1].astype(dtype)
+    return Tensor(generator.standard_normal(shape), dtype)
 
 
 def _check(optimizer: nn.Cell, max_grad_norm: float | None, accumulation_steps: int | None,

@@ -11,7 +11,7 @@ import pytest
 from mindspore import Tensor
 from reference import STRICT
 
-from ms_diffsynth.ops.cpu.source import adapt, cpu_clone, cpu_split
+from ms_diffsynth.ops.cpu.source import adapt, cpu_clone, cpu_nonzero, cpu_split
 
 ADAPTED = [
     ("a, b = x.chunk(2, dim=-1)\n", "a, b = cpu_chunk((x), 2, dim=-1)\n"),
@@ -55,6 +55,13 @@ def test_clone_and_split_equal_numpy(compiled):
     found = (ms.jit(both, **STRICT) if compiled else both)(Tensor(x), Tensor(taken))
     for a, b in zip(found, (x, taken, x[:, 1:])):
         assert np.array_equal(a.asnumpy(), b)
+
+
+def test_nonzero_equals_numpy():
+    x = np.array([[0, 3, 0], [-1, 0, 2]], np.float32)
+    assert np.array_equal(cpu_nonzero(Tensor(x)).asnumpy(), np.argwhere(x))
+    found = cpu_nonzero(Tensor(x == 2), as_tuple=True)
+    assert [int(index[0]) for index in found] == [1, 2]
 
 
 def test_what_is_no_tensor_keeps_its_own_methods():

@@ -41,7 +41,15 @@ def cpu_split(x, *args, **kwargs):
     return x.split(*args, **kwargs)
 
 
-METHODS: dict[str, Callable] = {"chunk": tensor.chunk, "clone": cpu_clone,
+def cpu_nonzero(x, *, as_tuple=False):
+    """Indices of what is not zero, int64 [n, axes], or [n] for each axis; what is not a tensor is asked for its own."""
+    if not isinstance(x, Tensor):
+        return x.nonzero()
+    indices = ops.nonzero(x)
+    return ops.unbind(indices, 1) if as_tuple else indices
+
+
+METHODS: dict[str, Callable] = {"chunk": tensor.chunk, "clone": cpu_clone, "nonzero": cpu_nonzero,
                                 "repeat_interleave": tensor.repeat_interleave}
 if tuple(int(n) for n in ms.__version__.split(".")[:2]) < (2, 10):
     METHODS["split"] = cpu_split
