@@ -5,7 +5,7 @@ says of it; each such line says why. Everything random is drawn inside ``forward
 
     python dreambooth.py MODEL OUT BATCH    one rank of a job; what it computes goes to OUT/rank-RANK-of-RANKS.npz
 """
-# ruff: noqa: C408, E402, I001  (the document's own lines)
+# ruff: noqa: C408, I001  (the document's own lines)
 from __future__ import annotations
 
 import ms_diffsynth  # before the first import from mindone
