@@ -351,7 +351,7 @@ def test_an_adapter_of_another_rank_is_named(world, run):
 
 def test_a_rank_larger_than_the_layers(world, run):
     code, _, err = run("train", "toy.yaml", "--lora_rank", 65)
-    assert code == 64 and "lora_rank=65 is larger than 2 of the layers: layer_1 [16, 16]" in err
+    assert code == 64 and "lora_rank=65 is larger than the layer layer_1 [16, 16]" in err
 
 
 # -- runs, caches, checkpoints -------------------------------------------------------------------------------------

@@ -35,12 +35,6 @@ class LinearAdapter(Adapter):
             parameter.requires_grad = False
         modules = linear_modules(network)
         injected = {}
-        wrong = [f"{name} [{outs}, {ins}]" for name in names
-                 for outs, ins in [modules[name].weight.shape] if rank > max(outs, ins)]
-        if wrong:
-            raise ConfigError(f"lora_rank={rank} is larger than {len(wrong)} of the layers: {listing(wrong)}. Expected "
-                              "at most the larger side of each; with the smaller one it can be any matrix. Typical "
-                              "ranks are 4 to 64.")
         for name in names:
             injected[name] = self.layer(modules[name], name, rank, float(alpha or rank) / rank, uniform)
             put(network, name, injected[name])
