@@ -32,11 +32,11 @@ class LoRA(LinearAdapter):
 
 
 def matrices(base: nn.Cell, name: str, rank: int, uniform: Uniform) -> dict[str, np.ndarray]:
-    """A float32 [rank, in] and B float32 [out, rank] at their start. Raises: ConfigError for a rank beyond the layer."""
+    """A float32 [rank, in] and B float32 [out, rank] at their start. Raises: ConfigError: a rank beyond both."""
     outs, ins = base.weight.shape
     if rank > max(outs, ins):
-        raise ConfigError(f"lora_rank={rank} is larger than the layer {name} [{outs}, {ins}]: expected at most its larger "
-                          "side; with the smaller one a LoRA can be any matrix. Typical ranks are 4 to 64.")
+        raise ConfigError(f"lora_rank={rank} is larger than the layer {name} [{outs}, {ins}]: expected at most its "
+                          "larger side; with the smaller one a LoRA can be any matrix. Typical ranks are 4 to 64.")
     bound = 1 / np.sqrt(ins)
     return {"lora_A.weight": ((2 * uniform(name, (rank, ins)) - 1) * bound).astype(np.float32),
             "lora_B.weight": np.zeros((outs, rank), np.float32)}
