@@ -178,7 +178,7 @@ class OptimizerSection:
     use_ema: bool = _optimizer(False, "keep a moving average of the trained weights, for samples and a file of its own")
     ema_decay: float = _optimizer(0.9999, "decay of the moving average, after its warm-up", "0 <= ema_decay < 1")
     loss_scale: float = _optimizer(1.0, "constant factor on the loss in the backward pass, for float16",
-                                   "1 <= loss_scale <= 1e+38")
+                                   "1 <= loss_scale <= 3.4e+38")
 
 
 def _run(default: Any, help: str, range: str = "", **options: Any) -> Any:

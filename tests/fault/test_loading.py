@@ -125,8 +125,7 @@ def test_a_lora_that_does_not_fit_is_refused_whole(folder, lora, tmp_path, name)
                                       '{"alpha_pattern": 3}', '{"alpha_pattern": {"layer_1": "8"}}', "[]x", "[1, 2]"])
 def test_metadata_of_a_lora_that_make_no_sense_are_refused(tmp_path, lora, settings):
     save_state_dict(tmp_path / "f.safetensors", lora, {"lora_adapter_metadata": settings})
-    named = r"f\.safetensors: the metadata 'lora_adapter_metadata' (says|is not JSON|holds)"
-    with pytest.raises(WeightError, match=named):
+    with pytest.raises(WeightError, match=r"f\.safetensors: the metadata 'lora_adapter_metadata' (says|holds|is not)"):
         load_lora(tmp_path / "f.safetensors")
 
 

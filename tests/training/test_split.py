@@ -105,7 +105,7 @@ def test_the_second_stage_reads_each_config_once_however_many_steps_it_takes(fol
 
 def test_class_images_are_cached_beside_the_pictures(folder, tmp_path):
     objective = Objective(weighting_scheme="none", posterior="sample", prior_loss_weight=0.5)
-    how = {"lora_base_model": "dit", "objective": objective}
+    how = {"lora_base_model": "dit", "lora_rank": 4, "objective": objective}
     sets = pictures(tmp_path / "data"), pictures(tmp_path / "class", 2, 10)
     train(tmp_path / "one", Module(folder, "dreambooth", **how), sets[0], class_dataset=sets[1])
     cache = process(tmp_path / "cache", Module(folder, "dreambooth:data_process", **how), sets[0],

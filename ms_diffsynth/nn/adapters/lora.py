@@ -32,10 +32,7 @@ class LoRA(LinearAdapter):
 
 
 def matrices(base: nn.Cell, name: str, rank: int, uniform: Uniform) -> dict[str, np.ndarray]:
-    """A float32 [rank, in] and B float32 [out, rank] at their start.
-
-    Raises: ConfigError for a rank beyond the layer.
-    """
+    """A float32 [rank, in] and B float32 [out, rank] at their start. Raises: ConfigError: a rank beyond both."""
     outs, ins = base.weight.shape
     if rank > max(outs, ins):
         raise ConfigError(f"lora_rank={rank} is larger than the layer {name} [{outs}, {ins}]: expected at most its "
