@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust_flags(parser)
     parser.add_argument("--height", type=int, help="pixels (default: the family's)")
     parser.add_argument("--width", type=int, help="pixels (default: the family's)")
-    parser.add_argument("--input_image", type=Path, metavar="FILE",
+    parser.add_argument("--input_image", type=path_argument, metavar="FILE",
                         help="start from this image instead of from noise alone; height and width are then its own")
     parser.add_argument("--denoising_strength", type=float,
                         help="how much of it is made anew: above 0, at most 1 = all (default: 1)")

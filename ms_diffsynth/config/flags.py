@@ -26,12 +26,6 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, **options)
 
-    def _get_value(self, action: argparse.Action, text: str) -> Any:
-        if action.type is Path and not text.strip():  # which would be the current folder
-            name = "/".join(action.option_strings) or action.metavar or action.dest
-            raise ConfigError(f"{name} is empty: expected the name of a file or folder. See {self.prog} --help.")
-        return super()._get_value(action, text)
-
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{shortened(message, 1000)}. See {self.prog} --help.")
 
@@ -60,6 +54,8 @@ def refuse_tokens(parser: argparse.ArgumentParser) -> None:
 
 def path_argument(text: str) -> Path:
     """The type of an argument that is a path. Raises: what a parser tells, for one that the system cannot look for."""
+    if not text.strip():  # which would be the current folder
+        raise argparse.ArgumentTypeError("it is empty: expected the name of a file or folder")
     if problem := path_problem(text):
         raise argparse.ArgumentTypeError(f"{shortened(text)}: {problem}")
     return Path(text)

@@ -75,10 +75,9 @@ def test_a_mistake_is_found_before_anything_slow(run, config, monkeypatch, name)
 @pytest.mark.usefixtures("nothing_slow")
 @pytest.mark.parametrize("rows, words, says", [
     ([{"image": ["a.png", "a.png"], "prompt": "a"}], (), "is a list; expected the name of one file"),
-    ([{"picture": "a.png", "prompt": "a"}], ("--data_file_keys", "picture"), "Set data_file_keys=picture,image"),
     ([{"image": "a.png", "prompt": "a"}], ("--task", "direct_distill"), "no seed, which task=direct_distill reads"),
     ([{"image": "a.png"}], (), "no column prompt"),
-], ids=["a list", "another column", "a task's column", "no prompt"])
+], ids=["a list", "a task's column", "no prompt"])
 def test_columns_that_do_not_fit_are_found_before_anything_slow(run, config, tmp_path, rows, words, says):
     (tmp_path / "data").mkdir()
     Image.new("RGB", (16, 16)).save("data/a.png")
