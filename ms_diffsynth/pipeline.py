@@ -307,13 +307,14 @@ class Pipeline:
 
     def recompute_as_asked(self, slots: Mapping[str, Any]) -> None:
         """Let the network's blocks be computed again in backward if ``use_gradient_checkpointing``, or with
-        ``_offload`` at its end, is among ``slots`` and true.
+        ``_offload`` at its end, is among ``slots`` and true. A network without blocks stays as it is.
         """
         is_offloaded = bool(slots.get("use_gradient_checkpointing_offload"))
         if not (slots.get("use_gradient_checkpointing") or is_offloaded):
             return
         network, component = getattr(self, self.network), self.store.component(self.network)
-        if not (component.recomputes_itself or getattr(network, "has_recomputed_blocks", False)):
+        has_blocks = any(isinstance(cell, nn.CellList) for cell in network.cells())
+        if has_blocks and not (component.recomputes_itself or getattr(network, "has_recomputed_blocks", False)):
             use_recompute(network, offload=is_offloaded)
             self.forget_compiled()
 

@@ -12,7 +12,7 @@ from mindspore import Parameter, Tensor
 
 from ms_diffsynth.config import TrainConfig
 from ms_diffsynth.data.loader import Loader
-from ms_diffsynth.errors import ConfigError, DataError, UserError
+from ms_diffsynth.errors import ConfigError, DataError, UserError, naming
 from ms_diffsynth.evaluate import Evaluator
 from ms_diffsynth.formats.weights import read_header
 from ms_diffsynth.hub.download import parse_path_or_model_id
@@ -40,8 +40,10 @@ def check_settings(accelerator: Accelerator, config: TrainConfig) -> None:
     optimizer_class(options.optimizer).from_settings([probe], options.learning_rate, options.weight_decay,
                                                      **optimizer_arguments(options))
     build_task(config)
-    if model.lora_checkpoint is not None:
-        read_header(model.lora_checkpoint)
+    for name in ("lora_checkpoint", "weights"):
+        if (path := getattr(model, name)) is not None:
+            with naming(f"{name}={path}"):
+                read_header(path)
     if model.template_model_id_or_path is not None:
         parse_path_or_model_id(model.template_model_id_or_path)
     if accelerator.is_main_process:
