@@ -257,6 +257,7 @@ class DiffusionTrainingModule:
         """Run the prepared half on one row: the slots that cross the cut, each without its batch axis."""
         shared, posi, _ = self.get_pipeline_inputs(data)
         slots = self.pipe.run(cut.prepare, {k: v for k, v in (shared | posi).items() if k in cut.inputs})
+        self.pipe.check_widths(slots)
         return {name: to_numpy(slots[name])[0, ...] for name in cut.cache}  # an array, of a number too
 
     def forward(self, data: dict[str, Any]) -> Tensor:
