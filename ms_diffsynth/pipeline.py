@@ -23,7 +23,7 @@ from ms_diffsynth.data.images import to_pixels
 from ms_diffsynth.diffusion.schedule import Schedule
 from ms_diffsynth.diffusion.tasks import Task, task
 from ms_diffsynth.diffusion.units import Objective, SampleLatents, StartLatents
-from ms_diffsynth.errors import ConfigError, DataError, ProgramError, listing, nearest
+from ms_diffsynth.errors import ConfigError, DataError, ProgramError, WeightError, listing, nearest
 from ms_diffsynth.formats.lora import PREFIXES, load_adapter, models_in
 from ms_diffsynth.formats.weights import asked_dtype, open_checkpoint
 from ms_diffsynth.hub.card import Licence, Loader
@@ -191,6 +191,8 @@ class Pipeline:
     prepare_settings: tuple[str, ...] = ()  # attributes that shape what is prepared; a cache must have the same
     padded_slots: tuple[str, ...] = ()  # prepared slots [B, L, ...] of varying L, padded with zeros outside prepare
     samplers: tuple[str, ...] = ()  # names of those that fit what the network predicts; the first is the default
+    # slot -> setting of the network's config.json, axis of the slot, how often it goes into the setting
+    widths: Mapping[str, tuple[str, int, int]] = {}
     prompt_lengths: tuple[int, ...] = ()  # the lengths they are padded to; each is one compilation
     announce: Announce = staticmethod(log_only)  # what is told when something is compiled
     # inputs of units that a caller need not give: where sampling starts, and how the VAE works; see `shared.tiles`
@@ -321,6 +323,17 @@ class Pipeline:
     def run(self, units: Sequence[Any], slots: dict[str, Any]) -> dict[str, Any]:
         """Run units eagerly on named slots; returns all slots."""
         return run_units(tuple(units), self, slots)
+
+    def check_widths(self, slots: Mapping[str, Any]) -> None:
+        """Raises: WeightError for slots that are not as wide as the network takes them: models of two sizes."""
+        config = self.config(self.network) if self.widths and self.store.has_config(self.network) else {}
+        for name, (setting, axis, factor) in self.widths.items():
+            wanted = config.get(setting)
+            if name in slots and type(wanted) is int and slots[name].shape[axis] * factor != wanted:
+                place = f"{self.sources[self.network].folder / 'config.json'}" if self.network in self.sources else "it"
+                raise WeightError(f"{name} has {slots[name].shape[axis]} channels, but '{self.network}' takes "
+                                  f"{wanted // factor} ({place} says {setting}={wanted}). Expected the text encoder, "
+                                  "the vae and the network of one model: compare their config.json, and give those.")
 
     # -- models --------------------------------------------------------------------------------------------------
 

@@ -301,6 +301,7 @@ class DiffusionTrainingModule:
     def _computed(self, units: Sequence[Any], given: dict[str, Any], names: Iterable[str]) -> dict[str, np.ndarray]:
         """These slots of one row, by these units."""
         slots = self.pipe.run(units, given)
+        self.pipe.check_widths(slots)
         return {name: to_numpy(slots[name])[0, ...] for name in names}  # an array, of a number too
 
     def padded_length(self, prompt: str, cut: Cut) -> int | None:

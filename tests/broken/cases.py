@@ -63,10 +63,11 @@ def no_nul(words: list[str]) -> list[str]:
 def settings_as_flags(random: random.Random) -> Case:
     names = random.sample(list(SETTINGS), random.choice((1, 1, 1, 2, 3)))
     words = [w for n in names for w in (f"--{n}", text_for(random, n))]
+    said = [*names, "does not know"]  # a value that begins like a flag
     command = random.choice(["train"] * 5 + ["describe"] * 3 + ["launch"])
     if command == "launch":
-        return Case("settings", no_nul(["launch", "--workers", "2", "train", "toy.yaml", *words]), [*names, "launch"])
-    return Case("settings", no_nul([command, "toy.yaml", *words]), names)
+        return Case("settings", no_nul(["launch", "--workers", "2", "train", "toy.yaml", *words]), [*said, "launch"])
+    return Case("settings", no_nul([command, "toy.yaml", *words]), said)
 
 
 YAML = ["{a: 1}", "[1, [2]]", "!!set {a, b}", "!!binary eA==", "!!python/name:os.system", "*a", "&a [*a]", "? x",

@@ -167,9 +167,10 @@ def child(folder: Path, world: Path, seed: int, number: int) -> None:
         os._exit(code)
 
 
-def judge(folder: Path, code: int | None, names: list[str]) -> tuple[str, str]:
+def judge(folder: Path, code: int | None, case: object) -> tuple[str, str]:
     """What is wrong with how a case ended, or an empty string; and its last words."""
-    err = (folder / "stderr").read_text("utf-8", "replace") if (folder / "stderr").is_file() else ""
+    said = (folder / "stderr").read_bytes() if (folder / "stderr").is_file() else b""
+    err = said.decode("latin-1" if case.stdout == "latin-1" else "utf-8", "replace")
     escaped = (folder / "escaped").read_text("utf-8", "replace") if (folder / "escaped").is_file() else ""
     found = list(_ERROR.finditer(err))
     last = found[-1].group() if found else err[-300:]
@@ -192,7 +193,7 @@ def judge(folder: Path, code: int | None, names: list[str]) -> tuple[str, str]:
         return "traceback", err[-800:]
     if not found and not last and (folder / "stdout").is_file():
         last = (folder / "stdout").read_text("utf-8", "replace")[-600:]
-    if code in (64, 65, 66, 69, 74, 77, 78) and not any(name in last for name in names if name):
+    if code in (64, 65, 66, 69, 74, 77, 78) and not any(name in last for name in case.names if name):
         return "names nothing", last[:600]
     return "", last
 
@@ -219,7 +220,7 @@ def run(world: Path, scratch: Path, seed: int, number: int, keep: bool = False) 
     code = os.waitstatus_to_exitcode(status)
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         code = None
-    wrong, last = judge(folder, code, case.names)
+    wrong, last = judge(folder, code, case)
     how = (folder / "broken").read_text("utf-8", "replace") if (folder / "broken").is_file() else ""
     text = " ".join(word[:60] for word in case.words) + f" [{how}] {case.environment or ''} {case.stdout}".encode(
         "ascii", "backslashreplace").decode()

@@ -102,6 +102,15 @@ def test_a_value_of_a_config_that_cannot_be_meant(world, run, key, value, expect
     assert code == 66 and VAE in err and f"{key}=" in err and expected in err and not Path("out").exists()
 
 
+@pytest.mark.parametrize("file, values", [(VAE, {"latent_channels": 8}),
+                                          ("models/toy/transformer/config.json", {"hidden_size": 32})])
+@pytest.mark.parametrize("words", [("train", "toy.yaml"), ("sample", "toy", "models/toy", "--prompt", "x", *SAMPLE)])
+def test_models_of_two_sizes(world, run, file, values, words):
+    change(file, **values)
+    code, _, err = run(*words)
+    assert code == 66 and "models/toy" in err and "internal" not in err
+
+
 def test_a_setting_that_a_newer_version_wrote_is_a_warning(world, run, caplog):
     change(VAE, later_setting=3, _own="x")
     assert run("train", "toy.yaml")[0] == 0
@@ -387,7 +396,7 @@ def test_a_manifest_of_a_cache_that_another_program_wrote(world, run):
     Path("cache").mkdir()
     parts = {"format": FORMAT, "fingerprint": {}, "configs": {}, "complete": True}
     for manifest in (parts | {"rows": []}, parts | {"rows": {"instance": [["a"]]}},
-                     parts | {"rows": {"instance": [["a", "b"]]}}, {"format": FORMAT}):
+                     {"format": FORMAT}):
         Path("cache/cache.json").write_text(json.dumps(manifest | {"digest": digest_of(manifest)}))
         code, _, err = run("cache", "inspect", "cache")
         assert code == 78 and "cache/cache.json is not the manifest of a cache" in err

@@ -35,8 +35,8 @@ def launch(capsys, *words):
     (["--workers", "2", "--"], "nothing to launch"),
     (["--workers", "0", *SCRIPT], "workers=0: expected 1 <= workers <= 1024"),
     (["--workers", "2", "--grace_seconds", "-1", "--nodes", "2", "--node_rank", "2", *SCRIPT],
-     "grace_seconds=-1.0: expected 0 < grace_seconds <= 31536000; node_rank=2: expected 0 to 1, for nodes=2; nodes=2 without "
-     "master_address"),
+     "grace_seconds=-1.0: expected 0 < grace_seconds <= 31536000; node_rank=2: expected 0 to 1, for nodes=2; nodes=2 "
+     "without master_address"),
     (["--workers", "2", "--master_port", "70000", *SCRIPT], "master_port=70000: expected 1 to 65535"),
     (["--workers", "2", "trian"], "Did you mean 'train'?"),
     (["--workers", "2", "--", "script.py"], "'script.py' is not a program"),

@@ -133,6 +133,7 @@ class Flux2ImagePipeline(ImagePipeline):
     variants = (DEV_COMPONENTS,)
     lora_target_modules = LORA_TARGET_MODULES
     lora_prefixes = {"dit": "transformer", "text_encoder": "text_encoder"}
+    widths = {"latents": ("in_channels", -3, 1), "prompt_embeds": ("joint_attention_dim", -1, 1)}
     fusible = ("encode_image",)
     prepare_settings = ("max_sequence_length",)
     max_sequence_length = 512

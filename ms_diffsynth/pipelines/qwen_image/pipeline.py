@@ -78,6 +78,7 @@ class QwenImagePipeline(ImagePipeline):
     lora_target_modules = LORA_TARGET_MODULES
     lora_prefixes = {"dit": "transformer", "text_encoder": "text_encoder"}
     fusible = ("encode_image",)
+    widths = {"latents": ("in_channels", -3, 4), "prompt_embeds": ("joint_attention_dim", -1, 1)}
     prepare_settings = ("max_sequence_length",)
     padded_slots = ("prompt_ids", "prompt_embeds", "prompt_mask")
     prompt_lengths = (64, 128, 256, 512, 1024)

@@ -75,6 +75,8 @@ class SD3ImagePipeline(ImagePipeline):
     lora_target_modules = LORA_TARGET_MODULES
     lora_prefixes = {"dit": "transformer", "text_encoder_1": "text_encoder", "text_encoder_2": "text_encoder_2"}
     fusible = ("encode_image",)
+    widths = {"latents": ("in_channels", -3, 1), "prompt_embeds": ("joint_attention_dim", -1, 1),
+              "pooled_prompt_embeds": ("pooled_projection_dim", -1, 1)}
     prepare_settings = ("max_sequence_length",)
     max_sequence_length = 256
     sampling = SamplingDefaults(cfg_scale=7.0)

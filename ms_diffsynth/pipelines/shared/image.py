@@ -102,6 +102,7 @@ class ImagePipeline(Pipeline):
         cfg_scale = own.cfg_scale if cfg_scale is None else cfg_scale
         seed = int(np.random.SeedSequence().entropy % 2**63) if seed is None else seed
         noise = Draws(seed).normal("latents", np.array([0]), shape)
+        self.check_widths({"latents": noise})
         guidance = own.embedded_guidance if embedded_guidance is None else embedded_guidance
         inputs["guidance"] = Tensor(np.full(1, guidance, np.float32))
         positive = {name: value for name, value in inputs.items() if not name.startswith("negative_")} | tiling
@@ -220,6 +221,7 @@ class ImagePipeline(Pipeline):
                 again = program.branch([name for name in given if given[name] is not first[name]], ("velocity",))
                 slots, units = prepared | slots, tuple(unit for unit in units if unit.name in again)
             first, prepared = given, self.run(units, slots)
+            self.check_widths(prepared)
             lost = [name for name in cut.cache if name not in prepared]
             if lost:
                 raise ProgramError(f"condition() needs {listing(lost)}: pass {listing(n + '=Tensor' for n in lost)}.")

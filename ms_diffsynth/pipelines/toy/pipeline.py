@@ -105,6 +105,7 @@ class ToyImagePipeline(ImagePipeline):
     lora_target_modules = ("layer_1", "layer_2")
     lora_prefixes = {"dit": "transformer"}
     fusible = ("encode_image",)
+    widths = {"latents": ("latent_channels", -3, 1), "prompt_embeds": ("hidden_size", -1, 1)}
     division_factor = 8
 
     def build_units(self) -> list:
