@@ -18,7 +18,7 @@ setup(
                                    "pipelines/shared/tokenizers/*/*", "standin/native/*", "debug/cases/*/*.*",
                                    "debug/cases/*/*/*"]},
     install_requires=[
-        "mindspore>=2.7.2,<2.11",
+        "mindspore>=2.8.0,<2.11",
         "mindone==0.5.0",
         "numpy<2",
         "pillow",

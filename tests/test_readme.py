@@ -23,7 +23,7 @@ SETUP = {  # run by whoever installs, and by .ci/run
     ".venv/bin/ruff check .", ".venv/bin/pytest -n 2 --dist loadfile"}
 NEEDS_ASCEND = {".venv/bin/ms-diffsynth train examples/flux/dreambooth_dev_910b.yaml"}
 NEEDS_AN_OLD_MINDSPORE = {
-    "python3 -m venv .venv-oldest", ".venv-oldest/bin/pip install -e '.[test]' 'mindspore==2.7.2'",
+    "python3 -m venv .venv-oldest", ".venv-oldest/bin/pip install -e '.[test]' 'mindspore==2.8.0'",
     ".venv-oldest/bin/pytest -n 2 --dist loadfile"}
 OURS = [c for c in COMMANDS if c not in SETUP | NEEDS_ASCEND | NEEDS_AN_OLD_MINDSPORE]
 SMALL = ["--max_train_steps", "2", "--lr_warmup_steps", "1", "--mode", "pynative", "--height", "32", "--width", "32",

@@ -78,9 +78,8 @@ def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
     trusted = [n for n in ("trust_template_code", "trust_template_sha256") if getattr(c.model, n)]
     yield (bool(trusted) and c.model.template_model_id_or_path is None,
            f"{listing(trusted)} would not be used: set template_model_id_or_path, or remove it.")
-    unmade = [n for n in ("evaluation_count", "evaluation_reference") if getattr(c.run, n) != SETTINGS[n].default]
-    yield (bool(unmade) and c.run.evaluation_steps is None,
-           f"{listing(unmade)} would not be used: set evaluation_steps, for example to 100.")
+    yield (c.run.evaluation_reference is not None and c.run.evaluation_steps is None,
+           "evaluation_reference would not be used: set evaluation_steps, for example to 100.")
     yield (c.run.resume not in ("none", "auto") and stage == "data_process",
            f"resume={c.run.resume} with task={c.objective.task}: remove it; a cache is always completed.")
     yield (bool(c.run.accept_changes) and c.run.resume == "none",
