@@ -15,8 +15,9 @@ setup(
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["ms_diffsynth", "ms_diffsynth.*"]),
     package_data={"ms_diffsynth": ["py.typed", "hub/*.jinja", "pipelines/*/tokenizer*/*",
-                                   "pipelines/shared/tokenizers/*/*", "standin/native/*", "debug/cases/*/*.*",
-                                   "debug/cases/*/*/*"]},
+                                   "pipelines/shared/tokenizers/*/*", "standin/native/*",
+                                   "ops/cpu/native/*.cc", "ops/cpu/native/*.h", "ops/cpu/native/*.inc",
+                                   "debug/cases/*/*.*", "debug/cases/*/*/*"]},
     install_requires=[
         "mindspore>=2.8.0,<2.11",
         "mindone==0.5.0",

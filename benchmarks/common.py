@@ -59,15 +59,16 @@ def inputs(model: str) -> dict[str, np.ndarray]:
 def serve(build: Callable[[str, Path], Callable[[], float]]) -> None:
     """Build a step of the model and the weights file in ``sys.argv[1:3]``; then make one for every line that comes in.
 
-    Answers each step, the first included, with one line of JSON: loss, seconds, peak resident gigabytes.
+    Answers each step, the first included, with one line of JSON: loss, seconds, seconds of CPU time,
+    peak resident gigabytes.
     """
     answer = sys.stdout
     sys.stdout = sys.stderr  # what libraries say does not get between the answers
     step = build(sys.argv[1], Path(sys.argv[2]))
     for _ in sys.stdin:
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         loss = step()
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        answer.write(json.dumps({"loss": loss, "seconds": seconds, "peak_gb": peak}) + "\n")
+        answer.write(json.dumps({"loss": loss, "seconds": seconds, "cpu_seconds": cpu, "peak_gb": peak}) + "\n")
         answer.flush()

@@ -19,15 +19,18 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-KINDS = {"graph": "ms_diffsynth, compiled", "pynative": "ms_diffsynth, PyNative",
+KINDS = {"graph": "ms_diffsynth, compiled", "off": "the same, native kernels turned off",
+         "pynative": "ms_diffsynth, PyNative",
          "mindone": "mindone TrainStep, compiled", "torch": "PyTorch, eager"}
 WARM_UP = 12  # steps not counted: the first compiles, and for ten MindSpore tries numbers of threads for each kernel
 
 
-def environment(is_torch: bool = False) -> dict[str, str]:
+def environment(kind: str = "graph") -> dict[str, str]:
     """This process's, with the package on the path; PyTorch's environment shares no packages with ours."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return variables if is_torch else {**variables, "PYTHONPATH": str(HERE.parent)}
+    if kind == "off":
+        variables["MS_DIFFSYNTH_NATIVE"] = "0"
+    return variables if kind == "torch" else {**variables, "PYTHONPATH": str(HERE.parent)}
 
 
 class Worker:
@@ -36,10 +39,11 @@ class Worker:
     def __init__(self, model: str, kind: str, weights: Path, torch_python: str | None, log: Path):
         self.kind, self.answers, self.log = kind, [], log
         command = ([torch_python, str(HERE / "worker_torch.py"), model, str(weights)] if kind == "torch"
-                   else [sys.executable, str(HERE / "worker_ms.py"), model, str(weights), kind])
+                   else [sys.executable, str(HERE / "worker_ms.py"), model, str(weights),
+                         "graph" if kind == "off" else kind])
         with open(log, "wb") as errors:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                                            env=environment(kind == "torch"), cwd=weights.parent, text=True)
+                                            env=environment(kind), cwd=weights.parent, text=True)
 
     def step(self) -> None:
         self.process.send_signal(signal.SIGCONT)
@@ -58,6 +62,7 @@ class Worker:
     def result(self) -> dict:
         measured = [a["seconds"] for a in self.answers[WARM_UP:]]
         return {"first_seconds": self.answers[0]["seconds"], "step_seconds": measured,
+                "cpu_seconds": [a["cpu_seconds"] for a in self.answers[WARM_UP:]],
                 "median": statistics.median(measured), "min": min(measured), "max": max(measured),
                 "peak_gb": self.answers[-1]["peak_gb"], "losses": [a["loss"] for a in self.answers]}
 
@@ -88,8 +93,8 @@ def measure(model: str, kinds: list[str], rounds: int, torch_python: str | None)
 
 def table(results: dict[str, dict]) -> str:
     reference = results.get("torch")
-    rows = ["| | step, median (min to max) s | ratio to PyTorch: median, of minima | first step s | peak GB "
-            "| loss: first, last |", "|---|---|---|---|---|---|"]
+    rows = ["| | step, median (min to max) s | ratio to PyTorch: median, of minima | CPU time, least s | first step s "
+            "| peak GB | loss: first, last |", "|---|---|---|---|---|---|---|"]
     for kind, r in results.items():
         ratio = "-"
         if reference:
@@ -97,7 +102,7 @@ def table(results: dict[str, dict]) -> str:
             pairs = [a / b for a, b in zip(r["step_seconds"], reference["step_seconds"])]
             ratio = f"{statistics.median(pairs):.2f}, {r['min'] / reference['min']:.2f}"
         rows.append(f"| {KINDS[kind]} | {r['median']:.3f} ({r['min']:.3f} to {r['max']:.3f}) | {ratio} "
-                    f"| {r['first_seconds']:.1f} | {r['peak_gb']:.1f} "
+                    f"| {min(r['cpu_seconds']):.3f} | {r['first_seconds']:.1f} | {r['peak_gb']:.1f} "
                     f"| {r['losses'][0]:.6f}, {r['losses'][-1]:.6f} |")
     return "\n".join(rows)
 

@@ -204,12 +204,23 @@ def versions() -> dict[str, str]:
     """What a report of numbers must say of where they come from: packages, and on an Ascend device, CANN and driver."""
     found = {"ms_diffsynth": __version__} | {name: version(name) for name in ("mindspore", "mindone", "numpy")}
     found |= {"python": platform.python_version(), "machine": platform.machine(), "device": current().device}
+    if kernels():
+        found["kernels"] = kernels()
     if current().device == "Ascend":
         found["device"] = ms.hal.get_device_name(0)
         home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
         found["cann"] = _version_in(Path(home or ASCEND / "ascend-toolkit/latest") / "compiler" / "version.info")
         found["driver"] = _version_in(ASCEND / "driver" / "version.info")
     return found
+
+
+def kernels() -> str:
+    """What computes on the CPU: ``composed``, or ``native`` and the key of their library; empty on an Ascend."""
+    if current().device != "CPU":
+        return ""
+    from ms_diffsynth.ops.cpu.native.build import kind
+
+    return kind()
 
 
 def _version_in(file: Path) -> str:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import mindspore as ms
 import pytest
@@ -22,6 +23,15 @@ def test_the_process_stays_eager_in_either_mode():
         assert runtime.configure(mode, "cpu") == runtime.current()
         assert (runtime.current().mode, runtime.current().device) == (mode, "CPU")
         assert ms.get_context("mode") == ms.PYNATIVE_MODE and ms.get_context("device_target") == "CPU"
+
+
+def test_reports_and_checkpoints_say_which_kernels_compute(monkeypatch):
+    from ms_diffsynth.ops.cpu.native import build
+    from ms_diffsynth.training import state
+
+    for library, kernels in ((None, "composed"), (Path("kernels-0123.so"), "native 0123")):
+        monkeypatch.setattr(build, "library", lambda library=library: library)
+        assert runtime.versions()["kernels"] == state.versions()["kernels"] == kernels
 
 
 def test_a_rank_without_its_launcher_is_refused(monkeypatch):

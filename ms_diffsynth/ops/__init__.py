@@ -11,9 +11,12 @@ value and gradient by tests/ops.
 """
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 import mindspore as ms
 
-__all__ = ["install_cpu_kernels"]
+__all__ = ["install_cpu_kernels", "native_kernels"]
 
 
 def install_cpu_kernels() -> bool:
@@ -28,3 +31,12 @@ def install_cpu_kernels() -> bool:
 
     install()
     return True
+
+
+def native_kernels() -> ModuleType | None:
+    """`ops.cpu.native.kernels`, or None on another device than the CPU and where it has none."""
+    if not install_cpu_kernels():
+        return None
+    from ms_diffsynth.ops.cpu.native.build import library
+
+    return import_module("ms_diffsynth.ops.cpu.native.kernels") if library() else None

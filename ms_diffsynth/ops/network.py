@@ -26,9 +26,9 @@ How values of a dtype attend, softmax(q k^T D^-1/2) v, is chosen when a block is
 | masked_attention(dtype) | f(q, k, v, mask) | the same, and a mask of `text_mask` |
 | text_mask | that mask, once for all blocks | keys: 1 to take part, else 0: [B, S'], S, H, dtype -> the device's own |
 
-On the CPU everything is float32 (`ops.cpu.network`); on Ascend the dtype is that of x, and norms add up in float32
-(`ops.ascend.network`); attention of float32 is float32. The device is that of the process when this module is
-imported, as for `install_cpu_kernels`.
+On the CPU everything is float32: by native kernels (`ops.cpu.native.network`), or composed where there are none
+(`ops.cpu.network`). On Ascend the dtype is that of x, and norms add up in float32 (`ops.ascend.network`); attention of
+float32 is float32. The device is that of the process when this module is imported, as for `install_cpu_kernels`.
 
 A block that is recomputed (`nn.recompute.Recomputed`) is differentiated inside a ``bprop``. There MindSpore 2.10 cannot
 parse a Python function with an ``if`` a second time ("The func graph is empty"), so none that a block calls has
@@ -36,9 +36,11 @@ one, and neither may a block call other functions that do: many of `mindspore.mi
 """
 from __future__ import annotations
 
-from ms_diffsynth.ops import install_cpu_kernels
+from ms_diffsynth.ops import install_cpu_kernels, native_kernels
 
-if install_cpu_kernels():
+if native_kernels():
+    from ms_diffsynth.ops.cpu.native import network as device
+elif install_cpu_kernels():
     from ms_diffsynth.ops.cpu import network as device
 else:
     from ms_diffsynth.ops.ascend import network as device

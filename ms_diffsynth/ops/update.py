@@ -1,7 +1,8 @@
 """Parameters changed in place, by what each device has kernels for.
 
-On the CPU MindSpore's fused primitives. On an Ascend those would go the old aclop way, one compilation a shape, so
-there it is composed of element-wise kernels. The device is that of the moment of the call, or of compilation.
+On the CPU a native kernel, or MindSpore's fused primitives where there is none. On an Ascend those would go the old
+aclop way, one compilation a shape, so there it is composed of element-wise kernels. The device is that of the moment of
+the call, or of compilation.
 """
 from __future__ import annotations
 
@@ -10,6 +11,10 @@ from mindspore import Parameter, Tensor, mint, ops
 from mindspore.ops import constexpr, operations as P
 from mindspore.ops.auto_generate import InplaceAddExt, InplaceCopy, InplaceMul, InplaceSubExt
 
+from ms_diffsynth.ops import native_kernels
+
+native = native_kernels()  # on the CPU, where there are some
+HAS_NATIVE = native is not None
 _assign, _copy = P.Assign(), InplaceCopy()
 _add, _subtract, _multiply = InplaceAddExt(), InplaceSubExt(), InplaceMul()  # in place
 _descend = P.ApplyGradientDescent()  # p -= a * g in one pass; a product and Assign take up to twice as long
@@ -50,6 +55,9 @@ def adamw(coefficient: Tensor, rate: Tensor, decay: Tensor, beta1: Tensor, beta2
 
     Shapes: float32 scalars; parameter, moments and gradient of one shape.
     """
+    if HAS_NATIVE and is_cpu():
+        return ops.depend(True, native.adamw(coefficient, rate, decay, beta1, beta2, eps, parameter, moment1, moment2,
+                                             gradient.astype(ms.float32)))
     gradient = scaled(gradient, coefficient, zero)
     if is_cpu():
         decayed = _descend(parameter, decay, parameter)

@@ -12,7 +12,7 @@ import numpy as np
 from mindspore import Parameter, ParameterTuple, Tensor, mint, ops
 from mindspore.ops import constexpr, operations as P
 
-from ms_diffsynth.ops.update import is_cpu, put
+from ms_diffsynth.ops.update import HAS_NATIVE, is_cpu, native, put
 
 _each = ops.HyperMap()
 _dot = P.MatMul(transpose_b=True)
@@ -30,6 +30,8 @@ def sum_of_squares(grads: tuple[Tensor, ...]) -> Tensor:
     Not finite when any element is not finite, and also when the sum of squares overflows: norms above 1.8e19.
     Source: torch.nn.utils.clip_grad_norm_, with the sum of squares taken at once.
     """
+    if HAS_NATIVE and is_cpu():
+        return native.sum_of_squares(_each(_as_float32, grads))
     if is_cpu():
         return ops.sum(ops.addn(_each(_gram, grads)) * _diagonal(16))
     squares = _each(_squares_by_sum, grads)
@@ -74,6 +76,10 @@ def added(accumulators: tuple[Parameter, ...], grads: tuple[Tensor, ...]) -> tup
 def reset(accumulators: tuple[Parameter, ...]) -> tuple[bool, ...]:
     """Set the accumulators to zero, in place, whatever they held."""
     return _each(_reset, accumulators)
+
+
+def _as_float32(grad):
+    return grad.astype(ms.float32)
 
 
 def _gram(grad):

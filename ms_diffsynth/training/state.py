@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, ops
 
-from ms_diffsynth import __version__
+from ms_diffsynth import __version__, runtime
 from ms_diffsynth.errors import CheckpointError, listing
 from ms_diffsynth.formats.json_text import shown
 from ms_diffsynth.formats.weights import FLOATS
@@ -27,7 +27,8 @@ PREPARED = ".prepared"  # another one, of rows that do not fit into memory; gone
 
 def versions() -> dict[str, str]:
     """What may change the last bit of a number."""
-    return {"ms_diffsynth": __version__} | {name: version(name) for name in ("mindspore", "mindone", "numpy")}
+    return ({"ms_diffsynth": __version__, "kernels": runtime.kernels()}
+            | {name: version(name) for name in ("mindspore", "mindone", "numpy")})
 
 
 def run_folder(checkpoint: Checkpoint) -> Path:

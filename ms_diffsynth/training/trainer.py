@@ -174,8 +174,9 @@ class Trainer:
         where = "eagerly, by the module's own forward" if self.is_eager else f"in {self.accelerator.mode} mode"
         where += ", by the module's own forward" if self.own_forward else ""
         ranks = self.accelerator.num_processes
+        by = f" with {runtime.kernels().split()[0]} kernels" if runtime.kernels() else ""
         return (f"training {count:,} parameters in {tensors} tensor{'s' if tensors > 1 else ''} {where} on "
-                f"{self.accelerator.device}{f', {ranks} ranks' if ranks > 1 else ''}: {self.total} steps, "
+                f"{self.accelerator.device}{by}{f', {ranks} ranks' if ranks > 1 else ''}: {self.total} steps, "
                 f"{len(self.loader)} batches per epoch")
 
     def _announce(self, name: str, shapes: str) -> Callable[[float], None]:

@@ -97,7 +97,8 @@ def test_a_run_writes_its_records_checkpoints_and_pictures(folder, tmp_path, cap
     lora = load_state_dict(run / "epoch-1.safetensors")
     assert len(lora) == 4 and any(np.array_equal(v, weights(module)[0]) for v in lora.values())
     shown = capfd.readouterr().err
-    for part in ("training 128 parameters in 4 tensors in graph mode on CPU: 6 steps, 3 batches per epoch",
+    for part in ("training 128 parameters in 4 tensors in graph mode on CPU with ",
+                 " kernels: 6 steps, 3 batches per epoch",
                  "compiled the training step in", "trained 6 steps; the step was compiled 1 time(s)",
                  "epoch-1.safetensors"):
         assert part in shown

@@ -165,7 +165,8 @@ def test_the_module_whose_output_overflows(folder, tmp_path, poison, mode):
     train(tmp_path / "run", make(), rows(5), **options)
     found = replay(tmp_path / "run", 5, make(), rows(5), **options)
     assert first_of(found)[0] == "the output of dit.layer_1.base in unit denoise"
-    assert first_of(found)[1][0][2] == 4 and found.findings[0].inf > 0
+    # infinities of both signs may meet in a product, which gives NaN: that depends on its order of summation
+    assert first_of(found)[1][0][2] == 4 and found.findings[0].inf + found.findings[0].nan > 0
     assert found.is_reproduced and found.after == 0 and not found.is_finite
 
 

@@ -13,7 +13,7 @@ from mindspore.common import dtype as mstype
 from mindspore.ops.primitive import _primexpr
 
 from ms_diffsynth.errors import DeviceError
-from ms_diffsynth.ops.cpu.functional import dropout
+from ms_diffsynth.ops.cpu.functional import HAS_NATIVE, are_float32, dropout, native
 from ms_diffsynth.ops.cpu.tensor import repeat_interleave
 
 LEFT_OUT = -1e30  # added to a score: its weight becomes exactly 0, and a row of nothing else stays finite
@@ -30,6 +30,9 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     if enable_gqa and query.shape[-3] != key.shape[-3]:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = repeat_interleave(key, repeats, -3), repeat_interleave(value, repeats, -3)
+    if (HAS_NATIVE and attn_mask is None and dropout_p == 0 and not is_causal and are_float32(query, key, value)
+            and query.shape[:-2] == key.shape[:-2]):
+        return _native_attention(query if scale is None else query * (scale * query.shape[-1] ** 0.5), key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     scores = ops.matmul(query * scale, key.swapaxes(-2, -1)).astype(mstype.float32)
     taken = None
@@ -50,6 +53,16 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     if dropout_p > 0:
         weights = dropout(weights, dropout_p, True)
     return ops.matmul(weights, value)
+
+
+def _native_attention(query, key, value):
+    """Each head is a sample of one head, so that nothing is transposed."""
+    q, k, v = _one_head(query), _one_head(key), _one_head(value)
+    return native.attention(q, k, v).reshape(query.shape)
+
+
+def _one_head(x):
+    return x.reshape(-1, x.shape[-2], 1, x.shape[-1])
 
 
 @_primexpr

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 KERNELS = ((mint, tensor), (mint, random), (mint.nn.functional, functional), (mint.nn.functional, spatial))
 CELLS = {
     mint.nn.Linear: functional.linear_construct,
+    mint.nn.GroupNorm: functional.group_norm_construct,
     mint.nn.Embedding: functional.embedding_construct,
     mint.nn.Dropout: functional.dropout_construct,
     mint.nn.Conv1d: spatial.conv1d_construct,

@@ -11,6 +11,9 @@ from mindspore.ops import operations as P
 from mindspore.ops.primitive import _primexpr, constexpr
 
 from ms_diffsynth.errors import DeviceError
+from ms_diffsynth.ops.cpu.functional import HAS_NATIVE, are_float32, native
+
+HAS_CONVOLUTIONS = HAS_NATIVE and native.HAS_CONVOLUTIONS
 
 __all__ = ["adaptive_avg_pool2d", "avg_pool2d", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "interpolate", "pad"]
 
@@ -35,9 +38,9 @@ def _both_sides(padding, n):
 
 # ---- convolution ----
 
-# oneDNN has no fast kernel for MindSpore's layout: 16 channels of 128 x 128 pixels take Conv2D 229 ms, and 8 ms as a
+# MindSpore's Conv2D has no fast kernel for its layout: 16 channels of 128 x 128 pixels take it 229 ms, and 8 ms as a
 # matrix product (MindSpore 2.10, 2 cores, 2026-11-21). The columns take kernel-area times the memory of the image, so
-# large ones go the slow way: more numbers than this, 256 MB.
+# large ones go the slow way: more numbers than this, 256 MB. The native kernel needs neither.
 _MOST_COLUMNS = 64 * 1024 * 1024
 
 
@@ -71,6 +74,13 @@ def _convolved_size(size, kernel, stride, padding, dilation):
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     x = input if input.ndim == 4 else input.expand_dims(0)
     stride, dilation = _each(stride, 2), _each(dilation, 2)
+    if (HAS_CONVOLUTIONS and not isinstance(padding, str) and groups == 1 and dilation == (1, 1)
+            and are_float32(x, weight)):
+        if bias is None:
+            out = native.conv2d_without_bias(x, weight, stride, _each(padding, 2))
+        else:
+            out = native.conv2d(x, weight, bias, stride, _each(padding, 2))
+        return out if input.ndim == 4 else out.squeeze(0)
     if isinstance(padding, str):
         conv = P.Conv2D(weight.shape[0], weight.shape[2:], 1, padding, 0, stride, dilation, groups)
     elif groups == 1 and x.size * weight.shape[2] * weight.shape[3] <= _MOST_COLUMNS:
@@ -177,9 +187,16 @@ def _resized(shape, size, scale_factor, mode):
     return tuple(int(n) for n in new)
 
 
+@_primexpr
+def _doubled(shape):
+    return tuple(2 * n for n in shape[2:]) if len(shape) == 4 else None
+
+
 def interpolate(input, size=None, scale_factor=None, mode="nearest", align_corners=None, recompute_scale_factor=None):
     size = _resized(input.shape, size, scale_factor, mode)
     if mode in ("nearest", "nearest-exact"):
+        if HAS_NATIVE and are_float32(input) and size == _doubled(input.shape):
+            return native.double(input)
         return _INTERPOLATE(input, size, None, "nearest")
     return ops.interpolate(input, size=size, mode=mode, align_corners=align_corners)
 

@@ -1,0 +1,349 @@
+// The CPU kernels of ms_diffsynth: products and convolutions by MindSpore's oneDNN, everything else in plain loops that
+// the compiler makes vectors of (`#pragma omp simd`, so no -ffast-math). Tensors are float32 and contiguous. An output
+// does not depend on the number of threads: work is cut into fixed pieces, and their sums are added in order.
+//
+// A kernel is called by MindSpore's ops.Custom with pointers to its inputs and then its outputs; its comment says which
+// ones. Built by ../build.py beside this folder.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "onednn.h"
+
+using namespace msd;
+
+#define SIMD _Pragma("omp simd")
+#define SIMD_SUM(...) _Pragma(SIMD_TEXT(omp simd reduction(+ : __VA_ARGS__)))
+#define SIMD_TEXT(...) #__VA_ARGS__
+#define KERNEL(name)                                                                                                 \
+  static void name##_body(const Arguments &a);                                                                       \
+  extern "C" __attribute__((visibility("default"))) int name(int count, void **params, int *ndims, int64_t **shapes, \
+                                                             const char **dtypes, void *, void *) {                  \
+    return guarded([&] {                                                                                             \
+      check_dtypes(count, dtypes);                                                                                   \
+      name##_body({count, params, ndims, shapes});                                                                   \
+    });                                                                                                              \
+  }                                                                                                                  \
+  static void name##_body(const Arguments &a)
+
+namespace {
+
+struct Arguments {
+  int count;
+  void **params;
+  int *ndims;
+  int64_t **shapes;
+  float *operator[](int i) const { return static_cast<float *>(params[i]); }
+  int64_t dim(int i, int axis) const { return shapes[i][axis < 0 ? ndims[i] + axis : axis]; }
+  Dims dims(int i) const { return Dims(shapes[i], shapes[i] + ndims[i]); }
+  int64_t size(int i) const {
+    int64_t n = 1;
+    for (int a = 0; a < ndims[i]; a++) n *= shapes[i][a];
+    return n;
+  }
+};
+
+void check_dtypes(int count, const char **dtypes) {
+  for (int i = 0; i < count; i++)
+    if (std::strcmp(dtypes[i], "float32")) throw std::runtime_error(std::string(dtypes[i]) + ": expected float32");
+}
+
+// e^x to 2 units in the last place: 0 below -87.3, e^88 above 88, NaN stays NaN
+inline float fast_exp(float x) {
+  float c = x < -87.33654f ? -87.33654f : x;
+  c = c > 88.0f ? 88.0f : c;
+  const float shifted = c * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // rounds; n is in the low bits
+  const float r = (c - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = (bits - 0x4B400000 + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return x < -87.33654f ? 0.0f : p * power;
+}
+inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+
+constexpr int64_t ROWS = 32;       // rows of a task: fixed, because partial sums are added in their order
+constexpr int64_t CHUNK = 1 << 14;  // elements of a task that is element by element
+
+template <typename F>
+void chunks(int64_t n, int64_t chunk, F &&function) {
+  parallel((n + chunk - 1) / chunk, [&](int64_t task, int) {
+    function(task * chunk, std::min(n, (task + 1) * chunk));
+  });
+}
+
+inline float dot(const float *x, const float *y, int64_t n) {
+  float s = 0;
+  SIMD_SUM(s) for (int64_t i = 0; i < n; i++) s += x[i] * y[i];
+  return s;
+}
+
+// partial sums [parts][outs][n] -> each out [n], in order of the parts
+inline void add_partial(const float *partial, int64_t parts, int64_t n, std::initializer_list<float *> outs) {
+  int64_t from = 0;
+  for (float *out : outs) {
+    for (int64_t c = 0; c < n; c++) out[c] = 0;
+    for (int64_t i = 0; i < parts; i++)
+      SIMD for (int64_t c = 0; c < n; c++) out[c] += partial[i * n * outs.size() + from + c];
+    from += n;
+  }
+}
+
+}  // namespace
+
+// ---- linear maps ----
+
+// x [m, k], w [n, k], maybe bias [n] -> y [m, n]
+KERNEL(linear_forward) {
+  const int64_t k = a.dim(0, -1), n = a.dim(1, 0), m = a.size(0) / k;
+  const bool has_bias = a.count == 4;
+  float *y = a[a.count - 1];
+  if (has_bias)
+    chunks(m, ROWS, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; i++) std::memcpy(y + i * n, a[2], n * sizeof(float));
+    });
+  gemm('N', 'T', m, n, k, a[0], k, a[1], k, y, n, has_bias);
+}
+// dy [m, n], w [n, k] -> dx [m, k]
+KERNEL(linear_backward_x) {
+  const int64_t n = a.dim(1, 0), k = a.dim(1, 1);
+  gemm('N', 'N', a.size(0) / n, k, n, a[0], n, a[1], k, a[2], k, false);
+}
+// dy [m, n], x [m, k] -> dw [n, k]
+KERNEL(linear_backward_w) {
+  const int64_t n = a.dim(0, -1), k = a.dim(1, -1), m = a.size(0) / n;
+  gemm('T', 'N', n, k, m, a[0], n, a[1], k, a[2], k, false);
+}
+// dy [m, n] -> dbias [n]
+KERNEL(linear_backward_b) {
+  const int64_t n = a.dim(0, -1), m = a.size(0) / n;
+  chunks(n, 128, [&](int64_t first, int64_t last) {
+    std::memset(a[1] + first, 0, (last - first) * sizeof(float));
+    for (int64_t i = 0; i < m; i++)
+      SIMD for (int64_t j = first; j < last; j++) a[1][j] += a[0][i * n + j];
+  });
+}
+
+// ---- element by element ----
+
+constexpr float GELU_LINEAR = 1.5957691216057308f, GELU_CUBIC = 0.044715f * 1.5957691216057308f;
+
+KERNEL(gelu_forward) {
+  const float *x = a[0];
+  float *y = a[1];
+  chunks(a.size(0), CHUNK, [&](int64_t first, int64_t last) {
+    SIMD for (int64_t i = first; i < last; i++)
+      y[i] = x[i] * sigmoid(x[i] * (GELU_LINEAR + GELU_CUBIC * x[i] * x[i]));
+  });
+}
+// dy, x -> dx
+KERNEL(gelu_backward) {
+  const float *dy = a[0], *in = a[1];
+  float *dx = a[2];
+  chunks(a.size(0), CHUNK, [&](int64_t first, int64_t last) {
+    SIMD for (int64_t i = first; i < last; i++) {
+      const float x = in[i], gate = sigmoid(x * (GELU_LINEAR + GELU_CUBIC * x * x));
+      dx[i] = dy[i] * gate * (1.0f + x * (GELU_LINEAR + 3 * GELU_CUBIC * x * x) * (1.0f - gate));
+    }
+  });
+}
+KERNEL(silu_forward) {
+  const float *x = a[0];
+  float *y = a[1];
+  chunks(a.size(0), CHUNK, [&](int64_t first, int64_t last) {
+    SIMD for (int64_t i = first; i < last; i++) y[i] = x[i] * sigmoid(x[i]);
+  });
+}
+// dy, x -> dx
+KERNEL(silu_backward) {
+  const float *dy = a[0], *x = a[1];
+  float *dx = a[2];
+  chunks(a.size(0), CHUNK, [&](int64_t first, int64_t last) {
+    SIMD for (int64_t i = first; i < last; i++) {
+      const float gate = sigmoid(x[i]);
+      dx[i] = dy[i] * gate * (1.0f + x[i] * (1.0f - gate));
+    }
+  });
+}
+// x [..., 2 d] -> silu(first half) second half [..., d]
+KERNEL(swiglu_forward) {
+  const int64_t d = a.dim(1, -1);
+  chunks(a.size(1) / d, ROWS, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const float *gate = a[0] + row * 2 * d, *x = gate + d;
+      float *y = a[1] + row * d;
+      SIMD for (int64_t c = 0; c < d; c++) y[c] = gate[c] * sigmoid(gate[c]) * x[c];
+    }
+  });
+}
+// dy [..., d], x [..., 2 d] -> dx [..., 2 d]
+KERNEL(swiglu_backward) {
+  const int64_t d = a.dim(0, -1);
+  chunks(a.size(0) / d, ROWS, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const float *dy = a[0] + row * d, *gate = a[1] + row * 2 * d, *x = gate + d;
+      float *dgate = a[2] + row * 2 * d, *dx = dgate + d;
+      SIMD for (int64_t c = 0; c < d; c++) {
+        const float s = sigmoid(gate[c]);
+        dx[c] = dy[c] * gate[c] * s;
+        dgate[c] = dy[c] * x[c] * s * (1.0f + gate[c] * (1.0f - s));
+      }
+    }
+  });
+}
+
+// ---- normalisation, modulation, gates ----
+
+// x [b, s, d], scale [b, d], shift [b, d], eps [1] -> y [b, s, d], mean and 1 / deviation [b, s, 2]
+KERNEL(layer_norm_modulate_forward) {
+  const int64_t tokens = a.dim(0, 1), d = a.dim(0, 2);
+  chunks(a.dim(0, 0) * tokens, ROWS, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const float *x = a[0] + row * d, *scale = a[1] + row / tokens * d, *shift = a[2] + row / tokens * d;
+      float *y = a[4] + row * d, s = 0, q = 0;
+      SIMD_SUM(s) for (int64_t c = 0; c < d; c++) s += x[c];
+      const float mean = s / d;
+      SIMD_SUM(q) for (int64_t c = 0; c < d; c++) q += (x[c] - mean) * (x[c] - mean);
+      const float rstd = 1.0f / std::sqrt(q / d + a[3][0]);
+      SIMD for (int64_t c = 0; c < d; c++) y[c] = (x[c] - mean) * rstd * (1.0f + scale[c]) + shift[c];
+      a[5][2 * row] = mean;
+      a[5][2 * row + 1] = rstd;
+    }
+  });
+}
+// dy, x [b, s, d], scale [b, d], statistics [b, s, 2] -> dx [b, s, d], dscale [b, d], dshift [b, d]
+KERNEL(layer_norm_modulate_backward) {
+  const int64_t tokens = a.dim(0, 1), d = a.dim(0, 2), parts = (tokens + ROWS - 1) / ROWS;
+  std::vector<float> partial(a.dim(0, 0) * parts * 2 * d);
+  parallel(a.dim(0, 0) * parts, [&](int64_t task, int) {
+    const int64_t sample = task / parts, first = task % parts * ROWS, last = std::min(tokens, first + ROWS);
+    float *dscale = partial.data() + task * 2 * d, *dshift = dscale + d;
+    const float *scale = a[2] + sample * d;
+    for (int64_t row = sample * tokens + first; row < sample * tokens + last; row++) {
+      const float *dy = a[0] + row * d, *x = a[1] + row * d, mean = a[3][2 * row], rstd = a[3][2 * row + 1];
+      float *dx = a[4] + row * d, s = 0, q = 0;
+      SIMD_SUM(s, q) for (int64_t c = 0; c < d; c++) {
+        const float normal = (x[c] - mean) * rstd, g = dy[c] * (1.0f + scale[c]);
+        s += g;
+        q += g * normal;
+        dscale[c] += dy[c] * normal;
+        dshift[c] += dy[c];
+      }
+      s /= d, q /= d;
+      SIMD for (int64_t c = 0; c < d; c++)
+        dx[c] = (dy[c] * (1.0f + scale[c]) - s - (x[c] - mean) * rstd * q) * rstd;
+    }
+  });
+  for (int64_t sample = 0; sample < a.dim(0, 0); sample++)
+    add_partial(partial.data() + sample * parts * 2 * d, parts, d, {a[5] + sample * d, a[6] + sample * d});
+}
+// residual [b, s, d], gate [b, d], x [b, s, d] -> residual + gate x
+KERNEL(gate_add_forward) {
+  const int64_t tokens = a.dim(0, 1), d = a.dim(0, 2);
+  chunks(a.dim(0, 0) * tokens, ROWS, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const float *r = a[0] + row * d, *gate = a[1] + row / tokens * d, *x = a[2] + row * d;
+      float *y = a[3] + row * d;
+      SIMD for (int64_t c = 0; c < d; c++) y[c] = r[c] + gate[c] * x[c];
+    }
+  });
+}
+// dy [b, s, d], gate [b, d], x [b, s, d] -> dx [b, s, d], dgate [b, d]
+KERNEL(gate_add_backward) {
+  const int64_t tokens = a.dim(0, 1), d = a.dim(0, 2), parts = (tokens + ROWS - 1) / ROWS;
+  std::vector<float> partial(a.dim(0, 0) * parts * d);
+  parallel(a.dim(0, 0) * parts, [&](int64_t task, int) {
+    const int64_t sample = task / parts, first = task % parts * ROWS, last = std::min(tokens, first + ROWS);
+    const float *gate = a[1] + sample * d;
+    float *total = partial.data() + task * d;
+    for (int64_t row = sample * tokens + first; row < sample * tokens + last; row++) {
+      const float *dy = a[0] + row * d, *x = a[2] + row * d;
+      float *dx = a[3] + row * d;
+      SIMD for (int64_t c = 0; c < d; c++) {
+        dx[c] = dy[c] * gate[c];
+        total[c] += dy[c] * x[c];
+      }
+    }
+  });
+  for (int64_t sample = 0; sample < a.dim(0, 0); sample++)
+    add_partial(partial.data() + sample * parts * d, parts, d, {a[4] + sample * d});
+}
+// x [..., d], weight [d], eps [1] -> y [..., d]
+KERNEL(rms_norm_forward) {
+  const int64_t d = a.dim(1, 0);
+  const float *w = a[1], eps = a[2][0];
+  chunks(a.size(0) / d, 8 * ROWS, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const float *x = a[0] + row * d, rstd = 1.0f / std::sqrt(dot(x, x, d) / d + eps);
+      float *y = a[3] + row * d;
+      SIMD for (int64_t c = 0; c < d; c++) y[c] = x[c] * rstd * w[c];
+    }
+  });
+}
+// dy, x [..., d], weight [d], eps [1] -> dx [..., d], dweight [d]
+KERNEL(rms_norm_backward) {
+  const int64_t d = a.dim(2, 0), rows = a.size(0) / d, each = 8 * ROWS, parts = (rows + each - 1) / each;
+  const float *w = a[2], eps = a[3][0];
+  std::vector<float> partial(parts * d);
+  parallel(parts, [&](int64_t task, int) {
+    float *dw = partial.data() + task * d;
+    for (int64_t row = task * each; row < std::min(rows, (task + 1) * each); row++) {
+      const float *dy = a[0] + row * d, *x = a[1] + row * d, rstd = 1.0f / std::sqrt(dot(x, x, d) / d + eps);
+      float *dx = a[4] + row * d, slope = 0;
+      SIMD_SUM(slope) for (int64_t c = 0; c < d; c++) {
+        dw[c] += dy[c] * x[c] * rstd;
+        slope += dy[c] * x[c] * w[c];
+      }
+      slope *= rstd * rstd * rstd / d;
+      SIMD for (int64_t c = 0; c < d; c++) dx[c] = dy[c] * w[c] * rstd - x[c] * slope;
+    }
+  });
+  add_partial(partial.data(), parts, d, {a[5]});
+}
+// Pairs of channels, turned. x [b, s, h, d], cos and sin [1 or b, s, d] -> y [b, s, h, d]
+KERNEL(rotate_forward) {
+  const int64_t tokens = a.dim(0, 1), heads = a.dim(0, 2), d = a.dim(0, 3), rows = a.dim(1, 0) * tokens;
+  chunks(a.dim(0, 0) * tokens, ROWS, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const float *cosine = a[1] + row % rows * d, *sine = a[2] + row % rows * d;
+      for (int64_t h = row * heads; h < (row + 1) * heads; h++) {
+        const float *x = a[0] + h * d;
+        float *y = a[3] + h * d;
+        SIMD for (int64_t c = 0; c < d; c += 2) {
+          y[c] = x[c] * cosine[c] - x[c + 1] * sine[c];
+          y[c + 1] = x[c + 1] * cosine[c + 1] + x[c] * sine[c + 1];
+        }
+      }
+    }
+  });
+}
+// dy, cos, sin -> dx
+KERNEL(rotate_backward) {
+  const int64_t tokens = a.dim(0, 1), heads = a.dim(0, 2), d = a.dim(0, 3), rows = a.dim(1, 0) * tokens;
+  chunks(a.dim(0, 0) * tokens, ROWS, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const float *cosine = a[1] + row % rows * d, *sine = a[2] + row % rows * d;
+      for (int64_t h = row * heads; h < (row + 1) * heads; h++) {
+        const float *dy = a[0] + h * d;
+        float *dx = a[3] + h * d;
+        SIMD for (int64_t c = 0; c < d; c += 2) {
+          dx[c] = dy[c] * cosine[c] + dy[c + 1] * sine[c + 1];
+          dx[c + 1] = dy[c + 1] * cosine[c + 1] - dy[c] * sine[c];
+        }
+      }
+    }
+  });
+}
+
+#include "attention.inc"
+#include "optimizer.inc"
+#include "spatial.inc"
