@@ -11,7 +11,7 @@ from ms_diffsynth.cli.main import COMMANDS, parser
 
 ROOT = Path(ms_diffsynth.__file__).parent
 OTHERS = {"--setting", "--flag", "--find_unused_parameters"}  # which stand for any, and a flag of the scripts
-PROGRAMS = ("standin/", "evaluate/weights.py")  # with flags of their own
+PROGRAMS = ("standin/", "evaluate/weights.py", "ops/cpu/native/build.py")  # with flags of their own
 
 
 def flags(of: argparse.ArgumentParser) -> set[str]:
