@@ -5,21 +5,70 @@ import json
 import resource
 import sys
 import time
+import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+BATCH, TEXT, SIDE = 2, 128, 16  # samples, text tokens, and rows and columns of image tokens
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured: a network, how it is trained, and how often one call computes it."""
+
+    network: str
+    config: dict
+    trains: str  # "all", "lora" (rank 16 on ``targets``) or "" for forward only
+    targets: tuple[str, ...] = ()
+    repeats: int = 1
+
 
 FLUX = {  # FLUX.1 with 49M parameters instead of 12B
     "patch_size": 1, "in_channels": 64, "num_layers": 4, "num_single_layers": 12, "attention_head_dim": 64,
     "num_attention_heads": 6, "joint_attention_dim": 512, "pooled_projection_dim": 256,
     "axes_dims_rope": (16, 24, 24), "guidance_embeds": True,
 }
+FLUX2 = {  # FLUX.2 klein with 35M
+    "patch_size": 1, "in_channels": 128, "num_layers": 2, "num_single_layers": 8, "attention_head_dim": 64,
+    "num_attention_heads": 6, "joint_attention_dim": 512, "timestep_guidance_channels": 256, "mlp_ratio": 3.0,
+    "axes_dims_rope": (16, 16, 16, 16), "rope_theta": 2000, "eps": 1e-6, "guidance_embeds": False,
+}
+QWEN = {  # Qwen-Image with 43M instead of 20B
+    "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 8, "attention_head_dim": 64,
+    "num_attention_heads": 6, "joint_attention_dim": 512, "guidance_embeds": False, "axes_dims_rope": (16, 24, 24),
+}
+SD3 = {  # Stable Diffusion 3.5 with 40M
+    "sample_size": 2 * SIDE, "patch_size": 2, "in_channels": 16, "num_layers": 8, "attention_head_dim": 64,
+    "num_attention_heads": 6, "joint_attention_dim": 512, "caption_projection_dim": 384, "pooled_projection_dim": 256,
+    "out_channels": 16, "pos_embed_max_size": 24, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm",
+}
 UNET = {  # of examples/unconditional, twice as wide: 1.1M parameters
     "sample_size": 32, "layers_per_block": 1, "block_out_channels": (32, 64, 64), "norm_num_groups": 8,
     "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
 }
+VAE = {  # the autoencoder of FLUX.1, a quarter as wide: 5M parameters
+    "in_channels": 3, "out_channels": 3, "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (32, 64, 128, 128), "layers_per_block": 2,
+    "latent_channels": 16, "norm_num_groups": 32, "use_quant_conv": False, "use_post_quant_conv": False,
+}
+JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+WORKLOADS = {
+    "flux": Workload("flux", FLUX, "all"),
+    "flux_lora": Workload("flux", FLUX, "lora", JOINT),
+    "qwen_image_lora": Workload("qwen_image", QWEN, "lora", JOINT),
+    "flux2_lora": Workload("flux2", FLUX2, "lora", (*JOINT, "to_qkv_mlp_proj")),
+    "sd3": Workload("sd3", SD3, "all"),
+    "ddpm": Workload("ddpm", UNET, "all"),
+    "vae_encode": Workload("vae", VAE, ""),
+    "sampling": Workload("flux", FLUX, "", repeats=20),
+}
+RANK = 16
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, (0.9, 0.999), 1e-8, 1e-2, 1.0
 
 
@@ -33,38 +82,69 @@ def random_weight(generator: np.random.Generator, name: str, shape: tuple[int, .
     return values.astype(np.float32)
 
 
-def inputs(model: str) -> dict[str, np.ndarray]:
-    """The batch, by the names of the network's arguments, and ``target``."""
+def lora(layer: str, out_features: int, in_features: int) -> tuple[np.ndarray, np.ndarray]:
+    """A [r, in] and B [out, r] of a layer, the same for every contender: no zeros, as in the middle of training."""
+    generator = np.random.default_rng(zlib.crc32(layer.encode()))
+    a = generator.standard_normal((RANK, in_features)) * in_features**-0.5
+    return a.astype(np.float32), (generator.standard_normal((out_features, RANK)) * 0.01).astype(np.float32)
+
+
+def inputs(network: str) -> dict[str, np.ndarray]:
+    """The batch, by the names of the arguments of diffusers' network, and last ``target``."""
     generator = np.random.default_rng(0)
 
     def normal(*shape):
         return generator.standard_normal(shape).astype(np.float32)
 
-    if model == "ddpm":
+    if network == "ddpm":
         return {"sample": normal(16, 3, 32, 32), "timestep": generator.integers(0, 1000, 16),
                 "target": normal(16, 3, 32, 32)}
-    batch, side, text_tokens = 2, 16, 128
-    image_ids = np.zeros((side, side, 3), np.float32)
-    image_ids[..., 1], image_ids[..., 2] = np.mgrid[:side, :side]
-    tokens = side * side
+    if network == "vae":
+        return {"x": normal(BATCH, 3, 256, 256)}
+    text, sigma, tokens = normal(BATCH, TEXT, 512), np.array([0.5, 0.3], np.float32), SIDE * SIDE
+    if network == "sd3":
+        return {"hidden_states": normal(BATCH, 16, 2 * SIDE, 2 * SIDE), "encoder_hidden_states": text,
+                "pooled_projections": normal(BATCH, 256), "timestep": 1000 * sigma,
+                "target": normal(BATCH, 16, 2 * SIDE, 2 * SIDE)}
+    if network == "qwen_image":
+        return {"hidden_states": normal(BATCH, tokens, 64), "timestep": sigma, "encoder_hidden_states": text,
+                "target": normal(BATCH, tokens, 64)}
+    if network == "flux2":
+        return {"hidden_states": normal(BATCH, tokens, 128), "timestep": sigma, "encoder_hidden_states": text,
+                "target": normal(BATCH, tokens, 128)}
+    image_ids = np.zeros((SIDE, SIDE, 3), np.float32)
+    image_ids[..., 1], image_ids[..., 2] = np.mgrid[:SIDE, :SIDE]
     return {
-        "hidden_states": normal(batch, tokens, FLUX["in_channels"]), "timestep": np.array([0.5, 0.3], np.float32),
-        "guidance": np.ones(batch, np.float32), "pooled_projections": normal(batch, FLUX["pooled_projection_dim"]),
-        "encoder_hidden_states": normal(batch, text_tokens, FLUX["joint_attention_dim"]),
-        "txt_ids": np.zeros((text_tokens, 3), np.float32), "img_ids": image_ids.reshape(tokens, 3),
-        "target": normal(batch, tokens, FLUX["in_channels"]),
+        "hidden_states": normal(BATCH, tokens, FLUX["in_channels"]), "timestep": sigma,
+        "guidance": np.ones(BATCH, np.float32), "pooled_projections": normal(BATCH, FLUX["pooled_projection_dim"]),
+        "encoder_hidden_states": text,
+        "txt_ids": np.zeros((TEXT, 3), np.float32), "img_ids": image_ids.reshape(tokens, 3),
+        "target": normal(BATCH, tokens, FLUX["in_channels"]),
     }
 
 
-def serve(build: Callable[[str, Path], Callable[[], float]]) -> None:
-    """Build a step of the model and the weights file in ``sys.argv[1:3]``; then make one for every line that comes in.
+def forward(predict: Callable[..., Any], batch: tuple[Any, ...], tensor: Callable[[np.ndarray], Any],
+            repeats: int) -> float:
+    """One call of ``predict``, or a sample by that many Euler steps from the first of ``batch`` at sigma 1; the mean
+    square of what comes out. The second of ``batch`` is sigma; ``tensor`` makes a Tensor of an array."""
+    if repeats == 1:
+        return float((predict(*batch) ** 2).mean())
+    x, sigmas = batch[0], np.linspace(1, 0, repeats + 1, dtype=np.float32)
+    for sigma, following in pairwise(sigmas):
+        velocity = predict(x, tensor(np.full(BATCH, sigma, np.float32)), *batch[2:-1])
+        x = x + velocity * float(following - sigma)
+    return float((x**2).mean())
+
+
+def serve(build: Callable[[Workload, Path], Callable[[], float]]) -> None:
+    """Build a step of the workload and the weights file in ``sys.argv[1:3]``; then make one for every line that comes.
 
     Answers each step, the first included, with one line of JSON: loss, seconds, seconds of CPU time,
     peak resident gigabytes.
     """
     answer = sys.stdout
     sys.stdout = sys.stderr  # what libraries say does not get between the answers
-    step = build(sys.argv[1], Path(sys.argv[2]))
+    step = build(WORKLOADS[sys.argv[1]], Path(sys.argv[2]))
     for _ in sys.stdin:
         began, cpu = time.perf_counter(), time.process_time()
         loss = step()

@@ -1,4 +1,4 @@
-"""One training step on the CPU: ms_diffsynth, mindone and PyTorch in turn, on a FLUX of 49M parameters or a small UNet.
+"""A training step, an encoding or a sample on the CPU: ms_diffsynth, mindone and PyTorch in turn.
 
     python benchmarks/step.py --model flux --torch_python TORCH_ENV/bin/python --rounds 10 --json step.json
 
@@ -18,10 +18,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from common import WORKLOADS
+
 HERE = Path(__file__).resolve().parent
 KINDS = {"graph": "ms_diffsynth, compiled", "off": "the same, native kernels turned off",
          "pynative": "ms_diffsynth, PyNative",
-         "mindone": "mindone TrainStep, compiled", "torch": "PyTorch, eager"}
+         "mindone": "mindone TrainStep, compiled", "torch": "PyTorch, eager", "torch_compile": "PyTorch, torch.compile"}
+TORCH = {"torch": "eager", "torch_compile": "compile"}
 WARM_UP = 12  # steps not counted: the first compiles, and for ten MindSpore tries numbers of threads for each kernel
 
 
@@ -30,7 +33,7 @@ def environment(kind: str = "graph") -> dict[str, str]:
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if kind == "off":
         variables["MS_DIFFSYNTH_NATIVE"] = "0"
-    return variables if kind == "torch" else {**variables, "PYTHONPATH": str(HERE.parent)}
+    return variables if kind in TORCH else {**variables, "PYTHONPATH": str(HERE.parent)}
 
 
 class Worker:
@@ -38,7 +41,7 @@ class Worker:
 
     def __init__(self, model: str, kind: str, weights: Path, torch_python: str | None, log: Path):
         self.kind, self.answers, self.log = kind, [], log
-        command = ([torch_python, str(HERE / "worker_torch.py"), model, str(weights)] if kind == "torch"
+        command = ([torch_python, str(HERE / "worker_torch.py"), model, str(weights), TORCH[kind]] if kind in TORCH
                    else [sys.executable, str(HERE / "worker_ms.py"), model, str(weights),
                          "graph" if kind == "off" else kind])
         with open(log, "wb") as errors:
@@ -109,15 +112,15 @@ def table(results: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["flux", "ddpm"], default="flux", help="what is trained (default: flux)")
+    parser.add_argument("--model", choices=list(WORKLOADS), default="flux", help="what is measured (default: flux)")
     parser.add_argument("--rounds", type=int, default=10, help="steps measured for each")
     parser.add_argument("--only", nargs="+", choices=list(KINDS), default=None, help="contenders (default: all)")
     parser.add_argument("--torch_python", help="python of an environment with torch, diffusers and safetensors")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
-    kinds = arguments.only or [k for k in KINDS if k != "torch" or arguments.torch_python]
-    if "torch" in kinds and not arguments.torch_python:
-        parser.error("torch needs --torch_python: the python of an environment with torch, diffusers and safetensors")
+    kinds = arguments.only or [k for k in KINDS if k not in TORCH or arguments.torch_python]
+    if set(kinds) & set(TORCH) and not arguments.torch_python:
+        parser.error("PyTorch needs --torch_python: the python of an environment with torch, diffusers and safetensors")
     if arguments.rounds < 1:
         parser.error(f"--rounds {arguments.rounds}: expected at least 1")
     results = measure(arguments.model, kinds, arguments.rounds, arguments.torch_python)

@@ -1,12 +1,13 @@
-"""One training step of mindone's FLUX or UNet: by ms_diffsynth (graph, pynative), or by mindone's own TrainStep.
+"""What is measured, on mindone's networks: by ms_diffsynth (graph, pynative), or by mindone's own TrainStep.
 
-    python worker_ms.py flux|ddpm WEIGHTS graph|pynative|mindone     makes steps, see common.serve
-    python worker_ms.py flux|ddpm WEIGHTS write                      writes the weights that all workers load
+    python worker_ms.py WORKLOAD WEIGHTS graph|pynative|mindone     makes steps, see common.serve
+    python worker_ms.py WORKLOAD WEIGHTS write                      writes the weights that all workers load
 """
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("GLOG_v", "3")
@@ -16,6 +17,7 @@ os.environ.setdefault("MS_DEV_HOST_BLOCKING_RUN", "1")
 import common
 import mindspore as ms
 import numpy as np
+from common import SIDE, TEXT, WORKLOADS
 from mindspore import Tensor, nn
 from safetensors.numpy import load_file, save_file
 
@@ -23,83 +25,137 @@ from ms_diffsynth import runtime
 from ms_diffsynth.nn.names import assign, torch_shapes
 
 
-def network(name: str, weights: Path | None) -> nn.Cell:
+def build_network(name: str, config: dict) -> nn.Cell:
+    """As ms_diffsynth builds it from a ``config.json``."""
     if name == "ddpm":
-        from ms_diffsynth.pipelines.ddpm_unet.pipeline import build_unet
-
-        model = build_unet(common.UNET)
+        from ms_diffsynth.pipelines.ddpm_unet.pipeline import build_unet as build
+    elif name == "vae":
+        from ms_diffsynth.pipelines.shared.autoencoder_kl import build_autoencoder_kl as build
+    elif name == "flux2":
+        from ms_diffsynth.pipelines.flux2.transformer import build_transformer as build
+    elif name == "qwen_image":
+        from ms_diffsynth.pipelines.qwen_image.transformer import build_transformer as build
+    elif name == "sd3":
+        from ms_diffsynth.pipelines.sd3.transformer import SD3Transformer
+        return SD3Transformer(**config)
     else:
-        from mindone.diffusers import FluxTransformer2DModel
+        from ms_diffsynth.pipelines.flux.transformer import build_transformer as build
+    return build(config)
 
-        model = FluxTransformer2DModel(**common.FLUX)
-    if weights is not None:
-        assign(model, load_file(weights).items())
+
+class Predict(nn.Cell):
+    """What a network gives for the inputs of `common.inputs`, without their names, which compiled code loses."""
+
+    def __init__(self, name: str, model: nn.Cell, config: dict):
+        super().__init__(auto_prefix=False)
+        self.name, self.model, self.positions = name, model, ()
+        if name == "qwen_image":
+            from ms_diffsynth.pipelines.qwen_image.rotary import image_table
+            self.positions = image_table(TEXT, SIDE, SIDE, tuple(config["axes_dims_rope"]))
+        if name == "flux2":
+            from ms_diffsynth.pipelines.flux2.rotary import image_table
+            self.positions = image_table(TEXT, SIDE, SIDE, tuple(config["axes_dims_rope"]), config["rope_theta"])
+
+    def construct(self, *inputs):
+        if self.name == "ddpm":
+            return self.model(*inputs, return_dict=False)[0]
+        if self.name == "vae":
+            return self.model.encode(*inputs, return_dict=False)[0]
+        if self.name == "sd3":
+            return self.model(*inputs)
+        if self.name == "qwen_image":
+            x, sigma, text = inputs
+            return self.model(x, sigma, text, *self.positions)
+        if self.name == "flux2":
+            x, sigma, text = inputs
+            return self.model(x, sigma, None, text, *self.positions, {})
+        x, sigma, guidance, pooled, text, text_ids, image_ids = inputs
+        return self.model(x, text, pooled, sigma, image_ids, text_ids, guidance, return_dict=False)[0]
+
+
+def with_weights(model: nn.Cell, weights: Path) -> nn.Cell:
+    assign(model, load_file(weights).items())
     return model
 
 
-def squared_error(model, *batch):
-    """Of a prediction and the last of ``batch``; a step's arguments have no names once it is compiled."""
-    if len(batch) == 3:
-        sample, timestep, target = batch
-        prediction = model(sample, timestep, return_dict=False)[0]
-    else:
-        hidden, timestep, guidance, pooled, text, text_ids, image_ids, target = batch
-        prediction = model(hidden_states=hidden, timestep=timestep, guidance=guidance, pooled_projections=pooled,
-                           encoder_hidden_states=text, txt_ids=text_ids, img_ids=image_ids, return_dict=False)[0]
-    return ((prediction - target) ** 2).mean()
+def add_lora(model: nn.Cell, targets: tuple[str, ...]) -> list:
+    from ms_diffsynth.nn.adapters.layer import adapted_layers
+    from ms_diffsynth.nn.adapters.lora import LoRA
+
+    LoRA().inject(model, targets, common.RANK)
+    tensors = {}
+    for name, cell in adapted_layers(model).items():
+        (_, ins), (outs, _) = cell.shapes
+        pair = common.lora(name, outs, ins)
+        tensors |= {f"{name}.lora_{part}.weight": array for part, array in zip("AB", pair)}
+    LoRA().load(model, tensors)
+    return LoRA().parameters(model)
 
 
-def build_ours(name: str, weights: Path, mode: str):
-    """ms_diffsynth's TrainStep and AdamW on its own blocks."""
+def build_ours(workload: common.Workload, weights: Path, mode: str) -> Callable[[], float]:
+    """ms_diffsynth's step and AdamW; or its sampling step, compiled like any."""
     runtime.configure(mode, "CPU")
-    from ms_diffsynth.pipelines.flux.transformer import use_own_blocks
+    from ms_diffsynth.compile import CompiledStep
     from ms_diffsynth.training.optim import AdamW
     from ms_diffsynth.training.step import TrainStep
 
-    class Step(TrainStep):
-        def forward(self, *batch):
-            return squared_error(self.model, *batch)
-
-    model = network(name, weights)
-    if name == "flux":
-        use_own_blocks(model)
-    optimizer = AdamW(model.trainable_params(), common.LEARNING_RATE, common.BETAS, common.EPS, common.WEIGHT_DECAY)
-    return Step(model, optimizer, max_grad_norm=common.MAX_GRAD_NORM)
-
-
-def build_mindone(name: str, weights: Path):
-    """mindone's TrainStep and the optimizer of its examples, in graph mode; it runs on the CPU by our kernels only."""
-    runtime.configure("graph", "CPU")
-    ms.set_context(mode=ms.GRAPH_MODE)
-    from mindone.diffusers.training_utils import TrainStep
+    model = with_weights(build_network(workload.network, workload.config), weights)
+    predict = Predict(workload.network, model, workload.config)
+    batch = tuple(Tensor(array) for array in common.inputs(workload.network).values())
+    if not workload.trains:
+        predict.set_train(False)
+        step = CompiledStep(predict.construct, "the forward pass", mode)
+        return lambda: common.forward(step, batch, Tensor, workload.repeats)
 
     class Step(TrainStep):
         def forward(self, *batch):
-            loss = self.scale_loss(squared_error(self.model, *batch))
-            return loss, loss
+            return ((predict(*batch[:-1]) - batch[-1]) ** 2).mean()
 
-    model = network(name, weights)
-    optimizer = nn.AdamWeightDecay(model.trainable_params(), common.LEARNING_RATE, *common.BETAS, common.EPS,
-                                   common.WEIGHT_DECAY)
-    return Step(model, optimizer, max_grad_norm=common.MAX_GRAD_NORM, gradient_accumulation_steps=1)
-
-
-def build(name: str, weights: Path):
-    kind = sys.argv[3]
-    step = build_mindone(name, weights) if kind == "mindone" else build_ours(name, weights, kind)
-    batch = tuple(Tensor(array) for array in common.inputs(name).values())
+    trained = add_lora(model, workload.targets) if workload.trains == "lora" else model.trainable_params()
+    optimizer = AdamW(trained, common.LEARNING_RATE, common.BETAS, common.EPS, common.WEIGHT_DECAY)
+    step = Step(model, optimizer, max_grad_norm=common.MAX_GRAD_NORM)
     return lambda: float(step(*batch)[0].asnumpy())
 
 
-def write(name: str, weights: Path) -> None:
+def build_mindone(workload: common.Workload, weights: Path) -> Callable[[], float]:
+    """mindone's network, TrainStep and the optimizer of its examples, in graph mode; on the CPU by our kernels only."""
+    runtime.configure("graph", "CPU")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    from mindone.diffusers import FluxTransformer2DModel
+    from mindone.diffusers.training_utils import TrainStep
+
+    if workload.trains != "all" or workload.network not in ("flux", "ddpm"):
+        raise SystemExit("mindone's step is measured for flux and ddpm")
+
+    class Step(TrainStep):
+        def forward(self, *batch):
+            loss = self.scale_loss(((predict(*batch[:-1]) - batch[-1]) ** 2).mean())
+            return loss, loss
+
+    model = (FluxTransformer2DModel(**workload.config) if workload.network == "flux"
+             else build_network(workload.network, workload.config))
+    predict = Predict(workload.network, with_weights(model, weights), workload.config)
+    optimizer = nn.AdamWeightDecay(model.trainable_params(), common.LEARNING_RATE, *common.BETAS, common.EPS,
+                                   common.WEIGHT_DECAY)
+    step = Step(model, optimizer, max_grad_norm=common.MAX_GRAD_NORM, gradient_accumulation_steps=1)
+    batch = tuple(Tensor(array) for array in common.inputs(workload.network).values())
+    return lambda: float(step(*batch)[0].asnumpy())
+
+
+def build(workload: common.Workload, weights: Path) -> Callable[[], float]:
+    kind = sys.argv[3]
+    return build_mindone(workload, weights) if kind == "mindone" else build_ours(workload, weights, kind)
+
+
+def write(workload: common.Workload, weights: Path) -> None:
     runtime.configure("pynative", "CPU")
     generator = np.random.default_rng(1)
-    save_file({key: common.random_weight(generator, key, shape)
-               for key, shape in torch_shapes(network(name, None)).items()}, weights)
+    shapes = torch_shapes(build_network(workload.network, workload.config))
+    save_file({key: common.random_weight(generator, key, shape) for key, shape in shapes.items()}, weights)
 
 
 if __name__ == "__main__":
     if sys.argv[3] == "write":
-        write(sys.argv[1], Path(sys.argv[2]))
+        write(WORKLOADS[sys.argv[1]], Path(sys.argv[2]))
     else:
         common.serve(build)

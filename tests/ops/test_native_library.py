@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -121,9 +122,10 @@ def test_what_is_not_finite_passes_through(library, value):
 
 
 def adamw(library, numbers, parameter, moment1, moment2, gradient):
-    """A copy of the three after one update."""
-    changed = [x.copy() for x in (parameter, moment1, moment2)]
-    library.call("adamw", [*[np.float32(n).reshape(()) for n in numbers], *changed, gradient], [(1,)])
+    """A copy of the first three after one update; as one call of two tensors."""
+    changed, cut = [x.copy() for x in (parameter, moment1, moment2)], len(gradient) // 3
+    halves = [half for x in (*changed, gradient) for half in (x[:cut], x[cut:])]
+    library.call("adamw", [*[np.float32(n).reshape(()) for n in numbers], *halves], [(1,)])
     return changed
 
 
@@ -143,6 +145,16 @@ def test_a_skipped_update_changes_no_bit(library, value):
     p[3], p[4], m[5] = -0.0, np.inf, -0.0
     got = adamw(library, (0, 0, 0, 1, 1, 1e-8), p, m, v, np.full(1001, value, np.float32))
     assert [x.tobytes() for x in got] == [x.tobytes() for x in (p, m, v)]
+
+
+def test_it_stays_where_threads_of_its_pool_may_be():
+    """MindSpore unloads it while the process ends."""
+    said = subprocess.run([sys.executable, "-c", f"""
+import _ctypes, ctypes
+ctypes.CDLL({str(ONEDNN)!r}, ctypes.RTLD_GLOBAL)
+_ctypes.dlclose(ctypes.CDLL({str(build.library())!r})._handle)
+print({build.library().name!r} in open("/proc/self/maps").read())"""], capture_output=True, text=True, check=True)
+    assert said.stdout == "True\n"
 
 
 def test_the_self_test_finds_a_wrong_kernel(library):

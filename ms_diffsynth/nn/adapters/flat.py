@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore.ops.auto_generate import SplitWithSize
 
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear, attribute
 from ms_diffsynth.nn.names import to_numpy
+from ms_diffsynth.ops.split import Split
 
-_split = SplitWithSize()
+_split = Split(0)
 
 
 class FlatTensors(nn.Cell):
@@ -49,7 +49,7 @@ class FlatTensors(nn.Cell):
 
     def construct(self, like):
         flat = self.flat.astype(ms.float32 if self.keeps_float32 else like.dtype)
-        parts = _split(flat, self.sizes, 0) if self.is_split else (flat,)  # MindSpore 2.10 loses the tuple of one part
+        parts = _split(flat, self.sizes) if self.is_split else (flat,)  # MindSpore 2.10 loses the tuple of one part
         found, taken = (), 0
         for k in range(len(self.has_tensors)):
             if self.has_tensors[k]:
@@ -95,7 +95,7 @@ class BlockTensors(nn.Cell):
         self.sizes = tuple(int(np.prod(shape)) for shape in self.shapes)
 
     def construct(self, flat):
-        parts, tensors = _split(flat, self.sizes, 0), ()
+        parts, tensors = _split(flat, self.sizes), ()
         for k in range(len(self.shapes)):
             tensors += (parts[k].reshape(self.shapes[k]),)
         return tensors

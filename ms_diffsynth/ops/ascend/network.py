@@ -17,16 +17,17 @@ from mindspore.ops.auto_generate import (
     LayerNormExt,
     RmsNorm,
     RotaryPositionEmbedding,
-    SplitWithSize,
     Swiglu,
 )
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
+
+from ms_diffsynth.ops.split import Split
 
 _dense, _gelu, _layer_norm, _rotary = Dense(), GeluExt(), LayerNormExt(), RotaryPositionEmbedding()
 _matmul = P.MatMul()
 _swiglu, _softmax = Swiglu(), P.Softmax(-1)
 _bmm, _bmm_nt = P.BatchMatMul(), P.BatchMatMul(transpose_b=True)
-_join, _join_last, _split = P.Concat(1), P.Concat(-1), SplitWithSize()
+_join, _join_last, _split, _split_last = P.Concat(1), P.Concat(-1), Split(1), Split(-1)
 _INTERLEAVED = 1  # pairs (x[2i], x[2i+1]), as FLUX and Qwen-Image rotate
 LEFT_OUT = -1e30  # added to a score: its weight becomes exactly 0
 
@@ -148,7 +149,7 @@ def _weighted(weights, v):
 
 
 def chunks(x, number):
-    return _split(x, (x.shape[1] // number,) * number, 1)
+    return _split(x, (x.shape[1] // number,) * number)
 
 
 def join(first, second):
@@ -156,7 +157,7 @@ def join(first, second):
 
 
 def part(x, first_tokens):
-    return _split(x, (first_tokens, x.shape[1] - first_tokens), 1)
+    return _split(x, (first_tokens, x.shape[1] - first_tokens))
 
 
 def join_last(first, second):
@@ -164,4 +165,4 @@ def join_last(first, second):
 
 
 def parts(x, sizes):
-    return _split(x, sizes, -1)
+    return _split_last(x, sizes)

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 from mindspore import ops
 from mindspore.ops import operations as P
-from mindspore.ops.auto_generate import SplitWithSize
 
 from ms_diffsynth.ops.cpu import fast
 from ms_diffsynth.ops.cpu.fast import gate_add, gelu_tanh, layer_norm_modulate, rms_norm, rotary as rotate, swiglu
+from ms_diffsynth.ops.split import Split
 
 __all__ = ["attention", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate", "linear",
            "linear_without_bias", "low_rank", "low_rank_each", "masked_attention", "part", "parts", "positions",
@@ -14,7 +14,7 @@ __all__ = ["attention", "chunks", "gate_add", "gelu_tanh", "join", "join_last", 
 
 _matmul, _matmul_nt = P.MatMul(), P.MatMul(transpose_b=True)
 _bmm_nt = P.BatchMatMul(transpose_b=True)
-_join, _join_last, _split = P.Concat(1), P.Concat(-1), SplitWithSize()
+_join, _join_last, _split, _split_last = P.Concat(1), P.Concat(-1), Split(1), Split(-1)
 
 
 def linear(x, weight, bias):
@@ -76,7 +76,7 @@ def join(first, second):
 
 
 def part(x, first_tokens):
-    return _split(x, (first_tokens, x.shape[1] - first_tokens), 1)
+    return _split(x, (first_tokens, x.shape[1] - first_tokens))
 
 
 def join_last(first, second):
@@ -84,4 +84,4 @@ def join_last(first, second):
 
 
 def parts(x, sizes):
-    return _split(x, sizes, -1)
+    return _split_last(x, sizes)

@@ -7,10 +7,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, mint, ops
 
-from ms_diffsynth.ops.update import adamw, put
+from ms_diffsynth.ops import update
+from ms_diffsynth.ops.update import put
 from ms_diffsynth.training.optim.contract import OptimizerCell, check, corrections, moment_problems
-
-_each = ops.HyperMap()
 
 
 class AdamW(OptimizerCell):
@@ -41,7 +40,7 @@ class AdamW(OptimizerCell):
         self.moment1 = self.parameters.clone("moment1", "zeros")
         self.moment2 = self.parameters.clone("moment2", "zeros")
         self.beta1, self.beta2 = Tensor(betas[0], ms.float32), Tensor(betas[1], ms.float32)
-        self.eps, self.weight_decay = eps, weight_decay
+        self.eps, self.weight_decay, self.update = eps, weight_decay, update.AdamW(len(parameters))
         # of the betas as float32 holds them: the kernel computes 1 - b from those (1.3e-5 off for b = 0.999), and with
         # the same betas in the correction that error cancels
         rates, roots = corrections(*(float(np.float32(beta)) for beta in betas))
@@ -65,8 +64,8 @@ class AdamW(OptimizerCell):
         eps = self.eps * mint.index_select(self.roots, 0, index).reshape(())
         beta1, beta2 = ops.select(is_finite, self.beta1, self.one), ops.select(is_finite, self.beta2, self.one)
         decay = learning_rate * self.weight_decay
-        updated = _each(ops.partial(adamw, coefficient, rate, decay, beta1, beta2, eps, self.zero),
-                        self.parameters, self.moment1, self.moment2, gradients)
+        updated = self.update(coefficient, rate, decay, beta1, beta2, eps, self.zero, self.parameters, self.moment1,
+                              self.moment2, gradients)
         put(self.step, ops.select(is_finite, step, self.step))
         return updated
 

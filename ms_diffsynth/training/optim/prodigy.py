@@ -12,7 +12,8 @@ from mindspore.ops import operations as P
 
 from ms_diffsynth import runtime
 from ms_diffsynth.nn.names import to_numpy
-from ms_diffsynth.ops.update import adamw, put, scaled
+from ms_diffsynth.ops import update
+from ms_diffsynth.ops.update import put, scaled
 from ms_diffsynth.training.optim.contract import OptimizerCell, check, corrections, moment_problems
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Prodigy(OptimizerCell):
             for name, value in (("d", d0), ("d_max", d0), ("numerator", 0.0)))
         self.beta1, self.beta2, self.beta3 = (Tensor(beta, ms.float32) for beta in (*betas, beta3))
         self.d0, self.growth_rate = Tensor(d0, ms.float32), Tensor(growth_rate, ms.float32)
-        self.d_coef, self.weight_decay = d_coef, weight_decay
+        self.d_coef, self.weight_decay, self.update = d_coef, weight_decay, update.AdamW(len(parameters))
         self.has_correction, self.has_safeguard = use_bias_correction, safeguard_warmup
         self.rates = Tensor(corrections(*betas)[0])
         self.last = len(self.rates) - 1
@@ -127,9 +128,8 @@ class Prodigy(OptimizerCell):
         d_max = ops.select(has_moved, ops.maximum(self.d_max, estimate), self.d_max)
         new_d = ops.select(has_moved, ops.minimum(d_max, first * self.growth_rate), d)
         rate = ops.select(has_moved, rate, self.zero)
-        updated = _each(ops.partial(adamw, coefficient * d, rate * self.rate_factor, rate * self.weight_decay, beta1,
-                                    beta2, new_d * self.eps, self.zero),
-                        self.parameters, self.moment1, self.moment2, gradients)
+        updated = self.update(coefficient * d, rate * self.rate_factor, rate * self.weight_decay, beta1, beta2,
+                              new_d * self.eps, self.zero, self.parameters, self.moment1, self.moment2, gradients)
         put(self.numerator, ops.select(has_moved, numerator, self.numerator))
         put(self.d_max, d_max)
         put(self.d, new_d)

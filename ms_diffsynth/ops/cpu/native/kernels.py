@@ -11,7 +11,7 @@ from functools import cache
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore.common._grad_function import _Function
 from mindspore.ops import operations as P, signature as sig
 from mindspore.ops.primitive import constexpr
@@ -281,22 +281,20 @@ class _Double(nn.Cell):
 
 # ---- the optimizer ----
 
-class _InPlace(ops.Custom):
-    """A kernel that changes some of its inputs, in the order of the program as any operator of MindSpore that does."""
+class AdamW(ops.Custom):
+    """`ops.update.AdamW` of ``number`` parameters, changed in place in the order of the program, as by any operator of
+    MindSpore that does. Takes the six numbers, parameters, both moments, gradients; the result says that it is done."""
 
-    def __init__(self, name: str):
-        super().__init__(f"{library()}:{name}", (1,), ms.float32, "aot")
+    def __init__(self, number: int):
+        numbers = [sig.make_sig(name) for name in ("coefficient", "rate", "decay", "beta1", "beta2", "eps")]
+        changed = [sig.make_sig(f"{name}_{k}", sig.sig_rw.RW_WRITE)
+                   for name in ("parameter", "moment1", "moment2") for k in range(number)]
+        self.__mindspore_signature__ = (*numbers, *changed, *(sig.make_sig(f"gradient_{k}") for k in range(number)))
+        super().__init__(f"{library()}:adamw", (1,), ms.float32, "aot")
         self.add_prim_attr("side_effect_mem", True)
 
 
-class _AdamW(_InPlace):
-    __mindspore_signature__ = (
-        *(sig.make_sig(name) for name in ("coefficient", "rate", "decay", "beta1", "beta2", "eps")),
-        *(sig.make_sig(name, sig.sig_rw.RW_WRITE) for name in ("parameter", "moment1", "moment2")),
-        sig.make_sig("gradient"))
-
-
-_sum_of_squares, _adamw = _kernel("sum_of_squares", lambda *_: (1,)), _AdamW("adamw")
+_sum_of_squares = _kernel("sum_of_squares", lambda *_: (1,))
 _convolution, _group_norm, _double = _Convolution(), _GroupNorm(), _Double()
 _linear, _linear_without_bias = _Linear(), _LinearWithoutBias()
 _any_linear, _any_linear_without_bias = _AnyLinear(), _AnyLinearWithoutBias()
@@ -391,9 +389,3 @@ def double(x: Tensor) -> Tensor:
 def sum_of_squares(tensors: tuple[Tensor, ...]) -> Tensor:
     """The sum of the squares of all elements: float32 scalar."""
     return _sum_of_squares(*tensors).reshape(())
-
-
-def adamw(coefficient: Tensor, rate: Tensor, decay: Tensor, beta1: Tensor, beta2: Tensor, eps: Tensor,
-          parameter: Parameter, moment1: Parameter, moment2: Parameter, gradient: Tensor) -> Tensor:
-    """`ops.update.adamw` in one pass. The result says that it is done."""
-    return _adamw(coefficient, rate, decay, beta1, beta2, eps, parameter, moment1, moment2, gradient)
