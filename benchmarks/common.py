@@ -33,7 +33,7 @@ FLUX = {  # FLUX.1 with 49M parameters instead of 12B
     "num_attention_heads": 6, "joint_attention_dim": 512, "pooled_projection_dim": 256,
     "axes_dims_rope": (16, 24, 24), "guidance_embeds": True,
 }
-FLUX2 = {  # FLUX.2 klein with 35M
+FLUX2 = {  # FLUX.2 klein with 26M
     "patch_size": 1, "in_channels": 128, "num_layers": 2, "num_single_layers": 8, "attention_head_dim": 64,
     "num_attention_heads": 6, "joint_attention_dim": 512, "timestep_guidance_channels": 256, "mlp_ratio": 3.0,
     "axes_dims_rope": (16, 16, 16, 16), "rope_theta": 2000, "eps": 1e-6, "guidance_embeds": False,
@@ -42,7 +42,7 @@ QWEN = {  # Qwen-Image with 43M instead of 20B
     "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 8, "attention_head_dim": 64,
     "num_attention_heads": 6, "joint_attention_dim": 512, "guidance_embeds": False, "axes_dims_rope": (16, 24, 24),
 }
-SD3 = {  # Stable Diffusion 3.5 with 40M
+SD3 = {  # Stable Diffusion 3.5 with 44M
     "sample_size": 2 * SIDE, "patch_size": 2, "in_channels": 16, "num_layers": 8, "attention_head_dim": 64,
     "num_attention_heads": 6, "joint_attention_dim": 512, "caption_projection_dim": 384, "pooled_projection_dim": 256,
     "out_channels": 16, "pos_embed_max_size": 24, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm",

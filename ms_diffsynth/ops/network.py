@@ -3,7 +3,7 @@
 | name | computes | shapes |
 |---|---|---|
 | linear | x W^T + b; b may be missing | x [..., in], weight [out, in], bias [out] -> [..., out] |
-| low_rank | x down up | x [..., in], down [in, r], up [r, out] -> [..., out] |
+| add_low_rank | y + x down up | y [..., out], x [..., in], down [in, r], up [r, out] -> [..., out] |
 | low_rank_each | x A^T B^T, A and B of each sample | x [B, S, in], a [B, r, in], b [B, out, r] -> [B, S, out] |
 | gelu_tanh | the tanh form of GELU | any |
 | layer_norm_modulate | norm(x) (1 + scale) + shift, the norm without affine | x [B, S, D], scale and shift [B, D] |
@@ -45,7 +45,7 @@ elif install_cpu_kernels():
 else:
     from ms_diffsynth.ops.ascend import network as device
 
-linear, linear_without_bias, low_rank = device.linear, device.linear_without_bias, device.low_rank
+linear, linear_without_bias, add_low_rank = device.linear, device.linear_without_bias, device.add_low_rank
 gelu_tanh, layer_norm_modulate, rms_norm, gate_add = (device.gelu_tanh, device.layer_norm_modulate, device.rms_norm,
                                                       device.gate_add)
 low_rank_each, swiglu, positions, rotate = device.low_rank_each, device.swiglu, device.positions, device.rotate

@@ -107,6 +107,8 @@ CASES = [
          inputs=[(1, 4), (3, 4), (3,)]),
     Case(name="linear without bias", function=kernels.linear_without_bias, reference=lambda x, w: x @ w.T,
          inputs=[(2, 3, 4), (5, 4)]),
+    Case(name="low rank", function=kernels.add_low_rank, reference=lambda y, x, down, up: y + x @ down @ up,
+         inputs=[(2, 3, 5), (2, 3, 7), (7, 2), (2, 5)]),
     Case(name="gelu", function=kernels.gelu_tanh, reference=gelu, inputs=[np.linspace(-6, 6, 21, dtype=np.float32)]),
     Case(name="silu", function=kernels.silu, reference=lambda x: x * sigmoid(x),
          inputs=[np.linspace(-9, 9, 21, dtype=np.float32)]),

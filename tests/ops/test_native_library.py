@@ -41,6 +41,9 @@ def kernels():
     yield "linear_backward_x", [normal(301, 257), normal(257, 129)], [(301, 129)]
     yield "linear_backward_w", [normal(301, 257), x], [(257, 129)]
     yield "linear_backward_b", [normal(301, 257)], [(257,)]
+    yield "low_rank_forward", [normal(301, 257), x, normal(129, 5), normal(5, 257)], [(301, 257), (301, 5)]
+    yield ("low_rank_backward", [normal(301, 257), x, normal(301, 5), normal(129, 5), normal(5, 257)],
+           [(301, 129), (129, 5), (5, 257)])
     for name in ("gelu", "silu"):
         yield f"{name}_forward", [normal(40001)], [(40001,)]
         yield f"{name}_backward", [normal(40001), normal(40001)], [(40001,)]
@@ -99,7 +102,8 @@ def test_every_kernel_is_called_here():
 
 # from which input and where a value that is not finite reaches the first output
 CARRIED = {"linear_forward": (0, 1, 2), "linear_backward_x": (0, 1), "linear_backward_w": (0, 1),
-           "linear_backward_b": (0,), "layer_norm_modulate_forward": (0, 1, 2),
+           "linear_backward_b": (0,), "low_rank_forward": (0, 1, 2, 3), "low_rank_backward": (0, 3, 4),
+           "layer_norm_modulate_forward": (0, 1, 2),
            "layer_norm_modulate_backward": (0, 1, 2, 3), "gate_add_forward": (0, 1, 2), "gate_add_backward": (0, 1),
            "rms_norm_forward": (0, 1), "rms_norm_backward": (0, 1, 2), "rotate_forward": (0, 1, 2),
            "rotate_backward": (0, 1, 2), "attention_forward": (0, 1, 2), "attention_backward": (0, 1, 3, 4, 5),

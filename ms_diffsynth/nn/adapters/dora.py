@@ -148,7 +148,7 @@ class Direction(nn.Cell):
         both = self.product(rows.astype(x.dtype), weights).astype(ms.float32) * 2 + _matmul(_matmul(rows, down), up)
         squares = _maximum(weights[self.squares] + _sum(both * up, 0), SMALLEST)
         factor = tensors[self.place + 2] / ops.stop_gradient(_sqrt(squares))
-        y = self.product(x, weights) + network.low_rank(same, down.astype(x.dtype), up.astype(x.dtype))
+        y = network.add_low_rank(self.product(x, weights), same, down.astype(x.dtype), up.astype(x.dtype))
         y, again = network.shared(y, 2)
         return y + again * (factor - 1).astype(x.dtype)  # a factor near 1 would lose its digits in bfloat16
 

@@ -68,7 +68,8 @@ class LowRank(nn.Cell):
 
     def construct(self, x, weights, tensors):
         x, same = network.shared(x, 2)
-        return self.base(x, weights, tensors) + network.low_rank(same, tensors[self.place], tensors[self.place + 1])
+        return network.add_low_rank(self.base(x, weights, tensors), same, tensors[self.place],
+                                    tensors[self.place + 1])
 
 
 class ScaledLowRank(LowRank):
@@ -80,5 +81,5 @@ class ScaledLowRank(LowRank):
 
     def construct(self, x, weights, tensors):
         x, same = network.shared(x, 2)
-        return self.base(x, weights, tensors) + network.low_rank(same, tensors[self.place],
-                                                                 tensors[self.place + 1] * self.scale)
+        return network.add_low_rank(self.base(x, weights, tensors), same, tensors[self.place],
+                                    tensors[self.place + 1] * self.scale)

@@ -69,9 +69,9 @@ def linear_without_bias(x, weight):
     return _dense(x, weight, None)
 
 
-def low_rank(x, down, up):
+def add_low_rank(y, x, down, up):
     rows = _matmul(_matmul(x.reshape(-1, x.shape[-1]), down), up)
-    return rows.reshape((*x.shape[:-1], up.shape[1]))
+    return y + rows.reshape((*x.shape[:-1], up.shape[1]))
 
 
 def gelu_tanh(x):

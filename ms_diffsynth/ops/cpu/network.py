@@ -8,8 +8,8 @@ from ms_diffsynth.ops.cpu import fast
 from ms_diffsynth.ops.cpu.fast import gate_add, gelu_tanh, layer_norm_modulate, rms_norm, rotary as rotate, swiglu
 from ms_diffsynth.ops.split import Split
 
-__all__ = ["attention", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate", "linear",
-           "linear_without_bias", "low_rank", "low_rank_each", "masked_attention", "part", "parts", "positions",
+__all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate",
+           "linear", "linear_without_bias", "low_rank_each", "masked_attention", "part", "parts", "positions",
            "rms_norm", "rotate", "shared", "swiglu", "text_mask"]
 
 _matmul, _matmul_nt = P.MatMul(), P.MatMul(transpose_b=True)
@@ -25,9 +25,9 @@ def linear_without_bias(x, weight):
     return _matmul_nt(x.reshape(-1, x.shape[-1]), weight).reshape((*x.shape[:-1], weight.shape[0]))
 
 
-def low_rank(x, down, up):
+def add_low_rank(y, x, down, up):
     rows = _matmul(_matmul(x.reshape(-1, x.shape[-1]), down), up)
-    return rows.reshape((*x.shape[:-1], up.shape[1]))
+    return y + rows.reshape(y.shape)
 
 
 def shared(x, number):

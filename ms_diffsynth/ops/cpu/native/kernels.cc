@@ -132,6 +132,24 @@ KERNEL(linear_backward_b) {
       SIMD for (int64_t j = first; j < last; j++) a[1][j] += a[0][i * n + j];
   });
 }
+// y [m, n], x [m, k], down [k, r], up [r, n] -> y + x down up [m, n], x down [m, r]
+KERNEL(low_rank_forward) {
+  const int64_t k = a.dim(2, 0), r = a.dim(2, 1), n = a.dim(3, 1), m = a.size(1) / k;
+  gemm('N', 'N', m, r, k, a[1], k, a[2], r, a[5], r, false);
+  chunks(m * n, CHUNK, [&](int64_t first, int64_t last) {
+    std::memcpy(a[4] + first, a[0] + first, (last - first) * sizeof(float));
+  });
+  gemm('N', 'N', m, n, r, a[5], r, a[3], n, a[4], n, true);
+}
+// dy [m, n], x [m, k], x down [m, r], down [k, r], up [r, n] -> dx, ddown, dup
+KERNEL(low_rank_backward) {
+  const int64_t k = a.dim(3, 0), r = a.dim(3, 1), n = a.dim(4, 1), m = a.size(1) / k;
+  std::vector<float> through(m * r);
+  gemm('N', 'T', m, r, n, a[0], n, a[4], n, through.data(), r, false);
+  gemm('N', 'T', m, k, r, through.data(), r, a[3], r, a[5], k, false);
+  gemm('T', 'N', k, r, m, a[1], k, through.data(), r, a[6], r, false);
+  gemm('T', 'N', r, n, m, a[2], r, a[0], n, a[7], n, false);
+}
 
 // ---- element by element ----
 

@@ -64,6 +64,10 @@ _linear_w = _kernel("linear_backward_w", lambda dy, x: (dy[-1], x[-1]))
 _linear_b = _kernel("linear_backward_b", lambda dy: (dy[-1],))
 
 
+_low_rank_forward = _kernel("low_rank_forward", lambda y, x, down, up: (y, (*x[:-1], down[1])), 2)
+_low_rank_backward = _kernel("low_rank_backward", lambda dy, x, low, down, up: (x, down, up), 3)
+
+
 class _EagerLinear(_Function):
     """What PyNative differentiates: unlike a cell's ``bprop`` it knows which gradients are wanted."""
 
@@ -117,6 +121,15 @@ class _AnyLinearWithoutBias(nn.Cell):
 
     def construct(self, x, weight):
         return _linear_without_bias(x.astype(ms.float32), weight.astype(ms.float32)).astype(x.dtype)
+
+
+class _AddLowRank(nn.Cell):
+    def construct(self, y, x, down, up):
+        return _low_rank_forward(y, x, down, up)
+
+    def bprop(self, y, x, down, up, out, dout):
+        dx, ddown, dup = _low_rank_backward(dout[0], x, out[1], down, up)
+        return dout[0], dx, ddown, dup
 
 
 # ---- element by element ----
@@ -297,6 +310,7 @@ class AdamW(ops.Custom):
 _sum_of_squares = _kernel("sum_of_squares", lambda *_: (1,))
 _convolution, _group_norm, _double = _Convolution(), _GroupNorm(), _Double()
 _linear, _linear_without_bias = _Linear(), _LinearWithoutBias()
+_add_low_rank = _AddLowRank()
 _any_linear, _any_linear_without_bias = _AnyLinear(), _AnyLinearWithoutBias()
 _gelu_tanh, _silu, _swiglu, _gate_add, _rotate = _GeluTanh(), _SiLU(), _SwiGLU(), _GateAdd(), _Rotate()
 _layer_norm_modulate, _rms_norm = _LayerNormModulate(), _RMSNorm()
@@ -311,6 +325,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def linear_without_bias(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, of any dtype. Shapes: x [..., in], weight [out, in] -> [..., out], as x."""
     return _any_linear_without_bias(x, weight)
+
+
+def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """y + x down up. Shapes: y [..., out], x [..., in], down [in, r], up [r, out] -> [..., out]."""
+    return _add_low_rank(y, x, down, up)[0]
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from ms_diffsynth.ops.cpu import fast
 from ms_diffsynth.ops.cpu.native import kernels
 from ms_diffsynth.ops.cpu.native.kernels import (
+    add_low_rank,
     gate_add,
     gelu_tanh,
     layer_norm_modulate,
@@ -13,10 +14,10 @@ from ms_diffsynth.ops.cpu.native.kernels import (
     rotate,
     swiglu,
 )
-from ms_diffsynth.ops.cpu.network import chunks, join, join_last, low_rank, low_rank_each, part, parts, shared
+from ms_diffsynth.ops.cpu.network import chunks, join, join_last, low_rank_each, part, parts, shared
 
-__all__ = ["attention", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate", "linear",
-           "linear_without_bias", "low_rank", "low_rank_each", "masked_attention", "part", "parts", "positions",
+__all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate",
+           "linear", "linear_without_bias", "low_rank_each", "masked_attention", "part", "parts", "positions",
            "rms_norm", "rotate", "shared", "swiglu", "text_mask"]
 
 
