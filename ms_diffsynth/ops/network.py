@@ -12,6 +12,8 @@
 | swiglu | silu(first half) second half | [..., 2 D] -> [..., D] |
 | positions | cosines or sines as `rotate` takes them | [1 or B, S, D], B, H, dtype -> the device's own |
 | rotate | pairs (x[2i], x[2i+1]) turned by their token's angles | x [B, S, H, D], cos and sin of `positions` -> as x |
+| norm_rotate | rotate(rms_norm(x)) | x [B, S, H, D], weight [D], cos and sin of `positions` -> as x |
+| norm_rotate_joint | the same of two streams, joined | [B, L, H, D], [B, N, H, D], two weights -> [B, L + N, H, D] |
 | shared | x as many times as it is used, so that its gradients are added pair by pair | any, 2 to 4 -> tuple |
 | join, part | concatenation along axis 1 and its inverse | [B, L, ...] and [B, N, ...] <-> [B, L + N, ...] |
 | join_last | concatenation along the last axis | [..., D] and [..., E] -> [..., D + E] |
@@ -49,6 +51,7 @@ linear, linear_without_bias, add_low_rank = device.linear, device.linear_without
 gelu_tanh, layer_norm_modulate, rms_norm, gate_add = (device.gelu_tanh, device.layer_norm_modulate, device.rms_norm,
                                                       device.gate_add)
 low_rank_each, swiglu, positions, rotate = device.low_rank_each, device.swiglu, device.positions, device.rotate
+norm_rotate, norm_rotate_joint = device.norm_rotate, device.norm_rotate_joint
 attention, masked_attention, text_mask = device.attention, device.masked_attention, device.text_mask
 chunks, join, join_last, part, parts = device.chunks, device.join, device.join_last, device.part, device.parts
 shared = device.shared

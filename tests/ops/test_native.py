@@ -46,6 +46,10 @@ def rotate(x):
     return x * np.cos(ANGLES)[:, :, None] + swapped * np.sin(ANGLES)[:, :, None]
 
 
+def norm_rotate_joint(x, y, v, w):
+    return rotate(np.concatenate([rms_norm(x, v), rms_norm(y, w)], 1))
+
+
 def attention(q, k, v, mask=0.0):
     scores = np.einsum("bshd,bthd->bhst", q, k) / math.sqrt(q.shape[-1]) + mask
     weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -81,6 +85,14 @@ def conv2d(stride, padding):
 
 def rotated(x):
     return kernels.rotate(x, COS, SIN)
+
+
+def norm_rotated(x, weight):
+    return kernels.norm_rotate(x, weight, COS, SIN, EPS)
+
+
+def norm_rotated_joint(x, y, v, w):
+    return kernels.norm_rotate_joint(x, y, v, w, COS, SIN, EPS)
 
 
 def attended(q, k, v):
@@ -121,6 +133,10 @@ CASES = [
     Case(name="rms norm", function=kernels.rms_norm, reference=rms_norm, inputs=[(2, 3, 2, 5), (5,)],
          settings={"eps": EPS}),
     Case(name="rotation", function=rotated, reference=rotate, inputs=[(2, 5, 3, 6)]),
+    Case(name="norm and rotation", function=norm_rotated, reference=lambda x, w: rotate(rms_norm(x, w)),
+         inputs=[(2, 5, 3, 6), (6,)]),
+    Case(name="norm and rotation of two streams", function=norm_rotated_joint, reference=norm_rotate_joint,
+         inputs=[(2, 2, 3, 6), (2, 3, 3, 6), (6,), (6,)]),
     Case(name="attention", function=kernels.attention, reference=attention,
          inputs=[(2, 3, 2, 5), (2, 4, 2, 5), (2, 4, 2, 5)]),
     Case(name="masked attention", function=attended, reference=masked,

@@ -58,6 +58,13 @@ def kernels():
     yield "rms_norm_backward", [normal(601, 20), normal(601, 20), normal(20), eps], [(601, 20), (20,)]
     for name in ("rotate_forward", "rotate_backward"):
         yield name, [q, normal(1, 301, 20), normal(1, 301, 20)], [q.shape]
+    angles = [normal(1, 301, 20), normal(1, 301, 20), eps]
+    yield "norm_rotate_forward", [q, normal(20), *angles], [q.shape]
+    yield "norm_rotate_backward", [q, q, normal(20), *angles], [q.shape, (20,)]
+    text, image = normal(2, 100, 3, 20), normal(2, 201, 3, 20)
+    yield "norm_rotate_forward", [text, image, normal(20), normal(20), *angles], [q.shape]
+    yield ("norm_rotate_backward", [q, text, image, normal(20), normal(20), *angles],
+           [text.shape, image.shape, (20,), (20,)])
     yield "attention_forward", [q, k, v], [out, lse]
     yield "attention_forward", [q, k, v, mask], [out, lse]
     yield "attention_backward", [normal(*out), normal(*out), normal(*lse) + 5, q, k, v], [q.shape, k.shape, v.shape]
@@ -106,6 +113,7 @@ CARRIED = {"linear_forward": (0, 1, 2), "linear_backward_x": (0, 1), "linear_bac
            "layer_norm_modulate_forward": (0, 1, 2),
            "layer_norm_modulate_backward": (0, 1, 2, 3), "gate_add_forward": (0, 1, 2), "gate_add_backward": (0, 1),
            "rms_norm_forward": (0, 1), "rms_norm_backward": (0, 1, 2), "rotate_forward": (0, 1, 2),
+           "norm_rotate_forward": (0, 1, 2, 3), "norm_rotate_backward": (0, 1, 2, 3, 4),
            "rotate_backward": (0, 1, 2), "attention_forward": (0, 1, 2), "attention_backward": (0, 1, 3, 4, 5),
            "conv2d_forward": (0, 1, 3), "conv2d_backward_x": (0, 1), "conv2d_backward_w": (0, 1),
            "group_norm_forward": (2, 3, 4), "group_norm_backward": (1, 2, 3, 4, 5), "gelu_forward": (0,),

@@ -160,6 +160,14 @@ def part(x, first_tokens):
     return _split(x, (first_tokens, x.shape[1] - first_tokens))
 
 
+def norm_rotate(x, weight, cos, sin, eps):
+    return rotate(rms_norm(x, weight, eps), cos, sin)
+
+
+def norm_rotate_joint(first, second, first_weight, second_weight, cos, sin, eps):
+    return rotate(join(rms_norm(first, first_weight, eps), rms_norm(second, second_weight, eps)), cos, sin)
+
+
 def join_last(first, second):
     return _join_last((first, second))
 

@@ -9,7 +9,8 @@ from ms_diffsynth.ops.cpu.fast import gate_add, gelu_tanh, layer_norm_modulate, 
 from ms_diffsynth.ops.split import Split
 
 __all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate",
-           "linear", "linear_without_bias", "low_rank_each", "masked_attention", "part", "parts", "positions",
+           "linear", "linear_without_bias", "low_rank_each", "masked_attention", "norm_rotate", "norm_rotate_joint",
+           "part", "parts", "positions", "rms_norm", "rotate", "shared", "swiglu", "text_mask"]
            "rms_norm", "rotate", "shared", "swiglu", "text_mask"]
 
 _matmul, _matmul_nt = P.MatMul(), P.MatMul(transpose_b=True)
@@ -77,6 +78,14 @@ def join(first, second):
 
 def part(x, first_tokens):
     return _split(x, (first_tokens, x.shape[1] - first_tokens))
+
+
+def norm_rotate(x, weight, cos, sin, eps):
+    return rotate(rms_norm(x, weight, eps), cos, sin)
+
+
+def norm_rotate_joint(first, second, first_weight, second_weight, cos, sin, eps):
+    return rotate(join(rms_norm(first, first_weight, eps), rms_norm(second, second_weight, eps)), cos, sin)
 
 
 def join_last(first, second):

@@ -52,8 +52,9 @@ class DoubleBlock(nn.Cell):
         super().__init__(auto_prefix=False)
         (self.modulate, self.text_modulate, self.to_q, self.to_k, self.to_v, self.text_q, self.text_k, self.text_v,
          self.to_out, self.text_out, self.up, self.down, self.text_up, self.text_down,
-         self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k, self.matrices) = layers
+         norm, _, _, _, self.matrices) = layers
         self.heads, self.attend, self.is_float16 = heads, network.attention(dtype), dtype == ms.float16
+        self.norm_eps = norm.eps
 
     def construct(self, text, image, emb, cos, sin, weights, lora):
         """text [B, L, D], image [B, N, D], emb [B, D], cos and sin of `network.positions` -> text, image."""
@@ -66,13 +67,14 @@ class DoubleBlock(nn.Cell):
         (image, x), (text, y) = network.shared(image, 2), network.shared(text, 2)
         x_q, x_k, x_v = network.shared(network.layer_norm_modulate(x, scale, shift, EPS), 3)
         y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, text_scale, text_shift, EPS), 3)
-        q = network.join(self.text_norm_q(by_head(self.text_q(y_q, w_text_q, lora), self.heads), w_text_norm_q, lora),
-                         self.norm_q(by_head(self.to_q(x_q, w_q, lora), self.heads), w_norm_q, lora))
-        k = network.join(self.text_norm_k(by_head(self.text_k(y_k, w_text_k, lora), self.heads), w_text_norm_k, lora),
-                         self.norm_k(by_head(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
+        q = network.norm_rotate_joint(
+            by_head(self.text_q(y_q, w_text_q, lora), self.heads), by_head(self.to_q(x_q, w_q, lora), self.heads),
+            w_text_norm_q[0], w_norm_q[0], cos, sin, self.norm_eps)
+        k = network.norm_rotate_joint(
+            by_head(self.text_k(y_k, w_text_k, lora), self.heads), by_head(self.to_k(x_k, w_k, lora), self.heads),
+            w_text_norm_k[0], w_norm_k[0], cos, sin, self.norm_eps)
         v = network.join(by_head(self.text_v(y_v, w_text_v, lora), self.heads),
                          by_head(self.to_v(x_v, w_v, lora), self.heads))
-        q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
         y, x = network.part(self.attend(q, k, v), text.shape[1])
         image, x = network.shared(network.gate_add(image, gate, self.to_out(x, w_out, lora)), 2)
         text, y = network.shared(network.gate_add(text, text_gate, self.text_out(y, w_text_out, lora)), 2)
@@ -92,9 +94,9 @@ class SingleBlock(nn.Cell):
 
     def __init__(self, layers: list[nn.Cell], heads: int, dtype: ms.Type):
         super().__init__(auto_prefix=False)
-        (self.modulate, self.up, self.to_q, self.to_k, self.to_v, self.out, self.norm_q, self.norm_k,
-         self.matrices) = layers
+        (self.modulate, self.up, self.to_q, self.to_k, self.to_v, self.out, norm, _, self.matrices) = layers
         self.heads, self.attend, self.is_float16 = heads, network.attention(dtype), dtype == ms.float16
+        self.norm_eps = norm.eps
 
     def construct(self, x, emb, cos, sin, weights, lora):
         """x [B, S, D], emb [B, D], cos and sin of `network.positions` -> [B, S, D]."""
@@ -103,9 +105,9 @@ class SingleBlock(nn.Cell):
         shift, scale, gate = network.chunks(self.modulate(emb, w_modulate, lora), 3)
         x, y = network.shared(x, 2)
         y, y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, scale, shift, EPS), 4)
-        q = self.norm_q(by_head(self.to_q(y_q, w_q, lora), self.heads), w_norm_q, lora)
-        k = self.norm_k(by_head(self.to_k(y_k, w_k, lora), self.heads), w_norm_k, lora)
-        q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
+        q, k = by_head(self.to_q(y_q, w_q, lora), self.heads), by_head(self.to_k(y_k, w_k, lora), self.heads)
+        q = network.norm_rotate(q, w_norm_q[0], cos, sin, self.norm_eps)
+        k = network.norm_rotate(k, w_norm_k[0], cos, sin, self.norm_eps)
         attended = self.attend(q, k, by_head(self.to_v(y_v, w_v, lora), self.heads))
         hidden = network.gelu_tanh(self.up(y, w_up, lora))
         x = network.gate_add(x, gate, self.out(network.join_last(attended, hidden), w_out, lora))

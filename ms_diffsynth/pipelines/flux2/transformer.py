@@ -54,8 +54,9 @@ class DoubleBlock(nn.Cell):
         super().__init__(auto_prefix=False)
         (self.to_q, self.to_k, self.to_v, self.to_out, self.text_q, self.text_k, self.text_v, self.text_out, self.up,
          self.down, self.text_up, self.text_down,
-         self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k, self.matrices) = layers
+         norm, _, _, _, self.matrices) = layers
         self.heads, self.eps = heads, eps
+        self.norm_eps = norm.eps
         self.attend, self.is_float16 = network.attention(dtype), dtype == ms.float16
 
     def construct(self, image, text, modulation, text_modulation, cos, sin, weights, lora):
@@ -69,13 +70,14 @@ class DoubleBlock(nn.Cell):
         (image, x), (text, y) = network.shared(image, 2), network.shared(text, 2)
         x_q, x_k, x_v = network.shared(network.layer_norm_modulate(x, scale, shift, self.eps), 3)
         y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, text_scale, text_shift, self.eps), 3)
-        q = network.join(self.text_norm_q(by_head(self.text_q(y_q, w_text_q, lora), self.heads), w_text_norm_q, lora),
-                         self.norm_q(by_head(self.to_q(x_q, w_q, lora), self.heads), w_norm_q, lora))
-        k = network.join(self.text_norm_k(by_head(self.text_k(y_k, w_text_k, lora), self.heads), w_text_norm_k, lora),
-                         self.norm_k(by_head(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
+        q = network.norm_rotate_joint(
+            by_head(self.text_q(y_q, w_text_q, lora), self.heads), by_head(self.to_q(x_q, w_q, lora), self.heads),
+            w_text_norm_q[0], w_norm_q[0], cos, sin, self.norm_eps)
+        k = network.norm_rotate_joint(
+            by_head(self.text_k(y_k, w_text_k, lora), self.heads), by_head(self.to_k(x_k, w_k, lora), self.heads),
+            w_text_norm_k[0], w_norm_k[0], cos, sin, self.norm_eps)
         v = network.join(by_head(self.text_v(y_v, w_text_v, lora), self.heads),
                          by_head(self.to_v(x_v, w_v, lora), self.heads))
-        q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
         for keys, values in weights[1]:
             k, v = network.join(k, keys), network.join(v, values)
         y, x = network.part(self.attend(q, k, v), text.shape[1])
@@ -98,8 +100,8 @@ class SingleBlock(nn.Cell):
 
     def __init__(self, layers: list[nn.Cell], heads: int, eps: float, dtype: ms.Type):
         super().__init__(auto_prefix=False)
-        self.project, self.out, self.norm_q, self.norm_k, self.matrices = layers
-        self.heads, self.eps = heads, eps
+        self.project, self.out, norm, _, self.matrices = layers
+        self.heads, self.eps, self.norm_eps = heads, eps, norm.eps
         self.attend, self.is_float16 = network.attention(dtype), dtype == ms.float16
 
     def construct(self, x, modulation, cos, sin, weights, lora):
@@ -110,8 +112,9 @@ class SingleBlock(nn.Cell):
         (x, y), width = network.shared(x, 2), x.shape[2]
         projected = self.project(network.layer_norm_modulate(y, scale, shift, self.eps), w_project, lora)
         q, k, v, hidden = network.parts(projected, (width, width, width, projected.shape[2] - 3 * width))
-        q, k = self.norm_q(by_head(q, self.heads), w_norm_q, lora), self.norm_k(by_head(k, self.heads), w_norm_k, lora)
-        q, k, v = network.rotate(q, cos, sin), network.rotate(k, cos, sin), by_head(v, self.heads)
+        q = network.norm_rotate(by_head(q, self.heads), w_norm_q[0], cos, sin, self.norm_eps)
+        k = network.norm_rotate(by_head(k, self.heads), w_norm_k[0], cos, sin, self.norm_eps)
+        v = by_head(v, self.heads)
         for keys, values in weights[1]:
             k, v = network.join(k, keys), network.join(v, values)
         hidden = network.join_last(self.attend(q, k, v), network.swiglu(hidden))

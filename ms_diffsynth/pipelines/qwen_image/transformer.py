@@ -36,8 +36,9 @@ class Block(nn.Cell):
         super().__init__(auto_prefix=False)
         (self.modulate, self.text_modulate, self.to_q, self.to_k, self.to_v, self.text_q, self.text_k, self.text_v,
          self.to_out, self.text_out, self.up, self.down, self.text_up, self.text_down,
-         self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k, self.matrices) = layers
+         norm, _, _, _, self.matrices) = layers
         self.heads, self.attend, self.is_last = heads, network.masked_attention(dtype), is_last
+        self.norm_eps = norm.eps
         self.is_float16 = dtype == ms.float16
 
     def construct(self, image, text, emb, cos, sin, mask, weights, lora):
@@ -52,13 +53,14 @@ class Block(nn.Cell):
         (image, x), (text, y) = network.shared(image, 2), network.shared(text, 2)
         x_q, x_k, x_v = network.shared(network.layer_norm_modulate(x, scale, shift, EPS), 3)
         y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, text_scale, text_shift, EPS), 3)
-        q = network.join(self.text_norm_q(by_head(self.text_q(y_q, w_text_q, lora), self.heads), w_text_norm_q, lora),
-                         self.norm_q(by_head(self.to_q(x_q, w_q, lora), self.heads), w_norm_q, lora))
-        k = network.join(self.text_norm_k(by_head(self.text_k(y_k, w_text_k, lora), self.heads), w_text_norm_k, lora),
-                         self.norm_k(by_head(self.to_k(x_k, w_k, lora), self.heads), w_norm_k, lora))
+        q = network.norm_rotate_joint(
+            by_head(self.text_q(y_q, w_text_q, lora), self.heads), by_head(self.to_q(x_q, w_q, lora), self.heads),
+            w_text_norm_q[0], w_norm_q[0], cos, sin, self.norm_eps)
+        k = network.norm_rotate_joint(
+            by_head(self.text_k(y_k, w_text_k, lora), self.heads), by_head(self.to_k(x_k, w_k, lora), self.heads),
+            w_text_norm_k[0], w_norm_k[0], cos, sin, self.norm_eps)
         v = network.join(by_head(self.text_v(y_v, w_text_v, lora), self.heads),
                          by_head(self.to_v(x_v, w_v, lora), self.heads))
-        q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
         y, x = network.part(self.attend(q, k, v, mask), text.shape[1])
         image, x = network.shared(network.gate_add(image, gate, self.to_out(x, w_out, lora)), 2)
         x = self.up(network.layer_norm_modulate(x, scale_2, shift_2, EPS), w_up, lora)

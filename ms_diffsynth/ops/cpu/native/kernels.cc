@@ -327,6 +327,90 @@ KERNEL(rms_norm_backward) {
   });
   add_partial(partial.data(), parts, d, {a[5]});
 }
+
+namespace {
+
+// What norm_rotate is called with from parameter `at` on: n tensors [b, s, h, d], whose tokens follow each other, a
+// weight [d] for each, cos and sin [1 or b, all s, d], eps [1].
+struct Normed {
+  const Arguments &a;
+  int at, n;
+  int64_t heads() const { return a.dim(at, 2); }
+  int64_t size() const { return a.dim(at, 3); }
+  int64_t tokens() const { return a.dim(at + 2 * n, 1); }
+  int64_t rows() const { return a.dim(at, 0) * tokens(); }
+  const float *angles(int which, int64_t row) const {
+    return a[at + 2 * n + which] + row % (a.dim(at + 2 * n, 0) * tokens()) * size();
+  }
+  const float *weight(int tensor) const { return a[at + n + tensor]; }
+  float eps() const { return a[at + 2 * n + 2][0]; }
+  // of a row of all: its tensor, and where its heads begin there
+  int tensor(int64_t row) const { return n == 2 && row % tokens() >= a.dim(at, 1); }
+  int64_t place(int64_t row) const {
+    const int i = tensor(row);
+    const int64_t token = row % tokens() - (i ? a.dim(at, 1) : 0);
+    return (row / tokens() * a.dim(at + i, 1) + token) * heads() * size();
+  }
+};
+
+}  // namespace
+
+// Those parameters -> y [b, all s, h, d]: rotate(rms_norm(x) weight)
+KERNEL(norm_rotate_forward) {
+  const Normed it{a, 0, (a.count - 4) / 2};
+  const int64_t d = it.size(), heads = it.heads();
+  chunks(it.rows(), ROWS, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const int i = it.tensor(row);
+      const float *x = a[i] + it.place(row), *w = it.weight(i), *cosine = it.angles(0, row), *sine = it.angles(1, row);
+      float *y = a[a.count - 1] + row * heads * d;
+      for (int64_t h = 0; h < heads; h++, x += d, y += d) {
+        const float rstd = 1.0f / std::sqrt(dot(x, x, d) / d + it.eps());
+        SIMD for (int64_t c = 0; c < d; c += 2) {
+          const float even = x[c] * rstd * w[c], odd = x[c + 1] * rstd * w[c + 1];
+          y[c] = even * cosine[c] - odd * sine[c];
+          y[c + 1] = odd * cosine[c + 1] + even * sine[c + 1];
+        }
+      }
+    }
+  });
+}
+// dy, those parameters -> dx of each, dweight of each
+KERNEL(norm_rotate_backward) {
+  const Normed it{a, 1, (a.count - 4) / 4};
+  const int n = it.n, dx0 = a.count - 2 * n;
+  const int64_t d = it.size(), heads = it.heads(), parts = (it.rows() + ROWS - 1) / ROWS;
+  std::vector<float> partial(parts * n * d);
+  parallel(parts, [&](int64_t task, int) {
+    static thread_local Scratch memory;
+    float *turned = memory.need(d);
+    for (int64_t row = task * ROWS; row < std::min(it.rows(), (task + 1) * ROWS); row++) {
+      const int i = it.tensor(row);
+      const int64_t place = it.place(row);
+      const float *dy = a[0] + row * heads * d, *cosine = it.angles(0, row), *sine = it.angles(1, row);
+      const float *x = a[1 + i] + place, *w = it.weight(i);
+      float *dx = a[dx0 + i] + place, *dw = partial.data() + (task * n + i) * d;
+      for (int64_t h = 0; h < heads; h++, dy += d, x += d, dx += d) {
+        SIMD for (int64_t c = 0; c < d; c += 2) {
+          turned[c] = dy[c] * cosine[c] + dy[c + 1] * sine[c + 1];
+          turned[c + 1] = dy[c + 1] * cosine[c + 1] - dy[c] * sine[c];
+        }
+        const float rstd = 1.0f / std::sqrt(dot(x, x, d) / d + it.eps());
+        float slope = 0;
+        SIMD_SUM(slope) for (int64_t c = 0; c < d; c++) {
+          dw[c] += turned[c] * x[c] * rstd;
+          slope += turned[c] * x[c] * w[c];
+        }
+        slope *= rstd * rstd * rstd / d;
+        SIMD for (int64_t c = 0; c < d; c++) dx[c] = turned[c] * w[c] * rstd - x[c] * slope;
+      }
+    }
+  });
+  if (n == 1)
+    add_partial(partial.data(), parts, d, {a[dx0 + 1]});
+  else
+    add_partial(partial.data(), parts, d, {a[dx0 + 2], a[dx0 + 3]});
+}
 // Pairs of channels, turned. x [b, s, h, d], cos and sin [1 or b, s, d] -> y [b, s, h, d]
 KERNEL(rotate_forward) {
   const int64_t tokens = a.dim(0, 1), heads = a.dim(0, 2), d = a.dim(0, 3), rows = a.dim(1, 0) * tokens;

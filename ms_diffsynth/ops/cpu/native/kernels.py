@@ -173,6 +173,10 @@ _gate_backward = _kernel("gate_add_backward", lambda dy, gate, x: (x, gate), 2)
 _rms_norm_forward = _kernel("rms_norm_forward", _first)
 _rms_norm_backward = _kernel("rms_norm_backward", lambda dy, x, weight, eps: (x, weight), 2)
 _rotate_forward, _rotate_backward = _kernel("rotate_forward", _first), _kernel("rotate_backward", _first)
+_norm_rotate_forward = _kernel("norm_rotate_forward", lambda x, w, cos, *_: (x[0], cos[1], *x[2:]))
+_norm_rotate_backward = _kernel("norm_rotate_backward", lambda dy, x, w, *_: (x, w), 2)
+_norm_rotate_joint_forward = _kernel("norm_rotate_forward", lambda x, y, v, w, cos, *_: (x[0], cos[1], *x[2:]))
+_norm_rotate_joint_backward = _kernel("norm_rotate_backward", lambda dz, x, y, v, w, *_: (x, y, v, w), 4)
 
 
 class _LayerNormModulate(nn.Cell):
@@ -200,6 +204,24 @@ class _RMSNorm(nn.Cell):
     def bprop(self, x, weight, eps, out, dout):
         dx, dweight = _rms_norm_backward(dout, x, weight, eps)
         return dx, dweight, _zeros_like(eps)
+
+
+class _NormRotate(nn.Cell):
+    def construct(self, x, weight, cos, sin, eps):
+        return _norm_rotate_forward(x, weight, cos, sin, eps)
+
+    def bprop(self, x, weight, cos, sin, eps, out, dout):
+        dx, dweight = _norm_rotate_backward(dout, x, weight, cos, sin, eps)
+        return dx, dweight, _zeros_like(cos), _zeros_like(sin), _zeros_like(eps)
+
+
+class _NormRotateJoint(nn.Cell):
+    def construct(self, x, y, v, w, cos, sin, eps):
+        return _norm_rotate_joint_forward(x, y, v, w, cos, sin, eps)
+
+    def bprop(self, x, y, v, w, cos, sin, eps, out, dout):
+        dx, dy, dv, dw = _norm_rotate_joint_backward(dout, x, y, v, w, cos, sin, eps)
+        return dx, dy, dv, dw, _zeros_like(cos), _zeros_like(sin), _zeros_like(eps)
 
 
 class _Rotate(nn.Cell):
@@ -314,6 +336,7 @@ _add_low_rank = _AddLowRank()
 _any_linear, _any_linear_without_bias = _AnyLinear(), _AnyLinearWithoutBias()
 _gelu_tanh, _silu, _swiglu, _gate_add, _rotate = _GeluTanh(), _SiLU(), _SwiGLU(), _GateAdd(), _Rotate()
 _layer_norm_modulate, _rms_norm = _LayerNormModulate(), _RMSNorm()
+_norm_rotate, _norm_rotate_joint = _NormRotate(), _NormRotateJoint()
 _attention, _masked_attention = _Attention(), _MaskedAttention()
 
 
@@ -360,6 +383,20 @@ def gate_add(residual: Tensor, gate: Tensor, x: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis. Shapes: x [..., D], weight [D]."""
     return _rms_norm(x, weight, _numbers(eps))
+
+
+def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """`rotate` of `rms_norm`. Shapes: x [B, S, H, D], weight [D], cos and sin [1 or B, S, D] -> as x."""
+    return _norm_rotate(x, weight, cos, sin, _numbers(eps))
+
+
+def norm_rotate_joint(first: Tensor, second: Tensor, first_weight: Tensor, second_weight: Tensor, cos: Tensor,
+                      sin: Tensor, eps: float) -> Tensor:
+    """`rotate` of the tokens of two streams, one after the other, each by its own `rms_norm`.
+
+    Shapes: [B, L, H, D], [B, N, H, D], [D], [D], cos and sin [1 or B, L + N, D] -> [B, L + N, H, D].
+    """
+    return _norm_rotate_joint(first, second, first_weight, second_weight, cos, sin, _numbers(eps))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

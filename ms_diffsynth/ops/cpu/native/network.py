@@ -10,6 +10,8 @@ from ms_diffsynth.ops.cpu.native.kernels import (
     layer_norm_modulate,
     linear,
     linear_without_bias,
+    norm_rotate,
+    norm_rotate_joint,
     rms_norm,
     rotate,
     swiglu,
@@ -17,7 +19,8 @@ from ms_diffsynth.ops.cpu.native.kernels import (
 from ms_diffsynth.ops.cpu.network import chunks, join, join_last, low_rank_each, part, parts, shared
 
 __all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate",
-           "linear", "linear_without_bias", "low_rank_each", "masked_attention", "part", "parts", "positions",
+           "linear", "linear_without_bias", "low_rank_each", "masked_attention", "norm_rotate", "norm_rotate_joint",
+           "part", "parts", "positions", "rms_norm", "rotate", "shared", "swiglu", "text_mask"]
            "rms_norm", "rotate", "shared", "swiglu", "text_mask"]
 
 
