@@ -21,7 +21,6 @@ from ms_diffsynth.ops.cpu.network import chunks, join, join_last, low_rank_each,
 __all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate",
            "linear", "linear_without_bias", "low_rank_each", "masked_attention", "norm_rotate", "norm_rotate_joint",
            "part", "parts", "positions", "rms_norm", "rotate", "shared", "swiglu", "text_mask"]
-           "rms_norm", "rotate", "shared", "swiglu", "text_mask"]
 
 
 def positions(table, batch, heads, dtype):
