@@ -61,10 +61,10 @@ def kernels():
     angles = [normal(1, 301, 20), normal(1, 301, 20), eps]
     yield "norm_rotate_forward", [q, normal(20), *angles], [q.shape]
     yield "norm_rotate_backward", [q, q, normal(20), *angles], [q.shape, (20,)]
-    text, image = normal(2, 100, 3, 20), normal(2, 201, 3, 20)
-    yield "norm_rotate_forward", [text, image, normal(20), normal(20), *angles], [q.shape]
-    yield ("norm_rotate_backward", [q, text, image, normal(20), normal(20), *angles],
-           [text.shape, image.shape, (20,), (20,)])
+    streams = [normal(2, 100, 3, 20), normal(2, 201, 3, 20)]
+    yield "norm_rotate_forward", [*streams, normal(20), normal(20), *angles], [q.shape]
+    yield ("norm_rotate_backward", [q, *streams, normal(20), normal(20), *angles],
+           [*[x.shape for x in streams], (20,), (20,)])
     yield "attention_forward", [q, k, v], [out, lse]
     yield "attention_forward", [q, k, v, mask], [out, lse]
     yield "attention_backward", [normal(*out), normal(*out), normal(*lse) + 5, q, k, v], [q.shape, k.shape, v.shape]
