@@ -254,6 +254,25 @@ def test_a_setting_that_cannot_be_meant_is_named(world, run, flag, value):
     assert code in (64, 65, 66) and flag in err and len(err) < 4000 and not Path("out").exists()
 
 
+@pytest.mark.parametrize("setting", ["output_path", "cache_dir"])
+def test_a_file_in_place_of_a_folder_is_named_with_its_setting(world, run, setting):
+    code, _, err = run("train", "toy.yaml", f"--{setting}", "models/toy/model_index.json")
+    assert code == 74 and f"{setting}=models/toy/model_index.json: " in err and "A part of the path is a file" in err
+
+
+@pytest.mark.parametrize("host", [".", "x" * 64, "caf\udce9"])
+def test_an_address_that_no_host_can_have(world, run, host):
+    code, _, err = run("launch", "--workers", 2, "--master_address", host, "train", "toy.yaml")
+    assert code == 64 and "master_address=" in err and "no host has this name here" in err
+
+
+@pytest.mark.parametrize("words", [(), ("--instance_prompt", "a cat")])
+def test_rows_that_hold_nothing(world, run, words):
+    Path("rows.jsonl").write_text("{}\n{}\n")
+    code, _, err = run("train", "toy.yaml", "--dataset_metadata_path", "rows.jsonl", *words)
+    assert code == 65 and "rows.jsonl has no column image" in err and "it has none." in err
+
+
 @pytest.mark.parametrize("value, shown", [
     ("{a: 1}", "(a mapping)"), ("!!set {a, b}", "(a set)"), ("!!binary eA==", "(binary data)"),
     ("[[a]]", "(a list that holds more than texts)"),
@@ -373,6 +392,26 @@ def test_replay_of_a_run_whose_settings_are_damaged(world, run, text):
     Path("out/training_args.json").write_text(text)
     code, _, err = run("replay", "out", 1)
     assert code == 64 and "out/training_args.json" in err
+
+
+@pytest.mark.parametrize("damage", [b"0.5\xf0", b"x", b"", b"0.5,1"])
+def test_a_row_of_the_losses_that_is_damaged_is_left_out(world, run, damage):
+    words = ("train", "toy.yaml", "--save_steps", 1, "--resume", "auto", "--max_train_steps")
+    assert run(*words, 2)[0] == 0
+    head, first, second = Path("out/loss.csv").read_bytes().splitlines()
+    number, epoch, _, *others = second.split(b",")
+    Path("out/loss.csv").write_bytes(b"\n".join((head, first, b",".join((number, epoch, damage, *others)), b"")))
+    assert run(*words, 3)[0] == 0
+    assert [line.partition(",")[0] for line in Path("out/loss.csv").read_text().splitlines()] == ["step", "1", "3"]
+
+
+def test_a_pipe_in_place_of_the_lock(world, run):
+    assert run("train", "toy.yaml")[0] == 0
+    Path("out/.lock").unlink()
+    os.mkfifo("out/.lock")
+    for words in (("replay", "out", 1), ("train", "toy.yaml", "--resume", "auto")):
+        code, _, err = run(*words)
+        assert code == 74 and "out/.lock is not a regular file" in err
 
 
 @pytest.mark.parametrize("state", [{}, {"identity": {}}, {"epoch": "x"}, {"position": -5}, {"saved": [1]},
