@@ -16,6 +16,7 @@ from ms_diffsynth.cli.main import main
 from ms_diffsynth.data.images import grid
 from ms_diffsynth.formats.lora import ADAPTER_METADATA, load_lora
 from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
+from ms_diffsynth.registry import family
 
 SAMPLE = ("--height", 32, "--width", 32, "--num_inference_steps", 1, "--mode", "pynative")
 CONFIG = """\
@@ -189,6 +190,20 @@ def test_a_prompt_that_a_script_gives(tiny_model, name):
     pipe = ToyImagePipeline.from_pretrained(str(tiny_model("toy")))
     with pytest.raises(ConfigError, match=name):
         pipe(**{"prompt": "a cat", name: "caf\udce9"}, height=32, width=32)
+
+
+@pytest.mark.parametrize("name, before, behind", [
+    ("qwen_image", (), (151645, 198, 151644, 77091, 198)), ("flux2", (151644, 872), (151668, 271))])
+def test_line_breaks_at_an_end_of_a_prompt(tiny_model, name, before, behind):
+    """The tokenizer makes one token of them and of the template's, which is no other model's tokenizer."""
+    pipe = family(name).pipeline.from_pretrained(str(tiny_model(name)))
+    tokenize, = (unit for unit in pipe.units if unit.name == "tokenize_prompt")
+    cat, = pipe.tokenizer(" cat").input_ids
+    for prompt in ("\n", "\n\na cat", " \n a cat", "a cat\n"):
+        ids = tokenize.process(pipe, prompt)["prompt_ids"].asnumpy()[0].tolist()
+        ids = ids[:len(ids) - ids[::-1].index(behind[-1])]  # FLUX.2 pads
+        assert tuple(ids[-len(behind):]) == behind and tuple(ids[:len(before)]) == before
+        assert (cat in ids) == ("cat" in prompt)
 
 
 def test_a_link_in_place_of_a_tokenizers_file_is_told(tiny_model):
