@@ -66,8 +66,9 @@ def execute(args: argparse.Namespace) -> int:
         log_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=log_dir).close()
     except OSError as error:
+        choices = "log_dir" if args.log_dir or args.job[0] == "--" else "output_path or log_dir"
         raise OutputError(f"log_dir={log_dir} cannot be written to: {error.strerror}. Choose another "
-                          "folder.") from error
+                          f"{choices}.") from error
     hang_seconds = args.hang_seconds or (20.0 if args.nodes == 1 else 300.0)
     job = Job(command=command, workers=args.workers, nodes=args.nodes, node_rank=args.node_rank, master_address=address,
               master_port=port, log_dir=log_dir, hang_seconds=hang_seconds,

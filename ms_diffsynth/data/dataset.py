@@ -343,8 +343,10 @@ class UnifiedDataset:
             raise DataError(f"{table.source} is an empty data set: it has no {what}; expected at least one. Add some")
         fields = table.columns
         missing = [key for key in dict.fromkeys((*self.data_file_keys, *self.required)) if key not in fields]
-        if missing and columns and not (missing == ["prompt"] and os.path.isdir(table.source)):
-            raise DataError(f"{table.source} has no column {listing(missing)}; it has {listing(map(plain, columns))}."
+        is_read = any(row is not None for row in table.rows)
+        if missing and is_read and not (missing == ["prompt"] and os.path.isdir(table.source)):
+            raise DataError(f"{table.source} has no column {listing(missing)}; it has "
+                            f"{listing(map(plain, columns)) or 'none'}."
                             f"{nearest(missing[0], columns)} {self._how_to_name(missing)}")
         faults: dict[tuple[str, bool], str] = {}
         for index, row in enumerate(table.rows):
@@ -372,7 +374,7 @@ class UnifiedDataset:
 
     def _how_to_name(self, missing: list[str]) -> str:
         """What to do about columns that are not there."""
-        row = next(filter(None, self.table.rows))
+        row = next(filter(None, self.table.rows), {})
         images = [name for name, value in row.items() if str(value).lower().endswith(SUFFIXES)]
         ways = []
         if "image" in missing:

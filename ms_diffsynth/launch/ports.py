@@ -18,9 +18,10 @@ def resolve(address: str) -> str:
     """The number of a host name. Raises: ConfigError when the name is unknown."""
     try:
         return socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0]
-    except OSError as error:
-        raise ConfigError(f"master_address={address}: no host has this name here ({error.strerror}). Give the number "
-                          "of the first machine, such as 192.168.0.10.") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that no host can have
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"master_address={address}: no host has this name here ({why}). Give the number of the first "
+                          "machine, such as 192.168.0.10.") from error
 
 
 def free_port(address: str) -> int:

@@ -47,9 +47,11 @@ def check_settings(accelerator: Accelerator, config: TrainConfig) -> None:
     if model.template_model_id_or_path is not None:
         parse_path_or_model_id(model.template_model_id_or_path)
     if accelerator.is_main_process:
-        check_writable(run.output_path)
-        if config.data.cache_dir is not None and stage != "train":
-            check_writable(config.data.cache_dir)
+        folders = {"output_path": run.output_path, "cache_dir": config.data.cache_dir if stage != "train" else None}
+        for name, folder in folders.items():
+            if folder is not None:
+                with naming(f"{name}={folder}"):
+                    check_writable(folder)
     if stage == "data_process":
         return
     pipeline = family(model.family).pipeline

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def lock_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
         raise OutputError(f"{path} cannot be opened for writing: {_name_of(error)}. Choose another output "
                           "folder.") from error
     try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise OutputError(f"{path} is not a regular file. Remove it, or choose another output folder.")
         before = _take(file, path)
         try:
             with contextlib.suppress(OutputError):  # a full disk: what is removed next may make room

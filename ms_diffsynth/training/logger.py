@@ -99,8 +99,7 @@ class ModelLogger:
         if after:
             with contextlib.suppress(FileNotFoundError):
                 for line in (run_folder / "loss.csv").read_text(errors="replace").splitlines():
-                    number, *values = line.split(",")  # a row that was torn has other values
-                    if len(values) == len(COLUMNS) - 1 and number.isdigit() and int(number) <= after:
+                    if _is_row(line) and int(line.partition(",")[0]) <= after:
                         rows.append(line)
             if len(rows) != after:
                 logger.warning("%s has the rows of %d of %d steps: the others are lost.", run_folder / "loss.csv",
@@ -275,3 +274,12 @@ def _titles(captions: list[str]) -> list[str] | None:
 
 def _text(value: Any) -> str:
     return f"{value:.9g}" if isinstance(value, float) else str(value)  # nine digits give a float32 back exactly
+
+
+def _is_row(line: str) -> bool:
+    """Whether a line of loss.csv is whole: one that was torn or damaged has other values."""
+    try:
+        number, *values = line.split(",")
+        return number.isascii() and number.isdigit() and len(list(map(float, values))) == len(COLUMNS) - 1
+    except ValueError:
+        return False

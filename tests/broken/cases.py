@@ -350,8 +350,8 @@ def commands(random: random.Random) -> Case:
              "full.safetensors", "lora.safetensors",
              "cases/flux")
     tail = ["train", "toy.yaml"] if command == "launch" else []
-    return Case("commands", no_nul([command, *given, *words, *tail]),
-                [*names, *[b for b in broken if b.strip()], "models/"], needs=needs)
+    names += [*[b for b in broken if b.strip()], "models/", "full.safetensors"]  # the last is no template's
+    return Case("commands", no_nul([command, *given, *words, *tail]), names, needs=needs)
 
 
 def streams(random: random.Random) -> Case:

@@ -193,7 +193,8 @@ def judge(folder: Path, code: int | None, case: object) -> tuple[str, str]:
         return "traceback", err[-800:]
     if not found and not last and (folder / "stdout").is_file():
         last = (folder / "stdout").read_text("utf-8", "replace")[-600:]
-    if code in (64, 65, 66, 69, 74, 77, 78) and not any(name in last for name in case.names if name):
+    shown = [name.encode("utf-8", "backslashreplace").decode() for name in case.names if name]  # as stderr writes them
+    if code in (64, 65, 66, 69, 74, 77, 78) and not any(name in last for name in shown):
         return "names nothing", last[:600]
     return "", last
 

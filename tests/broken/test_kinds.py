@@ -16,6 +16,7 @@ from ms_diffsynth.cli.main import main
 from ms_diffsynth.data.images import grid
 from ms_diffsynth.formats.lora import ADAPTER_METADATA, load_lora
 from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
+from ms_diffsynth.registry import family
 
 SAMPLE = ("--height", 32, "--width", 32, "--num_inference_steps", 1, "--mode", "pynative")
 CONFIG = """\
@@ -191,6 +192,20 @@ def test_a_prompt_that_a_script_gives(tiny_model, name):
         pipe(**{"prompt": "a cat", name: "caf\udce9"}, height=32, width=32)
 
 
+@pytest.mark.parametrize("name, before, behind", [
+    ("qwen_image", (), (151645, 198, 151644, 77091, 198)), ("flux2", (151644, 872), (151668, 271))])
+def test_line_breaks_at_an_end_of_a_prompt(tiny_model, name, before, behind):
+    """The tokenizer makes one token of them and of the template's, which is no other model's tokenizer."""
+    pipe = family(name).pipeline.from_pretrained(str(tiny_model(name)))
+    tokenize, = (unit for unit in pipe.units if unit.name == "tokenize_prompt")
+    cat, = pipe.tokenizer(" cat").input_ids
+    for prompt in ("\n", "\n\na cat", " \n a cat", "a cat\n"):
+        ids = tokenize.process(pipe, prompt)["prompt_ids"].asnumpy()[0].tolist()
+        ids = ids[:len(ids) - ids[::-1].index(behind[-1])]  # FLUX.2 pads
+        assert tuple(ids[-len(behind):]) == behind and tuple(ids[:len(before)]) == before
+        assert (cat in ids) == ("cat" in prompt)
+
+
 def test_a_link_in_place_of_a_tokenizers_file_is_told(tiny_model):
     from ms_diffsynth.errors import WeightError
     from ms_diffsynth.models import build_tokenizer
@@ -252,6 +267,25 @@ def test_a_pipe_in_place_of_weights_is_not_waited_for(world, run):
 def test_a_setting_that_cannot_be_meant_is_named(world, run, flag, value):
     code, _, err = run("train", "toy.yaml", f"--{flag}", value)
     assert code in (64, 65, 66) and flag in err and len(err) < 4000 and not Path("out").exists()
+
+
+@pytest.mark.parametrize("setting", ["output_path", "cache_dir"])
+def test_a_file_in_place_of_a_folder_is_named_with_its_setting(world, run, setting):
+    code, _, err = run("train", "toy.yaml", f"--{setting}", "models/toy/model_index.json")
+    assert code == 74 and f"{setting}=models/toy/model_index.json: " in err and "A part of the path is a file" in err
+
+
+@pytest.mark.parametrize("host", [".", "x" * 64, "caf\udce9"])
+def test_an_address_that_no_host_can_have(world, run, host):
+    code, _, err = run("launch", "--workers", 2, "--master_address", host, "train", "toy.yaml")
+    assert code == 64 and "master_address=" in err and "no host has this name here" in err
+
+
+@pytest.mark.parametrize("words", [(), ("--instance_prompt", "a cat")])
+def test_rows_that_hold_nothing(world, run, words):
+    Path("rows.jsonl").write_text("{}\n{}\n")
+    code, _, err = run("train", "toy.yaml", "--dataset_metadata_path", "rows.jsonl", *words)
+    assert code == 65 and "rows.jsonl has no column image" in err and "it has none." in err
 
 
 @pytest.mark.parametrize("value, shown", [
@@ -373,6 +407,26 @@ def test_replay_of_a_run_whose_settings_are_damaged(world, run, text):
     Path("out/training_args.json").write_text(text)
     code, _, err = run("replay", "out", 1)
     assert code == 64 and "out/training_args.json" in err
+
+
+@pytest.mark.parametrize("damage", [b"0.5\xf0", b"x", b"", b"0.5,1"])
+def test_a_row_of_the_losses_that_is_damaged_is_left_out(world, run, damage):
+    words = ("train", "toy.yaml", "--save_steps", 1, "--resume", "auto", "--max_train_steps")
+    assert run(*words, 2)[0] == 0
+    head, first, second = Path("out/loss.csv").read_bytes().splitlines()
+    number, epoch, _, *others = second.split(b",")
+    Path("out/loss.csv").write_bytes(b"\n".join((head, first, b",".join((number, epoch, damage, *others)), b"")))
+    assert run(*words, 3)[0] == 0
+    assert [line.partition(",")[0] for line in Path("out/loss.csv").read_text().splitlines()] == ["step", "1", "3"]
+
+
+def test_a_pipe_in_place_of_the_lock(world, run):
+    assert run("train", "toy.yaml")[0] == 0
+    Path("out/.lock").unlink()
+    os.mkfifo("out/.lock")
+    for words in (("replay", "out", 1), ("train", "toy.yaml", "--resume", "auto")):
+        code, _, err = run(*words)
+        assert code == 74 and "out/.lock is not a regular file" in err
 
 
 @pytest.mark.parametrize("state", [{}, {"identity": {}}, {"epoch": "x"}, {"position": -5}, {"saved": [1]},

@@ -94,7 +94,17 @@ def test_several_machines(jobs, capsys, monkeypatch):
 def test_a_folder_that_cannot_be_written(jobs, capsys, tmp_path):
     (tmp_path / "logs").touch()
     code, err = launch(capsys, "--workers", "2", "--log_dir", "logs/x", *SCRIPT)
-    assert code == 74 and err.startswith("OutputError: log_dir=logs/x cannot be written to: Not a directory.")
+    assert code == 74 and err.startswith("OutputError: log_dir=logs/x cannot be written to: Not a directory. "
+                                          "Choose another log_dir.")
+    assert not jobs
+
+
+def test_the_output_path_of_a_training_that_cannot_be_written_is_named(jobs, capsys, tmp_path):
+    (tmp_path / "run").touch()
+    (tmp_path / "c.yaml").write_text("model: {family: toy, model_paths: m}\ndata: {dataset_base_path: d}\n"
+                                     "run: {output_path: run, num_epochs: 1}\n")
+    code, err = launch(capsys, "--workers", "2", "train", "c.yaml")
+    assert code == 74 and "log_dir=run/logs cannot be written to: Not a directory. Choose another output_path or" in err
     assert not jobs
 
 

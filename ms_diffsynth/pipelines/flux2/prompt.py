@@ -21,7 +21,8 @@ DEV_BEHIND = (4,)  # [/INST]
 
 def klein_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt for Qwen3. Raises: WeightError for another model's tokenizer."""
-    return _checked(tokenizer(TEMPLATE.format(prompt)).input_ids, BEFORE, BEHIND, "Qwen3", "FLUX.2-klein")
+    # without the last of BEFORE: line breaks that a prompt begins with become one token with the template's
+    return _checked(tokenizer(TEMPLATE.format(prompt)).input_ids, BEFORE[:-1], BEHIND, "Qwen3", "FLUX.2-klein")
 
 
 def dev_ids(tokenizer: Any, prompt: str) -> list[int]:

@@ -24,6 +24,8 @@ PREFIX = (151644, 8948, 198, 74785, 279, 2168, 553, 44193, 279, 1894, 11, 6083, 
 class TokenizePrompt(PipelineUnit):
     """The prompt in its template as token ids, without the template's prefix, which never changes.
 
+    Line breaks at the beginning of a prompt go with the prefix, as in both references.
+
     Shapes: prompt str -> prompt_ids int32 [1, L], prompt_mask float32 [1, L], all ones; L is at most
     pipe.max_sequence_length, and what is cut off is logged.
     """
@@ -34,7 +36,8 @@ class TokenizePrompt(PipelineUnit):
 
     def process(self, pipe, prompt):
         ids = pipe.tokenizer(TEMPLATE.format(prompt)).input_ids
-        if tuple(ids[:len(PREFIX)]) != PREFIX:
+        # without its last token: line breaks that a prompt begins with become one token with the template's
+        if tuple(ids[:len(PREFIX) - 1]) != PREFIX[:-1]:
             raise WeightError(f"the tokenizer turns Qwen-Image's template into {ids[:4]}..., expected "
                               f"{list(PREFIX[:4])}...: another model's. Give the tokenizer/ folder of Qwen-Image.")
         ids, most = ids[len(PREFIX):], pipe.max_sequence_length
