@@ -25,7 +25,12 @@ KINDS = {"graph": "ms_diffsynth, compiled", "off": "the same, native kernels tur
          "pynative": "ms_diffsynth, PyNative",
          "mindone": "mindone TrainStep, compiled", "torch": "PyTorch, eager", "torch_compile": "PyTorch, torch.compile"}
 TORCH = {"torch": "eager", "torch_compile": "compile"}
-WARM_UP = 12  # steps not counted: the first compiles, and for ten MindSpore tries numbers of threads for each kernel
+WARM_UP = 12  # calls not counted: the first compiles, and for ten MindSpore tries numbers of threads for each kernel
+
+
+def warm_up(model: str) -> int:
+    """Steps of a workload that are not counted."""
+    return max(1, WARM_UP // WORKLOADS[model].repeats)
 
 
 def environment(kind: str = "graph") -> dict[str, str]:
@@ -40,7 +45,7 @@ class Worker:
     """A contender: a process that makes one step per line it is sent, and is stopped in between."""
 
     def __init__(self, model: str, kind: str, weights: Path, torch_python: str | None, log: Path):
-        self.kind, self.answers, self.log = kind, [], log
+        self.model, self.kind, self.answers, self.log = model, kind, [], log
         command = ([torch_python, str(HERE / "worker_torch.py"), model, str(weights), TORCH[kind]] if kind in TORCH
                    else [sys.executable, str(HERE / "worker_ms.py"), model, str(weights),
                          "graph" if kind == "off" else kind])
@@ -63,9 +68,10 @@ class Worker:
         self.process.wait()
 
     def result(self) -> dict:
-        measured = [a["seconds"] for a in self.answers[WARM_UP:]]
+        counted = self.answers[warm_up(self.model):]
+        measured = [a["seconds"] for a in counted]
         return {"first_seconds": self.answers[0]["seconds"], "step_seconds": measured,
-                "cpu_seconds": [a["cpu_seconds"] for a in self.answers[WARM_UP:]],
+                "cpu_seconds": [a["cpu_seconds"] for a in counted],
                 "median": statistics.median(measured), "min": min(measured), "max": max(measured),
                 "peak_gb": self.answers[-1]["peak_gb"], "losses": [a["loss"] for a in self.answers]}
 
@@ -82,7 +88,7 @@ def measure(model: str, kinds: list[str], rounds: int, torch_python: str | None)
                 raise SystemExit(f"the weights cannot be written:\n{written.stderr[-3000:]}")
             for kind in kinds:
                 workers.append(Worker(model, kind, weights, torch_python, Path(folder) / f"{kind}.log"))
-                for _ in range(WARM_UP):
+                for _ in range(warm_up(model)):
                     workers[-1].step()
                 print(f"{kind}: first step after {workers[-1].answers[0]['seconds']:.1f} s", file=sys.stderr)
             for _ in range(rounds):

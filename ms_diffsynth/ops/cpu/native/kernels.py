@@ -1,7 +1,7 @@
 """The native kernels as MindSpore's operators, each with its shapes and its gradient.
 
 Imported only where `build.library` gives a library. Every function takes and returns float32, equal in PyNative and
-compiled; a kernel refuses other dtypes, and only linear layers cast them. A gradient is the ``bprop`` of a cell;
+compiled; a kernel refuses other dtypes, and only linear layers and low-rank products cast them. A gradient is the ``bprop`` of a cell;
 numbers travel as small Tensors, because an operator's attributes would need a library per value. There are no second
 derivatives. None of these functions has a condition, which a recomputed block cannot have (see `ops.network`).
 """
@@ -351,8 +351,9 @@ def linear_without_bias(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """y + x down up. Shapes: y [..., out], x [..., in], down [in, r], up [r, out] -> [..., out]."""
-    return _add_low_rank(y, x, down, up)[0]
+    """y + x down up, of any dtype. Shapes: y [..., out], x [..., in], down [in, r], up [r, out] -> [..., out], as y."""
+    tensors = y.astype(ms.float32), x.astype(ms.float32), down.astype(ms.float32), up.astype(ms.float32)
+    return _add_low_rank(*tensors)[0].astype(y.dtype)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
