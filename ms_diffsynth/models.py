@@ -41,6 +41,8 @@ SCALE: Kind = ("a number above 0", lambda value: type(value) in (int, float) and
 FLAG: Kind = ("true or false", lambda value: type(value) is bool)
 SIZES: Kind = ("a list of whole numbers from 1", lambda value: _is_list(value, lambda v: type(v) is int and v >= 1))
 NUMBERS: Kind = ("a list of numbers", lambda value: _is_list(value, lambda v: type(v) in (int, float)))
+SIDES: Kind = ("null, a whole number from 1, or two of them",
+               lambda value: value is None or SIZE[1](value) or (SIZES[1](value) and len(value) == 2))
 LIST: Kind = ("a list", lambda value: _is_list(value, lambda v: True))
 
 

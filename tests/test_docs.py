@@ -71,4 +71,6 @@ def test_the_table_of_extras_and_of_versions_is_that_of_setup():
         assert given["python_requires"] == f">=3.{minors[0]},<3.{minors[-1] + 1}"
         assert minors == list(range(minors[0], minors[-1] + 1))
         assert needs["mindspore"] == f">={least},<2.{int(most.split('.')[1]) + 1}"
+        tried = re.findall(r"(?m)^    python3 -m venv \S+ && \S+ install .* 'mindspore==2\.(\d+)\.\d+'$", text)
+        assert list(map(int, tried)) == list(range(int(least.split(".")[1]), int(most.split(".")[1]) + 1))
         assert needs["mindone"] == f"=={mindone}" and needs["numpy"] == f"<{int(numpy) + 1}"

@@ -96,7 +96,8 @@ def find_checkpoint(output_path: Path, resume: str) -> Checkpoint | None:
     """
     check_folder(output_path, resume)
     if resume not in ("auto", "none"):
-        return open_checkpoint_folder(resume)
+        with naming(f"resume={resume}"):
+            return open_checkpoint_folder(resume)
     found = latest(output_path / CHECKPOINTS)
     if found is None and (names := checkpoints_in(output_path)):
         raise CheckpointError(f"none of the {len(names)} checkpoints in {output_path / CHECKPOINTS} can be used "

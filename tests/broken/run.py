@@ -194,6 +194,7 @@ def judge(folder: Path, code: int | None, case: object) -> tuple[str, str]:
     if not found and not last and (folder / "stdout").is_file():
         last = (folder / "stdout").read_text("utf-8", "replace")[-600:]
     shown = [name.encode("utf-8", "backslashreplace").decode() for name in case.names if name]  # as stderr writes them
+    shown += [str(Path(name)) for name in shown]  # http://x is the path http:/x
     if code in (64, 65, 66, 69, 74, 77, 78) and not any(name in last for name in shown):
         return "names nothing", last[:600]
     return "", last

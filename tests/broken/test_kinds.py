@@ -123,6 +123,7 @@ def test_a_setting_that_a_newer_version_wrote_is_a_warning(world, run, caplog):
     ("ddpm_unet", "unet", {"mid_block_scale_factor": "x"}, "mid_block_scale_factor"),
     ("ddpm_unet", "unet", {"block_out_channels": 8}, "block_out_channels"),
     ("ddpm_unet", "unet", {"norm_num_groups": 0}, "norm_num_groups"),
+    ("ddpm_unet", "unet", {"sample_size": [32]}, "sample_size"),
     ("ddpm_unet", "scheduler", {"clip_sample_range": [1]}, "clip_sample_range"),
     ("ddpm_unet", "scheduler", {"num_train_timesteps": -1}, "num_train_timesteps"),
 ])
@@ -442,6 +443,11 @@ def test_a_checkpoint_that_a_script_saved(world, run, state):
     code, _, err = run("train", "toy.yaml", "--output_path", "other", "--resume", "own/step-00000001",
                        "--max_train_steps", 2)
     assert code == 78 and "own/step-00000001" in err
+
+
+def test_a_folder_that_is_no_checkpoint_is_named_with_its_setting(world, run):
+    code, _, err = run("train", "toy.yaml", "--resume", ".")
+    assert code == 78 and "resume=." in err and "is not a checkpoint" in err
 
 
 def test_a_manifest_of_a_cache_that_another_program_wrote(world, run):

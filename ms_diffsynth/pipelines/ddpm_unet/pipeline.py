@@ -20,7 +20,7 @@ from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.formats.weights import save_sharded
-from ms_diffsynth.models import SCHEDULER_FILE, SIZES, Component, arguments
+from ms_diffsynth.models import SCHEDULER_FILE, SIDES, SIZES, Component, arguments
 from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipeline import Pipeline, SamplingDefaults, UnitSequence
@@ -51,7 +51,7 @@ def build_unet(config: dict[str, Any]):
 
 
 COMPONENTS = (Component(name="unet", folder="unet", class_name="UNet2DModel", build=build_unet,
-                        reads={"block_out_channels": SIZES}),)
+                        reads={"block_out_channels": SIZES, "sample_size": SIDES}),)
 
 
 class UnconditionalImagePipeline(Pipeline):
