@@ -39,10 +39,11 @@ class Emulated(Library):
         line = " ".join(map(str, [name, dtype.decode(), len(arrays), *sizes])) + "\n"
         self.process.stdin.write(line.encode() + b"".join(x.tobytes() for x in arrays))
         self.process.stdin.flush()
-        status = int(self.process.stdout.readline())
+        status = self.process.stdout.readline()
+        assert status, f"the emulated process ended in {name}"
         for x in arrays:
             x[...] = np.frombuffer(self.process.stdout.read(x.nbytes), np.float32).reshape(x.shape)
-        return status
+        return int(status)
 
 
 def native(folder):
