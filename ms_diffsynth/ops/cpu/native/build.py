@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import mindspore as ms
@@ -187,12 +187,16 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def _command(onednn: Path, compiler: list[str], flags: Iterable[str], made: Path) -> list[str]:
+    return [*compiler, *flags, f"-DONEDNN={onednn.name[-1]}", str(HERE / "kernels.cc"), "-o", str(made),
+            f"-L{onednn.parent}", f"-l:{onednn.name}", "-lpthread"]
+
+
 def _build(onednn: Path, compiler: list[str], path: Path) -> None:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=".building-", dir=path.parent) as temporary:
         made = Path(temporary) / path.name
-        _run([*compiler, *FLAGS, f"-DONEDNN={onednn.name[-1]}", str(HERE / "kernels.cc"), "-o", str(made),
-              f"-L{onednn.parent}", f"-l:{onednn.name}", "-lpthread"])
+        _run(_command(onednn, compiler, FLAGS, made))
         _run([sys.executable, "-I", str(HERE / "selftest.py"), str(onednn), str(made)])
         content = made.read_bytes()
         with open(made, "wb") as file:

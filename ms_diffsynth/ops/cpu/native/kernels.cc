@@ -15,6 +15,7 @@ using namespace msd;
 
 #define SIMD _Pragma("omp simd")
 #define SIMD_SUM(...) _Pragma(SIMD_TEXT(omp simd reduction(+ : __VA_ARGS__)))
+#define SIMD_MAX(x) _Pragma(SIMD_TEXT(omp simd reduction(max : x)))
 #define SIMD_TEXT(...) #__VA_ARGS__
 #define KERNEL(name)                                                                                                 \
   static void name##_body(const Arguments &a);                                                                       \
@@ -68,6 +69,18 @@ inline float fast_exp(float x) {
   float power;
   std::memcpy(&power, &bits, 4);
   return x < -87.33654f ? 0.0f : p * power;
+}
+// A float as an integer of the same order, and back: clang makes vectors of the largest of integers, of floats none.
+inline int32_t to_ordered(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits ^ (bits >> 31 & INT32_MAX);
+}
+inline float from_ordered(int32_t bits) {
+  bits ^= bits >> 31 & INT32_MAX;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 

@@ -28,16 +28,19 @@ class Library:
              dtype: bytes = b"float32") -> list[np.ndarray]:
         outputs = [np.full(shape, np.nan, np.float32) for shape in shapes]
         arrays = [np.ascontiguousarray(x, np.float32) for x in inputs] + outputs
+        if status := self.run(name, arrays, dtype):
+            raise RuntimeError(f"{name} returned {status}")
+        return outputs
+
+    def run(self, name: str, arrays: list[np.ndarray], dtype: bytes) -> int:
+        """The kernel's status. It writes into the arrays: outputs, and for the optimizer inputs too."""
         count = len(arrays)
         sizes = [(ctypes.c_int64 * max(1, array.ndim))(*array.shape) for array in arrays]
-        status = getattr(self.functions, name)(
+        return getattr(self.functions, name)(
             count, (ctypes.c_void_p * count)(*[array.ctypes.data for array in arrays]),
             (ctypes.c_int * count)(*[array.ndim for array in arrays]),
             (ctypes.c_void_p * count)(*[ctypes.addressof(size) for size in sizes]),
             (ctypes.c_char_p * count)(*[dtype] * count), None, None)
-        if status:
-            raise RuntimeError(f"{name} returned {status}")
-        return outputs
 
 
 def check(library: Library) -> None:
