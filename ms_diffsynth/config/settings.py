@@ -141,10 +141,20 @@ class ObjectiveSection:
         choices=("epsilon", "v_prediction", "sample"), configures="task")
     snr_gamma: float | None = _setting(None, "denoising diffusion: gamma of the min-SNR loss weights, such as 5; "
                                        "null = none", "0 < snr_gamma <= 1000000", configures="task")
-    random_flip: bool = _setting(False, "denoising diffusion: mirror images at random, anew at every step",
+    random_flip: bool = _setting(False, "denoising diffusion, autoencoder: mirror images at random, anew at every step",
                                  configures="task")
-    posterior: str | None = _setting(None, "what is taken of the VAE's posterior; null = sample for dreambooth, mean "
-                                     "for sft", choices=("mean", "sample"), configures="task")
+    posterior: str | None = _setting(None, "what is taken of the VAE's posterior; null = mean for sft, sample for "
+                                     "dreambooth and autoencoder", choices=("mean", "sample"), configures="task")
+    mse_weight: float = _setting(2.0, "autoencoder: weight of the squared error; that of the absolute error is 1",
+                                 "0 <= mse_weight <= 1000000", configures="task")
+    perceptual_weight: float = _setting(0.15, "autoencoder: weight of the distance between features of "
+                                        "EfficientNet-Lite0 (extra [eval]); 0 = none",
+                                        "0 <= perceptual_weight <= 1000000", configures="task")
+    kl_weight: float = _setting(3e-4, "autoencoder: weight of the posterior's KL divergence from a normal distribution",
+                                "0 <= kl_weight <= 1000000", configures="task")
+    crop_size: int | None = _setting(None, "autoencoder: sides in pixels of a square cut out of every image at random, "
+                                     "anew at every step; null = whole images", "1 <= crop_size <= 16384",
+                                     configures="task")
 
 
 def _optimizer(default: Any, help: str, range: str = "", **options: Any) -> Any:

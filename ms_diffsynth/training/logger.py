@@ -183,7 +183,8 @@ class ModelLogger:
         """Save what was trained, on the first rank only; with a moving average also ``<name>-ema.safetensors``.
 
         When that is the whole network of a family that diffusers loads as one (unconditional images), the folder is
-        made what `from_pretrained` loads, with the moving average if there is one.
+        made what `from_pretrained` loads, with the moving average if there is one. So is the folder of each model that
+        the task saves.
         """
         self.saved_at = self.num_steps
         beat(self.num_steps + 1, "save")
@@ -194,6 +195,7 @@ class ModelLogger:
                     self._save(model, file_name.replace(".safetensors", "-ema.safetensors"))
                 if model.is_whole_pipeline:
                     model.pipe.update_pretrained(self.output_path)
+                model.save_models(self.output_path)
             self._remove_old_saves()
             if self.after_save is not None:
                 self.after_save()

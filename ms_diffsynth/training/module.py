@@ -12,17 +12,18 @@ from ms_diffsynth.diffusion.tasks import Task
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, TrainingError, listing, naming, nearest
 from ms_diffsynth.formats.lora import load_adapter, save_adapter
-from ms_diffsynth.formats.weights import save_state_dict
+from ms_diffsynth.formats.weights import save_sharded, save_state_dict
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.adapters import Adapter, adapter as adapter_called, adapter_of, formats
 from ms_diffsynth.nn.adapters.contract import Uniform
 from ms_diffsynth.nn.adapters.layer import adapted_layers
-from ms_diffsynth.nn.names import to_numpy, torch_parameters, trainable_parameters
+from ms_diffsynth.nn.names import state_dict, to_numpy, torch_parameters, trainable_parameters
 from ms_diffsynth.nn.quant import store_models_8bit
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
 from ms_diffsynth.storage.cache import Entry, digest_of
+from ms_diffsynth.storage.files import stage_folder
 from ms_diffsynth.template.units import attach_template
 from ms_diffsynth.training.losses import FlowMatchSFTLoss
 
@@ -239,6 +240,17 @@ class DiffusionTrainingModule:
                          scale=next(cell.scale for cell in cells.values()), prefix=prefix, metadata=metadata or {})
         else:
             save_state_dict(path, self.export_trainable_state_dict(remove_prefix), metadata)
+
+    def save_models(self, folder: Path) -> None:
+        """Write the models that the task saves, as far as they are trained whole: ``<folder>/vae`` with config.json and
+        weights, as diffusers loads it. Raises: OutputError.
+        """
+        for name in set(self.pipe.objective.saved_models) & set(self.trainable):
+            component = self.pipe.store.component(name)
+            config = {k: v for k, v in self.pipe.config(name).items() if k[0] != "_"}
+            with stage_folder(folder / component.folder, replace=True) as stage:
+                save_sharded(Path(stage), state_dict(getattr(self.pipe, name)),
+                             config={"_class_name": component.class_name, **config})
 
     # -- from data to loss ---------------------------------------------------------------------------------------
 
