@@ -91,6 +91,9 @@ class DataSection:
     extra_inputs: str | None = _setting(None, "further columns to train on, with commas: edit_image, template_inputs")
     instance_prompt: str | None = _setting(None, "prompt of every image that has none of its own, or an empty one",
                                            holds="prompt")
+    caption_dropout: float | None = _setting(None, "share of samples, drawn anew at each step, that are trained with "
+                                             "an empty prompt: for guidance by two branches; null = none",
+                                             "0 < caption_dropout <= 1", configures="training")
     class_base_path: str | None = _place("folder of the class images of prior preservation")
     class_metadata_path: str | None = _place("metadata of the class images")
     class_prompt: str | None = _setting(None, "prompt of every class image that has none of its own",

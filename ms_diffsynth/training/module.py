@@ -23,7 +23,6 @@ from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.program import Cut
 from ms_diffsynth.storage.cache import Entry, digest_of
-from ms_diffsynth.storage.files import stage_folder
 from ms_diffsynth.template.units import attach_template
 from ms_diffsynth.training.losses import FlowMatchSFTLoss
 
@@ -245,12 +244,11 @@ class DiffusionTrainingModule:
         """Write the models that the task saves, as far as they are trained whole: ``<folder>/vae`` with config.json and
         weights, as diffusers loads it. Raises: OutputError.
         """
-        for name in set(self.pipe.objective.saved_models) & set(self.trainable):
+        for name in (name for name in self.pipe.objective.saved_models if name in self.trainable):
             component = self.pipe.store.component(name)
             config = {k: v for k, v in self.pipe.config(name).items() if k[0] != "_"}
-            with stage_folder(folder / component.folder, replace=True) as stage:
-                save_sharded(Path(stage), state_dict(getattr(self.pipe, name)),
-                             config={"_class_name": component.class_name, **config})
+            save_sharded(folder / component.folder, state_dict(getattr(self.pipe, name)), replace=True,
+                         config={"_class_name": component.class_name, **config})
 
     # -- from data to loss ---------------------------------------------------------------------------------------
 
@@ -315,6 +313,14 @@ class DiffusionTrainingModule:
         slots = self.pipe.run(units, given)
         self.pipe.check_widths(slots)
         return {name: to_numpy(slots[name])[0, ...] for name in names}  # an array, of a number too
+
+    def prepare_prompt(self, prompt: str, cut: Cut) -> dict[str, np.ndarray]:
+        """The slots that cross the cut and depend on the prompt alone, each without its batch axis; none where a
+        family's encoder reads prompt and image together.
+        """
+        apart, _ = cut.split(["prompt"])
+        return self._computed(apart, {"prompt": prompt},
+                              [name for unit in apart for name in unit.output_params if name in cut.cache])
 
     def padded_length(self, prompt: str, cut: Cut) -> int | None:
         """How long the slots of a prompt are that are padded, by its tokens; None where only a network could say."""
