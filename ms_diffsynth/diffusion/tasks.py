@@ -20,7 +20,7 @@ class Task(Protocol):
         prior_loss_weight: weight of the class images; None when there are none.
         level_draw: which of ``draws`` is the noise level, as int32 positions on the training grid; None when none is.
         metrics: further slots float32 [B] that its units write, which the validation tells beside the loss.
-        saved_models: models whose folder, as diffusers loads it, is written at every save where they are trained whole.
+        saved_models: models whose folder, as diffusers loads it, is written at every save.
     """
 
     inputs: tuple[str, ...]

@@ -241,10 +241,11 @@ class DiffusionTrainingModule:
             save_state_dict(path, self.export_trainable_state_dict(remove_prefix), metadata)
 
     def save_models(self, folder: Path) -> None:
-        """Write the models that the task saves, as far as they are trained whole: ``<folder>/vae`` with config.json and
-        weights, as diffusers loads it. Raises: OutputError.
+        """Write the models that the task saves, and of which something is trained: ``<folder>/vae`` with config.json
+        and weights, as diffusers loads it. Raises: OutputError.
         """
-        for name in (name for name in self.pipe.objective.saved_models if name in self.trainable):
+        roots = {name.split(".")[0] for name in self.trainable if name != self.lora_base_model}
+        for name in (name for name in self.pipe.objective.saved_models if name in roots):
             component = self.pipe.store.component(name)
             config = {k: v for k, v in self.pipe.config(name).items() if k[0] != "_"}
             save_sharded(folder / component.folder, state_dict(getattr(self.pipe, name)), replace=True,
