@@ -125,7 +125,7 @@ def train(family, model, images, output, *more):
 
 def test_it_learns_alike_in_both_modes_and_saves_what_diffusers_loads(tiny_model, images, tmp_path):
     model = tiny_model("flux") / "vae"  # nothing else is needed
-    assert train("flux", model, images, tmp_path / "graph", "--max_train_steps", "12") == 0
+    assert train("flux", model, images, tmp_path / "graph", "--max_train_steps", "12", "--save_steps", "12") == 0
     found = column(tmp_path / "graph")
     assert np.mean(found[-3:]) < 0.8 * np.mean(found[:3])
     assert train("flux", model, images, tmp_path / "eager", "--max_train_steps", "3", "--mode", "pynative",
@@ -135,9 +135,8 @@ def test_it_learns_alike_in_both_modes_and_saves_what_diffusers_loads(tiny_model
     table = list(csv.DictReader((tmp_path / "eager" / "validation.csv").open()))
     assert list(table[0]) == ["step", "loss", "psnr"] and float(table[-1]["psnr"]) > float(table[0]["psnr"])
 
-    (average,) = (tmp_path / "graph").glob("*-ema.safetensors")
-    average, saved = (open_checkpoint(path) for path in
-                      (average, tmp_path / "graph" / "vae" / "diffusion_pytorch_model.safetensors"))
+    average, saved = (open_checkpoint(tmp_path / "graph" / name) for name in
+                      ("step-12-ema.safetensors", "vae/diffusion_pytorch_model.safetensors"))
     weights = state_dict(FluxImagePipeline.from_pretrained(str(tmp_path / "graph" / "vae")).vae)
     assert set(weights) == set(saved.shapes) == set(average.shapes)
     for name, array in weights.items():
@@ -149,7 +148,7 @@ def test_a_run_that_was_cut_gives_the_bits_of_one_that_was_not(tiny_model, image
     assert train("toy", model, images, tmp_path / "whole", "--max_train_steps", "12", *without) == 0
     assert train("toy", model, images, tmp_path / "cut", "--max_train_steps", "5", *without) == 0
     assert train("toy", model, images, tmp_path / "cut", "--max_train_steps", "12", "--resume", "auto", *without) == 0
-    assert column(tmp_path / "cut") == column(tmp_path / "whole")
+    assert np.array_equal(column(tmp_path / "cut"), column(tmp_path / "whole"))
     for name in ("step-12.safetensors", "step-12-ema.safetensors", "vae/diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
