@@ -241,9 +241,11 @@ class DiffusionTrainingModule:
             save_state_dict(path, self.export_trainable_state_dict(remove_prefix), metadata)
 
     def save_models(self, folder: Path) -> None:
-        """Write the models that the task saves, and of which something is trained: ``<folder>/vae`` with config.json
-        and weights, as diffusers loads it. Raises: OutputError.
+        """Make ``folder`` what diffusers loads: the whole pipeline, where that is what is trained (unconditional
+        images); ``<folder>/vae`` of a VAE, with config.json, where the task saves it. Raises: OutputError.
         """
+        if self.is_whole_pipeline:
+            self.pipe.update_pretrained(folder)
         roots = {name.split(".")[0] for name in self.trainable if name != self.lora_base_model}
         for name in (name for name in self.pipe.objective.saved_models if name in roots):
             component = self.pipe.store.component(name)
