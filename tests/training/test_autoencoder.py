@@ -65,7 +65,7 @@ def test_loss_and_gradients_equal_float64(pipe):
     module = DiffusionTrainingModule()
     module.pipe = pipe
     module.switch_pipe_to_training_mode(pipe, trainable_models="vae", task="autoencoder",
-                                        objective=Autoencoder(crop_size=CROP, random_flip=True))
+                                        objective=Autoencoder(crop_size=CROP, random_flip=True, kl_weight=0.1))
     cut = module.training_cut(outputs=("loss", "sample_losses", "psnr"))
     assert cut.models("step") == ("vae",) and not cut.models("prepare")
     random = np.random.default_rng(1)
@@ -80,7 +80,7 @@ def test_loss_and_gradients_equal_float64(pipe):
     def reference(shift, direction=None):
         shifted = {name: w.astype(np.float64) + (shift * direction[name] if direction else 0)
                    for name, w in weights.items()}
-        return losses(Reference(shifted, 4, 8), eff, view.astype(np.float64), noise)
+        return losses(Reference(shifted, 4, 8), eff, view.astype(np.float64), noise, kl_weight=0.1)
 
     expected, image = reference(0)
     parameters = torch_parameters(pipe.vae)
