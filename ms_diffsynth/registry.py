@@ -33,6 +33,7 @@ TASKS = {
                      {"weighting_scheme": "diffsynth", "posterior": "mean", "guidance_scale": 1.0}),
     "dreambooth": TaskEntry("ms_diffsynth.diffusion.units:Objective",
                             {"weighting_scheme": "none", "posterior": "sample", "guidance_scale": 3.5}),
+    "autoencoder": TaskEntry("ms_diffsynth.diffusion.autoencoder:Autoencoder"),
     "direct_distill": TaskEntry("ms_diffsynth.diffusion.distillation:DirectDistillation", {"guidance_scale": 1.0}),
 }
 

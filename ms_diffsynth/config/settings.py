@@ -91,6 +91,9 @@ class DataSection:
     extra_inputs: str | None = _setting(None, "further columns to train on, with commas: edit_image, template_inputs")
     instance_prompt: str | None = _setting(None, "prompt of every image that has none of its own, or an empty one",
                                            holds="prompt")
+    caption_dropout: float | None = _setting(None, "share of samples, drawn anew at each step, that are trained with "
+                                             "an empty prompt: for guidance by two branches; null = none",
+                                             "0 < caption_dropout <= 1", configures="training")
     class_base_path: str | None = _place("folder of the class images of prior preservation")
     class_metadata_path: str | None = _place("metadata of the class images")
     class_prompt: str | None = _setting(None, "prompt of every class image that has none of its own",
@@ -141,10 +144,20 @@ class ObjectiveSection:
         choices=("epsilon", "v_prediction", "sample"), configures="task")
     snr_gamma: float | None = _setting(None, "denoising diffusion: gamma of the min-SNR loss weights, such as 5; "
                                        "null = none", "0 < snr_gamma <= 1000000", configures="task")
-    random_flip: bool = _setting(False, "denoising diffusion: mirror images at random, anew at every step",
+    random_flip: bool = _setting(False, "denoising diffusion, autoencoder: mirror images at random, anew at every step",
                                  configures="task")
-    posterior: str | None = _setting(None, "what is taken of the VAE's posterior; null = sample for dreambooth, mean "
-                                     "for sft", choices=("mean", "sample"), configures="task")
+    posterior: str | None = _setting(None, "what is taken of the VAE's posterior; null = mean for sft, sample for "
+                                     "dreambooth and autoencoder", choices=("mean", "sample"), configures="task")
+    mse_weight: float = _setting(2.0, "autoencoder: weight of the squared error; that of the absolute error is 1",
+                                 "0 <= mse_weight <= 1000000", configures="task")
+    perceptual_weight: float = _setting(0.15, "autoencoder: weight of the distance between features of "
+                                        "EfficientNet-Lite0 (extra [eval]); 0 = none",
+                                        "0 <= perceptual_weight <= 1000000", configures="task")
+    kl_weight: float = _setting(3e-4, "autoencoder: weight of the posterior's KL divergence from a normal distribution",
+                                "0 <= kl_weight <= 1000000", configures="task")
+    crop_size: int | None = _setting(None, "autoencoder: sides in pixels of a square cut out of every image at random, "
+                                     "anew at every step; null = whole images", "1 <= crop_size <= 16384",
+                                     configures="task")
 
 
 def _optimizer(default: Any, help: str, range: str = "", **options: Any) -> Any:

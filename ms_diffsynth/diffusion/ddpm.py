@@ -172,6 +172,7 @@ class DDPMObjective:
     posterior = "mean"
     prior_loss_weight = None
     level_draw = "timestep_index"
+    metrics = saved_models = ()
 
     def __post_init__(self):
         if self.prediction_type is not None:
@@ -195,6 +196,9 @@ class DDPMObjective:
         if name == "flip_draw":
             return random(name, "uniform", shape[:1])
         return Objective().draw(name, shape, grid_size, random)
+
+    def validated(self) -> DDPMObjective:
+        return self
 
     def units(self, pipe: Any, sigmas: np.ndarray) -> list[TensorUnit]:
         """As `diffusion.tasks.Task.units`."""

@@ -38,6 +38,7 @@ class DirectDistillation:
     posterior = "mean"
     prior_loss_weight = None
     level_draw = None
+    metrics = saved_models = ()
 
     def __str__(self) -> str:
         """The line that a run logs about it at its start."""
@@ -45,6 +46,9 @@ class DirectDistillation:
 
     def draw(self, name: str, shape: tuple[int, ...], grid_size: int, random: Random) -> np.ndarray:
         raise ProgramError(f"direct distillation draws nothing at a step: '{name}' is unknown.")
+
+    def validated(self) -> DirectDistillation:
+        return self
 
     def units(self, pipe, sigmas: np.ndarray) -> list[PipelineUnit | TensorUnit]:
         return [ReplayNoise(self.distill_steps), EmbeddedGuidance(self.guidance_scale),

@@ -6,7 +6,7 @@ from it inside the compiled step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mindspore as ms
 import numpy as np
@@ -43,6 +43,7 @@ class Objective:
 
     inputs = ()
     level_draw = "timestep_index"
+    metrics = saved_models = ()
 
     def __str__(self) -> str:
         """The line that a run logs about it at its start."""
@@ -67,6 +68,10 @@ class Objective:
         u = density.density(density_draw, self.density or self.weighting_scheme, self.logit_mean, self.logit_std,
                             self.mode_scale)
         return density.timestep_index(u, grid_size)
+
+    def validated(self) -> Objective:
+        """Without class images."""
+        return replace(self, prior_loss_weight=None)
 
     def units(self, pipe, sigmas: np.ndarray) -> list[TensorUnit]:
         """As `diffusion.tasks.Task.units`."""

@@ -37,6 +37,32 @@ class EfficientNetLite0(nn.Cell):
         return self.head(self.blocks(self.stem(pixels))).mean((2, 3))
 
 
+class PerceptualFeatures(nn.Cell):
+    """Pixels float32 [B, 3, H, W] in [-1, 1] to what four of the first layers see of them, float32.
+
+    Sides are multiples of 8. They are those of the stem, [B, 32, H/2, W/2], and of the last block of each of the next
+    three stages: 16 channels of the same size, 24 of a quarter and 40 of an eighth of the sides.
+    """
+
+    def __init__(self, weights: Mapping[str, np.ndarray]):
+        super().__init__()
+        self.stem = _Convolution(weights, "_conv_stem", "_bn0", stride=2)
+        stages, blocks = [], 0
+        for count, expansion, stride in _STAGES[:3]:
+            stages.append(nn.SequentialCell([_Block(weights, f"_blocks.{blocks + k}.", expansion,
+                                                    stride if k == 0 else 1, k > 0) for k in range(count)]))
+            blocks += count
+        self.stages = nn.CellList(stages)
+
+    def construct(self, pixels):
+        x = self.stem((pixels * 127.5 + 0.5) / 128)
+        found = (x,)
+        for stage in self.stages:
+            x = stage(x)
+            found = found + (x,)
+        return found
+
+
 class _Block(nn.Cell):
     """Expand, filter each channel, project; added to its input where the two have one shape."""
 

@@ -182,8 +182,7 @@ class ModelLogger:
     def save_model(self, accelerator: Any, model: Any, file_name: str) -> None:
         """Save what was trained, on the first rank only; with a moving average also ``<name>-ema.safetensors``.
 
-        When that is the whole network of a family that diffusers loads as one (unconditional images), the folder is
-        made what `from_pretrained` loads, with the moving average if there is one.
+        What diffusers loads from a folder is also written as one, with the moving average if there is one.
         """
         self.saved_at = self.num_steps
         beat(self.num_steps + 1, "save")
@@ -192,8 +191,7 @@ class ModelLogger:
             with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
                 if self.ema is not None:
                     self._save(model, file_name.replace(".safetensors", "-ema.safetensors"))
-                if model.is_whole_pipeline:
-                    model.pipe.update_pretrained(self.output_path)
+                model.save_models(self.output_path)
             self._remove_old_saves()
             if self.after_save is not None:
                 self.after_save()

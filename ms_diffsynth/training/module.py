@@ -12,12 +12,12 @@ from ms_diffsynth.diffusion.tasks import Task
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, TrainingError, listing, naming, nearest
 from ms_diffsynth.formats.lora import load_adapter, save_adapter
-from ms_diffsynth.formats.weights import save_state_dict
+from ms_diffsynth.formats.weights import save_sharded, save_state_dict
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.adapters import Adapter, adapter as adapter_called, adapter_of, formats
 from ms_diffsynth.nn.adapters.contract import Uniform
 from ms_diffsynth.nn.adapters.layer import adapted_layers
-from ms_diffsynth.nn.names import to_numpy, torch_parameters, trainable_parameters
+from ms_diffsynth.nn.names import state_dict, to_numpy, torch_parameters, trainable_parameters
 from ms_diffsynth.nn.quant import store_models_8bit
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.pipeline import Pipeline
@@ -240,6 +240,19 @@ class DiffusionTrainingModule:
         else:
             save_state_dict(path, self.export_trainable_state_dict(remove_prefix), metadata)
 
+    def save_models(self, folder: Path) -> None:
+        """Make ``folder`` what diffusers loads: the whole pipeline, where that is what is trained (unconditional
+        images); ``<folder>/vae`` of a VAE, with config.json, where the task saves it. Raises: OutputError.
+        """
+        if self.is_whole_pipeline:
+            self.pipe.update_pretrained(folder)
+        roots = {name.split(".")[0] for name in self.trainable if name != self.lora_base_model}
+        for name in (name for name in self.pipe.objective.saved_models if name in roots):
+            component = self.pipe.store.component(name)
+            config = {k: v for k, v in self.pipe.config(name).items() if k[0] != "_"}
+            save_sharded(folder / component.folder, state_dict(getattr(self.pipe, name)), replace=True,
+                         config={"_class_name": component.class_name, **config})
+
     # -- from data to loss ---------------------------------------------------------------------------------------
 
     def get_pipeline_inputs(self, data: dict[str, Any]) -> tuple[dict, dict, dict]:
@@ -303,6 +316,14 @@ class DiffusionTrainingModule:
         slots = self.pipe.run(units, given)
         self.pipe.check_widths(slots)
         return {name: to_numpy(slots[name])[0, ...] for name in names}  # an array, of a number too
+
+    def prepare_prompt(self, prompt: str, cut: Cut) -> dict[str, np.ndarray]:
+        """The slots that cross the cut and depend on the prompt alone, each without its batch axis; none where a
+        family's encoder reads prompt and image together.
+        """
+        apart, _ = cut.split(["prompt"])
+        return self._computed(apart, {"prompt": prompt},
+                              [name for unit in apart for name in unit.output_params if name in cut.cache])
 
     def padded_length(self, prompt: str, cut: Cut) -> int | None:
         """How long the slots of a prompt are that are padded, by its tokens; None where only a network could say."""

@@ -13,6 +13,7 @@ from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, DataError, UserError
 from ms_diffsynth.launch.worker import beat
 from ms_diffsynth.nn.ema import EMA
+from ms_diffsynth.pipeline import pad_prompts
 from ms_diffsynth.storage.checkpoint import Checkpoint
 from ms_diffsynth.training import state
 from ms_diffsynth.training.batches import Batches
@@ -74,6 +75,7 @@ class Trainer:
         self.is_eager = module.has_own_forward and self.own_forward is None
         self.cut = None if self.is_eager else self.own_forward.cut if self.own_forward else module.training_cut()
         self.dataset, self.class_dataset = self._rows(dataset, class_dataset)
+        self.no_caption = self._no_caption()
         needs_buckets = options.batch_size * accelerator.num_processes > 1 or class_dataset is not None
         planned = None if module.has_own_forward else self.get_ready(self.row_sets, needs_buckets)
         self.loader = Loader(self.dataset, options.batch_size, seed=options.seed, class_dataset=self.class_dataset,
@@ -129,6 +131,23 @@ class Trainer:
         if not isinstance(sets[0], CachedRows):
             self.module.pipe.compile_to_prepare(self.cut.prepare, sum(d.rows for d in self.row_sets.values()))
         return sets[0], sets[1]
+
+    def _no_caption(self) -> dict[str, Any]:
+        """What the step takes of an empty prompt, for caption dropout. Raises: ConfigError where that cannot be."""
+        if self.options.caption_dropout is None:
+            return {}
+        setting = f"caption_dropout={self.options.caption_dropout}"
+        if self.module.has_own_forward:
+            raise ConfigError(f"{setting} with {type(self.module).__name__}.forward: a forward of your own reads the "
+                              "prompts itself. Leave some of them empty there, and remove caption_dropout.")
+        pipe = self.module.pipe
+        found = self.module.prepare_prompt("", self.cut) if "prompt" in pipe.inputs else {}
+        if not found:
+            raise ConfigError(f"{setting}: nothing that {type(pipe).__name__} is trained on here depends on the prompt "
+                              "alone. Remove the setting.")
+        if isinstance(self.dataset, CachedRows):  # nothing else is prepared
+            pipe.unload_models(set(self.cut.models("prepare")) - set(self.cut.models("step")))
+        return found
 
     def _own_forward(self, dataset: Any) -> OwnForward | None:
         """The module's own forward, compiled. None where it has none, in PyNative, and where that cannot be: the price
@@ -308,11 +327,22 @@ class Trainer:
             slots = self.own_forward.slots(batch.items, randoms)
             shape = self.own_forward.latent_shape(slots)
         else:
-            slots = collate([item.slots for item in batch.items])
+            rows = [item.slots for item in batch.items]
+            if self.no_caption:
+                draw = random("caption_draw", "uniform", (len(rows),))
+                rows = [self._without_caption(row) if value < self.options.caption_dropout else row
+                        for row, value in zip(rows, draw)]
+            slots = collate(rows)
             shape = pipe.latent_shape(*batch.items[0].size)
         for name in self.cut.draws:
             slots[name] = pipe.objective.draw(name, (len(batch.items), *shape), len(pipe.sigmas), random)
         return [runtime.to_device(slots[name]) for name in (*self.cut.cache, *self.cut.draws)]
+
+    def _without_caption(self, slots: Mapping[str, Any]) -> dict[str, Any]:
+        """The slots of a row with those of an empty prompt, as long as its own."""
+        pipe = self.module.pipe
+        length = max((len(slots[name]) for name in pipe.padded_slots if name in slots), default=0)
+        return {**slots, **pad_prompts(pipe, self.no_caption, length)[0]}
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[bool]:

@@ -18,10 +18,11 @@ MAIN, OTHER = SimpleNamespace(is_main_process=True), SimpleNamespace(is_main_pro
 
 
 class Model:
-    is_whole_pipeline = False
-
     def __init__(self):
         self.saved = []
+
+    def save_models(self, folder):
+        """There are none."""
 
     def save(self, path, remove_prefix, metadata):
         path.write_bytes(b"weights")

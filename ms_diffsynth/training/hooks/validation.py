@@ -6,7 +6,6 @@ size, on the mode, on split training or on the number of devices.
 """
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
@@ -50,11 +49,9 @@ class Validation(Look):
         if module.has_own_forward:
             raise ConfigError(f"validation_steps={self.every} with {type(module).__name__}.forward: a forward of your "
                               "own draws its noise itself. Remove forward, or validation_steps.")
-        task = pipe.objective
-        if task.prior_loss_weight is not None:
-            task = dataclasses.replace(task, prior_loss_weight=None)
+        task = pipe.objective.validated()
         self.task, self.random = task, trainer.draws
-        self.cut = module.training_cut(task, outputs=("sample_losses",))
+        self.cut = module.training_cut(task, outputs=("sample_losses", *task.metrics))
         if not isinstance(self.dataset, PreparedRows):
             self.dataset = PreparedRows(self.dataset, module, self.cut)
         planned = trainer.get_ready({"validation": self.dataset})
@@ -65,7 +62,7 @@ class Validation(Look):
         else:  # positions on the training grid, evenly spread over it, and the columns of their losses
             self.levels = [int((k + 0.5) / LEVELS * len(pipe.sigmas)) for k in range(LEVELS)]
             self.names = [f"sigma_{pipe.sigmas[level]:.4f}" for level in self.levels]
-        self.columns = tuple(dict.fromkeys(["step", "loss", *self.names]))
+        self.columns = tuple(dict.fromkeys(["step", "loss", *task.metrics, *self.names]))
         if trainer.resumed_from is not None:
             rows = read_rows(run_folder(trainer.resumed_from) / FILE, trainer.logger.num_steps)
             if rows and set(rows[0]) == set(self.columns):  # otherwise they are of other levels
@@ -78,20 +75,22 @@ class Validation(Look):
     def look(self, trainer: Trainer) -> None:
         """Add the row of the present weights. Raises: OutputError."""
         step, began = trainer.logger.num_steps, time.perf_counter()
-        losses = np.array([self._losses(row) for row in range(self.dataset.rows)], np.float64)
-        loss = float(losses.mean())
-        self.rows.append({"step": step, "loss": loss, **dict(zip(self.names, losses.mean(axis=0).tolist()))})
+        # what the cut returns (sample_losses first), levels, all over the held-out images
+        means = np.mean([self._losses(row) for row in range(self.dataset.rows)], axis=0, dtype=np.float64)
+        loss, metrics = float(means[0].mean()), dict(zip(self.task.metrics, means[1:].mean(axis=1).tolist()))
+        self.rows.append({"step": step, "loss": loss, **metrics, **dict(zip(self.names, means[0].tolist()))})
         write_rows(trainer.logger.output_path / FILE, self.columns, [
             {name: f"{v:.9g}" if isinstance(v, float) else v for name, v in row.items()} for row in self.rows])
-        trainer.logger.scalars({"validation_loss": loss}, step)
-        trainer.logger.event("validation", loss=loss, images=self.dataset.rows,
+        trainer.logger.scalars({"validation_loss": loss, **metrics}, step)
+        trainer.logger.event("validation", loss=loss, **metrics, images=self.dataset.rows,
                              seconds=round(time.perf_counter() - began, 2))
         trainer.progress.shown["val"] = f"{loss:.4f}"
         first = f", {self.rows[0]['loss']:.4f} at step {self.rows[0]['step']}" if len(self.rows) > 1 else ""
-        trainer.progress.say(f"step {step}: validation loss {loss:.4f} of {self.dataset.rows} images{first}")
+        also = "".join(f", {name} {value:.2f}" for name, value in metrics.items())
+        trainer.progress.say(f"step {step}: validation loss {loss:.4f} of {self.dataset.rows} images{first}{also}")
 
-    def _losses(self, row: int) -> list[float]:
-        """The loss of one row at each level."""
+    def _losses(self, row: int) -> np.ndarray:
+        """The loss of one row, and each further metric, at each level: [1 + metrics, levels]."""
         still()
         pipe, prepared = self.dataset.module.pipe, self.dataset[row]
         slots = {name: array[None] for name, array in prepared.slots.items()}
@@ -103,5 +102,5 @@ class Validation(Look):
                                self.task.draw(name, shape, len(pipe.sigmas),
                                               lambda stream, *what, of=random: of(f"validation/{stream}", *what)))
             losses.append(self.loss_of(*[runtime.to_device(slots[name]) for name in (*self.cut.cache,
-                                                                                      *self.cut.draws)])[0])
-        return [float(loss.asnumpy()[0]) for loss in losses]
+                                                                                      *self.cut.draws)]))
+        return np.array([[float(value.asnumpy()[0]) for value in values] for values in losses]).T
