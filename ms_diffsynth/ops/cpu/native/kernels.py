@@ -1,9 +1,10 @@
 """The native kernels as MindSpore's operators, each with its shapes and its gradient.
 
 Imported only where `build.library` gives a library. Every function takes and returns float32, equal in PyNative and
-compiled; a kernel refuses other dtypes, and only linear layers and low-rank products cast them. A gradient is the ``bprop`` of a cell;
-numbers travel as small Tensors, because an operator's attributes would need a library per value. There are no second
-derivatives. None of these functions has a condition, which a recomputed block cannot have (see `ops.network`).
+compiled; a kernel refuses other dtypes, and only linear layers and low-rank products cast them. A gradient is the
+``bprop`` of a cell; numbers travel as small Tensors, because an operator's attributes would need a library per value.
+There are no second derivatives. None of these functions has a condition, which a recomputed block cannot have (see
+`ops.network`).
 """
 from __future__ import annotations
 
