@@ -21,7 +21,6 @@ import csv
 import hashlib
 import json
 import subprocess
-import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -36,16 +35,14 @@ CATS = ("1f638", "1f639", "1f63a", "1f63b", "1f63c", "1f63d", "1f63e", "1f63f", 
 COLUMNS = ("image", "prompt", "vendor", "name", "category")
 
 
-def unpacked(folder: Path, package: str) -> Path:
-    """The folder of an npm package, fetched when it is not there."""
-    name = package.lstrip("@").replace("/", "-").replace("@", "-")
-    if not (folder / name / "package").is_dir():
+def installed(folder: Path, package: str) -> Path:
+    """The folder of an npm package, fetched when it is not there. None of its scripts is run."""
+    place = folder / "node_modules" / package.rpartition("@")[0]
+    if not place.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / f"{name}.tgz").is_file():
-            subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True)
-        with tarfile.open(folder / f"{name}.tgz") as archive:
-            archive.extractall(folder / name, filter="data")
-    return folder / name / "package"
+        subprocess.run(["npm", "install", "--silent", "--ignore-scripts", "--no-save", "--no-audit", "--prefix",
+                        str(folder), *PACKAGES.values()], check=True)
+    return place
 
 
 def name_of(entry: dict[str, str]) -> str:
@@ -75,7 +72,7 @@ def square(path: Path) -> Image.Image:
 
 
 def main(folder: Path, packages: Path) -> None:
-    google, fluent = (unpacked(packages, PACKAGES[vendor]) for vendor in ("noto", "fluent"))
+    google, fluent = (installed(packages, PACKAGES[vendor]) for vendor in ("noto", "fluent"))
     entries = json.loads((google / "emoji.json").read_text(encoding="utf-8"))
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[dict[str, str]]] = {"train": [], "held_out": [], "cats": []}
