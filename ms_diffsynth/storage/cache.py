@@ -126,7 +126,7 @@ class Cache:
                 continue
             try:
                 tensors, metadata = read_header(path)
-                size, text = json.loads(metadata["size"]), metadata["text"]
+                size, text = parse_json(metadata["size"], None), metadata["text"]
             except (WeightError, KeyError, ValueError):  # it is not as long as its header says
                 cut.append(labels[key])
                 continue

@@ -21,6 +21,7 @@ from typing import Any
 from filelock import lock_descriptor  # not FileLock: before 4.2 it empties the file that says who holds it
 
 from ms_diffsynth.errors import OutputError
+from ms_diffsynth.formats.json_text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +102,10 @@ def _me() -> dict[str, Any]:
 def _read(file: int) -> dict[str, Any]:
     """Who wrote the lock file; nothing when it is empty, or half written this moment."""
     try:
-        owner = json.loads(os.pread(file, 4096, 0))
+        owner = parse_json(os.pread(file, 4096, 0))
     except ValueError:
         return {}
-    is_sound = isinstance(owner, dict) and isinstance(owner.get("pid"), int) and 0 < owner["pid"] < 2**31
+    is_sound = isinstance(owner.get("pid"), int) and 0 < owner["pid"] < 2**31
     return owner if is_sound else {}
 
 

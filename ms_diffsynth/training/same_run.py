@@ -13,6 +13,7 @@ from typing import Any
 
 from ms_diffsynth.config import SETTINGS, flat
 from ms_diffsynth.errors import CheckpointError, ConfigError, listing, naming, nearest
+from ms_diffsynth.formats.json_text import parse_json
 from ms_diffsynth.formats.weights import dtype_name
 from ms_diffsynth.program import Cut
 from ms_diffsynth.redact import without_secrets
@@ -81,7 +82,7 @@ def check_family(output_path: Path, resume: str, pipeline: str, accept: Collecti
         return
     path = output_path / CHECKPOINTS / names[-1] if resume == "auto" else Path(resume)
     try:
-        saved = json.loads((path / "state.json").read_text(encoding="utf-8"))["identity"]["pipeline"]
+        saved = parse_json((path / "state.json").read_bytes())["identity"]["pipeline"]
     except (OSError, ValueError, KeyError, TypeError):  # damaged: told when it is opened
         return
     if saved != pipeline and "pipeline" not in accept:

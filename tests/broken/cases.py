@@ -42,7 +42,10 @@ def text_for(random: random.Random, name: str) -> str:
         return random.choice(found.metadata["choices"])
     if found is not None and found.kind in (int, float) and random.random() < 0.3:
         bounds = [float(w) for w in found.metadata["range"].split() if re.fullmatch(r"-?[\d.e+-]+", w)] or [0]
-        bound = random.choice(bounds) + random.choice((-1, 0, 1))
+        bound, beyond = random.choice(bounds), random.choice((-1, 0, 1))
+        if name in ("max_train_steps", "num_epochs") and bound > 1:
+            beyond = 1  # what is not refused is trained for that long
+        bound += beyond
         return str(int(bound) if found.kind is int else bound)
     return random.choice(TEXTS)
 

@@ -421,6 +421,15 @@ def test_a_row_of_the_losses_that_is_damaged_is_left_out(world, run, damage):
     assert [line.partition(",")[0] for line in Path("out/loss.csv").read_text().splitlines()] == ["step", "1", "3"]
 
 
+@pytest.mark.parametrize("name", [".lock", "checkpoints/step-00000001/state.json"])
+def test_brackets_without_end_in_what_a_run_keeps(world, run, name):
+    assert run("train", "toy.yaml", "--save_steps", 1)[0] == 0
+    Path("out", name).write_text("[" * 4096)
+    code, _, err = run("train", "toy.yaml", "--resume", "auto", "--max_train_steps", 2)
+    assert code == (0 if name == ".lock" else 78), err
+    assert name == ".lock" or "step-00000001" in err
+
+
 def test_a_pipe_in_place_of_the_lock(world, run):
     assert run("train", "toy.yaml")[0] == 0
     Path("out/.lock").unlink()
