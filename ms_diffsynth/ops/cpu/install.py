@@ -13,6 +13,11 @@ from ms_diffsynth.ops.cpu.adamw import adamw_construct
 from ms_diffsynth.ops.cpu.sinusoid import get_timestep_embedding
 from ms_diffsynth.ops.cpu.source import adapt_imports
 
+if functional.HAS_NATIVE:
+    from ms_diffsynth.ops.cpu.native import blocks
+else:
+    blocks = None
+
 logger = logging.getLogger(__name__)
 
 KERNELS = ((mint, tensor), (mint, random), (mint.nn.functional, functional), (mint.nn.functional, spatial))
@@ -54,7 +59,7 @@ def install() -> None:
     ops.layer_norm, ops.rms_norm = functional.layer_norm, functional.rms_norm
     ops.flash_attention_score = attention.flash_attention_score
     ops.operations.nn_ops.FlashAttentionScore = attention.FlashAttentionScore
-    adapt_imports(MINDONE)
+    adapt_imports({**MINDONE, **blocks.METHODS} if blocks else MINDONE)
     _installed = True
     logger.debug("CPU kernels installed: %d functions of mindspore.mint, %d cells.", replaced, len(CELLS))
 

@@ -114,7 +114,9 @@ def _no_collection() -> Iterator[None]:
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Loads one module of mindone from its adapted text, then replaces the names ``after`` lists for it."""
+    """Loads one module of mindone from its adapted text, then replaces the names ``after`` lists for it; ``Class.method``
+    by what its function there makes of the original.
+    """
 
     after: dict[str, dict[str, object]] = {}
 
@@ -132,11 +134,14 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         vars(module).update({PREFIX + method: function for method, function in METHODS.items()})
         super().exec_module(module)
-        for name, value in self.after.get(module.__name__, {}).items():
-            if not hasattr(module, name):
-                raise AttributeError(f"{module.__name__} has no {name} for the CPU layer to replace: expected "
+        for path, value in self.after.get(module.__name__, {}).items():
+            owner, name = module, path
+            if "." in path:
+                owner, name = getattr(module, path.split(".")[0], None), path.split(".")[1]
+            if not hasattr(owner, name):
+                raise AttributeError(f"{module.__name__} has no {path} for the CPU layer to replace: expected "
                                      "mindone 0.5. Install mindone 0.5.")
-            setattr(module, name, value)
+            setattr(owner, name, value if owner is module else value(getattr(owner, name)))
 
 
 # mindone imports every model it has, some 700 modules, as soon as one is asked for. Only the families' networks and
