@@ -79,9 +79,11 @@ def configure(mode: str | None = None, device: str | None = None, *, jit_level: 
         device_memory: most GiB that MindSpore may take of an Ascend's memory; None is all. Read when the device is
             first used.
 
-    Raises: ConfigError for an unknown mode or device; DeviceError when the device cannot be used here.
+    Raises: ConfigError for an unknown mode or device, or with MindSpore's compile cache; DeviceError when the device
+        cannot be used here.
     """
     global _current
+    _refuse_compile_cache()
     mode = mode or _chosen.get("mode", "graph")
     if mode not in MODES:
         raise ConfigError(f"mode='{mode}': expected one of {', '.join(MODES)}.{nearest(mode, MODES)}")
@@ -107,6 +109,14 @@ def configure(mode: str | None = None, device: str | None = None, *, jit_level: 
     _current = Runtime(device=target, mode=mode, rank=rank, world_size=world_size,
                        jit_level=jit_level or (_current.jit_level if _current else "O0"))
     return _current
+
+
+def _refuse_compile_cache() -> None:
+    """MindSpore's cache of compiled graphs compares the code, not the numbers in it (2.10, 2026-11-30)."""
+    if os.environ.get("MS_COMPILER_CACHE_ENABLE") == "1" or ms.get_context("enable_compile_cache"):
+        raise ConfigError("MS_COMPILER_CACHE_ENABLE=1 (or enable_compile_cache=True): MindSpore would take a step that "
+                          "was compiled for other settings, without a word, because it compares the code alone. "
+                          "Expected its compile cache to be off. Unset MS_COMPILER_CACHE_ENABLE.")
 
 
 def current() -> Runtime:

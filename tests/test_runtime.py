@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import mindspore as ms
@@ -82,3 +85,37 @@ def test_the_environment(monkeypatch):
     monkeypatch.setenv("MS_DIFFSYNTH_MODEL_BASE_PATH", "/models")
     assert runtime.model_base_path() == "/models"
     assert 50 << 20 < runtime.peak_memory_bytes() < 1 << 40
+
+
+def test_a_compile_cache_is_refused(monkeypatch):
+    monkeypatch.setenv("MS_COMPILER_CACHE_ENABLE", "1")
+    with pytest.raises(ConfigError, match="Unset MS_COMPILER_CACHE_ENABLE"):
+        runtime.configure("graph", "CPU")
+
+
+STALE = """
+import sys
+import ms_diffsynth
+import numpy as np, mindspore as ms
+ms.set_context(mode=ms.GRAPH_MODE)
+
+class Times(ms.nn.Cell):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def construct(self, x):
+        return ms.ops.mul(x, self.factor)
+
+print(Times(float(sys.argv[1]))(ms.Tensor(np.ones(1, np.float32)))[0])
+"""
+
+
+def test_why_it_is_refused(tmp_path):
+    """Once this fails, a MindSpore compares constants too: see decision 68."""
+    script = tmp_path / "times.py"
+    script.write_text(STALE)
+    environment = os.environ | {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(tmp_path / "cache")}
+    found = [float(subprocess.run([sys.executable, str(script), factor], env=environment, cwd=tmp_path, check=True,
+                                  capture_output=True, text=True).stdout) for factor in ("2", "3")]
+    assert found == [2, 2]  # and not 2, 3
