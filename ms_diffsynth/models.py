@@ -18,7 +18,7 @@ import mindspore as ms
 from mindspore import nn
 
 from ms_diffsynth import runtime
-from ms_diffsynth.errors import HubError, UserError, WeightError, is_memory_short, is_mistake, listing, said
+from ms_diffsynth.errors import HubError, UserError, WeightError, is_memory_short, is_mistake, listing, nearest, said
 from ms_diffsynth.formats.json_text import is_of, read_json, shown, words_of
 from ms_diffsynth.formats.weights import match, open_checkpoint
 from ms_diffsynth.hub.download import ModelConfig
@@ -28,6 +28,7 @@ from ms_diffsynth.storage.files import sha256_of
 logger = logging.getLogger(__name__)
 
 SCHEDULER_FILE = "scheduler_config.json"
+SAMPLING_FILE = "sampling_config.json"  # beside model_index.json: what sampling and training do where they are not told
 LARGEST_NUMBER = 1 << 31  # of a config.json: a size that a tensor can have, and every rope_theta
 MOST_LAYERS = 1000  # the largest models have 100; a network of a million would take hours to be built, and fit no file
 
@@ -198,6 +199,25 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return config
 
 
+SAMPLING: dict[str, Kind] = {"cfg_scale": SCALE, "embedded_guidance": SCALE, "height": SIZE, "width": SIZE,
+                             "num_inference_steps": SIZE, "max_sequence_length": SIZE}
+
+
+def sampling_config(folder: Path) -> dict[str, Any]:
+    """sampling_config.json of a whole model: some of SAMPLING, which win over what its family does by default.
+
+    Empty where there is none. Raises: WeightError for a setting that there is not, or a value that it cannot be.
+    """
+    if not os.path.lexists(folder / SAMPLING_FILE):
+        return {}
+    config = read_config(folder, SAMPLING_FILE)
+    if odd := [key for key in config if key not in SAMPLING]:
+        raise WeightError(f"{folder / SAMPLING_FILE} says {listing(odd)}: expected some of {listing(SAMPLING, 10)}."
+                          f"{nearest(odd[0], SAMPLING)}")
+    _check_reads(config, folder / SAMPLING_FILE, {key: SAMPLING[key] for key in config})
+    return config
+
+
 def _check_reads(config: Mapping[str, Any], path: Path, reads: Mapping[str, Kind]) -> None:
     wrong = [f"{key}={shown(config[key]) if key in config else 'nothing'}: expected {words}"
              for key, (words, is_right) in reads.items() if not is_right(config.get(key))]
@@ -313,6 +333,7 @@ class ModelStore:
         weight_changes: name -> what was done to its weights after loading.
         trained: name -> weights of a training that it gets after it is loaded.
         scheduler_file: a scheduler_config.json that was given, or came with the network.
+        sampling_config: the sampling_config.json of a whole model that was given.
     """
 
     def __init__(self, components: Sequence[Component], dtype: ms.Type, owner: str,
@@ -326,6 +347,7 @@ class ModelStore:
         self.weight_changes: dict[str, list[str]] = {}
         self.trained: dict[str, list[Trained]] = {}
         self.scheduler_file: Path | None = None
+        self.sampling_config: dict[str, Any] = {}
         self._digests: dict[Source, str] = {}  # of the files of each model: ten gigabytes are read once
         self._configs: dict[tuple[Path, str], dict[str, Any]] = {}  # each file is read once: every batch asks for them
 
@@ -372,6 +394,7 @@ class ModelStore:
             replace(config, origin_file_pattern=beside).resolve(runtime.model_base_path())
         if os.path.lexists(folder / "model_index.json") and paths[0].is_dir():
             self._read(folder, "model_index.json")  # no part of it is used, but it is said when it is damaged
+            self.sampling_config = sampling_config(folder)
             for component in self.components:
                 if (folder / component.folder).is_dir():
                     self.sources[component.name] = Source(folder / component.folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ ROWS_WORTH_COMPILING = 32
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
-    """What sampling does where it is not told otherwise.
+    """What sampling does where it is not told otherwise: a family's, unless the model's sampling_config.json says.
 
     Attributes:
         cfg_scale: of two-branch guidance; 1 is none.
@@ -526,11 +526,24 @@ class Pipeline:
             model_configs = [model_configs]
         for config in model_configs:
             pipe.store.add(config, pipe.network)
+        pipe.use_sampling_config(pipe.store.sampling_config)
         for name, config in tokenizer_configs.items():
             if config is not None:
                 paths = config.resolve(runtime.model_base_path())
                 pipe.sources[tokenizers[name]] = Source(paths[0] if paths[0].is_dir() else paths[0].parent)
         return pipe
+
+    def use_sampling_config(self, config: Mapping[str, Any]) -> None:
+        """Sample, and pad prompts, as the model says, where it says something else than its family.
+
+        Args:
+            config: as of `models.sampling_config`.
+        """
+        if config:
+            known = {item.name for item in fields(SamplingDefaults)}
+            self.sampling = replace(self.sampling, **{name: config[name] for name in config if name in known})
+        if "max_sequence_length" in config and hasattr(self, "max_sequence_length"):
+            self.max_sequence_length = config["max_sequence_length"]
 
     @classmethod
     def check_sampler(cls, name: str | None) -> str:

@@ -3,9 +3,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ms_diffsynth.errors import ConfigError, nearest
+from ms_diffsynth.formats.json_text import read_json
 
 if TYPE_CHECKING:
     from ms_diffsynth.pipeline import Family
@@ -17,6 +19,18 @@ FAMILIES = {
     "qwen_image": "ms_diffsynth.pipelines.qwen_image",
     "sd3": "ms_diffsynth.pipelines.sd3",
     "toy": "ms_diffsynth.pipelines.toy",
+}
+
+
+# ``_class_name`` in the model_index.json of a whole model -> its family
+MODEL_CLASSES = {
+    "DDPMPipeline": "ddpm_unet",
+    "Flux2KleinPipeline": "flux2",
+    "Flux2Pipeline": "flux2",
+    "FluxPipeline": "flux",
+    "QwenImagePipeline": "qwen_image",
+    "StableDiffusion3Pipeline": "sd3",
+    "ToyPipeline": "toy",
 }
 
 
@@ -62,6 +76,19 @@ def family(name: str) -> Family:
         raise ConfigError(f"family='{name}' is unknown: expected one of {', '.join(sorted(FAMILIES))}."
                           f"{nearest(name, FAMILIES)}")
     return import_module(FAMILIES[name]).FAMILY
+
+
+def family_of(folder: Path) -> str:
+    """Name of the family of a whole model. Raises: ConfigError where its model_index.json tells none."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        raise ConfigError(f"{folder} has no model_index.json, which tells the family of a model: expected the folder "
+                          "of a diffusers-format model. Say the family too: FAMILY MODEL.")
+    class_name = read_json(file, ConfigError, "Download it again.").get("_class_name")
+    if class_name not in MODEL_CLASSES:
+        raise ConfigError(f"{file} describes a {class_name}: expected one of {', '.join(sorted(MODEL_CLASSES))}. Say "
+                          "the family too, if it is one: FAMILY MODEL.")
+    return MODEL_CLASSES[class_name]
 
 
 def entry(where: str) -> Any:

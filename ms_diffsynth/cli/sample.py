@@ -16,10 +16,11 @@ from ms_diffsynth.config.setting import out_of_range
 from ms_diffsynth.config.settings import SETTINGS
 from ms_diffsynth.data.prompts import prompt_problem
 from ms_diffsynth.diffusion.schedule import check_strength
-from ms_diffsynth.errors import ConfigError, DataError, OutputError, naming, shortened
+from ms_diffsynth.errors import ConfigError, DataError, OutputError, listing, naming, nearest, shortened
 from ms_diffsynth.formats.json_text import NotJSON, parse_json
+from ms_diffsynth.hub.bundled import bundled, names
 from ms_diffsynth.pipelines.shared.tiles import Tiles
-from ms_diffsynth.registry import FAMILIES, family
+from ms_diffsynth.registry import FAMILIES, family, family_of
 
 RANGES = {name: SETTINGS[name].metadata["range"] for name in ("num_inference_steps", "height", "width",
                                                               "max_sequence_length")} | {
@@ -30,8 +31,10 @@ RANGES = {name: SETTINGS[name].metadata["range"] for name in ("num_inference_ste
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, prompts, and how to sample."""
-    parser.add_argument("family", metavar="FAMILY", help=f"one of {', '.join(sorted(FAMILIES))}")
-    parser.add_argument("model", type=path_argument, metavar="MODEL", help="folder of a diffusers-format model")
+    parser.usage = "ms-diffsynth sample [FAMILY] MODEL [--prompt PROMPT] [--flag value ...]"
+    parser.add_argument("model", nargs="+", type=path_argument, metavar="MODEL",
+                        help="folder of a diffusers-format model, or emoji-flux, which the package brings; before it, "
+                             f"where the model does not tell its family, one of {', '.join(sorted(FAMILIES))}")
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--count", type=int, help="how many, of a family without prompts (default: 16)")
     parser.add_argument("--weights", type=path_argument,
@@ -70,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Generate the images, and write each when it is there."""
     _check(args)
+    args.family, args.model = _family_and_model(args.model)
     chosen = family(args.family)
     from ms_diffsynth import runtime
     from ms_diffsynth.data.images import png_bytes
@@ -112,6 +116,23 @@ def execute(args: argparse.Namespace) -> int:
             write_file(path, png_bytes(image))
             sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _family_and_model(given: list[Path]) -> tuple[str, Path]:
+    """The arguments FAMILY, which may be left out, and MODEL. Raises: ConfigError when that is not what they are."""
+    if len(given) > 2:
+        raise ConfigError(f"{len(given)} arguments, {listing(given, 5)}: expected a model, or a family and a model. "
+                          "Put quotes around a prompt, after --prompt.")
+    model = bundled(given[-1]) or given[-1]
+    if len(given) == 2:
+        return str(given[0]), model
+    if not model.exists():
+        if str(model) in FAMILIES:
+            raise ConfigError(f"{model} is a family: expected a model too, as in: ms-diffsynth sample {model} FOLDER.")
+        known = names()
+        raise ConfigError(f"MODEL {model} does not exist: expected a folder, or {' or '.join(known) or 'nothing else'}."
+                          f"{nearest(str(model), known)}")
+    return family_of(model), model
 
 
 def _with_prompts(args: argparse.Namespace, pipe: Any, same: dict[str, Any]) -> Iterator[Image.Image]:

@@ -106,8 +106,9 @@ class DataSection:
     height: int | None = _setting(None, "height in pixels; null with width = dynamic resolution",
                                   "1 <= height <= 16384")
     width: int | None = _setting(None, "width in pixels; null with height = dynamic resolution", "1 <= width <= 16384")
-    max_pixels: int = _setting(1048576, "most pixels of an image, height times width, in dynamic resolution; larger "
-                               "ones are shrunk", "1 <= max_pixels <= 268435456")
+    max_pixels: int | None = _setting(None, "most pixels of an image, height times width, in dynamic resolution; "
+                                      "larger ones are shrunk; null = the model's own size, else 1048576",
+                                      "1 <= max_pixels <= 268435456")
     buckets: int | None = _setting(None, "most sizes in dynamic resolution, each of which is a compilation; null = as "
                                    "few as keep images near their shapes, at most 8, and 1 with class images",
                                    "1 <= buckets <= 1000")

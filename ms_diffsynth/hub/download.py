@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
 
 from ms_diffsynth.errors import ConfigError, HubError, WeightError, listing, nearest
 from ms_diffsynth.hub import modelscope_download
+from ms_diffsynth.hub.bundled import bundled
 from ms_diffsynth.storage.files import sha256_of
 
 # huggingface_hub < 1 raises errors of requests, which are OSErrors; 1 and 2 those of httpx, which are not
@@ -50,7 +51,8 @@ class ModelConfig:
     """Names the files of one model.
 
     Args:
-        path: a file, a folder, a glob pattern or a list of these; nothing else is looked at when it is given.
+        path: a file, a folder, the name of a bundled model (``"emoji-flux"``), a glob pattern or a list of these;
+            nothing else is looked at when it is given.
         model_id: "owner/name" of a repository.
         origin_file_pattern: which of its files: "", "./" or None is all of them, "x/" the folder x, anything else a
             pattern in which ``*`` stays within one folder.
@@ -161,7 +163,7 @@ def parse_model_id_with_origin_paths(text: str) -> list[ModelConfig]:
 def _local(sources: list[str | os.PathLike[str]]) -> list[Path]:
     found: list[Path] = []
     for source in sources:
-        path = Path(source)
+        path = bundled(source) or Path(source)
         paths = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(source)))]
         if not paths:
             there = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []

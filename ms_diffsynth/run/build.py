@@ -27,6 +27,7 @@ from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import TASKS, family
+from ms_diffsynth.run.pipeline import most_pixels
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.template.units import trained_template_cache
 from ms_diffsynth.training.module import DiffusionTrainingModule
@@ -166,15 +167,17 @@ def _resize(config: TrainConfig, sets: DataSets) -> None:
     shapes = [*sizes["images"], *sizes.get("class images", ())]
     if data.height:
         buckets, remedy = [Bucket(data.height, data.width)], "Leave out height and width: images then keep their shapes"
-        if data.max_pixels != SETTINGS["max_pixels"].default:
+        if data.max_pixels:
             logger.warning("max_pixels=%d is not used: height and width are set. Leave them out to use it.",
                            data.max_pixels)
     else:
-        buckets = choose_buckets(shapes, data.max_pixels, factor, _most_buckets(config))
-        more = len(buckets) < len({own_bucket(*size, data.max_pixels, factor) for size in shapes})
+        most = most_pixels(config)
+        buckets = choose_buckets(shapes, most, factor, _most_buckets(config))
+        more = len(buckets) < len({own_bucket(*size, most, factor) for size in shapes})
         remedy = (f"Set buckets={2 * len(buckets)} for more sizes, each of which is a compilation, or crop them"
                   if more else "Raise max_pixels, or crop them")
-        _warn_of_few_pixels(data.max_pixels, shapes)
+        if data.max_pixels:
+            _warn_of_few_pixels(data.max_pixels, shapes)
     for what, images in named.items():
         names = [images.label(row) for row in range(len(images.rows))]
         line, warnings = describe_fit(sizes[what], names, buckets, remedy)
@@ -208,10 +211,10 @@ def _warn_of_few_pixels(max_pixels: int, sizes: list[tuple[int, int]]) -> None:
 
 
 def _image_operator(config: TrainConfig, base: str, buckets: list[Bucket]) -> DataProcessingOperator:
-    data, factor = config.data, family(config.model.family).pipeline.division_factor
-    rule = {"max_pixels": data.max_pixels, "most": _most_buckets(config), "factor": factor}
+    data, factor, most = config.data, family(config.model.family).pipeline.division_factor, most_pixels(config)
+    rule = {"max_pixels": most, "most": _most_buckets(config), "factor": factor}
     return UnifiedDataset.default_image_operator(
-        base_path=base, max_pixels=data.max_pixels, height=data.height, width=data.width,
+        base_path=base, max_pixels=most, height=data.height, width=data.width,
         height_division_factor=factor, width_division_factor=factor, buckets=None if data.height else buckets,
         allow_outside_base=data.allow_outside_base, chosen_by=rule)
 
@@ -260,8 +263,8 @@ def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> t
         return sampler if size else None, []
     if not prompts:
         return None, []
-    side = math.isqrt(config.data.max_pixels)
-    usual = own_bucket(side, side, config.data.max_pixels, pipe.division_factor)
+    most = most_pixels(config)
+    usual = own_bucket(math.isqrt(most), math.isqrt(most), most, pipe.division_factor)
     if buckets := getattr(dataset, "buckets", ()):
         found = Counter(nearest_bucket(*dataset.image_size(row), buckets) for row in range(len(dataset.rows)))
         usual = found.most_common(1)[0][0]

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ms_diffsynth import runtime
@@ -9,7 +10,9 @@ from ms_diffsynth.config import SETTINGS, TrainConfig
 from ms_diffsynth.data.paths import path_problem
 from ms_diffsynth.errors import ConfigError, listing, naming, shortened
 from ms_diffsynth.formats.json_text import NotJSON, parse_json, shown
+from ms_diffsynth.hub.bundled import bundled
 from ms_diffsynth.hub.download import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
+from ms_diffsynth.models import sampling_config
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
 
@@ -58,6 +61,15 @@ def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None
                               "length. Remove it.")
         pipe.max_sequence_length = max_sequence_length
     return pipe
+
+
+def most_pixels(config: TrainConfig) -> int:
+    """Of an image in dynamic resolution: as set, or the model's own size, or that of most models: 1024 x 1024."""
+    if config.data.max_pixels:
+        return config.data.max_pixels
+    folder = config.model.model_paths or ""
+    own = sampling_config(bundled(folder) or Path(folder)) if folder and not folder.lstrip().startswith("[") else {}
+    return own["height"] * own["width"] if {"height", "width"} <= set(own) else 1024 * 1024
 
 
 def model_configs(model_paths: str | None, model_id_with_origin_paths: str | None) -> list[ModelConfig]:

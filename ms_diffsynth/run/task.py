@@ -15,7 +15,7 @@ from ms_diffsynth.config import TrainConfig, flat, to_yaml
 from ms_diffsynth.errors import CacheError, ConfigError, OutputError, naming
 from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_sampler
 from ms_diffsynth.run.checks import check_data, check_settings
-from ms_diffsynth.run.pipeline import build_pipeline
+from ms_diffsynth.run.pipeline import build_pipeline, most_pixels
 from ms_diffsynth.training import same_run
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.hooks.checkpoints import Checkpoints
@@ -43,7 +43,7 @@ def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> ModelLogger:
     """
     data, run = config.data, config.run
     kinds = (OutputError, CacheError) if data.cache_dir else ()
-    size = {"max_pixels": data.max_pixels} if data.height is None else {"height": data.height, "width": data.width}
+    size = {"max_pixels": most_pixels(config)} if data.height is None else {"height": data.height, "width": data.width}
     with runtime.memory_for(batch_size=run.batch_size, **size, sample_height=run.sample_height,
                             sample_width=run.sample_width), naming(f"cache_dir={data.cache_dir}", kinds):
         return _train(config, hooks)

@@ -18,7 +18,7 @@ from ms_diffsynth.errors import ConfigError, WeightError
     (["train", "--learning"], "Did you mean '--learning_rate'?"),
     (["describe", "--lora_ranks", "4"], "describe does not know --lora_ranks. Did you mean '--lora_rank'?"),
     (["sample", "toy", "m", "--prompt", "a", "--promt", "b"], "does not know --promt b. Did you mean '--prompt'?"),
-    (["sample", "toy"], "the following arguments are required: MODEL. See ms-diffsynth sample --help."),
+    (["sample", "toy"], "toy is a family: expected a model too, as in: ms-diffsynth sample toy FOLDER."),
     (["sample", "toy", "m", "--prompt", "a", "--height", "tall"], "argument --height: invalid int value: 'tall'."),
     (["tiny", "flx", "m"], "family='flx' is unknown: expected one of ddpm_unet, flux, flux2, qwen_image, sd3, toy. "
                          "Did you mean 'flux'?"),

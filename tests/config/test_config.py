@@ -42,7 +42,7 @@ def test_defaults():
     assert (config.model.family, config.data.dataset_base_path, config.run.num_epochs) == ("toy", "pictures", 1)
     assert config.model.lora_rank == 16 and config.model.fuse == () and config.model.lora_alpha is None
     assert config.optimizer.learning_rate == 1e-4 and config.run.seed == 42 and config.objective.posterior is None
-    assert config.data.max_pixels == 1048576 and config.run.mode == "graph"
+    assert config.data.max_pixels is None and config.run.mode == "graph"
 
 
 def test_names_are_unique_and_every_setting_has_help():

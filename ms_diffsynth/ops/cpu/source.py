@@ -114,8 +114,8 @@ def _no_collection() -> Iterator[None]:
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Loads one module of mindone from its adapted text, then replaces the names ``after`` lists for it; ``Class.method``
-    by what its function there makes of the original.
+    """Loads one module of mindone from its adapted text, then replaces the names ``after`` lists for it; a
+    ``Class.method`` by what its function there makes of the original.
     """
 
     after: dict[str, dict[str, object]] = {}

@@ -46,11 +46,11 @@ def resnet_block(original: Callable) -> Callable:
 
 
 def attention(original: Callable) -> Callable:
-    """``AttnProcessor2_0.__call__``: hidden_states [B, C, H, W] or [B, S, D], encoder_hidden_states [B, S', D'] or None."""
+    """``AttnProcessor2_0.__call__``: hidden_states [B, C, H, W] or [B, S, D], encoder_hidden_states [B, S', D']."""
 
     def call(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        if attention_mask is not None or attn.spatial_norm is not None or attn.norm_cross \
-                or attn.norm_q is not None or attn.norm_k is not None or not are_float32(hidden_states, attn.to_q.weight):
+        if attention_mask is not None or attn.spatial_norm is not None or attn.norm_cross or attn.norm_q is not None \
+                or attn.norm_k is not None or not are_float32(hidden_states, attn.to_q.weight):
             return original(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
         shape, tokens = hidden_states.shape, hidden_states
         if len(shape) == 4:
