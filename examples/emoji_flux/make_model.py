@@ -27,7 +27,7 @@ from ms_diffsynth import Draws, runtime
 from ms_diffsynth.data.images import to_pixels
 from ms_diffsynth.diffusion.schedule import FLUX_SCHNELL
 from ms_diffsynth.formats.weights import open_checkpoint, save_sharded
-from ms_diffsynth.models import SCHEDULER_FILE
+from ms_diffsynth.models import SAMPLING_FILE, SCHEDULER_FILE
 from ms_diffsynth.nn.names import assign, torch_shapes
 from ms_diffsynth.pipelines.flux.pipeline import COMPONENTS
 from ms_diffsynth.pipelines.shared.autoencoder_kl import build_autoencoder_kl
@@ -53,6 +53,7 @@ TRANSFORMER: dict[str, Any] = {
     "num_layers": 1, "num_single_layers": 5, "attention_head_dim": 64, "num_attention_heads": 4,
     "joint_attention_dim": T5["d_model"], "pooled_projection_dim": CLIP["hidden_size"], "guidance_embeds": False,
     "axes_dims_rope": [16, 24, 24]}
+SAMPLING = {"height": 64, "width": 64, "max_sequence_length": 16, "cfg_scale": 2.0, "num_inference_steps": 20}
 
 
 def vae_weights(shapes: dict[str, tuple[int, ...]], draws: Draws) -> dict[str, np.ndarray]:
@@ -138,7 +139,8 @@ def write_base(folder: Path, images: Path, trained: Path, seed: int) -> None:
         index[component.folder] = ["transformers" if is_encoder else "diffusers", component.class_name]
         print(f"{component.folder}: {sum(w.size for w in weights.values()):,} weights")
     (folder / "scheduler").mkdir(exist_ok=True)
-    for name, content in ((f"scheduler/{SCHEDULER_FILE}", FLUX_SCHNELL.to_config()), ("model_index.json", index)):
+    for name, content in ((f"scheduler/{SCHEDULER_FILE}", FLUX_SCHNELL.to_config()), ("model_index.json", index),
+                          (SAMPLING_FILE, SAMPLING)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -124,7 +124,7 @@ class DiffusionTrainingModule:
             return
         if lora_base_model:
             targets = lora_target_modules.split(",") if isinstance(lora_target_modules, str) else lora_target_modules
-            targets = [t for t in targets if t] or pipe.lora_target_modules
+            targets = [t.strip() for t in targets if t.strip()] or pipe.lora_target_modules
             model = getattr(pipe, lora_base_model)
             self.adapter.inject(model, targets, lora_rank, lora_alpha, lora_uniform)
             if lora_checkpoint:

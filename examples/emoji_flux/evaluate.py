@@ -1,0 +1,154 @@
+"""Measure what a model drew: images of prompts, and what DreamBooth taught of the cat and left of everything else.
+
+    python examples/emoji_flux/evaluate.py prompts emoji-flux data/emoji out/prompts
+    python examples/emoji_flux/evaluate.py cat emoji-flux data/emoji out/cat --lora runs/emoji-cat/step-300.safetensors
+
+An image is found again among all images of its style, as the VAE gives them back, by what EfficientNet-Lite0 sees in
+them: the cosine of features from which the mean of all is taken. Needs ``pip install '.[eval]'``.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mindspore import Tensor
+from PIL import Image
+
+from ms_diffsynth import FluxImagePipeline, runtime
+from ms_diffsynth.data.images import grid, to_pil, to_pixels
+from ms_diffsynth.evaluate.features import Describer
+from ms_diffsynth.evaluate.kid import floor, kid
+
+SEEN, SHOWN, COLUMNS = 200, 64, 8  # captions of training that are drawn; images in the grid, and in its row
+CAT_PROMPTS = ["a 3d render of sks cat"] * 4  # and the nine captions of the cat
+CLASS_PROMPTS = [f"a 3d render of {name}" for name in ("koala", "dog face", "panda", "pig face", "fox", "grinning face",
+                                                       "face with tears of joy", "crying face")]
+NEW_PROMPTS = ["a 3d render of sleeping sks cat", "a 3d render of sks cat with sunglasses"]
+
+
+class Emoji:
+    """The images of make_images.py, as the VAE gives them back, and their features [N, 1280]."""
+
+    def __init__(self, folder: Path, pipe: FluxImagePipeline):
+        self.rows = [row | {"split": split} for split in ("train", "held_out", "cats")
+                     for row in csv.DictReader((folder / f"{split}.csv").open(encoding="utf-8", newline=""))]
+        self.images = [rebuilt(pipe, Image.open(folder / row["image"])) for row in self.rows]
+        self.describe = Describer()
+        self.features = self.describe(self.images).features
+
+    def where(self, **wanted: str) -> np.ndarray:
+        """Indices of the rows that have these values."""
+        return np.array([k for k, row in enumerate(self.rows) if all(row[n] == v for n, v in wanted.items())])
+
+    def nearest(self, images: Sequence[Image.Image], pool: np.ndarray) -> np.ndarray:
+        """Of each image, the pool's indices from the most alike on: int [N, len(pool)]."""
+        mean = self.features[pool].mean(0)
+        known, found = unit(self.features[pool] - mean), unit(self.describe(images).features - mean)
+        return pool[np.argsort(-(found @ known.T), axis=1)]
+
+
+def unit(features: np.ndarray) -> np.ndarray:
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def rebuilt(pipe: FluxImagePipeline, image: Image.Image) -> Image.Image:
+    """An image after the VAE: no network can draw it better."""
+    moments = pipe.vae.encode(Tensor(to_pixels(image.convert("RGB"))[None]))[0].asnumpy()
+    return to_pil(pipe.vae.decode(Tensor(np.split(moments, 2, 1)[0]))[0].asnumpy()[0])
+
+
+def draw(pipe: FluxImagePipeline, prompts: Sequence[str], first_seed: int, **how: Any) -> list[Image.Image]:
+    return [pipe(prompt=prompt, seed=first_seed + k, **how) for k, prompt in enumerate(prompts)]
+
+
+def sheet(images: Sequence[Image.Image], names: Sequence[str], path: Path) -> None:
+    """Eight in a row, twice as large, their names above the row."""
+    large = [image.resize((2 * image.width, 2 * image.height), Image.Resampling.LANCZOS) for image in images]
+    parts = range(0, len(images), COLUMNS)
+    grid([large[k : k + COLUMNS] for k in parts],
+         captions=[" | ".join(names[k : k + COLUMNS]) for k in parts]).save(path, optimize=True)
+
+
+def prompts(pipe: FluxImagePipeline, emoji: Emoji, out: Path, seed: int, how: dict[str, Any]) -> dict[str, Any]:
+    """Retrieval of drawn captions, the style they are of, and KID; a grid of those seen in training."""
+    picked = {"seen": np.random.default_rng(0).permutation(emoji.where(split="train"))[:SEEN],
+              "held out": emoji.where(split="held_out")}
+    results: dict[str, Any] = {}
+    everything = np.arange(len(emoji.rows))
+    for name, rows in picked.items():
+        images = draw(pipe, [emoji.rows[k]["prompt"] for k in rows], seed, **how)
+        firsts, fives, styles = [], [], []
+        for image, k in zip(images, rows):
+            pool = emoji.where(vendor=emoji.rows[k]["vendor"])
+            names = [emoji.rows[j]["name"] for j in emoji.nearest([image], pool)[0, :5]]
+            firsts.append(names[0] == emoji.rows[k]["name"])
+            fives.append(emoji.rows[k]["name"] in names)
+            styles.append(emoji.rows[emoji.nearest([image], everything)[0, 0]]["vendor"] == emoji.rows[k]["vendor"])
+        real = emoji.features[emoji.where(split="train")]
+        results[name] = {
+            "captions": len(rows), "top 1": float(np.mean(firsts)), "top 5": float(np.mean(fives)),
+            "chance of top 5": 5 / 1000, "style right": float(np.mean(styles)),
+            "kid": kid(emoji.describe(images).features, real).value}
+        sheet(images[:SHOWN], [emoji.rows[k]["name"] for k in rows[:SHOWN]], out / f"{name.replace(' ', '_')}.png")
+    results["kid of real halves, up to"] = floor(real)[1]
+    return results
+
+
+def cat(pipe: FluxImagePipeline, emoji: Emoji, out: Path, lora: Path, seed: int, how: dict[str, Any]) -> dict[str, Any]:
+    """Before and after: is the nearest neighbour one of the nine cats, which of the nine, and what became of others."""
+    cats = emoji.where(split="cats")
+    table = Path(__file__).parents[1] / "data/dreambooth_cat_fluent/metadata.csv"
+    captions = {row["image"].removesuffix(".png"): row["caption"]
+                for row in csv.DictReader(table.open(encoding="utf-8", newline=""))}
+    expressions = [captions[emoji.rows[k]["image"].rpartition("_")[2].removesuffix(".png")] for k in cats]
+    asked = [*CAT_PROMPTS, *expressions]
+    pool = np.concatenate([emoji.where(vendor="fluent", split="train"), cats])
+    results: dict[str, Any] = {"cat prompts": len(asked), "expressions": len(expressions)}
+    classes: list[np.ndarray] = []
+    rows: list[list[Image.Image]] = []
+    for when in ("before", "after"):
+        if when == "after":
+            pipe.load_lora(None, lora)
+        images, others = draw(pipe, asked, seed, **how), draw(pipe, CLASS_PROMPTS, seed, **how)
+        new = draw(pipe, NEW_PROMPTS, seed, **how)
+        nearest = emoji.nearest(images, pool)[:, 0]
+        among = emoji.nearest(images[len(CAT_PROMPTS):], cats)[:, 0]
+        classes.append(unit(emoji.describe(others).features - emoji.features[pool].mean(0)))
+        results[when] = {"nearest is one of the cats": int(np.isin(nearest, cats).sum()),
+                         "expression right": int((among == cats).sum())}
+        rows.append([*images[len(CAT_PROMPTS) - 1:], *new, *others])
+    results["class images, cosine"] = {name: round(float(a @ b), 3) for name, a, b in zip(CLASS_PROMPTS, *classes)}
+    titles = [asked[len(CAT_PROMPTS) - 1], *expressions, *NEW_PROMPTS, *CLASS_PROMPTS]
+    for when, images in zip(("before", "after"), rows):
+        sheet(images, [title.removeprefix("a 3d render of ") for title in titles], out / f"{when}.png")
+    return results
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("prompts", "cat"))
+    parser.add_argument("model")
+    parser.add_argument("images", type=Path, help="the folder that make_images.py wrote")
+    parser.add_argument("out", type=Path, help="a folder, for grids and numbers")
+    parser.add_argument("--weights", type=Path, help="weights of a run, put into the model")
+    parser.add_argument("--lora", type=Path)
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--cfg_scale", type=float)
+    arguments = parser.parse_args()
+    runtime.configure("graph")
+    pipe = FluxImagePipeline.from_pretrained(arguments.model)
+    if arguments.weights:
+        pipe.load_weights(arguments.weights)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    emoji, how = Emoji(arguments.images, pipe), {"cfg_scale": arguments.cfg_scale}
+    if arguments.what == "cat":
+        found = cat(pipe, emoji, arguments.out, arguments.lora, arguments.seed, how)
+    else:
+        found = prompts(pipe, emoji, arguments.out, arguments.seed, how)
+    (arguments.out / "numbers.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=1))
