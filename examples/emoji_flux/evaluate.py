@@ -67,10 +67,9 @@ def draw(pipe: FluxImagePipeline, prompts: Sequence[str], first_seed: int, **how
 
 
 def sheet(images: Sequence[Image.Image], names: Sequence[str], path: Path) -> None:
-    """Eight in a row, twice as large, their names above the row."""
-    large = [image.resize((2 * image.width, 2 * image.height), Image.Resampling.LANCZOS) for image in images]
+    """Eight in a row, their names above the row."""
     parts = range(0, len(images), COLUMNS)
-    grid([large[k : k + COLUMNS] for k in parts],
+    grid([images[k : k + COLUMNS] for k in parts],
          captions=[" | ".join(names[k : k + COLUMNS]) for k in parts]).save(path, optimize=True)
 
 

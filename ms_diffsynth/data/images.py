@@ -295,13 +295,17 @@ def png_bytes(image: Image.Image, optimize: bool = False) -> bytes:
     return file.getvalue()
 
 
+READABLE = 128  # pixels: below images narrower than this there is no room for a title
+
+
 def grid(
     rows: Sequence[Image.Image] | Sequence[Sequence[Image.Image]],
     captions: Sequence[str] | None = None,
     columns: int | None = None,
     titles: Sequence[str] | None = None,
 ) -> Image.Image:
-    """A contact sheet on white: images in rows, each row below its caption (such as "before", "after").
+    """A contact sheet on white: images in rows, each row below its caption (such as "before", "after"). Images that
+    are all narrower than READABLE pixels are shown a whole number of times as large.
 
     Args:
         rows: rows of images; or one list of images, which is broken into rows of ``columns``.
@@ -319,6 +323,9 @@ def grid(
     for name, texts, count in (("captions", captions, len(rows)), ("titles", titles, across)):
         if texts is not None and len(texts) != count:
             raise DataError(f"{len(texts)} {name} were given for a grid of {count}; expected one each. Correct {name}")
+    scale = max(1, READABLE // max(image.width for row in rows for image in row))
+    rows = [[image.resize((scale * image.width, scale * image.height), Image.Resampling.LANCZOS) if scale > 1 else image
+             for image in row] for row in rows]
     cell_width = max(image.width for row in rows for image in row)
     cell_height = max(image.height for row in rows for image in row)
     text = min(28, max(11, cell_width // 14))  # pixels, the height of the letters

@@ -115,21 +115,21 @@ def test_grid_holds_every_picture_whole_and_apart():
     places = []
     for colour in colours:
         y, x = np.nonzero((sheet == colour).all(2))
-        assert len(y) == 64 * 48 and np.ptp(y) == 47 and np.ptp(x) == 63
+        assert len(y) == 128 * 96 and np.ptp(y) == 95 and np.ptp(x) == 127  # small images twice as large
         places.append((y.min(), x.min()))
-    assert places[0][0] == places[1][0] < places[2][0] - 48 and places[0][1] == places[2][1] < places[1][1] - 64
-    right = sheet.shape[1] - (places[1][1] + 64)
+    assert places[0][0] == places[1][0] < places[2][0] - 96 and places[0][1] == places[2][1] < places[1][1] - 128
+    right = sheet.shape[1] - (places[1][1] + 128)
     assert places[0][1] == right  # even margins
     for edge in (sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]):
         assert (edge == 255).all()
-    above, below = sheet[:places[0][0]], sheet[places[2][0] + 48:]
+    above, below = sheet[:places[0][0]], sheet[places[2][0] + 96:]
     assert (above < 200).any() and (below < 200).any()  # caption and titles are there
 
 
 def test_grid_breaks_a_list_into_rows():
-    pictures = [Image.new("RGB", (20, 20), (0, 0, 0))] * 5
+    pictures = [Image.new("RGB", (130, 20), (0, 0, 0))] * 5
     assert grid(pictures).height < grid(pictures, columns=2).height
-    assert (np.asarray(grid(pictures, columns=2)) == 0).all(2).sum() == 5 * 400
+    assert (np.asarray(grid(pictures, columns=2)) == 0).all(2).sum() == 5 * 130 * 20
 
 
 def test_grid_refuses():
