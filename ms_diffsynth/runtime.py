@@ -218,10 +218,19 @@ def versions() -> dict[str, str]:
         found["kernels"] = kernels()
     if current().device == "Ascend":
         found["device"] = ms.hal.get_device_name(0)
-        home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
-        found["cann"] = _version_in(Path(home or ASCEND / "ascend-toolkit/latest") / "compiler" / "version.info")
-        found["driver"] = _version_in(ASCEND / "driver" / "version.info")
+        found |= {"cann": cann_version(), "driver": driver_version()}
     return found
+
+
+def cann_version() -> str:
+    """Of the CANN that the environment names, or the usual place has; ``unknown`` where there is none."""
+    home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+    return _version_in(Path(home or ASCEND / "ascend-toolkit/latest") / "compiler" / "version.info")
+
+
+def driver_version() -> str:
+    """Of the NPU's driver; ``unknown`` where there is none."""
+    return _version_in(ASCEND / "driver" / "version.info")
 
 
 def kernels() -> str:
