@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from ms_diffsynth import __version__
 from ms_diffsynth.cli.run_main import run_main
 from ms_diffsynth.config.flags import Parser
 from ms_diffsynth.errors import ConfigError, nearest, shortened
@@ -34,6 +35,7 @@ def parser(command: str | None) -> Parser:
                  epilog="Every kind of error, by the word its message begins with, and every exit code are in "
                         "docs/reference/errors.md.")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    top.add_argument("--version", action="version", version=f"ms-diffsynth {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -59,6 +61,9 @@ def _run(arguments: list[str]) -> int:
     if command is not None and command not in COMMANDS:
         raise ConfigError(f"'{shortened(command)}' is an unknown command: expected one of {', '.join(COMMANDS)}."
                           f"{nearest(command, COMMANDS)}")
+    if set(arguments) <= {"--debug"}:
+        parser(None).print_help()
+        return 0
     args = parser(command).parse_args(arguments)
     return args.execute(args)
 

@@ -1,8 +1,12 @@
 """Commands, flags and exit codes."""
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
+from ms_diffsynth import __version__
 from ms_diffsynth.cli.main import COMMANDS, main
 from ms_diffsynth.cli.run_main import run_main
 from ms_diffsynth.config.flags import training_parser
@@ -11,7 +15,6 @@ from ms_diffsynth.errors import ConfigError, WeightError
 
 @pytest.mark.parametrize("words, expected", [
     (["trian"], f"'trian' is an unknown command: expected one of {', '.join(COMMANDS)}. Did you mean 'train'?"),
-    ([], "COMMAND"),
     (["train", "--learning_rat", "1"],
      "train does not know --learning_rat. Did you mean '--learning_rate'? See ms-diffsynth train --help."),
     (["train", "--learning_rat=1"], "Did you mean '--learning_rate'?"),
@@ -83,3 +86,17 @@ def test_the_parser_of_training_scripts():
         with pytest.raises(ConfigError, match=expected):
             parser.parse_args(words)
     assert "--num_epochs INT" in parser.format_help() and "(default: 1)" in parser.format_help()
+
+
+def test_without_arguments_the_help_is_printed(run):
+    code, out, _ = run()
+    assert code == 0 and all(f"    {name} " in out for name in COMMANDS) and "--version" in out
+
+
+def test_the_version_by_command_and_by_module(run, tmp_path):
+    expected = f"ms-diffsynth {__version__}\n"
+    module = subprocess.run([sys.executable, "-m", "ms_diffsynth", "--version"], capture_output=True, text=True)
+    assert (module.returncode, module.stdout) == (0, expected)
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
