@@ -101,8 +101,8 @@ def prompts(pipe: FluxImagePipeline, emoji: Emoji, out: Path, seed: int, how: di
 def cat(pipe: FluxImagePipeline, emoji: Emoji, out: Path, lora: Path, seed: int, how: dict[str, Any]) -> dict[str, Any]:
     """Before and after: is the nearest neighbour one of the nine cats, which of the nine, and what became of others."""
     cats = emoji.where(split="cats")
-    table = Path(__file__).parents[1] / "data/dreambooth_cat_fluent/metadata.csv"
-    captions = {row["image"].removesuffix(".png"): row["caption"]
+    table = Path(__file__).parents[1] / "data/dreambooth_cat_fluent/expressions.csv"
+    captions = {row["image"].removesuffix(".png"): row["prompt"]
                 for row in csv.DictReader(table.open(encoding="utf-8", newline=""))}
     expressions = [captions[emoji.rows[k]["image"].rpartition("_")[2].removesuffix(".png")] for k in cats]
     asked = [*CAT_PROMPTS, *expressions]

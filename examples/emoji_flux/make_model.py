@@ -70,13 +70,28 @@ def vae_weights(shapes: dict[str, tuple[int, ...]], draws: Draws) -> dict[str, n
 
 
 def t5_weights(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """From variance 1 / fan-in to T5's own: embeddings of 1, and queries small, for its scores are not divided."""
+    """From variance 1 / fan-in: queries small, for T5's scores are not divided; embeddings, and what is added to them,
+    small too. An optimizer that moves every weight by about as much then teaches a word that comes in two captions of
+    2,000: with T5's own embeddings of variance 1 it had moved by 3 % after 4,000 steps.
+    """
     def factor(name: str) -> float:
         if name.endswith(("shared.weight", "embed_tokens.weight")):
-            return math.sqrt(T5["d_model"])
+            return 0.05 * math.sqrt(T5["d_model"])
         if name.endswith("relative_attention_bias.weight"):
             return math.sqrt(T5["num_heads"] / T5["d_model"])
+        if name.endswith((".o.weight", ".wo.weight")):
+            return 0.1
         return 1 / math.sqrt(T5["d_kv"]) if name.endswith(".q.weight") else 1.0
+
+    return {name: np.float32(array * factor(name)) for name, array in weights.items()}
+
+
+def clip_weights(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same of CLIP: embeddings of standard deviation 0.02, as its authors began."""
+    def factor(name: str) -> float:
+        if name.endswith("embedding.weight"):
+            return 0.02 * math.sqrt(CLIP["hidden_size"])
+        return 0.2 if name.endswith(("out_proj.weight", "fc2.weight")) else 1.0
 
     return {name: np.float32(array * factor(name)) for name, array in weights.items()}
 
@@ -123,7 +138,7 @@ def write_base(folder: Path, images: Path, trained: Path, seed: int) -> None:
     mean, deviation = measure(vae, images)
     save_sharded(folder / "vae", weights, config={**VAE, "shift_factor": mean, "scaling_factor": 1 / deviation},
                  replace=True)
-    made = {"text_encoder_1": ({**CLIP, "vocab_size": len(build_clip_tokenizer(folder / "tokenizer"))}, dict),
+    made = {"text_encoder_1": ({**CLIP, "vocab_size": len(build_clip_tokenizer(folder / "tokenizer"))}, clip_weights),
             "text_encoder_2": ({**T5, "vocab_size": len(build_t5_tokenizer(folder / "tokenizer_2"))}, t5_weights),
             "dit": (TRANSFORMER, transformer_weights)}
     index: dict[str, Any] = {"_class_name": "FluxPipeline", "_diffusers_version": "0.35.2",
