@@ -21,6 +21,7 @@ COMMANDS = {
     "replay": "make a recorded step of a run again, and find where it stopped being finite",
     "cache": "inspect a cache of split training, or remove entries that are no longer needed",
     "describe": "print a run's two halves as straight-line code, loading no weights",
+    "report": "one page of HTML about a run, or about several beside each other",
     "evaluate": "compare generated images with real ones, and look for copies",
     "push": "publish a folder on a hub",
     "template": "look at a template's code, or pack a trained one to share it",

@@ -1,4 +1,4 @@
-"""What a run leaves behind: loss.csv, events.jsonl, checkpoints, sample images, the loss curve."""
+"""What a run leaves behind: loss.csv, events.jsonl, checkpoints, sample images, the loss curve, report.html."""
 from __future__ import annotations
 
 import contextlib
@@ -22,10 +22,12 @@ from ms_diffsynth.errors import ConfigError, OutputError, listing
 from ms_diffsynth.launch.worker import beat
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.redact import redact, without_secrets
+from ms_diffsynth.report.page import write_report
 from ms_diffsynth.storage.files import append_line, write_file
 
 logger = logging.getLogger(__name__)
 
+NEWS = ("saved", "samples", "validation", "evaluation")  # events after which there is more to see in a report
 COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "is_skipped", "seconds")
 
 
@@ -68,6 +70,7 @@ class ModelLogger:
         self.checkpoint: Path | None = None
         self.after_save: Callable[[], None] | None = None
         self.ema: EMA | None = None
+        self._has_news, self._report_from = False, 0  # of report.html, and the step from which it is written anew
         self._events = threading.Lock()  # an upload tells of itself from a thread of its own
         self._summary_writer: Any = None
         self._tensorboard: Any = None
@@ -122,6 +125,23 @@ class ModelLogger:
         record = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self._events:
             append_line(self.output_path / "events.jsonl", json.dumps(without_secrets(record), allow_nan=False))
+        self._has_news |= event in NEWS
+        if event in ("end", "stopped"):
+            self.write_report()
+
+    def refresh_report(self) -> None:
+        """Write report.html anew when there is something new to see, at most once in 2 % more steps."""
+        if self._has_news and self.num_steps >= self._report_from:
+            self.write_report()
+
+    def write_report(self) -> None:
+        """Write report.html. A run is never ended by that: what goes wrong is a warning."""
+        self._has_news, self._report_from = False, self.num_steps + max(1, self.num_steps // 50)
+        try:
+            write_report([self.output_path])
+        except Exception as error:
+            logger.warning("report.html is not written: %s. Training goes on; ms-diffsynth report %s writes it later.",
+                           error, self.output_path)
 
     def log_step(self, record: dict[str, Any]) -> None:
         """Append one optimizer step to loss.csv (and TensorBoard); ``record`` has the keys of COLUMNS."""

@@ -250,6 +250,7 @@ class Trainer:
                     self._tell_time_to_prepare()
                     for hook in self.hooks:
                         hook.after_step(self)
+                    logger.refresh_report()
                 if is_stopping.is_failed:
                     self.failure = self.batches.failure or DataError(_ANOTHER_RANK)
                 elif self.is_done:
