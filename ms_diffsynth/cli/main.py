@@ -24,6 +24,7 @@ COMMANDS = {
     "report": "one page of HTML about a run, or about several beside each other",
     "evaluate": "compare generated images with real ones, and look for copies",
     "push": "publish a folder on a hub",
+    "schema": "print what a configuration file may say, as JSON Schema, for editors",
     "template": "look at a template's code, or pack a trained one to share it",
     "tiny": "write a tiny model with random weights, for first runs and tests",
     "parity": "compare with recorded cases of the PyTorch reference implementations",
