@@ -10,6 +10,7 @@ package ``emoji`` (BSD). What is written:
     images/           <vendor>_<code points>.png
     train.csv         image, prompt, vendor, name, category: what is trained on
     held_out.csv      the same of images that are not: of 2 % of the names both vendors' images, of 5 % one vendor's
+    base.csv, base_held_out.csv   those of faces, animals, food: what the base model is trained on; the VAE on all
     cats.csv          nine faces of a cat, which examples/data/dreambooth_cat_fluent teaches: never trained on here
 
 The split depends on the name alone, so it is the same everywhere.
@@ -32,6 +33,7 @@ PACKAGES = {"noto": "emoji-datasource-google@16.0.0", "fluent": "@lobehub/fluent
 STYLES = {"noto": "an emoji of", "fluent": "a 3d render of"}
 CATEGORIES = ("Smileys & Emotion", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
 CATS = ("1f638", "1f639", "1f63a", "1f63b", "1f63c", "1f63d", "1f63e", "1f63f", "1f640")
+OF_THE_BASE = CATEGORIES[:3]
 COLUMNS = ("image", "prompt", "vendor", "name", "category")
 
 
@@ -91,6 +93,8 @@ def main(folder: Path, packages: Path) -> None:
             split = "cats" if vendor == "fluent" and code in CATS else split_of(name, vendor)
             rows[split].append({"image": file, "prompt": f"{STYLES[vendor]} {name}", "vendor": vendor, "name": name,
                                 "category": entry["category"]})
+    for split, name in (("train", "base"), ("held_out", "base_held_out")):
+        rows[name] = [row for row in rows[split] if row["category"] in OF_THE_BASE]
     for split, found in rows.items():
         with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)

@@ -50,7 +50,7 @@ T5: dict[str, Any] = {
     "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
 TRANSFORMER: dict[str, Any] = {
     "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 64, "out_channels": None,
-    "num_layers": 1, "num_single_layers": 5, "attention_head_dim": 64, "num_attention_heads": 4,
+    "num_layers": 1, "num_single_layers": 5, "attention_head_dim": 64, "num_attention_heads": 3,
     "joint_attention_dim": T5["d_model"], "pooled_projection_dim": CLIP["hidden_size"], "guidance_embeds": False,
     "axes_dims_rope": [16, 24, 24]}
 SAMPLING = {"height": 64, "width": 64, "max_sequence_length": 16, "cfg_scale": 2.0, "num_inference_steps": 20}
