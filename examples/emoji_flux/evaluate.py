@@ -35,7 +35,7 @@ class Emoji:
     """The images of make_images.py, as the VAE gives them back, and their features [N, 1280]."""
 
     def __init__(self, folder: Path, pipe: FluxImagePipeline):
-        self.rows = [row | {"split": split} for split in ("train", "held_out", "cats")
+        self.rows = [row | {"split": split} for split in ("base", "base_held_out", "cats")
                      for row in csv.DictReader((folder / f"{split}.csv").open(encoding="utf-8", newline=""))]
         self.images = [rebuilt(pipe, Image.open(folder / row["image"])) for row in self.rows]
         self.describe = Describer()
@@ -75,8 +75,8 @@ def sheet(images: Sequence[Image.Image], names: Sequence[str], path: Path) -> No
 
 def prompts(pipe: FluxImagePipeline, emoji: Emoji, out: Path, seed: int, how: dict[str, Any]) -> dict[str, Any]:
     """Retrieval of drawn captions, the style they are of, and KID; a grid of those seen in training."""
-    picked = {"seen": np.random.default_rng(0).permutation(emoji.where(split="train"))[:SEEN],
-              "held out": emoji.where(split="held_out")}
+    picked = {"seen": np.random.default_rng(0).permutation(emoji.where(split="base"))[:SEEN],
+              "held out": emoji.where(split="base_held_out")}
     results: dict[str, Any] = {}
     everything = np.arange(len(emoji.rows))
     for name, rows in picked.items():
@@ -88,10 +88,10 @@ def prompts(pipe: FluxImagePipeline, emoji: Emoji, out: Path, seed: int, how: di
             firsts.append(names[0] == emoji.rows[k]["name"])
             fives.append(emoji.rows[k]["name"] in names)
             styles.append(emoji.rows[emoji.nearest([image], everything)[0, 0]]["vendor"] == emoji.rows[k]["vendor"])
-        real = emoji.features[emoji.where(split="train")]
+        real = emoji.features[emoji.where(split="base")]
         results[name] = {
             "captions": len(rows), "top 1": float(np.mean(firsts)), "top 5": float(np.mean(fives)),
-            "chance of top 5": 5 / 1000, "style right": float(np.mean(styles)),
+            "chance of top 5": round(5 / len(pool), 4), "style right": float(np.mean(styles)),
             "kid": kid(emoji.describe(images).features, real).value}
         sheet(images[:SHOWN], [emoji.rows[k]["name"] for k in rows[:SHOWN]], out / f"{name.replace(' ', '_')}.png")
     results["kid of real halves, up to"] = floor(real)[1]
@@ -106,7 +106,7 @@ def cat(pipe: FluxImagePipeline, emoji: Emoji, out: Path, lora: Path, seed: int,
                 for row in csv.DictReader(table.open(encoding="utf-8", newline=""))}
     expressions = [captions[emoji.rows[k]["image"].rpartition("_")[2].removesuffix(".png")] for k in cats]
     asked = [*CAT_PROMPTS, *expressions]
-    pool = np.concatenate([emoji.where(vendor="fluent", split="train"), cats])
+    pool = np.concatenate([emoji.where(vendor="fluent", split="base"), cats])
     results: dict[str, Any] = {"cat prompts": len(asked), "expressions": len(expressions)}
     classes: list[np.ndarray] = []
     rows: list[list[Image.Image]] = []
