@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -74,3 +77,18 @@ def test_the_table_of_extras_and_of_versions_is_that_of_setup():
         tried = re.findall(r"(?m)^    python3 -m venv \S+ && \S+ install .* 'mindspore==2\.(\d+)\.\d+'$", text)
         assert list(map(int, tried)) == list(range(int(least.split(".")[1]), int(most.split(".")[1]) + 1))
         assert needs["mindone"] == f"=={mindone}" and needs["numpy"] == f"<{int(numpy) + 1}"
+
+
+def test_the_site_is_built_without_a_warning_and_asks_no_other_server(tmp_path):
+    """Every link and anchor, by mkdocs' own check; every public name has its section."""
+    import ms_diffsynth
+    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)], cwd=ROOT,
+                          env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {p.relative_to(tmp_path).parent.as_posix(): p.read_text() for p in tmp_path.rglob("index.html")}
+    assert len(pages) >= len(list((ROOT / "docs").rglob("*.md"))) + 3
+    for name in set(ms_diffsynth.__all__) - {"StaticLossScaler"}:
+        assert f".{name}\"" in pages["reference/api"], name
+    asked = {address for text in pages.values() for address in re.findall(r'(?:src|href)="(https?://[^"]+)"', text)
+             if not re.search(rf'<a [^>]*href="{re.escape(address)}"', text)}
+    assert not asked
