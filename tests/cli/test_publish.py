@@ -61,7 +61,8 @@ def test_what_was_trained_can_be_downloaded(run, config, hub, monkeypatch, tmp_p
             "step-4.safetensors"]
     assert files(got) == [".gitattributes", *sent]
     assert all((got / name).read_bytes() == Path("out", name).read_bytes() for name in sent)
-    assert files("out") == sorted([*sent, "config.yaml", "events.jsonl", "loss.csv", "loss.png", "training_args.json"])
+    assert files("out") == sorted([*sent, "config.yaml", "events.jsonl", "loss.csv", "loss.png", "report.html",
+                                    "training_args.json"])
     told = [event for event in events() if event["event"].startswith("upload_")]
     assert told[0]["event"] == "upload_begun" and told[0]["upload"] == "step 2"
     assert told[-1]["event"] == "upload_finished" and told[-1]["url"] == last.split()[-1]
@@ -79,8 +80,8 @@ def test_a_hub_that_fails_costs_nothing(run, config, hub, fault):
     hub.fail("POST", times=999, **fault)
     code, _, err = run("train", config, *QUICK)
     assert code == 0 and names_of(events())[-1] == "upload_failed" and "end" in names_of(events())
-    assert files("out") == ["README.md", "config.yaml", "events.jsonl", "loss.csv", "loss.png", "step-2.safetensors",
-                            "step-4.safetensors", "training_args.json"]
+    assert files("out") == ["README.md", "config.yaml", "events.jsonl", "loss.csv", "loss.png", "report.html",
+                            "step-2.safetensors", "step-4.safetensors", "training_args.json"]
     assert "published" not in err and hub.repositories == {}
     assert events()[-1]["reason"].startswith(f"HubError: {NAME}: making the repository")
 

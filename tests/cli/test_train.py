@@ -27,9 +27,9 @@ def test_a_whole_run(run, config):
     files = sorted(str(p.relative_to("out")) for p in Path("out").rglob("*") if p.is_file())
     kept = [f"checkpoints/step-0000000{step}/{name}" for step in (2, 4) for name in (
         "MANIFEST.json", "moments.safetensors", "pictures.safetensors", "state.json", "weights.safetensors")]
-    assert files == [".lock", *kept, "config.yaml", "events.jsonl", "loss.csv", "loss.png", "samples/before_after.png",
-                     "samples/step-0.png", "samples/step-4.png", "step-2.safetensors", "step-4.safetensors",
-                     "training_args.json"]
+    assert files == [".lock", *kept, "config.yaml", "events.jsonl", "loss.csv", "loss.png", "report.html",
+                     "samples/before_after.png", "samples/step-0.png", "samples/step-4.png", "step-2.safetensors",
+                     "step-4.safetensors", "training_args.json"]
     rows = list(csv.DictReader(open("out/loss.csv")))
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     assert all(np.isfinite(float(row["loss"])) and row["is_skipped"] == "0" for row in rows)

@@ -79,8 +79,8 @@ def test_a_run_writes_its_records_checkpoints_and_pictures(folder, tmp_path, cap
           sample_captions=["a", "b"], settings={"note": "x"}, lr_scheduler="linear", lr_warmup_steps=2)
     run = tmp_path / "run"
     assert names(run) == ["epoch-0.safetensors", "epoch-1.safetensors", "events.jsonl", "loss.csv", "loss.png",
-                          "samples/before_after.png", "samples/step-0.png", "samples/step-4.png", "samples/step-6.png",
-                          "training_args.json"]
+                          "report.html", "samples/before_after.png", "samples/step-0.png", "samples/step-4.png",
+                          "samples/step-6.png", "training_args.json"]
     assert tuple(records(run)[0]) == COLUMNS and len(records(run)) == 6
     assert column(run, "step").tolist() == [1, 2, 3, 4, 5, 6] and column(run, "epoch").tolist() == [0, 0, 0, 1, 1, 1]
     np.testing.assert_allclose(column(run, "learning_rate"), [0, 5e-3, 1e-2, 7.5e-3, 5e-3, 2.5e-3], rtol=1e-6)
@@ -263,7 +263,7 @@ def test_twenty_bad_steps_in_a_row_end_the_run_and_leave_whole_files(folder, tmp
         train(tmp_path / "run", module, rows(3), num_epochs=50, save_steps=100)
     assert all(a.tobytes() == b.tobytes() for a, b in zip(before, weights(module)))
     path = tmp_path / "run"
-    assert names(path) == ["events.jsonl", "loss.csv", "training_args.json"]
+    assert names(path) == ["events.jsonl", "loss.csv", "report.html", "training_args.json"]
     assert len(records(path)) == 20 and column(path, "is_skipped").all()
     assert [e["event"] for e in events(path)] == ["start"] + ["skipped"] * 20 + ["stopped"]
     assert "20 steps in a row" in events(path, "stopped")[0]["reason"]
