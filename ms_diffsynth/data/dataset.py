@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from .operators import (
     size_after,
 )
 from .paths import lookalike, open_regular, plain, resolve, shorten
-from .prompts import prompt_problem
+from .prompts import has_word, prompt_problem
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +106,7 @@ class UnifiedDataset:
         self.buckets: Sequence[Bucket] = ()  # see `use_buckets`
         self._present: Epoch | None = None
         self._sizes: dict[str, tuple[int, int]] = {}
+        self.uncaptioned: list[int] = []  # rows whose prompt is instance_prompt
         self._written: dict[str, str] = {}  # field of a row -> the column it is in the metadata
         if metadata_path is None and os.path.isfile(os.path.join(self.base_path, "cache.json")):
             self.rows = []  # a cache of split training: launch_training_task reads it for task sft:train
@@ -206,7 +206,7 @@ class UnifiedDataset:
             elif needed and any("prompt" in row for row in filter(None, table.rows)):
                 table.blame(index, f"no {self._column('prompt')}. Write one, or set {self.prompt_setting}, which "
                             "serves every row without one")
-        own = len(table.rows) - len(given)
+        self.uncaptioned, own = given, len(table.rows) - len(given)
         if empty:
             logger.warning("%s: %d of %d captions are empty and train the empty prompt, as for guidance: %s. "
                            "%s would serve them instead.", table.source, len(empty), len(table.rows),
@@ -223,9 +223,8 @@ class UnifiedDataset:
 
     def _give_trigger_word(self) -> None:
         """Put the trigger word in front of prompts that do not have it."""
-        has_it = re.compile(rf"(?<!\w){re.escape(self.trigger_word)}(?!\w)", re.IGNORECASE)
         rows = [row for row in self.table.rows if row and isinstance(row.get("prompt"), str) and row["prompt"].strip()]
-        lacking = [row for row in rows if not has_it.search(row["prompt"])]
+        lacking = [row for row in rows if not has_word(row["prompt"], self.trigger_word)]
         for row in lacking:
             row["prompt"] = f"{self.trigger_word}, {row['prompt']}"
         logger.info("%s: the trigger word %s is in %d of %d prompts, and was put in front of %d.", self.table.source,
@@ -254,8 +253,10 @@ class UnifiedDataset:
         if problems:
             raise DataError("\n".join(problems))
         whole = copy.copy(next(iter(parts.values())))
-        whole.base_path, whole.table, whole.rows, whole._sizes, whole.repeat = base_path, Table(base_path), [], {}, []
+        whole.base_path, whole.table, whole._sizes, whole.repeat = base_path, Table(base_path), {}, []
+        whole.uncaptioned = []
         for name, part in parts.items():
+            whole.uncaptioned += [len(whole.table.rows) + row for row in part.uncaptioned]
             for row, place in zip(part.rows, part.table.places):
                 inside = {key: _joined(name, row[key]) for key in part.data_file_keys}
                 whole.table.add(row | inside, f"{name} {place}")
