@@ -48,7 +48,7 @@ class Base:
         tokens: of a caption that are read.
         around: tokens of them that a template takes.
         prompt: of images without a caption.
-        encoders: GiB of the text encoders and the VAE.
+        encoders: GiB of the text encoders.
         is_cached: whether images and prompts are encoded first and the encoders unloaded, by ``cache_dir``.
         settings: further ones.
         batch_size: images a step.
@@ -99,32 +99,32 @@ BASES = {
         files={"black-forest-labs/FLUX.1-dev": ("transformer/*.safetensors", "text_encoder/*.safetensors",
                                                 "text_encoder_2/*.safetensors", "vae/*.safetensors")},
         settings=_RATE,
-        fits={"lora": {64: Fit(False, False, 45.2), 32: Fit(True, False, 24.8)},
-              "dreambooth": {64: Fit(True, False, 26.7), 32: Fit(True, True, 0)}}),
+        fits={"lora": {64: Fit(False, False, 45.20), 32: Fit(True, False, 24.75)},
+              "dreambooth": {64: Fit(True, False, 26.74), 32: Fit(True, True, 16.09)}}),
     "qwen-image": Base(
         title="Qwen-Image", family="qwen_image", download="58 GB", tokenizer="qwen2", tokens=1024, around=5,
         encoders=13.2,
         files={"Qwen/Qwen-Image": ("transformer/*.safetensors", "text_encoder/*.safetensors", "vae/*.safetensors")},
         settings=_RATE,
-        fits={"lora": {64: Fit(True, False, 42.2), 32: Fit(True, True, 23.4)},
+        fits={"lora": {64: Fit(True, False, 42.22), 32: Fit(True, True, 23.37)},
               "dreambooth": {64: Fit(True, False, 0), 32: Fit(True, True, 0)}}),
     "flux2-klein": Base(
         title="FLUX.2-klein-4B", family="flux2", download="16 GB", tokenizer="qwen2", tokens=512, around=12,
-        encoders=6.0, is_cached=False,
+        encoders=5.8, is_cached=False,
         files={f"{_KLEIN}-base-4B": ("transformer/*.safetensors",),
                f"{_KLEIN}-4B": ("text_encoder/*.safetensors", "vae/diffusion_pytorch_model.safetensors")},
         settings=_RATE,
-        fits={"lora": {64: Fit(False, False, 20.2), 32: Fit(True, False, 9.1)},
-              "dreambooth": {64: Fit(False, False, 0), 32: Fit(True, False, 0)},
-              "edit": {64: Fit(False, False, 31.3), 32: Fit(True, False, 10.5)},
-              "template": {64: Fit(False, False, 16.8), 32: Fit(True, False, 8.9)}}),
+        fits={"lora": {64: Fit(False, False, 20.15), 32: Fit(True, False, 9.12)},
+              "dreambooth": {64: Fit(False, False, 32.75), 32: Fit(True, False, 10.70)},
+              "edit": {64: Fit(False, False, 31.34), 32: Fit(True, False, 10.51)},
+              "template": {64: Fit(False, False, 16.82), 32: Fit(True, False, 8.91)}}),
     "flux2-dev": Base(
         title="FLUX.2-dev", family="flux2", is_gated=True, download="113 GB", tokenizer=None, tokens=512,
         encoders=32.3,
         files={"black-forest-labs/FLUX.2-dev": ("transformer/*.safetensors", "text_encoder/*.safetensors",
                                                 "vae/diffusion_pytorch_model.safetensors")},
         settings={"tokenizer_path": "black-forest-labs/FLUX.2-dev:tokenizer/", **_RATE},
-        fits={"lora": {64: Fit(True, True, 37.0)}}),
+        fits={"lora": {64: Fit(True, True, 36.97)}}),
     "sd3.5-medium": Base(
         title="SD3.5-medium", family="sd3", is_gated=True, download="16 GB", tokenizer="t5", tokens=256, encoders=10.0,
         # whole names, because the folders of the text encoders hold the same weights in float16 too
@@ -134,6 +134,6 @@ BASES = {
             "vae/diffusion_pytorch_model.safetensors")},
         # the noise levels of diffusers' script: shift 3
         settings={"task": "dreambooth", "weighting_scheme": "logit_normal", **_RATE},
-        fits={"lora": {64: Fit(False, False, 10.2), 32: Fit(False, False, 10.2)},
-              "dreambooth": {64: Fit(False, False, 0), 32: Fit(False, False, 0)}}),
+        fits={"lora": {64: Fit(False, False, 10.17), 32: Fit(False, False, 10.17)},
+              "dreambooth": {64: Fit(False, False, 15.62), 32: Fit(False, False, 15.62)}}),
 }
