@@ -99,7 +99,7 @@ BASES = {
         files={"black-forest-labs/FLUX.1-dev": ("transformer/*.safetensors", "text_encoder/*.safetensors",
                                                 "text_encoder_2/*.safetensors", "vae/*.safetensors")},
         settings=_RATE,
-        fits={"lora": {64: Fit(False, False, 45.20), 32: Fit(True, False, 24.75)},
+        fits={"lora": {64: Fit(False, False, 45.03), 32: Fit(True, False, 24.75)},
               "dreambooth": {64: Fit(True, False, 26.74), 32: Fit(True, True, 16.09)}}),
     "qwen-image": Base(
         title="Qwen-Image", family="qwen_image", download="58 GB", tokenizer="qwen2", tokens=1024, around=5,

@@ -12,7 +12,7 @@ from odd_images import deep_png, saved
 from PIL import Image
 
 from ms_diffsynth import load_config
-from ms_diffsynth.cli import look
+from ms_diffsynth.cli import init as init_command, look
 from ms_diffsynth.config.bases import BASES, DEVICES, DIVISION_FACTOR
 from ms_diffsynth.data import dataset
 from ms_diffsynth.pipelines.flux2.prompt import klein_ids
@@ -238,6 +238,17 @@ def test_every_file_loads_and_fits_its_device_by_the_table_of_peaks(init, tmp_pa
     peak = base.fits[job][memory].peak
     assert float(row[1]) == peak and f"{peak:.1f} GiB in a step" in text and f"{peak:.1f} GiB in a" in said
     assert peak + (0 if config.data.cache_dir else base.encoders) < DEVICES[memory] - 2  # of which CANN takes some
+
+
+def test_the_page_has_the_table():
+    page = (ROOT / "docs/get_started/your_images.md").read_text()
+    for name, base in BASES.items():
+        for job, fits in base.fits.items():
+            cells = []
+            for fit in filter(None, (fits[64], fits.get(32))):
+                how = ", ".join(["8 bits"] * fit.is_8bit + ["recompute"] * fit.recompute)
+                cells.append(f"{fit.peak:.1f}" + (f" ({how})" if how else ""))
+            assert f"| `{name}` | {init_command.JOBS[job]} | {' | '.join([*cells, 'does not fit'][:2])} |" in page
 
 
 @pytest.mark.parametrize("words, expected", [
