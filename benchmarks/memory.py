@@ -26,7 +26,8 @@ GIB = 2**30
 
 def row(plan: Plan, report: Report) -> str:
     recompute = "yes" if plan.recompute else "no"
-    model = plan.model + (", 8 bits" if plan.is_8bit else "")
+    model = plan.model + (", 8 bits" if plan.is_8bit else "") + (", edit image" if plan.edit_tokens else "")
+    model += (", template" if plan.template else "") + (", 2 images" if plan.batch_size == 2 else "")
     return (f"| {model} | {plan.height} | {recompute} | {report.held / GIB:.2f} | {report.peak / GIB:.2f} "
             f"| {report.kernels} | {report.casts} | {report.transposes} | {report.synchronisations} |")
 
@@ -37,6 +38,10 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024], help="sides of the images, pixels")
     parser.add_argument("--recompute", nargs="+", choices=["yes", "no"], default=["yes", "no"])
     parser.add_argument("--bits", type=int, choices=[8, 16], default=16, help="of the stored weights")
+    parser.add_argument("--batch_size", type=int, choices=[1, 2], default=1, help="2: DreamBooth with a class image")
+    parser.add_argument("--edit", action="store_true", help="with an image to be edited, as large as the image")
+    parser.add_argument("--template", default="", help="folder of a template that is trained instead of a LoRA")
+    parser.add_argument("--template_inputs", type=json.loads, default={}, help="what it takes, a JSON object")
     parser.add_argument("--memory", type=float, default=256, help="GiB the device has (default: 256, so that all fit)")
     parser.add_argument("--json", type=Path, help="append each result to this file, and take from it what is there")
     arguments = parser.parse_args()
@@ -52,7 +57,10 @@ def main() -> None:
             for recompute in arguments.recompute:
                 family, model = name.split(":")
                 plan = Plan(family=family, model=model, height=size, width=size, recompute=recompute == "yes",
-                            is_8bit=arguments.bits == 8)
+                            is_8bit=arguments.bits == 8, batch_size=arguments.batch_size,
+                            edit_tokens=(size // 16) ** 2 if arguments.edit else 0,
+                            template=str(Path(arguments.template).resolve()) if arguments.template else "",
+                            template_inputs=arguments.template_inputs)
                 key = json.dumps(asdict(plan))
                 if key not in known:
                     try:

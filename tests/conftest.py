@@ -1,7 +1,9 @@
 """Every test runs in a folder of its own (a failed compilation drops files into the current one), eagerly blocking."""
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 
 from device import DEVICE
@@ -77,6 +79,25 @@ def tiny_model(tmp_path_factory, configured):
         return root / name
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_base(tiny_model, tmp_path_factory):
+    """A folder of bundled models whose emoji-flux has random weights, and samples and reads as the real one does."""
+    folder = tmp_path_factory.mktemp("bundled")
+    shutil.copytree(tiny_model("flux"), folder / "emoji-flux")
+    says = {"height": 64, "width": 64, "max_sequence_length": 16, "cfg_scale": 2.0, "num_inference_steps": 20}
+    (folder / "emoji-flux/sampling_config.json").write_text(json.dumps(says))
+    return folder
+
+
+@pytest.fixture
+def emoji_flux(small_base, monkeypatch):
+    """Makes it the emoji-flux of this test."""
+    from ms_diffsynth.hub import bundled
+
+    monkeypatch.setattr(bundled, "FOLDER", small_base)
+    return small_base / "emoji-flux"
 
 
 @pytest.fixture(scope="session", autouse=True)

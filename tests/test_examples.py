@@ -4,12 +4,12 @@ from __future__ import annotations
 import dataclasses
 import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.config import load_config
@@ -29,25 +29,21 @@ def test_every_configuration_loads_and_names_its_command_and_data(path):
     config, text = load_config(path), path.read_text()
     assert f"ms-diffsynth train {path.relative_to(ROOT)}" in text
     is_made = f"make_images.py {config.data.dataset_base_path}\n" in text
-    assert is_made or (ROOT / config.data.dataset_metadata_path).is_file()
+    assert is_made or (ROOT / (config.data.dataset_metadata_path or config.data.dataset_base_path)).exists()
     assert config.data.class_base_path is None or (ROOT / config.data.class_base_path).is_dir()
     assert family(config.model.family)
 
 
-NPU = {"flux/dreambooth_dev_910b.yaml": "FLUX.1-dev", "qwen_image/lora_910b.yaml": "Qwen-Image",
-       "flux2/dev_lora_910b.yaml": "FLUX.2-dev", "flux2/klein_lora_910b.yaml": "FLUX.2-klein-4B",
-       "sd3/medium_lora_910b.yaml": "SD3.5-medium"}
-
-
-@pytest.mark.parametrize("file", NPU)
-def test_an_example_fits_its_device_by_the_table_of_peaks(file):
-    text = (ROOT / "examples" / file).read_text()
-    settings = yaml.safe_load(text)
-    model = NPU[file] + (", 8 bits" if settings["model"].get("fp8_models") else "")
-    recompute = "yes" if settings["model"].get("use_gradient_checkpointing") else "no"
-    found = re.search(rf"^\| {re.escape(model)}[^|]*\| {settings['data']['height']} \| {recompute} \| [\d.]+ \| "
-                      r"\**([\d.]+)", (ROOT / "docs/reference/memory.md").read_text(), re.MULTILINE)
-    assert f"{float(found[1]):.1f}" in text and float(found[1]) < 59.6
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem.endswith("_910b")],
+                         ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_files_for_an_ascend_are_what_init_writes(path, tmp_path):
+    """What fits which device is tested in tests/cli/test_init.py."""
+    (tmp_path / "examples/flux2").mkdir(parents=True)
+    for name in ("data", "flux2/model_training"):
+        (tmp_path / "examples" / name).symlink_to(ROOT / "examples" / name)
+    head = " ".join(line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    assert main(shlex.split(re.search("Written by: ms-diffsynth (.*?) Memory: ", head)[1])) == 0
+    assert Path(path.relative_to(ROOT)).read_text() == path.read_text()
 
 
 @pytest.mark.parametrize("path", SHORT, ids=lambda p: str(p.relative_to(ROOT)))

@@ -12,6 +12,7 @@ import pytest
 
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.config import load_config
+from ms_diffsynth.hub import bundled
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,9 +33,11 @@ SMALL_SAMPLE = ["--mode", "pynative", "--num_inference_steps", "1"]
 
 
 @pytest.fixture(autouse=True)
-def checkout(tmp_path):
+def checkout(tmp_path, request):
     """The commands are given in the top folder; here it is one that holds the examples and may be written to."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    if "emoji-flux" not in bundled.names():
+        request.getfixturevalue("emoji_flux")
 
 
 def test_ci_runs_the_test_command_word_for_word():
@@ -65,7 +68,7 @@ def test_its_commands_and_snippets_run_in_their_order(capsys):
         small = SMALL if " train " in command else SMALL_SAMPLE if " sample " in command else []
         small = [*small, "--count", "2"] if " --count " in command else small
         capsys.readouterr()
-        assert run(command, *small) == 0, command
+        assert run(re.sub(r"/step-\d+", "/step-2", command), *small) == 0, command
         if " describe " in command:
             assert code["text"] == [capsys.readouterr().out]
     for snippet in code["python"]:

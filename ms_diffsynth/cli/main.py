@@ -14,6 +14,7 @@ from ms_diffsynth.errors import ConfigError, nearest, shortened
 
 # One file of this folder each, imported when it is asked for: MindSpore takes seconds to import, a help text must not.
 COMMANDS = {
+    "init": "look at a folder of images, and write a configuration that trains on it",
     "train": "train from a configuration file",
     "doctor": "check that this machine is ready: versions, devices, memory, disk, hub, a step in both modes",
     "launch": "train in several processes, on one machine or more, and end all of them together",

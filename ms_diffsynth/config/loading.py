@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING
 from typing import Any
 
@@ -16,6 +17,7 @@ from ms_diffsynth.config.yaml_lines import Written, read_sections
 from ms_diffsynth.errors import ConfigError, nearest, shortened
 from ms_diffsynth.redact import without_secrets
 
+WIDTH, LONGEST_VALUE = 118, 80  # characters of a line, and of a list with commas that stands on one
 TOKEN_FLAGS = ("hub_token", "token")  # known, so that they are refused and their value is never repeated
 NO_TOKEN = ("a token is never a flag and never a setting: it would stay in files, in the shell's history and in the "
             "list of processes. Log in with 'hf auth login', or set HF_TOKEN (for ModelScope: MODELSCOPE_API_TOKEN), "
@@ -74,6 +76,32 @@ def to_yaml(config: TrainConfig) -> str:
     sections = {name: {k: list(v) if isinstance(v, tuple) else v for k, v in vars(getattr(config, name)).items()
                        if not SETTINGS[k].metadata["is_flag_only"]} for name in SECTIONS}
     return yaml.safe_dump(without_secrets(sections), sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+def commented_yaml(head: Iterable[str], settings: Mapping[str, tuple[Any, str]]) -> str:
+    """A configuration with comments, which `load_config` reads.
+
+    Args:
+        head: lines of the comment at its beginning.
+        settings: name -> value and comment, in the order of each section: text, as a flag would have it, or a number,
+            true, false, or a list of texts.
+    """
+    lines = [f"# {line}" for line in head]
+    for section in SECTIONS:
+        own = {name: given for name, given in settings.items() if SETTINGS[name].section == section}
+        lines += [f"{section}:"] if own else []
+        for name, (value, comment) in own.items():
+            comment = f"  # {comment}" if comment else ""
+            if isinstance(value, str) and len(value) > LONGEST_VALUE and "," in value and " " not in value:
+                folded = textwrap.wrap(value.replace(",", ", "), WIDTH - 4, break_long_words=False,
+                                       break_on_hyphens=False)
+                lines += [f"  {name}: >-{comment}", *(f"    {line}" for line in folded)]
+                continue
+            is_text = SETTINGS[name].kind in (str, tuple)
+            text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True) if is_text else (
+                str(value).lower() if isinstance(value, bool) else str(value))
+            lines.append(f"  {name}: {text.strip().removesuffix('...').strip()}{comment}")
+    return "\n".join(lines) + "\n"
 
 
 def _written(value: Any) -> Written:

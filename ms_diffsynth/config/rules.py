@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING
 
 from ms_diffsynth.config.settings import SETTINGS, TrainConfig
+from ms_diffsynth.data.folders import folder_problems
 from ms_diffsynth.errors import listing
 from ms_diffsynth.registry import OPTIMIZERS
 
@@ -17,6 +18,16 @@ def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
         value = c.flat()[name]
         yield (value is not None and not value.strip(), f"{name} is empty: expected the name of a file or folder"
                f"{'.' if SETTINGS[name].default is MISSING else '; leave it out for what is usual.'}")
+    for problem in folder_problems(c.data.dataset_folders):
+        yield True, problem
+    yield (bool(c.data.dataset_folders) and c.data.dataset_metadata_path is not None,
+           f"dataset_metadata_path={c.data.dataset_metadata_path} with dataset_folders, each of which has captions or "
+           "metadata of its own: remove one. A row that a metadata file lists twice is shown twice.")
+    yield (bool(c.data.dataset_folders) and c.run.evaluation_steps is not None and c.run.evaluation_reference is None,
+           f"evaluation_steps={c.run.evaluation_steps} with dataset_folders: say what images are compared with, by "
+           "evaluation_reference, a folder.")
+    yield (c.data.trigger_word is not None and not c.data.trigger_word.strip(),
+           "trigger_word is empty: expected a word; leave it out for none.")
     prior = c.objective.with_prior_preservation
     kind, _, stage = c.objective.task.partition(":")
     yield (c.run.num_epochs is None and c.run.max_train_steps is None and stage != "data_process",

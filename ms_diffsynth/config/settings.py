@@ -81,6 +81,9 @@ class DataSection:
     dataset_base_path: str = _setting(MISSING, "folder of the training images", may_change=True, holds="path")
     dataset_metadata_path: str | None = _place("csv, json or jsonl that lists images and prompts")
     dataset_repeat: int = _setting(1, "how often an epoch shows each image", "1 <= dataset_repeat <= 1000000")
+    dataset_folders: tuple[str, ...] = _setting(
+        (), "folders inside dataset_base_path, with commas: only these are read, each with its own captions or "
+        "metadata; cats=10 shows its images ten times in an epoch", has_commas=True)
     data_file_keys: str = _setting("image", "metadata columns that hold file names, separated by commas")
     image_column: str | None = _setting(None, "metadata column of the images; null = image or file_name",
                                         may_change=True)
@@ -91,6 +94,8 @@ class DataSection:
     extra_inputs: str | None = _setting(None, "further columns to train on, with commas: edit_image, template_inputs")
     instance_prompt: str | None = _setting(None, "prompt of every image that has none of its own, or an empty one",
                                            holds="prompt")
+    trigger_word: str | None = _setting(None, "word that stands for what is learned: put in front of every prompt that "
+                                        "does not have it and is not empty", holds="prompt")
     caption_dropout: float | None = _setting(None, "share of samples, drawn anew at each step, that are trained with "
                                              "an empty prompt: for guidance by two branches; null = none",
                                              "0 < caption_dropout <= 1", configures="training")

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, UserError, listing, nearest
 from .buckets import Bucket, BucketCropAndResize, nearest_bucket
+from .folders import Epoch
 from .images import SUFFIXES, image_size, read_image
 from .loader import permutation
 from .metadata import CAPTION_COLUMNS, Table, column_of, read_folder, read_metadata
@@ -25,7 +26,7 @@ from .operators import (
     size_after,
 )
 from .paths import lookalike, open_regular, plain, resolve, shorten
-from .prompts import prompt_problem
+from .prompts import has_word, prompt_problem
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class UnifiedDataset:
         base_path: the data folder. The files that a row names are inside it.
         metadata_path: .csv, .json or .jsonl; None: the images below ``base_path`` with .txt or .caption sidecars, or,
             when there are none of these, metadata.csv or metadata.jsonl in that folder.
-        repeat: how many times an epoch goes through the rows.
+        repeat: how many times an epoch goes through the rows; or how often it shows each of them, a number a row.
         data_file_keys: columns that name files, as a tuple or "image,edit_image". They must be in every row. Those
             without a special operator are images. When ``image`` is required and not among them, the first one is the
             column of the images, unless the metadata have one by its usual name.
@@ -56,6 +57,7 @@ class UnifiedDataset:
         allow_outside_base: let rows name files outside ``base_path`` (a hub cache of links, say), and follow links.
         instance_prompt: the prompt of every row that has none of its own: no sidecar, an empty one, no such key, null,
             an empty cell. Without it what is there and empty is the empty prompt.
+        trigger_word: put in front of every prompt that does not have it and is not empty: "sks, a cat on a sofa".
         prompt_setting: what ``instance_prompt`` is called in messages.
         image_column: the column that is the ``image`` of a row; None: image or file_name, in any case of letters.
         caption_column: the column that is its ``prompt``; None: prompt, text or caption; "": none, nor sidecars.
@@ -71,7 +73,7 @@ class UnifiedDataset:
         self,
         base_path: str | None = None,
         metadata_path: str | None = None,
-        repeat: int = 1,
+        repeat: int | Sequence[int] = 1,
         data_file_keys: str | Sequence[str] = (),
         main_data_operator: Callable[[Any], Any] = identity,
         special_operator_map: Mapping[str, Callable[[Any], Any]] | None = None,
@@ -81,11 +83,13 @@ class UnifiedDataset:
         captions: bool = True,
         allow_outside_base: bool = False,
         instance_prompt: str | None = None,
+        trigger_word: str | None = None,
         prompt_setting: str = "instance_prompt",
         image_column: str | None = None,
         caption_column: str | None = None,
     ):
-        for name, value in (("repeat", repeat), ("max_data_items", max_data_items)):
+        least = repeat if isinstance(repeat, int) else min(repeat, default=1)
+        for name, value in (("repeat", least), ("max_data_items", max_data_items)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: expected at least 1. Leave it out to go through all rows once")
         if base_path is None and metadata_path is None:
@@ -98,8 +102,11 @@ class UnifiedDataset:
         self.allow_outside_base = allow_outside_base
         self.required = _names(required)
         self.instance_prompt, self.prompt_setting = instance_prompt, prompt_setting
+        self.trigger_word = trigger_word
         self.buckets: Sequence[Bucket] = ()  # see `use_buckets`
+        self._present: Epoch | None = None
         self._sizes: dict[str, tuple[int, int]] = {}
+        self.uncaptioned: list[int] = []  # rows whose prompt is instance_prompt
         self._written: dict[str, str] = {}  # field of a row -> the column it is in the metadata
         if metadata_path is None and os.path.isfile(os.path.join(self.base_path, "cache.json")):
             self.rows = []  # a cache of split training: launch_training_task reads it for task sft:train
@@ -114,6 +121,8 @@ class UnifiedDataset:
         if captions or instance_prompt is not None:
             self._give_prompts([name for name in columns if name.casefold() in CAPTION_COLUMNS
                                 and name != self._column("prompt") and caption_column is None])
+        if trigger_word is not None:
+            self._give_trigger_word()
         self.check(columns)
         self.rows: list[dict] = self.table.rows
 
@@ -197,7 +206,7 @@ class UnifiedDataset:
             elif needed and any("prompt" in row for row in filter(None, table.rows)):
                 table.blame(index, f"no {self._column('prompt')}. Write one, or set {self.prompt_setting}, which "
                             "serves every row without one")
-        own = len(table.rows) - len(given)
+        self.uncaptioned, own = given, len(table.rows) - len(given)
         if empty:
             logger.warning("%s: %d of %d captions are empty and train the empty prompt, as for guidance: %s. "
                            "%s would serve them instead.", table.source, len(empty), len(table.rows),
@@ -212,22 +221,72 @@ class UnifiedDataset:
             logger.warning("%s: these are not read as captions, because their names differ in case or Unicode form "
                            "from those of the images: %s. Rename them to use them.", table.source, listing(missed))
 
+    def _give_trigger_word(self) -> None:
+        """Put the trigger word in front of prompts that do not have it."""
+        rows = [row for row in self.table.rows if row and isinstance(row.get("prompt"), str) and row["prompt"].strip()]
+        lacking = [row for row in rows if not has_word(row["prompt"], self.trigger_word)]
+        for row in lacking:
+            row["prompt"] = f"{self.trigger_word}, {row['prompt']}"
+        logger.info("%s: the trigger word %s is in %d of %d prompts, and was put in front of %d.", self.table.source,
+                    self.trigger_word, len(rows) - len(lacking), len(rows), len(lacking))
+
     def _column(self, field: str) -> str:
         """What a field is called in the metadata."""
         return self._written.get(field, field)
 
+    @classmethod
+    def of_folders(cls, base_path: str, folders: Mapping[str, int], **options: Any) -> UnifiedDataset:
+        """One data set of several folders inside ``base_path``, each with captions or metadata of its own.
+
+        Args:
+            folders: name -> how often an epoch shows its images.
+            options: further arguments, the same for each folder. ``repeat``, a number, goes through all of that again.
+
+        Raises: one DataError for all folders.
+        """
+        parts, problems, again = {}, [], options.pop("repeat", 1)
+        for name in folders:
+            try:
+                parts[name] = cls(os.path.join(base_path, name), **options)
+            except DataError as error:
+                problems.append(str(error))
+        if problems:
+            raise DataError("\n".join(problems))
+        whole = copy.copy(next(iter(parts.values())))
+        whole.base_path, whole.table, whole._sizes, whole.repeat = base_path, Table(base_path), {}, []
+        whole.uncaptioned = []
+        for name, part in parts.items():
+            whole.uncaptioned += [len(whole.table.rows) + row for row in part.uncaptioned]
+            for row, place in zip(part.rows, part.table.places):
+                inside = {key: _joined(name, row[key]) for key in part.data_file_keys}
+                whole.table.add(row | inside, f"{name} {place}")
+                whole.repeat.append(folders[name] * again)
+            whole._sizes |= {os.path.join(name, file): size for file, size in part._sizes.items()}
+        whole.rows = whole.table.rows
+        return whole
+
     def __len__(self) -> int:
-        return self.max_data_items or len(self.rows) * self.repeat
+        return self.max_data_items or len(self._epoch)
+
+    @property
+    def _epoch(self) -> Epoch:
+        if self._present is None or self._present.rows != len(self.rows) or self._present.repeat is not self.repeat:
+            self._present = Epoch(len(self.rows), self.repeat)
+        return self._present
+
+    def row_of(self, index: int) -> int:
+        """The row of an item of an epoch, in which a row may come several times; the first items are the rows."""
+        return self._epoch.row_of(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Row ``index`` modulo the number of rows, operators applied. Raises: DataError naming the row and the cell."""
+        """The row of item ``index``, operators applied. Raises: DataError naming the row and the cell."""
         return self.cells(index)
 
     def cells(self, index: int, fields: Sequence[str] | None = None) -> dict[str, Any]:
         """The item of a row, or only these fields of it. Raises: as ``dataset[index]``."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"item {index} of a data set of {len(self)}")
-        number = index % len(self) % len(self.rows)
+        number = self.row_of(index % len(self))
         item = {key: cell for key, cell in self.rows[number].items() if fields is None or key in fields}
         for key in dict.fromkeys((*self.data_file_keys, *self.special_operator_map)):
             if key not in item:
@@ -245,7 +304,7 @@ class UnifiedDataset:
         """Height and width of the image of row ``index``, operators applied, by its header; None where that is not
         known before the image is loaded.
         """
-        cell = self.rows[index % len(self.rows)].get(key)
+        cell = self.rows[self.row_of(index)].get(key)
         if not isinstance(cell, str) or cell not in self._sizes or key not in self.data_file_keys:
             return None
         width, height = self._sizes[cell]
@@ -256,7 +315,7 @@ class UnifiedDataset:
 
         For buckets: ``Loader(dataset, bucket_of=lambda i: nearest_bucket(*dataset.image_size(i), buckets))``.
         """
-        row = self.rows[index % len(self.rows)]
+        row = self.rows[self.row_of(index)]
         for key in sorted(self.data_file_keys, key=lambda key: key != "image"):
             for value in _as_list(row[key]):
                 if value in self._sizes:
@@ -297,6 +356,7 @@ class UnifiedDataset:
     def _only(self, rows: list[int]) -> UnifiedDataset:
         part = copy.copy(self)
         part.rows, part.numbers = [self.rows[k] for k in rows], rows
+        part.repeat = self.repeat if isinstance(self.repeat, int) else [self.repeat[k] for k in rows]
         part.table = copy.copy(self.table)
         part.table.rows, part.table.places = part.rows, [self.table.places[k] for k in rows]
         return part
@@ -306,7 +366,7 @@ class UnifiedDataset:
 
         Two rows with the same content give the same item, whatever their files are called. ``fields``: only these.
         """
-        row = self.rows[index % len(self.rows)]
+        row = self.rows[self.row_of(index)]
         found = {}
         for key in row if fields is None else [f for f in fields if f in row]:
             is_file = key in self.data_file_keys
@@ -323,7 +383,7 @@ class UnifiedDataset:
 
     def label(self, index: int) -> str:
         """The name of row ``index`` in a message."""
-        row = self.rows[index % len(self.rows)]
+        row = self.rows[self.row_of(index)]
         names = [str(v) for key in self.data_file_keys for v in _as_list(row.get(key))]
         return ", ".join(names) or f"row {index + 1}"
 
@@ -462,6 +522,10 @@ def _names(keys: str | Sequence[str]) -> tuple[str, ...]:
 
 def _as_list(value: object) -> list:
     return value if isinstance(value, list) else [value]
+
+
+def _joined(folder: str, names: str | list[str]) -> str | list[str]:
+    return [os.path.join(folder, name) for name in names] if isinstance(names, list) else os.path.join(folder, names)
 
 
 def _caption_problems(prompt: object, name: str) -> list[str]:

@@ -7,6 +7,7 @@ or an error that says what to do.
 """
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -15,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont
@@ -84,6 +85,33 @@ def read_image(path: str, mode: str | None = "RGB") -> Image.Image:
         # Otherwise the next reader would rotate the image again.
         result.info = {key: value for key, value in result.info.items() if key == "transparency" and mode is None}
         return result
+
+
+class Look(NamedTuple):
+    """What an image file is: its format and upright size, whether it was turned by its EXIF orientation and has pixels
+    that are not opaque, and a digest of the pixels that `read_image` gives.
+    """
+
+    format: str
+    width: int
+    height: int
+    is_turned: bool
+    is_transparent: bool
+    pixels: str
+
+
+def look_at(path: str) -> Look:
+    """Read an image and say what it is. Raises: as `read_image`."""
+    image = read_image(path)
+    digest = hashlib.blake2b(image.tobytes(), digest_size=16, key=b"%dx%d" % image.size).hexdigest()
+    with open_regular(path) as file, Image.open(file, formats=FORMATS) as raw:
+        try:
+            turned = raw.getexif().get(_ORIENTATION) in _UPRIGHT
+        except Exception:  # damaged EXIF raises many kinds; read_image has told of it
+            turned = False
+        has_alpha, kind = raw.has_transparency_data, "JPEG" if raw.format == "MPO" else raw.format
+    is_transparent = has_alpha and read_image(path, "RGBA").getextrema()[3][0] < 255
+    return Look(kind, *image.size, turned, is_transparent, digest)
 
 
 @contextmanager

@@ -11,6 +11,11 @@ LONGEST_PROMPT = 10_000  # characters; the longest that an encoder reads is 1024
 _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
+def has_word(prompt: str, word: str) -> bool:
+    """Whether a word, or several, stands in a prompt, in any case of letters and not as a part of another."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE) is not None
+
+
 def prompt_problem(prompt: str) -> str:
     """What is wrong with a prompt that no text encoder can be given, as it follows its value; or an empty string."""
     if len(prompt) > LONGEST_PROMPT:

@@ -56,6 +56,9 @@ class Plan:
         text_tokens: of a prompt; None is the family's ``max_sequence_length``.
         recompute: ``use_gradient_checkpointing``.
         is_8bit: ``fp8_models`` names the network.
+        edit_tokens: of images to be edited, beside those of the image.
+        template: folder of a template that is trained instead of a LoRA; its code is run.
+        template_inputs: what its ``process_inputs`` takes.
         settings: of the network, other than as published: fewer blocks (``num_layers``), say.
         steps: how many; the first compiles, and the last is the one that is counted.
         device: ``Ascend``, or ``CPU`` to see what compiling costs.
@@ -73,6 +76,9 @@ class Plan:
     dtype: str = "bfloat16"
     mode: str = "graph"
     task: str = "sft"
+    edit_tokens: int = 0
+    template: str = ""
+    template_inputs: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     steps: int = 2
     device: str = "Ascend"
@@ -150,12 +156,16 @@ def pipeline(plan: Plan) -> Pipeline:
     return pipe
 
 
-class _LoRA(DiffusionTrainingModule):
+class _Module(DiffusionTrainingModule):
     def __init__(self, plan: Plan):
         super().__init__()
         self.pipe = pipeline(plan)
+        further = {"edit_image": plan.edit_tokens, "template_inputs": plan.template}
+        self.load_training_template_model(self.pipe, plan.template, plan.recompute, trust_template_code=True)
         self.switch_pipe_to_training_mode(
-            self.pipe, lora_base_model=self.pipe.network, lora_rank=plan.lora_rank, task=f"{plan.task}:train",
+            self.pipe, lora_base_model=None if plan.template else self.pipe.network, lora_rank=plan.lora_rank,
+            trainable_models="template_model" if plan.template else None, task=f"{plan.task}:train",
+            extra_inputs=",".join(name for name, given in further.items() if given) or None,
             objective=task(plan.task), use_gradient_checkpointing=plan.recompute,
             lora_uniform=lambda _, shape: np.zeros(shape, np.float32))
 
@@ -164,16 +174,22 @@ def inputs(plan: Plan, pipe: Pipeline, cut: Cut) -> list[Tensor]:
     """Zeros for the prepared slots and the draws of a batch, in the order of the step."""
     latent = pipe.latent_shape(plan.height, plan.width)
     tokens = plan.text_tokens or pipe.max_sequence_length
-    shapes = family(plan.family).prepared_shapes(pipe.known_configs, latent, tokens)
+    shapes = dict(family(plan.family).prepared_shapes(pipe.known_configs, latent, tokens))
+    shapes |= {"edit_latents": (plan.edit_tokens, latent[0]), "edit_places": (plan.edit_tokens, 4)}
+    if plan.template:
+        units = pipe.optional_units["template_inputs"][:2]  # up to what is prepared
+        processed = pipe.run(units, {"template_inputs": plan.template_inputs})
+        shapes |= {name: value.shape[1:] for name, value in processed.items() if isinstance(value, Tensor)}
     draws = {name: pipe.objective.draw(name, (plan.batch_size, *latent), len(pipe.sigmas),
                                        lambda _, kind, shape: np.zeros(shape, np.float32)) for name in cut.draws}
-    slots = {name: np.zeros((plan.batch_size, *shapes[name]), np.float32) for name in cut.cache}
+    slots = {name: np.zeros((plan.batch_size, *shapes[name]), np.int32 if name == "edit_places" else np.float32)
+             for name in cut.cache}
     return [runtime.to_device(value) for value in (*slots.values(), *draws.values())]
 
 
 def train(plan: Plan) -> Report:
     """Train for ``plan.steps`` steps in this process, on the device it has. Needs the memory that it reports."""
-    module = _LoRA(plan)
+    module = _Module(plan)
     network = getattr(module.pipe, module.pipe.network)
     cut, trained = module.training_cut(), module.trainable_parameters()
     step = ProgramTrainStep(module, cut, AdamW(trained), max_grad_norm=1.0)

@@ -19,10 +19,11 @@ from PIL import Image
 from ms_diffsynth.config import SETTINGS, TrainConfig
 from ms_diffsynth.data.buckets import Bucket, choose_buckets, describe_fit, nearest_bucket, own_bucket
 from ms_diffsynth.data.dataset import UnifiedDataset
+from ms_diffsynth.data.folders import folder_of, parse_folders
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.tasks import Task, task_class
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.errors import ConfigError, DataError, listing, nearest, shortened
+from ms_diffsynth.errors import CacheError, ConfigError, DataError, listing, nearest, shortened
 from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
@@ -122,7 +123,7 @@ def build_datasets(config: TrainConfig) -> DataSets:
         names = ["instance", *(["class"] if config.objective.with_prior_preservation else [])]
         held_out = [name for name in (cache.manifest or {}).get("rows", {}) if name == "validation"]
         cache.check({"pictures": dict.fromkeys([*names, *held_out], made)})
-        return DataSets(UnifiedDataset(folder, repeat=data.dataset_repeat))
+        return DataSets(UnifiedDataset(folder, repeat=_repeats_of_cache(config, cache)))
     instance = _dataset(config, "dataset", data.dataset_repeat)
     classes = validation = None
     if config.objective.with_prior_preservation:
@@ -138,6 +139,7 @@ def build_datasets(config: TrainConfig) -> DataSets:
 
 def _dataset(config: TrainConfig, name: str, repeat: int = 1) -> UnifiedDataset:
     """The images and prompts of the settings that begin with ``name``: dataset, class or validation."""
+    folders = parse_folders(config.data.dataset_folders) if name == "dataset" else {}
     extra = [name.strip() for name in (config.data.extra_inputs or "").split(",") if name.strip()]
     known = {*family(config.model.family).pipeline().optional_units, "template_inputs"}
     if odd := [name for name in extra if name not in known]:
@@ -146,17 +148,34 @@ def _dataset(config: TrainConfig, name: str, repeat: int = 1) -> UnifiedDataset:
     data, has_prompts = config.data, "prompt" in family(config.model.family).pipeline.inputs
     base, metadata = (getattr(data, f"{name}_{what}_path") for what in ("base", "metadata"))
     prompt = "class_prompt" if name == "class" else "instance_prompt"
+    how = {"repeat": repeat, "data_file_keys": data.data_file_keys, "captions": has_prompts, "prompt_setting": prompt,
+           "instance_prompt": getattr(data, prompt) if has_prompts else None, "image_column": data.image_column,
+           "trigger_word": data.trigger_word if has_prompts and name != "class" else None,
+           "caption_column": data.caption_column, "allow_outside_base": data.allow_outside_base,
+           "required": ["image", *extra, *(["prompt"] if has_prompts else [])]}
     try:
-        return UnifiedDataset(
-            base_path=base or data.dataset_base_path, metadata_path=metadata, repeat=repeat,
-            data_file_keys=data.data_file_keys, captions=has_prompts, prompt_setting=prompt,
-            instance_prompt=getattr(data, prompt) if has_prompts else None, image_column=data.image_column,
-            caption_column=data.caption_column, allow_outside_base=data.allow_outside_base,
-            required=["image", *extra, *(["prompt"] if has_prompts else [])])
+        if folders:
+            return UnifiedDataset.of_folders(data.dataset_base_path, folders, **how)
+        return UnifiedDataset(base or data.dataset_base_path, metadata, **how)
     except DataError as error:
         if "\n" in str(error) or f"{name}_" in str(error):  # it says which rows of which file, or the setting
             raise
-        raise DataError(f"{name}_{'base' if metadata is None else 'metadata'}_path: {error}") from error
+        setting = "folders" if folders else "base_path" if metadata is None else "metadata_path"
+        raise DataError(f"{name}_{setting}: {error}") from error
+
+
+def _repeats_of_cache(config: TrainConfig, cache: Cache) -> int | list[int]:
+    """How often an epoch shows each row of a cache. Raises: CacheError for one that is in none of dataset_folders."""
+    data, folders = config.data, parse_folders(config.data.dataset_folders)
+    if not folders:
+        return data.dataset_repeat
+    names = [row.label for row in cache.rows("instance")]
+    found = [folder_of(name, folders) for name in names]
+    if lost := [name for name, folder in zip(names, found) if folder is None]:
+        raise CacheError(f"{cache.folder} has {len(lost)} images of no folder that dataset_folders="
+                         f"{','.join(data.dataset_folders)} names: {listing(lost, 3)}. Expected the folders of stage "
+                         "one. Correct dataset_folders, or run stage one again with it.")
+    return [folders[folder] * data.dataset_repeat for folder in found]
 
 
 def _resize(config: TrainConfig, sets: DataSets) -> None:
@@ -186,8 +205,11 @@ def _resize(config: TrainConfig, sets: DataSets) -> None:
             logger.warning("%s: %s.", what, warning)
         operator = _image_operator(config, images.base_path, buckets)
         images.use_buckets(() if data.height else buckets, operator)
-    held = Counter(nearest_bucket(*size, buckets) for size in sizes["images"])
-    again = sum(-count * data.dataset_repeat % config.run.batch_size for count in held.values())
+    held: Counter = Counter()
+    repeat = sets.instance.repeat
+    for row, size in enumerate(sizes["images"]):
+        held[nearest_bucket(*size, buckets)] += repeat if isinstance(repeat, int) else repeat[row]
+    again = sum(-count % config.run.batch_size for count in held.values())
     if again and len(held) > 1:
         logger.info("a batch holds images of one size: to fill batches of %d, %d images come once more in each epoch.",
                     config.run.batch_size, again)

@@ -73,8 +73,7 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     module = build_module(config, pipe)
     cut = module.training_cut()
     if stage == "train" or cache_dir:
-        sets = DataSets(*open_cache(cache_dir or sets.instance.base_path, module, cut,
-                                    repeat=config.data.dataset_repeat))
+        sets = DataSets(*open_cache(cache_dir or sets.instance.base_path, module, cut, repeat=sets.instance.repeat))
     else:
         pipe.load_models_to_device(cut.models("prepare"))
     pipe.load_models_to_device(cut.models("step"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ms_diffsynth.data.folders import Epoch
 from ms_diffsynth.data.loader import Batch
 from ms_diffsynth.errors import DataError, UserError
 from ms_diffsynth.launch.worker import still
@@ -35,7 +36,7 @@ class PreparedRows:
     """A data set whose items are prepared rows, each prepared when it is first asked for, and kept.
 
     Args:
-        dataset: rows of images and captions; item ``i`` and item ``i + rows`` are the same row.
+        dataset: rows of images and captions; several items of an epoch may be one row, see `row_of`.
         module, cut: what prepares, and for which job.
         limit_bytes: rows beyond this much memory are written to files, see `keep_in`; without, prepared again at every
             use.
@@ -57,8 +58,12 @@ class PreparedRows:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def row_of(self, index: int) -> int:
+        """The row of an item."""
+        return row_of(self.dataset, index)
+
     def __getitem__(self, index: int) -> PreparedRow:
-        row = index % self.rows
+        row = self.row_of(index)
         slots, size = self._load(row)
         for name, array in slots.items():
             self.dtypes.setdefault(name, set()).add(array.dtype.name)
@@ -83,8 +88,8 @@ class PreparedRows:
         self._as_float = frozenset(names)
 
     def bucket_of(self, index: int) -> tuple[int, ...]:
-        """The bucket of a row; see `PreparedRow`. The row is prepared for it only where `foresees_buckets` is False."""
-        row = index % self.rows
+        """The bucket of an item; see `PreparedRow`. It is prepared for that only where `foresees_buckets` is False."""
+        row = self.row_of(index)
         if row not in self._buckets:
             if self.foresees_buckets:
                 length = self._padded_length(row)
@@ -153,15 +158,15 @@ class CachedRows(PreparedRows):
 
     Args:
         cache: checked by `storage.cache.Cache.check`. name: ``"instance"`` or ``"class"``.
-        repeat: how many times an epoch goes through the rows.
+        repeat: how many times an epoch goes through the rows; or how often it shows each of them, a number a row.
     """
 
     foresees_buckets, has_values, has_lengths = True, False, False  # the manifest tells shapes and dtypes
 
-    def __init__(self, cache: Cache, name: str, module: DiffusionTrainingModule, repeat: int = 1,
+    def __init__(self, cache: Cache, name: str, module: DiffusionTrainingModule, repeat: int | Sequence[int] = 1,
                  limit_bytes: int = 8 << 30):
         self.cache, self.planned = cache, cache.rows(name)
-        super().__init__(range(len(self.planned) * repeat), module, None, limit_bytes)
+        super().__init__(Epoch(len(self.planned), repeat), module, None, limit_bytes)
         self.rows = len(self.planned)
         for slots in {row.key: cache.kind(row.key).slots for row in self.planned}.values():
             for name, (dtype, _) in slots.items():
@@ -171,7 +176,7 @@ class CachedRows(PreparedRows):
         """They are in files already."""
 
     def bucket_of(self, index: int) -> tuple[int, ...]:
-        row = index % self.rows
+        row = self.row_of(index)
         if row not in self._buckets:
             size, slots = self.cache.kind(self.planned[row].key)
             shapes = {name: shape for name, (_, shape) in slots.items()}
@@ -240,7 +245,7 @@ def rows_of(batch: Batch, dataset: Any, class_dataset: Any = None) -> list[dict[
     found = []
     for k, (index, sample) in enumerate(zip(indices, samples)):
         source, kind = (dataset, {}) if k < half else (class_dataset, {"set": "class"})
-        row = index % _count(source)
+        row = row_of(source, index)
         numbers = getattr(getattr(source, "dataset", source), "numbers", None)  # others may be held out
         number = row if numbers is None else numbers[row]
         found.append({"row": number + 1, "name": label_of(source, row), "sample": sample} | kind)
@@ -252,6 +257,11 @@ def name_row(row: dict[str, Any]) -> str:
     number, kind = f"row {row['row']}", "class image " if "set" in row else ""
     place = "" if row["name"] == number else f"{number}, "
     return f"{kind}{row['name']} ({place}sample {row['sample']})"
+
+
+def row_of(dataset: Any, index: int) -> int:
+    """The row of an item of a data set, which counts on into the next epochs."""
+    return dataset.row_of(index) if hasattr(dataset, "row_of") else index % _count(dataset)
 
 
 def _count(dataset: Any) -> int:

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ class CachedTexts:
 
 def open_cache(folder: str | Path, module: DiffusionTrainingModule, cut: Cut,
                pictures: Mapping[str, Any] | None = None,
-               repeat: int = 1) -> tuple[CachedRows, CachedRows | None, CachedRows | None]:
+               repeat: int | Sequence[int] = 1) -> tuple[CachedRows, CachedRows | None, CachedRows | None]:
     """Stage two's data: the rows of a complete cache that this job may train on, its class images and its held-out rows
     if it has any.
 

@@ -113,6 +113,9 @@ def yaml_bytes(random: random.Random) -> Case:
                 needs=("models/toy", "data", "toy.yaml", "rows.csv", "lora.safetensors"))
 
 
+LOOK = ["init", "data", "--base", "flux1-dev"]  # reads what train reads, and more of it
+
+
 def metadata(random: random.Random) -> Case:
     file = random.choice(("rows.csv", "rows.json", "rows.jsonl"))
 
@@ -133,7 +136,7 @@ def metadata(random: random.Random) -> Case:
             return "cell"
         return break_file(random, path, [Path("photo.jpg"), Path("toy.yaml")])
 
-    words = ["train", "toy.yaml", "--dataset_metadata_path", file]
+    words = [*random.choice((["train", "toy.yaml"],) * 3 + (LOOK,)), "--dataset_metadata_path", file]
     return Case("metadata, captions", words, [file, "dataset_metadata_path", "data", "rows."], prepare=prepare,
                 needs=("models/toy", "data", "toy.yaml", "photo.jpg", "rows.csv", "rows.json", "rows.jsonl"))
 
@@ -148,7 +151,8 @@ def captions(random: random.Random) -> Case:
         path.write_bytes(raw(text))
         return repr(text[:40])
 
-    return Case("metadata, captions", ["train", "toy.yaml"], ["001", "data"], prepare=prepare,
+    words = random.choice((["train", "toy.yaml"],) * 2 + (LOOK,))
+    return Case("metadata, captions", words, ["001", "data"], prepare=prepare,
                 needs=("models/toy", "data", "toy.yaml", "photo.jpg"))
 
 
@@ -177,7 +181,8 @@ def images(random: random.Random) -> Case:
         path.write_bytes(stream.getvalue() if random.random() < 0.5 else broken_bytes(random, stream.getvalue()))
         return f"{mode} {size} {suffix}"
 
-    words = ["train", "toy.yaml", *random.choice(([], [], ["--validation_share", "0.3", "--validation_steps", "1"]))]
+    train = ["train", "toy.yaml"]
+    words = random.choice((train, train, [*train, "--validation_share", "0.3", "--validation_steps", "1"], LOOK))
     return Case("images", words, ["001", "data"], prepare=prepare,
                 needs=("models/toy", "data", "toy.yaml", "photo.jpg"))
 

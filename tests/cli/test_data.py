@@ -13,6 +13,7 @@ from ms_diffsynth.config import load_config
 from ms_diffsynth.run.build import build_datasets, build_sampler
 from ms_diffsynth.run.pipeline import build_pipeline
 from ms_diffsynth.storage.cache import Cache
+from ms_diffsynth.training.module import DiffusionTrainingModule
 
 EAGER = ("--mode", "pynative", "--num_epochs", 1)
 SHAPES = {"portrait": (256, 512), "small": (48, 64), "strip": (32, 480), "wide": (512, 256)}
@@ -195,3 +196,52 @@ def test_a_cache_holds_rows_of_the_sizes_that_are_chosen(shapes, toy_model, run)
     (shapes / "square.txt").write_text("a square")
     code, _, err = run(*words)
     assert code == 0 and "5 rows, 1 prepared" in err and "4 there already" in err
+
+
+@pytest.fixture
+def folders(data):
+    """cats: one image, dogs: two; what is beside them is in neither."""
+    for name, numbers in (("cats", (0,)), ("dogs", (1, 2))):
+        (data / name).mkdir()
+        for k in numbers:
+            (data / f"00{k}.png").rename(data / name / f"00{k}.png")
+            (data / name / f"00{k}.txt").write_text(f"image {k}")
+    Image.new("RGB", (64, 64), "red").save(data / "beside.png")
+    return data
+
+
+def losses(folder="out"):
+    with open(f"{folder}/loss.csv", newline="") as file:
+        return [row["loss"] for row in csv.DictReader(file)]
+
+
+def test_folders_with_repeats_of_their_own(run, toy_model, folders, monkeypatch):
+    """An epoch has 3 x 1 + 2 images; each is prepared once, and a cache, its two stages and a resumed run agree."""
+    command = ["train", "--family", "toy", "--model_paths", toy_model, "--dataset_folders", "cats=3,dogs",
+               "--dataset_base_path", folders, *EAGER, *SMALL]
+    made = []
+    monkeypatch.setattr(DiffusionTrainingModule, "prepare",
+                        lambda self, data, cut, then=DiffusionTrainingModule.prepare: made.append(1) or then(
+                            self, data, cut))
+    assert run(*command, "--output_path", "out")[0] == 0 and len(losses()) == 5 and len(made) == 3
+    assert run(*command, "--output_path", "cached", "--cache_dir", "cache")[0] == 0
+    assert losses("cached") == losses()
+    stage = [*command, "--task", "sft:train", "--dataset_base_path", "cache"]
+    assert run(*stage, "--output_path", "two")[0] == 0 and losses("two") == losses()
+    code, _, err = run(*stage, "--dataset_folders", "cats", "--output_path", "three")
+    assert code == 78 and "2 images of no folder that dataset_folders=cats names: dogs/001.png, dogs/002.png" in err
+    first = [*command, "--output_path", "resumed", "--checkpoint_steps", 2]
+    assert run(*first, "--max_train_steps", 2)[0] == run(*first, "--resume", "auto")[0] == 0
+    assert losses("resumed") == losses()
+    code, _, err = run(*first, "--resume", "auto", "--dataset_folders", "cats=2,dogs")
+    assert code == 78 and 'dataset_folders: ["cats=3", "dogs"] when saved, ["cats=2", "dogs"] now' in err
+
+
+def test_folders_and_buckets_and_held_out_rows(run, toy_model, folders):
+    Image.new("RGB", (128, 64), "blue").save(folders / "cats/000.png")
+    words = ["--dataset_folders", "cats=3,dogs=5", "--batch_size", 2, "--validation_share", 0.3,
+             "--validation_steps", 9]
+    code, _, err = run("train", "--family", "toy", "--model_paths", toy_model, "--dataset_base_path", folders, *EAGER,
+                       *words, "--output_path", "out")
+    assert code == 0 and "toy: 2 images, 1 held out" in err
+    assert len(losses()) == 5  # three and five in twos, of two shapes; or ten of one
