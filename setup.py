@@ -14,7 +14,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["ms_diffsynth", "ms_diffsynth.*"]),
-    package_data={"ms_diffsynth": ["py.typed", "hub/*.jinja", "pipelines/*/tokenizer*/*",
+    package_data={"ms_diffsynth": ["py.typed", "hub/*.jinja", "pipelines/*/*.yaml", "pipelines/*/tokenizer*/*",
                                    "pipelines/shared/tokenizers/*/*", "standin/native/*",
                                    "ops/cpu/native/*.cc", "ops/cpu/native/*.h", "ops/cpu/native/*.inc",
                                    "debug/cases/*/*.*", "debug/cases/*/*/*"]},

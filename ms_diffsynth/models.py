@@ -15,14 +15,25 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mindspore as ms
-from mindspore import nn
+import numpy as np
+from mindspore import Tensor, nn, ops
 
 from ms_diffsynth import runtime
-from ms_diffsynth.errors import HubError, UserError, WeightError, is_memory_short, is_mistake, listing, nearest, said
+from ms_diffsynth.errors import (
+    ConfigError,
+    HubError,
+    UserError,
+    WeightError,
+    is_memory_short,
+    is_mistake,
+    listing,
+    nearest,
+    said,
+)
 from ms_diffsynth.formats.json_text import is_of, read_json, shown, words_of
-from ms_diffsynth.formats.weights import match, open_checkpoint
+from ms_diffsynth.formats.weights import Checkpoint, match, open_checkpoint
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.nn.names import assign, torch_shapes
+from ms_diffsynth.nn.names import assign, torch_parameters, torch_shapes
 from ms_diffsynth.storage.files import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -30,6 +41,7 @@ logger = logging.getLogger(__name__)
 SCHEDULER_FILE = "scheduler_config.json"
 SAMPLING_FILE = "sampling_config.json"  # beside model_index.json: what sampling and training do where they are not told
 LARGEST_NUMBER = 1 << 31  # of a config.json: a size that a tensor can have, and every rope_theta
+FLOATS = (ms.float32, ms.float16, ms.bfloat16)
 MOST_LAYERS = 1000  # the largest models have 100; a network of a million would take hours to be built, and fit no file
 
 # what a value of a config.json must be: in words, and whether it is
@@ -493,6 +505,33 @@ class ModelStore:
         if weights not in self.trained.setdefault(name, []):
             self.trained[name].append(weights)
         self.note_change(name, f"weights {sha256_of(weights.path)}", is_once=True)
+
+    def restore(self, name: str, tensors: Iterable[str]) -> None:
+        """Give tensors of a model the values again that they have in its files and those of a training, in place.
+
+        Raises: ConfigError for a model without files, or whose weights are in another form by now.
+        """
+        if name not in self.loaded:
+            return
+        if name not in self.sources:
+            raise ConfigError(f"'{name}' was not read from files, so its weights of before are not known: make the "
+                              "pipeline by from_pretrained, or load the model again.")
+        checkpoint, parameters = self._checkpoint(name), torch_parameters(self.loaded[name])
+        values = dict.fromkeys(tensors, checkpoint)
+        for weights in self.trained.get(name, ()):
+            trained = open_checkpoint(weights.path)
+            values |= {tensor: {tensor: trained[key]} for tensor, key in weights.names.items() if tensor in values}
+        for tensor, file in values.items():
+            if parameters[tensor].dtype not in FLOATS:
+                raise ConfigError(f"'{name}' is stored in 8 bits by now: clear its LoRAs before.")
+            array = file[tensor]
+            if array.dtype.name.startswith("float8"):
+                array = array.astype(np.float32)
+            ops.assign(parameters[tensor], Tensor(array, parameters[tensor].dtype))
+
+    def _checkpoint(self, name: str) -> Checkpoint:
+        source = self.source(name)
+        return open_checkpoint(list(source.files) or source.folder)
 
     def _tokenizer(self, component: Component, folder: Path) -> Any:
         """A tokenizer. Raises: WeightError also for one with more tokens than its text encoder has rows for."""

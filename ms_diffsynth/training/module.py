@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn
 from ms_diffsynth.diffusion.tasks import Task
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, TrainingError, listing, naming, nearest
-from ms_diffsynth.formats.lora import load_adapter, save_adapter
+from ms_diffsynth.formats.lora import AdapterFile, load_adapter, save_adapters
 from ms_diffsynth.formats.weights import save_sharded, save_state_dict
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.adapters import Adapter, adapter as adapter_called, adapter_of, formats
@@ -160,7 +160,9 @@ class DiffusionTrainingModule:
         model = getattr(pipe, name)
         cells = adapted_layers(model)
         with naming(f"lora_checkpoint={path}"):
-            file = load_adapter(path, list(cells), formats(), **pipe.adapter_names(name))
+            file = load_adapter(path, list(cells), formats(), pipe.lora_table, name)
+            if file.format is None:
+                raise ConfigError(f"lora_checkpoint={path} holds a {file.name}: expected one kind of adapter.")
             if (found := adapter_of(file.format).name) != self.adapter.name:
                 raise ConfigError(f"lora_checkpoint={path} holds the adapter {found}: expected {self.adapter.name}, as "
                                   f"the setting adapter says. Set adapter={found}, or give another file.")
@@ -231,12 +233,14 @@ class DiffusionTrainingModule:
                 and hasattr(self.pipe, "update_pretrained"))
 
     def save(self, path: Path, remove_prefix: str | None = None, metadata: dict[str, str] | None = None) -> None:
-        """Write what was trained: an adapter in diffusers naming, or weights by name. Never half a file."""
+        """Write what was trained: an adapter in the family's default naming, or weights by name. Never half a file."""
         if self.lora_base_model and set(self.trainable) == {self.lora_base_model}:
             cells = adapted_layers(getattr(self.pipe, self.lora_base_model))
-            prefix = self.pipe.lora_prefixes.get(self.lora_base_model, self.lora_base_model)
-            save_adapter(path, self.adapter.format, {name: cell.tensors() for name, cell in cells.items()},
-                         scale=next(cell.scale for cell in cells.values()), prefix=prefix, metadata=metadata or {})
+            file = AdapterFile({name: cell.tensors() for name, cell in cells.items()},
+                               {name: cell.scale for name, cell in cells.items()},
+                               dict.fromkeys(cells, self.adapter.format))
+            table = self.pipe.lora_table
+            save_adapters(path, {self.lora_base_model: file}, table, table.default, metadata)
         else:
             save_state_dict(path, self.export_trainable_state_dict(remove_prefix), metadata)
 

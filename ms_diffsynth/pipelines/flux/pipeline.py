@@ -1,9 +1,11 @@
 """FLUX.1: CLIP and T5 text encoders, a VAE with 16 channels, and a transformer of joint and single blocks."""
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ms_diffsynth.diffusion.schedule import FLUX_DEV, FLUX_SCHNELL, FlowMatchSettings, diffsynth_flux
+from ms_diffsynth.formats.interchange import read_table
 from ms_diffsynth.models import FLAG, Component
 from ms_diffsynth.pipelines.flux import units
 from ms_diffsynth.pipelines.flux.denoise import Denoise
@@ -60,7 +62,7 @@ class FluxImagePipeline(ImagePipeline):
 
     components = COMPONENTS
     lora_target_modules = LORA_TARGET_MODULES
-    lora_prefixes = {"dit": "transformer", "text_encoder_1": "text_encoder", "text_encoder_2": "text_encoder_2"}
+    interchange = read_table(Path(__file__).with_name("interchange.yaml"))
     fusible = ("encode_image",)
     widths = {"latents": ("in_channels", -3, 4), "prompt_embeds": ("joint_attention_dim", -1, 1),
               "pooled_prompt_embeds": ("pooled_projection_dim", -1, 1)}

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ms_diffsynth.diffusion.schedule import FLUX_DEV, ExponentialShift, FlowMatchSettings, Grid, to_one_nth
 from ms_diffsynth.errors import WeightError
+from ms_diffsynth.formats.interchange import read_table
 from ms_diffsynth.models import COUNT, FLAG, SCALE, SIZE, SIZES, Component, arguments, optional
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.flux2 import units
@@ -132,7 +133,7 @@ class Flux2ImagePipeline(ImagePipeline):
     components = COMPONENTS
     variants = (DEV_COMPONENTS,)
     lora_target_modules = LORA_TARGET_MODULES
-    lora_prefixes = {"dit": "transformer", "text_encoder": "text_encoder"}
+    interchange = read_table(Path(__file__).with_name("interchange.yaml"))
     widths = {"latents": ("in_channels", -3, 1), "prompt_embeds": ("joint_attention_dim", -1, 1)}
     fusible = ("encode_image",)
     prepare_settings = ("max_sequence_length",)
