@@ -20,6 +20,7 @@ COMMANDS = {
     "cache": "inspect a cache of split training, or remove entries that are no longer needed",
     "describe": "print a run's two halves as straight-line code, loading no weights",
     "evaluate": "compare generated images with real ones, and look for copies",
+    "lora": "look at LoRA files: convert, inspect, merge, extract, resize",
     "push": "publish a folder on a hub",
     "template": "look at a template's code, or pack a trained one to share it",
     "tiny": "write a tiny model with random weights, for first runs and tests",

@@ -37,6 +37,8 @@ class Row:
         shares: of each member, in rows.
         is_swapped: its two halves are in the other order in the other columns (a scale and a shift).
         weight: what ``weight`` is called in the other columns.
+        is_same: its name is that of diffusers everywhere.
+        ratio: rows to columns of its weight, where that tells the family from another of the same names.
     """
 
     members: tuple[str, ...]
@@ -44,6 +46,8 @@ class Row:
     shares: tuple[int, ...]
     is_swapped: bool = False
     weight: str = "weight"
+    is_same: bool = False
+    ratio: int | None = None
 
     def sizes(self, rows: int) -> list[int] | None:
         """Rows of each member of a layer with so many; None when they cannot be divided like this."""
@@ -95,7 +99,7 @@ class Model:
                     if column in row.names:
                         modules = tuple(fill(m, numbers) for m in row.members)
                         return fill(row.names[column], numbers), row, modules
-                    known = known or (module if column == DIFFUSERS or not row.names else None)
+                    known = known or (module if column == DIFFUSERS or row.is_same else None)
         return (known, None, (module,)) if known else None
 
 
@@ -107,12 +111,15 @@ class Table:
         title: of the family, for messages.
         default: the layout that its files are saved in: that which most programs read (docs/reference/interchange.md).
         columns: layout -> the column of its names.
+        architecture, base_version: what modelspec and kohya call the family in headers.
     """
 
     models: Mapping[str, Model] = field(default_factory=lambda: {"": Model({DIFFUSERS: ""})})
     title: str = "this model"
     default: str = DIFFUSERS
     columns: Mapping[str, str] = field(default_factory=lambda: {DIFFUSERS: DIFFUSERS})
+    architecture: str = ""
+    base_version: str = ""
 
     @property
     def network(self) -> str:
@@ -147,17 +154,17 @@ def read_table(file: Path) -> Table:
     models = {name: Model(dict(model["begins"]), tuple(model.get("also", ())),
                           tuple(row for item in model.get("layers", ()) for row in _rows(item)))
               for name, model in data["models"].items()}
-    return Table(models, data["title"], data["default"], data["layouts"])
+    return Table(models, data["title"], data["default"], data["layouts"], data["architecture"], data["base_version"])
 
 
 def _rows(item: str | dict[str, Any]) -> Iterator[Row]:
     if isinstance(item, str):  # the same everywhere
-        yield from (Row((name,), {}, (1,)) for name in expand(item))
+        yield from (Row((name,), {}, (1,), is_same=True) for name in expand(item))
         return
     members = tuple(expand(item["diffusers"]))
-    names = {k: v for k, v in item.items() if k not in ("diffusers", "rows", "swap", "weight")}
+    names = {k: v for k, v in item.items() if k not in ("diffusers", "rows", "swap", "weight", "ratio")}
     yield Row(members, names, tuple(item.get("rows", (1,) * len(members))), item.get("swap", False),
-              item.get("weight", "weight"))
+              item.get("weight", "weight"), ratio=item.get("ratio"))
 
 
 def expand(text: str) -> Iterable[str]:

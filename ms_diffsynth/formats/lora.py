@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from ms_diffsynth.errors import WeightError, listing, nearest
-from ms_diffsynth.formats.adapters import DORA, FULL, LORA, MAGNITUDE, ROWS, A, B, Format, Parts, label
+from ms_diffsynth.formats.adapters import DORA, FULL, LORA, MAGNITUDE, READ, ROWS, A, B, Format, Parts, label
 from ms_diffsynth.formats.interchange import DIFFUSERS, LAYOUTS, Found, Model, Table
 from ms_diffsynth.formats.json_text import NotJSON, parse_json, read_json
 from ms_diffsynth.formats.weights import FLOATS, Checkpoint, native, save_state_dict
@@ -321,6 +321,22 @@ def models_in(path: str | os.PathLike[str], table: Table) -> list[str]:
     return [model for model in table.models if model in found] or [table.network]
 
 
+def metadata_of(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts in the header of a file, or of the one in peft's folder."""
+    return _open(path)[0].metadata
+
+
+def unmatched(path: str | os.PathLike[str], table: Table) -> list[str]:
+    """What ``table`` does not know of a file's names."""
+    reader = _Reader(path, *_open(path), dict.fromkeys(table.models), READ, table)
+    shapes = reader.checkpoint.shapes
+    for found, names in reader.keys().values():
+        if found.row is not None and found.row.ratio and {A, B} <= names.keys():
+            if shapes[names[B]][0] != found.row.ratio * shapes[names[A]][-1]:
+                reader.problems.append(f"{names[B]} has not the shape of {table.title}'s")
+    return reader.problems
+
+
 def load_adapter(path: str | os.PathLike[str], modules: Iterable[str] | None = None,
                  formats: Sequence[Format] = (LORA,), table: Table | None = None,
                  model: str | None = None) -> AdapterFile:
@@ -378,7 +394,7 @@ class _Reader:
                 self.flat.setdefault(model, {}).setdefault(module.replace(".", "_"), []).append(module)
 
     def read(self) -> dict[str, AdapterFile]:
-        keys = self._keys()
+        keys = self.keys()
         unmatched = len(self.problems)
         parts = {part for _, names in keys.values() for part in names} - {ALPHA, BIAS, DIFF_BIAS}
         common = next((f for f in self.formats if f.gathered is None and parts and parts <= f.parts.keys()), None)
@@ -419,7 +435,7 @@ class _Reader:
 
     # -- names ---------------------------------------------------------------------------------------------------
 
-    def _keys(self) -> dict[tuple[str, tuple[str, ...]], tuple[Found, dict[str, str]]]:
+    def keys(self) -> dict[tuple[str, tuple[str, ...]], tuple[Found, dict[str, str]]]:
         """(model, modules) -> how they are named, and part -> key."""
         part_of = {name: part for f in self.formats for part, names in f.parts.items() for name in names}
         names = "|".join(map(re.escape, sorted(part_of, key=len, reverse=True)))
