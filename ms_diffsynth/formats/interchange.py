@@ -111,6 +111,7 @@ class Table:
         title: of the family, for messages.
         default: the layout that its files are saved in: that which most programs read (docs/reference/interchange.md).
         columns: layout -> the column of its names.
+        with_alpha: layouts whose files have lora_down, lora_up and alpha; others have A and B, with the scale in B.
         architecture, base_version: what modelspec and kohya call the family in headers.
     """
 
@@ -118,6 +119,7 @@ class Table:
     title: str = "this model"
     default: str = DIFFUSERS
     columns: Mapping[str, str] = field(default_factory=lambda: {DIFFUSERS: DIFFUSERS})
+    with_alpha: tuple[str, ...] = ("kohya",)
     architecture: str = ""
     base_version: str = ""
 
@@ -154,7 +156,8 @@ def read_table(file: Path) -> Table:
     models = {name: Model(dict(model["begins"]), tuple(model.get("also", ())),
                           tuple(row for item in model.get("layers", ()) for row in _rows(item)))
               for name, model in data["models"].items()}
-    return Table(models, data["title"], data["default"], data["layouts"], data["architecture"], data["base_version"])
+    return Table(models, data["title"], data["default"], data["layouts"], tuple(data.get("with_alpha", ("kohya",))),
+                 data["architecture"], data["base_version"])
 
 
 def _rows(item: str | dict[str, Any]) -> Iterator[Row]:

@@ -144,15 +144,17 @@ def save_adapters(path: str | os.PathLike[str], files: Mapping[str, AdapterFile]
         if begins is None:
             problems.append(f"{name}: the layout {layout} has no names for it")
             continue
-        tensors |= _written(file, table.models[name], layout, begins, table.columns[layout], problems)
-        if begins not in ("", "diffusion_model."):  # behind which diffusers would find none, and take r=8
-            settings |= {f"{begins}{key}": value for key, value in _peft_settings(file).items()}
+        has_alpha, ranks = layout in table.with_alpha, {}
+        tensors |= _written(file, table.models[name], layout, has_alpha, begins, table.columns[layout], ranks, problems)
+        own = table.models[name].prefixes[DIFFUSERS]
+        if ranks and own not in ("", "diffusion_model.") and not has_alpha and layout != "diffsynth":
+            settings |= {f"{own}{key}": value for key, value in _peft_settings(file, ranks).items()}
     if problems:
         raise WeightError(f"{path}: {len(problems)} layers cannot be written in the layout {layout} "
                           f"({LAYOUTS[layout]}): {listing(problems)}. Choose another layout, or make a LoRA of other "
                           "kinds of adapters first: ms-diffsynth lora resize --rank 16.")
     metadata = dict(metadata or {})
-    if layout == DIFFUSERS and settings:
+    if settings:
         metadata[ADAPTER_METADATA] = json.dumps(settings, indent=2, sort_keys=True)
     save_state_dict(path, tensors, metadata)
 
@@ -165,19 +167,23 @@ def _check(path: str | os.PathLike[str], file: AdapterFile) -> None:
                           f"Expected {kind.shapes} with one r.")
 
 
-def _peft_settings(file: AdapterFile) -> dict[str, Any]:
-    """What peft's LoraConfig is made of; diffusers 0.34 to 0.39 and mindone read both patterns before they make it."""
-    ranks = {module: file.formats[module].rank(parts) for module, parts in file.modules.items()}
+def _peft_settings(file: AdapterFile, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """What peft's LoraConfig is made of, for modules of these ranks, by diffusers' names of them.
+
+    diffusers 0.34 to 0.39 and mindone read both patterns before they make it. Without them a layer of another rank than
+    most gets another scale (diffusers 0.39).
+    """
     rank = Counter(ranks.values()).most_common(1)[0][0]
     odd = {module: own for module, own in ranks.items() if own != rank}
     return {"r": rank, "lora_alpha": rank, "rank_pattern": odd, "alpha_pattern": odd,
-            "target_modules": sorted(file.modules), **({"lora_bias": True} if file.biases else {}),
+            "target_modules": sorted(ranks), **({"lora_bias": True} if file.biases else {}),
             **{k: v for kind in file.formats.values() for k, v in kind.settings.items()}}
 
 
-def _written(file: AdapterFile, model: Model, layout: str, begins: str, column: str,
-             problems: list[str]) -> dict[str, np.ndarray]:
-    """The tensors of a file by the names of a layout; what has none is added to ``problems``."""
+def _written(file: AdapterFile, model: Model, layout: str, has_alpha: bool, begins: str, column: str,
+             ranks: dict[str, int], problems: list[str]) -> dict[str, np.ndarray]:
+    """The tensors of a file by the names of a layout. ``ranks`` gets that of each module; ``problems`` what has no name.
+    """
     tensors: dict[str, np.ndarray] = {}
     done: set[str] = set()
     for module in dict.fromkeys((*file.modules, *file.biases)):
@@ -200,13 +206,17 @@ def _written(file: AdapterFile, model: Model, layout: str, begins: str, column: 
         stem = begins + (name.replace(".", "_") if begins.endswith("_") else name)
         if bias is None and file.biases and layout == DIFFUSERS:
             bias = np.zeros(parts[B].shape[0], parts[B].dtype)  # peft has one for every layer or none
-        tensors |= {f"{stem}.{part}": array for part, array in _parts(kind, parts, scale, bias, layout).items()}
+        if kind in (LORA, DORA):
+            ranks |= dict.fromkeys(members, kind.rank(parts))
+        tensors |= {f"{stem}.{part}": array
+                    for part, array in _parts(kind, parts, scale, bias, layout, has_alpha).items()}
     return tensors
 
 
-def _parts(kind: Format, parts: Parts, scale: float, bias: np.ndarray | None, layout: str) -> dict[str, np.ndarray]:
+def _parts(kind: Format, parts: Parts, scale: float, bias: np.ndarray | None, layout: str,
+           has_alpha: bool) -> dict[str, np.ndarray]:
     """Tensors of a module by the ends of their names in a layout."""
-    if layout == "kohya" and kind in (LORA, DORA):
+    if has_alpha and kind in (LORA, DORA):
         rank = kind.rank(parts)
         found = {"lora_down.weight": parts[A], "lora_up.weight": parts[B], "alpha": np.array(scale * rank, np.float32)}
         if MAGNITUDE in parts:

@@ -119,8 +119,8 @@ def test_written_in_a_layout_and_read_again_it_does_the_same(tmp_path, name, lay
             np.testing.assert_array_equal(bias, file.biases.get(module, np.zeros_like(bias)))
 
 
-@pytest.mark.parametrize("name, layout", [("flux/kohya_fused", "kohya"), ("flux/comfy_original", "comfy"),
-                                          ("flux2/kohya", "kohya"), ("flux2/aitoolkit", "comfy"),
+@pytest.mark.parametrize("name, layout", [("flux/kohya_fused", "kohya"), ("flux2/aitoolkit", "comfy"),
+                                          ("flux2/kohya", "kohya"),
                                           ("sd3/kohya", "kohya"),
                                           ("qwen_image/musubi", "kohya"), ("qwen_image/aitoolkit", "comfy"),
                                           ("flux/diffsynth_own", "diffsynth"), ("flux/lokr_fused", "comfy"),
@@ -161,7 +161,12 @@ def test_the_header_is_what_peft_makes_its_settings_of(tmp_path):
     assert settings["transformer.rank_pattern"] == settings["transformer.alpha_pattern"] == {
         m: 4 if "to_q" in m else 1 for m in files["dit"].modules if "to_q" in m or "to_k" in m}
     save_adapters(tmp_path / "c.safetensors", files, interchange("flux"), "comfy")
-    assert "lora_adapter_metadata" not in metadata_of(tmp_path / "c.safetensors")  # its ranks are other ones
+    assert "lora_adapter_metadata" not in metadata_of(tmp_path / "c.safetensors")  # it has alphas
+    files = read(path_of("flux2/diffusers"), "flux2")
+    save_adapters(tmp_path / "c.safetensors", files, interchange("flux2"), "comfy")
+    settings = json.loads(metadata_of(tmp_path / "c.safetensors")["lora_adapter_metadata"])
+    assert settings["transformer.alpha_pattern"] == {  # q, k and v are one layer of rank 6 there
+        m: 6 for m in files["dit"].modules if m.endswith(("_q", "_k", "_v", "_q_proj", "_k_proj", "_v_proj"))}
 
 
 @pytest.mark.parametrize("family", list(interchange_tables()))
