@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from ms_diffsynth.config.flags import path_argument
+from ms_diffsynth.config.flags import path_and_factor, path_argument
 from ms_diffsynth.errors import ConfigError, OutputError, WeightError, listing, nearest
 from ms_diffsynth.formats.adapters import MAGNITUDE, READ
 from ms_diffsynth.formats.interchange import LAYOUTS, Table
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("file", type=path_argument, metavar="FILE")
     inspect.add_argument("--model", type=path_argument, help="folder of the base model: are its layers those?")
     merge = actions.add_parser("merge", parents=[family, layout], help="several LoRAs into one, or into a base")
-    merge.add_argument("files", nargs="+", metavar="FILE[:FACTOR]")
+    merge.add_argument("files", nargs="+", type=path_and_factor, metavar="FILE[:FACTOR]")
     merge.add_argument("--output", required=True, type=path_argument, metavar="OUT",
                        help="new file; with --base a folder")
     merge.add_argument("--base", type=path_argument, help="folder of a diffusers-format model, which gets them")
@@ -100,7 +100,7 @@ def _counted(values: Counter) -> str:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    paths, factors = zip(*(path_and_factor(text) for text in args.files))
+    paths, factors = zip(*args.files)
     table, first = _read(paths[0], args.family)
     every = [first, *(_read(path, args.family, table)[1] for path in paths[1:])]
     models = list(dict.fromkeys(model for files in every for model in files))
@@ -159,20 +159,6 @@ def _lost(lost: dict[str, float]) -> str:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def path_and_factor(text: str) -> tuple[Path, float]:
-    """``file.safetensors:0.8`` as file and factor, which is 1 where there is none. Raises: ConfigError."""
-    name, colon, factor = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return path_argument(text), 1.0
-    try:
-        value = float(factor)
-    except ValueError:
-        return path_argument(text), 1.0
-    if not -1000 <= value <= 1000:
-        raise ConfigError(f"{text}: expected a factor from -1000 to 1000 behind the colon.")
-    return path_argument(name), value
-
-
 def _table(name: str) -> Table:
     table = interchange(name)
     if table is None:
@@ -222,8 +208,8 @@ def _layers(base: Path, table: Table, model: str) -> list[str]:
 def _write(args: argparse.Namespace, files: dict[str, AdapterFile], table: Table, source: Path | None) -> int:
     header = {k: v for k, v in (metadata_of(source) if source else {}).items() if KEPT.match(k)}
     layout = args.to or table.default
-    if layout == "kohya":
-        header["ss_network_module"] = "networks.lora"
+    if layout == "kohya" and table.kohya_module:
+        header["ss_network_module"] = table.kohya_module
     path = args.output
     if path.is_dir():
         path = path / f"{_name(source, header)}.safetensors"

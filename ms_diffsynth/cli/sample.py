@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from ms_diffsynth.cli.template import add_trust_flags
-from ms_diffsynth.config.flags import path_argument
+from ms_diffsynth.config.flags import path_and_factor, path_argument
 from ms_diffsynth.config.setting import out_of_range
 from ms_diffsynth.config.settings import SETTINGS
 from ms_diffsynth.data.prompts import prompt_problem
@@ -40,9 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=path_argument,
                         help="weights that full training saved, for the models they are of")
     parser.add_argument("--negative_prompt", help="what cfg_scale leads away from")
-    parser.add_argument("--lora", type=path_argument,
-                        help="file of a LoRA, or of another adapter, to fuse into the transformer")
-    parser.add_argument("--lora_scale", type=float, help="factor on the LoRA (default: 1)")
+    parser.add_argument("--lora", action="append", default=[], type=path_and_factor, metavar="FILE[:FACTOR]",
+                        help="file of a LoRA, or of another adapter, of any program, and its factor (1); may be "
+                             "given several times")
+    parser.add_argument("--lora_scale", type=float, help="a further factor on all of them (default: 1)")
     parser.add_argument("--template", action="append", default=[],
                         help="folder of a template, or owner/name: on a hub; several times for several")
     parser.add_argument("--template_inputs", metavar="JSON",
@@ -97,18 +98,19 @@ def execute(args: argparse.Namespace) -> int:
     if args.weights:
         loaded = pipe.load_weights(args.weights)
         sys.stderr.write(f"{args.weights}: {', '.join(f'{n} tensors of {model}' for model, n in loaded.items())}\n")
-    if args.lora:
-        scale = 1.0 if args.lora_scale is None else args.lora_scale
-        fused = pipe.load_lora(None, args.lora, scale)
-        sys.stderr.write(f"{args.lora}: fused into {fused} layers\n")
+    for path, factor in args.lora:
+        scale = factor * (1.0 if args.lora_scale is None else args.lora_scale)
+        fused = pipe.load_lora(None, path, scale)
+        sys.stderr.write(f"{path}: fused into {fused} layers{'' if scale == 1 else f', {scale:g} times'}\n")
     same = {"num_inference_steps": args.num_inference_steps, "sampler": args.sampler, "height": args.height,
             "width": args.width}
     if args.prompt:
         images = partial(_with_prompts, args, pipe, same)
     else:
         images = partial(pipe, batch_size=args.count or 16, seed=args.seed, **same)
-    given = [f"MODEL {args.model}", *(f"--{name} {value}" for name in ("weights", "lora", "lora_scale", "cfg_scale",
-             "embedded_guidance") if (value := getattr(args, name)) is not None)]
+    given = [f"MODEL {args.model}", *(f"--lora {path}:{factor:g}" for path, factor in args.lora),
+             *(f"--{name} {value}" for name in ("weights", "lora_scale", "cfg_scale", "embedded_guidance")
+               if (value := getattr(args, name)) is not None)]
     memory = runtime.memory_for(height=args.height, width=args.width, count=args.count, model=args.model)
     with memory, naming(" ".join(given), DataError):  # images that are not finite are made of these
         for k, image in enumerate(images()):
@@ -178,7 +180,8 @@ def _check(args: argparse.Namespace) -> None:
     unused = [("lora_scale", "lora")] + [(f"trust_template_{what}", "template") for what in ("code", "sha256")]
     problems += [f"{name} without --{other}: name what it is for, or remove it" for name, other in unused
                  if getattr(args, name) not in (None, False) and not getattr(args, other)]
-    problems += [f"{name}={path}: no such file" for name in ("lora", "weights", "input_image")
+    problems += [f"lora={path}: no such file" for path, _ in args.lora if not path.exists()]
+    problems += [f"{name}={path}: no such file" for name in ("weights", "input_image")
                  if (path := getattr(args, name)) and not path.is_file()]
     if args.denoising_strength is not None and not args.input_image:
         problems.append("denoising_strength without input_image, of which it says how much is kept: name the file")

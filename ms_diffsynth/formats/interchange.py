@@ -112,7 +112,7 @@ class Table:
         default: the layout that its files are saved in: that which most programs read (docs/reference/interchange.md).
         columns: layout -> the column of its names.
         with_alpha: layouts whose files have lora_down, lora_up and alpha; others have A and B, with the scale in B.
-        architecture, base_version: what modelspec and kohya call the family in headers.
+        architecture, base_version, kohya_module: what modelspec and kohya call the family in headers.
     """
 
     models: Mapping[str, Model] = field(default_factory=lambda: {"": Model({DIFFUSERS: ""})})
@@ -122,6 +122,7 @@ class Table:
     with_alpha: tuple[str, ...] = ("kohya",)
     architecture: str = ""
     base_version: str = ""
+    kohya_module: str = ""
 
     @property
     def network(self) -> str:
@@ -157,7 +158,7 @@ def read_table(file: Path) -> Table:
                           tuple(row for item in model.get("layers", ()) for row in _rows(item)))
               for name, model in data["models"].items()}
     return Table(models, data["title"], data["default"], data["layouts"], tuple(data.get("with_alpha", ("kohya",))),
-                 data["architecture"], data["base_version"])
+                 data["architecture"], data["base_version"], data.get("kohya_module", ""))
 
 
 def _rows(item: str | dict[str, Any]) -> Iterator[Row]:

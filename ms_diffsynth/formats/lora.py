@@ -13,7 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -182,10 +182,13 @@ def _peft_settings(file: AdapterFile, ranks: Mapping[str, int]) -> dict[str, Any
 
 def _written(file: AdapterFile, model: Model, layout: str, has_alpha: bool, begins: str, column: str,
              ranks: dict[str, int], problems: list[str]) -> dict[str, np.ndarray]:
-    """The tensors of a file by the names of a layout. ``ranks`` gets that of each module; ``problems`` what has no name.
+    """The tensors of a file by the names of a layout.
+
+    ``ranks`` gets that of each module; ``problems`` what has no name.
     """
     tensors: dict[str, np.ndarray] = {}
     done: set[str] = set()
+    file = _with_one_rank(file) if has_alpha else file
     for module in dict.fromkeys((*file.modules, *file.biases)):
         if module in done:
             continue
@@ -211,6 +214,19 @@ def _written(file: AdapterFile, model: Model, layout: str, has_alpha: bool, begi
         tensors |= {f"{stem}.{part}": array
                     for part, array in _parts(kind, parts, scale, bias, layout, has_alpha).items()}
     return tensors
+
+
+def _with_one_rank(file: AdapterFile) -> AdapterFile:
+    """The same with ranks filled up by zeros: diffusers 0.39 reads kohya's files of several ranks with wrong scales."""
+    ranks = {m: file.formats[m].rank(p) for m, p in file.modules.items() if file.formats[m] in (LORA, DORA)}
+    if len(set(ranks.values())) < 2:
+        return file
+    modules = dict(file.modules)
+    for m, rank in ranks.items():
+        more, parts = max(ranks.values()) - rank, file.modules[m]
+        modules[m] = {**parts, A: np.pad(native(parts[A]), [(0, more), (0, 0)]),
+                      B: np.pad(native(parts[B]), [(0, 0), (0, more)])}
+    return replace(file, modules=modules)
 
 
 def _parts(kind: Format, parts: Parts, scale: float, bias: np.ndarray | None, layout: str,

@@ -75,7 +75,8 @@ class DiffusionTrainingModule:
                                      use_gradient_checkpointing: bool = False,
                                      use_gradient_checkpointing_offload: bool = False,
                                      fp8_models: str | None = None, extra_inputs: str | None = None,
-                                     adapter: str = "lora") -> None:
+                                     adapter: str = "lora", preset_lora_path: str | Path | None = None,
+                                     preset_lora_model: str | None = None) -> None:
         """Freeze everything, then make trainable what is named.
 
         Args:
@@ -91,6 +92,9 @@ class DiffusionTrainingModule:
             extra_inputs: columns of the data set that are inputs too, with commas, such as
                 ``edit_image,template_inputs``.
             adapter: a name of `nn.adapters.ADAPTERS`.
+            preset_lora_path: a LoRA file that is added to the weights of ``preset_lora_model`` (by default
+                ``lora_base_model``, or the network) before anything is trained, so that what is trained is the
+                difference to it.
 
         Raises: ConfigError for names that are not there, for nothing to train, or for a model to be trained both ways.
         """
@@ -122,6 +126,13 @@ class DiffusionTrainingModule:
         if stage == "data_process":  # nothing is trained, so what would be is not loaded
             self._store_frozen(fp8_models, ("prepare",))
             return
+        if preset_lora_path:
+            name = preset_lora_model or lora_base_model or pipe.network
+            if name not in self.training_cut().models("step"):
+                raise ConfigError(f"preset_lora_model={name}: expected a model of the training step: "
+                                  f"{listing(self.training_cut().models('step'))}.")
+            with naming(f"preset_lora_path={preset_lora_path}"):
+                pipe.load_lora(getattr(pipe, name), preset_lora_path)
         if lora_base_model:
             targets = lora_target_modules.split(",") if isinstance(lora_target_modules, str) else lora_target_modules
             targets = [t for t in targets if t] or pipe.lora_target_modules

@@ -142,6 +142,11 @@ def test_joined_and_split_again_it_has_the_same_bits(tmp_path, layout):
         save_adapters(path, files, interchange("flux"), layout)
         again = read(path, "flux")["dit"]
         assert again.modules.keys() == files["dit"].modules.keys()
+        if layout != "diffsynth" and "mixed" in name:  # of one rank, which diffusers needs
+            ranks = {array.shape[0] for key, array in load_state_dict(path).items() if "lora_down" in key}
+            assert ranks == {4, 3 * 4, 4 * 4}
+            assert_equal(effect(again, "flux"), effect(files["dit"], "flux"))
+            continue
         for module, parts in files["dit"].modules.items():
             for part, array in parts.items():
                 np.testing.assert_array_equal(again.modules[module][part], array, err_msg=module)
