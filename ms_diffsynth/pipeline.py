@@ -205,7 +205,7 @@ class Pipeline:
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
         self.dtype = dtype or runtime.compute_dtype(None)
         cls = type(self)
-        self.store = ModelStore(cls.components, self.dtype, cls.__name__, cls.variants, models)
+        self.store = ModelStore(cls.components, self.dtype, cls.__name__, cls.variants, models, cls.interchange)
         self.device = runtime.current().device
         self.objective = Objective()
         self.sigmas: np.ndarray | None = None

@@ -39,6 +39,7 @@ class Row:
         weight: what ``weight`` is called in the other columns.
         is_same: its name is that of diffusers everywhere.
         ratio: rows to columns of its weight, where that tells the family from another of the same names.
+        is_convolution: it is a convolution of 1 x 1 in the other columns.
     """
 
     members: tuple[str, ...]
@@ -48,6 +49,7 @@ class Row:
     weight: str = "weight"
     is_same: bool = False
     ratio: int | None = None
+    is_convolution: bool = False
 
     def sizes(self, rows: int) -> list[int] | None:
         """Rows of each member of a layer with so many; None when they cannot be divided like this."""
@@ -154,9 +156,13 @@ class Table:
 def read_table(file: Path) -> Table:
     """The table in a file ``interchange.yaml``."""
     data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    models = {name: Model(dict(model["begins"]), tuple(model.get("also", ())),
-                          tuple(row for item in model.get("layers", ()) for row in _rows(item)))
-              for name, model in data["models"].items()}
+    models = {}
+    for name, model in data["models"].items():
+        layers = model.get("layers", ())
+        if isinstance(layers, str):  # what several families share
+            layers = yaml.safe_load((file.parent / layers).read_text(encoding="utf-8"))
+        models[name] = Model(dict(model["begins"]), tuple(model.get("also", ())),
+                             tuple(row for item in layers for row in _rows(item)))
     return Table(models, data["title"], data["default"], data["layouts"], tuple(data.get("with_alpha", ("kohya",))),
                  data["architecture"], data["base_version"], data.get("kohya_module", ""))
 
@@ -166,9 +172,16 @@ def _rows(item: str | dict[str, Any]) -> Iterator[Row]:
         yield from (Row((name,), {}, (1,), is_same=True) for name in expand(item))
         return
     members = tuple(expand(item["diffusers"]))
-    names = {k: v for k, v in item.items() if k not in ("diffusers", "rows", "swap", "weight", "ratio")}
-    yield Row(members, names, tuple(item.get("rows", (1,) * len(members))), item.get("swap", False),
-              item.get("weight", "weight"), ratio=item.get("ratio"))
+    facts = {"is_swapped": item.get("swap", False), "weight": item.get("weight", "weight"),
+             "ratio": item.get("ratio"), "is_convolution": item.get("convolution", False)}
+    names = {k: v for k, v in item.items() if k not in ("diffusers", "rows", "each", "swap", "weight", "ratio",
+                                                        "convolution")}
+    if item.get("each"):  # one row a member
+        columns = {column: list(expand(pattern)) for column, pattern in names.items()}
+        for k, member in enumerate(members):
+            yield Row((member,), {column: own[k] for column, own in columns.items()}, (1,), **facts)
+        return
+    yield Row(members, names, tuple(item.get("rows", (1,) * len(members))), **facts)
 
 
 def expand(text: str) -> Iterable[str]:

@@ -4,6 +4,7 @@ Pickles (.bin, .pt, .pth, .ckpt) are never read: reading one executes code.
 """
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections import defaultdict
@@ -38,12 +39,19 @@ FLOATS = {dtype.name: dtype for tag, dtype in DTYPES.items() if tag in ("F64", "
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor is: ``start`` is its first byte in ``file``."""
+    """Where one tensor is: ``start`` is its first byte in ``file``.
+
+    Attributes:
+        is_swapped: what is read are the second half of its rows, then the first.
+        scale: one number that what is read is multiplied by; the result is float32.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     file: Path
     start: int
+    is_swapped: bool = False
+    scale: Entry | None = None
 
 
 class Checkpoint:
@@ -73,6 +81,12 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape."""
         return {name: entry.shape for name, entry in self.entries.items()}
+
+    def with_entries(self, entries: Mapping[str, Entry]) -> Checkpoint:
+        """The same files with other names, or parts, of their tensors."""
+        other = copy.copy(self)
+        other.entries = dict(entries)
+        return other
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -325,7 +339,16 @@ def _read(file: Any, entry: Entry) -> np.ndarray:
         file.seek(entry.start)
         if file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:
             raise WeightError(f"{entry.file} became shorter while it was read. Download or save it again.")
+    if entry.is_swapped:
+        array = np.roll(array, len(array) // 2, axis=0)
+    if entry.scale is not None:
+        array = array.astype(np.float32) * _read_one(entry.scale)
     return array
+
+
+def _read_one(entry: Entry) -> np.float32:
+    with open(entry.file, "rb") as file:
+        return np.float32(_read(file, entry).reshape(()))
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
