@@ -91,7 +91,7 @@ COMPONENTS = (
     Component(name="text_encoder", folder="text_encoder", class_name="Qwen3ForCausalLM", build=_build_text_encoder,
               ignored=("lm_head.", "model.norm.", *UNUSED_LAYERS), known=QWEN3,
               told_by={"hidden_size": columns("model.embed_tokens.weight"),
-                       "num_hidden_layers": blocks("model.layers.")}),
+                       "intermediate_size": columns("model.layers.0.mlp.down_proj.weight")}),
     Component(name="vae", folder="vae", class_name="AutoencoderKLFlux2", build=_build_vae,
               ignored=("bn.num_batches_tracked",),
               reads={"latent_channels": SIZE, "block_out_channels": SIZES, "batch_norm_eps": SCALE},
