@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from ms_diffsynth.cli.template import add_trust_flags
+from ms_diffsynth.config import load_config
 from ms_diffsynth.config.flags import path_and_factor, path_argument
 from ms_diffsynth.config.setting import out_of_range
 from ms_diffsynth.config.settings import SETTINGS
@@ -18,6 +19,7 @@ from ms_diffsynth.data.prompts import prompt_problem
 from ms_diffsynth.diffusion.schedule import check_strength
 from ms_diffsynth.errors import ConfigError, DataError, OutputError, listing, naming, nearest, shortened
 from ms_diffsynth.formats.json_text import NotJSON, parse_json
+from ms_diffsynth.formats.weights import read_header
 from ms_diffsynth.hub.bundled import bundled, names
 from ms_diffsynth.pipelines.shared.tiles import Tiles
 from ms_diffsynth.registry import FAMILIES, family, family_of
@@ -32,10 +34,13 @@ RANGES = {name: SETTINGS[name].metadata["range"] for name in ("num_inference_ste
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, prompts, and how to sample."""
     parser.usage = "ms-diffsynth sample [FAMILY] MODEL [--prompt PROMPT] [--flag value ...]"
-    parser.add_argument("model", nargs="+", type=path_argument, metavar="MODEL",
+    parser.add_argument("model", nargs="*", type=path_argument, metavar="MODEL",
                         help="folder of a diffusers-format model, or emoji-flux, which the package brings; before it, "
                              f"where the model does not tell its family, one of {', '.join(sorted(FAMILIES))}")
-    parser.add_argument("--prompt", action="append", help="may be given several times")
+    parser.add_argument("--run", type=path_argument, metavar="FOLDER",
+                        help="folder of a run, in place of MODEL: its base model with what it saved last")
+    parser.add_argument("--prompt", action="append",
+                        help="may be given several times (default with --run: its sample_prompts)")
     parser.add_argument("--count", type=int, help="how many, of a family without prompts (default: 16)")
     parser.add_argument("--weights", type=path_argument,
                         help="weights that full training saved, for the models they are of")
@@ -73,8 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Generate the images, and write each when it is there."""
+    if args.run and args.model:
+        raise ConfigError(f"--run {args.run} with {listing(args.model)}: expected a run or a model. Remove one.")
+    if not args.run and not args.model:
+        raise ConfigError("no model: expected MODEL, a folder, or --run FOLDER, a run.")
+    base = _of_run(args) if args.run and not (args.run / "model_index.json").is_file() else None
     _check(args)
-    args.family, args.model = _family_and_model(args.model)
+    if base is None:
+        args.family, args.model = _family_and_model(args.model or [args.run])
     chosen = family(args.family)
     from ms_diffsynth import runtime
     from ms_diffsynth.data.images import png_bytes
@@ -91,7 +102,9 @@ def execute(args: argparse.Namespace) -> int:
     if unused:
         raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")
     cls.check_sampler(args.sampler)
-    pipe = open_pipeline(args.family, str(args.model), device=args.device, max_sequence_length=args.max_sequence_length)
+    models, tokenizers = base or (str(args.model), None)
+    pipe = open_pipeline(args.family, models, tokenizers=tokenizers, device=args.device,
+                         max_sequence_length=args.max_sequence_length)
     if args.embedded_guidance is not None and not pipe.takes_guidance:
         raise ConfigError(f"embedded_guidance={args.embedded_guidance}: this model is told none. Remove it, or use "
                           "--cfg_scale.")
@@ -118,6 +131,39 @@ def execute(args: argparse.Namespace) -> int:
             write_file(path, png_bytes(image))
             sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _of_run(args: argparse.Namespace) -> tuple[Any, dict[str, str | None]]:
+    """The base model and tokenizers of a run, as `open_pipeline` takes them; ``args`` gets what the run saved last.
+
+    Raises: ConfigError for a folder that is not of a run, or has nothing saved; WeightError.
+    """
+    from ms_diffsynth.run.pipeline import model_configs
+
+    file = args.run / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"run={args.run} has no config.yaml: expected the output_path of a run.")
+    config = load_config(file)
+    model, saved = config.model, [(int(read_header(path)[1].get("step", -1)), path.stem.endswith("-ema"), path)
+                                  for path in sorted(args.run.glob("*.safetensors"))]
+    if not saved:
+        raise ConfigError(f"run={args.run} has saved no weights yet: expected a file such as step-72.safetensors.")
+    if model.template_model_id_or_path:
+        raise ConfigError(f"run={args.run} trains a template: pack it (ms-diffsynth template pack), and sample with "
+                          "--template.")
+    last = max(saved)[2]  # of the last step the moving average, if there is one
+    if model.trainable_models:
+        args.weights = args.weights or last
+    else:
+        args.weights = args.weights or (Path(model.weights) if model.weights else None)
+        preset = [(Path(model.preset_lora_path), 1.0)] if model.preset_lora_path else []
+        args.lora = [*preset, (last, 1.0), *args.lora]
+    args.prompt = args.prompt or list(config.run.sample_prompts) or None
+    args.family, args.model = model.family, args.run
+    if args.max_sequence_length is None:
+        args.max_sequence_length = config.data.max_sequence_length
+    return (model_configs(model.model_paths, model.model_id_with_origin_paths),
+            {name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")})
 
 
 def _family_and_model(given: list[Path]) -> tuple[str, Path]:
