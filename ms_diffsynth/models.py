@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import re
+import shutil
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,9 +34,10 @@ from ms_diffsynth.errors import (
 from ms_diffsynth.formats.interchange import Model, Table
 from ms_diffsynth.formats.json_text import is_of, read_json, shown, words_of
 from ms_diffsynth.formats.originals import in_our_names
-from ms_diffsynth.formats.weights import Checkpoint, match, open_checkpoint
+from ms_diffsynth.formats.weights import Checkpoint, match, open_checkpoint, save_sharded
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.nn.names import assign, torch_parameters, torch_shapes
+from ms_diffsynth.nn.adapters.layer import adapted_layers
+from ms_diffsynth.nn.names import assign, state_dict, torch_parameters, torch_shapes
 from ms_diffsynth.storage.files import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -595,6 +597,41 @@ class ModelStore:
         if weights not in self.trained.setdefault(name, []):
             self.trained[name].append(weights)
         self.note_change(name, f"weights {sha256_of(weights.path)}", is_once=True)
+
+    def save(self, name: str, folder: Path, changed: bool, max_shard_bytes: int) -> list[str | None]:
+        """Write a component as diffusers has it; returns its entry of a model_index.json.
+
+        What is unchanged is read from its files, tensor by tensor, in the precision they have; also what this package
+        does not load of a model.
+
+        Args:
+            changed: write the weights that the model has in memory.
+
+        Raises: WeightError for a model with an adapter, or stored in 8 bits, and one without files.
+        """
+        component = self.component(name)
+        if name in self.loaded and self.loaded[name] is None:
+            return [None, None]  # left out, as Stable Diffusion 3's T5 may be
+        if component.is_tokenizer:
+            shutil.copytree(self.source(name).folder, folder)
+            settings = read_config(folder, "tokenizer_config.json")
+            return ["transformers", settings.get("tokenizer_class", "AutoTokenizer")]
+        is_changed = changed or bool(self.weight_changes.get(name)) or bool(self.trained.get(name))
+        if not is_changed:
+            tensors: Checkpoint | dict[str, np.ndarray] = self.source(name).checkpoint()
+        else:
+            tensors = state_dict(model := self.get(name))
+            odd = [key for key in tensors if key.endswith(".weight_scale") or ".lora_" in key]
+            if odd or adapted_layers(model):
+                raise WeightError(f"'{name}' has an adapter, or is stored in 8 bits ({listing(odd) or 'an adapter'}): "
+                                  "save the adapter by itself, and load it by load_lora into a fresh pipeline.")
+            if name in self.sources:
+                tensors = self.source(name).checkpoint().with_arrays(tensors)
+        config = self._config_of(self.source(name)) if name in self.sources else self.config(name)
+        is_encoder = "architectures" in config
+        config = config if is_encoder else {**config, "_class_name": component.class_name}
+        save_sharded(folder, tensors, "model" if is_encoder else "diffusion_pytorch_model", max_shard_bytes, config)
+        return ["transformers" if is_encoder else "diffusers", component.class_name]
 
     def restore(self, name: str, tensors: Iterable[str]) -> None:
         """Give tensors of a model the values again that they have in its files and those of a training, in place.

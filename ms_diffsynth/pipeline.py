@@ -6,9 +6,10 @@ cut names.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ from ms_diffsynth.formats.lora import load_adapters, models_in
 from ms_diffsynth.formats.weights import asked_dtype, open_checkpoint
 from ms_diffsynth.hub.card import Licence, Loader
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.models import Component, ModelStore, Source, Trained
+from ms_diffsynth.models import SCHEDULER_FILE, Component, ModelStore, Source, Trained
 from ms_diffsynth.nn.adapters import formats
 from ms_diffsynth.nn.adapters.layer import linear_modules
 from ms_diffsynth.nn.adapters.linear import fuse
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.program import Cut, Program, slot
-from ms_diffsynth.storage.files import sha256_of
+from ms_diffsynth.storage.files import sha256_of, stage_folder
 from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 # Of FLUX.1-dev's text encoders, 1,346 kernels called one by one took the host 1.2 s, compiled 0.05, after 15 s of
 # compilation; of its VAE 0.03, 0.005 and 1.1 (MindSpore 2.10 on the stand-in, shapes only, 2026-11-29).
 ROWS_WORTH_COMPILING = 32
+SHARD = 5 * 10**9  # bytes of a file of weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +191,7 @@ class Pipeline:
     objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `registry.TASKS`
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
     lora_prefixes: dict[str, str] = {}  # model name -> its prefix in a LoRA file, where there is no ``interchange``
+    diffusers_class: str = ""  # what diffusers calls the pipeline
     interchange: Table | None = None  # how others call the layers of its models
     fusible: tuple[str, ...] = ()  # units that may be compiled into the training step although they could be prepared
     prepare_settings: tuple[str, ...] = ()  # attributes that shape what is prepared; a cache must have the same
@@ -517,6 +520,29 @@ class Pipeline:
             self.store.add_trained(model, weights)
         self.forget_compiled()
         return {model: len(names) for model, names in found.items()}
+
+    def save_pretrained(self, folder: str | Path, changed: Sequence[str] = (), replace: bool = False,
+                        max_shard_bytes: int = SHARD) -> None:
+        """Write a folder that `from_pretrained` and diffusers load: every model, tokenizers and the scheduler.
+
+        Args:
+            changed: models whose weights were changed in memory by other means than `load_lora` and `load_weights`.
+            replace: put it in the place of what ``folder`` holds.
+            max_shard_bytes: of a file.
+
+        Raises: OutputError, also for a folder that is not empty without ``replace``; WeightError for a model without
+            files, with an adapter, or stored in 8 bits.
+        """
+        index = {"_class_name": self.diffusers_class, "_diffusers_version": "0.35.2"}
+        with stage_folder(folder, replace=replace) as stage:
+            for component in self.store.components:
+                index[component.folder] = self.store.save(component.name, Path(stage) / component.folder,
+                                                          component.name in changed, max_shard_bytes)
+            scheduler = self.scheduler_config() or asdict(self.published_scheduler())
+            scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
+            index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+            for name, content in (("model_index.json", index), (f"scheduler/{SCHEDULER_FILE}", scheduler)):
+                stage.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def config(self, name: str) -> dict[str, Any]:
         """config.json of a component, without loading its weights."""

@@ -74,6 +74,7 @@ class FluxImagePipeline(ImagePipeline):
 
     components = COMPONENTS
     lora_target_modules = LORA_TARGET_MODULES
+    diffusers_class = "FluxPipeline"
     interchange = read_table(Path(__file__).with_name("interchange.yaml"))
     fusible = ("encode_image",)
     widths = {"latents": ("in_channels", -3, 4), "prompt_embeds": ("joint_attention_dim", -1, 1),

@@ -162,6 +162,11 @@ class Flux2ImagePipeline(ImagePipeline):
         """
         return super().__call__(prompt, **options)
 
+    @property
+    def diffusers_class(self) -> str:
+        """Its name there: klein's or dev's."""
+        return "Flux2Pipeline" if DEV_TEXT_ENCODER in self.store.components else "Flux2KleinPipeline"
+
     def build_units(self) -> list:
         return [units.TokenizePrompt(), units.EncodePrompt(), LoadPixels(), units.EncodeImage(self.dtype)]
 
