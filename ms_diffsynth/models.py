@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import re
+import shutil
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,14 +16,28 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import mindspore as ms
-from mindspore import nn
+import numpy as np
+from mindspore import Tensor, nn, ops
 
 from ms_diffsynth import runtime
-from ms_diffsynth.errors import HubError, UserError, WeightError, is_memory_short, is_mistake, listing, nearest, said
+from ms_diffsynth.errors import (
+    ConfigError,
+    HubError,
+    UserError,
+    WeightError,
+    is_memory_short,
+    is_mistake,
+    listing,
+    nearest,
+    said,
+)
+from ms_diffsynth.formats.interchange import Model, Table
 from ms_diffsynth.formats.json_text import is_of, read_json, shown, words_of
-from ms_diffsynth.formats.weights import match, open_checkpoint
+from ms_diffsynth.formats.originals import in_our_names
+from ms_diffsynth.formats.weights import Checkpoint, match, open_checkpoint, save_sharded
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.nn.names import assign, torch_shapes
+from ms_diffsynth.nn.adapters.layer import adapted_layers
+from ms_diffsynth.nn.names import assign, state_dict, torch_parameters, torch_shapes
 from ms_diffsynth.storage.files import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -30,6 +45,7 @@ logger = logging.getLogger(__name__)
 SCHEDULER_FILE = "scheduler_config.json"
 SAMPLING_FILE = "sampling_config.json"  # beside model_index.json: what sampling and training do where they are not told
 LARGEST_NUMBER = 1 << 31  # of a config.json: a size that a tensor can have, and every rope_theta
+FLOATS = (ms.float32, ms.float16, ms.bfloat16)
 MOST_LAYERS = 1000  # the largest models have 100; a network of a million would take hours to be built, and fit no file
 
 # what a value of a config.json must be: in words, and whether it is
@@ -56,6 +72,25 @@ def optional(kind: Kind) -> Kind:
     return f"{kind[0]}, or null", lambda value: value is None or kind[1](value)
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def blocks(begin: str) -> Callable[[Shapes], int]:
+    """How many blocks there are whose names begin with ``begin`` and a number."""
+    pattern = re.compile(re.escape(begin) + r"(\d+)\.")
+    return lambda shapes: len({found[1] for name in shapes if (found := pattern.match(name))})
+
+
+def columns(name: str) -> Callable[[Shapes], int | None]:
+    """The second side of a tensor; None where there is none."""
+    return lambda shapes: shapes[name][1] if len(shapes.get(name, ())) > 1 else None
+
+
+def has(name: str) -> Callable[[Shapes], bool]:
+    """Whether there is a tensor."""
+    return lambda shapes: name in shapes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Component:
     """One model of a family: where it lives in a diffusers folder, and how it is built.
@@ -73,6 +108,8 @@ class Component:
             come under several names.
         recomputes_itself: its code applies gradient checkpointing by itself.
         reads: what the pipeline itself reads in its config.json, and what that must be.
+        known: name -> config.json of published models, which stands in where files come without one.
+        told_by: setting of ``known`` -> what the names and shapes of a checkpoint say of it; by these one is chosen.
     """
 
     name: str
@@ -86,6 +123,8 @@ class Component:
     build_for: Callable[[dict[str, Any], Iterable[str]], nn.Cell] | None = None
     recomputes_itself: bool = False
     reads: Mapping[str, Kind] = field(default_factory=dict, hash=False)
+    known: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    told_by: Mapping[str, Callable[[Shapes], Any]] = field(default_factory=dict, hash=False)
 
     @property
     def is_tokenizer(self) -> bool:
@@ -95,10 +134,25 @@ class Component:
 
 @dataclass(frozen=True)
 class Source:
-    """Files a component is loaded from."""
+    """Files a component is loaded from.
+
+    Attributes:
+        config: what stands in for the config.json that is not beside them.
+        names: how their tensors are called, where that is not as in diffusers.
+    """
 
     folder: Path
     files: tuple[Path, ...] = ()
+    config: Mapping[str, Any] | None = field(default=None, compare=False)
+    names: Model | None = field(default=None, compare=False)
+
+    def read_config(self) -> dict[str, Any]:
+        """config.json, or what stands in for it."""
+        return dict(self.config) if self.config is not None else read_config(self.folder)
+
+    def checkpoint(self) -> Checkpoint:
+        """The tensors by diffusers' names."""
+        return in_our_names(open_checkpoint(list(self.files) or self.folder), self.names)
 
 
 def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.Cell:
@@ -107,12 +161,12 @@ def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.C
     Raises: WeightError for the config.json of another model, or naming missing, superfluous and mis-shaped tensors, or
         a missing shard.
     """
-    config = read_config(source.folder)
+    config = source.read_config()
     if class_name_of(config) != component.class_name:
         raise WeightError(f"{source.folder / 'config.json'} describes a {class_name_of(config)}, but "
                           f"'{component.name}' is a {component.class_name}. Give the folder of such a model.")
     _check_reads(config, source.folder / "config.json", component.reads)
-    checkpoint = open_checkpoint(list(source.files) or source.folder)
+    checkpoint = source.checkpoint()
     cell = _build(component, config, source.folder / "config.json", checkpoint.shapes)
     for _, part in cell.cells_and_names():
         if hasattr(part, "set_flash_attention_force_cast_dtype"):  # mindone's, which casts float32 to float16 on Ascend
@@ -120,10 +174,25 @@ def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.C
     found = {k: v for k, v in checkpoint.shapes.items() if not k.startswith(component.ignored)}
     match(torch_shapes(cell), found, where=str(source.folder))
     checkpoint.refuse_integers(found)
-    assign(cell, ((k, v) for k, v in checkpoint.tensors() if k in found), lambda k: component.weight_dtype(k, dtype))
+    assign(cell, ((k, finite(k, v, checkpoint)) for k, v in checkpoint.tensors() if k in found),
+           lambda k: component.weight_dtype(k, dtype))
     for parameter in cell.get_parameters():
         parameter.requires_grad = False
     return cell.set_train(False)
+
+
+def finite(name: str, array: np.ndarray, checkpoint: Checkpoint) -> np.ndarray:
+    """``array``. Raises: WeightError naming the tensor and its file when it holds a NaN or an infinity."""
+    kind = array.dtype.name
+    if kind == "bfloat16":  # by its bits: ml_dtypes would take minutes for a large model
+        bad = ((array.view(np.uint16) & 0x7FFF) >= 0x7F80).any()
+    else:
+        wide = array.astype(np.float32) if kind.startswith("float8") else array
+        bad = kind.startswith("float") and not np.isfinite(wide).all()
+    if bad:
+        raise WeightError(f"{checkpoint.entries[name].file}: {name} holds numbers that are not finite, with which no "
+                          "model computes. Download it again, or take the file of another precision.")
+    return array
 
 
 def _build(component: Component, config: dict[str, Any], file: Path, shapes: Mapping[str, Sequence[int]]) -> nn.Cell:
@@ -324,6 +393,7 @@ class ModelStore:
         variants: other sets of components it may be made of instead. The files that are given decide.
         owner: name of the pipeline, for messages.
         loaded: models and tokenizers that are there already.
+        names: how others call the layers of its models.
 
     Attributes:
         components: what this pipeline is made of.
@@ -337,9 +407,10 @@ class ModelStore:
     """
 
     def __init__(self, components: Sequence[Component], dtype: ms.Type, owner: str,
-                 variants: Sequence[Sequence[Component]] = (), loaded: dict[str, Any] | None = None):
+                 variants: Sequence[Sequence[Component]] = (), loaded: dict[str, Any] | None = None,
+                 names: Table | None = None):
         self.components, self.variants = tuple(components), tuple(map(tuple, variants))
-        self.dtype, self.owner = dtype, owner
+        self.dtype, self.owner, self.table = dtype, owner, names
         self.loaded = dict(loaded or {})
         self.sources: dict[str, Source] = {}
         self.given_as: dict[str, str] = {}
@@ -391,7 +462,8 @@ class ModelStore:
             return
         if config.model_id and not (folder / "config.json").is_file() and not paths[0].is_dir():
             beside = (PurePosixPath(config.origin_file_pattern or "").parent / "config.json").as_posix()
-            replace(config, origin_file_pattern=beside).resolve(runtime.model_base_path())
+            with contextlib.suppress(HubError):  # the publisher's single files have none
+                replace(config, origin_file_pattern=beside).resolve(runtime.model_base_path())
         if os.path.lexists(folder / "model_index.json") and paths[0].is_dir():
             self._read(folder, "model_index.json")  # no part of it is used, but it is said when it is damaged
             self.sampling_config = sampling_config(folder)
@@ -400,8 +472,12 @@ class ModelStore:
                     self.sources[component.name] = Source(folder / component.folder)
             self._choose_variant()
             return
-        name = self._name_of(folder, class_name_of(self._read(folder)))
-        self.sources[name] = Source(folder, () if paths[0].is_dir() else tuple(paths))
+        source = Source(folder, () if paths[0].is_dir() else tuple(paths))
+        if os.path.lexists(folder / "config.json") or not any(c.known for c in self._all_components()):
+            name = self._name_of(folder, class_name_of(self._read(folder)))
+        else:
+            name, source = self._recognised(source)
+        self.sources[name] = source
         self._choose_variant()
         if config.model_id:
             self.given_as[f"{config.model_id}:{config.origin_file_pattern}"] = name
@@ -410,9 +486,33 @@ class ModelStore:
                     config = replace(config, origin_file_pattern=f"scheduler/{SCHEDULER_FILE}")
                     self.scheduler_file = config.resolve(runtime.model_base_path())[0]
 
+    def _all_components(self) -> list[Component]:
+        return list(dict.fromkeys(c for components in (self.components, *self.variants) for c in components))
+
+    def _recognised(self, source: Source) -> tuple[str, Source]:
+        """The component of files without config.json, by the names and shapes of their tensors, and its configuration.
+
+        Raises: WeightError when they are those of no published model.
+        """
+        for component in self._all_components():
+            names = self.table.models.get(component.name) if self.table else None
+            shapes = replace(source, names=names).checkpoint().shapes if component.known else {}
+            said = {setting: told(shapes) for setting, told in component.told_by.items()}
+            for title, config in component.known.items():
+                if all(config.get(setting) == value for setting, value in said.items()):
+                    files = listing(file.name for file in source.files) or str(source.folder)
+                    logger.info("%s: no config.json; by names and shapes it is the %s of %s.", files, component.name,
+                                title)
+                    return component.name, replace(source, config=config, names=names)
+        known = [title for c in self._all_components() for title in c.known]
+        raise WeightError(f"{source.folder / 'config.json'} is missing, and the names and shapes in "
+                          f"{listing(source.files) or source.folder} are those of no model that is known without it: "
+                          f"{listing(dict.fromkeys(known))}. Put the config.json of the model beside its weights: "
+                          "download the whole component folder.")
+
     def _name_of(self, folder: Path, class_name: str) -> str:
         """The component that a folder holds: the one of its class; of two of a class the one its name tells."""
-        known = list(dict.fromkeys(c for components in (self.components, *self.variants) for c in components))
+        known = self._all_components()
         of_class = [c for c in known if c.class_name == class_name]
         if not of_class:
             raise WeightError(f"{folder / 'config.json'} describes a {class_name}, but {self.owner} is made of "
@@ -432,8 +532,8 @@ class ModelStore:
         """
         if not self.variants:
             return
-        found = {name: class_name_of(self._read(source.folder)) for name, source in self.sources.items()
-                 if (source.folder / "config.json").is_file()}
+        found = {name: class_name_of(self._config_of(source)) for name, source in self.sources.items()
+                 if source.config is not None or (source.folder / "config.json").is_file()}
         for components in (self.components, *self.variants):
             classes = {c.name: c.class_name for c in components}
             if all(classes.get(name) in ("", class_name) for name, class_name in found.items()):
@@ -450,6 +550,9 @@ class ModelStore:
         raise WeightError(f"the model '{name}' is needed, but no files were given for it; given: "
                           f"{listing(self.sources) or 'none'}. Add a ModelConfig for its '{component.folder}' folder.")
 
+    def _config_of(self, source: Source) -> dict[str, Any]:
+        return self._read(source.folder) if source.config is None else dict(source.config)
+
     def _read(self, folder: Path, name: str = "config.json") -> dict[str, Any]:
         if (folder, name) not in self._configs:
             self._configs[folder, name] = read_config(folder, name)
@@ -461,8 +564,9 @@ class ModelStore:
             config = self.loaded[name].config
             return config.to_dict() if hasattr(config, "to_dict") else dict(config)  # transformers has classes
         if name in self.sources or name not in self.known_configs:
-            config = self._read(folder := self.source(name).folder)
-            _check_reads(config, folder / "config.json", self.component(name).reads)
+            source = self.source(name)
+            config = self._config_of(source)
+            _check_reads(config, source.folder / "config.json", self.component(name).reads)
             return config
         return self.known_configs[name]
 
@@ -493,6 +597,64 @@ class ModelStore:
         if weights not in self.trained.setdefault(name, []):
             self.trained[name].append(weights)
         self.note_change(name, f"weights {sha256_of(weights.path)}", is_once=True)
+
+    def save(self, name: str, folder: Path, changed: bool, max_shard_bytes: int) -> list[str | None]:
+        """Write a component as diffusers has it; returns its entry of a model_index.json.
+
+        What is unchanged is read from its files, tensor by tensor, in the precision they have; also what this package
+        does not load of a model.
+
+        Args:
+            changed: write the weights that the model has in memory.
+
+        Raises: WeightError for a model with an adapter, or stored in 8 bits, and one without files.
+        """
+        component = self.component(name)
+        if name in self.loaded and self.loaded[name] is None:
+            return [None, None]  # left out, as Stable Diffusion 3's T5 may be
+        if component.is_tokenizer:
+            shutil.copytree(self.source(name).folder, folder)
+            settings = read_config(folder, "tokenizer_config.json")
+            return ["transformers", settings.get("tokenizer_class", "AutoTokenizer")]
+        is_changed = changed or bool(self.weight_changes.get(name)) or bool(self.trained.get(name))
+        if not is_changed:
+            tensors: Checkpoint | dict[str, np.ndarray] = self.source(name).checkpoint()
+        else:
+            tensors = state_dict(model := self.get(name))
+            odd = [key for key in tensors if key.endswith(".weight_scale") or ".lora_" in key]
+            if odd or adapted_layers(model):
+                raise WeightError(f"'{name}' has an adapter, or is stored in 8 bits ({listing(odd) or 'an adapter'}): "
+                                  "save the adapter by itself, and load it by load_lora into a fresh pipeline.")
+            if name in self.sources:
+                tensors = self.source(name).checkpoint().with_arrays(tensors)
+        config = self._config_of(self.source(name)) if name in self.sources else self.config(name)
+        is_encoder = "architectures" in config
+        config = config if is_encoder else {**config, "_class_name": component.class_name}
+        save_sharded(folder, tensors, "model" if is_encoder else "diffusion_pytorch_model", max_shard_bytes, config)
+        return ["transformers" if is_encoder else "diffusers", component.class_name]
+
+    def restore(self, name: str, tensors: Iterable[str]) -> None:
+        """Give tensors of a model the values again that they have in its files and those of a training, in place.
+
+        Raises: ConfigError for a model without files, or whose weights are in another form by now.
+        """
+        if name not in self.loaded:
+            return
+        if name not in self.sources:
+            raise ConfigError(f"'{name}' was not read from files, so its weights of before are not known: make the "
+                              "pipeline by from_pretrained, or load the model again.")
+        checkpoint, parameters = self.source(name).checkpoint(), torch_parameters(self.loaded[name])
+        values = dict.fromkeys(tensors, checkpoint)
+        for weights in self.trained.get(name, ()):
+            trained = open_checkpoint(weights.path)
+            values |= {tensor: {tensor: trained[key]} for tensor, key in weights.names.items() if tensor in values}
+        for tensor, file in values.items():
+            if parameters[tensor].dtype not in FLOATS:
+                raise ConfigError(f"'{name}' is stored in 8 bits by now: clear its LoRAs before.")
+            array = file[tensor]
+            if array.dtype.name.startswith("float8"):
+                array = array.astype(np.float32)
+            ops.assign(parameters[tensor], Tensor(array, parameters[tensor].dtype))
 
     def _tokenizer(self, component: Component, folder: Path) -> Any:
         """A tokenizer. Raises: WeightError also for one with more tokens than its text encoder has rows for."""

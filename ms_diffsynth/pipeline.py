@@ -6,9 +6,10 @@ cut names.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,19 @@ from ms_diffsynth.diffusion.schedule import Schedule
 from ms_diffsynth.diffusion.tasks import Task, task
 from ms_diffsynth.diffusion.units import Objective, SampleLatents, StartLatents
 from ms_diffsynth.errors import ConfigError, DataError, ProgramError, WeightError, listing, nearest
-from ms_diffsynth.formats.lora import PREFIXES, load_adapter, models_in
+from ms_diffsynth.formats.adapters import FULL, LOHA, LOKR
+from ms_diffsynth.formats.interchange import Model, Table
+from ms_diffsynth.formats.lora import load_adapters, models_in
 from ms_diffsynth.formats.weights import asked_dtype, open_checkpoint
 from ms_diffsynth.hub.card import Licence, Loader
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.models import Component, ModelStore, Source, Trained
-from ms_diffsynth.nn.adapters import adapter_of, formats
+from ms_diffsynth.models import SCHEDULER_FILE, Component, ModelStore, Source, Trained
+from ms_diffsynth.nn.adapters import formats
 from ms_diffsynth.nn.adapters.layer import linear_modules
 from ms_diffsynth.nn.adapters.linear import fuse
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.program import Cut, Program, slot
-from ms_diffsynth.storage.files import sha256_of
+from ms_diffsynth.storage.files import sha256_of, stage_folder
 from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ logger = logging.getLogger(__name__)
 # Of FLUX.1-dev's text encoders, 1,346 kernels called one by one took the host 1.2 s, compiled 0.05, after 15 s of
 # compilation; of its VAE 0.03, 0.005 and 1.1 (MindSpore 2.10 on the stand-in, shapes only, 2026-11-29).
 ROWS_WORTH_COMPILING = 32
+SHARD = 5 * 10**9  # bytes of a file of weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +190,9 @@ class Pipeline:
     division_factor = 16  # heights and widths are multiples of this many pixels
     objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `registry.TASKS`
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
-    lora_prefixes: dict[str, str] = {}  # model name -> its prefix in a LoRA file, as diffusers names it
+    lora_prefixes: dict[str, str] = {}  # model name -> its prefix in a LoRA file, where there is no ``interchange``
+    diffusers_class: str = ""  # what diffusers calls the pipeline
+    interchange: Table | None = None  # how others call the layers of its models
     fusible: tuple[str, ...] = ()  # units that may be compiled into the training step although they could be prepared
     prepare_settings: tuple[str, ...] = ()  # attributes that shape what is prepared; a cache must have the same
     padded_slots: tuple[str, ...] = ()  # prepared slots [B, L, ...] of varying L, padded with zeros outside prepare
@@ -202,13 +208,14 @@ class Pipeline:
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
         self.dtype = dtype or runtime.compute_dtype(None)
         cls = type(self)
-        self.store = ModelStore(cls.components, self.dtype, cls.__name__, cls.variants, models)
+        self.store = ModelStore(cls.components, self.dtype, cls.__name__, cls.variants, models, cls.interchange)
         self.device = runtime.current().device
         self.objective = Objective()
         self.sigmas: np.ndarray | None = None
         self.sampled_sigmas: np.ndarray | None = None
         self.random = _fresh_random
         self.unit_runner = UnitRunner()
+        self._loras: dict[str, tuple[set[str], list[str]]] = {}  # model -> tensors and notes of the LoRAs in them
         self.compiled_steps: dict[tuple[str, tuple[str, ...]], CompiledStep] = {}
         self.units_to_compile: frozenset[str] = frozenset()
         self.records_loss = False  # True while a training module's own forward is recorded
@@ -427,40 +434,66 @@ class Pipeline:
                                   f"{listing(self.model_names)}.{nearest(name, self.model_names)}")
             getattr(self, name)
 
-    def load_lora(self, module: nn.Cell | None, path: str | Path, alpha: float = 1.0) -> int:
-        """Fuse the file of a LoRA, or of another adapter, into the weights; returns the number of layers.
+    def load_lora(self, module: nn.Cell | None, path: str | Path | Sequence[str | Path],
+                  alpha: float | Sequence[float] = 1.0) -> int:
+        """Add files of LoRAs, or of other adapters, to the weights; returns the number of layers.
+
+        A file has any naming that the family's table knows (docs/reference/interchange.md), or is peft's folder. What
+        was added before stays; `clear_lora` takes all of it out.
 
         Args:
             module: the model that it is for; None reads that in its names, which may be of several.
-            alpha: factor on the file's own scale.
+            path: a file, or several.
+            alpha: factor on the file's own scale, or one for each file.
 
-        Raises: WeightError when a key of the file fits no layer; nothing is changed then.
+        Raises: WeightError when a key of the file fits no layer; nothing of it is added then.
         """
-        models = {name: model for name, model in self.models.items() if model is module}
+        paths = [path] if isinstance(path, (str, Path)) else list(path)
+        alphas = list(alpha) if isinstance(alpha, Sequence) else [alpha] * len(paths)
+        if len(alphas) != len(paths):
+            raise ConfigError(f"{len(alphas)} factors for {len(paths)} LoRA files: expected one for each.")
+        return sum(self._load_lora(module, Path(one), factor) for one, factor in zip(paths, alphas))
+
+    def _load_lora(self, module: nn.Cell | None, path: Path, alpha: float) -> int:
+        table, given = self.lora_table, {name: model for name, model in self.models.items() if model is module}
         if module is None:
-            models = {name: getattr(self, name) for name in models_in(path, self.adapter_prefixes)}
-        found = [(name, model, load_adapter(path, list(linear_modules(model)), formats(), **self.adapter_names(name)))
-                 for name, model in (models or {"": module}).items()]
-        for name, model, file in found:
-            fuse(adapter_of(file.format), model, file.with_scale(), alpha)
+            given = {name: getattr(self, name) for name in models_in(path, table)}
+        elif not given or next(iter(given)) not in table.models:  # a model that is not of this pipeline
+            given, table = {"": module}, Table()
+        files = load_adapters(path, {name: list(linear_modules(model)) for name, model in given.items()},
+                              (*formats(), LOKR, LOHA, FULL), table)
+        for name, file in files.items():
+            fuse(file, given[name], alpha)
             if name:
-                self.store.note_change(name, f"{file.format.name} {sha256_of(path)} x {alpha}")
-        return sum(len(file.modules) for _, _, file in found)
+                note = f"{file.name} {sha256_of(path) if path.is_file() else path} x {alpha}"
+                self.store.note_change(name, note)
+                changed, notes = self._loras.setdefault(name, (set(), []))
+                changed |= {f"{layer}.{part}" for layer in file.modules for part in ("weight",)}
+                changed |= {f"{layer}.bias" for layer in file.biases}
+                notes.append(note)
+        return sum(len(file.modules) for file in files.values())
+
+    def clear_lora(self) -> None:
+        """Give every weight that `load_lora` changed the value again that it had before, to the bit.
+
+        Raises: ConfigError for a model that was not read from files, or is stored in 8 bits by now.
+        """
+        for name, (tensors, notes) in self._loras.items():
+            self.store.restore(name, tensors)
+            for note in notes:
+                self.store.weight_changes[name].remove(note)
+        self._loras.clear()
 
     @property
-    def adapter_prefixes(self) -> dict[str, str]:
-        """Each model and what its modules' names begin with in the file of an adapter, the network first."""
+    def lora_table(self) -> Table:
+        """How the models' layers are called in files of adapters; the network is its first model."""
+        table, columns = self.interchange, dict.fromkeys(self.interchange.columns if self.interchange else ())
         trained = [c.name for c in self.store.components if not c.is_tokenizer and c.name != self.network]
-        return {name: self.lora_prefixes.get(name, name) for name in (self.network, *trained)}
-
-    def adapter_names(self, model: str) -> dict[str, tuple[str, ...]]:
-        """What `formats.lora.load_adapter` should know of the names in the file of an adapter for ``model``."""
-        prefixes = {name: (prefix + ".",) for name, prefix in self.adapter_prefixes.items()}
-        prefixes[self.network] = (*prefixes[self.network], *PREFIXES)
-        if model not in prefixes:  # a model that is not of this pipeline
-            return {}
-        return {"prefixes": prefixes[model],
-                "others": tuple(p for name, own in prefixes.items() if name != model for p in own)}
+        own = {name: f"{self.lora_prefixes.get(name, name)}." for name in (self.network, *trained)}
+        if table is None:
+            return Table({name: Model({"diffusers": prefix}) for name, prefix in own.items()})
+        models = {name: Model(dict.fromkeys(columns, prefix)) for name, prefix in own.items()}
+        return replace(table, models={name: table.models.get(name, model) for name, model in models.items()})
 
     def load_weights(self, path: str | Path, is_lazy: bool = False) -> dict[str, int]:
         """Put weights that training saved (``step-N.safetensors``) into the models they are of.
@@ -487,6 +520,29 @@ class Pipeline:
             self.store.add_trained(model, weights)
         self.forget_compiled()
         return {model: len(names) for model, names in found.items()}
+
+    def save_pretrained(self, folder: str | Path, changed: Sequence[str] = (), replace: bool = False,
+                        max_shard_bytes: int = SHARD) -> None:
+        """Write a folder that `from_pretrained` and diffusers load: every model, tokenizers and the scheduler.
+
+        Args:
+            changed: models whose weights were changed in memory by other means than `load_lora` and `load_weights`.
+            replace: put it in the place of what ``folder`` holds.
+            max_shard_bytes: of a file.
+
+        Raises: OutputError, also for a folder that is not empty without ``replace``; WeightError for a model without
+            files, with an adapter, or stored in 8 bits.
+        """
+        index = {"_class_name": self.diffusers_class, "_diffusers_version": "0.35.2"}
+        with stage_folder(folder, replace=replace) as stage:
+            for component in self.store.components:
+                index[component.folder] = self.store.save(component.name, Path(stage) / component.folder,
+                                                          component.name in changed, max_shard_bytes)
+            scheduler = self.scheduler_config() or asdict(self.published_scheduler())
+            scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
+            index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+            for name, content in (("model_index.json", index), (f"scheduler/{SCHEDULER_FILE}", scheduler)):
+                stage.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def config(self, name: str) -> dict[str, Any]:
         """config.json of a component, without loading its weights."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ms_diffsynth.errors import ConfigError, nearest
+from ms_diffsynth.formats.interchange import Table, read_table
 from ms_diffsynth.formats.json_text import read_json
 
 if TYPE_CHECKING:
@@ -89,6 +90,17 @@ def family_of(folder: Path) -> str:
         raise ConfigError(f"{file} describes a {class_name}: expected one of {', '.join(sorted(MODEL_CLASSES))}. Say "
                           "the family too, if it is one: FAMILY MODEL.")
     return MODEL_CLASSES[class_name]
+
+
+def interchange(name: str) -> Table | None:
+    """How others call the layers of a family's models; None where only this package has such models."""
+    file = Path(__file__).parent.joinpath(*FAMILIES.get(name, name).split(".")[1:], "interchange.yaml")
+    return read_table(file) if name in FAMILIES and file.is_file() else None
+
+
+def interchange_tables() -> dict[str, Table]:
+    """Family -> its table."""
+    return {name: table for name in FAMILIES if (table := interchange(name)) is not None}
 
 
 def entry(where: str) -> Any:

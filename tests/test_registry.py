@@ -15,7 +15,7 @@ def test_each_name_leads_to_a_family_of_that_name(name):
     assert found.name == name and issubclass(found.pipeline, Pipeline)
     names = [c.name for c in found.pipeline.components]
     assert len(set(names)) == len(names) and found.pipeline().network in names
-    assert set(found.pipeline.lora_prefixes) <= set(names) and found.pipeline.lora_target_modules
+    assert set(found.pipeline().lora_table.models) <= set(names) and found.pipeline.lora_target_modules
     assert callable(found.write_tiny) and hasattr(found.pipeline, "from_pretrained")
 
 

@@ -11,13 +11,15 @@ from typing import Any
 from PIL import Image
 
 from ms_diffsynth.cli.template import add_trust_flags
-from ms_diffsynth.config.flags import path_argument
+from ms_diffsynth.config import load_config
+from ms_diffsynth.config.flags import path_and_factor, path_argument
 from ms_diffsynth.config.setting import out_of_range
 from ms_diffsynth.config.settings import SETTINGS
 from ms_diffsynth.data.prompts import prompt_problem
 from ms_diffsynth.diffusion.schedule import check_strength
 from ms_diffsynth.errors import ConfigError, DataError, OutputError, listing, naming, nearest, shortened
 from ms_diffsynth.formats.json_text import NotJSON, parse_json
+from ms_diffsynth.formats.weights import read_header
 from ms_diffsynth.hub.bundled import bundled, names
 from ms_diffsynth.pipelines.shared.tiles import Tiles
 from ms_diffsynth.registry import FAMILIES, family, family_of
@@ -32,17 +34,21 @@ RANGES = {name: SETTINGS[name].metadata["range"] for name in ("num_inference_ste
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, prompts, and how to sample."""
     parser.usage = "ms-diffsynth sample [FAMILY] MODEL [--prompt PROMPT] [--flag value ...]"
-    parser.add_argument("model", nargs="+", type=path_argument, metavar="MODEL",
+    parser.add_argument("model", nargs="*", type=path_argument, metavar="MODEL",
                         help="folder of a diffusers-format model, or emoji-flux, which the package brings; before it, "
                              f"where the model does not tell its family, one of {', '.join(sorted(FAMILIES))}")
-    parser.add_argument("--prompt", action="append", help="may be given several times")
+    parser.add_argument("--run", type=path_argument, metavar="FOLDER",
+                        help="folder of a run, in place of MODEL: its base model with what it saved last")
+    parser.add_argument("--prompt", action="append",
+                        help="may be given several times (default with --run: its sample_prompts)")
     parser.add_argument("--count", type=int, help="how many, of a family without prompts (default: 16)")
     parser.add_argument("--weights", type=path_argument,
                         help="weights that full training saved, for the models they are of")
     parser.add_argument("--negative_prompt", help="what cfg_scale leads away from")
-    parser.add_argument("--lora", type=path_argument,
-                        help="file of a LoRA, or of another adapter, to fuse into the transformer")
-    parser.add_argument("--lora_scale", type=float, help="factor on the LoRA (default: 1)")
+    parser.add_argument("--lora", action="append", default=[], type=path_and_factor, metavar="FILE[:FACTOR]",
+                        help="file of a LoRA, or of another adapter, of any program, and its factor (1); may be "
+                             "given several times")
+    parser.add_argument("--lora_scale", type=float, help="a further factor on all of them (default: 1)")
     parser.add_argument("--template", action="append", default=[],
                         help="folder of a template, or owner/name: on a hub; several times for several")
     parser.add_argument("--template_inputs", metavar="JSON",
@@ -72,8 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Generate the images, and write each when it is there."""
+    if args.run and args.model:
+        raise ConfigError(f"--run {args.run} with {listing(args.model)}: expected a run or a model. Remove one.")
+    if not args.run and not args.model:
+        raise ConfigError("no model: expected MODEL, a folder, or --run FOLDER, a run.")
+    base = _of_run(args) if args.run and not (args.run / "model_index.json").is_file() else None
     _check(args)
-    args.family, args.model = _family_and_model(args.model)
+    if base is None:
+        args.family, args.model = _family_and_model(args.model or [args.run])
     chosen = family(args.family)
     from ms_diffsynth import runtime
     from ms_diffsynth.data.images import png_bytes
@@ -90,25 +102,28 @@ def execute(args: argparse.Namespace) -> int:
     if unused:
         raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")
     cls.check_sampler(args.sampler)
-    pipe = open_pipeline(args.family, str(args.model), device=args.device, max_sequence_length=args.max_sequence_length)
+    models, tokenizers = base or (str(args.model), None)
+    pipe = open_pipeline(args.family, models, tokenizers=tokenizers, device=args.device,
+                         max_sequence_length=args.max_sequence_length)
     if args.embedded_guidance is not None and not pipe.takes_guidance:
         raise ConfigError(f"embedded_guidance={args.embedded_guidance}: this model is told none. Remove it, or use "
                           "--cfg_scale.")
     if args.weights:
         loaded = pipe.load_weights(args.weights)
         sys.stderr.write(f"{args.weights}: {', '.join(f'{n} tensors of {model}' for model, n in loaded.items())}\n")
-    if args.lora:
-        scale = 1.0 if args.lora_scale is None else args.lora_scale
-        fused = pipe.load_lora(None, args.lora, scale)
-        sys.stderr.write(f"{args.lora}: fused into {fused} layers\n")
+    for path, factor in args.lora:
+        scale = factor * (1.0 if args.lora_scale is None else args.lora_scale)
+        fused = pipe.load_lora(None, path, scale)
+        sys.stderr.write(f"{path}: fused into {fused} layers{'' if scale == 1 else f', {scale:g} times'}\n")
     same = {"num_inference_steps": args.num_inference_steps, "sampler": args.sampler, "height": args.height,
             "width": args.width}
     if args.prompt:
         images = partial(_with_prompts, args, pipe, same)
     else:
         images = partial(pipe, batch_size=args.count or 16, seed=args.seed, **same)
-    given = [f"MODEL {args.model}", *(f"--{name} {value}" for name in ("weights", "lora", "lora_scale", "cfg_scale",
-             "embedded_guidance") if (value := getattr(args, name)) is not None)]
+    given = [f"MODEL {args.model}", *(f"--lora {path}:{factor:g}" for path, factor in args.lora),
+             *(f"--{name} {value}" for name in ("weights", "lora_scale", "cfg_scale", "embedded_guidance")
+               if (value := getattr(args, name)) is not None)]
     memory = runtime.memory_for(height=args.height, width=args.width, count=args.count, model=args.model)
     with memory, naming(" ".join(given), DataError):  # images that are not finite are made of these
         for k, image in enumerate(images()):
@@ -116,6 +131,39 @@ def execute(args: argparse.Namespace) -> int:
             write_file(path, png_bytes(image))
             sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _of_run(args: argparse.Namespace) -> tuple[Any, dict[str, str | None]]:
+    """The base model and tokenizers of a run, as `open_pipeline` takes them; ``args`` gets what the run saved last.
+
+    Raises: ConfigError for a folder that is not of a run, or has nothing saved; WeightError.
+    """
+    from ms_diffsynth.run.pipeline import model_configs
+
+    file = args.run / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"run={args.run} has no config.yaml: expected the output_path of a run.")
+    config = load_config(file)
+    model, saved = config.model, [(int(read_header(path)[1].get("step", -1)), path.stem.endswith("-ema"), path)
+                                  for path in sorted(args.run.glob("*.safetensors"))]
+    if not saved:
+        raise ConfigError(f"run={args.run} has saved no weights yet: expected a file such as step-72.safetensors.")
+    if model.template_model_id_or_path:
+        raise ConfigError(f"run={args.run} trains a template: pack it (ms-diffsynth template pack), and sample with "
+                          "--template.")
+    last = max(saved)[2]  # of the last step the moving average, if there is one
+    if model.trainable_models:
+        args.weights = args.weights or last
+    else:
+        args.weights = args.weights or (Path(model.weights) if model.weights else None)
+        preset = [(Path(model.preset_lora_path), 1.0)] if model.preset_lora_path else []
+        args.lora = [*preset, (last, 1.0), *args.lora]
+    args.prompt = args.prompt or list(config.run.sample_prompts) or None
+    args.family, args.model = model.family, args.run
+    if args.max_sequence_length is None:
+        args.max_sequence_length = config.data.max_sequence_length
+    return (model_configs(model.model_paths, model.model_id_with_origin_paths),
+            {name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")})
 
 
 def _family_and_model(given: list[Path]) -> tuple[str, Path]:
@@ -178,7 +226,8 @@ def _check(args: argparse.Namespace) -> None:
     unused = [("lora_scale", "lora")] + [(f"trust_template_{what}", "template") for what in ("code", "sha256")]
     problems += [f"{name} without --{other}: name what it is for, or remove it" for name, other in unused
                  if getattr(args, name) not in (None, False) and not getattr(args, other)]
-    problems += [f"{name}={path}: no such file" for name in ("lora", "weights", "input_image")
+    problems += [f"lora={path}: no such file" for path, _ in args.lora if not path.exists()]
+    problems += [f"{name}={path}: no such file" for name in ("weights", "input_image")
                  if (path := getattr(args, name)) and not path.is_file()]
     if args.denoising_strength is not None and not args.input_image:
         problems.append("denoising_strength without input_image, of which it says how much is kept: name the file")

@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import MISSING
 from pathlib import Path
@@ -59,6 +61,20 @@ def path_argument(text: str) -> Path:
     if problem := path_problem(text):
         raise argparse.ArgumentTypeError(f"{shortened(text)}: {problem}")
     return Path(text)
+
+
+def path_and_factor(text: str) -> tuple[Path, float]:
+    """The type of an argument ``FILE[:FACTOR]``: the path, and the factor, which is 1 where there is none.
+
+    Raises: as `path_argument`, and for a factor that is not from -1000 to 1000.
+    """
+    name, colon, factor = text.rpartition(":")
+    if not colon or Path(text).exists() or not re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", factor):
+        return path_argument(text), 1.0
+    value = float(factor) if factor.count(".") <= 1 and factor.strip("+-.") else math.nan
+    if not -1000 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"{shortened(text)}: expected a factor from -1000 to 1000 behind the colon")
+    return path_argument(name), value
 
 
 class TrainingParser(Parser):

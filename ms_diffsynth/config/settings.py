@@ -59,6 +59,9 @@ class ModelSection:
     lora_alpha: float | None = _setting(None, "the LoRA is scaled by lora_alpha / lora_rank; null = lora_rank",
                                         "0 < lora_alpha <= 1000000")
     lora_checkpoint: str | None = _setting(None, "LoRA file to start from", holds="path")
+    preset_lora_path: str | None = _setting(None, "LoRA file added to the model before training, which learns the rest",
+                                            holds="path")
+    preset_lora_model: str | None = _setting(None, "model that gets it; null = lora_base_model")
     weights: str | None = _place("file of weights to start from that full training saved; null = those of the model")
     trainable_models: str | None = _setting(None, "models trained in full, with commas, such as dit or vae.decoder")
     remove_prefix_in_ckpt: str | None = _setting("pipe.dit.", "taken off the names of saved weights", may_change=True)

@@ -4,7 +4,9 @@ Pickles (.bin, .pt, .pth, .ckpt) are never read: reading one executes code.
 """
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,12 +40,24 @@ FLOATS = {dtype.name: dtype for tag, dtype in DTYPES.items() if tag in ("F64", "
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor is: ``start`` is its first byte in ``file``."""
+    """Where one tensor is: ``start`` is its first byte in ``file``.
+
+    Attributes:
+        is_swapped: what is read are the second half of its rows, then the first.
+        scale: one number that what is read is multiplied by; the result is float32.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     file: Path
     start: int
+    is_swapped: bool = False
+    scale: Entry | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is read."""
+        return math.prod(self.shape) * (4 if self.scale is not None else self.dtype.itemsize)
 
 
 class Checkpoint:
@@ -59,6 +73,7 @@ class Checkpoint:
         self.files = list(files)
         self.entries: dict[str, Entry] = {}
         self.metadata: dict[str, str] = {}
+        self.arrays: dict[str, np.ndarray] = {}  # of tensors that are in memory
         twice: list[str] = []
         for file in self.files:
             entries, metadata = read_header(file)
@@ -74,6 +89,20 @@ class Checkpoint:
         """Name -> shape."""
         return {name: entry.shape for name, entry in self.entries.items()}
 
+    def with_arrays(self, arrays: Mapping[str, np.ndarray]) -> Checkpoint:
+        """The same with other values for some tensors, or further ones, which are in memory."""
+        other = copy.copy(self)
+        other.entries = {**self.entries, **{name: Entry(array.shape, native(array).dtype, Path(), 0)
+                                            for name, array in arrays.items()}}
+        other.arrays = {**self.arrays, **arrays}
+        return other
+
+    def with_entries(self, entries: Mapping[str, Entry]) -> Checkpoint:
+        """The same files with other names, or parts, of their tensors."""
+        other = copy.copy(self)
+        other.entries = dict(entries)
+        return other
+
     def __len__(self) -> int:
         return len(self.entries)
 
@@ -85,6 +114,8 @@ class Checkpoint:
         if name not in self.entries:
             raise WeightError(f"tensor '{name}' is not in {listing(f.name for f in self.files)}."
                               f"{nearest(name, self.entries)}")
+        if name in self.arrays:
+            return self.arrays[name]
         entry = self.entries[name]
         with open(entry.file, "rb") as file:
             return _read(file, entry)
@@ -101,7 +132,9 @@ class Checkpoint:
         """All tensors as (name, array), file by file, one in memory at a time. Each array is the caller's own."""
         by_file = defaultdict(list)
         for name, entry in self.entries.items():
-            by_file[entry.file].append((name, entry))
+            if name not in self.arrays:
+                by_file[entry.file].append((name, entry))
+        yield from self.arrays.items()
         for path, found in by_file.items():
             with open(path, "rb") as file:
                 for name, entry in found:
@@ -221,36 +254,39 @@ def serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | N
     return [memoryview(len(text).to_bytes(8, "little") + text), *buffers]
 
 
-def save_sharded(folder: str | os.PathLike[str], tensors: Mapping[str, np.ndarray],
+def save_sharded(folder: str | os.PathLike[str], tensors: Mapping[str, np.ndarray] | Checkpoint,
                  stem: str = "diffusion_pytorch_model", max_shard_bytes: int = 10 * 10**9,
                  config: Mapping[str, Any] | None = None, replace: bool = False) -> None:
     """Write a component folder as diffusers does: config.json and one file, or shards with their index.json.
 
     Args:
+        tensors: those of a `Checkpoint` are read when they are written, one shard at a time.
         stem: "diffusion_pytorch_model" for diffusers, "model" for transformers.
         max_shard_bytes: a tensor larger than this gets a shard of its own.
         replace: swap an existing folder; without it one that is not empty is refused.
 
     Raises: OutputError, WeightError; the folder is complete or not there.
     """
-    shards: list[dict[str, np.ndarray]] = [{}]
+    shards: list[list[str]] = [[]]
+    sizes = {name: tensors.entries[name].nbytes if isinstance(tensors, Checkpoint) else tensors[name].nbytes
+             for name in (tensors.entries if isinstance(tensors, Checkpoint) else tensors)}
     size = 0
-    for name, array in tensors.items():
-        if shards[-1] and size + array.nbytes > max_shard_bytes:
-            shards.append({})
+    for name, own in sizes.items():
+        if shards[-1] and size + own > max_shard_bytes:
+            shards.append([])
             size = 0
-        shards[-1][name] = array
-        size += array.nbytes
+        shards[-1].append(name)
+        size += own
     names = [f"{stem}-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [f"{stem}.safetensors"]
     with stage_folder(folder, replace=replace) as stage:
         for name, shard in zip(names, shards):
-            stage.write(name, serialize(shard))
+            stage.write(name, serialize({tensor: tensors[tensor] for tensor in shard}))
         if len(shards) > 1:
             weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
-            total = sum(array.nbytes for array in tensors.values())
-            stage.write(stem + INDEX, _json({"metadata": {"total_size": total}, "weight_map": weight_map}))
+            total = {"total_size": sum(sizes.values())}
+            stage.write(stem + INDEX, _json({"metadata": total, "weight_map": weight_map}))
         if config is not None:
             stage.write("config.json", _json(config))
 
@@ -325,7 +361,16 @@ def _read(file: Any, entry: Entry) -> np.ndarray:
         file.seek(entry.start)
         if file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:
             raise WeightError(f"{entry.file} became shorter while it was read. Download or save it again.")
+    if entry.is_swapped:
+        array = np.roll(array, len(array) // 2, axis=0)
+    if entry.scale is not None:
+        array = array.astype(np.float32) * _read_one(entry.scale)
     return array
+
+
+def _read_one(entry: Entry) -> np.float32:
+    with open(entry.file, "rb") as file:
+        return np.float32(_read(file, entry).reshape(()))
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

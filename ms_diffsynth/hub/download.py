@@ -129,18 +129,21 @@ class ModelConfig:
 def parse_path_or_model_id(text: str, default: ModelConfig | None = None) -> ModelConfig | None:
     """A path that exists, or ``owner/name:pattern`` (``owner/name@revision:pattern``). Empty text gives ``default``.
 
+    ``ms:owner/name:pattern`` is of ModelScope, ``hf:owner/name:pattern`` of Hugging Face, whatever the default is.
+
     Raises: ConfigError for text that is neither.
     """
     if not text:
         return default
     if os.path.exists(text):
         return ModelConfig(path=text)
-    name, colon, pattern = text.rpartition(":")
+    hub = {"ms:": "modelscope", "hf:": "huggingface"}.get(text[:3])
+    name, colon, pattern = (text[3:] if hub else text).rpartition(":")
     model_id, _, revision = name.partition("@")
     if not colon or model_id.count("/") != 1 or model_id.startswith((".", "/")) or model_id.endswith("/"):
         raise ConfigError(f"'{text}' is neither a path that exists nor a model: expected owner/name:pattern, for "
                           "example owner/name:vae/*.safetensors, or owner/name: for all files.")
-    return ModelConfig(model_id=model_id, origin_file_pattern=pattern, revision=revision or None)
+    return ModelConfig(model_id=model_id, origin_file_pattern=pattern, revision=revision or None, download_source=hub)
 
 
 def parse_model_id_with_origin_paths(text: str) -> list[ModelConfig]:

@@ -40,7 +40,7 @@ def check_settings(accelerator: Accelerator, config: TrainConfig) -> None:
     optimizer_class(options.optimizer).from_settings([probe], options.learning_rate, options.weight_decay,
                                                      **optimizer_arguments(options))
     build_task(config)
-    for name in ("lora_checkpoint", "weights"):
+    for name in ("lora_checkpoint", "preset_lora_path", "weights"):
         if (path := getattr(model, name)) is not None:
             with naming(f"{name}={path}"):
                 read_header(path)

@@ -15,6 +15,7 @@ from ms_diffsynth.config import TrainConfig, flat, to_yaml
 from ms_diffsynth.errors import CacheError, ConfigError, OutputError, naming
 from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_sampler
 from ms_diffsynth.run.checks import check_data, check_settings
+from ms_diffsynth.run.header import file_header
 from ms_diffsynth.run.pipeline import build_pipeline, most_pixels
 from ms_diffsynth.training import same_run
 from ms_diffsynth.training.distributed import Accelerator
@@ -61,7 +62,8 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     images = sets.instance
     pipe = build_pipeline(config)
     logger = ModelLogger(config.run.output_path, config.model.remove_prefix_in_ckpt, config.run.enable_tensorboard_log)
-    logger.metadata = {"ms_diffsynth.family": config.model.family}
+    rows = getattr(images, "rows", ())
+    logger.metadata = file_header(config, pipe.lora_table, rows if isinstance(rows, int) else len(rows))
     if stage == "data_process" or (cache_dir and not stage):
         pipe.keeps_models = stage == "data_process"  # and the process ends
         module = build_module(config, pipe, f"{config.objective.task.partition(':')[0]}:data_process")

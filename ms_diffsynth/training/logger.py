@@ -226,7 +226,8 @@ class ModelLogger:
 
     def _save(self, model: Any, file_name: str) -> None:
         path = self.output_path / file_name
-        metadata = without_secrets({**self.metadata, "step": str(self.num_steps)})
+        counts = ["step"] + ["ss_steps"] * ("ss_output_name" in self.metadata)
+        metadata = without_secrets({**self.metadata, **dict.fromkeys(counts, str(self.num_steps))})
         model.save(path, self.remove_prefix_in_ckpt, metadata)
         self.saved.append(path)
         self.event("saved", file=file_name, bytes=path.stat().st_size)

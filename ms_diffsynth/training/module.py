@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn
 from ms_diffsynth.diffusion.tasks import Task
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, TrainingError, listing, naming, nearest
-from ms_diffsynth.formats.lora import load_adapter, save_adapter
+from ms_diffsynth.formats.lora import AdapterFile, load_adapter, save_adapters
 from ms_diffsynth.formats.weights import save_sharded, save_state_dict
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.adapters import Adapter, adapter as adapter_called, adapter_of, formats
@@ -75,7 +75,8 @@ class DiffusionTrainingModule:
                                      use_gradient_checkpointing: bool = False,
                                      use_gradient_checkpointing_offload: bool = False,
                                      fp8_models: str | None = None, extra_inputs: str | None = None,
-                                     adapter: str = "lora") -> None:
+                                     adapter: str = "lora", preset_lora_path: str | Path | None = None,
+                                     preset_lora_model: str | None = None) -> None:
         """Freeze everything, then make trainable what is named.
 
         Args:
@@ -91,6 +92,9 @@ class DiffusionTrainingModule:
             extra_inputs: columns of the data set that are inputs too, with commas, such as
                 ``edit_image,template_inputs``.
             adapter: a name of `nn.adapters.ADAPTERS`.
+            preset_lora_path: a LoRA file that is added to the weights of ``preset_lora_model`` (by default
+                ``lora_base_model``, or the network) before anything is trained, so that what is trained is the
+                difference to it.
 
         Raises: ConfigError for names that are not there, for nothing to train, or for a model to be trained both ways.
         """
@@ -122,6 +126,13 @@ class DiffusionTrainingModule:
         if stage == "data_process":  # nothing is trained, so what would be is not loaded
             self._store_frozen(fp8_models, ("prepare",))
             return
+        if preset_lora_path:
+            name = preset_lora_model or lora_base_model or pipe.network
+            if name not in self.training_cut().models("step"):
+                raise ConfigError(f"preset_lora_model={name}: expected a model of the training step: "
+                                  f"{listing(self.training_cut().models('step'))}.")
+            with naming(f"preset_lora_path={preset_lora_path}"):
+                pipe.load_lora(getattr(pipe, name), preset_lora_path)
         if lora_base_model:
             targets = lora_target_modules.split(",") if isinstance(lora_target_modules, str) else lora_target_modules
             targets = [t.strip() for t in targets if t.strip()] or pipe.lora_target_modules
@@ -160,7 +171,9 @@ class DiffusionTrainingModule:
         model = getattr(pipe, name)
         cells = adapted_layers(model)
         with naming(f"lora_checkpoint={path}"):
-            file = load_adapter(path, list(cells), formats(), **pipe.adapter_names(name))
+            file = load_adapter(path, list(cells), formats(), pipe.lora_table, name)
+            if file.format is None:
+                raise ConfigError(f"lora_checkpoint={path} holds a {file.name}: expected one kind of adapter.")
             if (found := adapter_of(file.format).name) != self.adapter.name:
                 raise ConfigError(f"lora_checkpoint={path} holds the adapter {found}: expected {self.adapter.name}, as "
                                   f"the setting adapter says. Set adapter={found}, or give another file.")
@@ -231,12 +244,14 @@ class DiffusionTrainingModule:
                 and hasattr(self.pipe, "update_pretrained"))
 
     def save(self, path: Path, remove_prefix: str | None = None, metadata: dict[str, str] | None = None) -> None:
-        """Write what was trained: an adapter in diffusers naming, or weights by name. Never half a file."""
+        """Write what was trained: an adapter in the family's default naming, or weights by name. Never half a file."""
         if self.lora_base_model and set(self.trainable) == {self.lora_base_model}:
             cells = adapted_layers(getattr(self.pipe, self.lora_base_model))
-            prefix = self.pipe.lora_prefixes.get(self.lora_base_model, self.lora_base_model)
-            save_adapter(path, self.adapter.format, {name: cell.tensors() for name, cell in cells.items()},
-                         scale=next(cell.scale for cell in cells.values()), prefix=prefix, metadata=metadata or {})
+            file = AdapterFile({name: cell.tensors() for name, cell in cells.items()},
+                               {name: cell.scale for name, cell in cells.items()},
+                               dict.fromkeys(cells, self.adapter.format))
+            table = self.pipe.lora_table
+            save_adapters(path, {self.lora_base_model: file}, table, table.default, metadata)
         else:
             save_state_dict(path, self.export_trainable_state_dict(remove_prefix), metadata)
 

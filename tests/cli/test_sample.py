@@ -152,3 +152,43 @@ def test_a_family_that_starts_from_noise_alone(run, tmp_path):
     Image.new("RGB", (32, 32)).save("own.png")
     code, _, err = run("sample", "ddpm_unet", "ddpm", "--input_image", "own.png", "--tiled")
     assert code == 64 and "input_image, tiled: the family ddpm_unet has no use for it. Remove it." in err
+
+
+@pytest.mark.parametrize("how", [["--lora_rank", 2], ["--trainable_models", "dit"]])
+def test_a_run_is_sampled_with_what_it_saved_last(run, config, toy_model, how):
+    assert run("train", config, "--max_train_steps", 4, "--mode", "pynative", "--learning_rate", "0.1", *how)[0] == 0
+    words = (*SMALL, "--mode", "pynative", "--seed", 0)
+    code, out, err = run("sample", "--run", "out", *words, "--output", "of_run")
+    assert code == 0 and "out/step-4.safetensors: " in err
+    assert len(out.splitlines()) == 2  # the run's own sample_prompts
+    file = ("--weights" if "--trainable_models" in how else "--lora", "out/step-4.safetensors")
+    assert run("sample", "toy", toy_model, *words, "--prompt", "a red square", *file, "--output", "by_hand")[0] == 0
+    assert run("sample", "toy", toy_model, *words, "--prompt", "a red square", "--output", "plain")[0] == 0
+    of_run, by_hand, plain = (picture(f"{name}/000-seed0.png") for name in ("of_run", "by_hand", "plain"))
+    assert (of_run == by_hand).all() and (of_run != plain).any()
+
+
+@pytest.mark.parametrize("words, text", [
+    (["--run", "nowhere"], "nowhere has no config.yaml"), (["--run", "out", "toy", "x"], "expected a run or a model"),
+    (["--run", "out"], "has saved no weights yet"), ([], "no model: expected MODEL"),
+])
+def test_runs_that_cannot_be_sampled(run, config, words, text):
+    Path("out").mkdir()
+    Path("out/config.yaml").write_text(config.read_text())
+    code, _, err = run("sample", *words, "--prompt", "a")
+    assert code == 64 and text in err
+
+
+def test_several_loras_with_factors(run, tmp_path, toy_model):
+    path = lora(tmp_path / "l.safetensors", layer_1=(16, 16))
+    words = ("sample", "toy", toy_model, "--prompt", "a", *SMALL, "--mode", "pynative", "--output")
+    code, _, err = run(*words, "twice", "--lora", f"{path}:0.25", "--lora", f"{path}:0.75")
+    assert code == 0 and f"{path}: fused into 1 layers, 0.25 times" in err
+    assert run(*words, "once", "--lora", path)[0] == 0
+    assert run(*words, "gone", "--lora", f"{path}:0.5", "--lora", f"{path}:-0.5")[0] == 0
+    assert run(*words, "none")[0] == 0
+    names = ("twice", "once", "gone", "none")
+    twice, once, gone, none = (picture(f"{name}/000-seed0.png").astype(int) for name in names)
+    assert np.abs(twice - once).max() <= 1 and np.abs(gone - none).max() <= 1 and (once != none).any()
+    code, _, err = run(*words, "odd", "--lora", f"{path}:5000")
+    assert code == 64 and "expected a factor from -1000 to 1000" in err

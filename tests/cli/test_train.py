@@ -12,7 +12,7 @@ from PIL import Image
 
 from ms_diffsynth.config import load_config
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.formats.lora import load_lora
+from ms_diffsynth.formats.lora import load_lora, metadata_of
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.registry import FAMILIES
 from ms_diffsynth.run.build import build_module, build_task
@@ -40,6 +40,21 @@ def test_a_whole_run(run, config):
     assert settings["learning_rate"] == 0.01 and settings["family"] == "toy" and settings["mode"] == "graph"
     assert len({Image.open(f"out/{name}").size for name in files if name.startswith("samples/step")}) == 1
     assert "toy: 3 images, batch size 2, task sft, output in out" in err and "compiled the training step" in err
+
+
+def test_the_header_of_a_lora_tells_of_its_training_without_paths_and_captions(run, config, pictures, tmp_path):
+    words = ["--instance_prompt", "sks square", "--lora_alpha", "5"]
+    assert run("train", config, *words, *EAGER)[0] == 0
+    header = metadata_of("out/step-1.safetensors")
+    told = {"ss_output_name": "out", "modelspec.title": "out", "step": "1", "ss_steps": "1", "ss_network_dim": "2",
+            "ss_network_alpha": "2", "modelspec.resolution": "16x16", "ss_resolution": "(16, 16)", "format": "pt",
+            "modelspec.trigger_phrase": "sks square", "ms_diffsynth.family": "toy", "ss_num_train_images": "3",
+            "ss_learning_rate": "0.01", "ss_seed": "42", "modelspec.sai_model_spec": "1.0.1"}
+    assert header.items() >= told.items()
+    assert json.loads(header["ss_network_args"]) == {"adapter": "lora", "trained_alpha": 5.0}
+    assert "ss_network_module" not in header  # the names are not kohya's
+    text = json.dumps(header)
+    assert str(tmp_path) not in text and str(pictures) not in text and "a red square" not in text
 
 
 def test_the_resolved_configuration_repeats_the_run(run, config):

@@ -89,14 +89,14 @@ def nothing_in(lora):
 
 
 DEFECTS = {
-    "dtype": (changed("A", lambda a: a.astype(np.int8)), "A is int8 and B float32, expected float64"),
+    "dtype": (changed("A", lambda a: a.astype(np.int8)), "A is int8, expected float64"),
     "shape": (changed("A", lambda a: a[:, 1:]), r"do not fit the model: .* expected A \(2, "),
     "rank of one": (changed("A", lambda a: a[:1]), r"A \(1, \d+\) and B \(\d+, 2\) are not a pair"),
     "rank of all": (lambda lora: {n: a[:1] if "lora_A" in n else a[:, :1] for n, a in lora.items()},
                     r"do not fit the model: .*lora_rank"),
     "missing key": (lambda lora: {n: a for n, a in lora.items() if n != first(lora, "B")}, "has no B"),
     "missing layer": (lambda lora: dict(list(lora.items())[:2]), "not in the file|has no"),
-    "extra key": (lambda lora: lora | {"transformer.layer_1.dora_scale": np.ones(1, np.float32)}, "not part of a LoRA"),
+    "extra key": (lambda lora: lora | {"transformer.layer_1.dora_scale": np.ones(1, np.float32)}, "are not a triple"),
     "extra layer": (lambda lora: lora | {f"transformer.layer_9.lora_{s}.weight": np.ones((2, 2), np.float32)
                                          for s in "AB"}, "layer_9 is not a module of the model"),
     "other base model": (nothing_in, "4 entries cannot be used|2 entries cannot be used"),

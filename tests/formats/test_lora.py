@@ -9,9 +9,9 @@ import pytest
 from safetensors import safe_open
 
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.formats.lora import LORA, load_adapter, load_lora, save_adapter, save_lora
+from ms_diffsynth.formats.adapters import DORA, LORA
+from ms_diffsynth.formats.lora import load_adapter, load_lora, save_adapter, save_lora
 from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
-from ms_diffsynth.nn.adapters.dora import DoRA
 
 MODULES = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0", "proj_out"]
 
@@ -76,11 +76,9 @@ def test_prefixes(tmp_path, prefix, start):
 @pytest.mark.parametrize("wrong", [
     {"x": (np.ones((2, 3), np.float32), np.ones((3, 2, 1), np.float32))},
     {"x": (np.ones((2, 3), np.float32), np.ones((4, 3), np.float32))},
-    {"x": (np.ones((2, 3), np.float32), np.ones((4, 2), np.float32)),
-     "y": (np.ones((3, 3), np.float32), np.ones((4, 3), np.float32))},
 ])
 def test_pairs_that_do_not_fit_are_not_saved(tmp_path, wrong):
-    with pytest.raises(WeightError, match=r"do not fit together: (x: A|ranks 2, 3)"):
+    with pytest.raises(WeightError, match=r"do not fit together: x: A"):
         save_lora(tmp_path / "f.safetensors", wrong, alpha=2)
     with pytest.raises(WeightError, match="no LoRA pairs to save"):
         save_lora(tmp_path / "f.safetensors", {}, alpha=2)
@@ -192,7 +190,6 @@ def test_two_scales_that_disagree_are_refused(tmp_path):
         load_lora(write(path, {A: a, B: b}, {"lora_adapter_metadata": "x"}))
 
 
-DORA = DoRA.format
 M = "transformer.proj_out.lora_magnitude_vector"
 
 

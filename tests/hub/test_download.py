@@ -294,6 +294,9 @@ def test_parsing(tmp_path):
     default = ModelConfig(path="x")
     assert parse_path_or_model_id("", default) is default
     assert str(parse_path_or_model_id("a/b@v1:c/")) == "a/b@v1:c/"
+    assert parse_model_id_with_origin_paths("ms:a/b:x,hf:a/b@v1:") == [
+        ModelConfig(model_id="a/b", origin_file_pattern="x", download_source="modelscope"),
+        ModelConfig(model_id="a/b", origin_file_pattern="", revision="v1", download_source="huggingface")]
 
 
 @pytest.mark.parametrize("text", ["a/b", "gone/path/x", "a:b", "./a:b", "/a/b:c", "a/:x"])

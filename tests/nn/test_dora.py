@@ -12,6 +12,8 @@ import pytest
 from mindspore import ParameterTuple, Tensor, mint, nn, ops
 
 from ms_diffsynth.errors import ConfigError, WeightError
+from ms_diffsynth.formats.adapters import DORA
+from ms_diffsynth.formats.lora import AdapterFile
 from ms_diffsynth.nn.adapters.dora import DoRA
 from ms_diffsynth.nn.adapters.linear import fuse
 from ms_diffsynth.nn.quant import store_8bit
@@ -118,12 +120,16 @@ def test_it_starts_as_peft_does_and_changes_nothing(case):
     assert [p.name for p in model.trainable_params()] == [p.name for p in DoRA().parameters(model)]
 
 
+def dora_file(modules):
+    return AdapterFile(modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, DORA))
+
+
 def test_fusing_equals_peft_and_running_beside(case):
     model, modules = plain(case), {}
     for name, array in of(case, "trained").items():
         module, _, part = name.partition(".")
         modules.setdefault(module, {})[part] = array
-    fuse(DoRA(), model, modules, float(case["alpha"]) / float(case["rank"]))
+    fuse(dora_file(modules), model, float(case["alpha"]) / float(case["rank"]))
     for place, array in of(case, "merged").items():
         close(model[int(place)].weight.asnumpy(), array, place)
     x = Tensor(case["x"])
@@ -139,7 +145,7 @@ def test_a_row_of_zeros_stays_zero():
     expected = model(x).asnumpy()
     DoRA().inject(model, ["0"], 2)
     np.testing.assert_array_equal(model(x).asnumpy(), expected)
-    fuse(DoRA(), (fresh := nn.SequentialCell(mint.nn.Linear(4, 3))), {"0": model[0].tensors()})
+    fuse(dora_file({"0": model[0].tensors()}), (fresh := nn.SequentialCell(mint.nn.Linear(4, 3))))
     assert np.isfinite(fresh[0].weight.asnumpy()).all()
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from mindspore import Parameter, nn
 
+from ms_diffsynth.formats.adapters import LORA
+from ms_diffsynth.formats.lora import AdapterFile
 from ms_diffsynth.nn.adapters.contract import Uniform
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear, adapted_layers
 from ms_diffsynth.nn.adapters.linear import fuse
@@ -34,4 +36,5 @@ def set_lora(model: nn.Cell, pairs: Mapping[str, Pair]) -> None:
 
 
 def fuse_lora(model: nn.Cell, pairs: Mapping[str, Pair], scale: float = 1.0) -> None:
-    fuse(LoRA(), model, {name: dict(zip(LoRA.format.parts, pair)) for name, pair in pairs.items()}, scale)
+    modules = {name: dict(zip(LORA.parts, pair)) for name, pair in pairs.items()}
+    fuse(AdapterFile(modules, dict.fromkeys(modules, 1.0), dict.fromkeys(modules, LORA)), model, scale)

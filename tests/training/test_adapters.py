@@ -9,7 +9,7 @@ from mindspore import Parameter, Tensor, ops
 from toy_run import Module, rows, train
 
 from ms_diffsynth.errors import CheckpointError, ConfigError
-from ms_diffsynth.formats.lora import LORA
+from ms_diffsynth.formats.adapters import LORA
 from ms_diffsynth.nn.adapters import ADAPTERS, adapter
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear, adapted_layers
 from ms_diffsynth.nn.adapters.linear import LinearAdapter
@@ -29,13 +29,11 @@ class Gain(LinearAdapter):
 
     name = "gain"
     format = replace(LORA, name="gain", group="vector", shapes="gain [out]", parts={"gain": ("gain",)}, scaled="gain",
-                     rank=lambda parts: 1, fits=lambda parts, weight: parts["gain"].shape == weight[:1])
+                     rank=lambda parts: 1, fits=lambda parts, weight: parts["gain"].shape == weight[:1], product=None,
+                     fused=lambda weight, parts, scale: weight * (1 + np.float32(scale) * parts["gain"][:, None]))
 
     def layer(self, base, name, rank, scale, uniform):
         return GainLinear(base, {"gain": np.zeros(base.weight.shape[0], np.float32)}, scale, name)
-
-    def fused(self, weight, parts, scale):
-        return weight * (1 + np.float32(scale) * parts["gain"].astype(np.float32)[:, None])
 
 
 @pytest.fixture(params=[*ADAPTERS, "gain"])

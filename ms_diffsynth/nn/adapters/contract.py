@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from mindspore import Parameter, nn
 
-from ms_diffsynth.formats.lora import Format
+from ms_diffsynth.formats.adapters import Format
 
 # (module name, shape) -> numbers uniform in [0, 1)
 Uniform = Callable[[str, tuple[int, ...]], np.ndarray]
@@ -21,7 +21,7 @@ class Adapter(Protocol):
 
     Attributes:
         name: its name in ``ADAPTERS``, in settings and in the identity of a run.
-        format: how a file says what it holds, and which part of a module takes the file's scale.
+        format: how a file says what it holds, which part takes the file's scale, and what it does to a weight.
     """
 
     name: str
@@ -54,16 +54,5 @@ class Adapter(Protocol):
         """Put what `tensors` gives into a network with the same layers and rank, in place.
 
         Raises: WeightError when modules or shapes differ; nothing is assigned then.
-        """
-        ...
-
-    def fused(self, weight: np.ndarray, parts: Mapping[str, np.ndarray], scale: float) -> np.ndarray:
-        """The weight of a layer with the change in it.
-
-        Args:
-            weight: float32 [out, in]. parts: part -> tensor of this layer, in any float dtype.
-            scale: factor on the change.
-
-        Returns: float32 [out, in].
         """
         ...

@@ -11,7 +11,6 @@ Source: Liu et al. 2024 (arXiv:2402.09353), equations 5 and 11; peft 0.21, ``use
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import mindspore as ms
@@ -20,11 +19,11 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.ops import operations as P
 
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.formats.lora import LORA, rank_of
+from ms_diffsynth.formats.adapters import DORA, MAGNITUDE, SMALLEST
 from ms_diffsynth.nn.adapters.contract import Uniform
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear
 from ms_diffsynth.nn.adapters.linear import LinearAdapter
-from ms_diffsynth.nn.adapters.lora import matrices, product
+from ms_diffsynth.nn.adapters.lora import matrices
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.nn.quant import StoredProduct
 from ms_diffsynth.ops import network
@@ -32,16 +31,11 @@ from ms_diffsynth.ops import network
 if TYPE_CHECKING:
     from ms_diffsynth.nn.functional import Layer
 
-MAGNITUDE = "lora_magnitude_vector"
-SMALLEST = 1e-24  # of |V|^2: below it a row counts as zero
 _matmul, _transpose, _sum, _maximum, _sqrt = P.MatMul(), P.Transpose(), P.ReduceSum(), P.Maximum(), P.Sqrt()
 
 
 class DoRA(LinearAdapter):
-    name = "dora"
-    format = replace(LORA, name="DoRA", group="triple", parts={**LORA.parts, MAGNITUDE: (MAGNITUDE,)},
-                     shapes="A [r, in], B [out, r] and magnitude_vector [out]", settings={"use_dora": True},
-                     rank=lambda parts: rank_of(parts) * (parts[MAGNITUDE].shape == parts["lora_B.weight"].shape[:1]))
+    name, format = "dora", DORA
 
     def layer(self, base: nn.Cell, name: str, rank: int, scale: float, uniform: Uniform) -> AdaptedLinear:
         if getattr(base, "activation_flag", False):
@@ -49,12 +43,6 @@ class DoRA(LinearAdapter):
                               "weight and its output. Leave it out of lora_target_modules, or take adapter=lora.")
         norms = np.sqrt(to_numpy(squared_norms(base)))
         return DoRALinear(base, matrices(base, name, rank, uniform) | {MAGNITUDE: norms}, scale, name)
-
-    def fused(self, weight: np.ndarray, parts: Mapping[str, np.ndarray], scale: float) -> np.ndarray:
-        """``scale`` is a factor on B A, as peft has it: with 0 only the magnitudes change."""
-        direction = weight + np.float32(scale) * product(parts)
-        norms = np.linalg.norm(direction, axis=1, keepdims=True)
-        return parts[MAGNITUDE].astype(np.float32)[:, None] / np.maximum(norms, np.sqrt(SMALLEST)) * direction
 
 
 def squared_norms(base: nn.Cell) -> Tensor:

@@ -43,6 +43,11 @@ class AdaptedLinear(nn.Cell):
             setattr(self, attribute(part), Parameter(Tensor(array, ms.float32), name=f"{name}.{part}"))
 
     @property
+    def weight(self) -> Parameter:
+        """That of the base: T5 looks at the dtype of its layer's."""
+        return self.base.weight
+
+    @property
     def flat(self) -> FlatTensors | None:
         """Where the tensors are, when they are not Parameters of this cell."""
         return self.__dict__.get("_flat")  # not an attribute: the cell would take it for its own

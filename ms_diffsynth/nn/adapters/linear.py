@@ -7,7 +7,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffsynth.errors import ConfigError, WeightError, listing
-from ms_diffsynth.formats.lora import Format, label
+from ms_diffsynth.formats.adapters import Format, label
+from ms_diffsynth.formats.lora import AdapterFile
 from ms_diffsynth.nn.adapters.contract import Adapter, Uniform
 from ms_diffsynth.nn.adapters.flat import FlatTensors
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear, adapted_layers, linear_modules, match_targets, put
@@ -15,7 +16,7 @@ from ms_diffsynth.nn.names import to_numpy
 
 
 class LinearAdapter(Adapter):
-    """An adapter is made of this by `name`, `format`, `layer` and `fused`: see `contract.Adapter`."""
+    """An adapter is made of this by `name`, `format` and `layer`: see `contract.Adapter`."""
 
     name: str
     format: Format
@@ -73,9 +74,6 @@ class LinearAdapter(Adapter):
         for flat in {id(cell.flat): cell.flat for cell in cells.values() if cell.flat is not None}.values():
             flat.write(tensors)
 
-    def fused(self, weight: np.ndarray, parts: Mapping[str, np.ndarray], scale: float) -> np.ndarray:
-        raise TypeError(f"{type(self).__name__} has no fused(self, weight, parts, scale): implement it.")
-
     def _split(self, name: str) -> tuple[str, str]:
         """Module and part of a tensor."""
         part = next((part for part in self.format.parts if name.endswith(f".{part}")), "")
@@ -86,26 +84,28 @@ def _said(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{label(part)} {shape}" for part, shape in shapes.items())
 
 
-def fuse(adapter: Adapter, model: nn.Cell, modules: Mapping[str, Mapping[str, np.ndarray]],
-         scale: float = 1.0) -> None:
-    """Put the change of ``adapter``, ``scale`` times, into the weights: computed in float32 and rounded once.
-
-    Args:
-        modules: module -> part -> tensor.
+def fuse(file: AdapterFile, model: nn.Cell, scale: float = 1.0) -> None:
+    """Put the change of an adapter, ``scale`` times, into the weights: computed in float32 and rounded once.
 
     Raises: WeightError for a module that the model does not have, a shape that does not fit, or weights in 8 bits.
     """
-    kind, layers = adapter.format.name, linear_modules(model)
-    stored = [n for n in modules if n in layers and hasattr(layers[n], "weight_scale")]
+    layers = linear_modules(model)
+    stored = [n for n in file.modules if n in layers and hasattr(layers[n], "weight_scale")]
     if stored:
-        raise WeightError(f"a {kind} cannot be added to weights that are stored in 8 bits: {listing(stored)}. Load the "
-                          f"{kind} first, then store the model in 8 bits (fp8_models).")
-    wrong = [n for n, parts in modules.items()
-             if n not in layers or not adapter.format.fits(parts, tuple(layers[n].weight.shape))]
-    if wrong or not modules:
-        raise WeightError(f"{len(wrong)} of {len(modules)} {kind} modules do not fit {type(model).__name__}: "
-                          f"{listing(wrong)}. Expected a {kind} trained on this architecture.")
-    for name, parts in modules.items():
+        raise WeightError(f"a {file.name} cannot be added to weights that are stored in 8 bits: {listing(stored)}. "
+                          f"Load the {file.name} first, then store the model in 8 bits (fp8_models).")
+    wrong = [n for n, parts in file.modules.items()
+             if n not in layers or not file.formats[n].fits(parts, tuple(layers[n].weight.shape))]
+    wrong += [f"{n} (bias)" for n, bias in file.biases.items() if n not in layers
+              or getattr(layers[n], "bias", None) is None or layers[n].bias.shape != bias.shape]
+    if wrong or not (file.modules or file.biases):
+        raise WeightError(f"{len(wrong)} of {len(file.modules)} {file.name} modules do not fit {type(model).__name__}: "
+                          f"{listing(wrong)}. Expected a {file.name} trained on this architecture.")
+    for name, parts in file.with_scale().items():
         weight = layers[name].weight
-        fused = adapter.fused(to_numpy(weight).astype(np.float32), parts, scale)
+        fused = file.formats[name].fused(to_numpy(weight).astype(np.float32), parts, scale)
         ops.assign(weight, Tensor(fused, weight.dtype))
+    for name, change in file.biases.items():
+        bias = layers[name].bias
+        changed = to_numpy(bias).astype(np.float32) + np.float32(scale) * change.astype(np.float32)
+        ops.assign(bias, Tensor(changed, bias.dtype))

@@ -4,14 +4,13 @@ Source: Hu et al. 2021 (arXiv:2106.09685), section 4.1; initialisation of peft 0
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from mindspore import mint, nn
 
 from ms_diffsynth.errors import ConfigError
-from ms_diffsynth.formats.lora import LORA
+from ms_diffsynth.formats.adapters import LORA
 from ms_diffsynth.nn.adapters.contract import Uniform
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear
 from ms_diffsynth.nn.adapters.linear import LinearAdapter
@@ -27,9 +26,6 @@ class LoRA(LinearAdapter):
     def layer(self, base: nn.Cell, name: str, rank: int, scale: float, uniform: Uniform) -> AdaptedLinear:
         return LoRALinear(base, matrices(base, name, rank, uniform), scale, name)
 
-    def fused(self, weight: np.ndarray, parts: Mapping[str, np.ndarray], scale: float) -> np.ndarray:
-        return weight + np.float32(scale) * product(parts)
-
 
 def matrices(base: nn.Cell, name: str, rank: int, uniform: Uniform) -> dict[str, np.ndarray]:
     """A float32 [rank, in] and B float32 [out, rank] at their start. Raises: ConfigError: a rank beyond both."""
@@ -40,11 +36,6 @@ def matrices(base: nn.Cell, name: str, rank: int, uniform: Uniform) -> dict[str,
     bound = 1 / np.sqrt(ins)
     return {"lora_A.weight": ((2 * uniform(name, (rank, ins)) - 1) * bound).astype(np.float32),
             "lora_B.weight": np.zeros((outs, rank), np.float32)}
-
-
-def product(parts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """B A, float32 [out, in]."""
-    return parts["lora_B.weight"].astype(np.float32) @ parts["lora_A.weight"].astype(np.float32)
 
 
 class LoRALinear(AdaptedLinear):

@@ -1,19 +1,27 @@
 """FLUX.1: CLIP and T5 text encoders, a VAE with 16 channels, and a transformer of joint and single blocks."""
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ms_diffsynth.diffusion.schedule import FLUX_DEV, FLUX_SCHNELL, FlowMatchSettings, diffsynth_flux
-from ms_diffsynth.models import FLAG, Component
+from ms_diffsynth.formats.interchange import read_table
+from ms_diffsynth.models import FLAG, Component, blocks, columns, has
 from ms_diffsynth.pipelines.flux import units
 from ms_diffsynth.pipelines.flux.denoise import Denoise
+from ms_diffsynth.pipelines.flux.published import PUBLISHED
 from ms_diffsynth.pipelines.shared import autoencoder_kl
 from ms_diffsynth.pipelines.shared.autoencoder_kl import AUTOENCODER_KL, Decode, EncodeImage
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.t5 import weight_dtype
 from ms_diffsynth.pipelines.shared.text import (
+    CLIP_L,
     CLIP_TOKENIZER,
+    CLIP_TOLD_BY,
     T5_TOKENIZER,
+    T5_TOLD_BY,
+    T5_XXL,
     build_clip,
     build_clip_tokenizer,
     build_t5,
@@ -34,12 +42,18 @@ COMPONENTS = (
     Component(name="tokenizer_2", folder="tokenizer_2", build=build_t5_tokenizer, default_folder=T5_TOKENIZER,
               libraries=("transformers", "sentencepiece")),
     Component(name="text_encoder_1", folder="text_encoder", class_name="CLIPTextModel", build=build_clip,
-              ignored=("text_model.embeddings.position_ids",)),
+              ignored=("text_model.embeddings.position_ids", "text_projection.", "logit_scale"),
+              known={"CLIP-L": CLIP_L}, told_by=CLIP_TOLD_BY),
     Component(name="text_encoder_2", folder="text_encoder_2", class_name="T5EncoderModel", build=build_t5,
-              ignored=("encoder.embed_tokens.weight",), weight_dtype=weight_dtype),
-    AUTOENCODER_KL,
+              ignored=("encoder.embed_tokens.weight",), weight_dtype=weight_dtype, known={"T5 v1.1 XXL": T5_XXL},
+              told_by=T5_TOLD_BY),
+    replace(AUTOENCODER_KL, known={name: configs["vae"] for name, configs in PUBLISHED.items()}),
     Component(name="dit", folder="transformer", class_name="FluxTransformer2DModel", build=_build_dit,
-              reads={"guidance_embeds": FLAG}),
+              reads={"guidance_embeds": FLAG}, known={name: configs["dit"] for name, configs in PUBLISHED.items()},
+              told_by={"num_layers": blocks("transformer_blocks."), "in_channels": columns("x_embedder.weight"),
+                       "num_single_layers": blocks("single_transformer_blocks."),
+                       "joint_attention_dim": columns("context_embedder.weight"),
+                       "guidance_embeds": has("time_text_embed.guidance_embedder.linear_1.weight")}),
 )
 
 
@@ -60,7 +74,8 @@ class FluxImagePipeline(ImagePipeline):
 
     components = COMPONENTS
     lora_target_modules = LORA_TARGET_MODULES
-    lora_prefixes = {"dit": "transformer", "text_encoder_1": "text_encoder", "text_encoder_2": "text_encoder_2"}
+    diffusers_class = "FluxPipeline"
+    interchange = read_table(Path(__file__).with_name("interchange.yaml"))
     fusible = ("encode_image",)
     widths = {"latents": ("in_channels", -3, 4), "prompt_embeds": ("joint_attention_dim", -1, 1),
               "pooled_prompt_embeds": ("pooled_projection_dim", -1, 1)}

@@ -10,10 +10,12 @@ from PIL import Image
 
 from ms_diffsynth.diffusion.schedule import FLUX_DEV, ExponentialShift, FlowMatchSettings, Grid, to_one_nth
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.models import COUNT, FLAG, SCALE, SIZE, SIZES, Component, arguments, optional
+from ms_diffsynth.formats.interchange import read_table
+from ms_diffsynth.models import COUNT, FLAG, SCALE, SIZE, SIZES, Component, arguments, blocks, columns, has, optional
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.flux2 import units
 from ms_diffsynth.pipelines.flux2.denoise import Denoise
+from ms_diffsynth.pipelines.flux2.published import PUBLISHED, QWEN3
 from ms_diffsynth.pipelines.shared.autoencoder_kl import scale_factor
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
@@ -87,14 +89,23 @@ COMPONENTS = (
     Component(name="tokenizer", folder="tokenizer", build=_build_tokenizer, default_folder=QWEN_TOKENIZER,
               libraries=("transformers",)),
     Component(name="text_encoder", folder="text_encoder", class_name="Qwen3ForCausalLM", build=_build_text_encoder,
-              ignored=("lm_head.", "model.norm.", *UNUSED_LAYERS)),
+              ignored=("lm_head.", "model.norm.", *UNUSED_LAYERS), known=QWEN3,
+              told_by={"hidden_size": columns("model.embed_tokens.weight"),
+                       "intermediate_size": columns("model.layers.0.mlp.down_proj.weight")}),
     Component(name="vae", folder="vae", class_name="AutoencoderKLFlux2", build=_build_vae,
               ignored=("bn.num_batches_tracked",),
-              reads={"latent_channels": SIZE, "block_out_channels": SIZES, "batch_norm_eps": SCALE}),
+              reads={"latent_channels": SIZE, "block_out_channels": SIZES, "batch_norm_eps": SCALE},
+              known={name: configs["vae"] for name, configs in PUBLISHED.items()},
+              told_by={"latent_channels": columns("decoder.conv_in.weight")}),
     Component(name="dit", folder="transformer", class_name="Flux2Transformer2DModel", build=_build_dit,
               reads={"axes_dims_rope": SIZES, "rope_theta": SCALE, "num_attention_heads": SIZE,
                      "attention_head_dim": SIZE, "num_layers": COUNT, "num_single_layers": COUNT,
-                     "guidance_embeds": optional(FLAG)}),
+                     "guidance_embeds": optional(FLAG)},
+              known={name: configs["dit"] for name, configs in PUBLISHED.items()},
+              told_by={"num_layers": blocks("transformer_blocks."), "in_channels": columns("x_embedder.weight"),
+                       "num_single_layers": blocks("single_transformer_blocks."),
+                       "joint_attention_dim": columns("context_embedder.weight"),
+                       "guidance_embeds": has("time_guidance_embed.guidance_embedder.linear_1.weight")}),
 )
 
 # FLUX.2-dev's: its tokenizer does not ship with the package
@@ -132,7 +143,7 @@ class Flux2ImagePipeline(ImagePipeline):
     components = COMPONENTS
     variants = (DEV_COMPONENTS,)
     lora_target_modules = LORA_TARGET_MODULES
-    lora_prefixes = {"dit": "transformer", "text_encoder": "text_encoder"}
+    interchange = read_table(Path(__file__).with_name("interchange.yaml"))
     widths = {"latents": ("in_channels", -3, 1), "prompt_embeds": ("joint_attention_dim", -1, 1)}
     fusible = ("encode_image",)
     prepare_settings = ("max_sequence_length",)
@@ -150,6 +161,11 @@ class Flux2ImagePipeline(ImagePipeline):
             template_cache: what templates say; see `TemplatePipeline`.
         """
         return super().__call__(prompt, **options)
+
+    @property
+    def diffusers_class(self) -> str:
+        """Its name there: klein's or dev's."""
+        return "Flux2Pipeline" if DEV_TEXT_ENCODER in self.store.components else "Flux2KleinPipeline"
 
     def build_units(self) -> list:
         return [units.TokenizePrompt(), units.EncodePrompt(), LoadPixels(), units.EncodeImage(self.dtype)]

@@ -1,12 +1,14 @@
 """Qwen-Image: a language model as text encoder, a film VAE used on one frame, and a transformer of two streams."""
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ms_diffsynth.diffusion.guidance import classifier_free_with_norms
 from ms_diffsynth.diffusion.schedule import ExponentialShift, FlowMatchSettings, Grid, TerminalStretch, linspace
+from ms_diffsynth.formats.interchange import read_table
 from ms_diffsynth.models import LIST, NUMBERS, SIZE, SIZES, Component, arguments
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.qwen_image import units
@@ -76,7 +78,8 @@ class QwenImagePipeline(ImagePipeline):
 
     components = COMPONENTS
     lora_target_modules = LORA_TARGET_MODULES
-    lora_prefixes = {"dit": "transformer", "text_encoder": "text_encoder"}
+    diffusers_class = "QwenImagePipeline"
+    interchange = read_table(Path(__file__).with_name("interchange.yaml"))
     fusible = ("encode_image",)
     widths = {"latents": ("in_channels", -3, 4), "prompt_embeds": ("joint_attention_dim", -1, 1)}
     prepare_settings = ("max_sequence_length",)

@@ -9,6 +9,7 @@ import numpy as np
 
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, diffsynth_flux, linspace, sampling_sigmas
 from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.formats.interchange import read_table
 from ms_diffsynth.models import SIZE, Component, arguments, read_config
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.sd3 import units
@@ -73,7 +74,8 @@ class SD3ImagePipeline(ImagePipeline):
 
     components = COMPONENTS
     lora_target_modules = LORA_TARGET_MODULES
-    lora_prefixes = {"dit": "transformer", "text_encoder_1": "text_encoder", "text_encoder_2": "text_encoder_2"}
+    diffusers_class = "StableDiffusion3Pipeline"
+    interchange = read_table(Path(__file__).with_name("interchange.yaml"))
     fusible = ("encode_image",)
     widths = {"latents": ("in_channels", -3, 1), "prompt_embeds": ("joint_attention_dim", -1, 1),
               "pooled_prompt_embeds": ("pooled_projection_dim", -1, 1)}

@@ -5,7 +5,7 @@ from typing import Any
 
 import mindspore as ms
 
-from ms_diffsynth.models import NUMBER, SCALE, SIZE, SIZES, Component, arguments, optional
+from ms_diffsynth.models import NUMBER, SCALE, SIZE, SIZES, Component, arguments, columns, optional
 from ms_diffsynth.pipelines.shared import vae_units
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
@@ -20,7 +20,7 @@ def build_autoencoder_kl(config: dict[str, Any]):
 AUTOENCODER_KL = Component(
     name="vae", folder="vae", class_name="AutoencoderKL", build=build_autoencoder_kl,
     reads={"latent_channels": SIZE, "block_out_channels": SIZES, "scaling_factor": SCALE,
-           "shift_factor": optional(NUMBER)})
+           "shift_factor": optional(NUMBER)}, told_by={"latent_channels": columns("decoder.conv_in.weight")})
 
 
 def scale_factor(config: dict[str, Any]) -> int:

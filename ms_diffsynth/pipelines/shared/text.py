@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Tensor
 
 from ms_diffsynth.errors import DeviceError
-from ms_diffsynth.models import arguments
+from ms_diffsynth.models import arguments, blocks, columns
 from ms_diffsynth.pipelines.shared.cuts import tell_cut
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.pipelines.shared.t5 import with_exact_buckets
@@ -20,6 +20,20 @@ CLIP_TOKENS = 77
 # the tokenizers of CLIP-L and T5 v1.1, as published with FLUX.1, and of Qwen2.5
 CLIP_TOKENIZER, T5_TOKENIZER, QWEN_TOKENIZER = (
     Path(__file__).parent / "tokenizers" / name for name in ("clip", "t5", "qwen2"))
+
+
+# config.json of text encoders that ComfyUI's single files come without
+CLIP_L = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": 49408, "hidden_size": 768,
+          "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77,
+          "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 768, "bos_token_id": 0,
+          "eos_token_id": 2, "pad_token_id": 1}
+T5_XXL = {"architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": 32128, "d_model": 4096, "d_kv": 64,
+          "d_ff": 10240, "num_layers": 24, "num_heads": 64, "relative_attention_num_buckets": 32,
+          "relative_attention_max_distance": 128, "dense_act_fn": "gelu_new", "feed_forward_proj": "gated-gelu",
+          "is_gated_act": True, "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False}
+CLIP_TOLD_BY = {"hidden_size": columns("text_model.embeddings.token_embedding.weight"),
+                "num_hidden_layers": blocks("text_model.encoder.layers.")}
+T5_TOLD_BY = {"d_model": columns("shared.weight"), "num_layers": blocks("encoder.block.")}
 
 
 def build_clip(config: dict[str, Any], class_name: str = "CLIPTextModel"):

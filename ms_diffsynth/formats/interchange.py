@@ -1,0 +1,208 @@
+"""How other programs call the layers of a model: one table for each family, read in both directions.
+
+A table is ``interchange.yaml`` beside a family's pipeline. It says what each model's names begin with in files of
+adapters, and what its layers are called, in columns: ``diffusers`` (the names of this package), ``original`` (the
+publisher's, which ComfyUI and kohya's scripts use), and others where a program has its own. Where one layer of theirs
+is several of diffusers', a row names them in the order of their rows. ``N`` stands for a number.
+"""
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+DIFFUSERS = "diffusers"
+LAYOUTS = {  # what a file can be written as -> in words
+    "diffusers": "diffusers and peft", "comfy": "ComfyUI and ai-toolkit",
+    "kohya": "kohya's sd-scripts and musubi-tuner", "diffsynth": "DiffSynth-Studio",
+}
+# what the names of a network begin with, whoever wrote them; a name may also begin with nothing
+DOTTED = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "")
+FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")  # dots are underscores behind these
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One layer of somebody's that is one of diffusers', or several.
+
+    Attributes:
+        members: diffusers' names, in the order of their rows.
+        names: column -> the name there.
+        shares: of each member, in rows.
+        is_swapped: its two halves are in the other order in the other columns (a scale and a shift).
+        weight: what ``weight`` is called in the other columns.
+        is_same: its name is that of diffusers everywhere.
+        ratio: rows to columns of its weight, where that tells the family from another of the same names.
+        is_convolution: it is a convolution of 1 x 1 in the other columns.
+    """
+
+    members: tuple[str, ...]
+    names: Mapping[str, str]
+    shares: tuple[int, ...]
+    is_swapped: bool = False
+    weight: str = "weight"
+    is_same: bool = False
+    ratio: int | None = None
+    is_convolution: bool = False
+
+    def sizes(self, rows: int) -> list[int] | None:
+        """Rows of each member of a layer with so many; None when they cannot be divided like this."""
+        unit, rest = divmod(rows, sum(self.shares))
+        return None if rest else [unit * share for share in self.shares]
+
+
+class Found(NamedTuple):
+    """What a name means: modules, as diffusers calls them; the row of another name; the column of that."""
+
+    modules: tuple[str, ...]
+    row: Row | None
+    column: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """The names of one model.
+
+    Attributes:
+        prefixes: layout -> what its names begin with: ``transformer.`` or, where dots are underscores, ``lora_unet_``.
+        also: further beginnings of its names.
+        rows: of its layers; without any, modules keep the names they have.
+    """
+
+    prefixes: Mapping[str, str]
+    also: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
+
+    def find(self, name: str, is_flat: bool) -> list[Found]:
+        """What ``name``, without its beginning, can mean."""
+        found: dict[tuple[str, ...], Found] = {}
+        for row in self.rows:
+            for member in row.members:
+                if numbers := _numbers(member, name, is_flat):
+                    found.setdefault(one := (fill(member, numbers),), Found(one, None, DIFFUSERS))
+            for column, pattern in row.names.items():
+                if numbers := _numbers(pattern, name, is_flat):
+                    modules = tuple(fill(member, numbers) for member in row.members)
+                    found.setdefault(modules, Found(modules, row, column))
+        return list(found.values())
+
+    def place(self, module: str, column: str) -> tuple[str, Row | None, tuple[str, ...]] | None:
+        """Where a module is in a column: the name there, its row, and all modules of the row; None for nowhere."""
+        known = None if self.rows else module
+        for row in self.rows:
+            for member in row.members:
+                if numbers := _numbers(member, module, False):
+                    if column in row.names:
+                        modules = tuple(fill(m, numbers) for m in row.members)
+                        return fill(row.names[column], numbers), row, modules
+                    known = known or (module if column == DIFFUSERS or row.is_same else None)
+        return (known, None, (module,)) if known else None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The names of a family's models, its network first.
+
+    Attributes:
+        title: of the family, for messages.
+        default: the layout that its files are saved in: that which most programs read (docs/reference/interchange.md).
+        columns: layout -> the column of its names.
+        with_alpha: layouts whose files have lora_down, lora_up and alpha; others have A and B, with the scale in B.
+        architecture, base_version, kohya_module: what modelspec and kohya call the family in headers.
+    """
+
+    models: Mapping[str, Model] = field(default_factory=lambda: {"": Model({DIFFUSERS: ""})})
+    title: str = "this model"
+    default: str = DIFFUSERS
+    columns: Mapping[str, str] = field(default_factory=lambda: {DIFFUSERS: DIFFUSERS})
+    with_alpha: tuple[str, ...] = ("kohya",)
+    architecture: str = ""
+    base_version: str = ""
+    kohya_module: str = ""
+
+    @property
+    def network(self) -> str:
+        """The model whose names may begin with nothing."""
+        return next(iter(self.models))
+
+    @cached_property
+    def beginnings(self) -> list[tuple[str, str, bool]]:
+        """Each beginning of a name, its model, and whether dots are underscores behind it; the longest first."""
+        found = {(prefix, name) for name, model in self.models.items() for prefix in (*model.prefixes.values(),
+                                                                                     *model.also)}
+        found |= {(prefix, self.network) for prefix in (*DOTTED, *FLAT)}
+        others = {prefix for prefix, name in found if name != self.network}
+        found -= {(prefix, self.network) for prefix in others}
+        return [(prefix, name, prefix.endswith("_")) for prefix, name in sorted(found, key=lambda f: (-len(f[0]), f))]
+
+    def split(self, stem: str) -> tuple[str, str, str, bool]:
+        """A name as its model, its beginning, the rest, and whether dots are underscores in it."""
+        return next((model, prefix, stem.removeprefix(prefix), is_flat) for prefix, model, is_flat in self.beginnings
+                    if stem.startswith(prefix))
+
+    @classmethod
+    def of(cls, prefixes: Mapping[str, str]) -> Table:
+        """Of a family without other names: model -> what its names begin with."""
+        return cls({name: Model({DIFFUSERS: f"{prefix}."}) for name, prefix in prefixes.items()})
+
+
+@lru_cache
+def read_table(file: Path) -> Table:
+    """The table in a file ``interchange.yaml``."""
+    data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    models = {}
+    for name, model in data["models"].items():
+        layers = model.get("layers", ())
+        if isinstance(layers, str):  # what several families share
+            layers = yaml.safe_load((file.parent / layers).read_text(encoding="utf-8"))
+        models[name] = Model(dict(model["begins"]), tuple(model.get("also", ())),
+                             tuple(row for item in layers for row in _rows(item)))
+    return Table(models, data["title"], data["default"], data["layouts"], tuple(data.get("with_alpha", ("kohya",))),
+                 data["architecture"], data["base_version"], data.get("kohya_module", ""))
+
+
+def _rows(item: str | dict[str, Any]) -> Iterator[Row]:
+    if isinstance(item, str):  # the same everywhere
+        yield from (Row((name,), {}, (1,), is_same=True) for name in expand(item))
+        return
+    members = tuple(expand(item["diffusers"]))
+    facts = {"is_swapped": item.get("swap", False), "weight": item.get("weight", "weight"),
+             "ratio": item.get("ratio"), "is_convolution": item.get("convolution", False)}
+    names = {k: v for k, v in item.items() if k not in ("diffusers", "rows", "each", "swap", "weight", "ratio",
+                                                        "convolution")}
+    if item.get("each"):  # one row a member
+        columns = {column: list(expand(pattern)) for column, pattern in names.items()}
+        for k, member in enumerate(members):
+            yield Row((member,), {column: own[k] for column, own in columns.items()}, (1,), **facts)
+        return
+    yield Row(members, names, tuple(item.get("rows", (1,) * len(members))), **facts)
+
+
+def expand(text: str) -> Iterable[str]:
+    """``a.{b,c}`` as ``a.b`` and ``a.c``."""
+    parts = [part.split(",") for part in re.split(r"[{}]", text)]
+    return map("".join, itertools.product(*parts))
+
+
+def fill(pattern: str, numbers: Sequence[str]) -> str:
+    """A pattern with numbers in place of its N."""
+    left = iter(numbers)
+    return ".".join(next(left) if part == "N" else part for part in pattern.split("."))
+
+
+def _numbers(pattern: str, name: str, is_flat: bool) -> tuple[str, ...] | None:
+    """The numbers for which ``pattern`` is ``name``, at least an empty text; None when it is not."""
+    found = _regex(pattern, is_flat).fullmatch(name)
+    return None if found is None else found.groups() or ("",)
+
+
+@cache
+def _regex(pattern: str, is_flat: bool) -> re.Pattern[str]:
+    return re.compile(("_" if is_flat else r"\.").join(r"(\d+)" if part == "N" else re.escape(part)
+                                                        for part in pattern.split(".")))

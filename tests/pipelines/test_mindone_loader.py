@@ -1,0 +1,48 @@
+"""LoRA files as this package saves them, read by mindone's own loader: every layer, with its scale."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from device import DEVICE
+
+from ms_diffsynth import runtime
+from ms_diffsynth.formats.adapters import LORA, A, B
+from ms_diffsynth.formats.lora import AdapterFile, save_adapters
+from ms_diffsynth.formats.weights import open_checkpoint
+from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.registry import family, interchange
+
+LOADERS = {"flux": "Flux", "flux2": "Flux2", "qwen_image": "QwenImage", "sd3": "SD3"}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_mindone_reads_every_layer(name, tiny_model, tmp_path):
+    runtime.configure("pynative", DEVICE)
+    with quiet_imports():
+        from mindone import diffusers
+        from mindone.diffusers import loaders
+        from mindone.peft.tuners.lora.layer import LoraLayer
+
+    folder = tiny_model(name) / "transformer"
+    targets, random = family(name).pipeline.lora_target_modules, np.random.default_rng(0)
+    shapes = {n.removesuffix(".weight"): s for n, s in open_checkpoint(folder).shapes.items() if n.endswith(".weight")}
+    modules = {m: {A: random.standard_normal((4, s[1])).astype(np.float32),
+                   B: random.standard_normal((s[0], 4)).astype(np.float32)}
+               for m, s in shapes.items() if any(m == t or m.endswith(f".{t}") for t in targets)}
+    table = interchange(name)
+    file = AdapterFile(modules, dict.fromkeys(modules, 0.5), dict.fromkeys(modules, LORA))
+    save_adapters(tmp_path / "l.safetensors", {"dit": file}, table, table.default)
+
+    mixin = getattr(loaders.lora_pipeline, f"{LOADERS[name]}LoraLoaderMixin")
+    transformer = getattr(diffusers, family(name).loader(None).transformer).from_pretrained(folder)
+    state, *_, metadata = mixin.lora_state_dict(str(tmp_path), weight_name="l.safetensors",
+                                               return_lora_metadata=True)
+    alphas = {"network_alphas": None} if name == "flux" else {}
+    mixin.load_lora_into_transformer(state, transformer=transformer, metadata=metadata, **alphas)
+    found = {n: cell for n, cell in transformer.cells_and_names() if isinstance(cell, LoraLayer)}
+    assert found.keys() == modules.keys()
+    for module, cell in found.items():
+        own = next(iter(cell.lora_A))
+        up, down = (layers[own].weight.asnumpy().astype(np.float64) for layers in (cell.lora_B, cell.lora_A))
+        expected = 0.5 * modules[module][B].astype(np.float64) @ modules[module][A].astype(np.float64)
+        np.testing.assert_allclose(cell.scaling[own] * up @ down, expected, atol=1e-6, err_msg=module)
