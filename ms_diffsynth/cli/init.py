@@ -217,7 +217,7 @@ def _sample_prompts(images: Images) -> list[str]:
 
 def _head(args: argparse.Namespace, base: Base, memory: str, images: Images, output: Path) -> list[str]:
     """The comment at the beginning of the file."""
-    words = [*images.names, *(["--base", args.base] if args.base != "emoji-flux" else []),
+    words = [*map(str, args.folders), *(["--base", args.base] if args.base != "emoji-flux" else []),
              *(["--device-memory", str(args.memory)] if args.memory else []),
              *(["--trigger", args.trigger] if args.trigger else []),
              *(word for name, text in overrides_of(args).items() for word in (f"--{name}", text)),
@@ -281,7 +281,7 @@ def _notes(images: Images, base: Base, config: TrainConfig, tokens: dict[str, in
                "enlarges them; larger images are better.")
     if cut := [prompt for prompt, number in (tokens or {}).items() if number > base.tokens]:
         yield (f"{len(cut)} of {len(tokens)} prompts are longer than the {base.tokens} tokens that {base.title} reads, "
-               f"and lose their end, such as {plain(cut[0], 90)}. Put what matters first.")
+               f"and lose their end, such as \"{plain(cut[0], 90)}\". Put what matters first.")
 
 
 def _next(base: Base, images: Images, config: TrainConfig, output: Path) -> Iterator[str]:
