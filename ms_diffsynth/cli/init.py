@@ -44,6 +44,8 @@ from ms_diffsynth.storage.files import write_file
 DECIDED = ("family", "model_paths", "model_id_with_origin_paths", "dataset_base_path", "dataset_folders",
            "trigger_word", "device_memory")
 JOBS = {"lora": "LoRA", "dreambooth": "DreamBooth LoRA", "edit": "LoRA for editing", "template": "template"}
+SHAPE_MEMORY = ("height", "width", "max_pixels", "batch_size", "lora_rank", "lora_target_modules", "adapter",
+                "trainable_models", "use_gradient_checkpointing", "fp8_models", "dtype", "optimizer")
 COMMENTS = {"caption_dropout": "a tenth of the samples have no prompt: for guidance",
             "lora_target_modules": "the usual layers, and two more of the single blocks",
             "task": "the noise levels of diffusers' scripts"}
@@ -77,13 +79,14 @@ def execute(args: argparse.Namespace) -> int:
         images = read_images(args.folders, base, args.trigger, given)
     fit = _fit(base, images.job, args.memory)
     looks = look_at_all(images.dataset)
-    buckets, line, warnings = _buckets(images, base, given)
-    settings = _settings(base, fit, images, output.stem, given, buckets)
+    settings = _settings(base, fit, images, output.stem, given)
     config = load_config(None, {name: _as_flag(value) for name, (value, _) in settings.items()})
-    tokens = count_tokens(images.prompts, base)
-    found = [*report(images, looks, base, tokens), ("trained at", line), *_plan(args, base, fit, images, config)]
+    usual, line, warnings = _sizes(images, base, config)
+    settings["dataset_base_path"] = config.data.dataset_base_path, f"{counted(len(images.files), 'image')}, {usual}"
+    tokens, memory = count_tokens(images.prompts, base), _memory(base, fit, given) if fit else ""
+    found = [*report(images, looks, base, tokens), ("trained at", line), *_plan(args, base, memory, images, config)]
     notes += [*warnings, *_notes(images, base, config, tokens)]
-    text = commented_yaml(_head(args, base, fit, images, output), settings)
+    text = commented_yaml(_head(args, base, memory, images, output), settings)
     write_file(output, text.encode())
     said = [_lines(found), "".join(_wrapped(f"note: {note}") for note in notes),
             f"wrote {output}, {len(text.splitlines())} lines. Next:\n",
@@ -127,27 +130,29 @@ def _fit(base: Base, job: str, memory: int | None) -> Fit | None:
     return found
 
 
-def _buckets(images: Images, base: Base, given: dict[str, str]) -> tuple[list[Bucket], str, list[str]]:
-    """At which sizes images are trained, by the rules of training; what that costs, and what to warn of."""
-    sizes = [images.dataset.image_size(row) for row in range(len(images.dataset.rows))]
-    both = sizes + ([] if images.classes is None else
-                    [images.classes.image_size(row) for row in range(len(images.classes.rows))])
-    if "height" in given and "width" in given and given["height"].isdecimal() and given["width"].isdecimal():
-        buckets, remedy = [Bucket(int(given["height"]), int(given["width"]))], "Leave out --height and --width"
+def _sizes(images: Images, base: Base, config: TrainConfig) -> tuple[str, str, list[str]]:
+    """At which sizes images are trained, by the rules of training (`run.build`): the usual one, all of them and what
+    that costs, and what to warn of.
+    """
+    data, sizes = config.data, [images.dataset.image_size(row) for row in range(len(images.files))]
+    if data.height:
+        buckets, remedy = [Bucket(data.height, data.width)], "Leave out --height and --width"
     else:
-        most = int(text) if (text := given.get("max_pixels", "")).isdecimal() else base.side**2
-        count = int(text) if (text := given.get("buckets", "")).isdecimal() else None if images.classes is None else 1
-        buckets = choose_buckets(both, most, DIVISION_FACTOR, count)
+        both = [*sizes, *(images.classes.image_size(row) for row in range(len(images.classes.rows)))
+                ] if images.classes else sizes
+        buckets = choose_buckets(both, data.max_pixels or base.side**2, DIVISION_FACTOR,
+                                 1 if images.classes and data.buckets is None else data.buckets)
         remedy = f"Give --buckets {2 * len(buckets)} for more sizes, or crop them"
     line, warnings = describe_fit(sizes, images.files, buckets, remedy)
-    return buckets, line.partition(": ")[2], [f"{warning}." for warning in warnings]
+    size, count = Counter(nearest_bucket(*size, buckets) for size in sizes).most_common(1)[0]
+    usual = f"all at {size}" if count == len(sizes) else f"{count} at {size}, others near their own shapes"
+    return usual, line.partition(": ")[2], [f"{warning}." for warning in warnings]
 
 
 # -- what is written -------------------------------------------------------------------------------------------------
 
 
-def _settings(base: Base, fit: Fit | None, images: Images, name: str, given: dict[str, str],
-              buckets: list[Bucket]) -> Settings:
+def _settings(base: Base, fit: Fit | None, images: Images, name: str, given: dict[str, str]) -> Settings:
     """The settings of the file, in its order, each with a comment. What was given on the command line wins."""
     found: Settings = {"family": (base.family, "")}
     if base.model_paths:
@@ -160,11 +165,6 @@ def _settings(base: Base, fit: Fit | None, images: Images, name: str, given: dic
         found["remove_prefix_in_ckpt"] = "pipe.template_model.", ""
     found |= fit.settings if fit else {}
     found |= images.place
-    size, count = Counter(nearest_bucket(*images.dataset.image_size(k), buckets)
-                          for k in range(len(images.dataset.rows))).most_common(1)[0]
-    what = f"all at {size}" if len(buckets) == 1 else f"{count} at {size}, others near their own shapes"
-    root, _ = found["dataset_base_path"]
-    found["dataset_base_path"] = root, f"{counted(len(images.dataset.rows), 'image')}, {what}"
     if base.is_cached:
         found["cache_dir"] = f"cache/{name}", f"encoded once; then the encoders, {base.encoders} GiB, are unloaded"
     if images.job == "dreambooth":
@@ -175,17 +175,25 @@ def _settings(base: Base, fit: Fit | None, images: Images, name: str, given: dic
         found["device"] = "Ascend", ""
     if base.batch_size > 1:
         found["batch_size"] = base.batch_size, ""
-    batch = int(text) if (text := given.get("batch_size", "")).isdecimal() and int(text) else base.batch_size
-    steps = _steps(base, len(images.dataset), batch)
-    shown = steps * batch / len(images.dataset)
-    found["max_train_steps"] = steps, f"each image about {shown:.0f} times" if shown >= 1.5 else ""
-    found |= {"save_steps": (steps // 4, ""), "output_path": (_free(f"runs/{name}"), ""),
-              "resume": ("auto", "after a stop the same command resumes")}
+    if "num_epochs" not in given or "max_train_steps" in given:
+        batch = _number(given, "batch_size") or base.batch_size
+        steps = _number(given, "max_train_steps") or _steps(base, len(images.dataset), batch)
+        shown = steps * batch / len(images.dataset)
+        found["max_train_steps"] = steps, f"each image about {shown:.0f} times" if shown >= 1.5 else ""
+        found["save_steps"] = max(steps // 4, 1), ""
+    found |= {"output_path": (_free(f"runs/{name}"), ""), "resume": ("auto", "after a stop the same command resumes")}
     if base.model_paths:
         found["sample_prompts"] = _sample_prompts(images), "before and after"
     for setting, text in given.items():
-        found[setting] = text, found[setting][1] if found.get(setting, ("", ""))[0] == text else ""
+        value, comment = found.get(setting, ("", ""))
+        found[setting] = text, comment if str(value) == text else ""
     return found
+
+
+def _number(given: dict[str, str], setting: str) -> int:
+    """A whole number of the command line; 0 where there is none."""
+    text = given.get(setting, "")[:9]
+    return int(text) if text.isdecimal() else 0
 
 
 def _steps(base: Base, items: int, batch: int) -> int:
@@ -207,29 +215,32 @@ def _sample_prompts(images: Images) -> list[str]:
     return three(prompts)
 
 
-def _head(args: argparse.Namespace, base: Base, fit: Fit | None, images: Images, output: Path) -> list[str]:
+def _head(args: argparse.Namespace, base: Base, memory: str, images: Images, output: Path) -> list[str]:
     """The comment at the beginning of the file."""
-    words = [*images.names, *(["--base", args.base] if args.base != "emoji-flux" else []),
+    words = [*map(str, args.folders), *(["--base", args.base] if args.base != "emoji-flux" else []),
              *(["--device-memory", str(args.memory)] if args.memory else []),
              *(["--trigger", args.trigger] if args.trigger else []),
              *(word for name, text in overrides_of(args).items() for word in (f"--{name}", text)),
              *(["--output", str(args.output)] if args.output else [])]
-    where = f"one Ascend 910B with {args.memory or 64} GB, in bfloat16" if fit else "a CPU or an Ascend"
+    where = f"one Ascend 910B with {args.memory or 64} GB, in bfloat16" if memory else "a CPU or an Ascend"
     what = JOBS[images.job][0].upper() + JOBS[images.job][1:]
-    head = [f"{what} of {base.title} on {counted(len(images.dataset.rows), 'image')}, for {where}:",
+    head = [f"{what} of {base.title} on {counted(len(images.files), 'image')}, for {where}:",
             f"  ms-diffsynth train {shlex.quote(str(output))}{_trust(images)}"]
     gate = f"; {base.title} is gated: accept its licence on its page first, then hf auth login" if base.is_gated else ""
     more = [f"Written by: ms-diffsynth init {shlex.join(words)}"]
-    more += [f"Memory: {_memory(base, fit)}."] if fit else []
+    more += [f"Memory: {memory}."] if memory else []
     more += [f"The first run downloads {base.download}{gate}."] if base.download else []
     return [*head, *(line for text in more for line in textwrap.wrap(text, 118, break_on_hyphens=False,
                                                                      break_long_words=False))]
 
 
-def _memory(base: Base, fit: Fit) -> str:
+def _memory(base: Base, fit: Fit, given: dict[str, str]) -> str:
+    """What the preset takes, and which of the given settings change that."""
     beside = "" if base.is_cached else f", and {base.encoders} for the text encoder"
-    return (f"{fit.peak:.1f} GiB in a step at {base.side} x {base.side} pixels{beside}; measured on a stand-in for the "
-            "NPU (docs/reference/memory.md)")
+    changed = [f"--{name}" for name in SHAPE_MEMORY if given.get(name, str(base.side)) != str(base.side)]
+    but = f"; more or less with {', '.join(changed)}" if changed else ""
+    return (f"{fit.peak:.1f} GiB in a step at {base.side} x {base.side} pixels{beside}, measured on a stand-in for the "
+            f"NPU (docs/reference/memory.md){but}")
 
 
 def _trust(images: Images) -> str:
@@ -245,16 +256,17 @@ def _slug(args: argparse.Namespace, base: Base) -> str:
 
 # -- what is said ----------------------------------------------------------------------------------------------------
 
-def _plan(args: argparse.Namespace, base: Base, fit: Fit | None, images: Images, config: TrainConfig) -> Report:
+
+def _plan(args: argparse.Namespace, base: Base, memory: str, images: Images, config: TrainConfig) -> Report:
     """What the file will train."""
+    steps, epochs = config.run.max_train_steps, config.run.num_epochs
     trained = JOBS[images.job] + ("" if images.job == "template" else f" of rank {config.model.lora_rank}")
     others = f"; others by --base {', '.join(name for name in BASES if name != args.base)}" if base.model_paths else ""
     found: Report = [("base", f"{base.title}, for {base.side} x {base.side} pixels{others}"),
-                     ("training", f"{trained}, {config.run.max_train_steps} steps of "
-                      f"{counted(config.run.batch_size, 'image')}")]
-    if fit:
-        memory = args.memory or 64
-        found.append(("memory", f"{_memory(base, fit)}; a device of {memory} GB has {DEVICES[memory]} GiB"))
+                     ("training", f"{trained}, {counted(epochs, 'epoch') if steps is None else counted(steps, 'step')} "
+                      f"of {counted(config.run.batch_size, 'image')}{' a step' if steps is None else ''}")]
+    if memory:
+        found.append(("memory", f"{memory}; a device of {args.memory or 64} GB has {DEVICES[args.memory or 64]} GiB"))
     return found
 
 
@@ -269,7 +281,7 @@ def _notes(images: Images, base: Base, config: TrainConfig, tokens: dict[str, in
                "enlarges them; larger images are better.")
     if cut := [prompt for prompt, number in (tokens or {}).items() if number > base.tokens]:
         yield (f"{len(cut)} of {len(tokens)} prompts are longer than the {base.tokens} tokens that {base.title} reads, "
-               f"and lose their end, such as {plain(cut[0], 90)}. Put what matters first.")
+               f"and lose their end, such as \"{plain(cut[0], 90)}\". Put what matters first.")
 
 
 def _next(base: Base, images: Images, config: TrainConfig, output: Path) -> Iterator[str]:
@@ -282,7 +294,9 @@ def _next(base: Base, images: Images, config: TrainConfig, output: Path) -> Iter
         return
     model = base.model_paths or f"{base.family} FOLDER_OF_{base.title}"
     prompt = _sample_prompts(images)[0] or images.prompt
-    yield (f"ms-diffsynth sample {model} --lora {config.run.output_path}/step-{config.run.max_train_steps}.safetensors "
+    run = config.run
+    name = f"epoch-{run.num_epochs - 1}" if run.max_train_steps is None else f"step-{run.max_train_steps}"
+    yield (f"ms-diffsynth sample {model} --lora {shlex.quote(f'{run.output_path}/{name}.safetensors')} "
            f"--prompt {shlex.quote(prompt)}")
 
 

@@ -39,7 +39,7 @@ class Images:
     """The images, and the settings that say where they are.
 
     Attributes:
-        names: of the folders, as they were given.
+        job: what they are for: lora, dreambooth, edit or template.
         prompt: of images without a caption.
         place: settings of the data.
     """
@@ -47,7 +47,6 @@ class Images:
     dataset: UnifiedDataset
     classes: UnifiedDataset | None
     job: str
-    names: list[str]
     prompt: str
     place: Settings
 
@@ -107,7 +106,7 @@ def read_images(paths: Sequence[Path], base: Base, word: str | None, given: dict
            "edit" if "edit_image" in dataset.table.columns and "edit" in base.fits else "lora")
     place: Settings = {"dataset_base_path": (root, "")}
     if folders:
-        place["dataset_folders"] = [f"{name}={repeat}" for name, repeat in folders.items()], "shown so often an epoch"
+        place["dataset_folders"] = [f"{name}={repeat}" for name, repeat in folders.items()], "how often an epoch shows an image"
     if metadata:
         place["dataset_metadata_path"] = metadata, ""
     if job in ("edit", "template"):
@@ -131,8 +130,7 @@ def read_images(paths: Sequence[Path], base: Base, word: str | None, given: dict
         logger.warning("the names of the folders say different things (%s), but one instance_prompt serves all images "
                        "without a caption: write captions.", listing(sorted(named), 5))
     classes = _classes(given, place, prompt, trigger) if job == "dreambooth" else None
-    return Images(dataset=dataset, classes=classes, job=job, names=[str(path) for path in paths], prompt=prompt,
-                  place=place)
+    return Images(dataset=dataset, classes=classes, job=job, prompt=prompt, place=place)
 
 
 def _classes(given: dict[str, str], place: Settings, prompt: str, trigger: str) -> UnifiedDataset:
@@ -228,7 +226,7 @@ def report(images: Images, looks: list[Look] | None, base: Base, tokens: dict[st
     order = sorted(range(count), key=lambda row: sizes[row][0] * sizes[row][1])
     least, most = ("{}x{} ({})".format(*sizes[row], names[row]) for row in (order[0], order[-1]))
     kinds = len(set(sizes))
-    found: Report = [("images", f"{count} in {', '.join(images.names)}")]
+    found: Report = [("images", f"{count} in {images.place['dataset_base_path'][0]}")]
     if repeats := parse_folders(images.place.get("dataset_folders", ((), ""))[0]):
         per = Counter(folder_of(name, repeats) for name in names)
         found.append(("folders", "; ".join(f"{folder}: {counted(n, 'image')}, shown {_times(repeats[folder])} an epoch"
@@ -252,8 +250,9 @@ def _captions(images: Images, base: Base, tokens: dict[str, int] | None) -> Repo
     """Which prompts are trained: how many images have a caption, what the others get, how long they are, and three."""
     dataset, prompts = images.dataset, images.prompts
     count, missing = len(dataset.rows), len(dataset.uncaptioned)
-    source = "beside the images" if os.path.isdir(dataset.table.source) else f"in {dataset.table.source}"
-    found: Report = [("captions", f"{count - missing} of {count}{f' {source}' if missing < count else ''}"
+    source = " beside the images" if os.path.isdir(dataset.table.source) else f" in {dataset.table.source}"
+    found: Report = [("captions", f"{count - missing} of {count}"
+                      + (source if missing < count and "dataset_folders" not in images.place else "")
                       + (f"; {missing} without one use \"{images.prompt}\"" if missing else ""))]
     if "trigger_word" in images.place:
         word, where = images.place["trigger_word"]

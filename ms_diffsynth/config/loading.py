@@ -86,7 +86,7 @@ def commented_yaml(head: Iterable[str], settings: Mapping[str, tuple[Any, str]])
         settings: name -> value and comment, in the order of each section: text, as a flag would have it, or a number,
             true, false, or a list of texts.
     """
-    lines = [f"# {line}" for line in head]
+    lines = [f"# {' '.join(line.splitlines())}" for line in head]
     for section in SECTIONS:
         own = {name: given for name, given in settings.items() if SETTINGS[name].section == section}
         lines += [f"{section}:"] if own else []
@@ -97,11 +97,21 @@ def commented_yaml(head: Iterable[str], settings: Mapping[str, tuple[Any, str]])
                                        break_on_hyphens=False)
                 lines += [f"  {name}: >-{comment}", *(f"    {line}" for line in folded)]
                 continue
-            is_text = SETTINGS[name].kind in (str, tuple)
-            text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True) if is_text else (
-                str(value).lower() if isinstance(value, bool) else str(value))
-            lines.append(f"  {name}: {text.strip().removesuffix('...').strip()}{comment}")
+            is_text = isinstance(value, list) or (
+                SETTINGS[name].kind in (str, tuple) and not (SETTINGS[name].is_optional and value in ("null", "~")))
+            text = _in_one_line(value) if is_text else str(value).lower() if isinstance(value, bool) else str(value)
+            lines.append(f"  {name}: {text}{comment}")
     return "\n".join(lines) + "\n"
+
+
+def _in_one_line(value: str | list[str]) -> str:
+    """A text or a list of texts in YAML: plain where that can be, else in quotes, so that no line ends in it."""
+    for quotes in (None, '"'):
+        text = yaml.safe_dump(value, default_flow_style=True, default_style=quotes, width=math.inf, allow_unicode=True)
+        text = text.strip().removesuffix("...").strip()
+        if len(text.splitlines()) == 1:
+            break
+    return text
 
 
 def _written(value: Any) -> Written:

@@ -10,6 +10,7 @@ import pytest
 
 from ms_diffsynth.config import SECTIONS, SETTINGS, TrainConfig, load_config, to_yaml, validate
 from ms_diffsynth.config.flags import add_flags, overrides_of
+from ms_diffsynth.config.loading import commented_yaml
 from ms_diffsynth.errors import ConfigError
 
 NEEDED = {"family": "toy", "dataset_base_path": "pictures", "num_epochs": "1"}
@@ -241,6 +242,20 @@ def test_the_resolved_file_reads_back_the_same(tmp_path, text):
                                  model=dataclasses.replace(config.model, trainable_models=text),
                                  run=dataclasses.replace(config.run, accept_changes=(text, "b"), resume="auto"))
     assert load_config(write(tmp_path, to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("text", [*NASTY, "a\u2028b", "\U0001f600", "a,b" * 90])
+def test_a_file_with_comments_reads_back_as_the_flags_it_is_made_of(tmp_path, text):
+    """With lists as they are; a text "null" is null, as a flag's is."""
+    given = NEEDED | {"trainable_models": text, "learning_rate": "1e-4", "use_ema": "true"}
+    given |= {} if text in ("null", "~") else {"data_file_keys": text}  # which cannot be null
+    made = commented_yaml([f"head {text}", text], {name: (value, "a comment") for name, value in given.items()}
+                          | {"sample_prompts": ([text, "a # b"], ""), "batch_size": (3, "")})
+    # a long list of names is folded, with blanks between them
+    folded = {name: value.replace(",", ", ") for name, value in given.items()
+              if len(value) > 80 and "," in value}
+    expected = load_config(None, given | folded | {"batch_size": "3"}, sample_prompts=[text, "a # b"])
+    assert load_config(write(tmp_path, made)) == expected
 
 
 def test_flags():
