@@ -274,7 +274,11 @@ def _joined(file: AdapterFile, members: Sequence[str], row: Any) -> tuple[Parts,
     if kind is DORA and len(there) < len(members):
         raise WeightError(f"no {listing(m for m in members if m not in there)}: a DoRA is of a whole layer")
     unit = next(iter(there[m][B].shape[0] // share for m, share in zip(members, row.shares) if m in there))
-    sizes = [there[m][B].shape[0] if m in there else unit * share for m, share in zip(members, row.shares)]
+    sizes = [unit * share for share in row.shares]
+    odd = [f"{m} {_shapes(there[m])}" for m, size in zip(members, sizes) if m in there
+           and (there[m][B].shape[0], there[m][A].shape[1]) != (size, first[A].shape[1])]
+    if odd:
+        raise WeightError(f"{listing(odd)}: expected {row.shares} parts of {unit} rows, and one width")
     ends = np.cumsum([0, *sizes])
     scales = {file.scales[m] for m in there}
     scale = scales.pop() if len(scales) == 1 else 1.0
@@ -560,6 +564,10 @@ class _Reader:
         arrays = {part: self._array(what, part, key) for part, key in names.items()}
         bias, alpha = arrays.pop(DIFF_BIAS, None), arrays.pop(ALPHA, None)
         scaled_bias = arrays.pop(BIAS, None)
+        rows = next((arrays[part].shape[:1] for part in (B, "diff") if part in arrays), None)
+        for array in (bias, scaled_bias):
+            if array is not None and (array.ndim != 1 or array.shape != (rows or array.shape)):
+                raise WeightError(f"{what}: the change of the bias has shape {array.shape}, expected {rows or '[out]'}")
         if (absent := kind.missing(arrays)) and (arrays or bias is None):
             raise WeightError(f"{what} has no {' and no '.join(absent)}")
         if not arrays:

@@ -234,6 +234,24 @@ def test_a_file_of_both_kinds_of_names_is_refused(tmp_path):
         read(tmp_path / "f.safetensors", "flux")
 
 
+@pytest.mark.parametrize("shapes", [((2, 16), (3, 2)), ((2, 8), (16, 2))])
+def test_members_that_do_not_fit_together_are_not_joined(tmp_path, shapes):
+    file = read(path_of("flux/diffusers_nometa"), "flux")
+    file["dit"].modules["transformer_blocks.0.attn.to_k"] = dict(zip(LORA.parts, (np.ones(s, np.float32)
+                                                                                  for s in shapes)))
+    with pytest.raises(WeightError, match=r"to_k A .* expected \(1, 1, 1\) parts of 16 rows, and one width"):
+        save_adapters(tmp_path / "f.safetensors", file, interchange("flux"), "comfy")
+
+
+@pytest.mark.parametrize("name, shape", [("lora_B.bias", (3,)), ("diff_b", (16, 1)), ("diff_b", ())])
+def test_a_bias_of_another_shape_is_refused(tmp_path, name, shape):
+    tensors = load_state_dict(path_of("flux/diffusers_nometa"))
+    tensors[f"transformer.transformer_blocks.0.attn.to_q.{name}"] = np.ones(shape, np.float32)
+    save_state_dict(tmp_path / "f.safetensors", tensors)
+    with pytest.raises(WeightError, match=r"to_q: the change of the bias has shape .*, expected \(16,\)"):
+        read(tmp_path / "f.safetensors", "flux")
+
+
 def test_every_stored_file_is_a_case():
     stored = {p.relative_to(FOREIGN).as_posix() for p in FOREIGN.rglob("*.safetensors")}
     assert stored == {f"{n}/adapter_model.safetensors" if n == "flux/peft_folder" else f"{n}.safetensors"
