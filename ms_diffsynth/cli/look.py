@@ -106,7 +106,8 @@ def read_images(paths: Sequence[Path], base: Base, word: str | None, given: dict
            "edit" if "edit_image" in dataset.table.columns and "edit" in base.fits else "lora")
     place: Settings = {"dataset_base_path": (root, "")}
     if folders:
-        place["dataset_folders"] = [f"{name}={repeat}" for name, repeat in folders.items()], "how often an epoch shows an image"
+        shown = [f"{name}={repeat}" for name, repeat in folders.items()]
+        place["dataset_folders"] = shown, "how often an epoch shows an image"
     if metadata:
         place["dataset_metadata_path"] = metadata, ""
     if job in ("edit", "template"):
