@@ -31,7 +31,7 @@ def test_two_folders_are_compared(run, made):
     assert code == 0
     lines = out.splitlines()
     assert lines[0] == "KID on EfficientNet-Lite0 features, not comparable with Inception KID"
-    assert "10 generated, 19 reference images" in out and "1 of 10 (10 %)" in out
+    assert "10 generated, 25 reference images" in out and "1 of 10 (10 %)" in out
     assert "the nearest is 1f436.png to 1f436.png" in out and "too small" in out
     assert lines[-2:] == ["  out/evaluation.json", "  out/nearest.png"]
     written = json.loads(Path("out/evaluation.json").read_text())
