@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from ms_diffsynth import __version__
 from ms_diffsynth.cli.template import add_trust_flags
 from ms_diffsynth.config import load_config
 from ms_diffsynth.config.flags import path_and_factor, path_argument
@@ -22,6 +23,7 @@ from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.formats.weights import read_header
 from ms_diffsynth.hub.bundled import bundled, names
 from ms_diffsynth.pipelines.shared.tiles import Tiles
+from ms_diffsynth.redact import redact
 from ms_diffsynth.registry import FAMILIES, family, family_of
 
 RANGES = {name: SETTINGS[name].metadata["range"] for name in ("num_inference_steps", "height", "width",
@@ -126,11 +128,36 @@ def execute(args: argparse.Namespace) -> int:
                if (value := getattr(args, name)) is not None)]
     memory = runtime.memory_for(height=args.height, width=args.width, count=args.count, model=args.model)
     with memory, naming(" ".join(given), DataError):  # images that are not finite are made of these
+        first = _next_number(args.output)
         for k, image in enumerate(images()):
-            path = args.output / f"{k:03d}-seed{args.seed + k if args.prompt else args.seed}.png"
-            write_file(path, png_bytes(image))
+            seed = args.seed + k if args.prompt else args.seed
+            path = args.output / f"{first + k:03d}-seed{seed}.png"
+            write_file(path, png_bytes(image, text={"parameters": _parameters(args, pipe, k, seed, image)}))
             sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _next_number(folder: Path) -> int:
+    """The first number that no image of ours in a folder has: nothing is overwritten."""
+    names = [path.name.partition("-")[0] for path in folder.glob("*-seed*.png")]
+    return max((int(name) for name in names if name.isdecimal()), default=-1) + 1
+
+
+def _parameters(args: argparse.Namespace, pipe: Any, k: int, seed: int, image: Image.Image) -> str:
+    """How an image was made, in the form that web UIs and viewers read: prompt, negative prompt, one line of settings.
+    Names of files without their folders, and no secret.
+    """
+    own = pipe.sampling
+    values = {
+        "Steps": args.num_inference_steps or own.num_inference_steps, "Sampler": args.sampler or pipe.samplers[0],
+        "CFG scale": (own.cfg_scale if args.cfg_scale is None else args.cfg_scale) if args.prompt else None,
+        "Seed": seed, "Size": f"{image.width}x{image.height}", "Model": Path(args.model).name,
+        "Denoising strength": args.denoising_strength,
+        "LoRA": "; ".join(f"{path.name}:{factor:g}" for path, factor in args.lora) or None,
+        "Weights": args.weights and args.weights.name, "Version": f"ms_diffsynth {__version__}"}
+    lines = [args.prompt[k]] if args.prompt else []
+    lines += [f"Negative prompt: {args.negative_prompt}"] if args.negative_prompt else []
+    return redact("\n".join([*lines, ", ".join(f"{n}: {value}" for n, value in values.items() if value is not None)]))
 
 
 def _of_run(args: argparse.Namespace) -> tuple[Any, dict[str, str | None]]:

@@ -13,13 +13,13 @@ import logging
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageFont
+from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin
 
 from ..errors import DataError
 from .fonts import font_for
@@ -316,10 +316,12 @@ def to_pil(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(bytes_.transpose(1, 2, 0)))
 
 
-def png_bytes(image: Image.Image, optimize: bool = False) -> bytes:
-    """The content of a PNG file; ``optimize`` takes time and makes it smaller."""
-    file = io.BytesIO()
-    image.save(file, format="PNG", optimize=optimize)
+def png_bytes(image: Image.Image, optimize: bool = False, text: Mapping[str, str] | None = None) -> bytes:
+    """The content of a PNG file; ``optimize`` takes time and makes it smaller, ``text`` is what it says of itself."""
+    file, chunks = io.BytesIO(), PngImagePlugin.PngInfo()
+    for name, content in (text or {}).items():
+        chunks.add_itxt(name, content)
+    image.save(file, format="PNG", optimize=optimize, pnginfo=chunks)
     return file.getvalue()
 
 

@@ -8,7 +8,7 @@ import pytest
 from device import DEVICE
 from PIL import Image
 
-from ms_diffsynth import Accelerator, DiffusionTrainingModule, ModelLogger, launch_training_task
+from ms_diffsynth import Accelerator, DiffusionTrainingModule, ModelLogger, __version__, launch_training_task
 from ms_diffsynth.formats.lora import save_lora
 from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 from ms_diffsynth.registry import family
@@ -192,3 +192,20 @@ def test_several_loras_with_factors(run, tmp_path, toy_model):
     assert np.abs(twice - once).max() <= 1 and np.abs(gone - none).max() <= 1 and (once != none).any()
     code, _, err = run(*words, "odd", "--lora", f"{path}:5000")
     assert code == 64 and "expected a factor from -1000 to 1000" in err
+
+
+def test_nothing_is_overwritten_and_an_image_says_how_it_was_made(run, tmp_path, toy_model):
+    (tmp_path / "deep").mkdir()
+    path = lora(tmp_path / "deep" / "l.safetensors", layer_1=(16, 16))
+    words = ("sample", "toy", toy_model, "--prompt", "猫 a cat, <red>", *SMALL, "--mode", "pynative")
+    assert run(*words)[1] == "samples/000-seed0.png\n"
+    before = Path("samples/000-seed0.png").read_bytes()
+    again = (*words, "--negative_prompt", "b", "--cfg_scale", 2, "--lora", f"{path}:0.5", "--seed", 7)
+    assert run(*again)[1] == "samples/001-seed7.png\n"
+    assert Path("samples/000-seed0.png").read_bytes() == before
+    told = Image.open("samples/001-seed7.png").text["parameters"]
+    assert told.splitlines()[:2] == ["猫 a cat, <red>", "Negative prompt: b"]
+    assert told.splitlines()[2] == (f"Steps: 2, Sampler: euler, CFG scale: 2.0, Seed: 7, Size: 24x16, Model: "
+                                    f"{toy_model.name}, LoRA: l.safetensors:0.5, Version: ms_diffsynth {__version__}")
+    assert str(tmp_path) not in told
+    assert "CFG scale: 1.0, Seed: 0" in Image.open("samples/000-seed0.png").text["parameters"]  # the family's own
