@@ -11,8 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -146,16 +144,16 @@ def room() -> Iterator[Finding]:
 def hubs() -> Iterator[Finding]:
     """Whether the hub answers; a first run needs none."""
     from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    from ms_diffsynth.hub.download import NETWORK_ERRORS
 
     address = constants.ENDPOINT
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=WAIT):
-            yield Finding("ok", f"{address} answers")
-    except urllib.error.HTTPError as error:  # an answer too
-        yield Finding("ok", f"{address} answers ({error.code})")
-    except (OSError, ValueError) as error:
-        reason = str(getattr(error, "reason", error))
-        yield Finding("note", f"{address} does not answer ({reason}): models must be on this machine already",
+        code = get_session().head(address, timeout=WAIT).status_code  # whatever it says, it answers
+        yield Finding("ok", f"{address} answers" + (f" ({code})" if code >= 400 else ""))
+    except NETWORK_ERRORS as error:
+        yield Finding("note", f"{address} does not answer ({type(error).__name__}): models must be on this machine",
                       "set HF_ENDPOINT to a mirror, or MS_DIFFSYNTH_DOWNLOAD_SOURCE=modelscope")
 
 

@@ -8,6 +8,7 @@ import threading
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+from hub_server import only_this_machine
 
 from ms_diffsynth.cli import doctor
 from ms_diffsynth.errors import DeviceError
@@ -16,6 +17,8 @@ from ms_diffsynth.errors import DeviceError
 @pytest.fixture
 def hub(monkeypatch):
     """A hub on this machine; ``hub(code)`` is its answer."""
+    only_this_machine(monkeypatch)
+
     class Answer(http.server.BaseHTTPRequestHandler):
         code = 200
 
@@ -107,6 +110,7 @@ def test_a_hub_that_answers(hub, code):
 
 
 def test_a_hub_that_does_not_answer(monkeypatch):
+    only_this_machine(monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     found = only(doctor.hubs)
     assert found.level == "note" and "127.0.0.1:9 does not answer" in found.text and "HF_ENDPOINT" in found.remedy

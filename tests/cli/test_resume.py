@@ -55,7 +55,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, toy_model, pictures):
     """The folder of a run that is never cut, configured as the others are."""
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("whole") / "out"  # files of weights say the name of their run
     values = {"family": "toy", "model_paths": toy_model, "lora_rank": 2, "dataset_base_path": pictures,
               "dataset_metadata_path": pictures / "metadata.csv", "height": 16, "width": 16, "learning_rate": 1e-2,
               "batch_size": 2, "output_path": folder}

@@ -149,7 +149,7 @@ def test_the_grid_shows_the_nearest_first_and_stays_small(quick, reference):
     sheet = np.asarray(Image.open(io.BytesIO(found.nearest_png)).convert("RGB"), np.float64)
     assert sheet.shape[0] > 6 * 48 and sheet.shape[1] > 6 * 48
     # the copy, with its white corners, comes first; noise is nowhere white
-    margin, cell = 11, 48
+    margin, cell = 11, 2 * 48  # small images are shown larger
     assert found.is_memorised.tolist() == [False] * 13 + [True]
     first = sheet[margin + 15 :][:cell, margin : margin + cell]
     second = sheet[margin + 15 :][:cell, margin + cell + 5 :][:, :cell]
