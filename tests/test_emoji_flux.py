@@ -69,15 +69,16 @@ def test_a_cut_tokenizer_gives_the_same_pieces_and_smaller_ones_for_other_texts(
 
 def test_the_transformer_begins_with_half_of_every_branch_and_no_velocity(script):
     make, random = script("make_model"), np.random.default_rng(0)
-    shapes = {"transformer_blocks.0.norm1.linear.bias": (6 * 256,),
-              "transformer_blocks.0.norm1.linear.weight": (6 * 256, 256),
-              "single_transformer_blocks.0.norm.linear.bias": (3 * 256,), "norm_out.linear.bias": (512,),
-              "proj_out.weight": (64, 256), "single_transformer_blocks.0.proj_out.weight": (256, 1280)}
+    width = make.TRANSFORMER["num_attention_heads"] * make.TRANSFORMER["attention_head_dim"]
+    shapes = {"transformer_blocks.0.norm1.linear.bias": (6 * width,),
+              "transformer_blocks.0.norm1.linear.weight": (6 * width, width),
+              "single_transformer_blocks.0.norm.linear.bias": (3 * width,), "norm_out.linear.bias": (2 * width,),
+              "proj_out.weight": (64, width), "single_transformer_blocks.0.proj_out.weight": (width, 5 * width)}
     found = make.transformer_weights({name: random.standard_normal(shape).astype(np.float32) / np.sqrt(shape[-1])
                                       for name, shape in shapes.items()})
-    joint = found["transformer_blocks.0.norm1.linear.bias"].reshape(6, 256)
+    joint = found["transformer_blocks.0.norm1.linear.bias"].reshape(6, width)
     assert (joint[[2, 5]] == 0.5).all() and not joint[[0, 1, 3, 4]].any()
-    assert (found["single_transformer_blocks.0.norm.linear.bias"].reshape(3, 256)[2] == 0.5).all()
+    assert (found["single_transformer_blocks.0.norm.linear.bias"].reshape(3, width)[2] == 0.5).all()
     for name in ("proj_out.weight", "norm_out.linear.bias", "transformer_blocks.0.norm1.linear.weight"):
         assert not found[name].any()
     assert found["single_transformer_blocks.0.proj_out.weight"].std() == pytest.approx(np.sqrt(2 / 1536), rel=0.02)
