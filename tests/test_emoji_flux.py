@@ -81,7 +81,8 @@ def test_the_transformer_begins_with_half_of_every_branch_and_no_velocity(script
     assert (found["single_transformer_blocks.0.norm.linear.bias"].reshape(3, width)[2] == 0.5).all()
     for name in ("proj_out.weight", "norm_out.linear.bias", "transformer_blocks.0.norm1.linear.weight"):
         assert not found[name].any()
-    assert found["single_transformer_blocks.0.proj_out.weight"].std() == pytest.approx(np.sqrt(2 / 1536), rel=0.02)
+    deviation = found["single_transformer_blocks.0.proj_out.weight"].std()
+    assert deviation == pytest.approx(np.sqrt(2 / (6 * width)), rel=0.02)
 
 
 def test_a_vae_begins_as_pytorchs_layers_do(script):
