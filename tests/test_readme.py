@@ -61,7 +61,7 @@ def run(command: str, *more: str) -> int:
 
 
 def test_its_commands_and_snippets_run_in_their_order(capsys):
-    """With two eager steps of 32 x 32 pixels instead of 300 compiled ones of 64 x 64, and images of one step."""
+    """With two eager steps of 32 x 32 pixels instead of 600 compiled ones of 64 x 64, and images of one step."""
     code = {"text": [block for kind, block in BLOCKS if kind == "text"],
             "python": [block for kind, block in BLOCKS if kind == "python"]}
     for command in OURS:
@@ -72,7 +72,7 @@ def test_its_commands_and_snippets_run_in_their_order(capsys):
         if " describe " in command:
             assert code["text"] == [capsys.readouterr().out]
     for snippet in code["python"]:
-        snippet = snippet.replace("step-300", "step-2").replace("seed=0)", "seed=0, num_inference_steps=1)")
+        snippet = snippet.replace("step-600", "step-2").replace("seed=0)", "seed=0, num_inference_steps=1)")
         exec(compile(snippet, "README.md", "exec"), {})
     assert Path("cat.png").is_file() and list(Path("samples").iterdir())
 

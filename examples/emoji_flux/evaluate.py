@@ -1,7 +1,7 @@
 """Measure what a model drew: images of prompts, and what DreamBooth taught of the cat and left of everything else.
 
     python examples/emoji_flux/evaluate.py prompts emoji-flux data/emoji out/prompts
-    python examples/emoji_flux/evaluate.py cat emoji-flux data/emoji out/cat --lora runs/emoji-cat/step-300.safetensors
+    python examples/emoji_flux/evaluate.py cat emoji-flux data/emoji out/cat --lora runs/emoji-cat/step-600.safetensors
 
 An image is found again among all images of its style, as the VAE gives them back, by what EfficientNet-Lite0 sees in
 them: the cosine of features from which the mean of all is taken. Needs ``pip install '.[eval]'``.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_diffsynth import __version__
+from ms_diffsynth.redact import redact
 from ms_diffsynth.report.reading import read_run
 from ms_diffsynth.storage.files import write_file
 
@@ -29,7 +30,7 @@ def write_report(folders: Sequence[Path], file: Path | None = None) -> Path:
     names = [run["name"] for run in runs]
     for run, folder in zip(runs, folders):
         if names.count(run["name"]) > 1:
-            run["name"] = str(folder)
+            run["name"] = redact(str(folder))
     file = file or folders[0] / NAME
     write_file(file, page(runs).encode())
     return file

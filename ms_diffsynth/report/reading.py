@@ -14,6 +14,7 @@ from typing import Any
 
 from ms_diffsynth.config.settings import SETTINGS
 from ms_diffsynth.errors import DataError, listing
+from ms_diffsynth.redact import redact
 
 MOST_POINTS, MOST_SHEETS, MOST_EVENTS = 1500, 40, 400  # of a curve; of sample images, and of events
 LEFT_OUT = ("saved", "checkpoint", "samples")  # events of which there are many, and which are seen elsewhere
@@ -32,7 +33,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     end = next((e for e in reversed(events) if e.get("event") in ("end", "stopped", "start", "resumed")), {})
     batch = (settings.get("batch_size") or 1) * (settings.get("gradient_accumulation_steps") or 1)
     return {
-        "name": folder.resolve().name,
+        "name": redact(folder.resolve().name),
         "status": {"end": "finished", "stopped": f"stopped by {end.get('reason', 'a signal')}"}.get(
             end.get("event", ""), "no end yet: it goes on, or was killed"),
         "steps": last,
