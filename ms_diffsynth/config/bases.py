@@ -107,7 +107,7 @@ BASES = {
         files={"Qwen/Qwen-Image": ("transformer/*.safetensors", "text_encoder/*.safetensors", "vae/*.safetensors")},
         settings=_RATE,
         fits={"lora": {64: Fit(True, False, 42.22), 32: Fit(True, True, 23.37)},
-              "dreambooth": {64: Fit(True, False, 0), 32: Fit(True, True, 0)}}),
+              "dreambooth": {64: Fit(True, True, 26.07), 32: Fit(True, True, 26.07)}}),
     "flux2-klein": Base(
         title="FLUX.2-klein-4B", family="flux2", download="16 GB", tokenizer="qwen2", tokens=512, around=12,
         encoders=5.8, is_cached=False,
