@@ -70,16 +70,15 @@ def test_its_vae_gives_back_images_that_it_never_saw(pipe):
 
 
 def test_it_draws_what_it_is_told(pipe):
-    """Of 25 images the one that looks most like what was drawn is the one that was asked for; by chance in 1 of 25."""
-    known = rows(OTHERS)
-    asked = [row for row in known if row["image"].removesuffix(".png") in ("1f428", "1f437", "1f43c", "1f98a", "1f602",
-                                                                           "1f600")]
-    describe = Describer()
+    """Of 25 images the one that was asked for is among the five that look most like what was drawn: 16 times in 25, by
+    chance 5 times.
+    """
+    known, describe = rows(OTHERS), Describer()
     features = describe([small(OTHERS / row["image"]) for row in known]).features
     mean = features.mean(0)
-    drawn = [pipe(prompt=row["prompt"], seed=3) for row in asked]
+    drawn = [pipe(prompt=row["prompt"], seed=3) for row in known]
     assert {image.size for image in drawn} == {(64, 64)}  # its own size, steps and guidance
     found = describe(drawn).features - mean
     cosines = found @ (features - mean).T / np.linalg.norm(features - mean, axis=1)
-    right = [known[k]["prompt"] == row["prompt"] for row, k in zip(asked, cosines.argmax(1))]
-    assert sum(right) >= 5
+    ranks = (cosines > np.diag(cosines)[:, None]).sum(1)
+    assert (ranks < 5).sum() >= 13

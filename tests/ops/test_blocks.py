@@ -90,16 +90,16 @@ def methods(block):
     return by_us, by_mindone
 
 
-@pytest.mark.parametrize("mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE], ids=["graph", "pynative"])
+@pytest.mark.parametrize("compiled", [True, False], ids=["graph", "pynative"])
 @pytest.mark.parametrize("case", [*CASES, *WITHOUT])
-def test_a_block_is_what_mindone_computes(case, mode):
-    ms.set_context(mode=mode)
+def test_a_block_is_what_mindone_computes(case, compiled):
     make, changed, inputs = {**CASES, **WITHOUT}[case]
     block = built(make, changed)
     weights = ms.ParameterTuple(block.trainable_params())
     found = []
     for method in methods(block):
-        value, (dx, dweights) = ms.value_and_grad(Given(block, inputs, method), 0, weights)(Tensor(inputs[0]))
+        gradient = ms.value_and_grad(Given(block, inputs, method), 0, weights)
+        value, (dx, dweights) = (ms.jit(gradient) if compiled else gradient)(Tensor(inputs[0]))
         found.append([value.asnumpy(), dx.asnumpy(), *(g.asnumpy() for g in dweights)])
     largest = max(abs(g).max() for g in found[1][1:])
     assert largest > 0
@@ -113,7 +113,6 @@ MASK = {"mask": (attention, {}, (TOKENS, None, np.float32([[0, 0, -1e4, 0, 0]] *
 @pytest.mark.parametrize("case", [*CASES, *WITHOUT, *MASK])
 def test_mindone_computes_what_no_kernel_covers_and_only_that(case):
     from ms_diffsynth.ops.cpu.native import blocks
-    ms.set_context(mode=ms.PYNATIVE_MODE)
     make, changed, inputs = {**CASES, **WITHOUT, **MASK}[case]
     block, asked = built(make, changed), []
 
