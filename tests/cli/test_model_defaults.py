@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -25,12 +26,13 @@ def picture(path):
     return np.asarray(Image.open(path))
 
 
-def test_the_command_needs_nothing_that_the_model_says(run, toy_model):
+def test_the_command_needs_nothing_that_the_model_says(run, toy_model, tmp_path):
+    model = shutil.copytree(toy_model, tmp_path / "own")  # other tests have the same model
     given = ["--height", 16, "--width", 24, "--num_inference_steps", 3, "--cfg_scale", 2]
-    assert run("sample", "toy", toy_model, "--prompt", "a", *given, "--output", "given")[0] == 0
-    assert run("sample", say(toy_model, **OWN), "--prompt", "a", "--output", "own")[0] == 0
-    assert (picture("given/000-seed0.png") == picture("own/000-seed0.png")).all()
-    assert run("sample", toy_model, "--prompt", "a", "--width", 16, "--output", "told")[0] == 0
+    assert run("sample", "toy", model, "--prompt", "a", *given, "--output", "given")[0] == 0
+    assert run("sample", say(model, **OWN), "--prompt", "a", "--output", "own_defaults")[0] == 0
+    assert (picture("given/000-seed0.png") == picture("own_defaults/000-seed0.png")).all()
+    assert run("sample", model, "--prompt", "a", "--width", 16, "--output", "told")[0] == 0
     assert picture("told/000-seed0.png").shape == (16, 16, 3)  # what is told wins
 
 
