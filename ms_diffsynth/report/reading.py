@@ -32,6 +32,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     last = int(steps[-1]["step"]) if steps else 0
     end = next((e for e in reversed(events) if e.get("event") in ("end", "stopped", "start", "resumed")), {})
     batch = (settings.get("batch_size") or 1) * (settings.get("gradient_accumulation_steps") or 1)
+    batch *= 2 if settings.get("with_prior_preservation") else 1  # as many class images
     return {
         "name": redact(folder.resolve().name),
         "status": {"end": "finished", "stopped": f"stopped by {end.get('reason', 'a signal')}"}.get(

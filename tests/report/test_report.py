@@ -47,6 +47,8 @@ def test_what_is_read(run_of):
     assert [run[key] for key in ("name", "status", "steps", "planned", "seconds")] == ["first", "finished", 4, 9, 2.0]
     assert run["curves"]["loss"] == [[1, 1], [2, 0.5], [3, 0.333333], [4, 0.25]]
     assert run["curves"]["images per second"] == [[s, 12.0] for s in range(1, 5)]  # batch_size times accumulation
+    prior = read_run(run_of("prior", with_prior_preservation=True))["curves"]["images per second"]
+    assert prior == [[s, 24.0] for s in range(1, 5)]  # and as many class images
     assert run["validation"] == {"loss": [[0, 2], [4, 1]], "sigma_0.9380": [[0, 2.1], [4, 1.1]], "psnr": [[0, 7]]}
     assert [sheet["step"] for sheet in run["samples"]] == [0, 4] and run["peak_memory_gib"] == 1.5
     assert run["changed"] == ["batch_size", "gradient_accumulation_steps", "learning_rate", "max_train_steps",
