@@ -558,7 +558,8 @@ class ModelStore:
             raise WeightError(f"{folder / 'config.json'} describes a {class_name}, but {self.owner} is made of "
                               f"{listing(c.class_name for c in known if c.class_name)}. Give the folder or files of "
                               "one of those.")
-        named = of_class if len({c.name for c in of_class}) == 1 else [c for c in of_class if folder.name in (c.folder, c.name)]
+        is_one = len({c.name for c in of_class}) == 1
+        named = of_class if is_one else [c for c in of_class if folder.name in (c.folder, c.name)]
         if not named:
             raise WeightError(f"{folder} holds a {class_name}, of which {self.owner} has "
                               f"{listing(c.name for c in of_class)}: expected a folder called "
