@@ -502,10 +502,9 @@ class ModelStore:
             found = self._recognised(source)
         self.sources |= found
         self._choose_variant()
-        name = next(iter(found))
         if config.model_id:
-            self.given_as[f"{config.model_id}:{config.origin_file_pattern}"] = name
-            if name == network and self.scheduler_file is None:
+            self.given_as[f"{config.model_id}:{config.origin_file_pattern}"] = next(iter(found))
+            if network in found and self.scheduler_file is None:
                 with contextlib.suppress(HubError):  # not every repository has one
                     config = replace(config, origin_file_pattern=f"scheduler/{SCHEDULER_FILE}")
                     self.scheduler_file = config.resolve(runtime.model_base_path())[0]

@@ -1,4 +1,4 @@
-"""Load the LoRA files of write.py by diffusers: the change of every weight, and the same image.
+"""Load what write.py wrote by diffusers: LoRAs (the change of every weight, and the same image) and whole pipelines.
 
     python tests/formats/elsewhere/read_by_diffusers.py OUT [FAMILY ...]       (an environment with torch and diffusers)
 
@@ -79,6 +79,7 @@ def changes(pipe, file: Path, before: dict[str, torch.Tensor], expected: dict[st
 def read(name: str, out: Path) -> None:
     expected, given, images = (load_file(out / f"{kind}.safetensors") for kind in ("expected", "given", "images"))
     base = pipeline(name, out / "model")
+    base.set_progress_bar_config(disable=True)
     before = {k: v.clone() for k, v in base.transformer.state_dict().items()}
     made = {"without": image(name, base, given)}
     for file in sorted(out.glob("lora-*.safetensors")):
@@ -86,6 +87,9 @@ def read(name: str, out: Path) -> None:
         print(f"{name:10} {file.stem:16} {changes(pipe, file, before, expected)}", flush=True)
         if file.name == f"lora-{'comfy' if name == 'qwen_image' else 'diffusers'}.safetensors":
             made["with"] = image(name, pipe, given)
+    whole = diffusers.DiffusionPipeline.from_pretrained(out / "run/model")
+    is_same = all(torch.equal(array, before[key]) for key, array in whole.transformer.state_dict().items())
+    print(f"{name:10} run/model is a {type(whole).__name__}; its transformer is the same: {is_same}", flush=True)
     told = [f"{which} {int((made[which].int() - images[which].int()).abs().max())}" for which in ("without", "with")]
     effect = int((made["with"].int() - made["without"].int()).abs().max())
     print(f"{name:10} largest difference of a pixel: {', '.join(told)}; the LoRA changes up to {effect}", flush=True)
@@ -103,6 +107,7 @@ def use_tiny_widths() -> None:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
     print(", ".join(f"{m.__name__} {m.__version__}" for m in (diffusers, transformers, huggingface_hub, peft, torch)))
     use_tiny_widths()
     for family in sys.argv[2:] or ("flux", "flux2", "qwen_image", "sd3"):

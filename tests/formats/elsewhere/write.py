@@ -3,7 +3,8 @@
     python tests/formats/elsewhere/write.py OUT [FAMILY ...]
 
 Of each family in OUT/<family>: model/, lora-<layout>.safetensors, expected.safetensors (module -> change of its
-weight), given.safetensors (noise, and what is prepared of the prompt) and images.safetensors (uint8 [64, 64, 3]).
+weight), given.safetensors (noise, and what is prepared of the prompt), images.safetensors (uint8 [64, 64, 3]), and
+run/model/, what a run of the whole network leaves.
 """
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from mindspore import Tensor
 
-from ms_diffsynth import runtime
+from ms_diffsynth import DiffusionTrainingModule, runtime
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.formats.adapters import LORA, A, B
 from ms_diffsynth.formats.lora import AdapterFile, save_adapters
@@ -38,7 +40,8 @@ def write(name: str, out: Path) -> None:
     for layout in table.columns:
         save_adapters(out / f"lora-{layout}.safetensors", {table.network: file}, table, layout)
     how = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS, "cfg_scale": 1.0, "seed": SEED}
-    slots = {k: v.asnumpy() for k, v in pipe.condition(PROMPT).items() if k.startswith(("prompt", "pooled"))}
+    told = {"guidance": Tensor(np.full(1, pipe.sampling.embedded_guidance, np.float32))} if pipe.takes_guidance else {}
+    slots = {k: v.asnumpy() for k, v in pipe.condition(PROMPT, **told).items() if k.startswith(("prompt", "pooled"))}
     noise = Draws(SEED).normal("latents", np.array([0]), pipe.latent_shape(SIDE, SIDE))
     save_state_dict(out / "given.safetensors", {"noise": noise, **slots})
     images = {"without": np.asarray(pipe(PROMPT, **how))}
@@ -46,6 +49,10 @@ def write(name: str, out: Path) -> None:
     images["with"] = np.asarray(pipe(PROMPT, **how))
     save_state_dict(out / "images.safetensors", images)
     changed = np.abs(images["with"].astype(int) - images["without"]).max()
+    module = DiffusionTrainingModule()
+    module.pipe = cls.from_pretrained(str(out / "model"))
+    module.switch_pipe_to_training_mode(module.pipe, trainable_models="dit")
+    module.save_models(out / "run")
     print(f"{name}: {len(modules)} layers, the LoRA changes a pixel by up to {changed} of 255", flush=True)
 
 
