@@ -61,7 +61,8 @@ class Row:
         Raises: WeightError where that depends on a weight that is not there.
         """
         if self.is_swapped and self.is_of_two and shape is None:
-            raise WeightError(f"{self.members[0]} without its weight, whose shape tells the order of its halves")
+            raise WeightError(f"{self.members[0]} without its weight, whose shape tells the order of its halves: "
+                              "expected both")
         return self.is_swapped and (not self.is_of_two or shape[0] == 2 * shape[1])
 
     def sizes(self, rows: int) -> list[int] | None:

@@ -87,12 +87,12 @@ def read(name: str, out: Path) -> None:
         print(f"{name:10} {file.stem:16} {changes(pipe, file, before, expected)}", flush=True)
         if file.name == f"lora-{'comfy' if name == 'qwen_image' else 'diffusers'}.safetensors":
             made["with"] = image(name, pipe, given)
-    whole = diffusers.DiffusionPipeline.from_pretrained(out / "run/model")
-    is_same = all(torch.equal(array, before[key]) for key, array in whole.transformer.state_dict().items())
-    print(f"{name:10} run/model is a {type(whole).__name__}; its transformer is the same: {is_same}", flush=True)
     told = [f"{which} {int((made[which].int() - images[which].int()).abs().max())}" for which in ("without", "with")]
     effect = int((made["with"].int() - made["without"].int()).abs().max())
     print(f"{name:10} largest difference of a pixel: {', '.join(told)}; the LoRA changes up to {effect}", flush=True)
+    whole = diffusers.DiffusionPipeline.from_pretrained(out / "run/model")
+    is_same = all(torch.equal(array, before[key]) for key, array in whole.transformer.state_dict().items())
+    print(f"{name:10} run/model is a {type(whole).__name__}; its transformer is the same: {is_same}", flush=True)
 
 
 def use_tiny_widths() -> None:
