@@ -74,9 +74,9 @@ def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            f"{listing(held_out)} would not be used: set validation_steps, for example to 100.")
     yield (c.run.sample_template_inputs is not None and c.model.template_model_id_or_path is None,
            "sample_template_inputs without a template: set template_model_id_or_path, or remove it.")
-    yield (c.run.evaluation_steps is not None and stage != "",
-           f"evaluation_steps={c.run.evaluation_steps} with task={c.objective.task}, which makes no images: evaluate "
-           "afterwards, with ms-diffsynth sample and ms-diffsynth evaluate.")
+    yield (c.run.evaluation_steps is not None and stage == "train" and c.run.evaluation_reference is None,
+           f"evaluation_steps={c.run.evaluation_steps} with task={c.objective.task}, whose data set is a cache: say "
+           "what images are compared with, by evaluation_reference, a folder.")
     yield (c.model.use_gradient_checkpointing_offload and c.run.mode == "graph",
            "use_gradient_checkpointing_offload=true in mode graph: MindSpore cannot move what a compiled step keeps to "
            "the host. Expected --mode pynative, or use_gradient_checkpointing without offload.")

@@ -17,7 +17,8 @@ from ms_diffsynth.evaluate import Evaluator
 from ms_diffsynth.formats.weights import read_header
 from ms_diffsynth.hub.download import parse_path_or_model_id
 from ms_diffsynth.registry import family
-from ms_diffsynth.run.build import DataSets, build_task, sample_template_inputs
+from ms_diffsynth.run.build import DataSets, build_task
+from ms_diffsynth.run.samples import sample_template_inputs
 from ms_diffsynth.storage.files import check_writable
 from ms_diffsynth.training import same_run
 from ms_diffsynth.training.distributed import Accelerator

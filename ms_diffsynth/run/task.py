@@ -13,10 +13,11 @@ from PIL import Image
 from ms_diffsynth import runtime
 from ms_diffsynth.config import TrainConfig, flat, to_yaml
 from ms_diffsynth.errors import CacheError, ConfigError, OutputError, naming
-from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_sampler
+from ms_diffsynth.run.build import DataSets, build_datasets, build_module
 from ms_diffsynth.run.checks import check_data, check_settings
 from ms_diffsynth.run.header import file_header
 from ms_diffsynth.run.pipeline import build_pipeline, most_pixels
+from ms_diffsynth.run.samples import build_sampler, check_prompts, prompts_to_prepare
 from ms_diffsynth.training import same_run
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.hooks.checkpoints import Checkpoints
@@ -68,10 +69,12 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
         pipe.keeps_models = stage == "data_process"  # and the process ends
         module = build_module(config, pipe, f"{config.objective.task.partition(':')[0]}:data_process")
         launch_data_process_task(accelerator, sets.instance, module, logger, sets.classes, cache_dir,
-                                 validation_dataset=sets.validation)
+                                 validation_dataset=sets.validation, prompts=prompts_to_prepare(config, pipe))
         pipe.unload_models(pipe.model_names)  # both stages are never in memory together
     if stage == "data_process":
         return logger
+    if stage == "train":
+        check_prompts(config, pipe, cache_dir or images.base_path)
     module = build_module(config, pipe)
     cut = module.training_cut()
     if stage == "train" or cache_dir:
@@ -131,11 +134,8 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     settings = (settings or {}) | flat(args) | dataclasses.asdict(chosen) | {
         "mode": accelerator.mode, "device": accelerator.device, "num_processes": accelerator.num_processes}
     looking: list[Hook] = []
-    if sampler is not None and stage_of(model.task) != "train":
+    if sampler is not None:
         looking.append(Samples(sampler, sample_captions or [], chosen.sample_steps))
-    elif sampler is not None and is_main:  # what samples need besides the network is not loaded
-        sys.stderr.write("sample images need the models that this stage does not load: make them afterwards with "
-                         "ms-diffsynth sample\n")
     if chosen.validation_steps is not None:
         if sets.validation is None:
             raise ConfigError(f"validation_steps={chosen.validation_steps}, but no images are held out: give "
@@ -174,10 +174,13 @@ def rows_of_run(accelerator: Accelerator, model: DiffusionTrainingModule, logger
                           "cache holds what the compiled step needs, and an own forward takes raw rows. Remove "
                           "forward, or train with task='sft' and no cache_dir.")
     cut = model.training_cut()
+    if stage == "train" and isinstance(args, TrainConfig):
+        check_prompts(args, model.pipe, folder or sets.instance.base_path)
     if stage != "train":
         model.pipe.keeps_models = False
+        prompts = prompts_to_prepare(args, model.pipe) if isinstance(args, TrainConfig) else ()
         launch_data_process_task(accelerator, sets.instance, model, logger, sets.classes, folder,
-                                 validation_dataset=sets.validation)
+                                 validation_dataset=sets.validation, prompts=prompts)
         model.pipe.unload_models(set(cut.models("prepare")) - set(cut.models("step")))
     return DataSets(*open_cache(folder or sets.instance.base_path, model, cut,
                                 repeat=getattr(sets.instance, "repeat", 1)))

@@ -48,7 +48,8 @@ COMPONENTS = (
     Component(name="text_encoder", folder="text_encoder", class_name="Qwen2_5_VLForConditionalGeneration",
               build=_build_text_encoder, ignored=("visual.", "lm_head.")),
     Component(name="vae", folder="vae", class_name="AutoencoderKLQwenImage", build=_build_vae,
-              reads={"z_dim": SIZE, "temperal_downsample": LIST, "latents_mean": NUMBERS, "latents_std": NUMBERS}),
+              reads={"z_dim": SIZE, "temperal_downsample": LIST, "latents_mean": NUMBERS, "latents_std": NUMBERS},
+              encoder=("encoder", "quant_conv")),
     Component(name="dit", folder="transformer", class_name="QwenImageTransformer2DModel", build=_build_dit,
               reads={"axes_dims_rope": SIZES}),
 )
