@@ -3,8 +3,9 @@
     ms-diffsynth tiny flux models/flux-tiny
     python examples/train.py examples/flux/tiny_dreambooth.yaml --learning_rate 2e-3 --output_path runs/flux-script
 
-Without a file, every setting is a flag, as in DiffSynth-Studio's scripts: `--family flux --model_paths ...`. `--help`
-lists all of them with their defaults. Under `msrun` or `ms-diffsynth launch` each process runs this script.
+Without a file, every setting is a flag, as in DiffSynth-Studio's scripts: `--family flux --model_paths ...`.
+`--help-all` lists all of them with their defaults. Under `msrun` or `ms-diffsynth launch` each process runs this
+script.
 """
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from ms_diffsynth.errors import ConfigError, nearest, shortened
 # One file of this folder each, imported when it is asked for: MindSpore takes seconds to import, a help text must not.
 COMMANDS = {
     "init": "look at a folder of images, and write a configuration that trains on it",
+    "examples": "copy the example configurations and their images to here",
     "train": "train from a configuration file",
     "doctor": "check that this machine is ready: versions, devices, memory, disk, hub, a step in both modes",
     "launch": "train in several processes, on one machine or more, and end all of them together",
@@ -27,6 +28,7 @@ COMMANDS = {
     "lora": "look at LoRA files: convert, inspect, merge, extract, resize",
     "push": "publish a folder on a hub",
     "schema": "print what a configuration file may say, as JSON Schema, for editors",
+    "completion": "print what completes commands and flags in a shell: bash, zsh or fish",
     "template": "look at a template's code, or pack a trained one to share it",
     "tiny": "write a tiny model with random weights, for first runs and tests",
     "parity": "compare with recorded cases of the PyTorch reference implementations",

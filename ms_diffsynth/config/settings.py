@@ -270,7 +270,11 @@ class RunSection:
     keep_checkpoints: int = _run(2, "how many of these to keep", "2 <= keep_checkpoints <= 1000000000")
     grace_seconds: float = _run(60.0, "most seconds from SIGTERM or SIGINT until the step is finished and saved",
                                 "0 < grace_seconds <= 1000000")
-    enable_tensorboard_log: bool = _setting(False, "also write TensorBoard events", may_change=True)
+    enable_tensorboard_log: bool = _setting(False, "the same as trackers=tensorboard", may_change=True)
+    trackers: tuple[str, ...] = _setting((), "what also shows the run, with commas: tensorboard (extra [logging]), "
+                                         "wandb (extra [wandb]), swanlab (extra [swanlab])", has_commas=True,
+                                         may_change=True)
+    tracker_project: str = _setting("ms_diffsynth", "project of the run in wandb and swanlab", may_change=True)
     push_to_hub: bool = _setting(False, "publish after every save, without holding up training", may_change=True)
     hub_model_id: str | None = _setting(None, "where: owner/name; made when it does not exist", may_change=True)
     hub_private_repo: bool = _setting(True, "only you may see it; a repository that is public is refused",

@@ -25,6 +25,7 @@ from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.hooks.publish import check_token
 from ms_diffsynth.training.optim import LearningRate, optimizer_arguments
 from ms_diffsynth.training.optim.build import optimizer_class
+from ms_diffsynth.training.trackers import check_installed
 from ms_diffsynth.training.trainer import steps_in
 from ms_diffsynth.training.two_stage import stage_of
 
@@ -63,6 +64,7 @@ def check_settings(accelerator: Accelerator, config: TrainConfig) -> None:
     for name in ("sample_steps", "evaluation_steps"):
         if "prompt" in pipeline.inputs and not run.sample_prompts and (every := getattr(run, name)) is not None:
             raise ConfigError(f"{name}={every} without sample_prompts: say what to make images of.")
+    check_installed([*run.trackers, *(["tensorboard"] * run.enable_tensorboard_log)])
     if run.evaluation_steps is not None and accelerator.is_main_process:
         Evaluator(run.evaluation_reference or config.data.dataset_base_path)  # describes nothing yet
 

@@ -25,6 +25,7 @@ from ms_diffsynth.training.hooks.contract import Hook
 from ms_diffsynth.training.hooks.evaluation import Evaluation
 from ms_diffsynth.training.hooks.publish import Publishing, check_token
 from ms_diffsynth.training.hooks.samples import Samples
+from ms_diffsynth.training.hooks.tracking import Tracking
 from ms_diffsynth.training.hooks.validation import Validation
 from ms_diffsynth.training.logger import ModelLogger
 from ms_diffsynth.training.module import DiffusionTrainingModule
@@ -133,6 +134,9 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     sets = rows_of_run(accelerator, model, model_logger, DataSets(dataset, class_dataset, validation_dataset), args)
     settings = (settings or {}) | flat(args) | dataclasses.asdict(chosen) | {
         "mode": accelerator.mode, "device": accelerator.device, "num_processes": accelerator.num_processes}
+    given = flat(args)
+    names = dict.fromkeys([*given.get("trackers", ()), *(["tensorboard"] * model_logger.enable_tensorboard_log)])
+    tracking = [Tracking(list(names), given.get("tracker_project") or "ms_diffsynth")] if names and is_main else []
     looking: list[Hook] = []
     if sampler is not None:
         looking.append(Samples(sampler, sample_captions or [], chosen.sample_steps))
@@ -154,7 +158,7 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
         saving = Checkpoints(chosen.save_steps, chosen.checkpoint_steps, chosen.keep_checkpoints, sample_captions or [],
                              changes)
         Trainer(accelerator, sets.instance, model, model_logger, chosen, class_dataset=sets.classes,
-                hooks=[Publishing(sets.instance, args), saving, *looking, *hooks], identity=identity,
+                hooks=[*tracking, Publishing(sets.instance, args), saving, *looking, *hooks], identity=identity,
                 resume_from=checkpoint, settings=settings).run()
     return model_logger
 
