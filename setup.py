@@ -89,6 +89,7 @@ setup(
     ],
     extras_require={
         "logging": ["tensorboardX"],
+        "fonts": ["cvttf-notosanscjk-regular==1.0"],  # letters of Chinese, Japanese and Korean prompts under images
         "wandb": ["wandb>=0.18"],
         "swanlab": ["swanlab>=0.6.4"],  # 0.6.4 is the last one that MindSpore 2.10's protobuf fits
         "modelscope": ["modelscope>=1.40"],

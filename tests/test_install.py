@@ -17,6 +17,7 @@ from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 ROOT = Path(__file__).parents[1]
 EXTRAS = re.findall(r'(?m)^        "(\w+)": \[', (ROOT / "setup.py").read_text())
 USES = {
+    "fonts": "from ms_diffsynth.data.fonts import font_for; assert font_for('\u4e00\u53ea\u7ea2\u732b', 20)",
     "wandb": "import os; os.environ['WANDB_MODE'] = 'offline'; import wandb; wandb.init(dir='.').finish()",
     "swanlab": "import swanlab; swanlab.init(mode='offline', logdir='swanlab'); swanlab.finish()",
     "logging": "from tensorboardX import SummaryWriter; SummaryWriter('logs').add_scalar('loss', 1.0, 0)",

@@ -244,8 +244,8 @@ class ModelLogger:
         if odd and not (path.is_file() and path.read_bytes() == text):
             write_file(path, text)
             logger.warning("no font of this system has the letters of prompt %s: its number is under the images, its "
-                           "text is in %s. Install a font, such as that of the package fonts-noto-cjk.", listing(odd),
-                           path)
+                           "text is in %s. Install a font: for Chinese, Japanese and Korean pip install "
+                           "'ms_diffsynth[fonts]', or the system's package fonts-noto-cjk.", listing(odd), path)
 
     def first_and_last(self) -> dict[str, np.ndarray]:
         """The first and the last samples, which `write_comparison` needs, by ``STEP.NUMBER``."""

@@ -137,6 +137,7 @@ def test_listeners_get_numbers_and_sample_images(tmp_path):
 
 def test_prompts_that_no_font_can_write_are_in_a_file(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fonts, "_FOLDERS", ())
+    monkeypatch.setattr(fonts, "_PACKAGE", "no_such_package")
     logger, images = ModelLogger(tmp_path), [Image.new("RGB", (32, 32))] * 2
     logger.log_samples(0, images, ["a cat", "a dog"])
     assert not (tmp_path / "samples/prompts.txt").exists() and not caplog.text
