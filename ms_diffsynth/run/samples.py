@@ -13,7 +13,7 @@ from PIL import Image
 
 from ms_diffsynth.config import SAMPLE_OVERRIDES, TrainConfig, prompts_of
 from ms_diffsynth.data.buckets import nearest_bucket, own_bucket
-from ms_diffsynth.errors import CacheError, ConfigError, listing, shortened
+from ms_diffsynth.errors import CacheError, ConfigError, WeightError, listing, naming, shortened
 from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
@@ -68,15 +68,20 @@ def prompts_to_prepare(config: TrainConfig, pipe: Pipeline) -> list[str]:
 
 def _sampled_prompts(config: TrainConfig, pipe: Pipeline) -> list[str]:
     """What sample images are made of, negative prompts too."""
-    planned = planned_samples(config, pipe) if "prompt" in pipe.inputs else []
+    planned = planned_samples(config, pipe) if config.run.sample_prompts and "prompt" in pipe.inputs else []
     negative = [image["negative_prompt"] for image in planned if _cfg_scale(image, pipe) != 1]
     return list(dict.fromkeys([*(image["prompt"] for image in planned), *negative]))
 
 
 def check_prompts(config: TrainConfig, pipe: Pipeline, folder: str) -> None:
     """Refuse to make sample images of prompts that a cache does not have. Raises: CacheError with the command that adds
-    them.
+    them; WeightError where no files of the VAE are given.
     """
+    if "prompt" not in pipe.inputs or not config.run.sample_prompts:
+        return
+    for name in pipe.build_decode().onload_model_names:
+        with naming("sample_prompts", WeightError):
+            pipe.store.source(name)
     there = Cache(folder).prompts
     lost = [prompt for prompt in _sampled_prompts(config, pipe) if prompt not in there]
     if lost:

@@ -63,6 +63,7 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     check_data(accelerator, config, sets)
     images = sets.instance
     pipe = build_pipeline(config)
+    prompts = prompts_to_prepare(config, pipe)  # what is wrong with them is told before a model is loaded
     logger = ModelLogger(config.run.output_path, config.model.remove_prefix_in_ckpt, config.run.enable_tensorboard_log)
     rows = getattr(images, "rows", ())
     logger.metadata = file_header(config, pipe.lora_table, rows if isinstance(rows, int) else len(rows))
@@ -70,7 +71,7 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
         pipe.keeps_models = stage == "data_process"  # and the process ends
         module = build_module(config, pipe, f"{config.objective.task.partition(':')[0]}:data_process")
         launch_data_process_task(accelerator, sets.instance, module, logger, sets.classes, cache_dir,
-                                 validation_dataset=sets.validation, prompts=prompts_to_prepare(config, pipe))
+                                 validation_dataset=sets.validation, prompts=prompts)
         pipe.unload_models(pipe.model_names)  # both stages are never in memory together
     if stage == "data_process":
         return logger
@@ -131,7 +132,12 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     chosen = TrainingOptions.of(args, given | options)
     is_main = accelerator.is_main_process
     model_logger.is_writing = is_main
-    sets = rows_of_run(accelerator, model, model_logger, DataSets(dataset, class_dataset, validation_dataset), args)
+    prompts = prompts_to_prepare(args, model.pipe) if isinstance(args, TrainConfig) else None
+    if sampler is not None and prompts is not None and stage_of(model.task) == "train" and not isinstance(
+            dataset, PreparedRows):
+        check_prompts(args, model.pipe, args.data.cache_dir or dataset.base_path)
+    sets = rows_of_run(accelerator, model, model_logger, DataSets(dataset, class_dataset, validation_dataset), args,
+                       prompts)
     settings = (settings or {}) | flat(args) | dataclasses.asdict(chosen) | {
         "mode": accelerator.mode, "device": accelerator.device, "num_processes": accelerator.num_processes}
     given = flat(args)
@@ -164,9 +170,13 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
 
 
 def rows_of_run(accelerator: Accelerator, model: DiffusionTrainingModule, logger: ModelLogger, sets: DataSets,
-                args: Any) -> DataSets:
+                args: Any, prompts: Sequence[str] | None = None) -> DataSets:
     """The data sets themselves, or the rows of a cache: for stage two of split training, or when ``args.cache_dir`` is
     given; then what it does not hold yet is prepared first.
+
+    Args:
+        prompts: those of sample images, for the cache; None when these are not known: the encoders are then loaded for
+            them again.
 
     Raises: CacheError when this job cannot train on the cache; ConfigError for a module that trains eagerly.
     """
@@ -178,13 +188,12 @@ def rows_of_run(accelerator: Accelerator, model: DiffusionTrainingModule, logger
                           "cache holds what the compiled step needs, and an own forward takes raw rows. Remove "
                           "forward, or train with task='sft' and no cache_dir.")
     cut = model.training_cut()
-    if stage == "train" and isinstance(args, TrainConfig):
-        check_prompts(args, model.pipe, folder or sets.instance.base_path)
     if stage != "train":
         model.pipe.keeps_models = False
-        prompts = prompts_to_prepare(args, model.pipe) if isinstance(args, TrainConfig) else ()
         launch_data_process_task(accelerator, sets.instance, model, logger, sets.classes, folder,
-                                 validation_dataset=sets.validation, prompts=prompts)
+                                 validation_dataset=sets.validation, prompts=prompts or ())
         model.pipe.unload_models(set(cut.models("prepare")) - set(cut.models("step")))
-    return DataSets(*open_cache(folder or sets.instance.base_path, model, cut,
-                                repeat=getattr(sets.instance, "repeat", 1)))
+    found = open_cache(folder or sets.instance.base_path, model, cut, repeat=getattr(sets.instance, "repeat", 1))
+    if stage != "train" and prompts is None:
+        model.pipe.prepared_prompts = None
+    return DataSets(*found)
