@@ -35,9 +35,18 @@ COMMANDS = {
 }
 
 
+class Formatter(argparse.HelpFormatter):
+    """With room for the longest command: argparse does not count how far commands are indented."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog)
+        self._action_max_length = 4 + max(map(len, COMMANDS))
+
+
 def parser(command: str | None) -> Parser:
     """The command line; only ``command`` gets its flags."""
-    top = Parser(prog="ms-diffsynth", description="Train and run diffusion models with MindSpore.",
+    top = Parser(prog="ms-diffsynth", formatter_class=Formatter,
+                 description="Train and run diffusion models with MindSpore.",
                  epilog="Every kind of error, by the word its message begins with, and every exit code are in "
                         "docs/reference/errors.md.")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -121,7 +121,8 @@ def _sample_prompts(written: Written) -> tuple[str | dict[str, Any], ...]:
     """Prompts, and mappings of a prompt and of `SAMPLE_OVERRIDES`. Raises: Wrong."""
     if (written.text or "").lstrip().startswith("["):
         with contextlib.suppress(NotJSON):
-            written = _written(parse_json(written.text, list), written.place)
+            items = parse_json(written.text, list)
+            written = _written(items, written.place) if any(isinstance(item, dict) for item in items) else written
     if not any(isinstance(item, dict) for item in written.items or ()):
         return SETTINGS["sample_prompts"].parse(written)
     known, entries = ("prompt", *SAMPLE_OVERRIDES), []

@@ -100,13 +100,13 @@ def test_completion_by_the_shell_itself(shell, run, tmp_path):
 
     def completed(*words):
         if shell == "fish":
-            command = f"source script; complete -C '{' '.join(('ms-diffsynth', *words))}'"
+            command = f"source ./script; complete -C '{' '.join(('ms-diffsynth', *words))}'"
         elif shell == "bash":
-            command = (f"source script; COMP_WORDS=(ms-diffsynth {' '.join(map(repr, words))}); "
+            command = (f"source ./script; COMP_WORDS=(ms-diffsynth {' '.join(map(repr, words))}); "
                        f"COMP_CWORD={len(words)}; _ms_diffsynth; printf '%s\\n' \"${{COMPREPLY[@]}}\"")
         else:  # what zsh would offer; its widgets need a terminal
             command = ("compdef() { :; }; _files() { :; }; _describe() { print -l -- ${(P)@[-1]}; }; "
-                       "compadd() { shift; print -l -- $@; }; source script; "
+                       "compadd() { shift; print -l -- $@; }; source ./script; "
                        f"words=(ms-diffsynth {' '.join(map(repr, words))}); CURRENT={len(words) + 1}; _ms_diffsynth")
         done = subprocess.run([shell, *(["-f"] if shell == "zsh" else []), "-c", command], capture_output=True,
                               text=True, cwd=tmp_path)

@@ -43,7 +43,7 @@ def test_the_font_of_the_extra_is_found_without_one_of_the_system(tmp_path, monk
     monkeypatch.setattr(fonts, "_FOLDERS", ())
     monkeypatch.setattr(fonts, "_PACKAGE", "a_font")
     monkeypatch.setattr(fonts, "_file_with", lambda letters, folders: folders)
-    monkeypatch.setattr(fonts.ImageFont, "truetype", lambda path, size: path)
+    monkeypatch.setattr(fonts.ImageFont, "truetype", lambda path, size, **_: path)
     assert fonts.font_for(CHINESE, 20) == (str(package),)
 
 
