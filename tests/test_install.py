@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -83,9 +84,11 @@ def test_the_wheel_in_a_fresh_environment_trains_the_first_run(tmp_path, run):
     shutil.rmtree(sources)
     run(sys.executable, "-m", "venv", "v")
     run("v/bin/pip", "install", "-q", wheel)
-    about = run("v/bin/python", "-c", "import importlib.metadata as m; print(m.metadata('ms_diffsynth'))")
-    assert "Project-URL: Issues, https://example.org/ms_diffsynth/issues" in about and "Classifier: Typing" in about
-    assert "(https://example.org/ms_diffsynth/raw/main/docs/images/emoji_cat.png)" in about and "](docs/" not in about
+    about = json.loads(run("v/bin/python", "-c", "import importlib.metadata as m, json; "
+                           "print(json.dumps(m.metadata('ms_diffsynth').json))"))
+    assert "Issues, https://example.org/ms_diffsynth/issues" in about["project_url"]
+    assert "Typing :: Typed" in about["classifier"] and "](docs/" not in about["description"]
+    assert "(https://example.org/ms_diffsynth/raw/main/docs/images/emoji_cat.png)" in about["description"]
     assert "examples/flux/emoji_dreambooth.yaml" in run("v/bin/ms-diffsynth", "examples")
     run("v/bin/ms-diffsynth", "train", "examples/flux/emoji_dreambooth.yaml", "--max_train_steps", "2",
         "--num_inference_steps", "2", "--sample_prompts", "a 3d render of koala", "--lr_warmup_steps", "0")

@@ -38,13 +38,12 @@ def test_a_title_without_a_font_is_its_number():
 def test_the_font_of_the_extra_is_found_without_one_of_the_system(tmp_path, monkeypatch):
     (package := tmp_path / "a_font").mkdir()
     (package / "__init__.py").touch()
-    (package / "NotoSansCJKtc-Regular.otf").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(fonts, "_FOLDERS", ())
     monkeypatch.setattr(fonts, "_PACKAGE", "a_font")
-    monkeypatch.setattr(fonts, "_file_with", lambda letters, folders: folders)
-    monkeypatch.setattr(fonts.ImageFont, "truetype", lambda path, size, **_: path)
-    assert fonts.font_for(CHINESE, 20) == (str(package),)
+    asked = []
+    monkeypatch.setattr(fonts, "_file_with", lambda letters, folders: asked.append(folders))
+    assert fonts.font_for(CHINESE, 20) is None and asked == [(str(package),)]
 
 
 @pytest.mark.parametrize("text", [CHINESE, RUSSIAN, "\u0395\u03bb\u03bb\u03ac\u03b4\u03b1"])
