@@ -99,10 +99,10 @@ def test_links_of_the_readme_on_a_package_index(monkeypatch):
     monkeypatch.setattr("setuptools.setup", lambda **options: None)
     spec = importlib.util.spec_from_file_location("installation", ROOT / "setup.py")
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    text = "![a cat](docs/images/cat.png) [more](docs/README.md#a) [MIT](https://x.org) [below](#b)"
+    text = "![a cat](docs/images/cat.png) [more](docs/README.md#documentation) [MIT](https://x.org) [below](#b)"
     assert module.for_package_index(text, "https://h.org/p") == (
-        "![a cat](https://h.org/p/raw/main/docs/images/cat.png) [more](https://h.org/p/blob/main/docs/README.md#a) "
-        "[MIT](https://x.org) [below](#b)")
+        "![a cat](https://h.org/p/raw/main/docs/images/cat.png) "
+        "[more](https://h.org/p/blob/main/docs/README.md#documentation) [MIT](https://x.org) [below](#b)")
     assert module.for_package_index(text, "") == "a cat more [MIT](https://x.org) [below](#b)"
 
 
