@@ -19,8 +19,6 @@ from pymdownx.slugs import slugify
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"benchmarks/README.md": "benchmarks.md", "examples/emoji_flux/README.md": "emoji_flux.md"}
 API = "reference/api.md"
-CHINESE = {"Home": "首页", "Get started": "快速入门", "Families": "模型", "How to": "操作指南", "Reference": "参考（英文）",
-           "Explanation": "原理", "Contributing": "参与开发（英文）", "Measured": "实测数据（英文）"}
 PREFIX = {"en": "", "zh": "zh/"}  # of a language's pages in the site
 
 
@@ -32,7 +30,6 @@ def on_config(config: Any) -> Any:
         pages = [target for target in re.findall(r"\]\(([^)]+\.md)\)", rows) if not target.startswith("..")]
         nav.append({heading.capitalize(): [*pages, *([API] if heading == "reference" else [])]})
     config.nav = [*nav, {"Measured": list(ELSEWHERE.values())}]
-    config.plugins["i18n"].get_language_config("zh").nav_translations = CHINESE
     return config
 
 
@@ -100,7 +97,9 @@ def api() -> str:
 
 def chinese_api() -> str:
     """The same names; each leads to the English page, because docstrings are English."""
-    rows = "".join(f"| `{module}` | " + "、".join(
-        f'<a href="../../../reference/api/#ms_diffsynth.{module}.{name}">{name}</a>' for name in names) + " |\n"
-        for module, names in public_names().items())
-    return f"# 公开的类和函数\n\n都从 `ms_diffsynth` 导入。点击名称查看由 docstring 生成的英文说明。\n\n| 所在模块 | 名称 |\n|---|---|\n{rows}"
+    parts = ["# 公开的类和函数\n\n都从 `ms_diffsynth` 导入。点击名称查看由 docstring 生成的英文说明。\n\n"
+             "| 所在模块 | 名称 |\n|---|---|\n"]
+    for module, names in public_names().items():
+        links = [f'<a href="../../../reference/api/#ms_diffsynth.{module}.{name}">{name}</a>' for name in names]
+        parts.append(f"| `{module}` | " + "、".join(links) + " |\n")
+    return "".join(parts)
