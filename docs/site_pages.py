@@ -73,6 +73,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return re.sub(r"(!?)\[([^\]]*)\]\(([^)#\s]*)(#[^)\s]*)?\)", moved, markdown)
 
 
+def on_page_context(context: Any, page: Any, config: Any, nav: Any) -> Any:
+    """The choice of language leads to the same page, also from the home page and from those that are added here."""
+    language = config.plugins["i18n"].current_language
+    place = page.url.removeprefix(PREFIX[language]).removeprefix("./")
+    for other in config.extra["alternate"]:
+        other["link"] = (PREFIX[other["lang"]] + place) or "."
+    return context
+
+
 def anchors(page: Path) -> list[str]:
     """Of the headings of a page, in their order: as many in every language."""
     text = re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8"))

@@ -26,16 +26,15 @@ NAMED = [*PAGES, *(path for folder in ("ms_diffsynth", "tests", "examples", "ben
                    for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".yaml"))]
 
 CHINESE = sorted(page for page in PAGES if page.name.endswith(".zh.md"))
-ENGLISH_ONLY = {
+ENGLISH_ONLY = {  # what is looked up rather than followed
     "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/contributing/extending.md",
     "docs/explanation/ascend.md", "docs/explanation/design.md", "docs/explanation/documents.md",
-    "docs/explanation/parity.md", "docs/how_to/autoencoder.md", "docs/how_to/evaluation.md", "docs/how_to/lora.md",
-    "docs/how_to/publishing.md", "docs/how_to/replay.md", "docs/how_to/sampling.md", "docs/how_to/templates.md",
-    "docs/how_to/unconditional.md", "docs/reference/checkpoints.md", "docs/reference/errors.md",
-    "docs/reference/faults.md", "docs/reference/interchange.md", "docs/reference/memory.md",
-    "docs/reference/optimizers.md", "docs/reference/settings.md", "examples/emoji_flux/README.md",
-    "examples/emoji_flux/model_card.md", "examples/data/SOURCES.md", "examples/data/photo_tiles64/SOURCES.md",
-    "examples/flux2/templates/README.md"}
+    "docs/explanation/parity.md", "docs/how_to/autoencoder.md", "docs/how_to/evaluation.md",
+    "docs/how_to/publishing.md", "docs/how_to/replay.md", "docs/how_to/unconditional.md",
+    "docs/reference/checkpoints.md", "docs/reference/errors.md", "docs/reference/faults.md",
+    "docs/reference/interchange.md", "docs/reference/memory.md", "docs/reference/optimizers.md",
+    "docs/reference/settings.md", "examples/data/SOURCES.md", "examples/data/photo_tiles64/SOURCES.md",
+    "examples/emoji_flux/README.md", "examples/emoji_flux/model_card.md", "examples/flux2/templates/README.md"}
 # those whose inline `--flags` are our own alone
 PRACTICAL = [*(ROOT / "docs/families").glob("*.md"), *(ROOT / "docs/get_started").glob("install*.md"),
              *(ROOT / "docs/how_to").glob("troubleshooting*.md"), *(ROOT / "docs/how_to").glob("split_training*.md")]
