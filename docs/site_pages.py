@@ -67,7 +67,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return f"{text} (`{path}`)"
         translated = ROOT / "docs" / f"{place.removesuffix('.md')}.{language}.md"
         if anchor and is_english and translated.is_file():  # it takes the place of the page that is meant
-            anchor = "#" + anchors(translated)[anchors(ROOT / "docs" / place).index(anchor[1:])]
+            same = dict(zip(anchors(ROOT / "docs" / place), anchors(translated)))
+            anchor = "#" + same.get(anchor[1:], anchor[1:])
         return f"{mark}[{text}]({os.path.relpath(place, PurePosixPath(page.file.src_uri).parent)}{anchor or ''})"
 
     return re.sub(r"(!?)\[([^\]]*)\]\(([^)#\s]*)(#[^)\s]*)?\)", moved, markdown)

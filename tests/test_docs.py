@@ -207,6 +207,9 @@ def test_the_site_is_built_without_a_warning_and_asks_no_other_server(tmp_path):
     assert {f"zh/{page}".removesuffix("/.") for page in english} == set(pages) - english
     for page, text in pages.items():
         assert f'<html lang="{"en" if page in english else "zh"}"' in text, page
+        places = [os.path.normpath(f"{page}/{link}") for link in re.findall(r'<a href="([^"]*)" hreflang=', text)]
+        bare = page.removeprefix("zh").strip("/") or "."
+        assert places == [bare, os.path.normpath(f"zh/{bare}")], page
     assert "安装" in pages["zh/get_started/install"] and "安装" not in pages["get_started/install"]
     for name in set(ms_diffsynth.__all__) - {"StaticLossScaler"}:
         assert f".{name}\"" in pages["reference/api"], name
