@@ -78,8 +78,9 @@ def on_page_context(context: Any, page: Any, config: Any, nav: Any) -> Any:
     """The choice of language leads to the same page, also from the home page and from those that are added here."""
     language = config.plugins["i18n"].current_language
     place = page.url.removeprefix(PREFIX[language]).removeprefix("./")
-    for other in config.extra["alternate"]:
-        other["link"] = (PREFIX[other["lang"]] + place) or "."
+    # as an attribute, as the plugin does: a template asks for it first
+    config.extra.alternate = [other | {"link": PREFIX[other["lang"]] + place or "."}
+                              for other in config.extra["alternate"]]
     return context
 
 
