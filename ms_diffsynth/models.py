@@ -38,6 +38,7 @@ from ms_diffsynth.formats.weights import Checkpoint, link_sharded, match, open_c
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import assign, state_dict, torch_parameters, torch_shapes
+from ms_diffsynth.nn.quant import store_8bit
 from ms_diffsynth.storage.files import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class Component:
         known: name -> config.json of published models, which stands in where files come without one.
         told_by: setting of ``known`` -> what the names and shapes of a checkpoint say of it; by these one is chosen.
         left_out: tensor -> from the shapes of the others to its values, where publishers' files are without it.
+        encoder: cells of a VAE that decoding does not use.
     """
 
     name: str
@@ -133,6 +135,7 @@ class Component:
     known: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     told_by: Mapping[str, Callable[[Shapes], Any]] = field(default_factory=dict, hash=False)
     left_out: Mapping[str, Callable[[Shapes], np.ndarray]] = field(default_factory=dict, hash=False)
+    encoder: tuple[str, ...] = ()
 
     @property
     def is_tokenizer(self) -> bool:
@@ -172,8 +175,11 @@ class Source:
         return found.with_arrays(lost) if lost else found
 
 
-def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.Cell:
+def load_component(component: Component, source: Source, dtype: ms.Type, without: Sequence[str] = ()) -> nn.Cell:
     """Build a component's cell and fill it from its checkpoint, shard by shard; frozen and in evaluation mode.
+
+    Args:
+        without: cells of it that are left out; their tensors are not read.
 
     Raises: WeightError for the config.json of another model, or naming missing, superfluous and mis-shaped tensors, or
         a missing shard.
@@ -188,10 +194,15 @@ def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.C
     for _, part in cell.cells_and_names():
         if hasattr(part, "set_flash_attention_force_cast_dtype"):  # mindone's, which casts float32 to float16 on Ascend
             part.set_flash_attention_force_cast_dtype(None)
-    found = {k: v for k, v in checkpoint.shapes.items() if not k.startswith(component.ignored)}
+    for part in without:
+        if isinstance(getattr(cell, part, None), nn.Cell):
+            delattr(cell, part)
+    ignored = (*component.ignored, *(f"{part}." for part in without))
+    checkpoint = checkpoint.with_entries({k: e for k, e in checkpoint.entries.items() if not k.startswith(ignored)})
+    found = checkpoint.shapes
     match(torch_shapes(cell), found, where=str(source.folder))
     checkpoint.refuse_integers(found)
-    assign(cell, ((k, finite(k, v, checkpoint)) for k, v in checkpoint.tensors() if k in found),
+    assign(cell, ((k, finite(k, v, checkpoint)) for k, v in checkpoint.tensors()),
            lambda k: component.weight_dtype(k, dtype))
     for parameter in cell.get_parameters():
         parameter.requires_grad = False
@@ -394,6 +405,11 @@ class Trained:
         known, shapes = torch_shapes(model), open_checkpoint(self.path).shapes
         match({n: shape for n, shape in known.items() if n in self.names},
               {n: shapes[key] for n, key in self.names.items()}, where=f"{self.path} ({name})")
+
+    def without(self, parts: Sequence[str]) -> Trained:
+        """The same but for the tensors of these cells."""
+        ends = tuple(f"{part}." for part in parts)
+        return replace(self, names={n: key for n, key in self.names.items() if not n.startswith(ends)})
 
     def put(self, name: str, model: nn.Cell) -> None:
         """Assign them. Raises: as `check`."""
@@ -630,6 +646,23 @@ class ModelStore:
                 weights.put(name, self.loaded[name])
         return self.loaded[name]
 
+    def decoder(self, name: str) -> nn.Cell:
+        """The model called ``name`` for decoding: itself where it is loaded, else without what only encoding uses, as
+        ``<name>.decoder`` in ``loaded``.
+        """
+        if name in self.loaded:
+            return self.loaded[name]
+        part = f"{name}.decoder"
+        if part not in self.loaded:
+            component = self.component(name)
+            model = load_component(component, self.source(name), self.dtype, without=component.encoder)
+            for weights in self.trained.get(name, ()):
+                weights.without(component.encoder).put(name, model)
+            if STORED_IN_8_BITS in self.weight_changes.get(name, ()):
+                store_8bit(model)
+            self.loaded[part] = model
+        return self.loaded[part]
+
     def add_trained(self, name: str, weights: Trained) -> None:
         """Weights of a training, for a model: it has them now, or gets them whenever it is loaded."""
         if name in self.loaded:
@@ -723,6 +756,7 @@ class ModelStore:
         """Let go of models, which are loaded again at first use."""
         for name in names:
             self.loaded.pop(name, None)
+            self.loaded.pop(f"{name}.decoder", None)
 
     def note_change(self, name: str, what: str, is_once: bool = False) -> None:
         """Something was done to the weights of a model: its digest is another one from here on.

@@ -181,6 +181,8 @@ class Pipeline:
             added to it is part of training and sampling.
         sigmas: the grid trained on, float32 [1000]; None before training.
         sampled_sigmas: the levels that are sampled now, float32 [n + 1]; None while rows are prepared for training.
+        prepared_prompts: in stage two of split training, prompt -> its slots without batch axis: no other prompt can be
+            sampled, and of the VAE the decoder alone is loaded. Else None.
     """
 
     components: tuple[Component, ...] = ()  # of the family; those of one pipeline are ``store.components``
@@ -220,6 +222,7 @@ class Pipeline:
         self.units_to_compile: frozenset[str] = frozenset()
         self.records_loss = False  # True while a training module's own forward is recorded
         self.keeps_models = True  # False: what has prepared the rows is unloaded then
+        self.prepared_prompts: dict[str, dict[str, np.ndarray]] | None = None
         self.units = self.build_units()
         if any("moments" in unit.output_params for unit in self.units):  # no VAE, no posterior
             self.units.append(SampleLatents("mean"))
@@ -419,7 +422,7 @@ class Pipeline:
 
     def unload_models(self, model_names: Iterable[str]) -> None:
         """Free the memory of models, which are loaded again at next use."""
-        names = set(model_names) & set(self.models)
+        names = set(model_names)
         self.forget_compiled()
         for unit in (*self.units, *(unit for units in self.optional_units.values() for unit in units), self.denoise):
             if isinstance(unit, TensorUnit):

@@ -45,6 +45,11 @@ class PreparedSlots(dict):
     text: tuple[str, tuple[str, ...]] = ("", ())
 
 
+def text_key(names: tuple[str, ...], texts: dict[str, str]) -> str:
+    """The key under which `Texts` holds these slots of texts."""
+    return digest_of([names, texts])
+
+
 class DiffusionTrainingModule:
     """Base of training modules: set ``self.pipe`` and call `switch_pipe_to_training_mode`.
 
@@ -148,7 +153,7 @@ class DiffusionTrainingModule:
         for name in names:
             for parameter in self._parameters_under(pipe, name):
                 parameter.requires_grad = True
-        self._store_frozen(fp8_models, ("step",) if stage == "train" else ("prepare", "step"))
+        self._store_frozen(fp8_models, ("step",) if stage == "train" or not pipe.keeps_models else ("prepare", "step"))
         self.use_gradient_checkpointing = use_gradient_checkpointing
         self.use_gradient_checkpointing_offload = use_gradient_checkpointing_offload
         if use_gradient_checkpointing or use_gradient_checkpointing_offload:
@@ -347,16 +352,40 @@ class DiffusionTrainingModule:
         names = tuple(name for unit in apart for name in unit.output_params if name in cut.cache)
         found = PreparedSlots()
         if names:
-            key = digest_of([names, texts])
-            entry = self.texts.get(key)
-            if entry is None:
-                found.update(self._computed(apart, texts, names))
-                self.texts.put(key, dict(found))
-            else:
-                found.update(entry.slots)
-            found.text = key, names
+            found.update(self._of_texts(apart, texts, names))
+            found.text = text_key(names, texts), names
         found.update(self._computed(others, given, [name for name in cut.cache if name not in names]))
         return found
+
+    def _of_texts(self, units: Sequence[Any], texts: dict[str, str], names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Slots that depend on nothing but texts: those of `texts`, or computed and put there."""
+        key = text_key(names, texts)
+        entry = self.texts.get(key)
+        if entry is not None:
+            return entry.slots
+        slots = self._computed(units, texts, names)
+        self.texts.put(key, slots)
+        return slots
+
+    def prepare_to_sample(self, prompt: str) -> None:
+        """Put into `texts` what sampling takes of a prompt, as far as no training changes it: embeddings, or token ids
+        where a text encoder is trained.
+        """
+        apart, names = self._of_sampled_prompt()
+        self._of_texts(apart, {"prompt": prompt}, names)
+
+    def sample_key(self, prompt: str) -> str:
+        """Under which key `prepare_to_sample` puts that."""
+        return text_key(self._of_sampled_prompt()[1], {"prompt": prompt})
+
+    def _of_sampled_prompt(self) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+        """The units that read nothing but the prompt of a sample image, and those of their slots that are kept."""
+        program = self.pipe.sampling_program()
+        whole = program.cut(("velocity",))
+        models = {*whole.models("prepare"), *whole.models("step")}
+        cut = program.cut(("velocity",), [name for name in self.trainable if name.split(".")[0] in models])
+        apart, _ = cut.split(["prompt"])
+        return apart, tuple(name for unit in apart for name in unit.output_params if name in cut.cache)
 
     def _computed(self, units: Sequence[Any], given: dict[str, Any], names: Iterable[str]) -> dict[str, np.ndarray]:
         """These slots of one row, by these units."""
@@ -369,8 +398,11 @@ class DiffusionTrainingModule:
         family's encoder reads prompt and image together.
         """
         apart, _ = cut.split(["prompt"])
-        return self._computed(apart, {"prompt": prompt},
-                              [name for unit in apart for name in unit.output_params if name in cut.cache])
+        names = [name for unit in apart for name in unit.output_params if name in cut.cache]
+        there = (self.pipe.prepared_prompts or {}).get(prompt, {})
+        if there.keys() >= set(names):
+            return {name: there[name] for name in names}
+        return self._computed(apart, {"prompt": prompt}, names)
 
     def padded_length(self, prompt: str, cut: Cut) -> int | None:
         """How long the slots of a prompt are that are padded, by its tokens; None where only a network could say."""
