@@ -307,7 +307,7 @@ def test_parsing(tmp_path):
 def test_the_setting_hub_is_also_where_models_come_from(hub, sources, tmp_path):
     """--hub modelscope; the default leaves it to the environment."""
     (tmp_path / "c.yaml").write_text("model: {family: toy, model_id_with_origin_paths: 'a/b:x,hf:c/d:y'}\n"
-                                     "data: {dataset_base_path: data}\n")
+                                     "data: {dataset_base_path: data}\nrun: {num_epochs: 1}\n")
     config = load_config(tmp_path / "c.yaml", {"hub": hub} if hub else None)
     found = model_configs(None, config.model.model_id_with_origin_paths, source_of(config))
     assert [one.download_source for one in found] == sources

@@ -49,8 +49,10 @@ def image(name: str, pipe, given: dict[str, torch.Tensor]) -> torch.Tensor:
     if name in ("flux", "sd3"):
         how["pooled_prompt_embeds"] = given["pooled_prompt_embeds"]
     if name == "qwen_image":
-        how |= {"prompt_embeds_mask": torch.ones(given["prompt_embeds"].shape[:2], dtype=torch.long),
-                "true_cfg_scale": 1.0}
+        mask = given["prompt_mask"]  # prompts are padded with zeros
+        length = int(mask.sum())
+        how |= {"prompt_embeds": given["prompt_embeds"][:, :length], "true_cfg_scale": 1.0,
+                "prompt_embeds_mask": torch.ones(1, length, dtype=torch.long)}
     how["guidance_scale"] = 3.5 if name == "flux" else 1.0
     how["latents"] = packed(noise) if name in ("flux", "qwen_image") else noise
     made = pipe(height=64, width=64, num_inference_steps=STEPS, output_type="np", **how).images[0]
