@@ -525,13 +525,15 @@ class Pipeline:
         return {model: len(names) for model, names in found.items()}
 
     def save_pretrained(self, folder: str | Path, changed: Sequence[str] = (), replace: bool = False,
-                        max_shard_bytes: int = SHARD) -> None:
+                        max_shard_bytes: int = SHARD, is_linked: bool = False) -> None:
         """Write a folder that `from_pretrained` and diffusers load: every model, tokenizers and the scheduler.
 
         Args:
             changed: models whose weights were changed in memory by other means than `load_lora` and `load_weights`.
             replace: put it in the place of what ``folder`` holds.
             max_shard_bytes: of a file.
+            is_linked: files of models that are unchanged get a second name in ``folder`` (a hard link), which takes no
+                space; they are copied where the file system cannot do that, or they have other names than diffusers'.
 
         Raises: OutputError, also for a folder that is not empty without ``replace``; WeightError for a model without
             files, with an adapter, or stored in 8 bits.
@@ -540,7 +542,8 @@ class Pipeline:
         with stage_folder(folder, replace=replace) as stage:
             for component in self.store.components:
                 index[component.folder] = self.store.save(component.name, Path(stage) / component.folder,
-                                                          component.name in changed, max_shard_bytes)
+                                                          component.name in changed, max_shard_bytes,
+                                                          is_linked=is_linked)
             scheduler = self.scheduler_config() or asdict(self.published_scheduler())
             scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
             index["scheduler"] = ["diffusers", scheduler["_class_name"]]

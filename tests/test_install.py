@@ -25,7 +25,7 @@ USES = {
     "modelscope": "import modelscope; from modelscope_hub import HubApi; HubApi()",
     "data": "import datasets; assert datasets.Dataset.from_list([{'a': 1}])[0] == {'a': 1}",
     "eval": "from ms_diffsynth.evaluate.weights import load_weights; assert load_weights()",
-    "docs": "import mkdocs, material, mkdocstrings",
+    "docs": "import mkdocs, material, mkdocs_static_i18n, mkdocstrings",
     "test": "import pytest, xdist, ruff",
 }
 

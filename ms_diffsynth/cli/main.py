@@ -25,6 +25,7 @@ COMMANDS = {
     "describe": "print a run's two halves as straight-line code, loading no weights",
     "report": "one page of HTML about a run, or about several beside each other",
     "evaluate": "compare generated images with real ones, and look for copies",
+    "convert": "a base model from its publisher's single file to diffusers' folder, or back",
     "lora": "look at LoRA files: convert, inspect, merge, extract, resize",
     "push": "publish a folder on a hub",
     "schema": "print what a configuration file may say, as JSON Schema, for editors",

@@ -109,9 +109,8 @@ def execute(args: argparse.Namespace) -> int:
     if unused:
         raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")
     cls.check_sampler(args.sampler)
-    models, tokenizers = base or (str(args.model), None)
-    pipe = open_pipeline(args.family, models, tokenizers=tokenizers, device=args.device,
-                         max_sequence_length=args.max_sequence_length)
+    pipe = open_pipeline(args.family, device=args.device, max_sequence_length=args.max_sequence_length,
+                         **(base or {"models": str(args.model)}))
     if args.embedded_guidance is not None and not pipe.takes_guidance:
         raise ConfigError(f"embedded_guidance={args.embedded_guidance}: this model is told none. Remove it, or use "
                           "--cfg_scale.")
@@ -195,12 +194,12 @@ def _parameters(args: argparse.Namespace, pipe: Any, call: dict[str, Any], image
     return redact("\n".join([*lines, ", ".join(f"{n}: {value}" for n, value in values.items() if value is not None)]))
 
 
-def _of_run(args: argparse.Namespace) -> tuple[Any, dict[str, str | None]]:
-    """The base model and tokenizers of a run, as `open_pipeline` takes them; ``args`` gets what the run saved last.
+def _of_run(args: argparse.Namespace) -> dict[str, Any]:
+    """The base model of a run, as arguments of `open_pipeline`; ``args`` gets what the run saved last.
 
     Raises: ConfigError for a folder that is not of a run, or has nothing saved; WeightError.
     """
-    from ms_diffsynth.run.pipeline import model_configs
+    from ms_diffsynth.run.pipeline import model_configs, source_of
 
     file = args.run / "config.yaml"
     if not file.is_file():
@@ -233,8 +232,9 @@ def _of_run(args: argparse.Namespace) -> tuple[Any, dict[str, str | None]]:
     args.family, args.model = model.family, args.run
     if args.max_sequence_length is None:
         args.max_sequence_length = config.data.max_sequence_length
-    return (model_configs(model.model_paths, model.model_id_with_origin_paths),
-            {name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")})
+    hub = source_of(config)
+    return {"models": model_configs(model.model_paths, model.model_id_with_origin_paths, hub), "hub": hub,
+            "tokenizers": {name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")}}
 
 
 def _family_and_model(given: list[Path]) -> tuple[str, Path]:

@@ -87,7 +87,10 @@ def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            "push_to_hub=true without hub_model_id: say where, for example --hub_model_id me/my-lora.")
     yield (c.run.push_to_hub and stage == "data_process",
            f"push_to_hub=true with task={c.objective.task}, which trains nothing to publish: remove it.")
-    unsent = [n for n in ("hub_model_id", "hub_private_repo", "hub") if getattr(c.run, n) != SETTINGS[n].default]
+    places = ["model_id_with_origin_paths", "template_model_id_or_path", *(n for n in SETTINGS if n[:9] == "tokenizer")]
+    is_source = any(getattr(c.model, n) for n in places)  # hub: models come from it too
+    unsent = [n for n in ("hub_model_id", "hub_private_repo", "hub") if getattr(c.run, n) != SETTINGS[n].default
+              and not (n == "hub" and is_source)]
     yield bool(unsent) and not c.run.push_to_hub, f"{listing(unsent)} would not be used: set push_to_hub=true."
     trusted = [n for n in ("trust_template_code", "trust_template_sha256") if getattr(c.model, n)]
     yield (bool(trusted) and c.model.template_model_id_or_path is None,

@@ -279,7 +279,8 @@ class RunSection:
     hub_model_id: str | None = _setting(None, "where: owner/name; made when it does not exist", may_change=True)
     hub_private_repo: bool = _setting(True, "only you may see it; a repository that is public is refused",
                                       may_change=True)
-    hub: str = _setting("huggingface", "which hub; the token comes from its login or from the environment",
+    hub: str = _setting("huggingface", "which hub: of models named owner/name:pattern, and of push_to_hub; the token "
+                        "comes from its login or from the environment",
                         choices=("huggingface", "modelscope"), may_change=True)
 
 

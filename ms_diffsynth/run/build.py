@@ -21,9 +21,10 @@ from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.tasks import Task, task_class
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import CacheError, ConfigError, DataError, listing, nearest
+from ms_diffsynth.hub.download import parse_path_or_model_id
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import TASKS, family
-from ms_diffsynth.run.pipeline import most_pixels
+from ms_diffsynth.run.pipeline import most_pixels, source_of
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.two_stage import stage_of
@@ -70,7 +71,9 @@ def build_module(config: TrainConfig, pipe: Pipeline, task: str | None = None,
                  "use_gradient_checkpointing_offload": model.use_gradient_checkpointing_offload}
     module = DiffusionTrainingModule() if module is None else module
     module.pipe, module.fuse = pipe, model.fuse
-    module.load_training_template_model(pipe, model.template_model_id_or_path, **recompute,
+    template, hub = model.template_model_id_or_path, source_of(config)
+    module.load_training_template_model(pipe, parse_path_or_model_id(template, hub=hub) if template else None,
+                                        **recompute,
                                         trust_template_code=model.trust_template_code,
                                         trust_template_sha256=model.trust_template_sha256)
     if model.weights:
