@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from ms_diffsynth.config import load_config
-from ms_diffsynth.run.build import build_datasets, build_sampler
+from ms_diffsynth.run.build import build_datasets
 from ms_diffsynth.run.pipeline import build_pipeline
+from ms_diffsynth.run.samples import build_sampler
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.training.module import DiffusionTrainingModule
 

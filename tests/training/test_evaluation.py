@@ -17,7 +17,7 @@ from ms_diffsynth.config import load_config
 from ms_diffsynth.data.plots import kid_curve
 from ms_diffsynth.errors import ConfigError, DataError
 from ms_diffsynth.formats.weights import load_state_dict
-from ms_diffsynth.run.build import build_sampler
+from ms_diffsynth.run.samples import build_sampler
 from ms_diffsynth.training.hooks.evaluation import COLUMNS
 from ms_diffsynth.training.signals import Stopped
 
