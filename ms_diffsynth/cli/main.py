@@ -15,6 +15,7 @@ from ms_diffsynth.errors import ConfigError, nearest, shortened
 # One file of this folder each, imported when it is asked for: MindSpore takes seconds to import, a help text must not.
 COMMANDS = {
     "init": "look at a folder of images, and write a configuration that trains on it",
+    "plan": "say what a run takes: downloads, data, memory, disk, steps; before it is started, on any machine",
     "train": "train from a configuration file",
     "doctor": "check that this machine is ready: versions, devices, memory, disk, hub, a step in both modes",
     "launch": "train in several processes, on one machine or more, and end all of them together",

@@ -1,6 +1,7 @@
 """A training run from beginning to end: `train` takes a configuration, `launch_training_task` takes the parts."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -12,11 +13,12 @@ from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.config import TrainConfig, flat, to_yaml
-from ms_diffsynth.errors import CacheError, ConfigError, OutputError, naming
+from ms_diffsynth.errors import CacheError, ConfigError, OutputError, UserError, naming
 from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_sampler
 from ms_diffsynth.run.checks import check_data, check_settings
 from ms_diffsynth.run.header import file_header
 from ms_diffsynth.run.pipeline import build_pipeline, most_pixels
+from ms_diffsynth.run.plan import plan_run, short_form
 from ms_diffsynth.training import same_run
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.hooks.checkpoints import Checkpoints
@@ -28,7 +30,7 @@ from ms_diffsynth.training.hooks.validation import Validation
 from ms_diffsynth.training.logger import ModelLogger
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.options import TrainingOptions
-from ms_diffsynth.training.prepared import CachedRows, PreparedRows
+from ms_diffsynth.training.prepared import PreparedRows
 from ms_diffsynth.training.trainer import Trainer
 from ms_diffsynth.training.two_stage import launch_data_process_task, open_cache, stage_of
 
@@ -60,6 +62,9 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     sets = build_datasets(config)
     check_data(accelerator, config, sets)
     images = sets.instance
+    if accelerator.is_main_process:
+        with contextlib.suppress(UserError):  # it is said below, where the models are opened
+            sys.stderr.write(short_form(plan_run(config, sets, texts=False)))
     pipe = build_pipeline(config)
     logger = ModelLogger(config.run.output_path, config.model.remove_prefix_in_ckpt, config.run.enable_tensorboard_log)
     rows = getattr(images, "rows", ())
@@ -81,12 +86,7 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     pipe.load_models_to_device(cut.models("step"))
     if accelerator.is_main_process:
         logger.files["config.yaml"] = to_yaml(config).encode()
-        count, classes, held_out = (
-            None if rows is None else rows.rows if isinstance(rows, CachedRows) else len(rows.rows) for rows in sets)
-        prior = "" if classes is None else f" and {classes} class images"
-        other = "" if held_out is None else f", {held_out} held out"
-        sys.stderr.write(f"{config.model.family}: {count} images{prior}{other}, batch size {config.run.batch_size}, "
-                         f"task {config.objective.task}, output in {config.run.output_path}\n{module.pipe.objective}\n")
+        sys.stderr.write(f"{module.pipe.objective}\n")
     sampler, captions = build_sampler(config, pipe, images)
     return launch_training_task(accelerator, sets.instance, module, logger, class_dataset=sets.classes,
                                 validation_dataset=sets.validation, args=config, sampler=sampler,
