@@ -71,7 +71,7 @@ class Activations:
     """What a family's networks hold beside their weights, so that memory can be worked out from shapes.
 
     Each is a number of values, in the dtype that is computed in; measured by MindSpore's allocator on the stand-in for
-    CANN (``python benchmarks/memory.py``, ``python benchmarks/vae_tiles.py peaks``).
+    CANN (``python benchmarks/memory.py``, ``python benchmarks/vae_peaks.py``).
 
     Attributes:
         kept: that a block of the network keeps for backward, for each token and channel.

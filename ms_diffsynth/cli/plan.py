@@ -225,12 +225,11 @@ def _measured(plan: RunPlan) -> str:
     train = next(stage for stage in plan.stages if stage.name == "train")
     beside = sum(size for name, size in train.models.items() if name != plan.pipe.network)
     also = f", with the models beside the network {memory_text(found.peak + beside)}" if beside else ""
-    return lines([
-        ("measured", f"the training step holds {memory_text(found.held)}, at its peak {memory_text(found.peak)}{also}, "
-         "by MindSpore's own allocator on a stand-in for the Ascend, at two and three blocks of each kind, continued "
-         "to all of them"),
-        ("", f"a step is {found.kernels:,} kernels, of these {found.casts} casts and {found.transposes} transpositions; "
-         f"the host waits {counted(found.synchronisations, 'time')}")]).replace("measured  ", f"{'measured':{LABEL}}")
+    text = (f"the training step holds {memory_text(found.held)}, at its peak {memory_text(found.peak)}{also}, by "
+            f"MindSpore's own allocator on a stand-in for an Ascend; it is {found.kernels:,} kernels, of these "
+            f"{found.casts} casts and {found.transposes} transpositions, and the host waits "
+            f"{counted(found.synchronisations, 'time')}")
+    return wrapped(text, f"{'measured':{LABEL}}", " " * LABEL)
 
 
 def _step(plan: RunPlan) -> Any:

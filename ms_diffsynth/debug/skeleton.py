@@ -240,7 +240,7 @@ def measure(plan: Plan, memory: float = 128.0, folder: str | Path | None = None)
 
 def measure_by_depth(plan: Plan, memory: float = 512.0) -> Report:
     """The same, sooner: at two blocks of each kind, and at one more of each. Blocks of a kind are alike, so that each
-    further one adds the same to all of a report but ``compile_seconds`` and ``host_peak``, which are those of the first.
+    further one adds the same to all of a report but ``compile_seconds`` and ``host_peak``: those are of the first.
 
     Where they are not alike, as in SD3.5, the whole network is built. Raises: as `measure`.
     """
