@@ -136,20 +136,22 @@ class RunPlan:
         return self.peak <= self.limit
 
 
-def plan_run(config: TrainConfig, sets: DataSets | None = None, card: float = CARD, texts: bool = True) -> RunPlan:
+def plan_run(config: TrainConfig, sets: DataSets | None = None, card: float = CARD, is_short: bool = False) -> RunPlan:
     """Plan a run.
 
     Args:
         sets: its data, as `run.build.build_datasets` reads them; None plans without them.
         card: GB of the Ascend it is for.
-        texts: whether tokens of prompts are counted also where only their cut ends depend on that.
+        is_short: leave out what `short_form` does not tell: how prompts are cut, and a template, whose code would run.
 
     Raises: ConfigError for models or layers that are not there, DataError, WeightError for a damaged config.json.
     """
+    if is_short:
+        config = replace(config, model=replace(config.model, trust_template_code=False, trust_template_sha256=None))
     device = planned_device(config)
     pipe, not_known = skeleton(config, _dtype(config, device))
     cut, module = cut_of(config, pipe)
-    data = None if sets is None else data_of(config, sets, module, cut, texts)
+    data = None if sets is None else data_of(config, sets, module, cut, is_short)
     total, limit = memory_of(config, device, card)
     trained, work = trained_of(config, pipe), _work(config, pipe, data, device)
     steps, epochs = _steps(config, data)
@@ -264,7 +266,7 @@ def cut_of(config: TrainConfig, pipe: Pipeline) -> tuple[Cut, DiffusionTrainingM
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def data_of(config: TrainConfig, sets: DataSets, module: DiffusionTrainingModule, cut: Cut, texts: bool) -> Data:
+def data_of(config: TrainConfig, sets: DataSets, module: DiffusionTrainingModule, cut: Cut, is_short: bool) -> Data:
     """What data sets tell of a run, images unread."""
     pipe, batch, images = module.pipe, config.run.batch_size, sets.instance
     if stage_of(config.objective.task) == "train":
@@ -272,7 +274,7 @@ def data_of(config: TrainConfig, sets: DataSets, module: DiffusionTrainingModule
     rows = PreparedRows(images, module, cut)
     of_classes = PreparedRows(sets.classes, module, cut).bucket_of if sets.classes else None
     prompts = list(dict.fromkeys(row["prompt"] for row in images.rows if isinstance(row.get("prompt"), str)))
-    lengths, cuts, looked_at = _tokens(module, cut, prompts) if texts or rows.has_lengths else ([], {}, 0)
+    lengths, cuts, looked_at = _tokens(module, cut, prompts) if rows.has_lengths or not is_short else ([], {}, 0)
     sizes = Counter(images.size_of(row) for row in range(len(images.rows)))
     sizes.update(sets.classes.size_of(row) for row in range(len(sets.classes.rows) if sets.classes else 0))
     compilations, batches, edits = None, -(-len(images) // batch), _edit_sizes(pipe, images)

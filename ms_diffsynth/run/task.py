@@ -1,7 +1,6 @@
 """A training run from beginning to end: `train` takes a configuration, `launch_training_task` takes the parts."""
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import sys
@@ -13,7 +12,7 @@ from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.config import TrainConfig, flat, to_yaml
-from ms_diffsynth.errors import CacheError, ConfigError, OutputError, UserError, naming
+from ms_diffsynth.errors import CacheError, ConfigError, OutputError, UserError, naming, said
 from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_sampler
 from ms_diffsynth.run.checks import check_data, check_settings
 from ms_diffsynth.run.header import file_header
@@ -33,6 +32,8 @@ from ms_diffsynth.training.options import TrainingOptions
 from ms_diffsynth.training.prepared import PreparedRows
 from ms_diffsynth.training.trainer import Trainer
 from ms_diffsynth.training.two_stage import launch_data_process_task, open_cache, stage_of
+
+log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> ModelLogger:
@@ -63,8 +64,12 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     check_data(accelerator, config, sets)
     images = sets.instance
     if accelerator.is_main_process:
-        with contextlib.suppress(UserError):  # it is said below, where the models are opened
-            sys.stderr.write(short_form(plan_run(config, sets, texts=False)))
+        try:
+            sys.stderr.write(short_form(plan_run(config, sets, is_short=True)))
+        except UserError:
+            pass  # it is said below, where the models are opened
+        except Exception as error:  # no run ends for want of a forecast
+            log.warning("what this run takes is not known (%s).", said(error))
     pipe = build_pipeline(config)
     logger = ModelLogger(config.run.output_path, config.model.remove_prefix_in_ckpt, config.run.enable_tensorboard_log)
     rows = getattr(images, "rows", ())

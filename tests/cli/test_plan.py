@@ -146,7 +146,7 @@ def test_a_peak_from_shapes_is_that_of_the_allocator(row):
     else:
         stages = found.stages
     train = stages[-1]
-    assert train.peak / GIB == pytest.approx(peak, rel=0.05)
+    assert train.peak / GIB == pytest.approx(peak, rel=0.1 if "template" in how else 0.05)
     weights = train.models["dit"] + train.parts.get("what learns", 0) + train.parts.get("the optimizer", 0)
     assert weights / GIB == pytest.approx(held, rel=0.1 if "template" in how else 0.02)
 
