@@ -267,17 +267,9 @@ def _said(notes: list[str]) -> list[str]:
 
 
 def _notes(plan: RunPlan) -> Iterator[str]:
-    from ms_diffsynth.run.memory import GIB
     from ms_diffsynth.run.plan import free_disk
 
     config = plan.config
-    train = next((stage for stage in plan.stages if stage.name == "train"), None)
-    again = [name for name in plan.cut.models("prepare") if train and name in train.models
-             and name not in plan.cut.models("step")]
-    if config.data.cache_dir and again:
-        size = sum(train.models[name] for name in again) / GIB
-        yield (f"sample images load {listing(again)} again, {size:.1f} GiB, which then stay beside the training step, "
-               f"although cache_dir={config.data.cache_dir} spares them.")
     for name in plan.not_known:
         yield (f"{name}: which model that is, and its size, is known only after the download, so its memory is not "
                "counted.")

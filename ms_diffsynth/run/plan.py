@@ -361,13 +361,18 @@ def _configs(pipe: Pipeline) -> dict[str, dict[str, Any]]:
 
 
 def models_of_samples(config: TrainConfig, pipe: Pipeline) -> tuple[str, ...]:
-    """The models that sample images load, before the first step, and which stay; empty without sample images."""
+    """The models that sample images load, before the first step, and which stay; empty without sample images.
+
+    In split training stage one has encoded their prompts, so no text encoder is among them.
+    """
     prompts = config.run.sample_prompts if "prompt" in pipe.inputs else config.run.sample_count
-    if not prompts or stage_of(config.objective.task):
+    stage = stage_of(config.objective.task)
+    if not prompts or stage == "data_process" or stage and "prompt" not in pipe.inputs:
         return ()
     cut = pipe.sampling_program().cut(("velocity",) if "prompt" in pipe.inputs else pipe.denoise.output_params)
     decode = pipe.build_decode().onload_model_names if hasattr(pipe, "build_decode") else ()
-    return tuple(dict.fromkeys((*cut.models("prepare"), *cut.models("step"), *decode)))
+    encoders = () if stage or config.data.cache_dir else cut.models("prepare")
+    return tuple(dict.fromkeys((*encoders, *cut.models("step"), *decode)))
 
 
 # -- steps and files ---------------------------------------------------------------------------------------------------
@@ -496,7 +501,7 @@ def _candidates(plan: RunPlan) -> Iterator[dict[str, str]]:
     """Settings that may take less memory, the least change first."""
     config, run, model = plan.config, plan.config.run, plan.config.model
     network, is_adapter = plan.pipe.network, not model.trainable_models
-    if plan.work.samples and run.sample_prompts:
+    if plan.work.samples and run.sample_prompts:  # their encoders stay, and the VAE
         yield {"sample_prompts": "[]"}
     if not config.data.cache_dir and not stage_of(config.objective.task) and "moments" in plan.cut.cache:
         yield {"cache_dir": f"cache/{Path(run.output_path).name}"}
