@@ -142,12 +142,14 @@ def _downloads(config: TrainConfig, is_offline: bool) -> Iterator[tuple[str, str
 
 def _repositories(config: TrainConfig) -> Iterator[ModelConfig]:
     """What the run asks of hubs."""
-    model = config.model
+    from ms_diffsynth.run.pipeline import source_of
+
+    model, hub = config.model, source_of(config)
     texts = [t for name in vars(model) if name.startswith("tokenizer") and (t := getattr(model, name))]
     texts += [model.template_model_id_or_path] if model.template_model_id_or_path else []
-    found = [parse_path_or_model_id(text) for text in texts]
+    found = [parse_path_or_model_id(text, hub=hub) for text in texts]
     if model.model_id_with_origin_paths:
-        found += parse_model_id_with_origin_paths(model.model_id_with_origin_paths)
+        found += parse_model_id_with_origin_paths(model.model_id_with_origin_paths, hub)
     yield from (one for one in found if one.model_id)
 
 

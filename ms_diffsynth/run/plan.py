@@ -43,7 +43,7 @@ from ms_diffsynth.run.memory import (
     stages_of,
     trained_of,
 )
-from ms_diffsynth.run.pipeline import model_configs, most_pixels
+from ms_diffsynth.run.pipeline import model_configs, most_pixels, source_of
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.prepared import PreparedRows
@@ -192,7 +192,8 @@ def skeleton(config: TrainConfig, dtype: ms.Type) -> tuple[Pipeline, list[str]]:
     """
     chosen, unknown = family(config.model.family), []
     pipe = chosen.pipeline(dtype=dtype)
-    for model in model_configs(config.model.model_paths, config.model.model_id_with_origin_paths):
+    for model in model_configs(config.model.model_paths, config.model.model_id_with_origin_paths,
+                               source_of(config)):
         if not _add_files(pipe, model) and not _add_settings(pipe, model, chosen):
             unknown.append(str(model))
     pipe.use_sampling_config(pipe.store.sampling_config)
@@ -200,7 +201,7 @@ def skeleton(config: TrainConfig, dtype: ms.Type) -> tuple[Pipeline, list[str]]:
         pipe.max_sequence_length = config.data.max_sequence_length
     for name in chosen.tokenizers:
         if text := getattr(config.model, f"{name}_path"):
-            _add_tokenizer(pipe, name, text)
+            _add_tokenizer(pipe, name, text, source_of(config))
     return pipe, unknown
 
 
@@ -237,9 +238,9 @@ def _add_settings(pipe: Pipeline, model: ModelConfig, chosen: Family) -> bool:
     return False
 
 
-def _add_tokenizer(pipe: Pipeline, name: str, text: str) -> None:
+def _add_tokenizer(pipe: Pipeline, name: str, text: str, hub: str | None) -> None:
     try:
-        paths = replace(parse_path_or_model_id(text), skip_download=True).resolve(runtime.model_base_path())
+        paths = replace(parse_path_or_model_id(text, hub=hub), skip_download=True).resolve(runtime.model_base_path())
     except HubError:  # it is on the hub, so prompts cannot be counted
         pipe.sources.pop(name, None)
         return
