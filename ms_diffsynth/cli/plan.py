@@ -99,7 +99,7 @@ def _data(config: TrainConfig, plan: RunPlan, sets: Any) -> Iterator[tuple[str, 
     if data.held_out:
         yield "held out", f"{data.held_out}, for the validation loss"
     for kind, texts in data.cuts.items():
-        yield "tokens", f"{counted(len(texts), 'prompt')} longer than {kind}, and cut there, such as \"{texts[0]}\""
+        yield "tokens", f"{counted(len(texts), 'prompt')} longer than {kind}, and cut there, such as \"{texts[0]}...\""
     if data.texts and not data.cuts:
         looked = "" if data.looked_at >= data.texts else f", of the {data.looked_at} longest"
         yield "tokens", (f"no prompt is cut{looked}" if data.looked_at else

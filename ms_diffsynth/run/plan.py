@@ -22,7 +22,6 @@ from ms_diffsynth.config import SECTIONS, SETTINGS, TrainConfig, validate
 from ms_diffsynth.config.yaml_lines import Written
 from ms_diffsynth.data.buckets import own_bucket
 from ms_diffsynth.data.loader import Loader
-from ms_diffsynth.data.paths import plain
 from ms_diffsynth.errors import ConfigError, HubError, UserError, WeightError
 from ms_diffsynth.hub.download import ModelConfig, parse_path_or_model_id
 from ms_diffsynth.models import Source, read_config
@@ -311,7 +310,7 @@ def _tokens(module: DiffusionTrainingModule, cut: Cut,
     cuts, lengths = Cuts(), []
     try:
         for prompt in chosen:
-            with cuts.of(plain(prompt, 60)):
+            with cuts.of(" ".join(prompt.split())[:60]):
                 if (length := module.padded_length(prompt, cut)) is not None:
                     lengths.append(length)
     except UserError:  # its tokenizer is not here
