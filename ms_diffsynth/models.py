@@ -581,6 +581,11 @@ class ModelStore:
                               f"{' or '.join(c.folder for c in of_class)}, by which they are told apart. Rename it.")
         return named[0].name
 
+    def know(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take the config.json of models whose files are not here, so that the pipeline can be planned without them."""
+        self.known_configs.update({name: dict(config) for name, config in configs.items()})
+        self._choose_variant()
+
     def _choose_variant(self) -> None:
         """Be made of the first set of components that has the classes of all files given so far.
 
@@ -588,8 +593,9 @@ class ModelStore:
         """
         if not self.variants:
             return
-        found = {name: class_name_of(self._config_of(source)) for name, source in self.sources.items()
-                 if source.config is not None or (source.folder / "config.json").is_file()}
+        found = {name: class_name_of(config) for name, config in self.known_configs.items()}
+        found |= {name: class_name_of(self._config_of(source)) for name, source in self.sources.items()
+                  if source.config is not None or (source.folder / "config.json").is_file()}
         for components in (self.components, *self.variants):
             classes = {c.name: c.class_name for c in components}
             if all(classes.get(name) in ("", class_name) for name, class_name in found.items()):

@@ -67,14 +67,34 @@ class SamplingDefaults:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What a family's networks hold beside their weights, so that memory can be worked out from shapes.
+
+    Each is a number of values, in the dtype that is computed in; measured by MindSpore's allocator on the stand-in for
+    CANN (``python benchmarks/memory.py``, ``python benchmarks/vae_peaks.py``).
+
+    Attributes:
+        kept: that a block of the network keeps for backward, for each token and channel.
+        inside: that are held at one time inside of a block that is computed again in backward, likewise.
+        encode, decode: at the peak of the VAE, for each pixel of the image and channel of its first block.
+    """
+
+    kept: float
+    inside: float
+    encode: float
+    decode: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """What is known of a model family without its weights. Nothing outside ``pipelines`` asks for a family by name.
 
     Attributes:
         pipeline: its pipeline class.
         write_tiny: writes a tiny, randomly initialised model in the family's checkpoint format, from a seed.
-        published: settings of its published models: name -> component -> config.json, without those that no training
-            of a prepared data set needs.
+        published: settings of its published models: name -> component -> config.json.
+        repositories: of a hub -> which of the published models it holds.
+        activations: what they take beside their weights; None where that is not known.
         prepared_shapes: from such configs, the shape of an image's latents and a number of text tokens to the shapes
             of the prepared slots of a row.
         licences: base model -> the licence of what is trained from it, for the model card.
@@ -86,6 +106,8 @@ class Family:
     pipeline: type[Pipeline]
     write_tiny: Callable[[Path, int], None]
     published: Mapping[str, Mapping[str, dict[str, Any]]] = field(default_factory=dict)
+    repositories: Mapping[str, str] = field(default_factory=dict)
+    activations: Activations | None = None
     prepared_shapes: Callable[..., dict[str, tuple[int, ...]]] | None = None
     licences: Mapping[str, Licence] = field(default_factory=dict)
     loader: Callable[[str | None], Loader | None] = lambda base_model: None

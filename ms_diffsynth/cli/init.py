@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import sys
 import textwrap
 from collections import Counter
@@ -25,11 +24,13 @@ from ms_diffsynth.cli.look import (
     bundled_folder,
     count_tokens,
     counted,
+    lines,
     look_at_all,
     noting,
     read_images,
     report,
     three,
+    wrapped,
 )
 from ms_diffsynth.config.bases import BASES, DEVICES, DIVISION_FACTOR, Base, Fit
 from ms_diffsynth.config.flags import add_flags, overrides_of, path_argument
@@ -88,7 +89,7 @@ def execute(args: argparse.Namespace) -> int:
     notes += [*warnings, *_notes(images, base, config, tokens)]
     text = commented_yaml(_head(args, base, memory, images, output), settings)
     write_file(output, text.encode())
-    said = [_lines(found), "".join(_wrapped(f"note: {note}") for note in notes),
+    said = [lines(found), "".join(wrapped(f"note: {note}") for note in notes),
             f"wrote {output}, {len(text.splitlines())} lines. Next:\n",
             "".join(f"  {command}\n" for command in _next(base, images, config, output))]
     sys.stdout.write("\n".join(filter(None, said)))
@@ -298,18 +299,6 @@ def _next(base: Base, images: Images, config: TrainConfig, output: Path) -> Iter
     name = f"epoch-{run.num_epochs - 1}" if run.max_train_steps is None else f"step-{run.max_train_steps}"
     yield (f"ms-diffsynth sample {model} --lora {shlex.quote(f'{run.output_path}/{name}.safetensors')} "
            f"--prompt {shlex.quote(prompt)}")
-
-
-def _lines(report: Report) -> str:
-    """Labels in one column, texts beside them."""
-    wide = max(len(label) for label, _ in report) + 2
-    return "".join(_wrapped(text, f"{label:{wide}}", " " * wide) for label, text in report)
-
-
-def _wrapped(text: str, first: str = "", others: str = "      ") -> str:
-    width = min(max(shutil.get_terminal_size().columns, 60), 110)
-    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=others, break_long_words=False,
-                         break_on_hyphens=False) + "\n"
 
 
 def _as_flag(value: Any) -> str:

@@ -5,6 +5,8 @@ import contextlib
 import logging
 import os
 import re
+import shutil
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -215,11 +217,12 @@ def noting() -> Iterator[list[str]]:
         log.propagate = before
 
 
-def report(images: Images, looks: list[Look] | None, base: Base, tokens: dict[str, int] | None) -> Report:
+def report(images: Images, looks: list[Look] | None, base: Base | None = None,
+           tokens: dict[str, int] | None = None) -> Report:
     """What was found.
 
     Args:
-        looks: of `look_at_all`. tokens: of `count_tokens`.
+        looks: of `look_at_all`. tokens: of `count_tokens`, for ``base``; None counts characters.
     """
     dataset, count = images.dataset, len(images.dataset.rows)
     sizes = [dataset.image_size(row)[::-1] for row in range(count)]
@@ -241,13 +244,15 @@ def report(images: Images, looks: list[Look] | None, base: Base, tokens: dict[st
         found.append(("turned", f"{turned}, as their EXIF orientation says"))
     if clear := sum(look.is_transparent for look in looks or ()):
         found.append(("transparent", f"{clear}, laid over white"))
-    found += [("duplicates", _duplicates(dataset, looks)), *_captions(images, base, tokens)]
+    found.append(("duplicates", _duplicates(dataset, looks)))
+    if any("prompt" in row for row in dataset.rows):
+        found += _captions(images, base, tokens)
     if images.classes is not None:
         found.append(("class images", f"{len(images.classes.rows)} in {images.classes.base_path}"))
     return found
 
 
-def _captions(images: Images, base: Base, tokens: dict[str, int] | None) -> Report:
+def _captions(images: Images, base: Base | None, tokens: dict[str, int] | None) -> Report:
     """Which prompts are trained: how many images have a caption, what the others get, how long they are, and three."""
     dataset, prompts = images.dataset, images.prompts
     count, missing = len(dataset.rows), len(dataset.uncaptioned)
@@ -282,11 +287,15 @@ def count_tokens(prompts: Iterable[str], base: Base) -> dict[str, int] | None:
 def _duplicates(dataset: UnifiedDataset, looks: list[Look] | None) -> str:
     """Images with the same pixels; with the same bytes where they are too many to be decoded."""
     names = [row["image"] for row in dataset.rows]
-    keys = ([look.pixels for look in looks] if looks is not None else
-            [dataset.content(row, ["image"])["image"][0] for row in range(len(names))])
-    first: dict[str, str] = {}
+    keys: list[Any] = [look.pixels for look in looks or ()]
+    if looks is None:  # files of one size are read
+        keys = [os.path.getsize(resolve(dataset.base_path, name, dataset.allow_outside_base)) for name in names]
+        count = Counter(keys)
+        keys = [size if count[size] == 1 else dataset.content(row, ["image"])["image"][0]
+                for row, size in enumerate(keys)]
+    first: dict[Any, str] = {}
     again = [f"{name} is {first[key]}" for name, key in zip(names, keys) if first.setdefault(key, name) != name]
-    how = "" if looks is not None else ", by the bytes of files: the images are too many to be decoded"
+    how = "" if looks is not None else ", by the bytes of their files"
     return f"{len(again)}, trained on like the others: {listing(again, 3)}{how}" if again else f"none{how}"
 
 
@@ -305,3 +314,15 @@ def counted(number: int, what: str) -> str:
 
 def _times(number: int) -> str:
     return {1: "once", 2: "twice"}.get(number, f"{number} times")
+
+
+def lines(report: Report) -> str:
+    """Labels in one column, texts beside them."""
+    wide = max(len(label) for label, _ in report) + 2
+    return "".join(wrapped(text, f"{label:{wide}}", " " * wide) for label, text in report)
+
+
+def wrapped(text: str, first: str = "", others: str = "      ") -> str:
+    width = min(max(shutil.get_terminal_size().columns, 60), 110)
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=others, break_long_words=False,
+                         break_on_hyphens=False) + "\n"

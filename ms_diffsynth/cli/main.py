@@ -16,6 +16,7 @@ from ms_diffsynth.errors import ConfigError, nearest, shortened
 COMMANDS = {
     "init": "look at a folder of images, and write a configuration that trains on it",
     "examples": "copy the example configurations and their images to here",
+    "plan": "say what a run takes: downloads, data, memory, disk, steps; before it is started, on any machine",
     "train": "train from a configuration file",
     "doctor": "check that this machine is ready: versions, devices, memory, disk, hub, a step in both modes",
     "launch": "train in several processes, on one machine or more, and end all of them together",

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -104,6 +104,27 @@ class ModelConfig:
             raise HubError(f"{self}: no such file in the cache {folder}, which holds {listing(_files_in(folder))}. "
                            "Run once with a connection to download it.")
         return found
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes of the files that are meant, as the hub lists them; nothing is downloaded.
+
+        Raises: HubError when the hub cannot be reached, refuses, or has no such file.
+        """
+        if self.source == "modelscope":
+            found = modelscope_download.sizes(self)
+        else:
+            found = _Repository(self).sizes()
+        if not (wanted := _matching(sorted(found), self.origin_file_pattern)):
+            raise HubError(f"{self}: no file matches; the repository holds {listing(found, 30) or 'no files'}."
+                           f"{nearest(self.origin_file_pattern or '', found)}")
+        return {name: found[name] for name in wanted}
+
+    def is_here(self, name: str) -> bool:
+        """Whether a file of the repository is on this machine already: in the hub's cache, or in a local copy."""
+        try:
+            return bool(replace(self, origin_file_pattern=name, skip_download=True).resolve())
+        except HubError:
+            return False
 
     @property
     def source(self) -> str:
@@ -239,6 +260,17 @@ class _Repository:
         if info.sha != self.config.revision:
             logger.info("%s: revision %s is commit %s.", self.config, self.config.revision or "main", info.sha)
         return self._download(info.sha, wanted)
+
+    def sizes(self) -> dict[str, int]:
+        """Name -> bytes of every file. Raises: HubError."""
+        if self.config.skip_download:
+            raise HubError(f"{self.config} is not listed: skip_download is set.")
+        try:
+            tree = self._ask(lambda: list(HfApi(endpoint=self.endpoint).list_repo_tree(
+                self.config.model_id, recursive=True, revision=self.config.revision)))
+        except _Unreachable as error:
+            raise HubError(f"{self.config} cannot be listed: {error}.") from error.__cause__
+        return {item.path: item.size for item in tree if hasattr(item, "size")}
 
     def _download(self, commit: str, wanted: list[str]) -> Path:
         revision = self.config.revision or constants.DEFAULT_REVISION  # by its name, so that the cache knows it offline

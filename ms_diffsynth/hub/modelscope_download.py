@@ -24,13 +24,7 @@ def snapshot(config: Any, matching: Callable[[Sequence[str]], list[str]]) -> tup
 
     Raises: HubError.
     """
-    try:
-        from modelscope_hub import HubApi, HubConfig, errors as client
-    except ImportError:
-        raise HubError(f"{config} is asked for on ModelScope, which needs its client: pip install "
-                       "'ms_diffsynth[modelscope]', or set download_source to huggingface.") from None
-    settings = HubConfig(endpoint=config.endpoint)
-    api, host = HubApi(config=settings), settings.endpoint.partition("://")[2].partition("/")[0]
+    api, client, host = _client(config)
     revision, cache = config.revision or BRANCH, config.cache_dir
     how = {"repo_id": config.model_id, "repo_type": "model", "revision": revision, "cache_dir": cache}
 
@@ -49,8 +43,7 @@ def snapshot(config: Any, matching: Callable[[Sequence[str]], list[str]]) -> tup
     if config.skip_download:
         return cached("skip_download is set", None)
     try:
-        files = [f for f in api.legacy.list_repo_files(config.model_id, "model", revision=revision, recursive=True)
-                 if f.get("Type") != "tree"]
+        files = _files(api, config)
     except client.NetworkError as error:
         return cached(f"the connection to {host} failed", error)
     except client.APIError as error:
@@ -73,6 +66,35 @@ def snapshot(config: Any, matching: Callable[[Sequence[str]], list[str]]) -> tup
         raise HubError(f"{config}: ModelScope's cache cannot be written ({error.strerror}). Free some space, or give "
                        "another cache_dir.") from error
     return folder, revision
+
+
+def sizes(config: Any) -> dict[str, int]:
+    """Name -> bytes of every file of a repository. Raises: HubError."""
+    api, client, host = _client(config)
+    if config.skip_download:
+        raise HubError(f"{config} is not listed: skip_download is set.")
+    try:
+        return {file["Path"]: int(file.get("Size") or 0) for file in _files(api, config)}
+    except client.NetworkError as error:
+        raise HubError(f"{config} cannot be listed: the connection to {host} failed.") from error
+    except client.APIError as error:
+        raise _refused(config, host, error) from error
+
+
+def _client(config: Any) -> tuple[Any, Any, str]:
+    """ModelScope's client, its errors, and the name of its host. Raises: HubError where it is not installed."""
+    try:
+        from modelscope_hub import HubApi, HubConfig, errors as client
+    except ImportError:
+        raise HubError(f"{config} is asked for on ModelScope, which needs its client: pip install "
+                       "'ms_diffsynth[modelscope]', or set download_source to huggingface.") from None
+    settings = HubConfig(endpoint=config.endpoint)
+    return HubApi(config=settings), client, settings.endpoint.partition("://")[2].partition("/")[0]
+
+
+def _files(api: Any, config: Any) -> list[dict[str, Any]]:
+    return [f for f in api.legacy.list_repo_files(config.model_id, "model", revision=config.revision or BRANCH,
+                                                  recursive=True) if f.get("Type") != "tree"]
 
 
 def _refused(config: Any, host: str, error: Any) -> HubError:

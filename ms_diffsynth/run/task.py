@@ -12,11 +12,12 @@ from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.config import TrainConfig, flat, to_yaml
-from ms_diffsynth.errors import CacheError, ConfigError, OutputError, naming
+from ms_diffsynth.errors import CacheError, ConfigError, OutputError, UserError, naming, said
 from ms_diffsynth.run.build import DataSets, build_datasets, build_module
 from ms_diffsynth.run.checks import check_data, check_settings
 from ms_diffsynth.run.header import file_header
 from ms_diffsynth.run.pipeline import build_pipeline, most_pixels
+from ms_diffsynth.run.plan import plan_run, short_form
 from ms_diffsynth.run.samples import build_sampler, check_prompts, prompts_to_prepare
 from ms_diffsynth.training import same_run
 from ms_diffsynth.training.distributed import Accelerator
@@ -30,9 +31,11 @@ from ms_diffsynth.training.hooks.validation import Validation
 from ms_diffsynth.training.logger import ModelLogger
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.options import TrainingOptions
-from ms_diffsynth.training.prepared import CachedRows, PreparedRows
+from ms_diffsynth.training.prepared import PreparedRows
 from ms_diffsynth.training.trainer import Trainer
 from ms_diffsynth.training.two_stage import launch_data_process_task, open_cache, stage_of
+
+log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> ModelLogger:
@@ -62,6 +65,13 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     sets = build_datasets(config)
     check_data(accelerator, config, sets)
     images = sets.instance
+    if accelerator.is_main_process:
+        try:
+            sys.stderr.write(short_form(plan_run(config, sets, is_short=True)))
+        except UserError:
+            pass  # it is said below, where the models are opened
+        except Exception as error:  # no run ends for want of a forecast
+            log.warning("what this run takes is not known (%s).", said(error))
     pipe = build_pipeline(config)
     prompts = prompts_to_prepare(config, pipe)  # what is wrong with them is told before a model is loaded
     logger = ModelLogger(config.run.output_path, config.model.remove_prefix_in_ckpt, config.run.enable_tensorboard_log)
@@ -86,12 +96,7 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     pipe.load_models_to_device(cut.models("step"))
     if accelerator.is_main_process:
         logger.files["config.yaml"] = to_yaml(config).encode()
-        count, classes, held_out = (
-            None if rows is None else rows.rows if isinstance(rows, CachedRows) else len(rows.rows) for rows in sets)
-        prior = "" if classes is None else f" and {classes} class images"
-        other = "" if held_out is None else f", {held_out} held out"
-        sys.stderr.write(f"{config.model.family}: {count} images{prior}{other}, batch size {config.run.batch_size}, "
-                         f"task {config.objective.task}, output in {config.run.output_path}\n{module.pipe.objective}\n")
+        sys.stderr.write(f"{module.pipe.objective}\n")
     sampler, captions = build_sampler(config, pipe, images)
     return launch_training_task(accelerator, sets.instance, module, logger, class_dataset=sets.classes,
                                 validation_dataset=sets.validation, args=config, sampler=sampler,

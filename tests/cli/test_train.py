@@ -39,7 +39,8 @@ def test_a_whole_run(run, config):
     settings = json.loads(Path("out/training_args.json").read_text())
     assert settings["learning_rate"] == 0.01 and settings["family"] == "toy" and settings["mode"] == "graph"
     assert len({Image.open(f"out/{name}").size for name in files if name.startswith("samples/step")}) == 1
-    assert "toy: 3 images, batch size 2, task sft, output in out" in err and "compiled the training step" in err
+    assert err.startswith("toy: 3 images, batch size 2, task sft, output in out\n4 steps, 2 epochs; "), "the short form"
+    assert err.count("batch size") == 1 and "compiled the training step" in err
 
 
 def test_the_header_of_a_lora_tells_of_its_training_without_paths_and_captions(run, config, pictures, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import mindspore as ms
 import pytest
 
-from ms_diffsynth.debug.skeleton import Plan, build, measure, published
+from ms_diffsynth.debug.skeleton import Plan, build, measure, measure_by_depth, published
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.nn.names import torch_parameters, torch_shapes
 from ms_diffsynth.registry import family
@@ -59,3 +59,15 @@ def test_a_network_in_8_bits_compiles_with_recompute_and_holds_a_byte_a_weight(o
     whole, stored = measure(Plan(**plan)), measure(Plan(**plan, is_8bit=True))
     assert stored.parameters > whole.parameters  # the scales
     assert 0.95 * whole.parameters < whole.held - stored.held < whole.parameters
+
+
+@pytest.mark.slow
+def test_a_deep_network_is_measured_by_a_shallow_one(on_standin):
+    """A large part of it: what is alike in all blocks grows with their number alone."""
+    plan = Plan(family="flux", model="FLUX.1-dev", height=256, width=256,
+                settings={"num_attention_heads": 2, "num_layers": 5, "num_single_layers": 6})
+    whole, by_depth = measure(plan), measure_by_depth(plan)
+    assert (by_depth.kernels, by_depth.casts, by_depth.transposes, by_depth.synchronisations) == (
+        whole.kernels, whole.casts, whole.transposes, whole.synchronisations)
+    assert by_depth.parameters == whole.parameters and by_depth.trained == whole.trained
+    assert by_depth.held == pytest.approx(whole.held, rel=0.01) and by_depth.peak == pytest.approx(whole.peak, rel=0.05)

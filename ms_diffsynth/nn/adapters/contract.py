@@ -27,6 +27,10 @@ class Adapter(Protocol):
     name: str
     format: Format
 
+    def size(self, outs: int, ins: int, rank: int) -> int:
+        """How many numbers it trains beside a linear layer [outs, ins]."""
+        ...
+
     def inject(self, network: nn.Cell, targets: Iterable[str], rank: int, alpha: float | None = None,
                uniform: Uniform | None = None) -> Mapping[str, nn.Cell]:
         """Freeze ``network`` and put the adapter on the linear layers that ``targets`` select, where it changes nothing

@@ -44,6 +44,9 @@ class DoRA(LinearAdapter):
         norms = np.sqrt(to_numpy(squared_norms(base)))
         return DoRALinear(base, matrices(base, name, rank, uniform) | {MAGNITUDE: norms}, scale, name)
 
+    def size(self, outs: int, ins: int, rank: int) -> int:
+        return super().size(outs, ins, rank) + outs
+
 
 def squared_norms(base: nn.Cell) -> Tensor:
     """|W|^2 of each row, float32 [out], as the weight of a linear layer is stored."""

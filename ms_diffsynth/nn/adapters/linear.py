@@ -25,6 +25,10 @@ class LinearAdapter(Adapter):
         """The cell for the linear layer ``base`` at ``name``. Raises: ConfigError for one the adapter does not fit."""
         raise TypeError(f"{type(self).__name__} has no layer(self, base, name, rank, scale, uniform): implement it.")
 
+    def size(self, outs: int, ins: int, rank: int) -> int:
+        """Elements of the tensors beside a linear layer [outs, ins]."""
+        return rank * (outs + ins)
+
     def inject(self, network: nn.Cell, targets: Iterable[str], rank: int, alpha: float | None = None,
                uniform: Uniform | None = None) -> dict[str, AdaptedLinear]:
         if rank < 1:

@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 from ms_diffsynth.hub.card import APACHE, Licence, Loader
-from ms_diffsynth.pipeline import Family
+from ms_diffsynth.pipeline import Activations, Family
 from ms_diffsynth.pipelines.flux.pipeline import FluxImagePipeline
-from ms_diffsynth.pipelines.flux.published import PUBLISHED, prepared_shapes
+from ms_diffsynth.pipelines.flux.published import PUBLISHED, REPOSITORIES, prepared_shapes
 from ms_diffsynth.pipelines.flux.tiny import write_tiny
 
 _HUB = "https://huggingface.co/black-forest-labs"
@@ -19,4 +19,5 @@ LOADER = Loader(here="FluxImagePipeline", diffusers="FluxPipeline", mindone="Flu
                 transformer="FluxTransformer2DModel", tags=("flux", "flux-diffusers"))
 
 FAMILY = Family(name="flux", pipeline=FluxImagePipeline, write_tiny=write_tiny, published=PUBLISHED,
+                repositories=REPOSITORIES, activations=Activations(kept=15.0, inside=18.2, encode=4.08, decode=6.01),
                 prepared_shapes=prepared_shapes, licences=LICENCES, loader=lambda base: LOADER)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ms_diffsynth.pipelines.shared.text import CLIP_L, T5_XXL
+
 _VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
@@ -20,10 +22,12 @@ _DEV: dict[str, Any] = {
     "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
     "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": [16, 56, 56]}
 
+_OTHERS = {"vae": _VAE, "text_encoder_1": CLIP_L, "text_encoder_2": T5_XXL}
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
-    "FLUX.1-dev": {"dit": _DEV, "vae": _VAE},
-    "FLUX.1-schnell": {"dit": _DEV | {"guidance_embeds": False}, "vae": _VAE},
+    "FLUX.1-dev": {"dit": _DEV, **_OTHERS},
+    "FLUX.1-schnell": {"dit": _DEV | {"guidance_embeds": False}, **_OTHERS},
 }
+REPOSITORIES = {f"black-forest-labs/{name}": name for name in PUBLISHED}
 
 
 def prepared_shapes(configs: dict[str, dict[str, Any]], latent: tuple[int, int, int],

@@ -2,9 +2,9 @@
 from __future__ import annotations
 
 from ms_diffsynth.hub.card import APACHE, Licence, Loader
-from ms_diffsynth.pipeline import Family
+from ms_diffsynth.pipeline import Activations, Family
 from ms_diffsynth.pipelines.flux2.pipeline import Flux2ImagePipeline
-from ms_diffsynth.pipelines.flux2.published import PUBLISHED, prepared_shapes
+from ms_diffsynth.pipelines.flux2.published import PUBLISHED, REPOSITORIES, prepared_shapes
 from ms_diffsynth.pipelines.flux2.tiny import write_tiny
 
 _HUB = "https://huggingface.co/black-forest-labs"
@@ -30,4 +30,5 @@ def loader(base_model: str | None) -> Loader:
 
 
 FAMILY = Family(name="flux2", pipeline=Flux2ImagePipeline, write_tiny=write_tiny, published=PUBLISHED,
+                repositories=REPOSITORIES, activations=Activations(kept=19.2, inside=34.8, encode=4.08, decode=6.01),
                 prepared_shapes=prepared_shapes, licences=LICENCES, loader=loader)

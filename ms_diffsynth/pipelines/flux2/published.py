@@ -37,11 +37,22 @@ QWEN3: dict[str, dict[str, Any]] = {
     "Qwen3-8B": _QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
 }
 
+# dev's: the language model of mistralai/Mistral-Small-3.2-24B-Instruct-2506
+_MISTRAL: dict[str, Any] = {
+    "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
+    "text_config": {
+        "model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 32768,
+        "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "hidden_act": "silu", "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1000000000.0,
+        "sliding_window": None}}
+
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
-    "FLUX.2-klein-4B": {"dit": _KLEIN_4B, "vae": _VAE},
-    "FLUX.2-klein-9B": {"dit": _KLEIN_9B, "vae": _VAE},
-    "FLUX.2-dev": {"dit": _DEV, "vae": _VAE},
+    "FLUX.2-klein-4B": {"dit": _KLEIN_4B, "vae": _VAE, "text_encoder": QWEN3["Qwen3-4B"]},
+    "FLUX.2-klein-9B": {"dit": _KLEIN_9B, "vae": _VAE, "text_encoder": QWEN3["Qwen3-8B"]},
+    "FLUX.2-dev": {"dit": _DEV, "vae": _VAE, "text_encoder": _MISTRAL},
 }
+REPOSITORIES = {f"black-forest-labs/{base}": name for name in PUBLISHED
+                for base in (name, name.replace("klein-", "klein-base-"))}
 
 
 def prepared_shapes(configs: dict[str, dict[str, Any]], latent: tuple[int, int, int],

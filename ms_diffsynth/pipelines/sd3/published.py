@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ms_diffsynth.pipelines.shared.text import CLIP_TOKENS
+from ms_diffsynth.pipelines.shared.text import CLIP_L, CLIP_TOKENS, T5_XXL
 
 _VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -24,11 +24,18 @@ _MEDIUM_35 = _MEDIUM | {"pos_embed_max_size": 384, "dual_attention_layers": list
 _LARGE_35 = _MEDIUM | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
                        "qk_norm": "rms_norm"}
 
+_PROJECTED = {"architectures": ["CLIPTextModelWithProjection"]}
+_CLIP_G = CLIP_L | _PROJECTED | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+                                 "num_attention_heads": 20, "hidden_act": "gelu", "projection_dim": 1280}
+_OTHERS = {"vae": _VAE, "text_encoder_1": CLIP_L | _PROJECTED, "text_encoder_2": _CLIP_G, "text_encoder_3": T5_XXL}
+
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
-    "SD3-medium": {"dit": _MEDIUM, "vae": _VAE},
-    "SD3.5-medium": {"dit": _MEDIUM_35, "vae": _VAE},
-    "SD3.5-large": {"dit": _LARGE_35, "vae": _VAE},
+    "SD3-medium": {"dit": _MEDIUM, **_OTHERS},
+    "SD3.5-medium": {"dit": _MEDIUM_35, **_OTHERS},
+    "SD3.5-large": {"dit": _LARGE_35, **_OTHERS},
 }
+REPOSITORIES = {f"stabilityai/stable-diffusion-{name}": title for name, title in (
+    ("3-medium-diffusers", "SD3-medium"), ("3.5-medium", "SD3.5-medium"), ("3.5-large", "SD3.5-large"))}
 
 
 def prepared_shapes(configs: dict[str, dict[str, Any]], latent: tuple[int, int, int],
