@@ -27,6 +27,7 @@ def digest(array):
 
 
 @pytest.mark.parametrize("name, family, model", [("flux", "flux", "dit"), ("flux2", "flux2", "dit"),
+                                                 ("z_image", "z_image", "dit"),
                                                  ("vae", "flux", "vae"), ("vae", "sd3", "vae")])
 def test_the_tensors_are_those_that_diffusers_makes(name, family, model):
     checkpoint = in_our_names(open_checkpoint(ORIGINALS / f"{name}.safetensors"), interchange(family).models[model])

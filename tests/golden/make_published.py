@@ -19,9 +19,9 @@ import diffusers
 import torch
 
 HERE = Path(__file__).parent
-FAMILIES = ("flux", "flux2", "qwen_image")
+FAMILIES = ("flux", "flux2", "qwen_image", "z_image")
 KNOWN = {"605c56eab23e9e2af863ad8f0813a25d", "d38e1d5c5aec3b0a11e79327ac6e3b0f", "3bde7b817fec8143028b6825a63180df",
-         "39c6fc48f07bebecedbbaa971ff466c8", "0319a1cb19835fb510907dd3367c95ff"}
+         "39c6fc48f07bebecedbbaa971ff466c8", "0319a1cb19835fb510907dd3367c95ff", "fc3a8a1247fe185ce116ccbe0e426c28"}
 
 
 def shapes(config: dict) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.registry import family, family_of, interchange
 
 
-@pytest.fixture(params=["flux", "flux2", "qwen_image", "sd3"])
+@pytest.fixture(params=["flux", "flux2", "qwen_image", "sd3", "z_image"])
 def pipe(request, tiny_model):
     runtime.configure("pynative", DEVICE)
     return family(request.param).pipeline.from_pretrained(str(tiny_model(request.param)))

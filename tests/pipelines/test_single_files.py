@@ -53,7 +53,7 @@ def single(tmp_path, tiny_model, monkeypatch):
     return write
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "z_image"])
 def test_single_files_are_the_models_of_the_folders(name, single, tiny_model, caplog):
     caplog.set_level("INFO")
     files, cls = single(name), family(name).pipeline

@@ -9,8 +9,7 @@ from ms_diffsynth.pipelines.z_image.tiny import write_tiny
 
 LICENCES = {"Tongyi-MAI/Z-Image": APACHE, "Tongyi-MAI/Z-Image-Turbo": APACHE}
 LOADER = Loader(here="ZImagePipeline", diffusers="ZImagePipeline", mindone="",
-                files=("transformer/*.safetensors", "text_encoder/*.safetensors",
-                       "vae/diffusion_pytorch_model.safetensors"),
+                files=("transformer/*.safetensors", "text_encoder/*.safetensors", "vae/*.safetensors"),
                 transformer="ZImageTransformer2DModel", tags=("z-image", "z-image-diffusers"))
 
 FAMILY = Family(name="z_image", pipeline=ZImagePipeline, write_tiny=write_tiny, published=PUBLISHED,

@@ -1,8 +1,9 @@
 """Z-Image as it is published: the settings of its transformer and VAE, without the weights.
 
 Source: ``transformer/config.json`` and ``vae/config.json`` of Tongyi-MAI/Z-Image and Tongyi-MAI/Z-Image-Turbo on the
-Hugging Face hub, as public code that builds these networks quotes them; the files themselves were not compared. The
-transformer's are the defaults of diffusers 0.36, ZImageTransformer2DModel, but for ``axes_lens``; the VAE is FLUX.1's.
+Hugging Face hub, as public code that builds these networks quotes them. The transformer's are the defaults of diffusers
+0.36, ZImageTransformer2DModel, but for ``axes_lens``; DiffSynth-Studio knows Turbo's files by the hash of their names
+and shapes, and a network of these settings has that hash (tests/golden/published.json). The VAE is FLUX.1's.
 Both models have the same settings: what tells them apart is the shift in scheduler_config.json (`z_image.pipeline`).
 """
 from __future__ import annotations
