@@ -13,8 +13,8 @@ from mindspore.common import dtype as mstype
 from mindspore.ops.primitive import constexpr
 
 # Of the 128 frequencies of all published transformers two lie near the middle of two floats, 0.02 of their distance
-# below it, and PyTorch's exp on a CPU (MKL 2024.2) takes the upper. At a timestep of 1000 that moves a sine by 3e-5, and
-# the velocity of a tiny Z-Image by 1e-5, more than everything else together (2026-11-30).
+# below it, and PyTorch's exp on a CPU (MKL 2024.2) takes the upper. At a timestep of 1000 that moves a sine by 3e-5,
+# and the velocity of a tiny Z-Image by 1e-5, more than everything else together (2026-11-30).
 UPPER = {(128, 0, 10000): (12, 106)}
 
 

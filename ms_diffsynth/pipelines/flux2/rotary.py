@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ms_diffsynth.errors import DataError, listing
-from ms_diffsynth.pipelines.shared.rotary import pairs_table, table_at
+from ms_diffsynth.pipelines.shared.rotary import pairs_table
 
 EDIT_STEP = 10  # between one image and the next, on the axis t
 PLACES = 1024  # a side of 16384 pixels; or a hundred images
@@ -47,9 +47,18 @@ def edit_places(sides: Sequence[tuple[int, int]]) -> np.ndarray:
     return places.astype(np.int32)
 
 
+@ops.constexpr
+def axis_tables(axes: tuple[int, ...], theta: float) -> tuple[tuple[Tensor, ...], ...]:
+    """Cosines and sines, for each axis of the places 0, 1, ...: float32 [PLACES, channels], constants."""
+    line = np.arange(PLACES, dtype=np.float64)[:, None]
+    return tuple(tuple(Tensor(pairs_table(line, (channels,), theta)[k]) for channels in axes) for k in range(2))
+
+
 def edit_table(places: Tensor, axes: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of edit images, looked up: places int32 [B, M, 4] -> float32 [B, M, D] each."""
-    return table_at(places, axes, theta, PLACES)
+    cos, sin = axis_tables(axes, theta)
+    return (ops.cat([ops.gather(cos[k], places[:, :, k], 0) for k in range(len(axes))], -1),
+            ops.cat([ops.gather(sin[k], places[:, :, k], 0) for k in range(len(axes))], -1))
 
 
 @ops.constexpr

@@ -58,19 +58,3 @@ def pairs_table(places: np.ndarray, axes: Sequence[int], theta: float, are_round
                              for place, channels in zip(places.T, axes)], 1)
     angles = angles.astype(np.float32).astype(np.float64) if are_rounded else angles
     return np.repeat(np.stack([np.cos(angles), np.sin(angles)]), 2, axis=2).astype(np.float32)
-
-
-@ops.constexpr
-def axis_tables(axes: tuple[int, ...], theta: float, count: int, are_rounded: bool) -> tuple[tuple[Tensor, ...], ...]:
-    """Cosines and sines, for each axis of the places 0 to ``count`` - 1: float32 [count, channels], constants."""
-    line = np.arange(count, dtype=np.float64)[:, None]
-    return tuple(tuple(Tensor(pairs_table(line, (channels,), theta, are_rounded)[k]) for channels in axes)
-                 for k in range(2))
-
-
-def table_at(places: Tensor, axes: tuple[int, ...], theta: float, count: int,
-             are_rounded: bool = False) -> tuple[Tensor, Tensor]:
-    """`pairs_table`, looked up: places int32 [B, S, axes], below ``count`` -> float32 [B, S, D] each."""
-    cos, sin = axis_tables(axes, theta, count, are_rounded)
-    return (ops.cat([ops.gather(cos[k], places[:, :, k], 0) for k in range(len(axes))], -1),
-            ops.cat([ops.gather(sin[k], places[:, :, k], 0) for k in range(len(axes))], -1))

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, mint, ops
 
-from ms_diffsynth.pipelines.shared.rotary import table_at
+from ms_diffsynth.pipelines.shared.rotary import pairs_table
 
 MULTIPLE = 32  # image and text are filled up, each by itself, to a multiple of so many tokens; these are attended to
 
@@ -23,19 +23,26 @@ def filled(tokens: int) -> int:
 
 
 @ops.constexpr
-def places(height: int, width: int, text_tokens: int) -> tuple[Tensor, Tensor]:
-    """Places without the t of the image, and where that is to be added: float32 [1, S, 3] each, constants.
+def constants(height: int, width: int, text_tokens: int, axes: tuple[int, ...],
+              theta: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+    """Cosines and sines of all tokens, zeros where the t of the image would be; those of every t; which tokens have it.
+
+    Shapes: float32 [1, S, D] each, [text_tokens + 2, D] each, [1, S, 1].
 
     Args:
         height, width: of the image, in tokens.
         text_tokens: filled up.
     """
     count = height * width
-    found, is_image = np.zeros((2, filled(count) + text_tokens, 3), np.float32)
-    found[:count, 1], found[:count, 2] = np.divmod(np.arange(count), width)
-    found[filled(count):, 0] = 1 + np.arange(text_tokens)
-    is_image[:count, 0] = 1
-    return Tensor(found[None]), Tensor(is_image[None])
+    places, is_image = np.zeros((filled(count) + text_tokens, 3)), np.zeros((1, filled(count) + text_tokens, 1))
+    places[:count, 1], places[:count, 2] = np.divmod(np.arange(count), width)
+    places[filled(count):, 0] = 1 + np.arange(text_tokens)
+    fixed = pairs_table(places, axes, theta, are_rounded=True)
+    fixed[:, :count, :axes[0]] = 0
+    moving = pairs_table(np.arange(text_tokens + 2)[:, None], axes[:1], theta, are_rounded=True)
+    moving = np.pad(moving, [(0, 0), (0, 0), (0, sum(axes[1:]))])
+    is_image[:, :count] = 1
+    return (tuple(Tensor(x[None]) for x in fixed), tuple(Tensor(x) for x in moving), Tensor(is_image, ms.float32))
 
 
 @ops.constexpr
@@ -51,6 +58,7 @@ def table(lengths: Tensor, height: int, width: int, text_tokens: int, axes: tupl
     Args:
         lengths: tokens of each sample's text, filled up by itself: float32 [B].
     """
-    found, is_image = places(height, width, text_tokens)
-    found = found + is_image * (lengths + 1).reshape(-1, 1, 1)
-    return table_at(found.astype(ms.int32), axes, theta, max(text_tokens + 2, height, width), are_rounded=True)
+    fixed, moving, is_image = constants(height, width, text_tokens, axes, theta)
+    t = (lengths + 1).astype(ms.int32)
+    return (fixed[0] + is_image * mint.index_select(moving[0], 0, t).expand_dims(1),
+            fixed[1] + is_image * mint.index_select(moving[1], 0, t).expand_dims(1))
