@@ -16,10 +16,10 @@ from mindspore.common.initializer import initializer
 
 from ms_diffsynth.nn.blocks import Arranged, Kind, by_head
 from ms_diffsynth.ops import network
+from ms_diffsynth.ops.sinusoid import get_timestep_embedding
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
 with quiet_imports():
-    from mindone.diffusers.models.embeddings import Timesteps
     from mindone.diffusers.models.normalization import RMSNorm
 
 SINUSOIDS, TIME_WIDTH, TIME_INNER = 256, 256, 1024  # fixed, whatever the width of the network is
@@ -153,7 +153,6 @@ class ZImageTransformer(Arranged, nn.Cell):
         final = held(linear=mint.nn.Linear(dim, 4 * in_channels),
                      adaLN_modulation=held(**{"1": mint.nn.Linear(time_width, dim)}))
         self.all_final_layer = held(**{PATCHES: final})
-        self.time_proj = Timesteps(SINUSOIDS, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.t_embedder = held(mlp=held(**{"0": mint.nn.Linear(SINUSOIDS, TIME_INNER),
                                            "2": mint.nn.Linear(TIME_INNER, time_width)}))
         self.cap_embedder = held(**{"0": RMSNorm(cap_feat_dim, norm_eps), "1": mint.nn.Linear(cap_feat_dim, dim)})
@@ -179,9 +178,9 @@ class ZImageTransformer(Arranged, nn.Cell):
         norm, is_text = getattr(self.cap_embedder, "0"), prompt_mask.expand_dims(2).astype(image.dtype)
         text = getattr(self.cap_embedder, "1")(network.rms_norm(prompt_embeds, norm.weight, norm.eps))
         text = text * is_text + self.cap_pad_token.astype(text.dtype) * (1 - is_text)
-        sinusoids = self.time_proj(time.astype(ms.float32) * self.t_scale).astype(image.dtype)
+        sinusoids = get_timestep_embedding(time.astype(ms.float32) * self.t_scale, SINUSOIDS, True, 0)
         mlp = self.t_embedder.mlp
-        emb = getattr(mlp, "2")(mint.nn.functional.silu(getattr(mlp, "0")(sinusoids)))
+        emb = getattr(mlp, "2")(mint.nn.functional.silu(getattr(mlp, "0")(sinusoids.astype(image.dtype))))
         all_image = ops.ones((batch, image_tokens), ms.float32)
         mask = network.text_mask(all_image, image_tokens, self.heads, image.dtype)
         text_mask = network.text_mask(keys, keys.shape[1], self.heads, image.dtype)

@@ -9,7 +9,7 @@ import pytest
 from mindspore import Tensor
 from reference import STRICT, Case, check
 
-from ms_diffsynth.ops.cpu.sinusoid import get_timestep_embedding
+from ms_diffsynth.ops.sinusoid import get_timestep_embedding
 
 TIMES = np.array([0.0, 1.0, 37.5, 999.0, 3500.0], np.float32)
 

@@ -1,7 +1,8 @@
 """The sinusoidal embedding of timestep and guidance, its frequencies computed on the host.
 
-The CPU's exp is good to 5e-6 relative only. Multiplied by timesteps of up to 3500 that shifts the sine's argument by
-0.02 and costs 4e-3 in the worst gradient of a tiny FLUX network (MindSpore 2.10, 2026-11-21); NumPy has no such error.
+mindone's networks use it on the CPU, whose exp is good to 5e-6 relative only: multiplied by timesteps of up to 3500
+that shifts the sine's argument by 0.02 and costs 4e-3 in the worst gradient of a tiny FLUX network (MindSpore 2.10,
+2026-11-21). Our own networks use it on every device. NumPy has no such error.
 """
 from __future__ import annotations
 
