@@ -179,8 +179,8 @@ class ZImageTransformer(Arranged, nn.Cell):
         text = getattr(self.cap_embedder, "1")(network.rms_norm(prompt_embeds, norm.weight, norm.eps))
         text = text * is_text + self.cap_pad_token.astype(text.dtype) * (1 - is_text)
         sinusoids = get_timestep_embedding(time.astype(ms.float32) * self.t_scale, SINUSOIDS, True, 0)
-        mlp = self.t_embedder.mlp
-        emb = getattr(mlp, "2")(mint.nn.functional.silu(getattr(mlp, "0")(sinusoids.astype(image.dtype))))
+        mlp = self.t_embedder.mlp  # kept in float32, see `pipeline.weight_dtype`
+        emb = getattr(mlp, "2")(mint.nn.functional.silu(getattr(mlp, "0")(sinusoids))).astype(image.dtype)
         all_image = ops.ones((batch, image_tokens), ms.float32)
         mask = network.text_mask(all_image, image_tokens, self.heads, image.dtype)
         text_mask = network.text_mask(keys, keys.shape[1], self.heads, image.dtype)
