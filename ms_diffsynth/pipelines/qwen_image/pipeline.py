@@ -7,10 +7,11 @@ from typing import Any
 from ms_diffsynth.diffusion.guidance import classifier_free_with_norms
 from ms_diffsynth.diffusion.schedule import ExponentialShift, FlowMatchSettings, Grid, TerminalStretch, one_to_zero
 from ms_diffsynth.formats.interchange import read_table
-from ms_diffsynth.models import LIST, NUMBERS, SIZE, SIZES, Component, arguments
+from ms_diffsynth.models import LIST, NUMBERS, SIZE, SIZES, Component, arguments, blocks, columns
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.qwen_image import units
 from ms_diffsynth.pipelines.qwen_image.denoise import Denoise
+from ms_diffsynth.pipelines.qwen_image.published import PUBLISHED
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.pipelines.shared.text import QWEN_TOKENIZER, build_qwen_tokenizer
@@ -46,9 +47,12 @@ COMPONENTS = (
     Component(name="text_encoder", folder="text_encoder", class_name="Qwen2_5_VLForConditionalGeneration",
               build=_build_text_encoder, ignored=("visual.", "lm_head.")),
     Component(name="vae", folder="vae", class_name="AutoencoderKLQwenImage", build=_build_vae,
-              reads={"z_dim": SIZE, "temperal_downsample": LIST, "latents_mean": NUMBERS, "latents_std": NUMBERS}),
+              reads={"z_dim": SIZE, "temperal_downsample": LIST, "latents_mean": NUMBERS, "latents_std": NUMBERS},
+              encoder=("encoder", "quant_conv")),
     Component(name="dit", folder="transformer", class_name="QwenImageTransformer2DModel", build=_build_dit,
-              reads={"axes_dims_rope": SIZES}),
+              reads={"axes_dims_rope": SIZES}, known={name: configs["dit"] for name, configs in PUBLISHED.items()},
+              told_by={"num_layers": blocks("transformer_blocks."), "in_channels": columns("img_in.weight"),
+                       "joint_attention_dim": columns("txt_in.weight")}),
 )
 
 # What DiffSynth-Studio's Qwen-Image LoRA script adapts
