@@ -17,9 +17,10 @@ from ms_diffsynth.models import Source, load_component
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipelines.flux.pipeline import COMPONENTS
 from ms_diffsynth.registry import family
-from ms_diffsynth.run.build import build_module, build_sampler
+from ms_diffsynth.run.build import build_module
 from ms_diffsynth.run.checks import check_settings
 from ms_diffsynth.run.pipeline import build_pipeline
+from ms_diffsynth.run.samples import build_sampler
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.module import DiffusionTrainingModule
 
