@@ -732,7 +732,10 @@ class ModelStore:
         if name not in self.sources:
             raise ConfigError(f"'{name}' was not read from files, so its weights of before are not known: make the "
                               "pipeline by from_pretrained, or load the model again.")
+        adapted = adapted_layers(self.loaded[name])
         checkpoint, parameters = self.source(name).checkpoint(), torch_parameters(self.loaded[name])
+        parameters |= {f"{layer}.{part}": parameters[f"{layer}.base.{part}"] for layer in adapted
+                       for part in ("weight", "bias") if f"{layer}.base.{part}" in parameters}
         values = dict.fromkeys(tensors, checkpoint)
         for weights in self.trained.get(name, ()):
             trained = open_checkpoint(weights.path)
@@ -744,6 +747,9 @@ class ModelStore:
             if array.dtype.name.startswith("float8"):
                 array = array.astype(np.float32)
             ops.assign(parameters[tensor], Tensor(array, parameters[tensor].dtype))
+        for layer, cell in adapted.items():
+            if f"{layer}.weight" in values:
+                cell.weight_changed()
 
     def _tokenizer(self, component: Component, folder: Path) -> Any:
         """A tokenizer. Raises: WeightError also for one with more tokens than its text encoder has rows for."""

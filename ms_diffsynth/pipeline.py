@@ -5,10 +5,11 @@ cut names.
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from ms_diffsynth.hub.card import Licence, Loader
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.models import SCHEDULER_FILE, Component, ModelStore, Source, Trained
 from ms_diffsynth.nn.adapters import formats
-from ms_diffsynth.nn.adapters.layer import linear_modules
+from ms_diffsynth.nn.adapters.layer import bare_layers, linear_modules
 from ms_diffsynth.nn.adapters.linear import fuse
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.program import Cut, Program, slot
@@ -126,6 +127,15 @@ class Family:
     def sampling(self) -> SamplingDefaults:
         """What sampling does where it is not told otherwise."""
         return self.pipeline.sampling
+
+
+@dataclass
+class Added:
+    """The LoRAs in the weights of a model: tensors that they changed, how the digest tells them, files with factors."""
+
+    tensors: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+    files: list[tuple[Path, float]] = field(default_factory=list)
 
 
 class UnitSequence(nn.Cell):
@@ -239,7 +249,7 @@ class Pipeline:
         self.sampled_sigmas: np.ndarray | None = None
         self.random = _fresh_random
         self.unit_runner = UnitRunner()
-        self._loras: dict[str, tuple[set[str], list[str]]] = {}  # model -> tensors and notes of the LoRAs in them
+        self._loras: dict[str, Added] = {}  # model -> the LoRAs in it
         self.compiled_steps: dict[tuple[str, tuple[str, ...]], CompiledStep] = {}
         self.units_to_compile: frozenset[str] = frozenset()
         self.records_loss = False  # True while a training module's own forward is recorded
@@ -492,10 +502,11 @@ class Pipeline:
             if name:
                 note = f"{file.name} {sha256_of(path) if path.is_file() else path} x {alpha}"
                 self.store.note_change(name, note)
-                changed, notes = self._loras.setdefault(name, (set(), []))
-                changed |= {f"{layer}.{part}" for layer in file.modules for part in ("weight",)}
-                changed |= {f"{layer}.bias" for layer in file.biases}
-                notes.append(note)
+                added = self._loras.setdefault(name, Added())
+                added.tensors |= {f"{layer}.weight" for layer in file.modules}
+                added.tensors |= {f"{layer}.bias" for layer in file.biases}
+                added.notes.append(note)
+                added.files.append((path, alpha))
         return sum(len(file.modules) for file in files.values())
 
     def clear_lora(self) -> None:
@@ -503,11 +514,30 @@ class Pipeline:
 
         Raises: ConfigError for a model that was not read from files, or is stored in 8 bits by now.
         """
-        for name, (tensors, notes) in self._loras.items():
-            self.store.restore(name, tensors)
-            for note in notes:
+        for name, added in self._loras.items():
+            self.store.restore(name, added.tensors)
+            for note in added.notes:
                 self.store.weight_changes[name].remove(note)
         self._loras.clear()
+
+    @contextlib.contextmanager
+    def without_loras(self) -> Iterator[None]:
+        """Inside the block, weights that `load_lora` changed have the values of before; behind it, to the bit, those of
+        after. An adapter that is being trained stays where it is.
+
+        Weights and LoRAs are read again from their files. Raises: as `clear_lora`.
+        """
+        for name, added in self._loras.items():
+            self.store.restore(name, added.tensors)
+        try:
+            yield
+        finally:
+            for name, added in self._loras.items():
+                model = self.models[name]
+                for path, alpha in added.files:
+                    file = load_adapters(path, {name: list(bare_layers(model))}, (*formats(), LOKR, LOHA, FULL),
+                                         self.lora_table)[name]
+                    fuse(file, model, alpha)
 
     @property
     def lora_table(self) -> Table:

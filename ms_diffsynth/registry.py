@@ -20,6 +20,7 @@ FAMILIES = {
     "qwen_image": "ms_diffsynth.pipelines.qwen_image",
     "sd3": "ms_diffsynth.pipelines.sd3",
     "toy": "ms_diffsynth.pipelines.toy",
+    "z_image": "ms_diffsynth.pipelines.z_image",
 }
 
 
@@ -32,6 +33,7 @@ MODEL_CLASSES = {
     "QwenImagePipeline": "qwen_image",
     "StableDiffusion3Pipeline": "sd3",
     "ToyPipeline": "toy",
+    "ZImagePipeline": "z_image",
 }
 
 

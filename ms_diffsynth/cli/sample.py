@@ -217,7 +217,8 @@ def _of_run(args: argparse.Namespace) -> dict[str, Any]:
         args.weights = args.weights or last
     else:
         args.weights = args.weights or (Path(model.weights) if model.weights else None)
-        preset = [(Path(model.preset_lora_path), 1.0)] if model.preset_lora_path else []
+        is_sampled = model.preset_lora_path and model.preset_lora_in_samples
+        preset = [(Path(model.preset_lora_path), 1.0)] if is_sampled else []
         args.lora = [*preset, (last, 1.0), *args.lora]
     args.fp8_models = args.fp8_models or model.fp8_models
     flags = {"guidance": "embedded_guidance"}  # what SAMPLE_OVERRIDES calls otherwise

@@ -136,4 +136,10 @@ BASES = {
         settings={"task": "dreambooth", "weighting_scheme": "logit_normal", **_RATE},
         fits={"lora": {64: Fit(False, False, 10.17), 32: Fit(False, False, 10.17)},
               "dreambooth": {64: Fit(False, False, 15.62), 32: Fit(False, False, 15.62)}}),
+    "z-image": Base(
+        title="Z-Image", family="z_image", download="21 GB", tokenizer="qwen2", tokens=512, around=8, encoders=7.3,
+        files={"Tongyi-MAI/Z-Image": ("transformer/*.safetensors", "text_encoder/*.safetensors", "vae/*.safetensors")},
+        settings=_RATE,
+        fits={"lora": {64: Fit(False, False, 36.41), 32: Fit(True, False, 13.99)},
+              "dreambooth": {64: Fit(True, False, 16.00), 32: Fit(True, False, 16.00)}}),
 }

@@ -62,6 +62,8 @@ class ModelSection:
     preset_lora_path: str | None = _setting(None, "LoRA file added to the model before training, which learns the rest",
                                             holds="path")
     preset_lora_model: str | None = _setting(None, "model that gets it; null = lora_base_model")
+    preset_lora_in_samples: bool = _setting(True, "sample images, also of sample --run, are made with it; false for an "
+                                            "adapter that undoes a distillation while training", may_change=True)
     weights: str | None = _place("file of weights to start from that full training saved; null = those of the model")
     trainable_models: str | None = _setting(None, "models trained in full, with commas, such as dit or vae.decoder")
     remove_prefix_in_ckpt: str | None = _setting("pipe.dit.", "taken off the names of saved weights", may_change=True)

@@ -39,7 +39,7 @@ from ms_diffsynth.units import TensorUnit
 CASES = Path(__file__).parent / "cases"  # those that travel in the package
 OBJECTIVES = {"flow_match_sft": "sft", "flux_dreambooth": "dreambooth", "ddpm_epsilon": "sft"}
 # what a case records under another name than the slot's
-INPUTS = {"images": "input_latents"}
+INPUTS = {"images": "input_latents", "prompt_embeds_mask": "prompt_mask"}
 EXPECTED = {"noisy_latents": "latents", "noisy": "latents", "noisy_images": "latents", "noise_pred": "prediction"}
 
 
@@ -81,6 +81,7 @@ class Case:
         self.inputs = self._as_latents(load_state_dict(folder / "inputs.safetensors"))
         self.expected = self._as_latents(load_state_dict(folder / "expected.safetensors"))
         self.stride = self.info.get("row_stride", 1)  # of what is recorded of every matrix
+        self.strides = self.info.get("row_strides", {})  # and further, by the name of a weight
 
     def _as_latents(self, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Tokens [B, N, C], as DiffSynth-Studio records them, as latents [B, C, H, W]."""
@@ -88,9 +89,9 @@ class Case:
         return {name.removesuffix("_tokens"): array.swapaxes(1, 2).reshape(*array.shape[::2], *sides)
                 if name.endswith("_tokens") else array for name, array in tensors.items()}
 
-    def rows(self, array: np.ndarray) -> np.ndarray:
-        """What the case records of a gradient or of a network's weight; see tests/golden/thin.py."""
-        return array[:: self.stride] if array.ndim > 1 else array
+    def rows(self, name: str, array: np.ndarray) -> np.ndarray:
+        """What the case records of a network's weight called ``name``, or its gradient; see tests/golden/thin.py."""
+        return array[:: self.stride * self.strides.get(name, 1)] if array.ndim > 1 else array
 
     @property
     def objective(self) -> Objective | DDPMObjective:
@@ -125,6 +126,8 @@ class Case:
         """Slots that the case fixes at evaluation ``k``; draws are recorded for each evaluation."""
         names = {"images", "pixels", "prompt_embeds", "pooled_prompt_embeds", "posterior_noise"} & set(self.inputs)
         slots = {INPUTS.get(name, name): self.inputs[name] for name in sorted(names)}
+        slots |= {INPUTS[name]: array.astype(np.float32) for name, array in self.inputs.items()
+                  if name == "prompt_embeds_mask"}
         if "template_kv_cache" in self.info:  # one evaluation; its latents are given
             return slots | {name: self.inputs[name] for name in ("input_latents", "noise", "timestep_index")}
         if "density_normal" in self.inputs:  # one evaluation, from the density's raw draw
@@ -209,7 +212,7 @@ def _first_evaluation(case: Case, pipe: Pipeline, program: Program, mode: str) -
                   for slot in observed]
     quantities.append(Quantity("loss", relative_error(slots["loss"], case.expected["loss"]), case.tolerances.loss))
     recorded = {name: case.expected[f"grad.{name}"] for name in found}
-    pairs = {name: (case.rows(gradient).reshape(recorded[name].shape), recorded[name])
+    pairs = {name: (case.rows(name, gradient).reshape(recorded[name].shape), recorded[name])
              for name, gradient in found.items()}
     return [*quantities, case.gradients("gradients", pairs)]
 
@@ -272,7 +275,7 @@ def _training(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Q
     if "lora" in case.info:
         weights = module.adapter.tensors(network)
     else:
-        weights = {name: case.rows(array) for name, array in state_dict(network).items()}
+        weights = {name: case.rows(name, array) for name, array in state_dict(network).items()}
     pairs = {name: (array, expected[f"train.{name}"]) for name, array in weights.items()}
     trained = "LoRA" if "lora" in case.info else "weights"
     return [*quantities, together(f"{trained} after {count} steps", pairs, case.tolerances.trained)]

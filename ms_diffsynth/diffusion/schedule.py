@@ -42,6 +42,11 @@ def to_one_nth(n: int) -> np.ndarray:
     return linspace(1.0, 1.0 / n, n)
 
 
+def one_to_zero(n: int) -> np.ndarray:
+    """n even steps from 1 down towards 0, which is not reached: DiffSynth-Studio's for Qwen-Image and Z-Image."""
+    return linspace(1.0, 0.0, n + 1)[:-1]
+
+
 def to_three_thousandths(n: int) -> np.ndarray:
     """1, ..., 0.003/1.002: DiffSynth-Studio's spacing for FLUX.1."""
     return linspace(1.0, 0.003 / 1.002, n)

@@ -8,8 +8,11 @@
 | gelu_tanh | the tanh form of GELU | any |
 | layer_norm_modulate | norm(x) (1 + scale) + shift, the norm without affine | x [B, S, D], scale and shift [B, D] |
 | rms_norm | x / sqrt(mean(x^2) + eps) * weight | x [..., D], weight [D] |
+| rms_norm_modulate | rms_norm(x) (1 + scale) | x [B, S, D], weight [D], scale [B, D] |
 | gate_add | residual + gate x | residual and x [B, S, D], gate [B, D] |
 | swiglu | silu(first half) second half | [..., 2 D] -> [..., D] |
+| gated_silu | silu(gate) x | any, the same for both |
+| tanh | tanh(x) | any |
 | positions | cosines or sines as `rotate` takes them | [1 or B, S, D], B, H, dtype -> the device's own |
 | rotate | pairs (x[2i], x[2i+1]) turned by their token's angles | x [B, S, H, D], cos and sin of `positions` -> as x |
 | norm_rotate | rotate(rms_norm(x)) | x [B, S, H, D], weight [D], cos and sin of `positions` -> as x |
@@ -38,6 +41,8 @@ one, and neither may a block call other functions that do: many of `mindspore.mi
 """
 from __future__ import annotations
 
+from mindspore.ops import operations as P
+
 from ms_diffsynth.ops import install_cpu_kernels, native_kernels
 
 if native_kernels():
@@ -50,8 +55,9 @@ else:
 linear, linear_without_bias, add_low_rank = device.linear, device.linear_without_bias, device.add_low_rank
 gelu_tanh, layer_norm_modulate, rms_norm, gate_add = (device.gelu_tanh, device.layer_norm_modulate, device.rms_norm,
                                                       device.gate_add)
-low_rank_each, swiglu, positions, rotate = device.low_rank_each, device.swiglu, device.positions, device.rotate
+low_rank_each, swiglu, gated_silu = device.low_rank_each, device.swiglu, device.gated_silu
+rms_norm_modulate, positions, rotate = device.rms_norm_modulate, device.positions, device.rotate
 norm_rotate, norm_rotate_joint = device.norm_rotate, device.norm_rotate_joint
 attention, masked_attention, text_mask = device.attention, device.masked_attention, device.text_mask
 chunks, join, join_last, part, parts = device.chunks, device.join, device.join_last, device.part, device.parts
-shared = device.shared
+shared, tanh = device.shared, P.Tanh()

@@ -11,6 +11,7 @@ import numpy as np
 from mindspore import Parameter, Tensor
 
 from ms_diffsynth.config import TrainConfig
+from ms_diffsynth.config.settings import ModelSection
 from ms_diffsynth.data.loader import Loader
 from ms_diffsynth.errors import ConfigError, DataError, UserError, naming
 from ms_diffsynth.evaluate import Evaluator
@@ -46,6 +47,8 @@ def check_settings(accelerator: Accelerator, config: TrainConfig) -> None:
         if (path := getattr(model, name)) is not None:
             with naming(f"{name}={path}"):
                 read_header(path)
+    if not model.preset_lora_in_samples:
+        _check_preset_left_out(model)
     if model.template_model_id_or_path is not None:
         parse_path_or_model_id(model.template_model_id_or_path)
     if accelerator.is_main_process:
@@ -67,6 +70,20 @@ def check_settings(accelerator: Accelerator, config: TrainConfig) -> None:
     check_installed([*run.trackers, *(["tensorboard"] * run.enable_tensorboard_log)])
     if run.evaluation_steps is not None and accelerator.is_main_process:
         Evaluator(run.evaluation_reference or config.data.dataset_base_path)  # describes nothing yet
+
+
+def _check_preset_left_out(model: ModelSection) -> None:
+    """Raises: ConfigError where the preset cannot be taken out of the weights again: for samples they are read from
+    the model's files."""
+    if model.preset_lora_path is None:
+        raise ConfigError("preset_lora_in_samples=false without preset_lora_path: name the file that is left out of "
+                          "sample images, or remove it.")
+    name = model.preset_lora_model or model.lora_base_model or family(model.family).pipeline().network
+    for setting, why in (("trainable_models", "its weights are trained"), ("fp8_models", "its weights are in 8 bits")):
+        if name in [text.split(".")[0].strip() for text in (getattr(model, setting) or "").split(",")]:
+            raise ConfigError(f"preset_lora_in_samples=false and {setting}={getattr(model, setting)}: {why}, so the "
+                              f"preset of '{name}' cannot be left out of samples. Train a LoRA on weights that are not "
+                              "in 8 bits, or set preset_lora_in_samples to true.")
 
 
 def check_data(accelerator: Accelerator, config: TrainConfig, sets: DataSets) -> None:

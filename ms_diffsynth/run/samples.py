@@ -126,6 +126,10 @@ def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> t
     inputs = sample_template_inputs(config)
 
     def sampler(count: int = len(planned)) -> list[Image.Image]:
+        with contextlib.nullcontext() if config.model.preset_lora_in_samples else pipe.without_loras():
+            return make(count)
+
+    def make(count: int) -> list[Image.Image]:
         caches = [trained_template_cache(pipe, given) for given in inputs] if inputs else [None] * len(planned)
         images = []
         for k in range(count):

@@ -33,6 +33,7 @@ FAMILIES = {
     "flux_whole": ROWS | {"max_sequence_length": 32, "batch_size": 1, "learning_rate": 1e-7,
                           "lora_base_model": "null", "trainable_models": "dit", "remove_prefix_in_ckpt": "pipe.dit."},
     "sd3": ROWS | {"max_sequence_length": 32},
+    "z_image": ROWS,
     "toy": ROWS | {"height": 64, "width": 64},
     "ddpm_unet": {"dataset_base_path": SMILEYS, "dataset_metadata_path": SMILEYS / "metadata.csv", "height": 32,
                   "width": 32, "batch_size": 4, "learning_rate": 1e-3, "trainable_models": "unet",

@@ -245,7 +245,8 @@ def import_all() -> None:
     for name in ("run.task", "debug.replay", "debug.parity", "evaluate", "template.package",
                  "pipelines.flux.transformer",
                  "pipelines.flux2.transformer", "pipelines.flux2.text_encoder", "pipelines.qwen_image.transformer",
-                 "pipelines.qwen_image.text_encoder", "pipelines.sd3.transformer", "pipelines.toy.pipeline"):
+                 "pipelines.qwen_image.text_encoder", "pipelines.sd3.transformer", "pipelines.shared.qwen3",
+                 "pipelines.z_image.transformer", "pipelines.toy.pipeline"):
         import_module(f"ms_diffsynth.{name}")
     from ms_diffsynth.registry import FAMILIES, family
     for name in FAMILIES:

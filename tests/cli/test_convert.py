@@ -28,7 +28,7 @@ def known(tiny_model, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "sd3"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "sd3", "z_image"])
 def test_a_transformer_there_and_back(name, known, tmp_path, capsys):
     folder = known(name) / "transformer"
     assert convert(folder, tmp_path / "one.safetensors", "original") == 0

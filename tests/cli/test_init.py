@@ -306,7 +306,7 @@ def test_what_the_bundled_model_says_is_what_the_table_says():
     assert (says["height"], says["width"], says["max_sequence_length"]) == (base.side, base.side, base.tokens)
 
 
-@pytest.mark.parametrize("name", ["flux1-dev", "sd3.5-medium", "qwen-image", "flux2-klein"])
+@pytest.mark.parametrize("name", ["flux1-dev", "sd3.5-medium", "qwen-image", "flux2-klein", "z-image"])
 def test_tokens_are_counted_as_the_pipeline_reads_them(tiny_model, name):
     base = BASES[name]
     pipe = family(base.family).pipeline.from_pretrained(str(tiny_model(base.family)))
@@ -319,4 +319,5 @@ def test_tokens_are_counted_as_the_pipeline_reads_them(tiny_model, name):
             assert abs(counted - len(klein_ids(pipe.tokenizer, prompt))) <= ("think" in prompt) * 2
         else:
             ids = pipe.run(pipe.build_units()[:1], {"prompt": prompt})["prompt_ids"]
-            assert counted == ids.shape[1]
+            is_counted_apart = name == "z-image" and "<think>" in prompt  # one token of Qwen3's
+            assert abs(counted - ids.shape[1]) <= 2 * is_counted_apart

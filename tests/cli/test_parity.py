@@ -15,7 +15,7 @@ from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FLUX, UNET = CASES_OF_PACKAGE / "flux", CASES_OF_PACKAGE / "ddpm_unet"
-CASES = ("flux", "flux_dreambooth_cosmap", "flux2_klein", "qwen_image", "sd3")
+CASES = ("flux", "flux_dreambooth_cosmap", "flux2_klein", "qwen_image", "sd3", "z_image")
 
 
 @pytest.mark.parametrize("case", [case if case == "flux" else pytest.param(case, marks=pytest.mark.slow)
@@ -126,7 +126,9 @@ TEXT_LINES = {
     "flux2": ("prompt ids", "prompt mask", "prompt embeds (9 tensors)", "sigmas, klein 9 steps"),
     "qwen_image": ("prompt ids", "prompt embeds (9 tensors)", "sigmas, lightning 4 steps"),
     "sd3": ("clip l ids", "clip g ids", "t5 ids", "prompt embeds (9 tensors)", "pooled prompt embeds",
-            "sigmas, sd3 9 steps", "sigmas, dynamic 4 steps")}
+            "sigmas, sd3 9 steps", "sigmas, dynamic 4 steps"),
+    "z_image": ("prompt ids", "prompt mask", "prompt embeds (9 tensors)", "sigmas, base 9 steps",
+                "sigmas, turbo 4 steps")}
 
 
 @pytest.mark.parametrize("name", TEXT_LINES)
@@ -149,7 +151,8 @@ def test_a_small_case_from_end_to_end(run, name, lines):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pynative", "graph"])
 @pytest.mark.parametrize("name, runs", [("flux", ("dreambooth", "sft")), ("flux2", ("sft", "edit")),
-                                        ("qwen_image", ("sft",)), ("sd3", ("dreambooth", "sft"))])
+                                        ("qwen_image", ("sft",)), ("sd3", ("dreambooth", "sft")),
+                                        ("z_image", ("sft", "dreambooth"))])
 def test_images_and_training_give_what_the_references_give(run, name, runs, mode):
     code, out, _ = run("parity", GOLDEN / f"{name}_end_to_end", "--mode", mode)
     assert code == 0 and "FAIL" not in out

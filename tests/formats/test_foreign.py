@@ -124,7 +124,8 @@ def test_written_in_a_layout_and_read_again_it_does_the_same(tmp_path, name, lay
                                           ("sd3/kohya", "kohya"),
                                           ("qwen_image/musubi", "kohya"), ("qwen_image/aitoolkit", "comfy"),
                                           ("flux/diffsynth_own", "diffsynth"), ("flux/lokr_fused", "comfy"),
-                                          ("flux2/diffsynth", "diffsynth")])
+                                          ("z_image/aitoolkit", "comfy"), ("z_image/musubi", "kohya"),
+                                          ("z_image/diffsynth", "diffsynth"), ("flux2/diffsynth", "diffsynth")])
 def test_split_and_joined_again_a_file_has_the_same_tensors(tmp_path, name, layout):
     family, path = name.partition("/")[0], tmp_path / "f.safetensors"
     save_adapters(path, read(path_of(name), family), interchange(family), layout)
@@ -221,9 +222,10 @@ def test_what_a_layout_has_no_names_for_is_told_and_nothing_is_written(tmp_path)
 
 def test_the_family_is_recognised_by_its_names():
     fitting = {name: [family for family, table in interchange_tables().items() if not unmatched(path_of(name), table)]
-               for name in ("flux/kohya_fused", "flux2/kohya", "flux2/diffusers", "qwen_image/musubi", "sd3/kohya")}
+               for name in ("flux/kohya_fused", "flux2/kohya", "flux2/diffusers", "qwen_image/musubi", "sd3/kohya",
+                            "z_image/musubi")}
     assert fitting == {"flux/kohya_fused": ["flux"], "flux2/kohya": ["flux2"], "flux2/diffusers": ["flux2"],
-                       "qwen_image/musubi": ["qwen_image"], "sd3/kohya": ["sd3"]}
+                       "qwen_image/musubi": ["qwen_image"], "sd3/kohya": ["sd3"], "z_image/musubi": ["z_image"]}
 
 
 def test_a_file_of_both_kinds_of_names_is_refused(tmp_path):

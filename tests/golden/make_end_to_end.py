@@ -1,7 +1,8 @@
 """Make the reference cases from end to end: texts, image files, noise and draws, and what PyTorch makes of them.
 
-    ms-diffsynth tiny flux models/flux        # also sd3, flux2, qwen_image and ddpm_unet; seed 0
-    python tests/golden/make_end_to_end.py models OUTPUT [flux flux_from_image sd3 flux2 flux2_dev qwen_image ddpm_unet]
+    ms-diffsynth tiny flux models/flux        # also sd3, flux2, qwen_image, z_image and ddpm_unet; seed 0
+    python tests/golden/make_end_to_end.py models OUTPUT [flux flux_from_image sd3 flux2 flux2_dev qwen_image z_image
+                                                          ddpm_unet]
 
 Runs in a PyTorch environment; nothing of ms_diffsynth or mindone is imported, only the tiny weights are read. FLUX.1
 and Stable Diffusion 3 need transformers 4.57 with ftfy, because their CLIP tokens are those of the slow CLIPTokenizer
@@ -957,6 +958,67 @@ class QwenImage(Reference):
         return 1 - rest / (rest[-1] / (1 - 0.02))
 
 
+class ZImage(Reference):
+    """Z-Image: Qwen2TokenizerFast with Qwen3's later tokens and template, ZImagePipeline."""
+
+    family, folder, max_length = "z_image", "z_image", 512
+    configs = {"base": dynamic(shift=6.0, use_dynamic_shifting=False),
+               "turbo": dynamic(shift=3.0, use_dynamic_shifting=False)}
+    targets = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")
+    samples = [sized("plain", "a red cat by the sea", 128, 128, 4),
+               sized("negative", "a red cat by the sea", 96, 160, 5, 4.0, "ugly, blurry image of a dog"),
+               sized("chinese", CHINESE, 64, 96, 3, 3.0)]
+    template = Flux2.template
+    runs = (settings("sft", "sft", lr_scheduler="constant", lr_warmup_steps=1, rows=ROWS),
+            settings("dreambooth", "dreambooth", weighting_scheme="none", posterior="sample", lr_scheduler="linear",
+                     rows=ROWS))
+
+    def __init__(self, models: Path):
+        from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
+        from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
+
+        m = models / self.folder
+        tokenizer = Qwen2TokenizerFast.from_pretrained(m / "tokenizer")
+        tokenizer.add_tokens(["<tool_response>", "</tool_response>", "<think>", "</think>"])
+        tokenizer.chat_template = self.template
+        self.network = ZImageTransformer2DModel.from_pretrained(m / "transformer").eval()
+        self.vae = AutoencoderKL.from_pretrained(m / "vae").eval()
+        self.pipe = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler.from_config(self.configs["base"]), vae=self.vae,
+            text_encoder=Qwen3ForCausalLM.from_pretrained(m / "text_encoder").eval(), tokenizer=tokenizer,
+            transformer=self.network)
+
+    def tokens(self, text):
+        tokenizer = self.pipe.tokenizer
+        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                             add_generation_prompt=True, enable_thinking=True)
+        found = tokenizer(text, max_length=self.max_length, truncation=True)
+        return {"prompt_ids": found.input_ids, "prompt_mask": found.attention_mask}
+
+    @torch.no_grad()
+    def encode(self, prompts, length=None):
+        embeds, _ = self.pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False,
+                                            max_sequence_length=length or self.max_length)
+        return {"prompt_embeds": embeds}
+
+    @torch.no_grad()
+    def sample(self, s, noise, edit):
+        return self.pipe(s.prompt, negative_prompt=s.negative_prompt, guidance_scale=s.cfg_scale - 1, height=s.height,
+                         width=s.width, latents=noise, num_inference_steps=s.num_inference_steps,
+                         max_sequence_length=self.max_length).images[0]
+
+    def velocity(self, latents, sigma, rows, run, folder):
+        embeds = self.encode([row["prompt"] for row in rows], run.max_sequence_length)["prompt_embeds"]
+        found = self.network([image[:, None] for image in latents], 1 - sigma, embeds, return_dict=False)[0]
+        return -torch.stack(list(found))[:, :, 0]
+
+    latents, latent_shape = Flux.latents, Flux.latent_shape
+
+    def diffsynth_grid(self):
+        sigmas = torch.linspace(1.0, 0.0, LEVELS + 1)[:-1]
+        return 3 * sigmas / (1 + 2 * sigmas)
+
+
 class DdpmUnet(Reference):
     """A UNet on pixels: DDIMScheduler, DDPMScheduler, and training of every weight on the noise."""
 
@@ -1035,7 +1097,7 @@ class DdpmUnet(Reference):
 
 
 FAMILIES = {"flux": Flux, "flux_from_image": FluxFromImage, "sd3": Sd3, "flux2": Flux2, "flux2_dev": Flux2Dev,
-            "qwen_image": QwenImage, "ddpm_unet": DdpmUnet}
+            "qwen_image": QwenImage, "z_image": ZImage, "ddpm_unet": DdpmUnet}
 
 
 def main(models: str, output: str, *names: str) -> None:

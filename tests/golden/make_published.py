@@ -3,9 +3,10 @@
     TORCH_ENV/bin/python tests/golden/make_published.py      # torch 2.13, diffusers 0.42.1; no weights are downloaded
 
 The settings are those of ms_diffsynth/pipelines/*/published.py. ``digest`` is the SHA-256 of the lines "name shape
-dtype", sorted. ``diffsynth`` is the hash of names and shapes by which DiffSynth-Studio tells published files apart
-(diffsynth/core/loader/file.py, hash_model_file), computed here; ``is_known`` says that its model_configs.py (commit
-fed7b18f, 2026-08-20) lists that hash, so that the published files have these names and shapes.
+dtype", sorted; the dtype is the one that a run in bfloat16 keeps, bfloat16 but for FLOAT32. ``diffsynth`` is the hash
+of names and shapes by which DiffSynth-Studio tells published files apart (diffsynth/core/loader/file.py,
+hash_model_file), computed here; ``is_known`` says that its model_configs.py (commit fed7b18f, 2026-08-20; for Z-Image
+000ba473) lists that hash, so that the published files have these names and shapes.
 """
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ import diffusers
 import torch
 
 HERE = Path(__file__).parent
-FAMILIES = ("flux", "flux2", "qwen_image")
+FAMILIES = ("flux", "flux2", "qwen_image", "z_image")
+FLOAT32 = {"z_image": ("t_embedder.",)}
 KNOWN = {"605c56eab23e9e2af863ad8f0813a25d", "d38e1d5c5aec3b0a11e79327ac6e3b0f", "3bde7b817fec8143028b6825a63180df",
-         "39c6fc48f07bebecedbbaa971ff466c8", "0319a1cb19835fb510907dd3367c95ff"}
+         "39c6fc48f07bebecedbbaa971ff466c8", "0319a1cb19835fb510907dd3367c95ff", "fc3a8a1247fe185ce116ccbe0e426c28"}
 
 
 def shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -32,9 +34,10 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def entry(config: dict) -> dict:
+def entry(config: dict, float32: tuple[str, ...]) -> dict:
     found = shapes(config)
-    lines = sorted(f"{name} {list(shape)} bfloat16" for name, shape in found.items())
+    lines = sorted(f"{name} {list(shape)} {'float32' if name.startswith(float32) else 'bfloat16'}"
+                   for name, shape in found.items())
     keys = sorted(k for name, shape in found.items() for k in (f"{name}:{'_'.join(map(str, shape))}", name))
     known = hashlib.md5(",".join(keys).encode()).hexdigest()
     return {"tensors": len(found), "parameters": sum(math.prod(shape) for shape in found.values()),
@@ -47,7 +50,7 @@ def main() -> None:
     for family in FAMILIES:
         file = HERE.parents[1] / "ms_diffsynth" / "pipelines" / family / "published.py"
         for model, configs in runpy.run_path(str(file))["PUBLISHED"].items():
-            result[f"{family}:{model}"] = entry(configs["dit"])
+            result[f"{family}:{model}"] = entry(configs["dit"], FLOAT32.get(family, ()))
     (HERE / "published.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

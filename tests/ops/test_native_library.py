@@ -134,6 +134,8 @@ def kernels(library=None, rows=301, keys=449):
         yield f"{name}_backward", [normal(40001), normal(40001)], [(40001,)]
     yield "swiglu_forward", [normal(101, 2 * 33)], [(101, 33)]
     yield "swiglu_backward", [normal(101, 33), normal(101, 2 * 33)], [(101, 2 * 33)]
+    yield "gated_silu_forward", [normal(40001), normal(40001)], [(40001,)]
+    yield "gated_silu_backward", [normal(40001), normal(40001), normal(40001)], [(40001,), (40001,)]
     yield "layer_norm_modulate_forward", [tokens, normal(2, 33), normal(2, 33), eps], [(2, 101, 33), (2, 101, 2)]
     yield ("layer_norm_modulate_backward", [normal(2, 101, 33), tokens, normal(2, 33), normal(2, 101, 2)],
            [(2, 101, 33), (2, 33), (2, 33)])
@@ -141,6 +143,9 @@ def kernels(library=None, rows=301, keys=449):
     yield "gate_add_backward", [tokens, normal(2, 33), tokens], [(2, 101, 33), (2, 33)]
     yield "rms_norm_forward", [normal(601, 20), normal(20), eps], [(601, 20)]
     yield "rms_norm_backward", [normal(601, 20), normal(601, 20), normal(20), eps], [(601, 20), (20,)]
+    yield "rms_norm_forward", [normal(2, 301, 20), normal(2, 20), eps], [(2, 301, 20)]
+    yield ("rms_norm_backward", [normal(2, 301, 20), normal(2, 301, 20), normal(2, 20), eps],
+           [(2, 301, 20), (2, 20)])
     for name in ("rotate_forward", "rotate_backward"):
         yield name, [q, normal(1, rows, 20), normal(1, rows, 20)], [q.shape]
     angles = [normal(1, rows, 20), normal(1, rows, 20), eps]
@@ -214,7 +219,9 @@ CARRIED = {"linear_forward": (0, 1, 2), "linear_backward_x": (0, 1), "linear_bac
            "conv2d_forward": (0, 1, 3), "conv2d_backward_x": (0, 1), "conv2d_backward_w": (0, 1),
            "group_norm_forward": (2, 3, 4), "group_norm_backward": (1, 2, 3, 4, 5), "gelu_forward": (0,),
            "gelu_backward": (0, 1), "silu_forward": (0,), "silu_backward": (0, 1), "swiglu_forward": (0,),
-           "swiglu_backward": (0, 1), "double_forward": (0,), "double_backward": (0,), "sum_of_squares": (0, 1)}
+           "swiglu_backward": (0, 1),
+           "gated_silu_forward": (0, 1), "gated_silu_backward": (0, 1, 2),
+           "double_forward": (0,), "double_backward": (0,), "sum_of_squares": (0, 1)}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -224,7 +231,7 @@ def test_what_is_not_finite_passes_through(library, value):
             spoilt = [np.array(x, np.float32) for x in inputs]
             spoilt[place].flat[spoilt[place].size // 2] = value
             outputs = library.call(name, spoilt, shapes)
-            if value == -np.inf and name in ("silu_forward", "gelu_forward", "swiglu_forward"):
+            if value == -np.inf and name in ("silu_forward", "gelu_forward", "swiglu_forward", "gated_silu_forward"):
                 continue  # 0 is as right
             assert not all(np.isfinite(x).all() for x in outputs), (name, place)
 

@@ -29,6 +29,11 @@ def tiny_sd3(tiny_model):
     return tiny_model("sd3")
 
 
+@pytest.fixture(scope="session")
+def tiny_z_image(tiny_model):
+    return tiny_model("z_image")
+
+
 @pytest.fixture(scope="module")
 def eager():
     """Without compilation, which tests/pipelines/test_contract.py covers."""

@@ -18,7 +18,7 @@ from ms_diffsynth.registry import family
 pytestmark = pytest.mark.usefixtures("eager")
 
 KLEIN, BASE = "black-forest-labs/FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-base-4B"
-QWEN = "Qwen/Qwen-Image"
+QWEN, TURBO = "Qwen/Qwen-Image", "Tongyi-MAI/Z-Image-Turbo"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 EDIT = {"edit_image": noise_image(32, 32)}
 # what an image depends on beside seed and prompt
@@ -28,6 +28,7 @@ CHANGES = {
               {"edit_image": [noise_image(32, 32), noise_image(16, 48)]}),
     "qwen_image": ({"cfg_scale": 1.0}, {"negative_prompt": "x"}),
     "sd3": ({"cfg_scale": 4.0},),
+    "z_image": ({"cfg_scale": 1.0}, {"negative_prompt": "x"}),
 }
 
 
@@ -58,6 +59,7 @@ DOCUMENTED = {
     "flux2": ([(KLEIN, "text_encoder/*.safetensors"), (BASE, "transformer/*.safetensors"), (KLEIN, VAE)], KLEIN),
     "qwen_image": ([(QWEN, "transformer/diffusion_pytorch_model*.safetensors"),
                     (QWEN, "text_encoder/model*.safetensors"), (QWEN, VAE)], QWEN),
+    "z_image": ([(TURBO, "transformer/*.safetensors"), (TURBO, "text_encoder/*.safetensors"), (TURBO, VAE)], TURBO),
 }
 
 
@@ -78,7 +80,8 @@ def test_the_documents_way_to_load(tiny_model, name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, words, remedy", [("flux2", ("assistant", "user"), r"FLUX\.2-klein"),
-                                                 ("qwen_image", ("system", "user"), "Qwen-Image")])
+                                                 ("qwen_image", ("system", "user"), "Qwen-Image"),
+                                                 ("z_image", ("assistant", "user"), "Z-Image")])
 def test_another_models_tokenizer_is_refused(tiny_model, name, words, remedy, tmp_path):
     copy = shutil.copytree(tiny_model(name) / "tokenizer", tmp_path / "tokenizer")
     vocabulary = json.loads((copy / "vocab.json").read_text(encoding="utf-8"))
@@ -92,6 +95,7 @@ def test_another_models_tokenizer_is_refused(tiny_model, name, words, remedy, tm
 
 @pytest.mark.parametrize("name, more", [
     ("flux2", {"lm_head.weight": 3, "model.norm.weight": 32, "model.layers.35.mlp.up_proj.weight": 3}),
+    ("z_image", {"lm_head.weight": 3, "model.norm.weight": 32, "model.layers.35.mlp.up_proj.weight": 3}),
     ("qwen_image", {"lm_head.weight": 3, "visual.patch_embed.proj.weight": 4})])
 def test_what_an_encoder_does_not_use_is_not_loaded_and_more_is_refused(tiny_model, name, more, tmp_path):
     folder = tiny_model(name) / "text_encoder"

@@ -15,7 +15,8 @@ from ms_diffsynth import DataError, Flux2ImagePipeline
 from ms_diffsynth.formats.weights import load_state_dict, save_sharded
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipelines.flux2.prompt import BEFORE, BEHIND, TEMPLATE
-from ms_diffsynth.pipelines.flux2.rotary import edit_places, edit_table, image_places, image_table, table, text_places
+from ms_diffsynth.pipelines.flux2.rotary import edit_places, edit_table, image_places, image_table, text_places
+from ms_diffsynth.pipelines.shared.rotary import pairs_table
 from ms_diffsynth.units import run_unit
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -101,7 +102,7 @@ def test_klein_has_no_guidance_and_dev_has(pipe, folder):
 
 
 def test_positions_are_rounded_once_from_float64():
-    found = table(np.array([[10.0, 37, 63, 0], [0, 0, 0, 511]]), (32, 32, 32, 32), 2000.0)
+    found = pairs_table(np.array([[10.0, 37, 63, 0], [0, 0, 0, 511]]), (32, 32, 32, 32), 2000.0)
     assert found.shape == (2, 2, 128) and found.dtype == np.float32
     assert (found[..., ::2] == found[..., 1::2]).all(), "a pair of channels has one angle"
     found = found[..., ::2]
@@ -204,8 +205,8 @@ def test_edit_pictures_are_prepared_each_in_its_size(editing):
     assert relative(slots["edit_latents"][:, 4:], first.reshape(1, 128, 3).swapaxes(1, 2)) < 1e-6
     np.testing.assert_array_equal(slots["edit_places"].asnumpy()[0, :, 0], [10] * 4 + [20] * 3)
     looked_up = np.stack([x.asnumpy() for x in edit_table(slots["edit_places"], (8, 8, 8, 8), 2000)])
-    np.testing.assert_array_equal(looked_up[:, 0], table(slots["edit_places"].asnumpy()[0].astype(float),
-                                                         (8, 8, 8, 8), 2000))
+    wanted = pairs_table(slots["edit_places"].asnumpy()[0].astype(float), (8, 8, 8, 8), 2000)
+    np.testing.assert_array_equal(looked_up[:, 0], wanted)
 
 
 def test_transparency_of_an_edit_image_is_laid_over_white(editing):

@@ -8,7 +8,7 @@ from device import DEVICE
 from low_rank import inject_lora
 from mindspore import Tensor
 
-from ms_diffsynth import runtime
+from ms_diffsynth import load_config, runtime
 from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.formats.adapters import A, B
 from ms_diffsynth.formats.lora import save_lora
@@ -17,6 +17,11 @@ from ms_diffsynth.models import Source, load_component
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipelines.flux.pipeline import COMPONENTS
 from ms_diffsynth.registry import family
+from ms_diffsynth.run.build import build_module
+from ms_diffsynth.run.checks import check_settings
+from ms_diffsynth.run.pipeline import build_pipeline
+from ms_diffsynth.run.samples import build_sampler
+from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.module import DiffusionTrainingModule
 
 
@@ -92,6 +97,56 @@ def test_a_preset_lora_is_in_the_weights_and_the_trained_one_is_the_difference(p
     with pytest.raises(ConfigError, match="preset_lora_model=vae: expected a model of the training step: dit"):
         module.switch_pipe_to_training_mode(pipe, lora_base_model="dit", lora_rank=2, preset_lora_path=files[0],
                                             preset_lora_model="vae")
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_preset_lora_is_left_out_and_in_again_to_the_bit(pipe, files, kind):
+    before = state_dict(pipe.dit)["layer_1.weight"]
+    module = DiffusionTrainingModule()
+    module.pipe = pipe
+    module.switch_pipe_to_training_mode(pipe, lora_base_model="dit", lora_rank=2, preset_lora_path=files[0],
+                                        adapter=kind)
+    cell = dict(pipe.dit.cells_and_names())["layer_1"]
+    squares = [cell.squares] if kind == "dora" else []  # squared norms of the frozen weight's rows
+    preset = [p.asnumpy().copy() for p in (cell.base.weight, *squares)]
+    trained = [p.asnumpy().copy() for p in cell.own_parameters()]
+    with pytest.raises(ZeroDivisionError), pipe.without_loras():
+        np.testing.assert_array_equal(cell.base.weight.asnumpy(), before)
+        for norms in squares:
+            np.testing.assert_allclose(norms.asnumpy(), (before**2).sum(1), rtol=1e-5)
+        raise ZeroDivisionError  # a sampler that fails leaves the weights that are trained on
+    for found, wanted in zip((cell.base.weight, *squares, *cell.own_parameters()), (*preset, *trained)):
+        np.testing.assert_array_equal(found.asnumpy(), wanted)
+
+
+def test_sample_images_without_the_preset_are_those_of_the_model(files, tiny_model, tmp_path):
+    """A LoRA that has learnt nothing yet, on top of a preset that stays out of samples."""
+    def images(**given):
+        config = load_config(family="toy", model_paths=str(tiny_model("toy")), dataset_base_path=str(tmp_path),
+                             num_epochs=1, sample_prompts=["a cat"], height=32, width=32, num_inference_steps=2,
+                             lora_rank=2, **given)
+        pipe = build_pipeline(config)
+        if given:
+            build_module(config, pipe)
+        sampler, _ = build_sampler(config, pipe)
+        return np.asarray(sampler()[0])
+
+    plain, preset = images(), {"preset_lora_path": str(files[0])}
+    np.testing.assert_array_equal(images(**preset, preset_lora_in_samples=False), plain)
+    assert (images(**preset) != plain).any()
+
+
+@pytest.mark.parametrize(("given", "says"), [
+    ({}, "preset_lora_in_samples=false without preset_lora_path"),
+    ({"preset_lora_path": "", "trainable_models": "dit"}, "trainable_models=dit: its weights are trained"),
+    ({"preset_lora_path": "", "fp8_models": "vae,dit"}, "fp8_models=vae,dit: its weights are in 8 bits"),
+])
+def test_a_preset_that_cannot_be_left_out_is_refused(files, tmp_path, given, says):
+    given = {name: value or str(files[0]) for name, value in given.items()}
+    config = load_config(family="toy", dataset_base_path=str(tmp_path), num_epochs=1, output_path=str(tmp_path / "run"),
+                         preset_lora_in_samples=False, **given)
+    with pytest.raises(ConfigError, match=says):
+        check_settings(Accelerator(1, "pynative", DEVICE), config)
 
 
 def test_a_preset_lora_of_another_model_is_refused(pipe, tmp_path):

@@ -56,7 +56,7 @@ def assert_same_models(pipe, expected, models):
         assert pipe.config(model) == expected.config(model)
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "sd3"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "sd3", "z_image"])
 def test_single_files_are_the_models_of_the_folders(name, single, tiny_model, caplog):
     caplog.set_level("INFO")
     files, cls = single(name), family(name).pipeline

@@ -414,6 +414,10 @@ def test_rms_norm_and_its_gradients():
     y, reciprocal = forward(x, w)
     wide = x.astype(np.float64)
     np.testing.assert_allclose(y, wide / np.sqrt((wide ** 2).mean(-1, keepdims=True) + 1e-6) * w, rtol=1e-5)
+    other, again, same, total = normal(2, 3, 8, seed=4), empty(2, 3, 8), empty(2, 3, 1), empty(2, 3, 8)
+    call("AddRmsNorm", x - other, other, w, again, same, total, floats=(1e-6,))
+    for found, wanted in ((again, y), (same, reciprocal), (total, x)):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
     to_x, to_w = empty(2, 3, 8), empty(8)
     call("RmsNormGrad", g, x, reciprocal, w, to_x, to_w)
     assert_gradient(lambda v: forward(v, w)[0], x, to_x, g)

@@ -70,7 +70,7 @@ class DoRALinear(AdaptedLinear):
         self.weight_changed()
 
     def weight_changed(self) -> None:
-        self.squares.set_data(squared_norms(self.base))
+        ops.assign(self.squares, squared_norms(self.base))  # not set_data, see `linear.LinearAdapter.load`
         is_stored = hasattr(self.base, "weight_scale")
         self.compute = Direction(StoredProductOf() if is_stored else ProductOf(), 0, self.scale, 1 + is_stored)
         self.__class__ = StoredDoRALinear if is_stored else DoRALinear

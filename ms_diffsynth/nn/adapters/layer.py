@@ -68,7 +68,7 @@ class AdaptedLinear(nn.Cell):
         return {part: to_numpy(p) for part, p in zip(self.parts, self.own_parameters())}
 
     def weight_changed(self) -> None:
-        """Called when the weight of the base was put into another form, such as 8 bits."""
+        """Called when the weight of the base was put into another form, such as 8 bits, or has other values."""
 
     # -- in blocks ---------------------------------------------------------------------------------------------------
 
@@ -104,6 +104,11 @@ def linear_modules(model: nn.Cell) -> dict[str, nn.Cell]:
     """Name -> cell of every linear layer that can have an adapter, those that have one excepted."""
     inside = {f"{name}.base" for name in adapted_layers(model)}
     return {name: cell for name, cell in model.cells_and_names() if isinstance(cell, _LINEAR) and name not in inside}
+
+
+def bare_layers(model: nn.Cell) -> dict[str, nn.Cell]:
+    """Name -> cell of every linear layer, without the adapter that it may have."""
+    return linear_modules(model) | {name: cell.base for name, cell in adapted_layers(model).items()}
 
 
 def match_targets(model: nn.Cell, targets: Iterable[str]) -> list[str]:

@@ -11,7 +11,14 @@ from ms_diffsynth.formats.adapters import Format, label
 from ms_diffsynth.formats.lora import AdapterFile
 from ms_diffsynth.nn.adapters.contract import Adapter, Uniform
 from ms_diffsynth.nn.adapters.flat import FlatTensors
-from ms_diffsynth.nn.adapters.layer import AdaptedLinear, adapted_layers, linear_modules, match_targets, put
+from ms_diffsynth.nn.adapters.layer import (
+    AdaptedLinear,
+    adapted_layers,
+    bare_layers,
+    linear_modules,
+    match_targets,
+    put,
+)
 from ms_diffsynth.nn.names import to_numpy
 
 
@@ -93,7 +100,7 @@ def fuse(file: AdapterFile, model: nn.Cell, scale: float = 1.0) -> None:
 
     Raises: WeightError for a module that the model does not have, a shape that does not fit, or weights in 8 bits.
     """
-    layers = linear_modules(model)
+    layers, adapted = bare_layers(model), adapted_layers(model)
     stored = [n for n in file.modules if n in layers and hasattr(layers[n], "weight_scale")]
     if stored:
         raise WeightError(f"a {file.name} cannot be added to weights that are stored in 8 bits: {listing(stored)}. "
@@ -109,6 +116,8 @@ def fuse(file: AdapterFile, model: nn.Cell, scale: float = 1.0) -> None:
         weight = layers[name].weight
         fused = file.formats[name].fused(to_numpy(weight).astype(np.float32), parts, scale)
         ops.assign(weight, Tensor(fused, weight.dtype))
+        if name in adapted:
+            adapted[name].weight_changed()
     for name, change in file.biases.items():
         bias = layers[name].bias
         changed = to_numpy(bias).astype(np.float32) + np.float32(scale) * change.astype(np.float32)

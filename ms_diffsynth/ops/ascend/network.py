@@ -17,6 +17,7 @@ from mindspore.ops.auto_generate import (
     LayerNormExt,
     RmsNorm,
     RotaryPositionEmbedding,
+    SiLU,
     Swiglu,
 )
 from mindspore.ops.operations.nn_ops import FlashAttentionScore
@@ -25,7 +26,7 @@ from ms_diffsynth.ops.split import Split
 
 _dense, _gelu, _layer_norm, _rotary = Dense(), GeluExt(), LayerNormExt(), RotaryPositionEmbedding()
 _matmul = P.MatMul()
-_swiglu, _softmax = Swiglu(), P.Softmax(-1)
+_silu, _swiglu, _softmax = SiLU(), Swiglu(), P.Softmax(-1)
 _bmm, _bmm_nt = P.BatchMatMul(), P.BatchMatMul(transpose_b=True)
 _join, _join_last, _split, _split_last = P.Concat(1), P.Concat(-1), Split(1), Split(-1)
 _INTERLEAVED = 1  # pairs (x[2i], x[2i+1]), as FLUX and Qwen-Image rotate
@@ -88,6 +89,10 @@ def rms_norm(x, weight, eps):
     return RmsNorm(eps)(x, weight)[0]
 
 
+def rms_norm_modulate(x, weight, scale, eps):
+    return rms_norm(x, weight, eps) * (scale + 1).expand_dims(1)
+
+
 def gate_add(residual, gate, x):
     return residual + gate.expand_dims(1) * x
 
@@ -98,6 +103,10 @@ def low_rank_each(x, a, b):
 
 def swiglu(x):
     return _swiglu(x, -1)
+
+
+def gated_silu(gate, x):
+    return _silu(gate) * x
 
 
 def positions(table, batch, heads, dtype):

@@ -110,6 +110,19 @@ class _SwiGLU(nn.Cell):
         return ops.cat((dsilu * gate + _sigmoid_grad(gate, dsilu * first), dy * first * gate), -1),
 
 
+class _GatedSiLU(nn.Cell):
+    def construct(self, gate, x):
+        sigmoid = ops.sigmoid(gate)
+        silu = gate * sigmoid
+        return silu * x, sigmoid, silu
+
+    def bprop(self, gate, x, out, dout):
+        _, sigmoid, silu = out
+        dy = dout[0]
+        dsilu = dy * x
+        return dsilu * sigmoid + _sigmoid_grad(sigmoid, dsilu * gate), dy * silu
+
+
 class _LayerNormModulate(nn.Cell):
     def construct(self, x, scale, shift, eps):
         size, tokens = x.shape[2], x.shape[1]
@@ -193,8 +206,8 @@ class _MaskedAttention(nn.Cell):
 
 
 _linear, _gelu_tanh, _gate_add, _rotary, _attention = _Linear(), _GeluTanh(), _GateAdd(), _Rotary(), _Attention()
-_swiglu, _masked_attention, _layer_norm_modulate, _rms_norm = (_SwiGLU(), _MaskedAttention(), _LayerNormModulate(),
-                                                               _RMSNorm())
+_swiglu, _gated_silu, _masked_attention = _SwiGLU(), _GatedSiLU(), _MaskedAttention()
+_layer_norm_modulate, _rms_norm = _LayerNormModulate(), _RMSNorm()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -223,6 +236,11 @@ def gate_add(residual: Tensor, gate: Tensor, x: Tensor) -> Tensor:
 def swiglu(x: Tensor) -> Tensor:
     """silu(first half) second half, halves of the last axis. Shapes: [..., 2 D] -> [..., D]."""
     return _swiglu(x)[0]
+
+
+def gated_silu(gate: Tensor, x: Tensor) -> Tensor:
+    """silu(gate) x. Shapes: any, the same for both."""
+    return _gated_silu(gate, x)[0]
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -271,3 +289,9 @@ def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis. Shapes: x [..., D], weight [D] -> [..., D]."""
     return _rms_norm(x, weight, eps)[0]
+
+
+
+def rms_norm_modulate(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """rms_norm(x) (1 + scale). Shapes: x [B, S, D], weight [D], scale [B, D] -> as x."""
+    return rms_norm(x, weight, eps) * _spread(scale + 1.0, x.shape[1])

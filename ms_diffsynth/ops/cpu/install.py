@@ -10,8 +10,8 @@ from mindspore import mint, ops
 from ms_diffsynth.errors import DeviceError, listing
 from ms_diffsynth.ops.cpu import attention, functional, random, spatial, tensor
 from ms_diffsynth.ops.cpu.adamw import adamw_construct
-from ms_diffsynth.ops.cpu.sinusoid import get_timestep_embedding
 from ms_diffsynth.ops.cpu.source import adapt_imports
+from ms_diffsynth.ops.sinusoid import get_timestep_embedding
 
 if functional.HAS_NATIVE:
     from ms_diffsynth.ops.cpu.native import blocks

@@ -5,12 +5,22 @@ from mindspore import ops
 from mindspore.ops import operations as P
 
 from ms_diffsynth.ops.cpu import fast
-from ms_diffsynth.ops.cpu.fast import gate_add, gelu_tanh, layer_norm_modulate, rms_norm, rotary as rotate, swiglu
+from ms_diffsynth.ops.cpu.fast import (
+    gate_add,
+    gated_silu,
+    gelu_tanh,
+    layer_norm_modulate,
+    rms_norm,
+    rms_norm_modulate,
+    rotary as rotate,
+    swiglu,
+)
 from ms_diffsynth.ops.split import Split
 
-__all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate",
-           "linear", "linear_without_bias", "low_rank_each", "masked_attention", "norm_rotate", "norm_rotate_joint",
-           "part", "parts", "positions", "rms_norm", "rotate", "shared", "swiglu", "text_mask"]
+__all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gated_silu", "gelu_tanh", "join", "join_last",
+           "layer_norm_modulate", "linear", "linear_without_bias", "low_rank_each", "masked_attention", "norm_rotate",
+           "norm_rotate_joint", "part", "parts", "positions", "rms_norm", "rms_norm_modulate", "rotate", "shared",
+           "swiglu", "text_mask"]
 
 _matmul, _matmul_nt = P.MatMul(), P.MatMul(transpose_b=True)
 _bmm_nt = P.BatchMatMul(transpose_b=True)

@@ -15,15 +15,13 @@ from ms_diffsynth.models import COUNT, FLAG, SCALE, SIZE, SIZES, Component, argu
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.flux2 import units
 from ms_diffsynth.pipelines.flux2.denoise import Denoise
-from ms_diffsynth.pipelines.flux2.published import PUBLISHED, QWEN3
+from ms_diffsynth.pipelines.flux2.published import PUBLISHED
 from ms_diffsynth.pipelines.shared.autoencoder_kl import scale_factor
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
-from ms_diffsynth.pipelines.shared.text import QWEN_TOKENIZER, build_qwen_tokenizer
+from ms_diffsynth.pipelines.shared.text import QWEN3, QWEN3_TOLD_BY, QWEN_TOKENIZER, build_qwen3_tokenizer
 from ms_diffsynth.pipelines.shared.vae_units import LoadPixels, with_latents
 
-# Qwen2.5's vocabulary is Qwen3's without these four, which come right behind it
-LATER_TOKENS = ("<tool_response>", "</tool_response>", "<think>", "</think>")
 UNUSED_LAYERS = tuple(f"model.layers.{k}." for k in range(27, 36))  # of Qwen3's 36: klein stops at three quarters
 # how the names of a Mistral3 begin inside transformers since 4.52; FLUX.2-dev's files have those of before
 RENAMED, OWN_NAMES = "model.language_model.", "language_model.model."
@@ -52,15 +50,10 @@ def _build_vae(config: dict[str, Any]):
 
 
 def _build_text_encoder(config: dict[str, Any]):
-    from ms_diffsynth.pipelines.flux2.text_encoder import Qwen3TextEncoder  # imports mindone's networks
+    from ms_diffsynth.pipelines.shared.language_model import quarters  # imports mindone's networks
+    from ms_diffsynth.pipelines.shared.qwen3 import Qwen3TextEncoder
 
-    return Qwen3TextEncoder(config)
-
-
-def _build_tokenizer(folder: Path):
-    tokenizer = build_qwen_tokenizer(folder)
-    tokenizer.add_tokens([token for token in LATER_TOKENS if token not in tokenizer.get_vocab()])
-    return tokenizer
+    return Qwen3TextEncoder(config, quarters)
 
 
 def _build_dev_text_encoder(config: dict[str, Any], names: Iterable[str] = ()):
@@ -86,12 +79,11 @@ def _build_dev_tokenizer(folder: Path):
 
 
 COMPONENTS = (
-    Component(name="tokenizer", folder="tokenizer", build=_build_tokenizer, default_folder=QWEN_TOKENIZER,
+    Component(name="tokenizer", folder="tokenizer", build=build_qwen3_tokenizer, default_folder=QWEN_TOKENIZER,
               libraries=("transformers",)),
     Component(name="text_encoder", folder="text_encoder", class_name="Qwen3ForCausalLM", build=_build_text_encoder,
               ignored=("lm_head.", "model.norm.", *UNUSED_LAYERS), known=QWEN3,
-              told_by={"hidden_size": columns("model.embed_tokens.weight"),
-                       "intermediate_size": columns("model.layers.0.mlp.down_proj.weight")}),
+              told_by=QWEN3_TOLD_BY),
     Component(name="vae", folder="vae", class_name="AutoencoderKLFlux2", build=_build_vae,
               ignored=("bn.num_batches_tracked",),
               reads={"latent_channels": SIZE, "block_out_channels": SIZES, "batch_norm_eps": SCALE},

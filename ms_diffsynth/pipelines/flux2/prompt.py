@@ -1,10 +1,9 @@
 """A prompt as token ids, in the chat template of the text encoder: Qwen3 (klein) or Mistral (dev)."""
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from ms_diffsynth.errors import WeightError
+from ms_diffsynth.pipelines.shared.text import check_template
 
 # Qwen3's chat template with enable_thinking=False, as both diffusers 0.37 and DiffSynth-Studio 2.1.12 apply it
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
@@ -22,7 +21,7 @@ DEV_BEHIND = (4,)  # [/INST]
 def klein_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt for Qwen3. Raises: WeightError for another model's tokenizer."""
     # without the last of BEFORE: line breaks that a prompt begins with become one token with the template's
-    return _checked(tokenizer(TEMPLATE.format(prompt)).input_ids, BEFORE[:-1], BEHIND, "Qwen3", "FLUX.2-klein")
+    return check_template(tokenizer(TEMPLATE.format(prompt)).input_ids, BEFORE[:-1], BEHIND, "Qwen3", "FLUX.2-klein")
 
 
 def dev_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -34,13 +33,4 @@ def dev_ids(tokenizer: Any, prompt: str) -> list[int]:
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False).input_ids  # the template begins with <s> by itself
-    return _checked(ids, DEV_BEFORE, DEV_BEHIND, "Mistral", "FLUX.2-dev")
-
-
-def _checked(ids: list[int], before: Sequence[int], behind: Sequence[int], language_model: str,
-             model: str) -> list[int]:
-    if tuple(ids[:len(before)]) != before or tuple(ids[-len(behind):]) != behind:
-        raise WeightError(f"the tokenizer turns {language_model}'s chat template into {ids[:len(before)]} ... "
-                          f"{ids[-len(behind):]}, expected {list(before)} ... {list(behind)}: another model's. "
-                          f"Give the tokenizer/ folder of {model}.")
-    return ids
+    return check_template(ids, DEV_BEFORE, DEV_BEHIND, "Mistral", "FLUX.2-dev")

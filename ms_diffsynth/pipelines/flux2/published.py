@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ms_diffsynth.pipelines.shared.text import QWEN3
+
 _VAE: dict[str, Any] = {
     "_class_name": "AutoencoderKLFlux2", "in_channels": 3, "out_channels": 3,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -25,17 +27,6 @@ _KLEIN_4B = _DEV | {"num_layers": 5, "num_single_layers": 20, "num_attention_hea
                     "guidance_embeds": False}
 _KLEIN_9B = _DEV | {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
                     "guidance_embeds": False}
-
-# klein's text encoder: config.json of Qwen/Qwen3-4B and Qwen/Qwen3-8B, which ComfyUI's single files come without
-_QWEN3: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "attention_dropout": 0.0,
-    "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
-    "max_position_embeddings": 40960, "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-6, "rope_theta": 1000000, "vocab_size": 151936, "use_sliding_window": False}
-QWEN3: dict[str, dict[str, Any]] = {
-    "Qwen3-4B": _QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "tie_word_embeddings": True},
-    "Qwen3-8B": _QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
-}
 
 # dev's: the language model of mistralai/Mistral-Small-3.2-24B-Instruct-2506
 _MISTRAL: dict[str, Any] = {

@@ -13,6 +13,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ms_diffsynth.errors import DataError, listing
+from ms_diffsynth.pipelines.shared.rotary import pairs_table
 
 EDIT_STEP = 10  # between one image and the next, on the axis t
 PLACES = 1024  # a side of 16384 pixels; or a hundred images
@@ -34,16 +35,6 @@ def image_places(height: int, width: int, t: int = 0) -> np.ndarray:
     return places.reshape(-1, 4)
 
 
-def table(places: np.ndarray, axes: Sequence[int], theta: float) -> np.ndarray:
-    """Cosines and sines, each for both channels of a pair: places [S, 4] -> float32 [2, S, D].
-
-    Source: diffusers 0.36, Flux2PosEmbed; theta^(-2 i / channels) for every axis.
-    """
-    angles = np.concatenate([np.outer(place, theta ** (-np.arange(0, channels, 2) / channels))
-                             for place, channels in zip(places.T, axes)], 1)
-    return np.repeat(np.stack([np.cos(angles), np.sin(angles)]), 2, axis=2).astype(np.float32)
-
-
 def edit_places(sides: Sequence[tuple[int, int]]) -> np.ndarray:
     """The positions of edit images one after the other, their sides in tokens: int32 [M, 4].
 
@@ -60,7 +51,7 @@ def edit_places(sides: Sequence[tuple[int, int]]) -> np.ndarray:
 def axis_tables(axes: tuple[int, ...], theta: float) -> tuple[tuple[Tensor, ...], ...]:
     """Cosines and sines, for each axis of the places 0, 1, ...: float32 [PLACES, channels], constants."""
     line = np.arange(PLACES, dtype=np.float64)[:, None]
-    return tuple(tuple(Tensor(table(line, (channels,), theta)[k]) for channels in axes) for k in range(2))
+    return tuple(tuple(Tensor(pairs_table(line, (channels,), theta)[k]) for channels in axes) for k in range(2))
 
 
 def edit_table(places: Tensor, axes: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:
@@ -75,5 +66,5 @@ def image_table(text_tokens: int, height: int, width: int, axes: tuple[int, ...]
                   theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of text and image, constants: float32 [1, L + N, D] each."""
     places = np.concatenate([text_places(text_tokens), image_places(height, width)])
-    cos, sin = table(places, axes, theta)
+    cos, sin = pairs_table(places, axes, theta)
     return Tensor(cos[None]), Tensor(sin[None])

@@ -1,4 +1,4 @@
-"""FLUX.2's text encoders: the lower three quarters of Qwen3 (klein) and of Mistral (dev), on mindone's layers.
+"""FLUX.2-dev's text encoder: the lower three quarters of Mistral, on mindone's layers. klein's is `shared.qwen3`.
 
 mindone's own ``construct`` is made for generation and does not compile. What is above takes no part and is not loaded:
 a quarter of the memory.
@@ -17,54 +17,22 @@ from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 
 with quiet_imports():
     from mindone.transformers.models.mistral import modeling_mistral as mistral
-    from mindone.transformers.models.qwen3 import modeling_qwen3 as qwen3
-    from transformers import MistralConfig, Qwen3Config
-
-
-class Qwen3Layer(qwen3.Qwen3DecoderLayer):
-    """One layer of klein's language model, which normalises queries and keys."""
-
-    def construct(self, x, table, looks, sees):
-        """x [B, T, W], table of `text_table`, looks and sees of `where_to_look` -> the same shape as x."""
-        attn, y = self.self_attn, self.input_layernorm(x)
-        q, k = attn.q_norm(heads(attn.q_proj(y), attn.head_dim)), attn.k_norm(heads(attn.k_proj(y), attn.head_dim))
-        x = x + sees * attend(attn, q, k, heads(attn.v_proj(y), attn.head_dim), table, looks)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    from transformers import MistralConfig
 
 
 class MistralLayer(mistral.MistralDecoderLayer):
     """One layer of dev's language model."""
 
     def construct(self, x, table, looks, sees):
-        """As `Qwen3Layer`."""
+        """As `shared.qwen3.Qwen3Layer`."""
         attn, y = self.self_attn, self.input_layernorm(x)
         q, k = heads(attn.q_proj(y), attn.head_dim), heads(attn.k_proj(y), attn.head_dim)
         x = x + sees * attend(attn, q, k, heads(attn.v_proj(y), attn.head_dim), table, looks)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Qwen3Layers(LowerLayers, qwen3.Qwen3Model):
-    layer_class = Qwen3Layer
-
-
 class MistralLayers(LowerLayers, mistral.MistralModel):
     layer_class = MistralLayer
-
-
-class Qwen3TextEncoder(TakesTokens, nn.Cell):
-    """klein's: hidden states of a prompt after 9, 18 and 27 of 36 layers, joined.
-
-    Shapes: ids int32 [B, T], mask float32 [B, T] (1 for text, 0 for padding on either side) -> [B, T, 3 W].
-    Source: diffusers 0.37, Flux2KleinPipeline; klein of 4B and 9B have 36 layers.
-    """
-
-    def __init__(self, config: dict[str, Any]):
-        super().__init__()
-        self.config = Qwen3Config(**arguments(Qwen3Config, config))
-        self.model = Qwen3Layers._from_config(self.config)
-
-    def construct(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.model(ids, mask)
 
 
 class MistralTextEncoder(TakesTokens, nn.Cell):
@@ -72,7 +40,7 @@ class MistralTextEncoder(TakesTokens, nn.Cell):
 
     Parameters are named as in FLUX.2-dev's files, ``language_model.model.layers``.
 
-    Shapes: as `Qwen3TextEncoder`.
+    Shapes: as `shared.qwen3.Qwen3TextEncoder`.
     Source: diffusers 0.36, Flux2Pipeline.
     """
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ms_diffsynth.diffusion.guidance import classifier_free_with_norms
-from ms_diffsynth.diffusion.schedule import ExponentialShift, FlowMatchSettings, Grid, TerminalStretch, linspace
+from ms_diffsynth.diffusion.schedule import ExponentialShift, FlowMatchSettings, Grid, TerminalStretch, one_to_zero
 from ms_diffsynth.formats.interchange import read_table
 from ms_diffsynth.models import LIST, NUMBERS, SIZE, SIZES, Component, arguments, blocks, columns
 from ms_diffsynth.pipeline import SamplingDefaults
@@ -62,11 +60,6 @@ LORA_TARGET_MODULES = (
     "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out",
     "img_mlp.net.2", "img_mod.1", "txt_mlp.net.2", "txt_mod.1",
 )
-
-
-def one_to_zero(n: int) -> np.ndarray:
-    """n even steps from 1 down towards 0, which is not reached: DiffSynth-Studio's spacing for Qwen-Image."""
-    return linspace(1.0, 0.0, n + 1)[:-1]
 
 
 # as published with Qwen-Image

@@ -5,13 +5,14 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, mint, ops
+from mindspore import Tensor, ops
 
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.ops.clamp import clamp
 from ms_diffsynth.pipelines.shared import vae_units
 from ms_diffsynth.pipelines.shared.cuts import tell_cut
-from ms_diffsynth.units import PipelineUnit, TensorUnit
+from ms_diffsynth.pipelines.shared.text import EncodeTokens
+from ms_diffsynth.units import PipelineUnit
 
 # Source: diffusers 0.35 and DiffSynth-Studio 2.1.12; both drop the template's first 34 tokens from the hidden states
 TEMPLATE = ("<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -47,25 +48,11 @@ class TokenizePrompt(PipelineUnit):
         return {"prompt_ids": Tensor(ids), "prompt_mask": Tensor(np.ones(ids.shape, np.float32))}
 
 
-class EncodePrompt(TensorUnit):
+class EncodePrompt(EncodeTokens):
     """Hidden states of the prompt. Padding at its end changes none of them: attention is causal.
 
     Shapes: prompt_ids int32 [B, L] -> prompt_embeds float32 [B, L, D].
     """
-
-    input_params = ("prompt_ids",)
-    output_params = ("prompt_embeds",)
-    onload_model_names = ("text_encoder",)
-    has_few_shapes = True
-
-    def process(self, pipe, prompt_ids):
-        """Compiled, a prompt is padded to the next of the pipeline's lengths."""
-        length = prompt_ids.shape[1]
-        if self.name not in pipe.units_to_compile:
-            return super().process(pipe, prompt_ids=prompt_ids)
-        longer = next((n for n in sorted(pipe.prompt_lengths) if n >= length), length)
-        padded = mint.nn.functional.pad(prompt_ids, (0, longer - length))
-        return {"prompt_embeds": super().process(pipe, prompt_ids=padded)["prompt_embeds"][:, :length]}
 
     def construct(self, prompt_ids):
         prefix = ops.broadcast_to(Tensor([PREFIX], ms.int32), (prompt_ids.shape[0], len(PREFIX)))

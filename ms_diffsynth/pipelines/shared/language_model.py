@@ -7,9 +7,10 @@ Shape legend: B batch, T tokens, W channels, H heads, K key heads, G = H / K, D 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 
@@ -85,28 +86,36 @@ class TakesTokens:
         return super().__call__(tokens, *mask)
 
 
-class LowerLayers:
-    """Mixed into a language model of mindone: its hidden states at a quarter, a half and three quarters of the layers.
+def quarters(count: int) -> tuple[int, ...]:
+    """A quarter, a half and three quarters of the layers. Raises: WeightError where they cannot be divided."""
+    if count % 4:
+        raise WeightError(f"a language model of num_hidden_layers={count}: it is read at a quarter, a half and "
+                          "three quarters of its layers, so a multiple of 4 is expected. Give the text_encoder/ "
+                          "folder of a FLUX.2.")
+    return (count // 4, count // 2, 3 * count // 4)
 
-    The upper quarter, the last norm and the head over the vocabulary take no part, so they are not built. Layers are
-    given the class ``layer_class``, whose ``construct(x, table, looks, sees)`` is made for this.
+
+class LowerLayers:
+    """Mixed into a language model of mindone: its hidden states after some of its layers, joined.
+
+    What is above the last of them, the last norm and the head over the vocabulary take no part, so they are not built.
+    Layers are given the class ``layer_class``, whose ``construct(x, table, looks, sees)`` is made for this.
+
+    Args:
+        layers_read: from the number of layers to the counts after which it is read.
 
     Attributes:
-        taken: the three counts of layers.
+        taken: these counts.
     """
 
     layer_class: type
 
-    def __init__(self, config: Any):
-        count = config.num_hidden_layers
-        if count % 4:
-            raise WeightError(f"a language model of num_hidden_layers={count}: it is read at a quarter, a half and "
-                              "three quarters of its layers, so a multiple of 4 is expected. Give the text_encoder/ "
-                              "folder of a FLUX.2.")
+    def __init__(self, config: Any, layers_read: Callable[[int], tuple[int, ...]] = quarters):
+        taken = layers_read(config.num_hidden_layers)
         lower = copy.deepcopy(config)
-        lower.num_hidden_layers = 3 * count // 4
+        lower.num_hidden_layers = max(taken)
         super().__init__(lower)
-        self.taken = (count // 4, count // 2, 3 * count // 4)
+        self.taken = taken
         rope = getattr(config, "rope_parameters", None) or {}  # where transformers 5 writes rope_theta
         self.theta, self.head_dim = float(rope.get("rope_theta", config.rope_theta)), config.head_dim
         del self.rotary_emb
@@ -114,10 +123,10 @@ class LowerLayers:
         for layer in self.layers:
             layer.__class__ = self.layer_class
 
-    def construct(self, ids, mask):
-        """ids int32 [B, T], mask float32 [B, T], 1 for text -> [B, T, 3 W]."""
+    def construct(self, ids, mask=None):
+        """ids int32 [B, T], mask float32 [B, T], 1 for text (None: all) -> [B, T, taken W]."""
         table = text_table(ids.shape[1], self.head_dim, self.theta)
-        looks, sees = where_to_look(mask)
+        looks, sees = where_to_look(ops.ones(ids.shape, ms.float32) if mask is None else mask)
         x, kept = self.embed_tokens(ids), ()
         sees = sees.astype(x.dtype)
         for k in range(len(self.layers)):

@@ -1,10 +1,11 @@
-"""Rotary positions of language models by real cosines and sines, made on the host in NumPy.
+"""Rotary positions by real cosines and sines, made on the host in NumPy: those of language models, and those of
+transformers whose tokens have a place on several axes.
 
 Shape legend: B batch, H heads, L tokens, D channels of a head.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mindspore as ms
@@ -42,3 +43,18 @@ def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
     real, imaginary = wide[..., :half], wide[..., half:]
     turned = ops.cat((real * table[0] - imaginary * table[1], real * table[1] + imaginary * table[0]), -1)
     return turned.astype(x.dtype)
+
+
+def pairs_table(places: np.ndarray, axes: Sequence[int], theta: float, are_rounded: bool = False) -> np.ndarray:
+    """Cosines and sines of places on several axes, each for both channels of a pair: [S, axes] -> float32 [2, S, D].
+
+    Computed in float64: theta^(-2 i / channels) for every axis. Source: diffusers 0.36, Flux2PosEmbed, and Z-Image's
+    RopeEmbedder.
+
+    Args:
+        are_rounded: angles are rounded to float32 before their cosines, as Z-Image's are: by 4e-6 at 100.
+    """
+    angles = np.concatenate([np.outer(place, theta ** (-np.arange(0, channels, 2) / channels))
+                             for place, channels in zip(places.T, axes)], 1)
+    angles = angles.astype(np.float32).astype(np.float64) if are_rounded else angles
+    return np.repeat(np.stack([np.cos(angles), np.sin(angles)]), 2, axis=2).astype(np.float32)

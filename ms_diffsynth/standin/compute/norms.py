@@ -60,6 +60,12 @@ def rms_norm(x: Array, weight: Array, epsilon: float) -> tuple:
     return x * reciprocal * weight, reciprocal
 
 
+@aclnn("AddRmsNorm", "t t t d -> t t t")
+def add_rms_norm(x: Array, y: Array, weight: Array, epsilon: float) -> tuple:
+    """`rms_norm` of a sum, and the sum: what MindSpore makes of both in a graph."""
+    return *rms_norm(x + y, weight, epsilon), x + y
+
+
 @aclnn("RmsNormGrad", "t t t t -> t t")
 def rms_norm_gradient(gradient: Array, x: Array, reciprocal: Array, weight: Array) -> tuple:
     axes, outer = tuple(range(x.ndim - weight.ndim, x.ndim)), tuple(range(x.ndim - weight.ndim))

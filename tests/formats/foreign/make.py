@@ -18,6 +18,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig
@@ -43,6 +44,8 @@ MODELS = {
     "qwen_image": QwenImageTransformer2DModel(in_channels=4, out_channels=4, axes_dims_rope=(2, 2, 4), **WIDTHS),
     "sd3": SD3Transformer2DModel(sample_size=4, in_channels=4, caption_projection_dim=16, pooled_projection_dim=8,
                                  pos_embed_max_size=4, **WIDTHS),
+    "z_image": ZImageTransformer2DModel(in_channels=4, dim=16, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+                                        cap_feat_dim=12, axes_dims=[2, 2, 4], axes_lens=[8, 8, 8]),
 }
 SHAPES = {family: {name[:-7]: tuple(w.shape) for name, w in model.state_dict().items()
                    if name.endswith(".weight") and w.ndim == 2} for family, model in MODELS.items()}
@@ -308,9 +311,27 @@ def write_others():
     put("sd3", "kohya", named(fused("sd3", layers, expected), "lora_unet_", alpha=R, **KOHYA), expected)
 
 
+def write_z_image():
+    """By the names of ai-toolkit (de-distillation adapters of Turbo too), DiffSynth-Studio and musubi-tuner, and joined
+    as in the publisher's file."""
+    family, blocks = "z_image", ("layers", "noise_refiner", "context_refiner")
+    pairs = {m: pair(s) for m, s in SHAPES[family].items() if m.startswith(blocks)}
+    put(family, "diffusers", named(pairs, "transformer."), changes(pairs))
+    put(family, "aitoolkit", named(pairs, "diffusion_model."), changes(pairs))
+    put(family, "diffsynth", named(pairs, "", "lora_A.default.weight", "lora_B.default.weight"), changes(pairs))
+    put(family, "musubi", named(pairs, "lora_unet_", alpha=1, **KOHYA), changes(pairs, 0.5))
+    layers = {f"{b}.0.attention.{k}": [f"{b}.0.attention.{m}" for m in v] for b in blocks
+              for k, v in {"qkv": ["to_q", "to_k", "to_v"], "out": ["to_out.0"]}.items()}
+    expected = {}
+    joined = fused(family, layers, expected)
+    put(family, "comfy_original", named(joined, "diffusion_model.", "lora_down.weight", "lora_up.weight", 1),
+        {m: 0.5 * c for m, c in expected.items()})
+
+
 if __name__ == "__main__":
     write_flux()
     write_real()
     write_others()
+    write_z_image()
     (OUT / "cases.json").write_text(json.dumps({"layers": SHAPES, "cases": CASES}, sort_keys=True) + "\n")
     print(len(CASES), "cases")

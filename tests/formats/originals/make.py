@@ -29,6 +29,10 @@ def scale(name):
     return {f"{name}.scale": torch.randn(4, generator=generator).bfloat16()}
 
 
+def weight(name, width):
+    return {f"{name}.weight": torch.randn(width, generator=generator).bfloat16()}
+
+
 def convolution(name, rows, columns, side=3):
     return {f"{name}.weight": torch.randn(rows, columns, side, side, generator=generator).bfloat16(),
             f"{name}.bias": torch.randn(rows, generator=generator).bfloat16()}
@@ -57,6 +61,26 @@ def transformer(bias, mlp, fused):
     tensors |= linear("single_blocks.0.modulation.lin" if bias else "single_stream_modulation.lin", 3 * D, D, bias)
     for embedder in ("time_in", "guidance_in", *(["vector_in"] if bias else [])):
         tensors |= {**linear(f"{embedder}.in_layer", D, 6, bias), **linear(f"{embedder}.out_layer", D, D, bias)}
+    return tensors
+
+
+def z_image():
+    """One block of each kind."""
+    tensors = {"x_pad_token": torch.randn(1, D, generator=generator).bfloat16(),
+               "cap_pad_token": torch.randn(1, D, generator=generator).bfloat16(),
+               **linear("x_embedder", D, 6), **linear("cap_embedder.1", D, 6), **weight("cap_embedder.0", 6),
+               **linear("t_embedder.mlp.0", 10, 6), **linear("t_embedder.mlp.2", D, 10),
+               **linear("final_layer.linear", 6, D), **linear("final_layer.adaLN_modulation.1", D, D)}
+    for block in ("layers.0", "noise_refiner.0", "context_refiner.0"):
+        tensors |= {**linear(f"{block}.attention.qkv", 3 * D, D, False), **weight(f"{block}.attention.q_norm", 4),
+                    **linear(f"{block}.attention.out", D, D, False), **weight(f"{block}.attention.k_norm", 4),
+                    **linear(f"{block}.feed_forward.w1", 20, D, False),
+                    **linear(f"{block}.feed_forward.w2", D, 20, False),
+                    **linear(f"{block}.feed_forward.w3", 20, D, False)}
+        for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+            tensors |= weight(f"{block}.{name}", D)
+        if block != "context_refiner.0":
+            tensors |= linear(f"{block}.adaLN_modulation.0", 4 * D, D)
     return tensors
 
 
@@ -122,4 +146,6 @@ if __name__ == "__main__":
     put("vae", vae, diffusers.convert_ldm_vae_checkpoint(dict(vae), config))
     sd3 = mmdit()
     put("sd3", sd3, diffusers.convert_sd3_transformer_checkpoint_to_diffusers(dict(sd3)))
+    found = z_image()
+    put("z_image", found, diffusers.convert_z_image_transformer_checkpoint_to_diffusers(dict(found)))
     (OUT / "digests.json").write_text(json.dumps(DIGESTS, indent=0, sort_keys=True) + "\n")

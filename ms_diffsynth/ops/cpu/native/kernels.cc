@@ -231,6 +231,26 @@ KERNEL(swiglu_backward) {
     }
   });
 }
+// gate, x -> silu(gate) x
+KERNEL(gated_silu_forward) {
+  const float *gate = a[0], *x = a[1];
+  float *y = a[2];
+  chunks(a.size(0), CHUNK, [&](int64_t first, int64_t last) {
+    SIMD for (int64_t i = first; i < last; i++) y[i] = gate[i] * sigmoid(gate[i]) * x[i];
+  });
+}
+// dy, gate, x -> dgate, dx
+KERNEL(gated_silu_backward) {
+  const float *dy = a[0], *gate = a[1], *x = a[2];
+  float *dgate = a[3], *dx = a[4];
+  chunks(a.size(0), CHUNK, [&](int64_t first, int64_t last) {
+    SIMD for (int64_t i = first; i < last; i++) {
+      const float s = sigmoid(gate[i]);
+      dx[i] = dy[i] * gate[i] * s;
+      dgate[i] = dy[i] * x[i] * s * (1.0f + gate[i] * (1.0f - s));
+    }
+  });
+}
 
 // ---- normalisation, modulation, gates ----
 
@@ -308,26 +328,29 @@ KERNEL(gate_add_backward) {
   for (int64_t sample = 0; sample < a.dim(0, 0); sample++)
     add_partial(partial.data() + sample * parts * d, parts, d, {a[4] + sample * d});
 }
-// x [..., d], weight [d], eps [1] -> y [..., d]
+// x [..., d], weight [d] or of each sample [b, d], eps [1] -> y [..., d]
 KERNEL(rms_norm_forward) {
-  const int64_t d = a.dim(1, 0);
-  const float *w = a[1], eps = a[2][0];
-  chunks(a.size(0) / d, 8 * ROWS, [&](int64_t first, int64_t last) {
+  const int64_t d = a.dim(1, -1), rows = a.size(0) / d, tokens = rows * d / a.size(1);
+  const float eps = a[2][0];
+  chunks(rows, 8 * ROWS, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
-      const float *x = a[0] + row * d, rstd = 1.0f / std::sqrt(dot(x, x, d) / d + eps);
+      const float *x = a[0] + row * d, *w = a[1] + row / tokens * d, rstd = 1.0f / std::sqrt(dot(x, x, d) / d + eps);
       float *y = a[3] + row * d;
       SIMD for (int64_t c = 0; c < d; c++) y[c] = x[c] * rstd * w[c];
     }
   });
 }
-// dy, x [..., d], weight [d], eps [1] -> dx [..., d], dweight [d]
+// dy, x [..., d], weight [d] or [b, d], eps [1] -> dx [..., d], dweight as weight
 KERNEL(rms_norm_backward) {
-  const int64_t d = a.dim(2, 0), rows = a.size(0) / d, each = 8 * ROWS, parts = (rows + each - 1) / each;
-  const float *w = a[2], eps = a[3][0];
-  std::vector<float> partial(parts * d);
-  parallel(parts, [&](int64_t task, int) {
+  const int64_t d = a.dim(2, -1), samples = a.size(2) / d, tokens = a.size(0) / a.size(2);
+  const int64_t each = 8 * ROWS, parts = (tokens + each - 1) / each;
+  const float eps = a[3][0];
+  std::vector<float> partial(samples * parts * d);
+  parallel(samples * parts, [&](int64_t task, int) {
+    const int64_t sample = task / parts, first = task % parts * each, last = std::min(tokens, first + each);
+    const float *w = a[2] + sample * d;
     float *dw = partial.data() + task * d;
-    for (int64_t row = task * each; row < std::min(rows, (task + 1) * each); row++) {
+    for (int64_t row = sample * tokens + first; row < sample * tokens + last; row++) {
       const float *dy = a[0] + row * d, *x = a[1] + row * d, rstd = 1.0f / std::sqrt(dot(x, x, d) / d + eps);
       float *dx = a[4] + row * d, slope = 0;
       SIMD_SUM(slope) for (int64_t c = 0; c < d; c++) {
@@ -338,7 +361,8 @@ KERNEL(rms_norm_backward) {
       SIMD for (int64_t c = 0; c < d; c++) dx[c] = dy[c] * w[c] * rstd - x[c] * slope;
     }
   });
-  add_partial(partial.data(), parts, d, {a[5]});
+  for (int64_t sample = 0; sample < samples; sample++)
+    add_partial(partial.data() + sample * parts * d, parts, d, {a[5] + sample * d});
 }
 
 namespace {

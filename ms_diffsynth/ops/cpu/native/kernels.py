@@ -139,6 +139,8 @@ _gelu_forward, _gelu_backward = _kernel("gelu_forward", _first), _kernel("gelu_b
 _silu_forward, _silu_backward = _kernel("silu_forward", _first), _kernel("silu_backward", _first)
 _swiglu_forward = _kernel("swiglu_forward", lambda x: (*x[:-1], x[-1] // 2))
 _swiglu_backward = _kernel("swiglu_backward", _second)
+_gated_silu_forward = _kernel("gated_silu_forward", _first)
+_gated_silu_backward = _kernel("gated_silu_backward", lambda dy, *_: (dy, dy), 2)
 
 
 class _GeluTanh(nn.Cell):
@@ -163,6 +165,15 @@ class _SwiGLU(nn.Cell):
 
     def bprop(self, x, out, dout):
         return _swiglu_backward(dout, x),
+
+
+class _GatedSiLU(nn.Cell):
+    def construct(self, gate, x):
+        return _gated_silu_forward(gate, x)
+
+    def bprop(self, gate, x, out, dout):
+        dgate, dx = _gated_silu_backward(dout, gate, x)
+        return dgate, dx
 
 
 # ---- normalisation, modulation, gates, positions ----
@@ -335,7 +346,8 @@ _convolution, _group_norm, _double = _Convolution(), _GroupNorm(), _Double()
 _linear, _linear_without_bias = _Linear(), _LinearWithoutBias()
 _add_low_rank = _AddLowRank()
 _any_linear, _any_linear_without_bias = _AnyLinear(), _AnyLinearWithoutBias()
-_gelu_tanh, _silu, _swiglu, _gate_add, _rotate = _GeluTanh(), _SiLU(), _SwiGLU(), _GateAdd(), _Rotate()
+_gelu_tanh, _silu, _swiglu, _gated_silu = _GeluTanh(), _SiLU(), _SwiGLU(), _GatedSiLU()
+_gate_add, _rotate = _GateAdd(), _Rotate()
 _layer_norm_modulate, _rms_norm = _LayerNormModulate(), _RMSNorm()
 _norm_rotate, _norm_rotate_joint = _NormRotate(), _NormRotateJoint()
 _attention, _masked_attention = _Attention(), _MaskedAttention()
@@ -372,6 +384,11 @@ def swiglu(x: Tensor) -> Tensor:
     return _swiglu(x)
 
 
+def gated_silu(gate: Tensor, x: Tensor) -> Tensor:
+    """silu(gate) x. Shapes: any, the same for both."""
+    return _gated_silu(gate, x)
+
+
 def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """norm(x) (1 + scale) + shift, the norm without affine. Shapes: x [B, S, D], scale and shift [B, D]."""
     return _layer_norm_modulate(x, scale, shift, _numbers(eps))[0]
@@ -385,6 +402,11 @@ def gate_add(residual: Tensor, gate: Tensor, x: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis. Shapes: x [..., D], weight [D]."""
     return _rms_norm(x, weight, _numbers(eps))
+
+
+def rms_norm_modulate(x: Tensor, weight: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """rms_norm(x) (1 + scale). Shapes: x [B, S, D], weight [D], scale [B, D] -> as x."""
+    return _rms_norm(x, weight * (scale + 1.0), _numbers(eps))
 
 
 def norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:

