@@ -188,6 +188,7 @@ class Pipeline:
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
     sampling = SamplingDefaults()
     division_factor = 16  # heights and widths are multiples of this many pixels
+    absent_inputs: tuple[str, ...] = ()  # further inputs that a row of a data set may do without
     objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `registry.TASKS`
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
     lora_prefixes: dict[str, str] = {}  # model name -> its prefix in a LoRA file, where there is no ``interchange``
@@ -224,6 +225,7 @@ class Pipeline:
         if any("moments" in unit.output_params for unit in self.units):  # no VAE, no posterior
             self.units.append(SampleLatents("mean"))
         self.optional_units = self.build_optional_units()
+        self._replaced: dict[str, PipelineUnit | TensorUnit] = {}  # units of the family that others stand for
         self.denoise = self.build_denoise()
 
     # -- what a family provides ---------------------------------------------------------------------------------
@@ -233,7 +235,8 @@ class Pipeline:
         raise TypeError(f"{type(self).__name__} has no build_units: implement it.")
 
     def build_optional_units(self) -> dict[str, list[PipelineUnit | TensorUnit]]:
-        """Units that run only with a further input, by its name; see `use_input`."""
+        """Units that run only with a further input, by its name: before the others, or instead of the one that is
+        called the same; see `use_input`."""
         return {}
 
     def build_denoise(self) -> TensorUnit:
@@ -276,8 +279,9 @@ class Pipeline:
         ``input_image`` and ``start_noise`` to ``start_latents``, from where sampling starts.
         """
         optional = {id(unit) for units in self.optional_units.values() for unit in units}
-        units = [unit for name in extra for unit in self.optional_units[name]]
-        units += [at_the_start(unit) for unit in self.units if id(unit) not in optional]
+        own = [self._replaced.get(unit.name, unit) for unit in self.units]
+        own = [at_the_start(unit) for unit in own if id(unit) not in optional]
+        units = with_further(own, [unit for name in extra for unit in self.optional_units[name]])
         written = {name for unit in units for name in unit.output_params}
         if "input_latents" in written and "start_latents" not in written:
             units.append(StartLatents())
@@ -296,8 +300,10 @@ class Pipeline:
                               f"{listing(self.optional_units) or 'no further inputs'}."
                               f"{hint or nearest(name, self.optional_units)}")
         if name not in self.inputs:
-            self.inputs = (*self.inputs, name)
-            self.units[:0] = self.optional_units[name]
+            self.inputs, further = (*self.inputs, name), self.optional_units[name]
+            names = {unit.name for unit in further}
+            self._replaced |= {unit.name: unit for unit in self.units if unit.name in names}
+            self.units[:] = with_further(self.units, further)
 
     @property
     def model_fn(self) -> Callable[..., Tensor]:
@@ -623,6 +629,13 @@ class Pipeline:
             logger.warning("%d x %d pixels: sides must be multiples of %d, so %d x %d is used.", height, width, factor,
                            *rounded)
         return rounded
+
+
+def with_further(units: Sequence[PipelineUnit | TensorUnit],
+                 further: Sequence[PipelineUnit | TensorUnit]) -> list[PipelineUnit | TensorUnit]:
+    """``units`` with those of a further input: in front, or in the place of the unit that is called the same."""
+    names, instead = {unit.name for unit in units}, {unit.name: unit for unit in further}
+    return [*(unit for unit in further if unit.name not in names), *(instead.get(unit.name, unit) for unit in units)]
 
 
 def at_the_start(unit: PipelineUnit | TensorUnit) -> PipelineUnit | TensorUnit:

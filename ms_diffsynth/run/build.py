@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -20,13 +20,15 @@ from ms_diffsynth.config import SETTINGS, TrainConfig
 from ms_diffsynth.data.buckets import Bucket, choose_buckets, describe_fit, nearest_bucket, own_bucket
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.folders import folder_of, parse_folders
+from ms_diffsynth.data.images import read_image
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.tasks import Task, task_class
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.errors import CacheError, ConfigError, DataError, listing, nearest, shortened
+from ms_diffsynth.errors import CacheError, ConfigError, DataError, listing, naming, nearest, shortened
 from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
+from ms_diffsynth.pipelines.shared.edit import references
 from ms_diffsynth.registry import TASKS, family
 from ms_diffsynth.run.pipeline import most_pixels
 from ms_diffsynth.storage.cache import Cache
@@ -120,7 +122,9 @@ def build_datasets(config: TrainConfig) -> DataSets:
         pictures = (cache.manifest or {}).get("fingerprint", {}).get("pictures", {}).get("instance")
         if isinstance(pictures, dict):  # the columns as stage one found them in the metadata
             columns = list(pictures)
-        made = dict.fromkeys(columns, describe(_image_operator(config, "", [])))
+        as_it_is = describe(_reference_operator(config, ""))
+        made = {key: as_it_is if key in _references(config) else describe(_image_operator(config, "", []))
+                for key in columns}
         names = ["instance", *(["class"] if config.objective.with_prior_preservation else [])]
         held_out = [name for name in (cache.manifest or {}).get("rows", {}) if name == "validation"]
         cache.check({"pictures": dict.fromkeys([*names, *held_out], made)})
@@ -146,11 +150,18 @@ def _dataset(config: TrainConfig, name: str, repeat: int = 1) -> UnifiedDataset:
     if odd := [name for name in extra if name not in known]:
         raise ConfigError(f"extra_inputs names {', '.join(map(repr, odd))}: expected some of "
                           f"{', '.join(sorted(known))}.{nearest(odd[0], known)}")
+    optional = [] if name == "class" else _references(config)
+    left_out = set(_references(config)) - set(optional)  # class images have none
+    extra = [column for column in extra if column not in left_out]
     data, has_prompts = config.data, "prompt" in family(config.model.family).pipeline.inputs
     base, metadata = (getattr(data, f"{name}_{what}_path") for what in ("base", "metadata"))
     prompt = "class_prompt" if name == "class" else "instance_prompt"
-    how = {"repeat": repeat, "data_file_keys": data.data_file_keys, "captions": has_prompts, "prompt_setting": prompt,
-           "instance_prompt": getattr(data, prompt) if has_prompts else None, "image_column": data.image_column,
+    keys = [key for key in map(str.strip, data.data_file_keys.split(",")) if key not in left_out]
+    keys += [column for column in optional if column not in keys]
+    how = {"repeat": repeat, "data_file_keys": keys, "optional": optional,
+           "edit_folders": data.edit_folders if name == "dataset" else (), "captions": has_prompts,
+           "prompt_setting": prompt, "instance_prompt": getattr(data, prompt) if has_prompts else None,
+           "image_column": data.image_column,
            "trigger_word": data.trigger_word if has_prompts and name != "class" else None,
            "caption_column": data.caption_column, "allow_outside_base": data.allow_outside_base,
            "required": ["image", *extra, *(["prompt"] if has_prompts else [])]}
@@ -163,6 +174,12 @@ def _dataset(config: TrainConfig, name: str, repeat: int = 1) -> UnifiedDataset:
             raise
         setting = "folders" if folders else "base_path" if metadata is None else "metadata_path"
         raise DataError(f"{name}_{setting}: {error}") from error
+
+
+def _references(config: TrainConfig) -> list[str]:
+    """The further inputs of the run that are reference images."""
+    extra = [name.strip() for name in (config.data.extra_inputs or "").split(",")]
+    return [name for name in family(config.model.family).pipeline.absent_inputs if name in extra]
 
 
 def _repeats_of_cache(config: TrainConfig, cache: Cache) -> int | list[int]:
@@ -206,6 +223,7 @@ def _resize(config: TrainConfig, sets: DataSets) -> None:
             logger.warning("%s: %s.", what, warning)
         operator = _image_operator(config, images.base_path, buckets)
         images.use_buckets(() if data.height else buckets, operator)
+        images.special_operator_map |= dict.fromkeys(_references(config), _reference_operator(config, images.base_path))
     held: Counter = Counter()
     repeat = sets.instance.repeat
     for row, size in enumerate(sizes["images"]):
@@ -242,9 +260,42 @@ def _image_operator(config: TrainConfig, base: str, buckets: list[Bucket]) -> Da
         allow_outside_base=data.allow_outside_base, chosen_by=rule)
 
 
+def _reference_operator(config: TrainConfig, base: str) -> DataProcessingOperator:
+    """References are read as they are; the pipeline makes them smaller, each by itself."""
+    return UnifiedDataset.default_image_operator(base_path=base, resize=False,
+                                                 allow_outside_base=config.data.allow_outside_base)
+
+
 # -- sample images -------------------------------------------------------------------------------------------------
 
 Sampler = Callable[..., list[Image.Image]]
+
+
+def sample_references(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> list[list[Image.Image]]:
+    """The reference images of each sample image: as set, or those of the first rows of ``dataset`` that have any, where
+    the run trains on references. Empty for none.
+
+    Raises: ConfigError for a family that takes none; DataError for a file that is not an image.
+    """
+    run, count = config.run, len(config.run.sample_prompts)
+    if run.sample_edit_images and "edit_image" not in pipe.optional_units:
+        raise ConfigError(f"sample_edit_images={','.join(run.sample_edit_images)}: the family {config.model.family} "
+                          "takes no reference images. Remove it.")
+    if not count:
+        return []
+    if run.sample_edit_images:
+        with naming("sample_edit_images"):
+            each = [[read_image(name.strip()) for name in names.split(";") if name.strip()]
+                    for names in run.sample_edit_images]
+        return each * count if len(each) == 1 else each
+    if "edit_image" not in pipe.inputs or not isinstance(dataset, UnifiedDataset):
+        return []
+    rows = [row for row, cells in enumerate(dataset.rows) if cells.get("edit_image")][:count]
+    if rows:
+        logger.info("sample images have the references of %s; others are named by sample_edit_images.",
+                    listing((dataset.label(row) for row in rows), 3))
+    found = [references(dataset.cells(row, ["edit_image"])["edit_image"]) for row in rows]
+    return list(itertools.islice(itertools.cycle(found), count)) if found else []
 
 
 def sample_template_inputs(config: TrainConfig) -> list[Mapping[str, Any]]:
@@ -261,10 +312,13 @@ def sample_template_inputs(config: TrainConfig) -> list[Mapping[str, Any]]:
     return inputs
 
 
-def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> tuple[Sampler | None, list[str]]:
+def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None,
+                  edited: Sequence[Sequence[Image.Image]] | None = None) -> tuple[Sampler | None, list[str]]:
     """``sampler()`` makes one image a prompt, always from the same seeds; and the prompts. None without prompts.
 
     Without sample_height and height it makes them at the size of most images of ``dataset``, or square.
+
+    Each has the reference images ``edited``; None takes those of `sample_references`.
 
     ``sampler(count)`` makes this many, with the prompts in turn. For a family without prompts, ``sampler()`` makes
     ``sample_count`` images.
@@ -293,15 +347,18 @@ def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> t
         usual = found.most_common(1)[0][0]
     how["height"] = run.sample_height or config.data.height or usual.height
     how["width"] = run.sample_width or config.data.width or usual.width
+    edited = (sample_references(config, pipe, dataset) if edited is None else edited) or [[]] * len(prompts)
     inputs = sample_template_inputs(config)
 
     def sampler(count: int = len(prompts)) -> list[Image.Image]:
         caches = [trained_template_cache(pipe, given) for given in inputs] if inputs else [None] * len(prompts)
         images = []
-        for k, (prompt, cache) in enumerate(itertools.islice(itertools.cycle(zip(prompts, caches)), count)):
+        for k, (prompt, cache, given) in enumerate(itertools.islice(itertools.cycle(zip(prompts, caches, edited)),
+                                                                    count)):
             still()
             images.append(pipe(prompt=prompt, seed=run.sample_seed + k, **how,
-                               **({"template_cache": cache} if cache else {})))
+                               **({"template_cache": cache} if cache else {}),
+                               **({"edit_image": list(given)} if given else {})))
         return images
 
     return sampler, prompts

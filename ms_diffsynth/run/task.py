@@ -13,7 +13,7 @@ from PIL import Image
 from ms_diffsynth import runtime
 from ms_diffsynth.config import TrainConfig, flat, to_yaml
 from ms_diffsynth.errors import CacheError, ConfigError, OutputError, naming
-from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_sampler
+from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_sampler, sample_references
 from ms_diffsynth.run.checks import check_data, check_settings
 from ms_diffsynth.run.header import file_header
 from ms_diffsynth.run.pipeline import build_pipeline, most_pixels
@@ -22,6 +22,7 @@ from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.hooks.checkpoints import Checkpoints
 from ms_diffsynth.training.hooks.contract import Hook
 from ms_diffsynth.training.hooks.evaluation import Evaluation
+from ms_diffsynth.training.hooks.pairs import Pairs
 from ms_diffsynth.training.hooks.publish import Publishing, check_token
 from ms_diffsynth.training.hooks.samples import Samples
 from ms_diffsynth.training.hooks.validation import Validation
@@ -87,10 +88,11 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
         other = "" if held_out is None else f", {held_out} held out"
         sys.stderr.write(f"{config.model.family}: {count} images{prior}{other}, batch size {config.run.batch_size}, "
                          f"task {config.objective.task}, output in {config.run.output_path}\n{module.pipe.objective}\n")
-    sampler, captions = build_sampler(config, pipe, images)
+    references = sample_references(config, pipe, images)
+    sampler, captions = build_sampler(config, pipe, images, references)
     return launch_training_task(accelerator, sets.instance, module, logger, class_dataset=sets.classes,
                                 validation_dataset=sets.validation, args=config, sampler=sampler,
-                                sample_captions=captions, hooks=hooks)
+                                sample_captions=captions, sample_references=references, hooks=hooks)
 
 
 def launch_training_task(accelerator: Accelerator, dataset: Any, model: DiffusionTrainingModule,
@@ -98,7 +100,9 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
                          num_workers: int = 1, save_steps: int | None = None, num_epochs: int | None = 1,
                          args: Any = None, class_dataset: Any = None,
                          sampler: Callable[..., list[Image.Image]] | None = None,
-                         sample_captions: list[str] | None = None, settings: dict[str, Any] | None = None,
+                         sample_captions: list[str] | None = None,
+                         sample_references: Sequence[Sequence[Image.Image]] = (),
+                         settings: dict[str, Any] | None = None,
                          validation_dataset: Any = None, hooks: Sequence[Hook] = (), **options: Any) -> ModelLogger:
     """Train ``model`` on ``dataset`` and write everything through ``model_logger``.
 
@@ -107,7 +111,8 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
         class_dataset: class images for prior preservation; each batch is then instances followed by as many of these.
         sampler: makes sample images with the current weights; called before the first step, every ``sample_steps``
             and at the end. sample_captions: what is written under them. With ``evaluation_steps`` it is also called
-            with a number of images, as that of `build_sampler` can be.
+            with a number of images, as that of `build_sampler` can be. sample_references: the reference images of each,
+            which are shown above it.
         settings: what else training_args.json should hold.
         validation_dataset: held-out rows; their loss is computed every ``validation_steps``.
         hooks: of your own, see `training.hooks.contract.Hook`; they come after the others.
@@ -130,7 +135,8 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     sets = rows_of_run(accelerator, model, model_logger, DataSets(dataset, class_dataset, validation_dataset), args)
     settings = (settings or {}) | flat(args) | dataclasses.asdict(chosen) | {
         "mode": accelerator.mode, "device": accelerator.device, "num_processes": accelerator.num_processes}
-    looking: list[Hook] = []
+    model_logger.references = [list(images) for images in sample_references]
+    looking: list[Hook] = [Pairs()] if "edit_image" in model.pipe.inputs else []
     if sampler is not None and stage_of(model.task) != "train":
         looking.append(Samples(sampler, sample_captions or [], chosen.sample_steps))
     elif sampler is not None and is_main:  # what samples need besides the network is not loaded
