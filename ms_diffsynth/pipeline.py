@@ -73,6 +73,7 @@ class Family:
     Attributes:
         pipeline: its pipeline class.
         write_tiny: writes a tiny, randomly initialised model in the family's checkpoint format, from a seed.
+        tiny_variants: name -> the same for tiny models with more than that one has, such as what editing needs.
         published: settings of its published models: name -> component -> config.json, without those that no training
             of a prepared data set needs.
         prepared_shapes: from such configs, the shape of an image's latents and a number of text tokens to the shapes
@@ -85,6 +86,7 @@ class Family:
     name: str
     pipeline: type[Pipeline]
     write_tiny: Callable[[Path, int], None]
+    tiny_variants: Mapping[str, Callable[[Path, int], None]] = field(default_factory=dict)
     published: Mapping[str, Mapping[str, dict[str, Any]]] = field(default_factory=dict)
     prepared_shapes: Callable[..., dict[str, tuple[int, ...]]] | None = None
     licences: Mapping[str, Licence] = field(default_factory=dict)
@@ -185,6 +187,7 @@ class Pipeline:
 
     components: tuple[Component, ...] = ()  # of the family; those of one pipeline are ``store.components``
     variants: tuple[tuple[Component, ...], ...] = ()  # what it may be made of instead, as the given files decide
+    parts: tuple[Component, ...] = ()  # what the files of a component may hold besides
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
     sampling = SamplingDefaults()
     division_factor = 16  # heights and widths are multiples of this many pixels
@@ -209,7 +212,8 @@ class Pipeline:
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
         self.dtype = dtype or runtime.compute_dtype(None)
         cls = type(self)
-        self.store = ModelStore(cls.components, self.dtype, cls.__name__, cls.variants, models, cls.interchange)
+        self.store = ModelStore(cls.components, self.dtype, cls.__name__, cls.variants, cls.parts, models,
+                                cls.interchange)
         self.device = runtime.current().device
         self.objective = Objective()
         self.sigmas: np.ndarray | None = None
@@ -539,11 +543,14 @@ class Pipeline:
         Raises: OutputError, also for a folder that is not empty without ``replace``; WeightError for a model without
             files, with an adapter, or stored in 8 bits.
         """
-        index = {"_class_name": self.diffusers_class, "_diffusers_version": "0.35.2"}
+        index = {"_class_name": self.store.index.get("_class_name") or self.diffusers_class,
+                 "_diffusers_version": "0.35.2"}
         with stage_folder(folder, replace=replace) as stage:
             for component in self.store.components:
-                index[component.folder] = self.store.save(component.name, Path(stage) / component.folder,
-                                                          component.name in changed, max_shard_bytes)
+                if not component.part_of:
+                    place = Path(stage) / component.folder
+                    is_changed = component.name in changed
+                    index[component.folder] = self.store.save(component.name, place, is_changed, max_shard_bytes)
             scheduler = self.scheduler_config() or asdict(self.published_scheduler())
             scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
             index["scheduler"] = ["diffusers", scheduler["_class_name"]]

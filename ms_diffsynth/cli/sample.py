@@ -65,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="edit this image, or use it as a reference; several times for several, in their order; "
                              "height and width are then those of the first, or as the family says")
     parser.add_argument("--edit_max_pixels", type=int, help="most pixels of such an image (default: 1048576)")
+    parser.add_argument("--edit_template", help="how Qwen-Image-Edit is shown it: first, or plus as -2509 and -2511 "
+                                                "(default: as the model's files tell)")
     parser.add_argument("--denoising_strength", type=float,
                         help="how much of it is made anew: above 0, at most 1 = all (default: 1)")
     parser.add_argument("--tiled", action="store_true", help="the VAE works in tiles, to save memory")
@@ -104,14 +106,15 @@ def execute(args: argparse.Namespace) -> int:
         raise ConfigError(f"no prompt: images of the family {args.family} follow one. Give --prompt.")
     of_others = ("count",) if chosen.takes_prompts else (
         "prompt", "negative_prompt", "lora", "template", "cfg_scale", "embedded_guidance", "input_image", "edit_image",
-        "edit_max_pixels", "tiled")
+        "edit_max_pixels", "edit_template", "tiled")
     unused = [name for name in of_others if getattr(args, name) not in (None, [], False)]
     if unused:
         raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")
     cls.check_sampler(args.sampler)
     models, tokenizers = base or (str(args.model), None)
     pipe = open_pipeline(args.family, models, tokenizers=tokenizers, device=args.device,
-                         max_sequence_length=args.max_sequence_length, edit_max_pixels=args.edit_max_pixels)
+                         max_sequence_length=args.max_sequence_length, edit_max_pixels=args.edit_max_pixels,
+                         edit_template=args.edit_template)
     if args.embedded_guidance is not None and not pipe.takes_guidance:
         raise ConfigError(f"embedded_guidance={args.embedded_guidance}: this model is told none. Remove it, or use "
                           "--cfg_scale.")
@@ -197,6 +200,7 @@ def _of_run(args: argparse.Namespace) -> tuple[Any, dict[str, str | None]]:
     args.family, args.model = model.family, args.run
     if args.edit_max_pixels is None:
         args.edit_max_pixels = config.data.edit_max_pixels
+    args.edit_template = args.edit_template or config.data.edit_template
     if args.max_sequence_length is None:
         args.max_sequence_length = config.data.max_sequence_length
     return (model_configs(model.model_paths, model.model_id_with_origin_paths),
@@ -269,6 +273,9 @@ def _check(args: argparse.Namespace) -> None:
     problems += [f"edit_image={path}: no such file" for path in args.edit_image if not path.is_file()]
     if args.edit_max_pixels is not None and not args.edit_image:
         problems.append("edit_max_pixels without edit_image, which it makes smaller: name the file")
+    allowed = SETTINGS["edit_template"].metadata["choices"]
+    if args.edit_template is not None and args.edit_template not in allowed:
+        problems.append(f"edit_template={args.edit_template}: expected one of {', '.join(allowed)}")
     problems += [f"{name}={path}: no such file" for name in ("weights", "input_image")
                  if (path := getattr(args, name)) and not path.is_file()]
     if args.denoising_strength is not None and not args.input_image:

@@ -101,6 +101,9 @@ class DataSection:
         "file name in the first folder, its second in the second", has_commas=True)
     edit_max_pixels: int | None = _setting(None, "most pixels of a reference image, which keeps its own size below; "
                                            "null = 1048576", "256 <= edit_max_pixels <= 268435456")
+    edit_template: str | None = _setting(
+        None, "how the text encoder of Qwen-Image-Edit is shown references: first = as by the first model, plus = as "
+        "by -2509 and -2511; null = as the model's files tell", choices=("first", "plus"))
     instance_prompt: str | None = _setting(None, "prompt of every image that has none of its own, or an empty one",
                                            holds="prompt")
     trigger_word: str | None = _setting(None, "word that stands for what is learned: put in front of every prompt that "

@@ -20,6 +20,7 @@ from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.debug.compare import Quantity, relative_error, together, tolerances, worst
 from ms_diffsynth.debug.end_to_end import check_end_to_end
 from ms_diffsynth.debug.gradients import Gradients
+from ms_diffsynth.debug.pictures import check_pictures
 from ms_diffsynth.diffusion.ddpm import DDPMObjective
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.diffusion.weighting import table
@@ -162,6 +163,8 @@ def _check_case(folder: Path, info: dict[str, Any], mode: str, dtype: str) -> li
                             f"expected --dtype float32, got {dtype}. Give a case of one network, such as "
                             f"{CASES / 'flux'}.")
         return check_end_to_end(folder, info, mode)
+    if info.get("objective") == "text_encoder":
+        return check_pictures(folder, info, mode, dtype)
     case = Case(folder, info, dtype)
     pipe, objective = case.pipeline(), case.objective
     schedule = pipe.training_schedule(OBJECTIVES[case.info["objective"]])

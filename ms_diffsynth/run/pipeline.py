@@ -30,12 +30,13 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
             model.family, model_configs(model.model_paths, model.model_id_with_origin_paths),
             tokenizers={name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")},
             device=config.run.device, dtype=config.run.dtype, max_sequence_length=config.data.max_sequence_length,
-            edit_max_pixels=config.data.edit_max_pixels)
+            edit_max_pixels=config.data.edit_max_pixels, edit_template=config.data.edit_template)
 
 
 def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None] | None = None,
                   device: str | None = None, dtype: str | None = None,
-                  max_sequence_length: int | None = None, edit_max_pixels: int | None = None) -> Pipeline:
+                  max_sequence_length: int | None = None, edit_max_pixels: int | None = None,
+                  edit_template: str | None = None) -> Pipeline:
     """The pipeline of the family called ``name``.
 
     Args:
@@ -43,6 +44,7 @@ def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None
         tokenizers: ``<tokenizer>_path`` -> a folder, or ``owner/name:folder/``; None leaves the family's own.
         max_sequence_length: text tokens a prompt is padded or cut to; None leaves the family's number.
         edit_max_pixels: most pixels of a reference image; None leaves the family's number.
+        edit_template: how the text encoder is shown reference images; None goes by the model.
 
     Raises: ConfigError for a tokenizer the family does not have, or a length where prompts have a fixed one.
     """
@@ -67,6 +69,11 @@ def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None
             raise ConfigError(f"edit_max_pixels={edit_max_pixels}: the family {name} takes no reference images. Remove "
                               "it.")
         pipe.edit_max_pixels = edit_max_pixels
+    if edit_template is not None:
+        if not hasattr(pipe, "edit_template"):
+            raise ConfigError(f"edit_template={edit_template}: the text encoder of the family {name} sees no images. "
+                              "Remove it.")
+        pipe.edit_template = edit_template
     return pipe
 
 
