@@ -181,7 +181,7 @@ def _check_case(folder: Path, info: dict[str, Any], mode: str, dtype: str) -> li
     program = _program(case, pipe, objective, schedule.sigmas)
     quantities += _first_evaluation(case, pipe, program, mode)
     if case.references:
-        quantities += _references(case, pipe, program, mode)
+        quantities += _references(case, pipe, program)
     if "sample" in case.info:
         quantities += _sample(case, pipe, program)
     if "optimizer" in case.info:
@@ -238,7 +238,7 @@ def _first_evaluation(case: Case, pipe: Pipeline, program: Program, mode: str) -
     return [*quantities, case.gradients("gradients", pairs)]
 
 
-def _references(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Quantity]:
+def _references(case: Case, pipe: Pipeline, program: Program) -> list[Quantity]:
     """Latents of the references, and the velocity of rows that have none."""
     given = _slots(case, 0)
     cut = program.cut((*pipe.denoise.output_params,))
@@ -247,16 +247,19 @@ def _references(case: Case, pipe: Pipeline, program: Program, mode: str) -> list
     recorded = [case.expected[f"reference_latents.{k}"] for k in range(len(case.references))]
     tokens = np.concatenate([encode.tokens(Tensor(latents)).asnumpy() for latents in recorded], 1)
     found = [case.value("reference latents", prepared["edit_latents"].asnumpy(), tokens)]
-    if "velocity_without_reference" in case.expected:
-        prepared = pipe.run(cut.prepare, given | {"edit_pixels": []})
-        batch = case.references[0].shape[0]
-        prepared |= {name: ops.broadcast_to(prepared[name], (batch, *prepared[name].shape[1:]))
-                     for name in ("edit_latents", "edit_places")}
-        step = CompiledStep(UnitSequence(cut, pipe).positional, "the velocity without references", mode)
-        velocity = step(*[prepared[name] for name in (*cut.cache, *cut.draws)])[0]
-        found.append(case.value("velocity without reference", to_numpy(velocity).astype(np.float32),
-                                case.expected["velocity_without_reference"]))
-    return found
+    if "velocity_without_reference" not in case.expected:
+        return found
+    prepared = pipe.run(cut.prepare, given | {"edit_pixels": []})
+    latents = Tensor(case.expected["noisy_latents"])
+    batch, sigma = latents.shape[0], case.inputs["grid.sigmas"][case.given(0)["timestep_index"]]
+    condition = {name: prepared[name] for name in cut.cache if name in map(slot, pipe.denoise.input_params)}
+    condition |= {name: ops.broadcast_to(prepared[name], (batch, *prepared[name].shape[1:]))
+                  for name in ("edit_latents", "edit_places")}
+    if pipe.takes_guidance:
+        condition["guidance"] = Tensor(np.full(batch, case.objective.guidance_scale, np.float32))
+    velocity = pipe.denoiser(condition)(latents, Tensor(sigma.astype(np.float32)))
+    return [*found, case.value("velocity without reference", to_numpy(velocity).astype(np.float32),
+                               case.expected["velocity_without_reference"])]
 
 
 def _sample(case: Case, pipe: Pipeline, program: Program) -> list[Quantity]:
