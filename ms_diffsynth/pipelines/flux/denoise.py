@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ms_diffsynth.diffusion.packing import pack, unpack
+from ms_diffsynth.ops import network
 from ms_diffsynth.units import TensorUnit
 
 
@@ -69,5 +70,5 @@ class Denoise(TensorUnit):
             return_dict=False,
         )[0]
         if has_references:
-            velocity = velocity[:, :image_tokens]
+            velocity = network.part(velocity, image_tokens)[0]
         return (unpack(velocity, height, width).astype(ms.float32),)

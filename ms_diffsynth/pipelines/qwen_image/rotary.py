@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, mint, ops
 
 from ms_diffsynth.errors import DataError, listing
 from ms_diffsynth.pipelines.shared.rotary import frequencies
@@ -75,10 +75,10 @@ def axis_tables(axes: tuple[int, ...]) -> tuple[tuple[Tensor, ...], ...]:
 
 
 @ops.constexpr
-def image_places(height: int, width: int) -> Tensor:
-    """(0, row, column) of each token of the image, a constant: int32 [1, height * width, 3]."""
+def image_places(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Frame, row and column of each token of the image, constants: int32 [1, height * width] each."""
     rows, columns = centred(height, width)
-    return Tensor(np.stack([0 * rows, rows, columns], 1)[None].astype(np.int32))
+    return tuple(Tensor(places[None].astype(np.int32)) for places in (0 * rows, rows, columns))
 
 
 @ops.constexpr
@@ -93,11 +93,12 @@ def edit_table(text_tokens: int, height: int, width: int, places: Tensor,
 
     ``places`` of `reference_places`, int32 [B, M, 4]: text begins where that of the row's largest image says.
     """
-    batch, own = places.shape[0], image_places(height, width)
-    begin = ops.maximum(places[:, :1, 3], ops.full_like(places[:, :1, 3], max(height // 2, width // 2)))
-    text = (begin + text_offsets(text_tokens)).expand_dims(2)
-    every = ops.cat((ops.broadcast_to(text, (batch, text_tokens, 3)),
-                     ops.broadcast_to(own, (batch, own.shape[1], 3)), places[:, :, :3]), 1) - FIRST
-    cos, sin = axis_tables(axes)
-    return (ops.cat([ops.gather(cos[k], every[:, :, k], 0) for k in range(len(axes))], -1),
-            ops.cat([ops.gather(sin[k], every[:, :, k], 0) for k in range(len(axes))], -1))
+    batch, columns = places.shape[0], mint.split(places, 1, 2)  # [B, M, 1] each
+    least = text_offsets(1).expand_dims(2) + max(height // 2, width // 2)
+    begin = ops.maximum(mint.split(columns[3], 1, 1)[0], least)
+    text = (begin + text_offsets(text_tokens).expand_dims(2)).reshape(batch, text_tokens)
+    own, (cos, sin) = image_places(height, width), axis_tables(axes)
+    rows = [ops.cat((text, ops.broadcast_to(own[k], (batch, height * width)), columns[k].reshape(batch, -1)), 1) - FIRST
+            for k in range(len(axes))]
+    return (ops.cat([ops.gather(cos[k], rows[k], 0) for k in range(len(axes))], -1),
+            ops.cat([ops.gather(sin[k], rows[k], 0) for k in range(len(axes))], -1))

@@ -164,7 +164,7 @@ class QwenImageTransformer(Arranged, mindone.QwenImageTransformer2DModel):
         if has_two_times:
             references = self.img_in(references)
             both = self.embed(ops.cat((sigma, ops.zeros_like(sigma)), 0), image.dtype)
-            emb = both[:batch]
+            emb = mint.split(both, batch, 0)[0]
         else:
             emb = self.embed(sigma, image.dtype)
         cos = network.positions(cos, batch, self.heads, image.dtype)
