@@ -12,6 +12,7 @@ from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.config import TrainConfig, flat, to_yaml
+from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.errors import CacheError, ConfigError, OutputError, naming
 from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_sampler, sample_references
 from ms_diffsynth.run.checks import check_data, check_settings
@@ -88,6 +89,8 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
         other = "" if held_out is None else f", {held_out} held out"
         sys.stderr.write(f"{config.model.family}: {count} images{prior}{other}, batch size {config.run.batch_size}, "
                          f"task {config.objective.task}, output in {config.run.output_path}\n{module.pipe.objective}\n")
+    if "edit_image" in pipe.inputs and sets.instance is not images:  # rows of a cache, whose images are still there
+        hooks = [Pairs(images), *hooks]
     references = sample_references(config, pipe, images)
     sampler, captions = build_sampler(config, pipe, images, references)
     return launch_training_task(accelerator, sets.instance, module, logger, class_dataset=sets.classes,
@@ -136,7 +139,9 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     settings = (settings or {}) | flat(args) | dataclasses.asdict(chosen) | {
         "mode": accelerator.mode, "device": accelerator.device, "num_processes": accelerator.num_processes}
     model_logger.references = [list(images) for images in sample_references]
-    looking: list[Hook] = [Pairs()] if "edit_image" in model.pipe.inputs else []
+    looking: list[Hook] = []
+    if "edit_image" in model.pipe.inputs and isinstance(dataset, UnifiedDataset):
+        looking.append(Pairs(dataset))
     if sampler is not None and stage_of(model.task) != "train":
         looking.append(Samples(sampler, sample_captions or [], chosen.sample_steps))
     elif sampler is not None and is_main:  # what samples need besides the network is not loaded

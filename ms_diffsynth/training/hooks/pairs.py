@@ -12,11 +12,14 @@ SHOWN = 3
 
 
 class Pairs(Hook):
-    """Writes ``pairs.png`` before the first step: three rows with references, which stand on the left."""
+    """Writes ``pairs.png`` before the first step: three rows of ``dataset`` with references, which are on the left."""
+
+    def __init__(self, dataset: UnifiedDataset):
+        self.dataset = dataset
 
     def start(self, trainer: Trainer) -> None:
-        dataset = getattr(trainer.dataset, "dataset", trainer.dataset)
-        if not trainer.accelerator.is_main_process or not isinstance(dataset, UnifiedDataset):
+        dataset = self.dataset
+        if not trainer.accelerator.is_main_process:
             return
         rows = [row for row, cells in enumerate(dataset.rows) if cells.get("edit_image")]
         shown = rows[:: max(1, len(rows) // SHOWN)][:SHOWN]
