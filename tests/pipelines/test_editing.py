@@ -204,7 +204,7 @@ def test_a_long_prompt_is_cut_and_its_pictures_are_not(tiny_edit, caplog):
     pipe.max_sequence_length = 12
     with caplog.at_level("WARNING"):
         found = edit.TokenizeEditPrompt().process(pipe, prompt="cat " * 40, picture_sides=[(3, 5)])
-    assert found["prompt_ids"].shape == (1, 12 + 15) and (found["prompt_ids"].asnumpy() == 151655).sum() == 15
+    assert found["prompt_ids"].shape == (1, 17 + 12) and (found["prompt_ids"].asnumpy() == 151655).sum() == 15
 
 
 def test_where_tokens_lie():

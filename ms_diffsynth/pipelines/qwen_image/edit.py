@@ -109,15 +109,16 @@ class TokenizeEditPrompt(PipelineUnit):
         if tuple(ids[:len(PREFIX)]) != PREFIX:
             raise WeightError(f"the tokenizer turns Qwen-Image-Edit's template into {ids[:4]}..., expected "
                               f"{list(PREFIX[:4])}...: another model's. Give the tokenizer/ folder of Qwen-Image.")
-        ids, most = ids[len(PREFIX):], pipe.max_sequence_length + sum(counts)
-        if len(ids) > most:
-            tell_cut(len(ids) - sum(counts), "tokens", pipe.max_sequence_length, prompt)
-        ids = np.array(ids[:most], np.int32)
-        if (ids == pipe.tokenizer.convert_tokens_to_ids(PICTURE)).sum() != sum(counts):
+        ids = np.array(ids[len(PREFIX):], np.int32)
+        is_picture = ids == pipe.tokenizer.convert_tokens_to_ids(PICTURE)
+        if is_picture.sum() != sum(counts):
             raise DataError(f"a prompt has {PICTURE} in it, which stands for the tokens of a picture. Remove it.")
+        begin, most = int(np.flatnonzero(is_picture)[-1]) + 2, pipe.max_sequence_length  # text follows END
+        if len(ids) - begin > most:
+            tell_cut(len(ids) - begin, "tokens", most, prompt)
+        ids, is_picture = ids[:begin + most], is_picture[:begin + most]
         return {"prompt_ids": Tensor(ids[None]), "prompt_mask": Tensor(np.ones((1, len(ids)), np.float32)),
-                "prompt_places": Tensor(text_places(ids == pipe.tokenizer.convert_tokens_to_ids(PICTURE), picture_sides,
-                                                    len(PREFIX))[None])}
+                "prompt_places": Tensor(text_places(is_picture, picture_sides, len(PREFIX))[None])}
 
 
 def text_places(is_picture: np.ndarray, sides: Sequence[tuple[int, int]], begin: int = 0) -> np.ndarray:
