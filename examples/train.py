@@ -3,8 +3,9 @@
     ms-diffsynth tiny flux models/flux-tiny
     python examples/train.py examples/flux/tiny_dreambooth.yaml --learning_rate 2e-3 --output_path runs/flux-script
 
-Without a file, every setting is a flag, as in DiffSynth-Studio's scripts: `--family flux --model_paths ...`. `--help`
-lists all of them with their defaults. Under `msrun` or `ms-diffsynth launch` each process runs this script.
+Without a file, every setting is a flag, as in DiffSynth-Studio's scripts: `--family flux --model_paths ...`.
+`--help-all` lists all of them with their defaults. Under `msrun` or `ms-diffsynth launch` each process runs this
+script.
 """
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from ms_diffsynth import (
     build_sampler,
     launch_data_process_task,
     launch_training_task,
+    prompts_to_prepare,
     run_main,
     training_parser,
 )
@@ -52,7 +54,7 @@ def main():
     logger = ModelLogger(config.run.output_path, config.model.remove_prefix_in_ckpt, config.run.enable_tensorboard_log)
     if config.objective.task.endswith(":data_process"):  # stage one of split training writes what ...:train reads
         launch_data_process_task(accelerator, dataset, module, logger, class_dataset, args=config,
-                                 validation_dataset=validation_dataset)
+                                 validation_dataset=validation_dataset, prompts=prompts_to_prepare(config, pipe))
         return
     sampler, captions = build_sampler(config, pipe, dataset)
     launch_training_task(accelerator, dataset, module, logger, class_dataset=class_dataset, args=config,

@@ -55,8 +55,9 @@ _WHERE = {  # module -> the public names in it
     "pipelines.qwen_image.pipeline": ("QwenImagePipeline",),
     "pipelines.sd3.pipeline": ("SD3ImagePipeline",),
     "program": ("Cut", "Program"),
-    "run.build": ("build_datasets", "build_module", "build_sampler"),
+    "run.build": ("build_datasets", "build_module"),
     "run.pipeline": ("build_pipeline",),
+    "run.samples": ("build_sampler", "prompts_to_prepare"),
     "run.task": ("launch_training_task", "train"),
     "runtime": ("compute_dtype",),
     "template.loading": ("load_template_model", "no_grad"),
@@ -115,12 +116,12 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares
     from ms_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline as QwenImagePipeline
     from ms_diffsynth.pipelines.sd3.pipeline import SD3ImagePipeline as SD3ImagePipeline
     from ms_diffsynth.program import Cut as Cut, Program as Program
-    from ms_diffsynth.run.build import (
-        build_datasets as build_datasets,
-        build_module as build_module,
-        build_sampler as build_sampler,
-    )
+    from ms_diffsynth.run.build import build_datasets as build_datasets, build_module as build_module
     from ms_diffsynth.run.pipeline import build_pipeline as build_pipeline
+    from ms_diffsynth.run.samples import (
+        build_sampler as build_sampler,
+        prompts_to_prepare as prompts_to_prepare,
+    )
     from ms_diffsynth.run.task import launch_training_task as launch_training_task, train as train
     from ms_diffsynth.runtime import compute_dtype as compute_dtype
     from ms_diffsynth.template.loading import load_template_model as load_template_model, no_grad as no_grad

@@ -33,17 +33,19 @@ from ms_diffsynth.errors import (
 )
 from ms_diffsynth.formats.interchange import Model, Table
 from ms_diffsynth.formats.json_text import is_of, read_json, shown, words_of
-from ms_diffsynth.formats.originals import in_our_names
-from ms_diffsynth.formats.weights import Checkpoint, match, open_checkpoint, save_sharded
+from ms_diffsynth.formats.originals import in_our_names, models_of
+from ms_diffsynth.formats.weights import Checkpoint, link_sharded, match, open_checkpoint, save_sharded
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import assign, state_dict, torch_parameters, torch_shapes
+from ms_diffsynth.nn.quant import store_8bit
 from ms_diffsynth.storage.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
 SCHEDULER_FILE = "scheduler_config.json"
 SAMPLING_FILE = "sampling_config.json"  # beside model_index.json: what sampling and training do where they are not told
+STORED_IN_8_BITS = "8 bits"  # what was done to weights in memory alone
 LARGEST_NUMBER = 1 << 31  # of a config.json: a size that a tensor can have, and every rope_theta
 FLOATS = (ms.float32, ms.float16, ms.bfloat16)
 MOST_LAYERS = 1000  # the largest models have 100; a network of a million would take hours to be built, and fit no file
@@ -86,6 +88,11 @@ def columns(name: str) -> Callable[[Shapes], int | None]:
     return lambda shapes: shapes[name][1] if len(shapes.get(name, ())) > 1 else None
 
 
+def rows(name: str) -> Callable[[Shapes], int | None]:
+    """The first side of a tensor; None where there is none."""
+    return lambda shapes: shapes[name][0] if shapes.get(name) else None
+
+
 def has(name: str) -> Callable[[Shapes], bool]:
     """Whether there is a tensor."""
     return lambda shapes: name in shapes
@@ -112,6 +119,8 @@ class Component:
         part_of: another component whose files hold this one too; it is there when they have tensors that it does not
             ignore.
         told_by: setting of ``known`` -> what the names and shapes of a checkpoint say of it; by these one is chosen.
+        left_out: tensor -> from the shapes of the others to its values, where publishers' files are without it.
+        encoder: cells of a VAE that decoding does not use.
     """
 
     name: str
@@ -128,6 +137,8 @@ class Component:
     known: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     told_by: Mapping[str, Callable[[Shapes], Any]] = field(default_factory=dict, hash=False)
     part_of: str = ""
+    left_out: Mapping[str, Callable[[Shapes], np.ndarray]] = field(default_factory=dict, hash=False)
+    encoder: tuple[str, ...] = ()
 
     @property
     def is_tokenizer(self) -> bool:
@@ -142,12 +153,16 @@ class Source:
     Attributes:
         config: what stands in for the config.json that is not beside them.
         names: how their tensors are called, where that is not as in diffusers.
+        only: names of the tensors that are of the component, in files that hold others too; empty for all.
+        left_out: as of the component, where the files may be without.
     """
 
     folder: Path
     files: tuple[Path, ...] = ()
     config: Mapping[str, Any] | None = field(default=None, compare=False)
     names: Model | None = field(default=None, compare=False)
+    only: tuple[str, ...] = field(default=(), compare=False)
+    left_out: Mapping[str, Callable[[Shapes], np.ndarray]] = field(default_factory=dict, compare=False)
 
     def read_config(self) -> dict[str, Any]:
         """config.json, or what stands in for it."""
@@ -155,11 +170,19 @@ class Source:
 
     def checkpoint(self) -> Checkpoint:
         """The tensors by diffusers' names."""
-        return in_our_names(open_checkpoint(list(self.files) or self.folder), self.names)
+        checkpoint = open_checkpoint(list(self.files) or self.folder)
+        if self.only:
+            checkpoint = checkpoint.with_entries({name: checkpoint.entries[name] for name in self.only})
+        found = in_our_names(checkpoint, self.names)
+        lost = {name: values(found.shapes) for name, values in self.left_out.items() if name not in found}
+        return found.with_arrays(lost) if lost else found
 
 
-def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.Cell:
+def load_component(component: Component, source: Source, dtype: ms.Type, without: Sequence[str] = ()) -> nn.Cell:
     """Build a component's cell and fill it from its checkpoint, shard by shard; frozen and in evaluation mode.
+
+    Args:
+        without: cells of it that are left out; their tensors are not read.
 
     Raises: WeightError for the config.json of another model, or naming missing, superfluous and mis-shaped tensors, or
         a missing shard.
@@ -174,10 +197,15 @@ def load_component(component: Component, source: Source, dtype: ms.Type) -> nn.C
     for _, part in cell.cells_and_names():
         if hasattr(part, "set_flash_attention_force_cast_dtype"):  # mindone's, which casts float32 to float16 on Ascend
             part.set_flash_attention_force_cast_dtype(None)
-    found = {k: v for k, v in checkpoint.shapes.items() if not k.startswith(component.ignored)}
+    for part in without:
+        if isinstance(getattr(cell, part, None), nn.Cell):
+            delattr(cell, part)
+    ignored = (*component.ignored, *(f"{part}." for part in without))
+    checkpoint = checkpoint.with_entries({k: e for k, e in checkpoint.entries.items() if not k.startswith(ignored)})
+    found = checkpoint.shapes
     match(torch_shapes(cell), found, where=str(source.folder))
     checkpoint.refuse_integers(found)
-    assign(cell, ((k, finite(k, v, checkpoint)) for k, v in checkpoint.tensors() if k in found),
+    assign(cell, ((k, finite(k, v, checkpoint)) for k, v in checkpoint.tensors()),
            lambda k: component.weight_dtype(k, dtype))
     for parameter in cell.get_parameters():
         parameter.requires_grad = False
@@ -381,6 +409,11 @@ class Trained:
         match({n: shape for n, shape in known.items() if n in self.names},
               {n: shapes[key] for n, key in self.names.items()}, where=f"{self.path} ({name})")
 
+    def without(self, parts: Sequence[str]) -> Trained:
+        """The same but for the tensors of these cells."""
+        ends = tuple(f"{part}." for part in parts)
+        return replace(self, names={n: key for n, key in self.names.items() if not n.startswith(ends)})
+
     def put(self, name: str, model: nn.Cell) -> None:
         """Assign them. Raises: as `check`."""
         self.check(name, model)
@@ -409,6 +442,7 @@ class ModelStore:
         trained: name -> weights of a training that it gets after it is loaded.
         scheduler_file: a scheduler_config.json that was given, or came with the network.
         sampling_config: the sampling_config.json of a whole model that was given.
+        absent: components that a whole model is without, by its model_index.json.
     """
 
     def __init__(self, components: Sequence[Component], dtype: ms.Type, owner: str,
@@ -425,6 +459,7 @@ class ModelStore:
         self.trained: dict[str, list[Trained]] = {}
         self.scheduler_file: Path | None = None
         self.sampling_config: dict[str, Any] = {}
+        self.absent: set[str] = set()
         self._digests: dict[Source, str] = {}  # of the files of each model: ten gigabytes are read once
         self._configs: dict[tuple[Path, str], dict[str, Any]] = {}  # each file is read once: every batch asks for them
 
@@ -454,7 +489,8 @@ class ModelStore:
     # -- files -------------------------------------------------------------------------------------------------
 
     def add(self, config: ModelConfig, network: str) -> None:
-        """Find out from the config.json beside the weights which component, or components, the files are of.
+        """Find out which component, or components, the files are of: from the config.json beside them, or from the
+        names and shapes of their tensors.
 
         Args:
             network: name of the model whose repository may hold the scheduler_config.json.
@@ -472,6 +508,7 @@ class ModelStore:
                 replace(config, origin_file_pattern=beside).resolve(runtime.model_base_path())
         if os.path.lexists(folder / "model_index.json") and paths[0].is_dir():
             self.index = self._read(folder, "model_index.json")
+            self.absent = {c.name for c in self.components if self.index.get(c.folder) == [None, None]}
             self.sampling_config = sampling_config(folder)
             for component in self.components:
                 if (folder / component.folder).is_dir():
@@ -482,14 +519,16 @@ class ModelStore:
         source = Source(folder, () if paths[0].is_dir() else tuple(paths))
         if os.path.lexists(folder / "config.json") or not any(c.known for c in self._all_components()):
             name = self._name_of(folder, class_name_of(self._read(folder)))
+            names = self.table.models.get(name) if self.table else None
+            found = {name: replace(source, names=names)}
         else:
-            name, source = self._recognised(source)
-        self.sources[name] = source
+            found = self._recognised(source)
+        self.sources |= found
         self._choose_variant()
         self.take_parts()
         if config.model_id:
-            self.given_as[f"{config.model_id}:{config.origin_file_pattern}"] = name
-            if name == network and self.scheduler_file is None:
+            self.given_as[f"{config.model_id}:{config.origin_file_pattern}"] = next(iter(found))
+            if network in found and self.scheduler_file is None:
                 with contextlib.suppress(HubError):  # not every repository has one
                     config = replace(config, origin_file_pattern=f"scheduler/{SCHEDULER_FILE}")
                     self.scheduler_file = config.resolve(runtime.model_base_path())[0]
@@ -506,26 +545,42 @@ class ModelStore:
         known = dict.fromkeys(c for components in (self.components, *self.variants) for c in components)
         return [component for component in known if not component.part_of]
 
-    def _recognised(self, source: Source) -> tuple[str, Source]:
-        """The component of files without config.json, by the names and shapes of their tensors, and its configuration.
+    def _recognised(self, source: Source) -> dict[str, Source]:
+        """The components of files without config.json, by the names and shapes of their tensors: one, or those of a
+        whole pipeline in one file.
 
         Raises: WeightError when they are those of no published model.
         """
-        for component in self._all_components():
+        parts = models_of(open_checkpoint(list(source.files) or source.folder), self.table) if self.table else {}
+        if others := parts.pop("", []):
+            logger.warning("%s: %d tensors are of no model that is used here, and left out: %s.",
+                           listing(source.files) or source.folder, len(others), listing(others))
+        components = self._all_components()
+        if not parts:
+            return self._known(source, components)
+        found = [self._known(replace(source, only=tuple(names)), [c for c in components if c.name == model])
+                 for model, names in parts.items()]
+        return {name: own for part in found for name, own in part.items()}
+
+    def _known(self, source: Source, components: Sequence[Component]) -> dict[str, Source]:
+        """The one of ``components`` that files are of. Raises: as `_recognised`."""
+        for component in components:
             names = self.table.models.get(component.name) if self.table else None
-            shapes = replace(source, names=names).checkpoint().shapes if component.known else {}
+            own = replace(source, names=names)
+            shapes = own.checkpoint().shapes if component.known else {}
             said = {setting: told(shapes) for setting, told in component.told_by.items()}
             for title, config in component.known.items():
-                if all(config.get(setting) == value for setting, value in said.items()):
+                if all((config.get(setting) or None) == (value or None) for setting, value in said.items()):
                     files = listing(file.name for file in source.files) or str(source.folder)
                     logger.info("%s: no config.json; by names and shapes it is the %s of %s.", files, component.name,
                                 title)
-                    return component.name, replace(source, config=config, names=names)
-        known = [title for c in self._all_components() for title in c.known]
-        raise WeightError(f"{source.folder / 'config.json'} is missing, and the names and shapes in "
+                    return {component.name: replace(own, config=config, left_out=component.left_out)}
+        known = [title for c in components for title in c.known]
+        part = f"the {components[0].name} in " if source.only else ""
+        raise WeightError(f"{source.folder / 'config.json'} is missing, and the names and shapes in {part}"
                           f"{listing(source.files) or source.folder} are those of no model that is known without it: "
-                          f"{listing(dict.fromkeys(known))}. Put the config.json of the model beside its weights: "
-                          "download the whole component folder.")
+                          f"{listing(dict.fromkeys(known)) or 'none'}. Put the config.json of the model beside its "
+                          "weights: download the whole component folder.")
 
     def _name_of(self, folder: Path, class_name: str) -> str:
         """The component that a folder holds: the one of its class; of two of a class the one its name tells."""
@@ -535,7 +590,8 @@ class ModelStore:
             raise WeightError(f"{folder / 'config.json'} describes a {class_name}, but {self.owner} is made of "
                               f"{listing(c.class_name for c in known if c.class_name)}. Give the folder or files of "
                               "one of those.")
-        named = of_class if len(of_class) == 1 else [c for c in of_class if folder.name in (c.folder, c.name)]
+        is_one = len({c.name for c in of_class}) == 1
+        named = of_class if is_one else [c for c in of_class if folder.name in (c.folder, c.name)]
         if not named:
             raise WeightError(f"{folder} holds a {class_name}, of which {self.owner} has "
                               f"{listing(c.name for c in of_class)}: expected a folder called "
@@ -607,6 +663,23 @@ class ModelStore:
                 weights.put(name, self.loaded[name])
         return self.loaded[name]
 
+    def decoder(self, name: str) -> nn.Cell:
+        """The model called ``name`` for decoding: itself where it is loaded, else without what only encoding uses, as
+        ``<name>.decoder`` in ``loaded``.
+        """
+        if name in self.loaded:
+            return self.loaded[name]
+        part = f"{name}.decoder"
+        if part not in self.loaded:
+            component = self.component(name)
+            model = load_component(component, self.source(name), self.dtype, without=component.encoder)
+            for weights in self.trained.get(name, ()):
+                weights.without(component.encoder).put(name, model)
+            if STORED_IN_8_BITS in self.weight_changes.get(name, ()):
+                store_8bit(model)
+            self.loaded[part] = model
+        return self.loaded[part]
+
     def add_trained(self, name: str, weights: Trained) -> None:
         """Weights of a training, for a model: it has them now, or gets them whenever it is loaded."""
         if name in self.loaded:
@@ -615,7 +688,8 @@ class ModelStore:
             self.trained[name].append(weights)
         self.note_change(name, f"weights {sha256_of(weights.path)}", is_once=True)
 
-    def save(self, name: str, folder: Path, changed: bool, max_shard_bytes: int) -> list[str | None]:
+    def save(self, name: str, folder: Path, changed: bool, max_shard_bytes: int, *, is_linked: bool = False,
+             replace: bool = False) -> list[str | None]:
         """Write a component as diffusers has it; returns its entry of a model_index.json.
 
         What is unchanged is read from its files, tensor by tensor, in the precision they have; also what this package
@@ -623,19 +697,31 @@ class ModelStore:
 
         Args:
             changed: write the weights that the model has in memory.
+            is_linked: files of what is unchanged get a second name, where they are as diffusers has them.
+            replace: put it in the place of what ``folder`` holds.
 
         Raises: WeightError for a model with an adapter, or stored in 8 bits, and one without files.
         """
         component = self.component(name)
-        if name in self.loaded and self.loaded[name] is None:
+        if name in self.absent or (name in self.loaded and self.loaded[name] is None):
             return [None, None]  # left out, as Stable Diffusion 3's T5 may be
         if component.is_tokenizer:
             shutil.copytree(self.source(name).folder, folder)
             settings = read_config(folder, "tokenizer_config.json")
             return ["transformers", settings.get("tokenizer_class", "AutoTokenizer")]
-        is_changed = changed or bool(self.weight_changes.get(name)) or bool(self.trained.get(name))
+        changes = [change for change in self.weight_changes.get(name, ()) if change != STORED_IN_8_BITS]
+        is_changed = changed or bool(changes) or bool(self.trained.get(name))
+        config = self._config_of(self.source(name)) if name in self.sources else self.config(name)
+        is_encoder = "architectures" in config
+        config = config if is_encoder else {**config, "_class_name": component.class_name}
+        stem = "model" if is_encoder else "diffusion_pytorch_model"
+        entry: list[str | None] = ["transformers" if is_encoder else "diffusers", component.class_name]
         if not is_changed:
             tensors: Checkpoint | dict[str, np.ndarray] = self.source(name).checkpoint()
+            files = open_checkpoint(list(self.source(name).files) or self.source(name).folder)
+            if is_linked and files.entries == tensors.entries:
+                link_sharded(folder, files, stem, config)
+                return entry
         else:
             tensors = state_dict(model := self.get(name))
             odd = [key for key in tensors if key.endswith(".weight_scale") or ".lora_" in key]
@@ -644,11 +730,8 @@ class ModelStore:
                                   "save the adapter by itself, and load it by load_lora into a fresh pipeline.")
             if name in self.sources:
                 tensors = self.source(name).checkpoint().with_arrays(tensors)
-        config = self._config_of(self.source(name)) if name in self.sources else self.config(name)
-        is_encoder = "architectures" in config
-        config = config if is_encoder else {**config, "_class_name": component.class_name}
-        save_sharded(folder, tensors, "model" if is_encoder else "diffusion_pytorch_model", max_shard_bytes, config)
-        return ["transformers" if is_encoder else "diffusers", component.class_name]
+        save_sharded(folder, tensors, stem, max_shard_bytes, config, replace)
+        return entry
 
     def restore(self, name: str, tensors: Iterable[str]) -> None:
         """Give tensors of a model the values again that they have in its files and those of a training, in place.
@@ -690,6 +773,7 @@ class ModelStore:
         """Let go of models, which are loaded again at first use."""
         for name in names:
             self.loaded.pop(name, None)
+            self.loaded.pop(f"{name}.decoder", None)
 
     def note_change(self, name: str, what: str, is_once: bool = False) -> None:
         """Something was done to the weights of a model: its digest is another one from here on.

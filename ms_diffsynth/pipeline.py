@@ -183,6 +183,8 @@ class Pipeline:
             added to it is part of training and sampling.
         sigmas: the grid trained on, float32 [1000]; None before training.
         sampled_sigmas: the levels that are sampled now, float32 [n + 1]; None while rows are prepared for training.
+        prepared_prompts: in stage two of split training, prompt -> its slots without batch axis: no other prompt can be
+            sampled, and of the VAE the decoder alone is loaded. Else None.
     """
 
     components: tuple[Component, ...] = ()  # of the family; those of one pipeline are ``store.components``
@@ -225,6 +227,7 @@ class Pipeline:
         self.units_to_compile: frozenset[str] = frozenset()
         self.records_loss = False  # True while a training module's own forward is recorded
         self.keeps_models = True  # False: what has prepared the rows is unloaded then
+        self.prepared_prompts: dict[str, dict[str, np.ndarray]] | None = None
         self.units = self.build_units()
         if any("moments" in unit.output_params for unit in self.units):  # no VAE, no posterior
             self.units.append(SampleLatents("mean"))
@@ -429,7 +432,7 @@ class Pipeline:
 
     def unload_models(self, model_names: Iterable[str]) -> None:
         """Free the memory of models, which are loaded again at next use."""
-        names = set(model_names) & set(self.models)
+        names = set(model_names)
         self.forget_compiled()
         for unit in (*self.units, *(unit for units in self.optional_units.values() for unit in units), self.denoise):
             if isinstance(unit, TensorUnit):
@@ -532,13 +535,15 @@ class Pipeline:
         return {model: len(names) for model, names in found.items()}
 
     def save_pretrained(self, folder: str | Path, changed: Sequence[str] = (), replace: bool = False,
-                        max_shard_bytes: int = SHARD) -> None:
+                        max_shard_bytes: int = SHARD, is_linked: bool = False) -> None:
         """Write a folder that `from_pretrained` and diffusers load: every model, tokenizers and the scheduler.
 
         Args:
             changed: models whose weights were changed in memory by other means than `load_lora` and `load_weights`.
             replace: put it in the place of what ``folder`` holds.
             max_shard_bytes: of a file.
+            is_linked: files of models that are unchanged get a second name in ``folder`` (a hard link), which takes no
+                space; they are copied where the file system cannot do that, or they have other names than diffusers'.
 
         Raises: OutputError, also for a folder that is not empty without ``replace``; WeightError for a model without
             files, with an adapter, or stored in 8 bits.
@@ -548,9 +553,9 @@ class Pipeline:
         with stage_folder(folder, replace=replace) as stage:
             for component in self.store.components:
                 if not component.part_of:
-                    place = Path(stage) / component.folder
-                    is_changed = component.name in changed
-                    index[component.folder] = self.store.save(component.name, place, is_changed, max_shard_bytes)
+                    index[component.folder] = self.store.save(component.name, Path(stage) / component.folder,
+                                                              component.name in changed, max_shard_bytes,
+                                                              is_linked=is_linked)
             scheduler = self.scheduler_config() or asdict(self.published_scheduler())
             scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
             index["scheduler"] = ["diffusers", scheduler["_class_name"]]

@@ -73,6 +73,15 @@ class Cut:
                 read_by_others |= {slot(p) for p in unit.input_params}
         return tuple(apart), tuple(unit for unit in self.prepare if unit not in apart)
 
+    def still_to_run(self, known: Iterable[str]) -> tuple[Unit, ...]:
+        """Those of `prepare` that are left to run, in order, when the slots ``known`` are there already."""
+        there, wanted, units = set(known), set(self.cache), []
+        for unit in reversed(self.prepare):
+            if wanted & set(unit.output_params) - there:
+                units.insert(0, unit)
+                wanted |= {slot(p) for p in unit.input_params}
+        return tuple(units)
+
     def describe(self) -> str:
         """The cut as straight-line code, one line a unit."""
         lines = []

@@ -23,8 +23,6 @@ from types import TracebackType
 from typing import Any, TextIO
 from urllib.parse import quote
 
-from huggingface_hub import get_token
-
 from ms_diffsynth.errors import OutputError
 
 HIDDEN = "[redacted]"
@@ -165,8 +163,19 @@ def _known() -> Iterator[str]:
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and name.upper() not in _HARMLESS_NAMES and not os.path.isabs(value):
             yield value
-    if token := get_token():
+    if token := _login():
         yield token
+
+
+def _login() -> str | None:
+    """The token of huggingface_hub's login. The package takes 0.2 s to import, and is asked where there is a token."""
+    from huggingface_hub import constants  # light
+
+    if not os.path.isfile(constants.HF_TOKEN_PATH):  # one of the environment has been found
+        return None
+    from huggingface_hub import get_token
+
+    return get_token()
 
 
 def _forms(secret: str) -> Iterator[str]:

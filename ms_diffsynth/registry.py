@@ -71,6 +71,14 @@ OPTIMIZERS = {
 }
 
 
+# what shows runs besides loss.csv and report.html
+TRACKERS = {
+    "swanlab": "ms_diffsynth.training.trackers:SwanLab",
+    "tensorboard": "ms_diffsynth.training.trackers:TensorBoard",
+    "wandb": "ms_diffsynth.training.trackers:Wandb",
+}
+
+
 def family(name: str) -> Family:
     """The family called ``name``.
 

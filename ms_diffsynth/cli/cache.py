@@ -46,9 +46,15 @@ def _inspect(cache: Cache) -> int:
             own = {slot: f"{array.dtype} {list(array.shape)}" for slot, array in slots.items()}
             for slot, shape in sorted((own | texts[text]).items()):
                 shapes.setdefault(slot, Counter())[shape] += 1
+    for prompt, key in cache.prompts.items():
+        try:
+            total += 0 if key in texts else sum(a.nbytes for a in cache.entry(key, repr(prompt)).slots.values())
+        except CacheError as error:
+            problems.append(str(error))
     state = "damaged" if problems else "complete" if manifest["complete"] else "incomplete"
     lines = [f"{cache.folder}: {state}, {total / 1e6:,.1f} MB"]
     lines += [f"  {name}: {len(rows)} rows" for name, rows in manifest["rows"].items()]
+    lines += [f"  sample prompts: {', '.join(map(repr, cache.prompts))}"] if cache.prompts else []
     lines += [f"  {slot}: {', '.join(f'{shape} ({n})' for shape, n in found.items())}"
               for slot, found in shapes.items()]
     lines += [f"  images: {', '.join(f'{size} ({n})' for size, n in sorted(sizes.items()))}", "made by"]

@@ -105,9 +105,11 @@ def ascend() -> Iterator[Finding]:
     text = f"{len(devices)} NPU, driver {driver}, CANN {cann}; this MindSpore accepts CANN {', '.join(accepted)}"
     if not home:
         yield Finding("wrong", f"{text}; ASCEND_HOME_PATH is not set",
-                      "source /usr/local/Ascend/ascend-toolkit/set_env.sh before every run")
+                      "source /usr/local/Ascend/cann/set_env.sh before every run; of a CANN before 8.5 it is "
+                      "/usr/local/Ascend/ascend-toolkit/set_env.sh")
     fits = any(cann.startswith(known) for known in accepted)
-    yield Finding("ok" if fits else "wrong", text, "" if fits else "install one of these: docs/get_started/install.md")
+    yield Finding("ok" if fits else "wrong", text,
+                  "" if fits else "install one of these: docs/get_started/install_ascend.md")
 
 
 def kernels() -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from ms_diffsynth.errors import ConfigError, nearest, shortened
 # One file of this folder each, imported when it is asked for: MindSpore takes seconds to import, a help text must not.
 COMMANDS = {
     "init": "look at a folder of images, and write a configuration that trains on it",
+    "examples": "copy the example configurations and their images to here",
     "train": "train from a configuration file",
     "doctor": "check that this machine is ready: versions, devices, memory, disk, hub, a step in both modes",
     "launch": "train in several processes, on one machine or more, and end all of them together",
@@ -24,18 +25,29 @@ COMMANDS = {
     "describe": "print a run's two halves as straight-line code, loading no weights",
     "report": "one page of HTML about a run, or about several beside each other",
     "evaluate": "compare generated images with real ones, and look for copies",
+    "convert": "a base model from its publisher's single file to diffusers' folder, or back",
     "lora": "look at LoRA files: convert, inspect, merge, extract, resize",
     "push": "publish a folder on a hub",
     "schema": "print what a configuration file may say, as JSON Schema, for editors",
+    "completion": "print what completes commands and flags in a shell: bash, zsh or fish",
     "template": "look at a template's code, or pack a trained one to share it",
     "tiny": "write a tiny model with random weights, for first runs and tests",
     "parity": "compare with recorded cases of the PyTorch reference implementations",
 }
 
 
+class Formatter(argparse.HelpFormatter):
+    """With room for the longest command: argparse does not count how far commands are indented."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog)
+        self._action_max_length = 4 + max(map(len, COMMANDS))
+
+
 def parser(command: str | None) -> Parser:
     """The command line; only ``command`` gets its flags."""
-    top = Parser(prog="ms-diffsynth", description="Train and run diffusion models with MindSpore.",
+    top = Parser(prog="ms-diffsynth", formatter_class=Formatter,
+                 description="Train and run diffusion models with MindSpore.",
                  epilog="Every kind of error, by the word its message begins with, and every exit code are in "
                         "docs/reference/errors.md.")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from PIL import Image
 
 from ms_diffsynth import __version__
 from ms_diffsynth.cli.template import add_trust_flags
-from ms_diffsynth.config import load_config
+from ms_diffsynth.config import SAMPLE_OVERRIDES, load_config, prompts_of
 from ms_diffsynth.config.flags import path_and_factor, path_argument
 from ms_diffsynth.config.setting import out_of_range
 from ms_diffsynth.config.settings import SETTINGS
@@ -25,6 +25,7 @@ from ms_diffsynth.hub.bundled import bundled, names
 from ms_diffsynth.pipelines.shared.tiles import Tiles
 from ms_diffsynth.redact import redact
 from ms_diffsynth.registry import FAMILIES, family, family_of
+from ms_diffsynth.training.progress import Progress, is_terminal
 
 RANGES = {name: SETTINGS[name].metadata["range"] for name in ("num_inference_steps", "height", "width",
                                                               "max_sequence_length", "edit_max_pixels")} | {
@@ -78,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg_scale", type=float, help="two-branch guidance, 1 is off (default: the family's)")
     parser.add_argument("--embedded_guidance", type=float,
                         help="told to guidance-distilled models (default: the family's)")
+    parser.add_argument("--fp8_models", metavar="MODELS", help="models whose linear layers are stored in 8 bits, with "
+                        "commas, after LoRAs are added (default with --run: the run's)")
     parser.add_argument("--max_sequence_length", type=int, help="text tokens a prompt is padded or cut to")
     parser.add_argument("--mode", default="graph", help="graph or pynative (default: graph)")
     parser.add_argument("--device", help="CPU or Ascend (default: what is there)")
@@ -97,6 +100,7 @@ def execute(args: argparse.Namespace) -> int:
     chosen = family(args.family)
     from ms_diffsynth import runtime
     from ms_diffsynth.data.images import png_bytes
+    from ms_diffsynth.nn.quant import store_models_8bit
     from ms_diffsynth.run.pipeline import open_pipeline
     from ms_diffsynth.storage.files import write_file
 
@@ -106,15 +110,14 @@ def execute(args: argparse.Namespace) -> int:
         raise ConfigError(f"no prompt: images of the family {args.family} follow one. Give --prompt.")
     of_others = ("count",) if chosen.takes_prompts else (
         "prompt", "negative_prompt", "lora", "template", "cfg_scale", "embedded_guidance", "input_image", "edit_image",
-        "edit_max_pixels", "edit_template", "tiled")
+        "edit_max_pixels", "edit_template", "tiled", "fp8_models")
     unused = [name for name in of_others if getattr(args, name) not in (None, [], False)]
     if unused:
         raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")
     cls.check_sampler(args.sampler)
-    models, tokenizers = base or (str(args.model), None)
-    pipe = open_pipeline(args.family, models, tokenizers=tokenizers, device=args.device,
-                         max_sequence_length=args.max_sequence_length, edit_max_pixels=args.edit_max_pixels,
-                         edit_template=args.edit_template)
+    pipe = open_pipeline(args.family, device=args.device, max_sequence_length=args.max_sequence_length,
+                         edit_max_pixels=args.edit_max_pixels, edit_template=args.edit_template,
+                         **(base or {"models": str(args.model)}))
     if args.embedded_guidance is not None and not pipe.takes_guidance:
         raise ConfigError(f"embedded_guidance={args.embedded_guidance}: this model is told none. Remove it, or use "
                           "--cfg_scale.")
@@ -125,12 +128,16 @@ def execute(args: argparse.Namespace) -> int:
         scale = factor * (1.0 if args.lora_scale is None else args.lora_scale)
         fused = pipe.load_lora(None, path, scale)
         sys.stderr.write(f"{path}: fused into {fused} layers{'' if scale == 1 else f', {scale:g} times'}\n")
-    same = {"num_inference_steps": args.num_inference_steps, "sampler": args.sampler, "height": args.height,
-            "width": args.width}
+    if args.fp8_models:
+        names = [pipe.given_as.get(name.strip(), name.strip()) for name in args.fp8_models.split(",")]
+        store_models_8bit(pipe, ",".join(names))
+    bar = Progress(is_terminal())
+    pipe.announce = bar.announce if bar.enabled else pipe.announce
+    calls = _calls(args)
     if args.prompt:
-        images = partial(_with_prompts, args, pipe, same)
+        images = partial(_with_prompts, args, pipe, calls, bar)
     else:
-        images = partial(pipe, batch_size=args.count or 16, seed=args.seed, **same)
+        images = partial(pipe, batch_size=args.count or 16, on_step=_on_step(bar, "sampling"), **calls[0])
     given = [f"MODEL {args.model}", *(f"--lora {path}:{factor:g}" for path, factor in args.lora),
              *(f"--{name} {value}" for name in ("weights", "lora_scale", "cfg_scale", "embedded_guidance")
                if (value := getattr(args, name)) is not None)]
@@ -138,11 +145,36 @@ def execute(args: argparse.Namespace) -> int:
     with memory, naming(" ".join(given), DataError):  # images that are not finite are made of these
         first = _next_number(args.output)
         for k, image in enumerate(images()):
-            seed = args.seed + k if args.prompt else args.seed
-            path = args.output / f"{first + k:03d}-seed{seed}.png"
-            write_file(path, png_bytes(image, text={"parameters": _parameters(args, pipe, k, seed, image)}))
+            call = calls[k if args.prompt else 0]
+            path = args.output / f"{first + k:03d}-seed{call['seed']}.png"
+            write_file(path, png_bytes(image, text={"parameters": _parameters(args, pipe, call, image)}))
+            bar.end()
             sys.stdout.write(f"{path}\n")
+            sys.stdout.flush()
     return 0
+
+
+def _calls(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """With what each image is made; for a family without prompts, all of them."""
+    same = {"num_inference_steps": args.num_inference_steps, "sampler": args.sampler, "height": args.height,
+            "width": args.width}
+    if not args.prompt:
+        return [same | {"seed": args.seed}]
+    same |= {"negative_prompt": args.negative_prompt or "", "cfg_scale": args.cfg_scale,
+             "embedded_guidance": args.embedded_guidance}
+    own = getattr(args, "own", None) or [{}] * len(args.prompt)
+    return [same | {"prompt": prompt, "seed": args.seed + k} | own[k] for k, prompt in enumerate(args.prompt)]
+
+
+def _on_step(bar: Progress, text: str) -> Callable[[int, int], None]:
+    """What moves the bar of an image, or of all; it is there from the first step on."""
+
+    def advance(step: int, steps: int) -> None:
+        if bar.bar is None:
+            bar.begin(steps, text, "step", done=step - 1)
+        bar.advance()
+
+    return advance
 
 
 def _next_number(folder: Path) -> int:
@@ -151,30 +183,31 @@ def _next_number(folder: Path) -> int:
     return max((int(name) for name in names if name.isdecimal()), default=-1) + 1
 
 
-def _parameters(args: argparse.Namespace, pipe: Any, k: int, seed: int, image: Image.Image) -> str:
+def _parameters(args: argparse.Namespace, pipe: Any, call: dict[str, Any], image: Image.Image) -> str:
     """How an image was made, in the form that web UIs and viewers read: prompt, negative prompt, one line of settings.
     Names of files without their folders, and no secret.
     """
-    own = pipe.sampling
+    own, cfg_scale = pipe.sampling, call.get("cfg_scale")
     values = {
-        "Steps": args.num_inference_steps or own.num_inference_steps, "Sampler": args.sampler or pipe.samplers[0],
-        "CFG scale": (own.cfg_scale if args.cfg_scale is None else args.cfg_scale) if args.prompt else None,
-        "Seed": seed, "Size": f"{image.width}x{image.height}", "Model": Path(args.model).name,
+        "Steps": call["num_inference_steps"] or own.num_inference_steps, "Sampler": call["sampler"] or pipe.samplers[0],
+        "CFG scale": (own.cfg_scale if cfg_scale is None else cfg_scale) if args.prompt else None,
+        "Seed": call["seed"], "Size": f"{image.width}x{image.height}", "Model": Path(args.model).name,
         "Denoising strength": args.denoising_strength,
         "Edit images": "; ".join(path.name for path in args.edit_image) or None,
         "LoRA": "; ".join(f"{path.name}:{factor:g}" for path, factor in args.lora) or None,
-        "Weights": args.weights and args.weights.name, "Version": f"ms_diffsynth {__version__}"}
-    lines = [args.prompt[k]] if args.prompt else []
-    lines += [f"Negative prompt: {args.negative_prompt}"] if args.negative_prompt else []
+        "Weights": args.weights and args.weights.name, "8 bits": args.fp8_models,
+        "Version": f"ms_diffsynth {__version__}"}
+    lines = [call["prompt"]] if args.prompt else []
+    lines += [f"Negative prompt: {call['negative_prompt']}"] if call.get("negative_prompt") else []
     return redact("\n".join([*lines, ", ".join(f"{n}: {value}" for n, value in values.items() if value is not None)]))
 
 
-def _of_run(args: argparse.Namespace) -> tuple[Any, dict[str, str | None]]:
-    """The base model and tokenizers of a run, as `open_pipeline` takes them; ``args`` gets what the run saved last.
+def _of_run(args: argparse.Namespace) -> dict[str, Any]:
+    """The base model of a run, as arguments of `open_pipeline`; ``args`` gets what the run saved last.
 
     Raises: ConfigError for a folder that is not of a run, or has nothing saved; WeightError.
     """
-    from ms_diffsynth.run.pipeline import model_configs
+    from ms_diffsynth.run.pipeline import model_configs, source_of
 
     file = args.run / "config.yaml"
     if not file.is_file():
@@ -196,15 +229,25 @@ def _of_run(args: argparse.Namespace) -> tuple[Any, dict[str, str | None]]:
         args.lora = [*preset, (last, 1.0), *args.lora]
     if not args.prompt and not args.edit_image and len(config.run.sample_edit_images) == 1:
         args.edit_image = [Path(name.strip()) for name in config.run.sample_edit_images[0].split(";")]
-    args.prompt = args.prompt or list(config.run.sample_prompts) or None
+    args.fp8_models = args.fp8_models or model.fp8_models
+    flags = {"guidance": "embedded_guidance"}  # what SAMPLE_OVERRIDES calls otherwise
+    free = [name for name in SAMPLE_OVERRIDES if name != "seed" and getattr(args, flags.get(name, name)) is None]
+    for name in free:  # as the sample images of the run are made; their number of steps is for a quick look
+        if name != "num_inference_steps":
+            setattr(args, flags.get(name, name), getattr(config.run, SAMPLE_OVERRIDES[name]) or None)
+    if not args.prompt and config.run.sample_prompts:
+        args.prompt = prompts_of(config.run.sample_prompts)
+        args.own = [{flags.get(name, name): value for name, value in entry.items() if name in free}
+                    if isinstance(entry, dict) else {} for entry in config.run.sample_prompts]
     args.family, args.model = model.family, args.run
     if args.edit_max_pixels is None:
         args.edit_max_pixels = config.data.edit_max_pixels
     args.edit_template = args.edit_template or config.data.edit_template
     if args.max_sequence_length is None:
         args.max_sequence_length = config.data.max_sequence_length
-    return (model_configs(model.model_paths, model.model_id_with_origin_paths),
-            {name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")})
+    hub = source_of(config)
+    return {"models": model_configs(model.model_paths, model.model_id_with_origin_paths, hub), "hub": hub,
+            "tokenizers": {name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")}}
 
 
 def _family_and_model(given: list[Path]) -> tuple[str, Path]:
@@ -224,11 +267,12 @@ def _family_and_model(given: list[Path]) -> tuple[str, Path]:
     return family_of(model), model
 
 
-def _with_prompts(args: argparse.Namespace, pipe: Any, same: dict[str, Any]) -> Iterator[Image.Image]:
-    """One image a prompt, with templates if there are any. ``same``: arguments of all images."""
+def _with_prompts(args: argparse.Namespace, pipe: Any, calls: list[dict[str, Any]],
+                  bar: Progress) -> Iterator[Image.Image]:
+    """One image a prompt, with templates if there are any. ``calls``: the arguments of each."""
     from ms_diffsynth.data.images import read_image
 
-    same |= {"tiled": args.tiled, "tile_size": args.tile_size, "tile_stride": args.tile_stride}
+    same: dict[str, Any] = {"tiled": args.tiled, "tile_size": args.tile_size, "tile_stride": args.tile_stride}
     if args.input_image:
         same["input_image"] = read_image(str(args.input_image))
         same["denoising_strength"] = 1.0 if args.denoising_strength is None else args.denoising_strength
@@ -254,9 +298,8 @@ def _with_prompts(args: argparse.Namespace, pipe: Any, same: dict[str, Any]) -> 
                                   "[{\"scale\": 0.5}].")
     elif given:
         raise ConfigError(f"{next(iter(given))} without --template: name the template it is for.")
-    for k, prompt in enumerate(args.prompt):
-        yield generate(prompt=prompt, negative_prompt=args.negative_prompt or "", cfg_scale=args.cfg_scale,
-                       seed=args.seed + k, embedded_guidance=args.embedded_guidance, **same, **inputs)
+    for number, call in enumerate(calls, 1):
+        yield generate(**call, on_step=_on_step(bar, f"image {number} of {len(calls)}"), **same, **inputs)
 
 
 def _check(args: argparse.Namespace) -> None:

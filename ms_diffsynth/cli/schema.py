@@ -7,7 +7,7 @@ import sys
 from dataclasses import MISSING
 from typing import Any
 
-from ms_diffsynth.config import SECTIONS, SETTINGS
+from ms_diffsynth.config import SAMPLE_OVERRIDES, SECTIONS, SETTINGS
 from ms_diffsynth.config.flags import path_argument
 from ms_diffsynth.config.setting import Setting
 from ms_diffsynth.registry import FAMILIES
@@ -54,6 +54,11 @@ def of(setting: Setting) -> dict[str, Any]:
     if setting.kind is tuple:
         found["type"] = ["array", "string"]  # one text, or several with commas
         found["items"] = {"type": "string"}
+        if setting.name == "sample_prompts":
+            own = {name: of(SETTINGS[other]) for name, other in SAMPLE_OVERRIDES.items()}
+            found["items"] = {"anyOf": [{"type": "string"}, {
+                "type": "object", "additionalProperties": False, "required": ["prompt"],
+                "properties": {"prompt": {"type": "string"}, **own}}]}
     choices = tuple(sorted(FAMILIES)) if setting.name == "family" else setting.metadata["choices"]
     if choices:
         found["enum"] = [*choices, *([None] if setting.is_optional else [])]

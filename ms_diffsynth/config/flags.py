@@ -103,6 +103,23 @@ class TrainingParser(Parser):
         return argparse.Namespace(**config.flat(), **vars(own))
 
 
+class HelpAll(argparse.Action):
+    """Print the help with every setting, and end."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        for action in parser._actions:
+            action.help = getattr(action, "whole_help", action.help)
+        parser.print_help()
+        parser.exit()
+
+
+# what --help shows; --help-all shows the others too
+USUAL = frozenset((
+    "family", "model_paths", "model_id_with_origin_paths", "lora_base_model", "lora_rank", "trainable_models",
+    "fp8_models", "use_gradient_checkpointing", "dataset_base_path", "dataset_metadata_path", "instance_prompt",
+    "height", "width", "max_pixels", "cache_dir", "task", "optimizer", "learning_rate", "gradient_accumulation_steps",
+    "mode", "seed", "batch_size", "num_epochs", "max_train_steps", "output_path", "save_steps", "sample_prompts",
+    "sample_steps", "validation_steps", "resume"))
 _METAVARS = {bool: "BOOL", int: "INT", float: "NUMBER", str: "TEXT", tuple: "LIST"}
 
 
@@ -120,8 +137,12 @@ def training_parser(family: str | None = None, description: str | None = None, *
 
 def add_flags(parser: argparse.ArgumentParser, defaults: dict[str, str] | None = None,
               without: Sequence[str] = ()) -> None:
-    """Give ``parser`` one flag for every setting, in one group a section, and refuse tokens."""
+    """Give ``parser`` one flag for every setting, in one group a section, and refuse tokens. Its help shows those of
+    USUAL.
+    """
     refuse_tokens(parser)
+    parser.add_argument("--help-all", action=HelpAll, nargs=0, default=argparse.SUPPRESS,
+                        help=f"show this and the other {len(SETTINGS.keys() - USUAL - {*without})} settings, and exit")
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(section, (cls.__doc__ or "").splitlines()[0])
         for setting in (s for s in SETTINGS.values() if s.section == section and s.name not in without):
@@ -129,8 +150,11 @@ def add_flags(parser: argparse.ArgumentParser, defaults: dict[str, str] | None =
             choices = f"one of {', '.join(setting.metadata['choices'])}; " if setting.metadata["choices"] else ""
             switch = {"nargs": "?", "const": "true"} if setting.kind is bool else {}
             shown = default if default == "required" else f"default: {default}"
-            group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, metavar=_METAVARS[setting.kind],
-                               help=f"{setting.metadata['help']} ({choices}{shown})".replace("%", "%%"), **switch)
+            text = f"{setting.metadata['help']} ({choices}{shown})".replace("%", "%%")
+            action = group.add_argument(f"--{setting.name}", default=argparse.SUPPRESS, **switch,
+                                        metavar=_METAVARS[setting.kind],
+                                        help=text if setting.name in USUAL else argparse.SUPPRESS)
+            action.whole_help = text
 
 
 def default_of(name: str) -> str:

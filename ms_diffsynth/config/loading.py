@@ -1,6 +1,7 @@
 """From a YAML file, flags and Python values to a checked configuration, and back to a file."""
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import textwrap
@@ -12,9 +13,10 @@ import yaml
 
 from ms_diffsynth.config.rules import rules
 from ms_diffsynth.config.setting import Wrong
-from ms_diffsynth.config.settings import SECTIONS, SETTINGS, TrainConfig
+from ms_diffsynth.config.settings import SAMPLE_OVERRIDES, SECTIONS, SETTINGS, TrainConfig
 from ms_diffsynth.config.yaml_lines import Written, read_sections
-from ms_diffsynth.errors import ConfigError, nearest, shortened
+from ms_diffsynth.errors import ConfigError, listing, nearest, shortened
+from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.redact import without_secrets
 
 WIDTH, LONGEST_VALUE = 118, 80  # characters of a line, and of a list with commas that stands on one
@@ -51,7 +53,8 @@ def load_config(path: str | os.PathLike[str] | None = None, flags: Mapping[str, 
     for name, setting in SETTINGS.items():
         if name in given:
             try:
-                values[setting.section][name] = setting.parse(given[name])
+                values[setting.section][name] = (_sample_prompts(given[name]) if name == "sample_prompts"
+                                                 else setting.parse(given[name]))
             except Wrong as error:
                 problems.append(f"{name}={given[name]} {given[name].place}: {error}")
         elif setting.default is MISSING:
@@ -114,11 +117,47 @@ def _in_one_line(value: str | list[str]) -> str:
     return text
 
 
-def _written(value: Any) -> Written:
+def _sample_prompts(written: Written) -> tuple[str | dict[str, Any], ...]:
+    """Prompts, and mappings of a prompt and of `SAMPLE_OVERRIDES`. Raises: Wrong."""
+    if (written.text or "").lstrip().startswith("["):
+        with contextlib.suppress(NotJSON):
+            items = parse_json(written.text, list)
+            written = _written(items, written.place) if any(isinstance(item, dict) for item in items) else written
+    if not any(isinstance(item, dict) for item in written.items or ()):
+        return SETTINGS["sample_prompts"].parse(written)
+    known, entries = ("prompt", *SAMPLE_OVERRIDES), []
+    for number, item in enumerate(written.items, 1):
+        if isinstance(item, str):
+            entries.append(item)
+            continue
+        where = f"entry {number}"
+        if not isinstance(item, dict) or "prompt" not in item:
+            raise Wrong(f"{where}: expected a text, or a mapping of prompt and of some of {listing(known[1:])}")
+        entry: dict[str, Any] = {}
+        for name, value in item.items():
+            if name not in known:
+                raise Wrong(f"{where} has '{name}': expected prompt and some of {listing(known[1:])}"
+                            f".{nearest(name, known)}")
+            setting = SETTINGS[SAMPLE_OVERRIDES.get(name, "sample_negative_prompt")]  # a prompt is a text too
+            try:
+                entry[name] = setting.parse(value)
+            except Wrong as error:
+                raise Wrong(f"{where}, {name}={value} {value.place}: {error}") from None
+        if ("height" in entry) != ("width" in entry):
+            raise Wrong(f"{where} has only one of height and width: set both, or neither")
+        entries.append({name: entry[name] for name in known if name in entry})
+    return tuple(entries)
+
+
+def _written(value: Any, place: str = "from Python") -> Written:
     """A Python value as if it had been written in a file."""
-    place = "from Python"
     if isinstance(value, (list, tuple)):
-        return Written(items=tuple(value), place=place)
+        items = tuple({name: _written(inner, place) for name, inner in item.items()} if isinstance(item, dict) else item
+                      for item in value)
+        is_plain = all(isinstance(item, str) for item in items)
+        return Written(items=items, place=place, what="" if is_plain else "(a list that holds more than texts)")
+    if isinstance(value, dict):
+        return Written(place=place, what="(a mapping)")
     if value is None or isinstance(value, bool):
         return Written(text={None: "null", True: "true", False: "false"}[value], place=place)
     return Written(text=os.fspath(value) if isinstance(value, os.PathLike) else str(value), place=place,

@@ -7,8 +7,8 @@ from dataclasses import MISSING
 
 from ms_diffsynth.config.settings import SETTINGS, TrainConfig
 from ms_diffsynth.data.folders import folder_problems
-from ms_diffsynth.errors import listing
-from ms_diffsynth.registry import OPTIMIZERS
+from ms_diffsynth.errors import listing, nearest
+from ms_diffsynth.registry import OPTIMIZERS, TRACKERS
 
 PLACES = tuple(name for name, setting in SETTINGS.items() if setting.metadata["holds"] == "path")
 
@@ -96,17 +96,23 @@ def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            f"{listing(held_out)} would not be used: set validation_steps, for example to 100.")
     yield (c.run.sample_template_inputs is not None and c.model.template_model_id_or_path is None,
            "sample_template_inputs without a template: set template_model_id_or_path, or remove it.")
-    yield (c.run.evaluation_steps is not None and stage != "",
-           f"evaluation_steps={c.run.evaluation_steps} with task={c.objective.task}, which makes no images: evaluate "
-           "afterwards, with ms-diffsynth sample and ms-diffsynth evaluate.")
+    yield (c.run.evaluation_steps is not None and stage == "train" and c.run.evaluation_reference is None,
+           f"evaluation_steps={c.run.evaluation_steps} with task={c.objective.task}, whose data set is a cache: say "
+           "what images are compared with, by evaluation_reference, a folder.")
     yield (c.model.use_gradient_checkpointing_offload and c.run.mode == "graph",
            "use_gradient_checkpointing_offload=true in mode graph: MindSpore cannot move what a compiled step keeps to "
            "the host. Expected --mode pynative, or use_gradient_checkpointing without offload.")
+    unknown = [name for name in c.run.trackers if name not in TRACKERS]
+    yield (bool(unknown), f"trackers={','.join(c.run.trackers)} names {listing(unknown)}: expected some of "
+           f"{listing(TRACKERS)}.{nearest(unknown[0], TRACKERS) if unknown else ''}")
     yield (c.run.push_to_hub and not c.run.hub_model_id,
            "push_to_hub=true without hub_model_id: say where, for example --hub_model_id me/my-lora.")
     yield (c.run.push_to_hub and stage == "data_process",
            f"push_to_hub=true with task={c.objective.task}, which trains nothing to publish: remove it.")
-    unsent = [n for n in ("hub_model_id", "hub_private_repo", "hub") if getattr(c.run, n) != SETTINGS[n].default]
+    places = ["model_id_with_origin_paths", "template_model_id_or_path", *(n for n in SETTINGS if n[:9] == "tokenizer")]
+    is_source = any(getattr(c.model, n) for n in places)  # hub: models come from it too
+    unsent = [n for n in ("hub_model_id", "hub_private_repo", "hub") if getattr(c.run, n) != SETTINGS[n].default
+              and not (n == "hub" and is_source)]
     yield bool(unsent) and not c.run.push_to_hub, f"{listing(unsent)} would not be used: set push_to_hub=true."
     trusted = [n for n in ("trust_template_code", "trust_template_sha256") if getattr(c.model, n)]
     yield (bool(trusted) and c.model.template_model_id_or_path is None,

@@ -32,6 +32,8 @@ class Setting:
     def parse(self, written: Written) -> Any:
         """The value that is meant. Nothing is rounded, cut off or guessed. Raises: Wrong."""
         if self.kind is tuple and written.items is not None:
+            if not all(isinstance(item, str) for item in written.items):
+                raise Wrong(f"expected {_KINDS[self.kind]}")
             return written.items
         if written.text is None:
             hint = ": put it in quotes" if self.kind is str and written.items is not None else ""
@@ -72,7 +74,9 @@ class Setting:
             items = value if self.kind is tuple else [value] if value else []
             if meta["holds"] == "path":
                 return next((problem for item in items if (problem := path_problem(item))), "")
-            return next((f"it {problem}" for item in items if (problem := prompt_problem(item))), "")
+            texts = [text for item in items for text in (
+                [item] if isinstance(item, str) else [item["prompt"], item.get("negative_prompt", "")])]
+            return next((f"it {problem}" for text in texts if (problem := prompt_problem(text))), "")
         if self.kind not in (int, float) or not (wrong := out_of_range(value, meta["range"])):
             return ""
         return wrong + self._other_exponent(text or "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
@@ -248,8 +248,14 @@ class RunSection:
                                   "1 <= keep_saved <= 1000000000")
     sample_count: int = _sample(16, "how many sample images, of a family without prompts", "0 <= sample_count <= 65536")
     sample_steps: int | None = _run(None, "make sample images every N steps", "1 <= sample_steps <= 1000000000")
-    sample_prompts: tuple[str, ...] = _sample((), "prompts of the sample images; as a flag one prompt or a JSON list",
-                                              holds="prompt")
+    sample_prompts: tuple[str | dict[str, Any], ...] = _sample(
+        (), "prompts of the sample images, or mappings of prompt and its own negative_prompt, cfg_scale, guidance, "
+        "seed, height, width, num_inference_steps and sampler; as a flag one prompt or a JSON list", holds="prompt")
+    sample_negative_prompt: str = _sample("", "what sample_cfg_scale leads the sample images away from", holds="prompt")
+    sample_cfg_scale: float | None = _sample(None, "two-branch guidance of the sample images, 1 is off; null = the "
+                                             "model's", "0 <= sample_cfg_scale <= 1000")
+    sample_guidance: float | None = _sample(None, "guidance told to a guidance-distilled model for the sample images; "
+                                            "null = the model's", "0 <= sample_guidance <= 1000")
     sample_template_inputs: str | None = _sample(None, "template inputs of the sample images: a JSON object for all, "
                                                  "or a JSON list of one each")
     sample_edit_images: tuple[str, ...] = _sample(
@@ -276,12 +282,17 @@ class RunSection:
     keep_checkpoints: int = _run(2, "how many of these to keep", "2 <= keep_checkpoints <= 1000000000")
     grace_seconds: float = _run(60.0, "most seconds from SIGTERM or SIGINT until the step is finished and saved",
                                 "0 < grace_seconds <= 1000000")
-    enable_tensorboard_log: bool = _setting(False, "also write TensorBoard events", may_change=True)
+    enable_tensorboard_log: bool = _setting(False, "the same as trackers=tensorboard", may_change=True)
+    trackers: tuple[str, ...] = _setting((), "what also shows the run, with commas: tensorboard (extra [logging]), "
+                                         "wandb (extra [wandb]), swanlab (extra [swanlab])", has_commas=True,
+                                         may_change=True)
+    tracker_project: str = _setting("ms_diffsynth", "project of the run in wandb and swanlab", may_change=True)
     push_to_hub: bool = _setting(False, "publish after every save, without holding up training", may_change=True)
     hub_model_id: str | None = _setting(None, "where: owner/name; made when it does not exist", may_change=True)
     hub_private_repo: bool = _setting(True, "only you may see it; a repository that is public is refused",
                                       may_change=True)
-    hub: str = _setting("huggingface", "which hub; the token comes from its login or from the environment",
+    hub: str = _setting("huggingface", "which hub: of models named owner/name:pattern, and of push_to_hub; the token "
+                        "comes from its login or from the environment",
                         choices=("huggingface", "modelscope"), may_change=True)
 
 
@@ -298,6 +309,17 @@ class TrainConfig:
     def flat(self) -> dict[str, Any]:
         """Every setting by its name."""
         return {name: getattr(getattr(self, setting.section), name) for name, setting in SETTINGS.items()}
+
+
+# what an entry of sample_prompts may say besides its prompt -> the setting that it overrides
+SAMPLE_OVERRIDES = {"negative_prompt": "sample_negative_prompt", "cfg_scale": "sample_cfg_scale",
+                    "guidance": "sample_guidance", "seed": "sample_seed", "height": "sample_height",
+                    "width": "sample_width", "num_inference_steps": "num_inference_steps", "sampler": "sampler"}
+
+
+def prompts_of(entries: Iterable[str | dict[str, Any]]) -> list[str]:
+    """The texts of ``sample_prompts``."""
+    return [entry if isinstance(entry, str) else entry["prompt"] for entry in entries]
 
 
 def flat(settings: Any) -> dict[str, Any]:

@@ -24,11 +24,13 @@ _TAGGED = {_TAG + "set": "(a set)", _TAG + "binary": "(binary data)", _TAG + "om
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A value as it was written, and where: a text, a list of texts, or neither of the two: then ``what`` it is."""
+    """A value as it was written, and where: a text, a list of texts and of mappings of values, or neither of the two:
+    then ``what`` it is.
+    """
 
     place: str
     text: str | None = None
-    items: tuple[str, ...] | None = None
+    items: tuple[str | dict[str, Written], ...] | None = None
     is_quoted: bool = False
     what: str = ""
 
@@ -92,11 +94,24 @@ def _pairs(node: yaml.Node, path: str | os.PathLike[str], what: str,
 def _written(node: yaml.Node, place: str) -> Written:
     if _is_text(node):
         return Written(place=place, text="null" if _is_null(node) else node.value, is_quoted=node.style is not None)
-    if isinstance(node, yaml.SequenceNode) and all(map(_is_text, node.value)):
-        return Written(place=place, items=tuple(item.value for item in node.value))
+    if isinstance(node, yaml.SequenceNode) and all(_is_text(item) or _is_flat(item) for item in node.value):
+        items = tuple(item.value if _is_text(item) else {key.value: _written(value, _place_of(key, place))
+                                                         for key, value in item.value} for item in node.value)
+        is_plain = all(isinstance(item, str) for item in items)
+        return Written(place=place, items=items, what="" if is_plain else "(a list that holds more than texts)")
     kinds = {yaml.MappingNode: "(a mapping)", yaml.SequenceNode: "(a list that holds more than texts)"}
     tagged = f"(a value tagged {node.tag.replace(_TAG, '!!')})"
     return Written(place=place, what=_TAGGED.get(node.tag) or kinds.get(type(node)) or tagged)
+
+
+def _place_of(node: yaml.Node, place: str) -> str:
+    return f"{place.rpartition(' ')[0]} {node.start_mark.line + 1}"
+
+
+def _is_flat(node: yaml.Node) -> bool:
+    """Whether a node is a mapping of texts, none of them twice."""
+    return (isinstance(node, yaml.MappingNode) and all(_is_text(part) for pair in node.value for part in pair)
+            and len({key.value for key, _ in node.value}) == len(node.value))
 
 
 def _is_text(node: yaml.Node) -> bool:

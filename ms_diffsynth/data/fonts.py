@@ -1,6 +1,9 @@
-"""A font that has the letters of a text: Pillow's own one has the Latin ones, a system may have the others."""
+"""A font that has the letters of a text: Pillow's own one has the Latin ones, a system may have the others, and the
+extra [fonts] brings those of Chinese, Japanese and Korean.
+"""
 from __future__ import annotations
 
+import importlib.util
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ from PIL import ImageFont
 
 _FOLDERS = ("~/.fonts", "~/.local/share/fonts", "/usr/local/share/fonts", "/usr/share/fonts", "/usr/share/X11/fonts",
             "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts")
+_PACKAGE = "cvttf_NotoSansCJK_Regular"  # of the extra [fonts]: a folder with Noto Sans CJK
 _LIKELY = ("notosanscjk", "notosans-regular", "sourcehansans", "wqy", "droidsansfallback", "dejavusans.", "simhei",
            "msyh", "pingfang", "unifont")  # parts of the names of files that are tried first, in this order
 _MOST = 2000  # files that are looked at
@@ -20,7 +24,8 @@ _SELECTORS = tuple(map(chr, range(0xFE00, 0xFE10)))  # such as that which makes 
 
 
 def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | None:
-    """The first font that has every letter of ``text``: Pillow's own one, else one of the system's; None if none has.
+    """The first font that has every letter of ``text``: Pillow's own one, else one of the system's or of the extra
+    [fonts]; None if none has.
 
     ``size``: of the letters, in pixels. Colours (of emoji) are not drawn, so their fonts do not count.
     """
@@ -28,7 +33,9 @@ def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | None:
     own = ImageFont.load_default(size)
     if _has(own, letters):
         return own
-    path = _file_with(letters, tuple(os.path.expanduser(folder) for folder in _FOLDERS))
+    package = importlib.util.find_spec(_PACKAGE)
+    folders = (*_FOLDERS, *(package.submodule_search_locations or () if package else ()))
+    path = _file_with(letters, tuple(os.path.expanduser(folder) for folder in folders))
     return ImageFont.truetype(path, size) if path else None
 
 

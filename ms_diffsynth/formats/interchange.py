@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-DIFFUSERS = "diffusers"
+from ms_diffsynth.errors import WeightError
+
+DIFFUSERS, ORIGINAL = "diffusers", "original"
 LAYOUTS = {  # what a file can be written as -> in words
     "diffusers": "diffusers and peft", "comfy": "ComfyUI and ai-toolkit",
     "kohya": "kohya's sd-scripts and musubi-tuner", "diffsynth": "DiffSynth-Studio",
@@ -36,6 +38,7 @@ class Row:
         names: column -> the name there.
         shares: of each member, in rows.
         is_swapped: its two halves are in the other order in the other columns (a scale and a shift).
+        is_of_two: that holds where its weight is two squares; in other blocks it has more, in one order everywhere.
         weight: what ``weight`` is called in the other columns.
         is_same: its name is that of diffusers everywhere.
         ratio: rows to columns of its weight, where that tells the family from another of the same names.
@@ -50,6 +53,17 @@ class Row:
     is_same: bool = False
     ratio: int | None = None
     is_convolution: bool = False
+    is_of_two: bool = False
+
+    def swaps(self, shape: Sequence[int] | None) -> bool:
+        """Whether the halves of a layer are in the other order there; ``shape`` is that of its weight, if it is known.
+
+        Raises: WeightError where that depends on a weight that is not there.
+        """
+        if self.is_swapped and self.is_of_two and shape is None:
+            raise WeightError(f"{self.members[0]} without its weight, whose shape tells the order of its halves: "
+                              "expected both")
+        return self.is_swapped and (not self.is_of_two or shape[0] == 2 * shape[1])
 
     def sizes(self, rows: int) -> list[int] | None:
         """Rows of each member of a layer with so many; None when they cannot be divided like this."""
@@ -73,11 +87,17 @@ class Model:
         prefixes: layout -> what its names begin with: ``transformer.`` or, where dots are underscores, ``lora_unet_``.
         also: further beginnings of its names.
         rows: of its layers; without any, modules keep the names they have.
+        tensors: diffusers' names of tensors that are in no layer -> the publisher's.
+        alone, whole: what its names begin with in the publisher's file of this model, and in one of a whole pipeline;
+            None where there are no such files.
     """
 
     prefixes: Mapping[str, str]
     also: tuple[str, ...] = ()
     rows: tuple[Row, ...] = ()
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    alone: str = ""
+    whole: str | None = None
 
     def find(self, name: str, is_flat: bool) -> list[Found]:
         """What ``name``, without its beginning, can mean."""
@@ -162,7 +182,8 @@ def read_table(file: Path) -> Table:
         if isinstance(layers, str):  # what several families share
             layers = yaml.safe_load((file.parent / layers).read_text(encoding="utf-8"))
         models[name] = Model(dict(model["begins"]), tuple(model.get("also", ())),
-                             tuple(row for item in layers for row in _rows(item)))
+                             tuple(row for item in layers for row in _rows(item)), model.get("tensors", {}),
+                             model.get("alone", ""), model.get("whole"))
     return Table(models, data["title"], data["default"], data["layouts"], tuple(data.get("with_alpha", ("kohya",))),
                  data["architecture"], data["base_version"], data.get("kohya_module", ""))
 
@@ -172,7 +193,8 @@ def _rows(item: str | dict[str, Any]) -> Iterator[Row]:
         yield from (Row((name,), {}, (1,), is_same=True) for name in expand(item))
         return
     members = tuple(expand(item["diffusers"]))
-    facts = {"is_swapped": item.get("swap", False), "weight": item.get("weight", "weight"),
+    facts = {"is_swapped": bool(item.get("swap")), "is_of_two": item.get("swap") == "two squares",
+             "weight": item.get("weight", "weight"),
              "ratio": item.get("ratio"), "is_convolution": item.get("convolution", False)}
     names = {k: v for k, v in item.items() if k not in ("diffusers", "rows", "each", "swap", "weight", "ratio",
                                                         "convolution")}

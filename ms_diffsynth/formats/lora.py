@@ -204,7 +204,7 @@ def _written(file: AdapterFile, model: Model, layout: str, has_alpha: bool, begi
         except WeightError as error:
             problems.append(f"{name} ({error})")
             continue
-        if row and row.is_swapped:
+        if row and row.swaps(_shape_of_change(kind, parts)):
             kind, parts, bias = _swapped(kind, parts, bias)
         stem = begins + (name.replace(".", "_") if begins.endswith("_") else name)
         if bias is None and file.biases and layout == DIFFUSERS:
@@ -317,6 +317,13 @@ def _joined_bias(file: AdapterFile, members: Sequence[str], places: Sequence[Any
         if m in found:
             bias[start:end] = found[m]
     return bias
+
+
+def _shape_of_change(kind: Format, parts: Parts) -> tuple[int, ...] | None:
+    """The shape of the weight that is changed; None where only a bias is."""
+    if not parts:
+        return None
+    return (parts[B].shape[0], parts[A].shape[1]) if kind in (LORA, DORA) else kind.product(parts).shape
 
 
 def _swapped(kind: Format, parts: Parts, bias: np.ndarray | None) -> tuple[Format, Parts, np.ndarray | None]:
@@ -543,7 +550,7 @@ class _Reader:
         """Read the tensors of a layer and put what they are for each module into ``file``."""
         what = found.modules[0] if len(found.modules) == 1 else listing(found.modules)
         parts, scale, bias = self._layer(what, found, names, kind, settings)
-        if found.row is not None and found.row.is_swapped:
+        if found.row is not None and found.row.swaps(_shape_of_change(kind, parts)):
             kind, parts, bias = _swapped(kind, parts, bias)
         pieces = {found.modules[0]: (parts, bias)}
         if len(found.modules) > 1:

@@ -1,7 +1,7 @@
-"""Checkpoints in the names of their publishers, or of ComfyUI, as the same files in diffusers' names.
+"""Checkpoints in the names of their publishers, or of ComfyUI, as the same files in diffusers' names; and the reverse.
 
 Nothing is copied: a layer of several of diffusers' is divided by rows, and rows of a tensor lie together in a file. So
-no more than one tensor is in memory when such a file is read.
+no more than one tensor is in memory when such a file is read, or written.
 """
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ms_diffsynth.errors import WeightError, listing
-from ms_diffsynth.formats.interchange import Model
+from ms_diffsynth.formats.interchange import ORIGINAL, Model, Row, Table
 from ms_diffsynth.formats.weights import Checkpoint, Entry
 
 # ComfyUI's files of 8 bits: a weight's factor; that of an input, and marks, are not needed
 SCALES, MARKS = ("scale_weight", "weight_scale"), ("scale_input", "input_scale", "scaled_fp8", "comfy_quant")
+UNUSED = (".logit_scale",)  # ends of names in files of whole pipelines: of CLIP's training
 
 
 def in_our_names(checkpoint: Checkpoint, model: Model | None = None) -> Checkpoint:
@@ -28,23 +29,95 @@ def in_our_names(checkpoint: Checkpoint, model: Model | None = None) -> Checkpoi
     entries = _with_scales(checkpoint)
     if model is None:
         return checkpoint.with_entries(entries)
+    entries = {_without_beginning(name, model): entry for name, entry in entries.items()}
+    tensors = {theirs: ours for ours, theirs in model.tensors.items()}
     found: dict[str, Entry] = {}
     for name, entry in entries.items():
-        stem, _, part = _without_beginning(name, model).rpartition(".")
-        meant = model.find(stem, False) or [None]
+        stem, _, part = name.rpartition(".")
+        meant = [None] if name in tensors else model.find(stem, False) or [None]
         if meant[0] is None or meant[0].row is None:
-            found[f"{stem}.{part}" if stem else part] = entry
+            found[tensors.get(name, name)] = entry
             continue
-        found |= _members(name, part, entry, *meant[0][:2])
+        row = meant[0].row
+        weight = entries.get(f"{stem}.{row.weight}")
+        found |= _members(name, part, entry, meant[0].modules, row, row.swaps(weight and weight.shape))
     return checkpoint.with_entries(found)
 
 
-def is_of(checkpoint: Checkpoint, model: Model) -> bool:
-    """Whether most of a checkpoint's tensors have names of a model, in any column."""
-    stems = {_without_beginning(name, model).rpartition(".")[0] for name in checkpoint.entries
-             if not name.endswith((*SCALES, *MARKS))}
-    known = sum(bool(model.find(stem, False)) for stem in stems)
-    return known > 0.8 * len(stems)
+def in_original_names(checkpoint: Checkpoint, model: Model) -> Checkpoint:
+    """A checkpoint in diffusers' names by its publisher's, without a beginning.
+
+    Raises: WeightError for tensors that have no name there, and for a layer of theirs of which a part is missing.
+    """
+    entries, found, problems = checkpoint.entries, {}, []
+    has_own = any(ORIGINAL in row.names for row in model.rows)  # otherwise names are the same everywhere
+    done: set[str] = set()
+    for name, entry in entries.items():
+        stem, _, part = name.rpartition(".")
+        place = (model.tensors[name], None, ()) if name in model.tensors else model.place(stem, ORIGINAL)
+        if name in done:
+            continue
+        if place is None and has_own:
+            problems.append(name)
+        elif place is None or place[1] is None:
+            found[model.tensors.get(name, name)] = entry
+        else:
+            other, row, modules = place
+            names = [f"{module}.{part}" for module in modules]
+            weight = entries.get(f"{stem}.weight")
+            if lost := [n for n in names if n not in entries]:
+                problems.append(f"{name} without {listing(lost)}")
+            else:
+                members = [entries[n] for n in names]
+                joined = members[0] if len(members) == 1 else _joined(names, members)
+                if row.swaps(weight and weight.shape):
+                    joined = replace(joined, is_swapped=not joined.is_swapped)
+                if row.is_convolution and part == "weight":
+                    joined = replace(joined, shape=(*joined.shape[:2], 1, 1))
+                found[f"{other}.{row.weight if part == 'weight' else part}"] = joined
+            done |= set(names)
+    if problems:
+        raise WeightError(f"{listing(checkpoint.files)}: {len(problems)} tensors have no place among the publisher's "
+                          f"names: {listing(problems)}. Expected a whole model of this family.")
+    return checkpoint.with_entries(found)
+
+
+def in_one_file(checkpoints: Mapping[str, Checkpoint], table: Table) -> Checkpoint:
+    """Models in diffusers' names, by model, as one checkpoint in their publisher's.
+
+    Raises: WeightError for several models of a family that no program has in one file.
+    """
+    if unknown := [name for name in checkpoints if name not in table.models]:
+        raise WeightError(f"the publisher's names of {listing(unknown)} of {table.title} are not known: expected one "
+                          f"of {listing(table.models)}. Give the folder of that model, such as transformer.")
+    begins = {name: table.models[name].whole if len(checkpoints) > 1 else table.models[name].alone
+              for name in checkpoints}
+    if None in begins.values():
+        raise WeightError(f"no program has {listing(checkpoints)} of {table.title} in one file. Expected the folder of "
+                          "one model, such as transformer.")
+    entries, whole = {}, None
+    for name, checkpoint in checkpoints.items():
+        own = in_original_names(checkpoint, table.models[name])
+        entries |= {begins[name] + key: entry for key, entry in own.entries.items()}
+        arrays = {begins[name] + key: array for key, array in own.arrays.items()}
+        whole = own.with_entries(entries) if whole is None else whole.with_entries(entries)
+        whole = whole.with_arrays(arrays)
+    return whole
+
+
+def models_of(checkpoint: Checkpoint, table: Table) -> dict[str, list[str]]:
+    """Of a file that holds a whole pipeline: model -> the names of its tensors; empty for a file of one model.
+
+    Names that belong to no model come under "".
+    """
+    found: dict[str, list[str]] = {}
+    for name in checkpoint.entries:
+        model, begin, _, is_flat = table.split(name)
+        found.setdefault(model if begin and not is_flat else "", []).append(name)
+    if len(found.keys() - {""}) < 2:
+        return {}
+    found[""] = [name for name in found.get("", ()) if not name.endswith((*UNUSED, *SCALES, *MARKS))]
+    return found
 
 
 def _without_beginning(name: str, model: Model) -> str:
@@ -52,7 +125,19 @@ def _without_beginning(name: str, model: Model) -> str:
     return next((name.removeprefix(begin) for begin in begins if begin and name.startswith(begin)), name)
 
 
-def _members(name: str, part: str, entry: Entry, modules: tuple[str, ...], row) -> dict[str, Entry]:
+def _joined(names: list[str], members: list[Entry]) -> Entry:
+    """One entry of the rows of several. Raises: WeightError for those that do not fit below each other."""
+    kinds = {(member.read_as, member.shape[1:]) for member in members}
+    if len(kinds) > 1:
+        described = listing(f"{n} {m.shape} {m.read_as}" for n, m in zip(names, members))
+        raise WeightError(f"{described} are one layer of the publisher's: expected one dtype and one width.")
+    rows = sum(member.shape[0] for member in members)
+    first = members[0]
+    return Entry((rows, *first.shape[1:]), first.read_as, first.file, first.start, members=tuple(members))
+
+
+def _members(name: str, part: str, entry: Entry, modules: tuple[str, ...], row: Row,
+             is_swapped: bool) -> dict[str, Entry]:
     part = "weight" if part == row.weight else part
     shape = entry.shape[:2] if row.is_convolution and entry.shape[2:] == (1, 1) else entry.shape
     sizes = row.sizes(shape[0])
@@ -62,7 +147,7 @@ def _members(name: str, part: str, entry: Entry, modules: tuple[str, ...], row) 
     bytes_of_row = math.prod(shape[1:]) * entry.dtype.itemsize
     members, start = {}, entry.start
     for module, size in zip(modules, sizes):
-        members[f"{module}.{part}"] = replace(entry, shape=(size, *shape[1:]), start=start, is_swapped=row.is_swapped)
+        members[f"{module}.{part}"] = replace(entry, shape=(size, *shape[1:]), start=start, is_swapped=is_swapped)
         start += size * bytes_of_row
     return members
 

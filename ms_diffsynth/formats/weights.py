@@ -23,7 +23,7 @@ from ms_diffsynth.data.paths import open_regular
 from ms_diffsynth.errors import ConfigError, DataError, WeightError, listing, nearest
 from ms_diffsynth.formats.json_text import parse_json
 from ms_diffsynth.formats.shards import INDEX, PICKLES, Source, find_files, names_in, pickle_text
-from ms_diffsynth.storage.files import stage_folder, write_file
+from ms_diffsynth.storage.files import Stream, link_or_copy, stage_folder, write_file
 
 # the tags of the safetensors format that NumPy and ml_dtypes have a type for
 DTYPES: dict[str, np.dtype] = {
@@ -45,6 +45,7 @@ class Entry:
     Attributes:
         is_swapped: what is read are the second half of its rows, then the first.
         scale: one number that what is read is multiplied by; the result is float32.
+        members: what is read are the rows of these, one below the other; ``file`` and ``start`` are not used then.
     """
 
     shape: tuple[int, ...]
@@ -53,11 +54,17 @@ class Entry:
     start: int
     is_swapped: bool = False
     scale: Entry | None = None
+    members: tuple[Entry, ...] = ()
+
+    @property
+    def read_as(self) -> np.dtype:
+        """The dtype of what is read."""
+        return self.dtype if self.scale is None else np.dtype(np.float32)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is read."""
-        return math.prod(self.shape) * (4 if self.scale is not None else self.dtype.itemsize)
+        return math.prod(self.shape) * self.read_as.itemsize
 
 
 class Checkpoint:
@@ -116,9 +123,7 @@ class Checkpoint:
                               f"{nearest(name, self.entries)}")
         if name in self.arrays:
             return self.arrays[name]
-        entry = self.entries[name]
-        with open(entry.file, "rb") as file:
-            return _read(file, entry)
+        return _read_alone(self.entries[name])
 
     def refuse_integers(self, names: Iterable[str] | None = None) -> None:
         """Raises: WeightError naming the tensors (of ``names``) that are no floating-point numbers: no weights are."""
@@ -132,7 +137,9 @@ class Checkpoint:
         """All tensors as (name, array), file by file, one in memory at a time. Each array is the caller's own."""
         by_file = defaultdict(list)
         for name, entry in self.entries.items():
-            if name not in self.arrays:
+            if entry.members:
+                yield name, _read_alone(entry)
+            elif name not in self.arrays:
                 by_file[entry.file].append((name, entry))
         yield from self.arrays.items()
         for path, found in by_file.items():
@@ -221,37 +228,62 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return result
 
 
-def save_state_dict(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray],
+def save_state_dict(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray] | Checkpoint,
                     metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file by the commit protocol. Its metadata always says format "pt", which others demand.
+
+    Args:
+        tensors: those of a `Checkpoint` are read when they are written: one is in memory.
 
     Raises: OutputError when it cannot be written; WeightError for a dtype or metadata the format cannot hold.
     """
     write_file(path, serialize(tensors, metadata))
 
 
-def serialize(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> list[memoryview]:
-    """A safetensors file as buffers: the header, then views of the tensors, widest dtype first so all are aligned.
+def serialize(tensors: Mapping[str, np.ndarray] | Checkpoint,
+              metadata: Mapping[str, str] | None = None) -> list[memoryview] | Stream:
+    """A safetensors file: the header, then views of the tensors, widest dtype first so all are aligned. Of a
+    `Checkpoint` it is a stream, which reads each tensor when it is written.
 
     Source: the format of safetensors 0.8.
     """
-    metadata = {str(k): v for k, v in (metadata or {}).items()} | {"format": "pt"}
+    if isinstance(tensors, Checkpoint):
+        kinds = {name: (entry.read_as, entry.shape) for name, entry in tensors.entries.items()}
+    else:
+        odd = [f"tensor '{n}' is {type(a).__name__}" for n, a in tensors.items() if not isinstance(a, np.ndarray)]
+        if odd:
+            raise WeightError(f"safetensors cannot hold {listing(odd)}. Expected arrays.")
+        kinds = {name: (array.dtype, array.shape) for name, array in tensors.items()}
+    text, order = _header(kinds, metadata or {})
+
+    def pieces() -> Iterator[memoryview]:
+        yield memoryview(text)
+        for name in order:
+            if (array := tensors[name]).nbytes:
+                yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+    size = len(text) + sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
+    return Stream(size, pieces) if isinstance(tensors, Checkpoint) else list(pieces())
+
+
+def _header(kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+            metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """The first bytes of a file of tensors of these dtypes and shapes, and the order of the tensors behind them."""
+    metadata = {str(k): v for k, v in metadata.items()} | {"format": "pt"}
     wrong = [f"metadata {k}={v!r} is not text" for k, v in metadata.items() if not isinstance(v, str)]
-    wrong += [f"tensor '{n}' is {type(a).__name__} of {getattr(a, 'dtype', 'no dtype')}" for n, a in tensors.items()
-              if not isinstance(a, np.ndarray) or a.dtype.name not in TAGS]
+    wrong += [f"tensor '{name}' of {dtype}" for name, (dtype, _) in kinds.items() if dtype.name not in TAGS]
     if wrong:
         raise WeightError(f"safetensors cannot hold {listing(wrong)}. Expected text and arrays of {listing(TAGS, 20)}.")
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    buffers, start = [], 0
-    for name, array in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        offsets = [start, start + array.nbytes]
-        header[name] = {"dtype": TAGS[array.dtype.name], "shape": list(array.shape), "data_offsets": offsets}
-        start += array.nbytes
-        if array.nbytes:
-            buffers.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    order, start = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name)), 0
+    for name in order:
+        dtype, shape = kinds[name]
+        end = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": TAGS[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return [memoryview(len(text).to_bytes(8, "little") + text), *buffers]
+    return len(text).to_bytes(8, "little") + text, order
 
 
 def save_sharded(folder: str | os.PathLike[str], tensors: Mapping[str, np.ndarray] | Checkpoint,
@@ -260,7 +292,7 @@ def save_sharded(folder: str | os.PathLike[str], tensors: Mapping[str, np.ndarra
     """Write a component folder as diffusers does: config.json and one file, or shards with their index.json.
 
     Args:
-        tensors: those of a `Checkpoint` are read when they are written, one shard at a time.
+        tensors: those of a `Checkpoint` are read when they are written: one is in memory.
         stem: "diffusion_pytorch_model" for diffusers, "model" for transformers.
         max_shard_bytes: a tensor larger than this gets a shard of its own.
         replace: swap an existing folder; without it one that is not empty is refused.
@@ -268,8 +300,8 @@ def save_sharded(folder: str | os.PathLike[str], tensors: Mapping[str, np.ndarra
     Raises: OutputError, WeightError; the folder is complete or not there.
     """
     shards: list[list[str]] = [[]]
-    sizes = {name: tensors.entries[name].nbytes if isinstance(tensors, Checkpoint) else tensors[name].nbytes
-             for name in (tensors.entries if isinstance(tensors, Checkpoint) else tensors)}
+    is_read_later = isinstance(tensors, Checkpoint)
+    sizes = {name: value.nbytes for name, value in (tensors.entries if is_read_later else tensors).items()}
     size = 0
     for name, own in sizes.items():
         if shards[-1] and size + own > max_shard_bytes:
@@ -277,18 +309,46 @@ def save_sharded(folder: str | os.PathLike[str], tensors: Mapping[str, np.ndarra
             size = 0
         shards[-1].append(name)
         size += own
-    names = [f"{stem}-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = [f"{stem}.safetensors"]
-    with stage_folder(folder, replace=replace) as stage:
+    names = _shard_names(stem, len(shards))
+    with stage_folder(folder, replace=replace, needed=sum(sizes.values())) as stage:
         for name, shard in zip(names, shards):
-            stage.write(name, serialize({tensor: tensors[tensor] for tensor in shard}))
+            part = {tensor: tensors[tensor] for tensor in shard} if not is_read_later else \
+                tensors.with_entries({tensor: tensors.entries[tensor] for tensor in shard})
+            stage.write(name, serialize(part))
         if len(shards) > 1:
             weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
-            total = {"total_size": sum(sizes.values())}
-            stage.write(stem + INDEX, _json({"metadata": total, "weight_map": weight_map}))
+            stage.write(stem + INDEX, _index(weight_map, sum(sizes.values())))
         if config is not None:
             stage.write("config.json", _json(config))
+
+
+def link_sharded(folder: str | os.PathLike[str], checkpoint: Checkpoint, stem: str, config: Mapping[str, Any]) -> None:
+    """The folder that `save_sharded` writes, of files that are there: they get a second name in it, or are copied where
+    the file system has none.
+
+    Args:
+        checkpoint: whole files, as `open_checkpoint` gives them.
+
+    Raises: OutputError.
+    """
+    names = dict(zip(checkpoint.files, _shard_names(stem, len(checkpoint.files))))
+    with stage_folder(folder) as stage:
+        for file, name in names.items():
+            link_or_copy(file, Path(stage) / name)
+        if len(names) > 1:
+            weight_map = {tensor: names[entry.file] for tensor, entry in checkpoint.entries.items()}
+            stage.write(stem + INDEX, _index(weight_map, sum(e.nbytes for e in checkpoint.entries.values())))
+        stage.write("config.json", _json(config))
+
+
+def _shard_names(stem: str, count: int) -> list[str]:
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{k:05d}-of-{count:05d}.safetensors" for k in range(1, count + 1)]
+
+
+def _index(weight_map: Mapping[str, str], size: int) -> bytes:
+    return _json({"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def match(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]],
@@ -355,6 +415,17 @@ def read_header(file: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[st
     return entries, metadata
 
 
+def _read_alone(entry: Entry) -> np.ndarray:
+    if entry.members:
+        array, start = np.empty(entry.shape, entry.dtype), 0
+        for member in entry.members:
+            array[start:start + member.shape[0]] = _read_alone(member).reshape(member.shape[0], *entry.shape[1:])
+            start += member.shape[0]
+        return array
+    with open(entry.file, "rb") as file:
+        return _read(file, entry)
+
+
 def _read(file: Any, entry: Entry) -> np.ndarray:
     array = np.empty(entry.shape, entry.dtype)
     if array.nbytes:
@@ -364,13 +435,8 @@ def _read(file: Any, entry: Entry) -> np.ndarray:
     if entry.is_swapped:
         array = np.roll(array, len(array) // 2, axis=0)
     if entry.scale is not None:
-        array = array.astype(np.float32) * _read_one(entry.scale)
+        array = array.astype(np.float32) * np.float32(_read_alone(entry.scale).reshape(()))
     return array
-
-
-def _read_one(entry: Entry) -> np.float32:
-    with open(entry.file, "rb") as file:
-        return np.float32(_read(file, entry).reshape(()))
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

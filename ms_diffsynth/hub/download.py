@@ -126,10 +126,12 @@ class ModelConfig:
         return f"{self.model_id}{revision}:{self.origin_file_pattern or ''}"
 
 
-def parse_path_or_model_id(text: str, default: ModelConfig | None = None) -> ModelConfig | None:
+def parse_path_or_model_id(text: str, default: ModelConfig | None = None, hub: str | None = None) -> ModelConfig | None:
     """A path that exists, or ``owner/name:pattern`` (``owner/name@revision:pattern``). Empty text gives ``default``.
 
-    ``ms:owner/name:pattern`` is of ModelScope, ``hf:owner/name:pattern`` of Hugging Face, whatever the default is.
+    Args:
+        hub: of a name that does not say it; ``ms:owner/name:pattern`` is of ModelScope, ``hf:owner/name:pattern`` of
+            Hugging Face. None is that of the environment, as in `ModelConfig`.
 
     Raises: ConfigError for text that is neither.
     """
@@ -137,21 +139,22 @@ def parse_path_or_model_id(text: str, default: ModelConfig | None = None) -> Mod
         return default
     if os.path.exists(text):
         return ModelConfig(path=text)
-    hub = {"ms:": "modelscope", "hf:": "huggingface"}.get(text[:3])
-    name, colon, pattern = (text[3:] if hub else text).rpartition(":")
+    said = {"ms:": "modelscope", "hf:": "huggingface"}.get(text[:3])
+    name, colon, pattern = (text[3:] if said else text).rpartition(":")
     model_id, _, revision = name.partition("@")
     if not colon or model_id.count("/") != 1 or model_id.startswith((".", "/")) or model_id.endswith("/"):
         raise ConfigError(f"'{text}' is neither a path that exists nor a model: expected owner/name:pattern, for "
                           "example owner/name:vae/*.safetensors, or owner/name: for all files.")
-    return ModelConfig(model_id=model_id, origin_file_pattern=pattern, revision=revision or None, download_source=hub)
+    return ModelConfig(model_id=model_id, origin_file_pattern=pattern, revision=revision or None,
+                       download_source=said or hub)
 
 
-def parse_model_id_with_origin_paths(text: str) -> list[ModelConfig]:
+def parse_model_id_with_origin_paths(text: str, hub: str | None = None) -> list[ModelConfig]:
     """``owner/name:pattern,owner/name:pattern``. Raises: ConfigError naming every entry that is not of this form."""
     configs, problems = [], []
     for entry in text.split(","):
         try:
-            configs.append(parse_path_or_model_id(entry.strip()))
+            configs.append(parse_path_or_model_id(entry.strip(), hub=hub))
         except ConfigError:
             problems.append(f"'{entry}'")
     if problems or None in configs:

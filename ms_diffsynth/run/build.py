@@ -1,38 +1,31 @@
-"""From a configuration to the parts of a run: task, module, data sets, sampler (`run.pipeline`: the pipeline).
+"""From a configuration to the parts of a run: task, module, data sets (`run.pipeline`: the pipeline, `run.samples`: the
+sample images).
 
 The command line, the scripts in `examples/` and the tests build a run from these functions.
 """
 from __future__ import annotations
 
-import contextlib
-import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from ms_diffsynth.config import SETTINGS, TrainConfig
 from ms_diffsynth.data.buckets import Bucket, choose_buckets, describe_fit, nearest_bucket, own_bucket
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.folders import folder_of, parse_folders
-from ms_diffsynth.data.images import read_image
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.tasks import Task, task_class
 from ms_diffsynth.draws import Draws
-from ms_diffsynth.errors import CacheError, ConfigError, DataError, listing, naming, nearest, shortened
-from ms_diffsynth.formats.json_text import NotJSON, parse_json
-from ms_diffsynth.launch.worker import still
+from ms_diffsynth.errors import CacheError, ConfigError, DataError, listing, nearest
+from ms_diffsynth.hub.download import parse_path_or_model_id
 from ms_diffsynth.pipeline import Pipeline
-from ms_diffsynth.pipelines.shared.edit import references
 from ms_diffsynth.registry import TASKS, family
-from ms_diffsynth.run.pipeline import most_pixels
+from ms_diffsynth.run.pipeline import most_pixels, source_of
 from ms_diffsynth.storage.cache import Cache
-from ms_diffsynth.template.units import trained_template_cache
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.two_stage import stage_of
 
@@ -78,7 +71,9 @@ def build_module(config: TrainConfig, pipe: Pipeline, task: str | None = None,
                  "use_gradient_checkpointing_offload": model.use_gradient_checkpointing_offload}
     module = DiffusionTrainingModule() if module is None else module
     module.pipe, module.fuse = pipe, model.fuse
-    module.load_training_template_model(pipe, model.template_model_id_or_path, **recompute,
+    template, hub = model.template_model_id_or_path, source_of(config)
+    module.load_training_template_model(pipe, parse_path_or_model_id(template, hub=hub) if template else None,
+                                        **recompute,
                                         trust_template_code=model.trust_template_code,
                                         trust_template_sha256=model.trust_template_sha256)
     if model.weights:
@@ -264,101 +259,3 @@ def _reference_operator(config: TrainConfig, base: str) -> DataProcessingOperato
     """References are read as they are; the pipeline makes them smaller, each by itself."""
     return UnifiedDataset.default_image_operator(base_path=base, resize=False,
                                                  allow_outside_base=config.data.allow_outside_base)
-
-
-# -- sample images -------------------------------------------------------------------------------------------------
-
-Sampler = Callable[..., list[Image.Image]]
-
-
-def sample_references(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> list[list[Image.Image]]:
-    """The reference images of each sample image: as set, or those of the first rows of ``dataset`` that have any, where
-    the run trains on references. Empty for none.
-
-    Raises: ConfigError for a family that takes none; DataError for a file that is not an image.
-    """
-    run, count = config.run, len(config.run.sample_prompts)
-    if run.sample_edit_images and "edit_image" not in pipe.optional_units:
-        raise ConfigError(f"sample_edit_images={','.join(run.sample_edit_images)}: the family {config.model.family} "
-                          "takes no reference images. Remove it.")
-    if not count:
-        return []
-    if run.sample_edit_images:
-        with naming("sample_edit_images"):
-            each = [[read_image(name.strip()) for name in names.split(";") if name.strip()]
-                    for names in run.sample_edit_images]
-        return each * count if len(each) == 1 else each
-    if "edit_image" not in pipe.inputs or not isinstance(dataset, UnifiedDataset):
-        return []
-    rows = [row for row, cells in enumerate(dataset.rows) if cells.get("edit_image")][:count]
-    if rows:
-        logger.info("sample images have the references of %s; others are named by sample_edit_images.",
-                    listing((dataset.label(row) for row in rows), 3))
-    found = [references(dataset.cells(row, ["edit_image"])["edit_image"]) for row in rows]
-    return list(itertools.islice(itertools.cycle(found), count)) if found else []
-
-
-def sample_template_inputs(config: TrainConfig) -> list[Mapping[str, Any]]:
-    """Template inputs of each sample image; empty for none. Raises: ConfigError."""
-    text, count, given = config.run.sample_template_inputs, len(config.run.sample_prompts), None
-    if not text:
-        return []
-    with contextlib.suppress(NotJSON):
-        given = parse_json(text, None)
-    inputs = [given] * count if isinstance(given, dict) else given
-    if not isinstance(inputs, list) or len(inputs) != count or not all(isinstance(item, dict) for item in inputs):
-        raise ConfigError(f"sample_template_inputs={shortened(text)}: expected a JSON object such as "
-                          f"{{\"scale\": 0.5}}, or a list of {count}, one for each of sample_prompts.")
-    return inputs
-
-
-def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None,
-                  edited: Sequence[Sequence[Image.Image]] | None = None) -> tuple[Sampler | None, list[str]]:
-    """``sampler()`` makes one image a prompt, always from the same seeds; and the prompts. None without prompts.
-
-    Without sample_height and height it makes them at the size of most images of ``dataset``, or square.
-
-    Each has the reference images ``edited``; None takes those of `sample_references`.
-
-    ``sampler(count)`` makes this many, with the prompts in turn. For a family without prompts, ``sampler()`` makes
-    ``sample_count`` images.
-    """
-    run, prompts = config.run, list(config.run.sample_prompts)
-    pipe.check_sampler(run.sampler)
-    how: dict[str, Any] = {"num_inference_steps": run.num_inference_steps, "sampler": run.sampler}
-    if "prompt" not in pipe.inputs:
-        size = run.sample_count
-
-        def sampler(count: int = size) -> list[Image.Image]:
-            images = []
-            for k in range(-(-count // size)):  # groups of one size, for which the network is compiled once
-                still()
-                images += pipe(batch_size=size, seed=run.sample_seed + k, height=run.sample_height,
-                               width=run.sample_width, **how)
-            return images[:count]
-
-        return sampler if size else None, []
-    if not prompts:
-        return None, []
-    most = most_pixels(config)
-    usual = own_bucket(math.isqrt(most), math.isqrt(most), most, pipe.division_factor)
-    if buckets := getattr(dataset, "buckets", ()):
-        found = Counter(nearest_bucket(*dataset.image_size(row), buckets) for row in range(len(dataset.rows)))
-        usual = found.most_common(1)[0][0]
-    how["height"] = run.sample_height or config.data.height or usual.height
-    how["width"] = run.sample_width or config.data.width or usual.width
-    edited = (sample_references(config, pipe, dataset) if edited is None else edited) or [[]] * len(prompts)
-    inputs = sample_template_inputs(config)
-
-    def sampler(count: int = len(prompts)) -> list[Image.Image]:
-        caches = [trained_template_cache(pipe, given) for given in inputs] if inputs else [None] * len(prompts)
-        images = []
-        for k, (prompt, cache, given) in enumerate(itertools.islice(itertools.cycle(zip(prompts, caches, edited)),
-                                                                    count)):
-            still()
-            images.append(pipe(prompt=prompt, seed=run.sample_seed + k, **how,
-                               **({"template_cache": cache} if cache else {}),
-                               **({"edit_image": list(given)} if given else {})))
-        return images
-
-    return sampler, prompts

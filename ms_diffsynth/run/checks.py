@@ -17,13 +17,15 @@ from ms_diffsynth.evaluate import Evaluator
 from ms_diffsynth.formats.weights import read_header
 from ms_diffsynth.hub.download import parse_path_or_model_id
 from ms_diffsynth.registry import family
-from ms_diffsynth.run.build import DataSets, build_task, sample_template_inputs
+from ms_diffsynth.run.build import DataSets, build_task
+from ms_diffsynth.run.samples import sample_template_inputs
 from ms_diffsynth.storage.files import check_writable
 from ms_diffsynth.training import same_run
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.hooks.publish import check_token
 from ms_diffsynth.training.optim import LearningRate, optimizer_arguments
 from ms_diffsynth.training.optim.build import optimizer_class
+from ms_diffsynth.training.trackers import check_installed
 from ms_diffsynth.training.trainer import steps_in
 from ms_diffsynth.training.two_stage import stage_of
 
@@ -62,6 +64,7 @@ def check_settings(accelerator: Accelerator, config: TrainConfig) -> None:
     for name in ("sample_steps", "evaluation_steps"):
         if "prompt" in pipeline.inputs and not run.sample_prompts and (every := getattr(run, name)) is not None:
             raise ConfigError(f"{name}={every} without sample_prompts: say what to make images of.")
+    check_installed([*run.trackers, *(["tensorboard"] * run.enable_tensorboard_log)])
     if run.evaluation_steps is not None and accelerator.is_main_process:
         Evaluator(run.evaluation_reference or config.data.dataset_base_path)  # describes nothing yet
 

@@ -11,7 +11,7 @@ from ms_diffsynth.data.paths import path_problem
 from ms_diffsynth.errors import ConfigError, listing, naming, shortened
 from ms_diffsynth.formats.json_text import NotJSON, parse_json, shown
 from ms_diffsynth.hub.bundled import bundled
-from ms_diffsynth.hub.download import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
+from ms_diffsynth.hub.download import SOURCES, ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
 from ms_diffsynth.models import sampling_config
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
@@ -27,16 +27,22 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
              if (value := getattr(model, name))]
     with naming(", ".join(given) or "model_paths"):
         return open_pipeline(
-            model.family, model_configs(model.model_paths, model.model_id_with_origin_paths),
+            model.family, model_configs(model.model_paths, model.model_id_with_origin_paths, source_of(config)),
             tokenizers={name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")},
             device=config.run.device, dtype=config.run.dtype, max_sequence_length=config.data.max_sequence_length,
-            edit_max_pixels=config.data.edit_max_pixels, edit_template=config.data.edit_template)
+            edit_max_pixels=config.data.edit_max_pixels, edit_template=config.data.edit_template,
+            hub=source_of(config))
+
+
+def source_of(config: TrainConfig) -> str | None:
+    """The hub that a run's models come from where their names do not say it; None leaves that to the environment."""
+    return None if config.run.hub == SOURCES[0] else config.run.hub
 
 
 def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None] | None = None,
                   device: str | None = None, dtype: str | None = None,
                   max_sequence_length: int | None = None, edit_max_pixels: int | None = None,
-                  edit_template: str | None = None) -> Pipeline:
+                  edit_template: str | None = None, hub: str | None = None) -> Pipeline:
     """The pipeline of the family called ``name``.
 
     Args:
@@ -45,6 +51,7 @@ def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None
         max_sequence_length: text tokens a prompt is padded or cut to; None leaves the family's number.
         edit_max_pixels: most pixels of a reference image; None leaves the family's number.
         edit_template: how the text encoder is shown reference images; None goes by the model.
+        hub: of tokenizers whose names do not say it.
 
     Raises: ConfigError for a tokenizer the family does not have, or a length where prompts have a fixed one.
     """
@@ -56,7 +63,7 @@ def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None
                               f"{listing(chosen.tokenizers) or 'none at all'}. Remove the setting.")
         if text:
             with naming(f"{setting}={text}"):
-                configs[f"{tokenizer}_config"] = parse_path_or_model_id(text)
+                configs[f"{tokenizer}_config"] = parse_path_or_model_id(text, hub=hub)
     pipe = chosen.pipeline.from_pretrained(models, **configs, device=device,
                                            mindspore_dtype=runtime.compute_dtype(dtype))
     if max_sequence_length is not None:
@@ -86,8 +93,12 @@ def most_pixels(config: TrainConfig) -> int:
     return own["height"] * own["width"] if {"height", "width"} <= set(own) else 1024 * 1024
 
 
-def model_configs(model_paths: str | None, model_id_with_origin_paths: str | None) -> list[ModelConfig]:
+def model_configs(model_paths: str | None, model_id_with_origin_paths: str | None,
+                  hub: str | None = None) -> list[ModelConfig]:
     """The files of the settings ``model_paths`` (a path, or a JSON list) and ``model_id_with_origin_paths``.
+
+    Args:
+        hub: of names that do not say it.
 
     Raises: ConfigError when neither names a file.
     """
@@ -107,7 +118,7 @@ def model_configs(model_paths: str | None, model_id_with_origin_paths: str | Non
                               f"{listing(wrong) or 'expected a path'}. Give a path, or a JSON list of paths.")
     configs = [ModelConfig(path) for path in paths]
     if model_id_with_origin_paths:
-        configs += parse_model_id_with_origin_paths(model_id_with_origin_paths)
+        configs += parse_model_id_with_origin_paths(model_id_with_origin_paths, hub)
     if not configs:
         raise ConfigError("neither model_paths nor model_id_with_origin_paths is set: name the folder of a "
                           "diffusers-format model, or files on a hub.")

@@ -14,10 +14,11 @@ from ms_diffsynth import runtime
 from ms_diffsynth.config import TrainConfig, flat, to_yaml
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.errors import CacheError, ConfigError, OutputError, naming
-from ms_diffsynth.run.build import DataSets, build_datasets, build_module, build_sampler, sample_references
+from ms_diffsynth.run.build import DataSets, build_datasets, build_module
 from ms_diffsynth.run.checks import check_data, check_settings
 from ms_diffsynth.run.header import file_header
 from ms_diffsynth.run.pipeline import build_pipeline, most_pixels
+from ms_diffsynth.run.samples import build_sampler, check_prompts, prompts_to_prepare, sample_references
 from ms_diffsynth.training import same_run
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.hooks.checkpoints import Checkpoints
@@ -26,6 +27,7 @@ from ms_diffsynth.training.hooks.evaluation import Evaluation
 from ms_diffsynth.training.hooks.pairs import Pairs
 from ms_diffsynth.training.hooks.publish import Publishing, check_token
 from ms_diffsynth.training.hooks.samples import Samples
+from ms_diffsynth.training.hooks.tracking import Tracking
 from ms_diffsynth.training.hooks.validation import Validation
 from ms_diffsynth.training.logger import ModelLogger
 from ms_diffsynth.training.module import DiffusionTrainingModule
@@ -63,6 +65,7 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     check_data(accelerator, config, sets)
     images = sets.instance
     pipe = build_pipeline(config)
+    prompts = prompts_to_prepare(config, pipe)  # what is wrong with them is told before a model is loaded
     logger = ModelLogger(config.run.output_path, config.model.remove_prefix_in_ckpt, config.run.enable_tensorboard_log)
     rows = getattr(images, "rows", ())
     logger.metadata = file_header(config, pipe.lora_table, rows if isinstance(rows, int) else len(rows))
@@ -70,10 +73,12 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
         pipe.keeps_models = stage == "data_process"  # and the process ends
         module = build_module(config, pipe, f"{config.objective.task.partition(':')[0]}:data_process")
         launch_data_process_task(accelerator, sets.instance, module, logger, sets.classes, cache_dir,
-                                 validation_dataset=sets.validation)
+                                 validation_dataset=sets.validation, prompts=prompts)
         pipe.unload_models(pipe.model_names)  # both stages are never in memory together
     if stage == "data_process":
         return logger
+    if stage == "train":
+        check_prompts(config, pipe, cache_dir or images.base_path)
     module = build_module(config, pipe)
     cut = module.training_cut()
     if stage == "train" or cache_dir:
@@ -135,18 +140,23 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     chosen = TrainingOptions.of(args, given | options)
     is_main = accelerator.is_main_process
     model_logger.is_writing = is_main
-    sets = rows_of_run(accelerator, model, model_logger, DataSets(dataset, class_dataset, validation_dataset), args)
+    prompts = prompts_to_prepare(args, model.pipe) if isinstance(args, TrainConfig) else None
+    if sampler is not None and prompts is not None and stage_of(model.task) == "train" and not isinstance(
+            dataset, PreparedRows):
+        check_prompts(args, model.pipe, args.data.cache_dir or dataset.base_path)
+    sets = rows_of_run(accelerator, model, model_logger, DataSets(dataset, class_dataset, validation_dataset), args,
+                       prompts)
     settings = (settings or {}) | flat(args) | dataclasses.asdict(chosen) | {
         "mode": accelerator.mode, "device": accelerator.device, "num_processes": accelerator.num_processes}
+    given = flat(args)
+    names = dict.fromkeys([*given.get("trackers", ()), *(["tensorboard"] * model_logger.enable_tensorboard_log)])
+    tracking = [Tracking(list(names), given.get("tracker_project") or "ms_diffsynth")] if names and is_main else []
     model_logger.references = [list(images) for images in sample_references]
     looking: list[Hook] = []
     if "edit_image" in model.pipe.inputs and isinstance(dataset, UnifiedDataset):
         looking.append(Pairs(dataset))
-    if sampler is not None and stage_of(model.task) != "train":
+    if sampler is not None:
         looking.append(Samples(sampler, sample_captions or [], chosen.sample_steps))
-    elif sampler is not None and is_main:  # what samples need besides the network is not loaded
-        sys.stderr.write("sample images need the models that this stage does not load: make them afterwards with "
-                         "ms-diffsynth sample\n")
     if chosen.validation_steps is not None:
         if sets.validation is None:
             raise ConfigError(f"validation_steps={chosen.validation_steps}, but no images are held out: give "
@@ -165,15 +175,19 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
         saving = Checkpoints(chosen.save_steps, chosen.checkpoint_steps, chosen.keep_checkpoints, sample_captions or [],
                              changes)
         Trainer(accelerator, sets.instance, model, model_logger, chosen, class_dataset=sets.classes,
-                hooks=[Publishing(sets.instance, args), saving, *looking, *hooks], identity=identity,
+                hooks=[*tracking, Publishing(sets.instance, args), saving, *looking, *hooks], identity=identity,
                 resume_from=checkpoint, settings=settings).run()
     return model_logger
 
 
 def rows_of_run(accelerator: Accelerator, model: DiffusionTrainingModule, logger: ModelLogger, sets: DataSets,
-                args: Any) -> DataSets:
+                args: Any, prompts: Sequence[str] | None = None) -> DataSets:
     """The data sets themselves, or the rows of a cache: for stage two of split training, or when ``args.cache_dir`` is
     given; then what it does not hold yet is prepared first.
+
+    Args:
+        prompts: those of sample images, for the cache; None when these are not known: the encoders are then loaded for
+            them again.
 
     Raises: CacheError when this job cannot train on the cache; ConfigError for a module that trains eagerly.
     """
@@ -188,7 +202,9 @@ def rows_of_run(accelerator: Accelerator, model: DiffusionTrainingModule, logger
     if stage != "train":
         model.pipe.keeps_models = False
         launch_data_process_task(accelerator, sets.instance, model, logger, sets.classes, folder,
-                                 validation_dataset=sets.validation)
+                                 validation_dataset=sets.validation, prompts=prompts or ())
         model.pipe.unload_models(set(cut.models("prepare")) - set(cut.models("step")))
-    return DataSets(*open_cache(folder or sets.instance.base_path, model, cut,
-                                repeat=getattr(sets.instance, "repeat", 1)))
+    found = open_cache(folder or sets.instance.base_path, model, cut, repeat=getattr(sets.instance, "repeat", 1))
+    if stage != "train" and prompts is None:
+        model.pipe.prepared_prompts = None
+    return DataSets(*found)

@@ -1,9 +1,9 @@
 """The cache of split training: what crosses the cut, one safetensors file a row, and what shaped it.
 
-    DIR/cache.json                      the manifest: fingerprint, configs, the rows of each data set in order, and
-                                        what each entry holds
+    DIR/cache.json                      the manifest: fingerprint, configs, the rows of each data set in order, the
+                                        prompts of sample images, and what each entry holds
     DIR/entries/ab/ab12...safetensors   the slots of one row, without batch axis, but for those of its text; or the
-                                        slots of a text, which all rows of that text name
+                                        slots of a text, which all rows of that text name, and sample prompts
 
 An entry is named by what it was made of, so equal rows share one, a restart continues where it stopped, and two writers
 at once write the same files. It carries a digest of everything in it. Writing goes through `storage.files.write_file`.
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ms_diffsynth.errors import CacheError, WeightError, listing
+from ms_diffsynth.errors import CacheError, WeightError, listing, shortened
 from ms_diffsynth.formats.json_text import parse_json, read_json
 from ms_diffsynth.formats.weights import open_checkpoint, read_header, serialize
 from ms_diffsynth.storage.files import write_file
@@ -82,13 +82,18 @@ class Cache:
     # -- stage one -----------------------------------------------------------------------------------------------
 
     def begin(self, fingerprint: Mapping[str, Any], configs: Mapping[str, Any],
-              rows: Mapping[str, Sequence[PlannedRow]]) -> list[str]:
+              rows: Mapping[str, Sequence[PlannedRow]], prompts: Mapping[str, str] | None = None) -> list[str]:
         """Say what the cache will hold; it counts as incomplete until `finish`, unless it holds just that already.
+
+        Args:
+            prompts: prompt of sample images -> key of its entry, beside those that an equal configuration had.
 
         Returns: what differs from what the folder held before, field by field; empty for a new or equal one.
         """
-        old = self.manifest
-        new = {"format": FORMAT, "complete": False, "fingerprint": _plain(fingerprint), "configs": _plain(configs),
+        old, found = self.manifest, _plain(fingerprint)
+        kept = {} if old is None or old["fingerprint"] != found else old.get("prompts", {})
+        new = {"format": FORMAT, "complete": False, "fingerprint": found, "configs": _plain(configs),
+               "prompts": kept | dict(prompts or {}),
                "rows": {name: [[row.key, row.label] for row in planned] for name, planned in rows.items()},
                "entries": {}, "kinds": []}
         if old is not None and {**old, "complete": False, "entries": {}, "kinds": []} == new:
@@ -116,7 +121,7 @@ class Cache:
 
     def finish(self) -> None:
         """Mark the cache complete, with what each entry holds. Raises: CacheError when one is missing or cut short."""
-        labels = {key: label for rows in self.manifest["rows"].values() for key, label in rows}
+        labels = self._labels()
         entries, kinds, lost, cut = {}, {}, [], []
         todo = list(labels)
         for key in todo:  # which grows by the texts
@@ -164,7 +169,7 @@ class Cache:
         for folder in os.scandir(self.folder / "entries") if (self.folder / "entries").is_dir() else ():
             if folder.is_dir():
                 there |= {file.name: file for file in os.scandir(folder) if file.is_file()}
-        labels = {key: label for rows in self.manifest["rows"].values() for key, label in rows}
+        labels = self._labels()
         texts = {text: f"the text of {labels[key]}" for key, (_, text) in self.manifest["entries"].items() if text}
         lost, cut = [], []
         for key, (kind, _) in self.manifest["entries"].items():
@@ -178,6 +183,16 @@ class Cache:
     def rows(self, name: str) -> list[PlannedRow]:
         """The rows of a data set (``"instance"`` or ``"class"``), in order; empty when it has none."""
         return [PlannedRow(*row) for row in self.manifest["rows"].get(name, [])]
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """Prompt of sample images -> key of its entry."""
+        return (self.manifest or {}).get("prompts", {})
+
+    def _labels(self) -> dict[str, str]:
+        """Key -> what to call it, of rows and of prompts of sample images."""
+        return ({key: f"the sample prompt {shortened(prompt)!r}" for prompt, key in self.prompts.items()}
+                | {key: label for rows in self.manifest["rows"].values() for key, label in rows})
 
     def keys(self) -> list[str]:
         """Every entry of a row that the manifest names."""
@@ -224,7 +239,7 @@ class Cache:
         """Entries the manifest does not name (of other settings, or of rows that are gone), and what a process that was
         killed while it wrote left half done.
         """
-        named = set(self.keys()) if self.manifest else set()
+        named = {*self.keys(), *self.prompts.values()} if self.manifest else set()
         for key in list(named):
             with contextlib.suppress(WeightError):  # damaged: made again, with its text
                 named.add(read_header(self._path(key))[1].get("text", ""))
@@ -283,7 +298,8 @@ def _check_manifest(manifest: Mapping[str, Any], path: Path, remedy: str) -> Non
         isinstance(row, list) and len(row) == 2 and all(isinstance(text, str) for text in row)
         for found in rows.values() for row in found)
         and all(isinstance(manifest.get(part), dict) for part in ("fingerprint", "configs"))
-        and isinstance(manifest.get("complete"), bool))
+        and isinstance(manifest.get("complete"), bool) and isinstance(manifest.get("prompts", {}), dict)
+        and all(isinstance(key, str) for key in manifest.get("prompts", {}).values()))
     if not is_right:
         raise CacheError(f"{path} is not the manifest of a cache: expected rows of a key and a name each, a "
                          f"fingerprint and configs. {remedy}")

@@ -15,14 +15,29 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ms_diffsynth.errors import OutputError
 
 logger = logging.getLogger(__name__)
 
-Data = bytes | bytearray | memoryview | list[memoryview]
+
+@dataclass(frozen=True)
+class Stream:
+    """Data of which one piece is in memory when it is written.
+
+    Attributes:
+        nbytes: of all pieces.
+        pieces: makes them, from the first one, whenever it is called.
+    """
+
+    nbytes: int
+    pieces: Callable[[], Iterator[memoryview]]
+
+
+Data = bytes | bytearray | memoryview | list[memoryview] | Stream
 
 LEAST_FREE = 16 << 20  # bytes, for the records and the weights of the smallest run
 
@@ -51,6 +66,7 @@ class Calls:
     close = staticmethod(os.close)
     mkdir = staticmethod(os.mkdir)
     rename = staticmethod(os.rename)
+    link = staticmethod(os.link)
     unlink = staticmethod(os.unlink)
     rmtree = staticmethod(shutil.rmtree)
     truncate = staticmethod(os.ftruncate)
@@ -79,13 +95,12 @@ def write_file(path: str | os.PathLike[str], data: Data, *, calls: Calls = CALLS
     """Write a file so that ``path`` never holds less than the old or the new content. Missing folders are made.
 
     Args:
-        data: bytes, or a list of memoryviews written one after the other (weights, without a second copy in memory).
+        data: bytes, or a list of memoryviews or a `Stream` of them, written one after the other.
 
     Raises: OutputError with the name of the error, bytes needed and free, and the remedy; nothing is left behind.
     """
     path = Path(path)
-    buffers = _buffers(data)
-    needed = sum(len(b) for b in buffers)
+    needed, buffers = _buffers(data)
     with _explained(path, needed, calls):
         _make_folder(path.parent, calls)
         _check_space(path.parent, needed, calls)
@@ -97,6 +112,23 @@ def write_file(path: str | os.PathLike[str], data: Data, *, calls: Calls = CALLS
             _discard(stage, calls.unlink)
             raise
         _sync(path.parent, calls)
+
+
+def link_or_copy(source: str | os.PathLike[str], path: str | os.PathLike[str], *, calls: Calls = CALLS) -> None:
+    """Give a file a second name, which takes no space; where the file system cannot (another disk), copy it.
+
+    Raises: OutputError.
+    """
+    source, path = Path(source).resolve(), Path(path)
+    needed = source.stat().st_size
+    with _explained(path, needed, calls):
+        try:
+            calls.link(source, path)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            _check_space(path.parent, needed, calls)
+            shutil.copyfile(source, path)
 
 
 def check_writable(folder: str | os.PathLike[str], *, calls: Calls = CALLS) -> None:
@@ -120,8 +152,7 @@ def write_beside(path: str | os.PathLike[str], data: Data, *, calls: Calls = CAL
 
     Returns: where it is, durable. Raises: OutputError; nothing is left behind.
     """
-    stage, buffers = _beside(Path(path), "tmp"), _buffers(data)
-    needed = sum(len(b) for b in buffers)
+    stage, (needed, buffers) = _beside(Path(path), "tmp"), _buffers(data)
     with _explained(stage, needed, calls):
         _make_folder(stage.parent, calls)
         _check_space(stage.parent, needed, calls)
@@ -153,8 +184,7 @@ class Stage(os.PathLike):
         if not parts or name.startswith("/") or ".." in parts:
             raise OutputError(f"{self._target}: the file name '{name}' leads out of the folder. "
                               "Expected a relative name.")
-        buffers = _buffers(data)
-        needed = sum(len(b) for b in buffers)
+        needed, buffers = _buffers(data)
         file = self.path.joinpath(*parts)
         with _explained(self._target / name, needed, self._calls):
             _check_space(self.path, needed, self._calls)
@@ -259,9 +289,12 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 # -- the steps of the protocol -------------------------------------------------------------------------------------
 
 
-def _buffers(data: Data) -> list[memoryview]:
-    parts: Iterable[Data] = data if isinstance(data, list) else [data]
-    return [memoryview(part).cast("B") for part in parts]
+def _buffers(data: Data) -> tuple[int, Iterable[memoryview]]:
+    """How many bytes there are, and the bytes."""
+    if isinstance(data, Stream):
+        return data.nbytes, data.pieces()
+    buffers = [memoryview(part).cast("B") for part in (data if isinstance(data, list) else [data])]
+    return sum(map(len, buffers)), buffers
 
 
 def _beside(path: Path, kind: str) -> Path:
@@ -285,7 +318,7 @@ def _check_space(folder: Path, needed: int, calls: Calls) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _write_new(path: Path, buffers: list[memoryview], calls: Calls) -> None:
+def _write_new(path: Path, buffers: Iterable[memoryview], calls: Calls) -> None:
     file = calls.open(path, _CREATE, 0o666)
     try:
         for buffer in buffers:

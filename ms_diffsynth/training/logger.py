@@ -37,7 +37,8 @@ class ModelLogger:
     Args:
         remove_prefix_in_ckpt: taken off the names of trained weights (``"pipe.dit."``); LoRA files have names of
             their own.
-        enable_tensorboard_log: also write TensorBoard events (``pip install 'ms_diffsynth[logging]'``).
+        enable_tensorboard_log: also write TensorBoard events (``pip install 'ms_diffsynth[logging]'``); the same as
+            the setting ``trackers=tensorboard``.
 
     Attributes:
         is_writing: False on every rank but the first; the training loop sets it.
@@ -50,6 +51,7 @@ class ModelLogger:
         checkpoint: folder of the newest checkpoint; None before the first.
         ema: the moving average of what is trained; the loop sets it.
         after_save: called when a checkpoint is in place; `training.hooks.publish` sets it.
+        listeners: what also gets numbers and sample images, as a `training.trackers.Tracker` does.
     """
 
     def __init__(self, output_path: str | Path, remove_prefix_in_ckpt: str | None = None,
@@ -74,15 +76,8 @@ class ModelLogger:
         self.ema: EMA | None = None
         self._has_news, self._report_from = False, 0  # of report.html, and the step from which it is written anew
         self._events = threading.Lock()  # an upload tells of itself from a thread of its own
-        self._summary_writer: Any = None
-        self._tensorboard: Any = None
-        if enable_tensorboard_log:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise ConfigError("enable_tensorboard_log=True, but tensorboardX is not installed: pip install "
-                                  "'ms_diffsynth[logging]', or leave it out (loss.csv is always written).") from None
-            self._summary_writer = SummaryWriter
+        self.listeners: list[Any] = []
+        self.enable_tensorboard_log = enable_tensorboard_log
 
     # -- records -------------------------------------------------------------------------------------------------
 
@@ -112,9 +107,6 @@ class ModelLogger:
         write_file(self.output_path / "loss.csv", "".join(f"{row}\n" for row in (",".join(COLUMNS), *rows)).encode())
         self.losses = [(int(step), float(loss)) for step, _, loss, *_ in (row.split(",") for row in rows)
                        if math.isfinite(float(loss))]
-        if self._summary_writer is not None:
-            without = {"purge_step": after + 1} if after else {}  # what was written after the checkpoint
-            self._tensorboard = self._summary_writer(str(self.output_path / "tensorboard"), **without)
         if not after:
             write_file(self.output_path / "events.jsonl", b"")
             self.event("start")
@@ -146,7 +138,7 @@ class ModelLogger:
                            error, self.output_path)
 
     def log_step(self, record: dict[str, Any]) -> None:
-        """Append one optimizer step to loss.csv (and TensorBoard); ``record`` has the keys of COLUMNS."""
+        """Append one optimizer step to loss.csv, and tell the listeners; ``record`` has the keys of COLUMNS."""
         if not self.is_writing:
             return
         append_line(self.output_path / "loss.csv", ",".join(_text(record[c]) for c in COLUMNS))
@@ -155,10 +147,9 @@ class ModelLogger:
         self.scalars({key: record[key] for key in ("loss", "learning_rate", "grad_norm")}, record["step"])
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Write numbers to TensorBoard, if that is asked for."""
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+        """Tell the listeners numbers."""
+        for listener in self.listeners:
+            listener.scalars(values, step)
 
     def state(self) -> dict[str, Any]:
         """Which weights are in files, as JSON."""
@@ -198,8 +189,6 @@ class ModelLogger:
         if accelerator.is_main_process and len(self.losses) > 1:
             steps, losses = zip(*self.losses)
             self.write_image("loss.png", loss_curve(np.array(steps), np.array(losses)))
-        if self._tensorboard is not None:
-            self._tensorboard.close()
 
     def save_model(self, accelerator: Any, model: Any, file_name: str) -> None:
         """Save what was trained, on the first rank only; with a moving average also ``<name>-ema.safetensors``.
@@ -247,6 +236,8 @@ class ModelLogger:
                  grid(images, columns=columns, titles=_titles(captions)))
         path = self.write_image(f"samples/step-{step}.png", sheet)
         self.event("samples", file=f"samples/step-{step}.png")
+        for listener in self.listeners:
+            listener.images(images, _titles(captions) or (), step)
         return path
 
     def _references(self, images: list[Image.Image]) -> list[list[Image.Image]]:
@@ -264,8 +255,8 @@ class ModelLogger:
         if odd and not (path.is_file() and path.read_bytes() == text):
             write_file(path, text)
             logger.warning("no font of this system has the letters of prompt %s: its number is under the images, its "
-                           "text is in %s. Install a font, such as that of the package fonts-noto-cjk.", listing(odd),
-                           path)
+                           "text is in %s. Install a font: for Chinese, Japanese and Korean pip install "
+                           "'ms_diffsynth[fonts]', or the system's package fonts-noto-cjk.", listing(odd), path)
 
     def first_and_last(self) -> dict[str, np.ndarray]:
         """The first and the last samples, which `write_comparison` needs, by ``STEP.NUMBER``."""

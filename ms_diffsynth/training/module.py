@@ -1,6 +1,7 @@
 """What is trained: a pipeline, an objective, and which of its weights learn."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,21 +11,24 @@ from mindspore import Parameter, Tensor, nn
 
 from ms_diffsynth.diffusion.tasks import Task
 from ms_diffsynth.diffusion.units import Objective
-from ms_diffsynth.errors import ConfigError, DataError, TrainingError, listing, naming, nearest
+from ms_diffsynth.errors import ConfigError, DataError, TrainingError, WeightError, listing, naming, nearest
 from ms_diffsynth.formats.lora import AdapterFile, load_adapter, save_adapters
 from ms_diffsynth.formats.weights import save_sharded, save_state_dict
 from ms_diffsynth.hub.download import ModelConfig
+from ms_diffsynth.models import STORED_IN_8_BITS
 from ms_diffsynth.nn.adapters import Adapter, adapter as adapter_called, adapter_of, formats
 from ms_diffsynth.nn.adapters.contract import Uniform
 from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import state_dict, to_numpy, torch_parameters, trainable_parameters
 from ms_diffsynth.nn.quant import store_models_8bit
 from ms_diffsynth.nn.recompute import use_recompute
-from ms_diffsynth.pipeline import Pipeline
+from ms_diffsynth.pipeline import SHARD, Pipeline
 from ms_diffsynth.program import Cut
 from ms_diffsynth.storage.cache import Entry, digest_of
 from ms_diffsynth.template.units import attach_template
 from ms_diffsynth.training.losses import FlowMatchSFTLoss
+
+logger = logging.getLogger(__name__)
 
 
 class Texts(Protocol):
@@ -39,6 +43,11 @@ class PreparedSlots(dict):
     """Prepared slots of one row by name. ``text``: the key under which `Texts` holds some of them, and their names."""
 
     text: tuple[str, tuple[str, ...]] = ("", ())
+
+
+def text_key(names: tuple[str, ...], texts: dict[str, str]) -> str:
+    """The key under which `Texts` holds these slots of texts."""
+    return digest_of([names, texts])
 
 
 class DiffusionTrainingModule:
@@ -64,6 +73,7 @@ class DiffusionTrainingModule:
         self.task = "sft"
         self.adapter: Adapter = adapter_called("lora")
         self.use_gradient_checkpointing = self.use_gradient_checkpointing_offload = False
+        self._has_whole_model = False  # in the run's folder, by this process
 
     # -- set up --------------------------------------------------------------------------------------------------
 
@@ -143,7 +153,7 @@ class DiffusionTrainingModule:
         for name in names:
             for parameter in self._parameters_under(pipe, name):
                 parameter.requires_grad = True
-        self._store_frozen(fp8_models, ("step",) if stage == "train" else ("prepare", "step"))
+        self._store_frozen(fp8_models, ("step",) if stage == "train" or not pipe.keeps_models else ("prepare", "step"))
         self.use_gradient_checkpointing = use_gradient_checkpointing
         self.use_gradient_checkpointing_offload = use_gradient_checkpointing_offload
         if use_gradient_checkpointing or use_gradient_checkpointing_offload:
@@ -190,7 +200,7 @@ class DiffusionTrainingModule:
         cut = self.training_cut()
         store_models_8bit(self.pipe, ",".join(given), {m for stage in stages for m in cut.models(stage)})
         for name in given:
-            self.pipe.store.note_change(name, "8 bits", is_once=True)
+            self.pipe.store.note_change(name, STORED_IN_8_BITS, is_once=True)
 
     @staticmethod
     def _parameters_under(pipe: Pipeline, name: str) -> list[Parameter]:
@@ -256,8 +266,13 @@ class DiffusionTrainingModule:
             save_state_dict(path, self.export_trainable_state_dict(remove_prefix), metadata)
 
     def save_models(self, folder: Path) -> None:
-        """Make ``folder`` what diffusers loads: the whole pipeline, where that is what is trained (unconditional
-        images); ``<folder>/vae`` of a VAE, with config.json, where the task saves it. Raises: OutputError.
+        """Write what diffusers loads of models that are trained themselves.
+
+        ``folder`` is that where the network is the whole pipeline (unconditional images). Otherwise it is
+        ``<folder>/model``, the whole pipeline in shards; models that are not trained are written at the first save
+        alone, as hard links where that is possible. Of a VAE, where the task saves that, it is ``<folder>/vae``.
+
+        Raises: OutputError.
         """
         if self.is_whole_pipeline:
             self.pipe.update_pretrained(folder)
@@ -267,6 +282,28 @@ class DiffusionTrainingModule:
             config = {k: v for k, v in self.pipe.config(name).items() if k[0] != "_"}
             save_sharded(folder / component.folder, state_dict(getattr(self.pipe, name)), replace=True,
                          config={"_class_name": component.class_name, **config})
+        rest = roots.difference(self.pipe.objective.saved_models)
+        is_known = self.pipe.diffusers_class and all(c.folder for c in self.pipe.store.components)  # no template
+        if rest and is_known and not self.is_whole_pipeline and not self.lora_base_model:
+            self._save_whole(folder / "model", sorted(roots))
+
+    def _save_whole(self, folder: Path, trained: Sequence[str]) -> None:
+        """The pipeline with its trained models as diffusers has it; only these where the others' files are not here."""
+        store = self.pipe.store
+        lost = [c.folder for c in store.components if c.name not in (*store.sources, *store.absent, *store.loaded)
+                and c.default_folder is None]
+        try:
+            if not self._has_whole_model and not lost:
+                self.pipe.save_pretrained(folder, trained, replace=True, is_linked=True)
+            else:
+                for name in trained:
+                    store.save(name, folder / store.component(name).folder, True, SHARD, replace=True)
+            if not self._has_whole_model and lost:
+                logger.warning("%s has %s alone: no files of %s were given to this run.", folder,
+                               listing(store.component(name).folder for name in trained), listing(lost))
+            self._has_whole_model = True
+        except WeightError as error:
+            logger.warning("%s is not written: %s The weights are in the files of the run.", folder, error)
 
     # -- from data to loss ---------------------------------------------------------------------------------------
 
@@ -316,16 +353,40 @@ class DiffusionTrainingModule:
         names = tuple(name for unit in apart for name in unit.output_params if name in cut.cache)
         found = PreparedSlots()
         if names:
-            key = digest_of([names, texts])
-            entry = self.texts.get(key)
-            if entry is None:
-                found.update(self._computed(apart, texts, names))
-                self.texts.put(key, dict(found))
-            else:
-                found.update(entry.slots)
-            found.text = key, names
+            found.update(self._of_texts(apart, texts, names))
+            found.text = text_key(names, texts), names
         found.update(self._computed(others, given, [name for name in cut.cache if name not in names]))
         return found
+
+    def _of_texts(self, units: Sequence[Any], texts: dict[str, str], names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        """Slots that depend on nothing but texts: those of `texts`, or computed and put there."""
+        key = text_key(names, texts)
+        entry = self.texts.get(key)
+        if entry is not None:
+            return entry.slots
+        slots = self._computed(units, texts, names)
+        self.texts.put(key, slots)
+        return slots
+
+    def prepare_to_sample(self, prompt: str) -> None:
+        """Put into `texts` what sampling takes of a prompt, as far as no training changes it: embeddings, or token ids
+        where a text encoder is trained.
+        """
+        apart, names = self._of_sampled_prompt()
+        self._of_texts(apart, {"prompt": prompt}, names)
+
+    def sample_key(self, prompt: str) -> str:
+        """Under which key `prepare_to_sample` puts that."""
+        return text_key(self._of_sampled_prompt()[1], {"prompt": prompt})
+
+    def _of_sampled_prompt(self) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+        """The units that read nothing but the prompt of a sample image, and those of their slots that are kept."""
+        program = self.pipe.sampling_program()
+        whole = program.cut(("velocity",))
+        models = {*whole.models("prepare"), *whole.models("step")}
+        cut = program.cut(("velocity",), [name for name in self.trainable if name.split(".")[0] in models])
+        apart, _ = cut.split(["prompt"])
+        return apart, tuple(name for unit in apart for name in unit.output_params if name in cut.cache)
 
     def _computed(self, units: Sequence[Any], given: dict[str, Any], names: Iterable[str]) -> dict[str, np.ndarray]:
         """These slots of one row, by these units."""
@@ -338,8 +399,11 @@ class DiffusionTrainingModule:
         family's encoder reads prompt and image together.
         """
         apart, _ = cut.split(["prompt"])
-        return self._computed(apart, {"prompt": prompt},
-                              [name for unit in apart for name in unit.output_params if name in cut.cache])
+        names = [name for unit in apart for name in unit.output_params if name in cut.cache]
+        there = (self.pipe.prepared_prompts or {}).get(prompt, {})
+        if there.keys() >= set(names):
+            return {name: there[name] for name in names}
+        return self._computed(apart, {"prompt": prompt}, names)
 
     def padded_length(self, prompt: str, cut: Cut) -> int | None:
         """How long the slots of a prompt are that are padded, by its tokens; None where only a network could say."""

@@ -1,6 +1,7 @@
 """One progress bar: loss, learning rate, speed, time left; and the compile phase with a timer."""
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -9,6 +10,17 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from ms_diffsynth.redact import redact
+
+# What may be cut off on a narrow terminal is last. With 80 columns a run of 20,000 steps shows all of it.
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal with room for a bar: those of some containers have 0 columns."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # what only says that it is one
+        return False
 
 
 class Progress:
@@ -26,7 +38,7 @@ class Progress:
 
     def __init__(self, enabled: bool = True):
         self.enabled = enabled
-        self.is_terminal = sys.stderr.isatty()
+        self.is_terminal = is_terminal()
         self.bar: tqdm | None = None
         self.shown: dict[str, str] = {}
         self._said = 0.0
@@ -42,7 +54,8 @@ class Progress:
         """Start the bar of a phase, of which this many are ``done`` already."""
         self.end()
         self.bar = tqdm(total=total, initial=done, desc=text, unit=unit, dynamic_ncols=True, mininterval=0.2,
-                        file=sys.stderr, disable=not (self.enabled and self.is_terminal))
+                        bar_format=BAR if self.is_terminal else None, file=sys.stderr,
+                        disable=not (self.enabled and self.is_terminal))
         self._text, self._total, self._count, self._said = text, total, done, time.monotonic()
 
     def advance(self, **shown: str) -> None:
@@ -50,13 +63,13 @@ class Progress:
         if self.bar is None:
             return
         shown |= self.shown
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix_str("  ".join(_shown(key, value) for key, value in shown.items()), refresh=False)
         self.bar.update(1)
         self._count += 1
         is_due = time.monotonic() - self._said >= self.every_seconds or self._count == self._total
         if not self.is_terminal and is_due:
             self._said = time.monotonic()
-            values = "".join(f"  {key} {value}" for key, value in shown.items())
+            values = "".join(f"  {_shown(key, value)}" for key, value in shown.items())
             self.say(f"{self._text} {self._count}/{self._total}{values}")
 
     def end(self) -> None:
@@ -98,3 +111,8 @@ class Progress:
             self.say(f"compiled {name} in {seconds:.1f} s")
 
         return done
+
+
+def _shown(name: str, value: str) -> str:
+    """``loss 0.12``; of a speed ``3.1 images/s``."""
+    return f"{value} {name}" if name.endswith("/s") else f"{name} {value}"

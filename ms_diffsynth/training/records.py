@@ -109,9 +109,14 @@ class StepReport:
 
     def _show(self, record: dict[str, Any]) -> None:
         rows, seconds = (sum(values) for values in zip((0, 0.0), *self._recent))
-        self.progress.advance(loss=f"{record['loss']:.4f}", lr=f"{record['learning_rate']:.1e}",
-                              **({"samples/s": f"{rows / seconds:.1f}"} if seconds else {}),
+        self.progress.advance(**({"images/s": _rate(rows / seconds)} if seconds else {}),
+                              loss=f"{record['loss']:.4f}", lr=f"{record['learning_rate']:.1e}",
                               **({"skipped": str(self.skipped)} if self.skipped else {}))
+
+
+def _rate(value: float) -> str:
+    """Three digits, so that half an image a second is not 0.5 or 0."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def numbers_of(result: StepResult, losses: list[Tensor]) -> dict[str, Any]:

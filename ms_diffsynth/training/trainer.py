@@ -54,6 +54,7 @@ class Trainer:
     Attributes:
         step: the training step. optimizer, ema, rate: what it uses. loader: where the batches come from.
         total: how many steps the run has. steps_per_epoch: how many of them an epoch has.
+        planned: how many shapes of rows there are, each of which is a compilation; None where that is not known.
         stop: whether a signal asked to stop. failure: why there is no next step, on any rank; None while there is.
         at_exit: callbacks for when the run ends, in whatever way.
 
@@ -77,7 +78,8 @@ class Trainer:
         self.dataset, self.class_dataset = self._rows(dataset, class_dataset)
         self.no_caption = self._no_caption()
         needs_buckets = options.batch_size * accelerator.num_processes > 1 or class_dataset is not None
-        planned = None if module.has_own_forward else self.get_ready(self.row_sets, needs_buckets)
+        self.planned = None if module.has_own_forward else self.get_ready(self.row_sets, needs_buckets)
+        self._shape = ""  # of the images of the last batch, for messages
         self.loader = Loader(self.dataset, options.batch_size, seed=options.seed, class_dataset=self.class_dataset,
                              bucket_of=getattr(self.dataset, "bucket_of", None) if needs_buckets else None,
                              class_bucket_of=getattr(self.class_dataset, "bucket_of", None),
@@ -100,7 +102,7 @@ class Trainer:
             self.step = ModuleTrainStep(module, self.optimizer, **how)
         else:
             self.step = ProgramTrainStep(module, self.cut, self.optimizer, **how, mode=accelerator.mode,
-                                         planned_compilations=planned, announce=self._announce)
+                                         planned_compilations=self.planned, announce=self._announce)
         self._has_told_time = False
         self.report = StepReport(logger, self.progress, self.step, self.dataset, self.class_dataset)
         if resume_from is not None:
@@ -200,7 +202,21 @@ class Trainer:
 
     def _announce(self, name: str, shapes: str) -> Callable[[float], None]:
         beat(self.logger.num_steps + 1, "compile")
+        for compiled in self.step.compiled_steps.values():
+            if compiled.name == name and self.planned != 1 and self._shape:
+                which = "" if self.planned is None else f" {compiled.compilations + 1} of {self.planned}"
+                name = f"{name}{which} ({self._shape})"
+                break
         return self.progress.announce(name, shapes)
+
+    def _shape_of(self, batch: Batch) -> str:
+        """``768 x 512``, or ``768 x 512, 128 tokens`` where prompts are padded: what decides of a compilation."""
+        item = batch.items[0]
+        if self.is_eager or not hasattr(item, "bucket"):
+            return ""
+        padded = self.module.pipe.padded_slots and len(item.bucket) > len(item.size)
+        sides = " x ".join(str(side) for side in (*item.size[:-2], item.size[-1], item.size[-2]))
+        return f"{sides}, {item.bucket[len(item.size)]} tokens" if padded else sides
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Weights, moments, and the place in the data: an epoch's begin if its place is no longer in the epoch."""
@@ -304,6 +320,7 @@ class Trainer:
     def compute(self, batch: Batch, inputs: Any = None) -> StepResult:
         """One micro-step on a batch, and nothing else."""
         inputs = self.inputs(batch) if inputs is None else inputs
+        self._shape = self._shape_of(batch)
         if not self.is_eager:
             return self.step.step(*inputs)
         pipe, random = self.module.pipe, self.module.pipe.random

@@ -11,7 +11,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.config import flat
-from ms_diffsynth.errors import CacheError, ConfigError, listing
+from ms_diffsynth.errors import CacheError, ConfigError, listing, shortened
 from ms_diffsynth.formats.weights import dtype_name
 from ms_diffsynth.launch.worker import beat, still
 from ms_diffsynth.pipeline import Pipeline
@@ -64,11 +64,13 @@ def fingerprint(module: DiffusionTrainingModule, cut: Cut, pictures: Mapping[str
 
 def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: DiffusionTrainingModule,
                              model_logger: ModelLogger, class_dataset: Any = None, cache_dir: str | Path | None = None,
-                             args: Any = None, validation_dataset: Any = None, **options: Any) -> Cache:
+                             args: Any = None, validation_dataset: Any = None, prompts: Iterable[str] = (),
+                             **options: Any) -> Cache:
     """Stage one: prepare every row of the data sets and write it to a cache; what is there already is kept.
 
     Args:
         validation_dataset: rows that are held out for the validation loss.
+        prompts: those of sample images of stage two, negative ones too.
         cache_dir: where; None takes ``args.cache_dir``, else the folder of ``model_logger``.
         options: those of `launch_training_task`; none of them shapes the cache.
 
@@ -91,7 +93,8 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
     cache, changed = None, []
     if accelerator.is_main_process:
         cache = Cache(folder)
-        changed = cache.begin(shaped_by, configs, rows)
+        texts = CachedTexts(cache, stamp)
+        changed = cache.begin(shaped_by, configs, rows, {p: texts.key(model.sample_key(p)) for p in prompts})
     keys = {name: [row.key for row in planned] for name, planned in rows.items()}
     if len(set(accelerator.gather_text(digest_of([shaped_by, keys])))) > 1:
         raise CacheError(f"the ranks would not write the same cache into {folder}. Expected the same code, settings, "
@@ -120,6 +123,10 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
             size += sum(array.nbytes for array in own_slots.values())
         progress.advance()
     progress.end()
+    for prompt in cache.prompts if accelerator.is_main_process else ():
+        still()
+        with cuts.of(f"the sample prompt {shortened(prompt)!r}"):
+            model.prepare_to_sample(prompt)
     cuts.tell()
     size, model.texts = size + model.texts.written, None
     done = [json.loads(text) for text in accelerator.gather_text(json.dumps([written, size]))]
@@ -128,8 +135,9 @@ def launch_data_process_task(accelerator: Accelerator, dataset: Any, model: Diff
     accelerator.wait_for_everyone()
     seconds, (written, size) = time.perf_counter() - began, map(sum, zip(*done))
     each = f" ({seconds / written:.2f} s and {size / written / 1e3:,.0f} kB a row)" if written else ""
+    sampled = f"; {len(cache.prompts)} sample prompts" if cache.prompts else ""
     progress.say(f"cache in {cache.folder}: {sum(map(len, rows.values()))} rows, {written} prepared{each}, "
-                 f"{len(todo) - written} there already{f'; {len(done)} ranks' if len(done) > 1 else ''}")
+                 f"{len(todo) - written} there already{sampled}{f'; {len(done)} ranks' if len(done) > 1 else ''}")
     progress.say(f"loaded: {describe_loaded(pipe)}; peak memory {runtime.memory_text(runtime.peak_memory_bytes())}")
     return Cache(folder)
 
@@ -172,10 +180,14 @@ def open_cache(folder: str | Path, module: DiffusionTrainingModule, cut: Cut,
     """Stage two's data: the rows of a complete cache that this job may train on, its class images and its held-out rows
     if it has any.
 
+    The pipeline then has the prompts of the cache, for sample images; see `Pipeline.prepared_prompts`.
+
     Raises: CacheError naming every field in which the cache was made otherwise, or what is missing or damaged.
     """
     cache = Cache(folder)
     cache.check(fingerprint(module, cut, pictures))
+    module.pipe.prepared_prompts = {prompt: cache.entry(key, f"the sample prompt {shortened(prompt)!r}").slots
+                                    for prompt, key in cache.prompts.items()}
     module.pipe.known_configs.update(cache.manifest["configs"])
     tell_unneeded(module.pipe, cut, "step")
     classes, held_out = (CachedRows(cache, name, module) if cache.rows(name) else None

@@ -229,6 +229,30 @@ def real_model(random: random.Random) -> Case:
                 prepare=lambda random: _break_in(random, f"models/{family}", 0.7))
 
 
+def base_file(random: random.Random) -> Case:
+    """Models in their publisher's names, converted and sampled; and the pipeline that a run of a network leaves."""
+    where, words = random.choice((
+        ("single", ["convert", "single", "out", "--to", "diffusers"]),
+        ("single", ["convert", "single", "out", "--to", "diffusers", "--family",
+                    random.choice(("flux", "sd3", "toy"))]),
+        ("models/flux/transformer", ["convert", "models/flux/transformer", "out.safetensors", "--to", "original"]),
+        ("models/sd3", ["convert", "models/sd3", "out.safetensors", "--to", "original"]),
+        ("models/flux2", ["convert", "models/flux2/vae", "out.safetensors", "--to", "original"]),
+        ("whole.safetensors", ["convert", "whole.safetensors", "out", "--to", "diffusers", "--family", "flux"]),
+        ("single", ["sample", "flux", "single", "--prompt", "x", *SMALL]),
+        ("runs/whole/model", ["sample", "runs/whole/model", "--prompt", "x", "--height", "32", "--width", "32",
+                              "--num_inference_steps", "1", *PYNATIVE])))
+
+    def prepare(random: random.Random) -> str:
+        if Path(where).is_file():  # it is of no published model: refused, broken or not
+            return break_file(random, Path(where), [Path("toy.yaml")])
+        return _break_in(random, where, 0.4)
+
+    return Case("base files", words, [*PARTS, "single", "whole.safetensors", "runs/whole", "out", "family"],
+                prepare=prepare, needs=("single", "whole.safetensors", "models/flux", "models/sd3", "models/flux2",
+                                        "runs/whole", "toy.yaml"))
+
+
 def lora(random: random.Random) -> Case:
     file = random.choice(("lora.safetensors", "lora.safetensors", "dora.safetensors", "full.safetensors"))
     words = random.choice((
@@ -320,19 +344,19 @@ FLAGS = {
                "master_port"],
     "evaluate": ["generated", "reference", "output", "seed"], "push": ["hub_model_id", "hub", "files", "message"],
     "parity": ["mode", "device", "dtype", "report"], "tiny": ["seed"], "replay": [], "cache": [],
-    "template": ["trust_template_sha256"],
+    "template": ["trust_template_sha256"], "convert": ["to", "family"],
     "train": ["x"], "describe": ["x"]}
 POSITIONAL = {
     "sample": ["FAMILY", "family", "MODEL"], "tiny": ["FAMILY", "family", "DIR"], "replay": ["RUN", "step"],
-    "cache": ["action", "DIR"], "push": ["FOLDER"],
+    "cache": ["action", "DIR"], "push": ["FOLDER"], "convert": ["IN", "OUT", "--to", "output", "family"],
     "parity": ["DIR"], "template": ["ACTION", "TEMPLATE", "CHECKPOINT", "OUTPUT"]}
 SOUND = {
     "sample": ["toy", "models/toy"], "tiny": ["toy", "new"], "replay": ["runs/run", "3"], "cache": ["inspect", "cache"],
     "push": ["runs/run"], "parity": ["cases/flux"], "template": ["pack", "template", "full.safetensors", "packed"],
-    "evaluate": [], "launch": [],
+    "evaluate": [], "launch": [], "convert": ["models/flux/vae", "out.safetensors"],
     "train": ["toy.yaml"], "describe": ["toy.yaml"]}
 ALWAYS = {"sample": SMALL, "parity": PYNATIVE, "push": ["--dry_run", "--hub_model_id", "a/b"],
-          "evaluate": ["--generated", "data", "--reference", "classes"],
+          "convert": ["--to", "original"], "evaluate": ["--generated", "data", "--reference", "classes"],
           "launch": ["--workers", "2"], "template": ["--trust_template_code"]}
 
 
@@ -354,8 +378,8 @@ def commands(random: random.Random) -> Case:
             name = random.choice(FLAGS[command])
             words += [f"--{name}", random.choice(TEXTS) if random.random() < 0.8
                       else str(random.choice((-1, 0, 1, 7, 16384, 65536, 10**9)))]
-    needs = ("models/toy", "models/ddpm_unet", "data", "classes", "toy.yaml", "runs/run", "cache", "template",
-             "full.safetensors", "lora.safetensors",
+    needs = ("models/toy", "models/ddpm_unet", "models/flux", "data", "classes", "toy.yaml", "runs/run", "cache",
+             "template", "full.safetensors", "lora.safetensors",
              "cases/flux")
     tail = ["train", "toy.yaml"] if command == "launch" else []
     names += [*[b for b in broken if b.strip()], "models/", "full.safetensors"]  # the last is no template's
@@ -466,7 +490,7 @@ def parity(random: random.Random) -> Case:
 
 AREAS: dict[Callable[[random.Random], Case], int] = {  # weights
     settings_as_flags: 26, settings_in_yaml: 10, yaml_bytes: 4, metadata: 4, captions: 2, images: 6, toy_model: 8,
-    real_model: 10, lora: 5, runs: 8,
+    real_model: 10, base_file: 5, lora: 5, runs: 8,
     commands: 9, streams: 4, prompts: 5, templates: 3, parity: 2}
 
 

@@ -75,6 +75,11 @@ def make_world(folder: Path) -> None:
         run(main, "train", "toy.yaml", "--output_path", f"runs/{suffix}", "--max_train_steps", "3", "--save_steps", "1",
             *words)
     run(main, "train", "toy.yaml", "--output_path", "runs/cached", "--cache_dir", "cache")
+    run(main, "train", "toy.yaml", "--family", "flux", "--model_paths", "models/flux", "--trainable_models",
+        "dit.x_embedder", "--output_path", "runs/whole")
+    run(main, "convert", "models/flux/transformer", "single/f.safetensors", "--to", "original")
+    run(main, "convert", "models/flux", "whole.safetensors", "--to", "original")
+    shutil.copy("models/flux/transformer/config.json", "single/config.json")
     shutil.copy("runs/run/step-3.safetensors", "lora.safetensors")
     shutil.copy("runs/dora/step-3.safetensors", "dora.safetensors")
     shutil.copy("runs/full/step-3.safetensors", "full.safetensors")

@@ -1,8 +1,10 @@
 """Commands, flags and exit codes."""
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +88,43 @@ def test_the_parser_of_training_scripts():
         with pytest.raises(ConfigError, match=expected):
             parser.parse_args(words)
     assert "--num_epochs INT" in parser.format_help() and "(default: 1)" in parser.format_help()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_by_the_shell_itself(shell, run, tmp_path):
+    code, script, err = run("completion", shell)
+    assert code == 0 and err == ""
+    (tmp_path / "script").write_text(script)
+    if shutil.which(shell) is None:
+        pytest.skip(f"NOT TESTED, {shell} is not installed here")
+
+    def completed(*words):
+        if shell == "fish":
+            command = f"source ./script; complete -C '{' '.join(('ms-diffsynth', *words))}'"
+        elif shell == "bash":
+            command = (f"source ./script; COMP_WORDS=(ms-diffsynth {' '.join(map(repr, words))}); "
+                       f"COMP_CWORD={len(words)}; _ms_diffsynth; printf '%s\\n' \"${{COMPREPLY[@]}}\"")
+        else:  # what zsh would offer; its widgets need a terminal
+            command = ("compdef() { :; }; _files() { :; }; _describe() { print -l -- ${(P)@[-1]}; }; "
+                       "compadd() { shift; print -l -- $@; }; source ./script; "
+                       f"words=(ms-diffsynth {' '.join(map(repr, words))}); CURRENT={len(words) + 1}; _ms_diffsynth")
+        done = subprocess.run([shell, *(["-f"] if shell == "zsh" else []), "-c", command], capture_output=True,
+                              text=True, cwd=tmp_path)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return {line.partition("\t")[0].partition(":")[0] for line in done.stdout.splitlines()}
+
+    assert {"train", "cache"} <= completed("") if shell != "fish" else completed("tr") == {"train"}
+    assert {"--optimizer", "--optimizer_args"} <= completed("train", "--optimizer"[:8])
+    assert {"adamw", "prodigy"} <= completed("train", "--optimizer", "")
+    assert {"inspect", "prune"} <= completed("cache", "")
+    assert "--lora_rank" in completed("launch", "--workers", "2", "train", "--lora_r") or shell == "fish"
+
+
+def test_examples_are_copied_and_nothing_is_overwritten(run):
+    code, out, _ = run("examples")
+    assert code == 0 and out.endswith("such as examples/flux/emoji_dreambooth.yaml\n")
+    assert Path("examples/flux/emoji_dreambooth.yaml").is_file() and Path("examples/data").is_dir()
+    assert run("examples")[0] == 74 and run("examples", "again")[0] == 0
 
 
 def test_without_arguments_the_help_is_printed(run):

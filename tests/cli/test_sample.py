@@ -49,6 +49,26 @@ def test_a_lora_changes_the_picture_by_its_scale(run, tmp_path, toy_model):
     assert (none == zero).all() and (none != one).any()
 
 
+def test_8_bits_change_the_picture_a_little_and_are_in_the_png(run, toy_model):
+    words = ("sample", "toy", toy_model, "--prompt", "a", *SMALL, "--mode", "pynative", "--output")
+    assert run(*words, "whole")[0] == run(*words, "stored", "--fp8_models", "dit")[0] == 0
+    code, _, err = run(*words, "stored", "--fp8_models", "dti")
+    assert code == 64 and "Did you mean 'dit'?" in err
+    whole, stored = (picture(f"{name}/000-seed0.png").astype(int) for name in ("whole", "stored"))
+    assert 0 < np.abs(whole - stored).max() < 40
+    assert "8 bits: dit" in Image.open("stored/000-seed0.png").text["parameters"]
+
+
+def test_a_run_is_sampled_as_its_own_sample_images_are(run, config):
+    entries = '["a red square", {"prompt": "a blue square", "cfg_scale": 3, "height": 32, "width": 16}]'
+    assert run("train", config, "--sample_prompts", entries, "--sample_negative_prompt", "a ball", "--sample_cfg_scale",
+               "2", "--max_train_steps", "1", "--save_steps", "1")[0] == 0
+    assert run("sample", "--run", "out", "--num_inference_steps", 2, "--mode", "pynative")[0] == 0
+    one, two = (Image.open(f"samples/00{k}-seed{k}.png") for k in (0, 1))
+    assert "Negative prompt: a ball" in one.text["parameters"] and "CFG scale: 2.0" in one.text["parameters"]
+    assert two.size == (16, 32) and "CFG scale: 3.0" in two.text["parameters"]
+
+
 @pytest.mark.parametrize("words, code, expected", [
     (["--num_inference_steps", 0], 64, "num_inference_steps=0: expected 1 <= num_inference_steps <= 1000"),
     (["--height", 0, "--seed", -1], 64, "height=0: expected 1 <= height <= 16384; seed=-1: expected 0 <= seed"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ms_diffsynth.config import SETTINGS
+from ms_diffsynth.config import SAMPLE_OVERRIDES, SETTINGS
 from ms_diffsynth.config.setting import out_of_range
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +55,13 @@ def test_its_ranges_are_those_of_the_settings(schema):
                 value = setting.kind(value)
                 expected = not out_of_range(value, setting.metadata["range"])
                 assert allows(own, value) == expected, (name, value)
+
+
+def test_a_sample_prompt_is_a_text_or_a_mapping(schema):
+    text, mapping = schema["properties"]["run"]["properties"]["sample_prompts"]["items"]["anyOf"]
+    assert text == {"type": "string"} and mapping["required"] == ["prompt"]
+    assert set(mapping["properties"]) == {"prompt", *SAMPLE_OVERRIDES}
+    assert allows(mapping["properties"]["cfg_scale"], 2) and not allows(mapping["properties"]["seed"], -1)
 
 
 def test_it_refuses_what_is_not_there(schema):

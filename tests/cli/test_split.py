@@ -1,6 +1,7 @@
 """Split training and ``ms-diffsynth cache`` on the command line."""
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from processes import environment
 
+from ms_diffsynth import models
 from ms_diffsynth.formats.weights import load_state_dict
 
 QUIET = ("--sample_prompts", "[]")
@@ -30,18 +32,52 @@ def test_two_commands_and_one_give_what_a_single_stage_gives(run, config):
     assert "loaded: text_encoder" in err
     assert sorted(p.name for p in Path("cache").iterdir()) == ["cache.json", "entries"]
     code, _, err = run("train", config, "--task", "sft:train", "--dataset_base_path", "cache", "--output_path", "two")
-    assert code == 0 and "loaded: dit" in err and err.count("sample images need the models") == 1
+    assert code == 0 and "loaded: dit" in err
     assert "this stage does not need text_encoder, vae: not loaded" not in Path("two/config.yaml").read_text()
     code, _, err = run("train", config, "--cache_dir", "cache", "--output_path", "three", *QUIET)
     assert code == 0 and "0 prepared, 3 there already" in err
     assert equal(weights("out"), weights("two")) and equal(weights("out"), weights("three"))
 
 
-def test_pictures_sampled_after_a_split_run_are_the_same(run, config):
-    assert run("train", config)[0] == run("train", config, "--cache_dir", "cache", "--output_path", "split")[0] == 0
-    for name in ("step-0.png", "step-4.png"):
-        one, two = (np.asarray(Image.open(f"{folder}/samples/{name}")) for folder in ("out", "split"))
-        assert np.array_equal(one, two)
+OVERRIDES = ("--sample_prompts", '["a red square", {"prompt": "a blue square", "negative_prompt": "a ball", "seed": 9, '
+             '"cfg_scale": 3, "num_inference_steps": 3}]', "--sample_cfg_scale", "2.5",
+             "--sample_negative_prompt", "a circle")
+
+
+def test_sample_images_of_a_split_run_are_those_of_one_stage_and_need_no_encoder(run, config, monkeypatch):
+    loads, load = [], models.load_component
+
+    def noting(component, source, dtype, without=()):
+        loads.append((component.name, tuple(without)))
+        return load(component, source, dtype, without)
+
+    monkeypatch.setattr(models, "load_component", noting)
+    assert run("train", config, *OVERRIDES)[0] == 0
+    loads.clear()
+    assert run("train", config, *OVERRIDES, "--cache_dir", "cache", "--output_path", "split")[0] == 0
+    assert sorted(loads) == [("dit", ()), ("text_encoder", ()), ("vae", ()), ("vae", ("encoder",))], "each once"
+    loads.clear()
+    code, _, err = run("train", config, *OVERRIDES, "--task", "sft:train", "--dataset_base_path", "cache",
+                       "--output_path", "two")
+    assert code == 0 and sorted(loads) == [("dit", ()), ("vae", ("encoder",))]
+    assert "loaded: dit" in err and ", vae.decoder" in err and "text_encoder 0" not in err
+    one, *others = (Path(folder) / "samples" for folder in ("out", "split", "two"))
+    for name in ("step-0.png", "step-4.png", "before_after.png"):
+        assert all((one / name).read_bytes() == (other / name).read_bytes() for other in others)
+    assert np.asarray(Image.open(one / "step-0.png")).std() > 0
+
+    code, out, _ = run("cache", "inspect", "cache")
+    assert code == 0 and "sample prompts: 'a ball', 'a blue square', 'a circle', 'a red square'" in out
+    assert run("cache", "prune", "cache")[1].startswith("0 entries")
+    loads.clear()
+    code, _, err = run("train", config, "--task", "sft:train", "--dataset_base_path", "cache", "--output_path", "three",
+                       "--sample_prompts", '["a cube", "a red square"]')
+    assert code == 78 and not loads and not Path("three").exists()
+    assert "lacks the sample prompt 'a cube'" in err and "--sample_prompts '[]'" in err
+    command = shlex.split(err[err.index("ms-diffsynth train CONFIG"):err.index("; or remove")])[1:]
+    assert run(*(config if word == "CONFIG.yaml" else word for word in command))[0] == 0
+    assert [name for name, _ in loads] == ["text_encoder"], "nothing else is missing"
+    assert "'a blue square', 'a circle', 'a cube'" in run("cache", "inspect", "cache")[1], "the others are kept"
 
 
 @pytest.mark.fault

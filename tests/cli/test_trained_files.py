@@ -1,19 +1,24 @@
 """What training saved is used: sampled, loaded, trained further; whole models, and LoRAs of any model."""
 from __future__ import annotations
 
+import errno
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from device import DEVICE
+from mindspore import Tensor, ops
 from PIL import Image
 from records import column
 
+from ms_diffsynth import DiffusionTrainingModule, ModelConfig, runtime
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 from ms_diffsynth.nn.names import state_dict
-from ms_diffsynth.registry import family
+from ms_diffsynth.registry import family, family_of
+from ms_diffsynth.storage.files import Calls
 
 EAGER = ["--device", DEVICE, "--mode", "pynative"]
 
@@ -78,6 +83,63 @@ def test_a_file_of_several_models_goes_into_each(train, tiny_model, tmp_path):
     save_state_dict(tmp_path / "odd.safetensors", one | {f"{key}.x": array for key, array in two.items()})
     with pytest.raises(WeightError, match="is not part of a LoRA"):
         pipe.load_lora(None, tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "sd3"])
+def test_a_run_of_a_whole_network_leaves_a_pipeline(name, train, tiny_model, tmp_path, capsys):
+    """run/model is the base with the trained network; nothing else was copied. It is sampled, as the run itself is."""
+    base = tiny_model(name)
+    file = train(name, "run", "--trainable_models", "dit", "--learning_rate", "0.01", "--save_steps", "1",
+                 "--ema_decay", "0.5", "--use_ema")
+    model, trained = tmp_path / "run/model", load_state_dict(tmp_path / "run/step-2-ema.safetensors")
+    index = json.loads((model / "model_index.json").read_text())
+    assert index == json.loads((base / "model_index.json").read_text()) and family_of(model) == name
+    before, after = load_state_dict(base / "transformer"), load_state_dict(model / "transformer")
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(array, trained.get(key, before[key])) for key, array in after.items())
+    assert any(not np.array_equal(array, before[key]) for key, array in trained.items())
+    others = [path for folder in index if folder[0] != "_" and folder != "transformer"
+              for path in (model / folder).glob("*.safetensors")]
+    assert others and all(path.samefile(base / path.relative_to(model)) for path in others)
+    of_model = sampled(name, model, tmp_path / "one")
+    capsys.readouterr()
+    how = ["--prompt", "a cat", "--height", "32", "--width", "32", "--num_inference_steps", "1", "--device", DEVICE]
+    assert main(["sample", "--run", str(tmp_path / "run"), *how, "--output", str(tmp_path / "two")]) == 0
+    assert "step-2-ema.safetensors" in capsys.readouterr().err
+    of_run = np.asarray(Image.open(next((tmp_path / "two").glob("*.png"))), np.int32)
+    weights = sampled(name, base, tmp_path / "three", "--weights", str(file.with_name("step-2-ema.safetensors")))
+    assert (of_run == of_model).all() and (of_run == weights).all()
+
+
+@pytest.mark.parametrize("how", ["linked", "another disk", "stored in 8 bits", "some files"])
+def test_what_is_not_trained_is_written_once(how, tiny_model, tmp_path, monkeypatch, caplog):
+    runtime.configure("pynative", DEVICE)
+    base, out, copies = tiny_model("flux"), tmp_path / "model", []
+    if how == "another disk":
+        def refuse(source, path):
+            copies.append(path)
+            raise OSError(errno.EXDEV, "another disk")
+        monkeypatch.setattr(Calls, "link", staticmethod(refuse))
+    configs = [ModelConfig(str(base / "transformer"))] if how == "some files" else str(base)
+    module = DiffusionTrainingModule()
+    module.pipe = family("flux").pipeline.from_pretrained(configs)
+    more = {"fp8_models": "text_encoder_2"} if how == "stored in 8 bits" else {}
+    module.switch_pipe_to_training_mode(module.pipe, trainable_models="dit.x_embedder", **more)
+    for value in (1, 2):
+        ops.assign(module.pipe.dit.x_embedder.bias, Tensor(np.full(module.pipe.dit.x_embedder.bias.shape, value),
+                                                           module.pipe.dit.x_embedder.bias.dtype))
+        module.save_models(tmp_path)
+        assert (load_state_dict(out / "transformer")["x_embedder.bias"] == value).all()
+    if how == "some files":
+        assert [path.name for path in out.iterdir()] == ["transformer"]
+        assert caplog.text.count("has transformer alone: no files of text_encoder, text_encoder_2, vae were given") == 1
+        return
+    assert len(copies) == (3 if how == "another disk" else 0)
+    for part in ("text_encoder", "text_encoder_2", "vae"):
+        files = list((out / part).glob("*.safetensors"))
+        assert files and all(path.samefile(base / part / path.name) != bool(copies) for path in files)
+        assert all(path.read_bytes() == (base / part / path.name).read_bytes() for path in files)
+    family("flux").pipeline.from_pretrained(str(out)).load_models_to_device(["vae", "text_encoder_1"])
 
 
 @pytest.mark.parametrize("name, models", [("flux", "dit"), ("flux", "dit,text_encoder_1"), ("toy", "text_encoder")])

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ms_diffsynth.config import SECTIONS, SETTINGS, TrainConfig, load_config, to_yaml, validate
-from ms_diffsynth.config.flags import add_flags, overrides_of
+from ms_diffsynth.config import SECTIONS, SETTINGS, TrainConfig, load_config, prompts_of, to_yaml, validate
+from ms_diffsynth.config.flags import USUAL, add_flags, overrides_of
 from ms_diffsynth.config.loading import commented_yaml
 from ms_diffsynth.errors import ConfigError
 
@@ -271,15 +271,60 @@ def test_flags():
     assert config.run.sample_prompts == ("a, b", "c") and config.model.lora_target_modules == ""
 
 
+def test_a_sample_prompt_may_have_settings_of_its_own(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("run:\n  max_train_steps: 1\n  sample_prompts:\n    - a cat\n    - prompt: a dog\n"
+                    "      cfg_scale: 2\n      seed: 7\n    - {prompt: '1', width: 64, height: 32}\n")
+    config = load_config(file, NEEDED)
+    assert config.run.sample_prompts == ("a cat", {"prompt": "a dog", "cfg_scale": 2.0, "seed": 7},
+                                         {"prompt": "1", "height": 32, "width": 64})
+    assert prompts_of(config.run.sample_prompts) == ["a cat", "a dog", "1"]
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    flag = '["a cat", {"prompt": "a dog", "cfg_scale": 2, "seed": 7}, {"prompt": "1", "width": 64, "height": 32}]'
+    assert load_config(None, NEEDED | {"max_train_steps": "1", "sample_prompts": flag}) == config
+    again = load_config(None, NEEDED | {"max_train_steps": "1"}, sample_prompts=list(config.run.sample_prompts))
+    assert again == config
+
+
+@pytest.mark.parametrize("lines, expected", [
+    ("{prompt: a dog, cfg: 2}", "entry 2 has 'cfg': expected prompt and some of negative_prompt, cfg_scale, guidance"),
+    ("{cfg_scale: 2}", "entry 2: expected a text, or a mapping of prompt and of some of negative_prompt"),
+    ("{prompt: a dog, cfg_scale: -1}", "entry 2, cfg_scale=-1 in {} line 4: expected 0 <= sample_cfg_scale <= 1000"),
+    ("{prompt: a dog, seed: many}", "entry 2, seed=many in {} line 4: expected a whole number"),
+    ("{prompt: a dog, height: 32}", "entry 2 has only one of height and width: set both, or neither"),
+    ("{prompt: a dog, prompt: a cat}", "(a list that holds more than texts) in {} line 2: expected a list of texts"),
+    ("[a, b]", "expected a list of texts"),
+])
+def test_a_sample_prompt_with_settings_that_cannot_be(tmp_path, lines, expected):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"run:\n  sample_prompts:\n    - a cat\n    - {lines}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(file, NEEDED)
+    assert expected.format(file) in str(error.value)
+
+
+def test_trackers_that_are_not_there():
+    assert load_config(None, NEEDED, trackers="wandb, tensorboard", num_epochs=1).run.trackers == ("wandb",
+                                                                                                 "tensorboard")
+    with pytest.raises(ConfigError, match=r"names wand: expected some of swanlab, tensorboard, wandb\. Did you mean"):
+        load_config(None, NEEDED, trackers="wand", num_epochs=1)
+
+
 def test_settings_of_the_caller_are_not_flags_of_the_run():
     args = argparse.Namespace(debug=False, config=None, family="toy", command="train")
     assert overrides_of(args) == {"family": "toy"}
 
 
-def test_help_shows_every_setting_with_choices_and_default():
+def test_help_is_short_and_all_of_it_shows_every_setting_with_choices_and_default(capsys):
     parser = argparse.ArgumentParser()
     add_flags(parser)
-    text = " ".join(parser.format_help().split())
+    text = parser.format_help()
+    assert all((f"--{name} " in text) == (name in USUAL) for name in SETTINGS) and USUAL < SETTINGS.keys()
+    assert len(text.splitlines()) < 120 and f"the other {len(SETTINGS) - len(USUAL)} settings" in " ".join(text.split())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help-all"])
+    text = " ".join(capsys.readouterr().out.split())
     assert all(f"--{name} " in text for name in SETTINGS)
     assert "where it is a factor and 1 is advised (default: 0.0001)" in text
     assert "(one of graph, pynative; default: \"graph\")" in text

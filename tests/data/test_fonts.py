@@ -16,6 +16,7 @@ PRIVATE = "\ue123\U0010fffd"  # no font draws these
 @pytest.fixture
 def no_fonts(monkeypatch):
     monkeypatch.setattr(fonts, "_FOLDERS", ())
+    monkeypatch.setattr(fonts, "_PACKAGE", "no_such_package")
 
 
 @pytest.mark.usefixtures("no_fonts")
@@ -32,6 +33,17 @@ def test_a_title_without_a_font_is_its_number():
     images = [Image.new("RGB", (64, 64))] * 3
     sheet = grid(images, titles=["a cat", CHINESE, "a dog"])
     assert np.array_equal(np.asarray(sheet), np.asarray(grid(images, titles=["a cat", "prompt 2", "a dog"])))
+
+
+def test_the_font_of_the_extra_is_found_without_one_of_the_system(tmp_path, monkeypatch):
+    (package := tmp_path / "a_font").mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(fonts, "_FOLDERS", ())
+    monkeypatch.setattr(fonts, "_PACKAGE", "a_font")
+    asked = []
+    monkeypatch.setattr(fonts, "_file_with", lambda letters, folders: asked.append(folders))
+    assert fonts.font_for(CHINESE, 20) is None and asked == [(str(package),)]
 
 
 @pytest.mark.parametrize("text", [CHINESE, RUSSIAN, "\u0395\u03bb\u03bb\u03ac\u03b4\u03b1"])

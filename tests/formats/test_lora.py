@@ -10,8 +10,9 @@ from safetensors import safe_open
 
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.formats.adapters import DORA, LORA
-from ms_diffsynth.formats.lora import load_adapter, load_lora, save_adapter, save_lora
+from ms_diffsynth.formats.lora import AdapterFile, load_adapter, load_lora, save_adapter, save_adapters, save_lora
 from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
+from ms_diffsynth.registry import interchange
 
 MODULES = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0", "proj_out"]
 
@@ -246,3 +247,21 @@ def test_triples_that_do_not_fit_are_not_saved(tmp_path):
     wrong = {"x": {**triples()["proj_out"], "lora_magnitude_vector": np.ones(5, np.float32)}}
     with pytest.raises(WeightError, match=r"DoRA triples do not fit together: x: A .* Expected A \[r, in\], B"):
         save_adapter(tmp_path / "f.safetensors", DORA, wrong, scale=1.0)
+
+
+def test_the_halves_of_a_scale_and_a_shift_are_told_by_the_shape(tmp_path):
+    """Stable Diffusion 3's last block has them in the other order, and only there is its modulation two squares."""
+    table, random = interchange("sd3"), np.random.default_rng(0)
+    down, up = LORA.parts
+    names = {k: f"transformer_blocks.{k}.norm1_context.linear" for k in (0, 1)}
+    parts = {names[k]: {down: random.standard_normal((2, 8), np.float32),
+                        up: random.standard_normal((rows, 2), np.float32)}
+             for k, rows in ((0, 48), (1, 16))}
+    file = AdapterFile(parts, dict.fromkeys(parts, 1.0), dict.fromkeys(parts, LORA))
+    save_adapters(tmp_path / "l.safetensors", {"dit": file}, table, "kohya")
+    theirs = {k: load_state_dict(tmp_path / "l.safetensors")[
+        f"lora_unet_joint_blocks_{k}_context_block_adaLN_modulation_1.lora_up.weight"] for k in (0, 1)}
+    np.testing.assert_array_equal(theirs[0], parts[names[0]][up])
+    np.testing.assert_array_equal(theirs[1], np.roll(parts[names[1]][up], 8, axis=0))
+    again = load_adapter(tmp_path / "l.safetensors", None, (LORA,), table)
+    assert all(np.array_equal(again.modules[m][part], array) for m in parts for part, array in parts[m].items())

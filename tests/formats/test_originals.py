@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.formats.originals import in_our_names
-from ms_diffsynth.formats.weights import open_checkpoint, save_state_dict
+from ms_diffsynth.formats.originals import in_one_file, in_original_names, in_our_names, models_of
+from ms_diffsynth.formats.weights import load_state_dict, open_checkpoint, save_sharded, save_state_dict, serialize
 from ms_diffsynth.registry import interchange
 
 ORIGINALS = Path(__file__).parent / "originals"
@@ -27,7 +27,7 @@ def digest(array):
 
 
 @pytest.mark.parametrize("name, family, model", [("flux", "flux", "dit"), ("flux2", "flux2", "dit"),
-                                                 ("vae", "flux", "vae"), ("vae", "sd3", "vae")])
+                                                 ("vae", "flux", "vae"), ("vae", "sd3", "vae"), ("sd3", "sd3", "dit")])
 def test_the_tensors_are_those_that_diffusers_makes(name, family, model):
     checkpoint = in_our_names(open_checkpoint(ORIGINALS / f"{name}.safetensors"), interchange(family).models[model])
     assert {key: digest(array) for key, array in checkpoint.tensors()} == DIGESTS[name]
@@ -70,8 +70,51 @@ def test_what_makes_no_sense_is_refused(tmp_path, tensors, text):
         in_our_names(open_checkpoint(tmp_path / "f.safetensors"), interchange("flux").models["dit"])
 
 
-def test_a_file_of_24_gb_is_read_tensor_by_tensor(tmp_path):
-    """A sparse file with FLUX.1-dev's single blocks: what is in memory is one member of one layer."""
+@pytest.mark.parametrize("name, family, model", [("flux", "flux", "dit"), ("flux2", "flux2", "dit"),
+                                                 ("vae", "flux", "vae"), ("sd3", "sd3", "dit")])
+def test_there_and_back_every_tensor_has_its_bits(tmp_path, name, family, model):
+    table = interchange(family)
+    file = ORIGINALS / f"{name}.safetensors"
+    ours = in_our_names(open_checkpoint(file), table.models[model])
+    save_sharded(tmp_path / "folder", ours, max_shard_bytes=2000)
+    assert len(list((tmp_path / "folder").glob("*-of-*.safetensors"))) > 2
+    back = in_one_file({model: in_our_names(open_checkpoint(tmp_path / "folder"), table.models[model])}, table)
+    save_state_dict(tmp_path / "back.safetensors", back)
+    before, after = load_state_dict(file), load_state_dict(tmp_path / "back.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[key].tobytes() == array.tobytes() and before[key].shape == array.shape
+               for key, array in after.items())
+    assert {key: digest(array) for key, array in load_state_dict(tmp_path / "folder").items()} == DIGESTS[name]
+
+
+def test_a_whole_pipeline_is_divided_by_beginnings():
+    vae, dit = (open_checkpoint(ORIGINALS / f"{name}.safetensors") for name in ("vae", "sd3"))
+    entries = dit.entries | {f"first_stage_model.{name}": entry for name, entry in vae.entries.items()}
+    entries |= {f"text_encoders.clip_l.{name}": vae.entries["encoder.conv_in.bias"] for name in (
+        "transformer.text_model.final_layer_norm.bias", "logit_scale", "other")}
+    found = models_of(vae.with_entries(entries), interchange("sd3"))
+    assert found == {"dit": list(dit.entries), "vae": [f"first_stage_model.{name}" for name in vae.entries],
+                     "text_encoder_1": ["text_encoders.clip_l.transformer.text_model.final_layer_norm.bias"],
+                     "": ["text_encoders.clip_l.other"]}
+    assert models_of(dit, interchange("sd3")) == models_of(vae, interchange("sd3")) == {}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("change, text", [
+    (lambda e: e.pop("transformer_blocks.0.attn.to_k.weight"), r"to_q\.weight without .*\.attn\.to_k"),
+    (lambda e: e.update({"odd.weight": e["proj_out.weight"]}), r"1 tensors have no place .*: odd\.weight"),
+    (lambda e: e.update({"transformer_blocks.0.attn.to_k.weight": e["proj_out.bias"]}), "expected one dtype and one w"),
+])
+def test_what_has_no_place_among_the_publishers_names_is_refused(change, text):
+    model = interchange("flux").models["dit"]
+    ours = in_our_names(open_checkpoint(ORIGINALS / "flux.safetensors"), model)
+    change(entries := dict(ours.entries))
+    with pytest.raises(WeightError, match=text):
+        in_original_names(ours.with_entries(entries), model)
+
+
+def test_a_file_of_24_gb_is_read_and_written_tensor_by_tensor(tmp_path):
+    """A sparse file with FLUX.1-dev's single blocks: what is in memory is one tensor and one member of it."""
     shapes = {f"single_blocks.{k}.linear1.weight": (21504, 3072) for k in range(180)}
     header, start = {}, 0
     for name, shape in shapes.items():
@@ -83,12 +126,17 @@ def test_a_file_of_24_gb_is_read_tensor_by_tensor(tmp_path):
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + start)
     assert start > 23e9
-    checkpoint = in_our_names(open_checkpoint(tmp_path / "f.safetensors"), interchange("flux").models["dit"])
-    assert len(checkpoint) == 4 * 180
-    tracemalloc.start()
-    for k in range(2):
-        for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"):
-            checkpoint[f"single_transformer_blocks.{k}.{part}.weight"]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 2 * 12288 * 3072 * 1.1  # bytes of the largest member
+    model = interchange("flux").models["dit"]
+    ours = in_our_names(open_checkpoint(tmp_path / "f.safetensors"), model)
+    assert len(ours) == 4 * 180
+    member, tensor = 2 * 12288 * 3072, 2 * 21504 * 3072  # bytes
+    for checkpoint, most in ((ours, member), (in_original_names(ours, model), tensor + member)):
+        stream = serialize(checkpoint)
+        assert stream.nbytes > start
+        pieces = stream.pieces()
+        tracemalloc.start()
+        for _ in range(6):
+            next(pieces)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2.1 * most  # a piece is let go of when the next one is there

@@ -95,8 +95,8 @@ def test_tensors_are_aligned_to_their_width():
 
 @pytest.mark.parametrize("metadata, values, text", [
     ({"a": 1}, {}, "metadata a=1 is not text"),
-    ({}, {"x": np.ones(2, complex)}, "tensor 'x' is ndarray of complex128"),
-    ({}, {"x": [1.0]}, "tensor 'x' is list of no dtype"),
+    ({}, {"x": np.ones(2, complex)}, "tensor 'x' of complex128"),
+    ({}, {"x": [1.0]}, "tensor 'x' is list"),
 ])
 def test_what_the_format_cannot_hold_is_named(tmp_path, metadata, values, text):
     with pytest.raises(WeightError, match=text):

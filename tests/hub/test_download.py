@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, only_this_machine
 
+from ms_diffsynth.config import load_config
 from ms_diffsynth.errors import ConfigError, HubError, WeightError
 from ms_diffsynth.hub import download as hub_module
 from ms_diffsynth.hub.download import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
+from ms_diffsynth.run.pipeline import model_configs, source_of
 
 NAME = "team/model"
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz0123"
@@ -297,6 +299,18 @@ def test_parsing(tmp_path):
     assert parse_model_id_with_origin_paths("ms:a/b:x,hf:a/b@v1:") == [
         ModelConfig(model_id="a/b", origin_file_pattern="x", download_source="modelscope"),
         ModelConfig(model_id="a/b", origin_file_pattern="", revision="v1", download_source="huggingface")]
+    assert [config.download_source for config in parse_model_id_with_origin_paths("a/b:x,hf:a/b:x", "modelscope")] == [
+        "modelscope", "huggingface"]
+
+
+@pytest.mark.parametrize("hub, sources", [("modelscope", ["modelscope", "huggingface"]), (None, [None, "huggingface"])])
+def test_the_setting_hub_is_also_where_models_come_from(hub, sources, tmp_path):
+    """--hub modelscope; the default leaves it to the environment."""
+    (tmp_path / "c.yaml").write_text("model: {family: toy, model_id_with_origin_paths: 'a/b:x,hf:c/d:y'}\n"
+                                     "data: {dataset_base_path: data}\nrun: {num_epochs: 1}\n")
+    config = load_config(tmp_path / "c.yaml", {"hub": hub} if hub else None)
+    found = model_configs(None, config.model.model_id_with_origin_paths, source_of(config))
+    assert [one.download_source for one in found] == sources
 
 
 @pytest.mark.parametrize("text", ["a/b", "gone/path/x", "a:b", "./a:b", "/a/b:c", "a/:x"])

@@ -29,7 +29,8 @@ def pipe(tiny_qwen):
 
 
 def test_text_to_image_is_that_of_diffusers(pipe, golden):
-    """Recorded from diffusers 0.35.2 and transformers 4.57.1 on the same weights, float32: docs/how_to/lora.md."""
+    """Recorded from diffusers 0.35.2 and transformers 4.57.1 on the same weights, float32; they differ elsewhere, see
+    docs/families/qwen_image.md."""
     wanted = load_state_dict(golden / "qwen_image_sampling/expected.safetensors")
     positive, negative = pipe.condition(PROMPT), pipe.condition("blurry")
     for slots, name in ((positive, "prompt_embeds"), (negative, "negative_prompt_embeds")):

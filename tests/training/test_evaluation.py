@@ -124,7 +124,7 @@ def test_what_cannot_be_meant(folder, real, tmp_path):
 def test_settings_that_do_not_fit():
     given = {"dataset_base_path": "data", "max_train_steps": "9", "model_paths": "m"}
     for more, text in (({"evaluation_count": "3", "family": "ddpm_unet"}, "evaluation_count=3"),
-                       ({"evaluation_steps": "5", "family": "ddpm_unet", "task": "sft:train"}, "makes no images")):
+                       ({"evaluation_steps": "5", "family": "ddpm_unet", "task": "sft:train"}, "data set is a cache")):
         with pytest.raises(ConfigError, match=text):
             load_config(None, given | more)
 

@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 from PIL import Image
 
 from ms_diffsynth.data import fonts
-from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.training.logger import COLUMNS, ModelLogger
 
 MAIN, OTHER = SimpleNamespace(is_main_process=True), SimpleNamespace(is_main_process=False)
@@ -120,39 +117,27 @@ def test_secrets_are_in_no_record_and_in_no_picture(tmp_path):
     assert with_token == hidden != logger.log_samples(2, pictures, ["another"]).read_bytes()
 
 
-def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ConfigError, match=r"tensorboardX is not installed: pip install 'ms_diffsynth\[logging\]'"):
-        ModelLogger(tmp_path, enable_tensorboard_log=True)
-    ModelLogger(tmp_path)
+def test_listeners_get_numbers_and_sample_images(tmp_path):
+    class Listener:
+        told = []
 
+        def scalars(self, values, step):
+            self.told.append((step, values))
 
-def test_tensorboard_gets_every_step(tmp_path, monkeypatch):
-    class SummaryWriter:
-        def __init__(self, folder):
-            self.folder, self.scalars, self.is_closed = folder, [], False
+        def images(self, images, captions, step):
+            self.told.append((step, [image.size for image in images], list(captions)))
 
-        def add_scalar(self, *values):
-            self.scalars.append(values)
-
-        def close(self):
-            self.is_closed = True
-
-    module = types.ModuleType("tensorboardX")
-    module.SummaryWriter = SummaryWriter
-    monkeypatch.setitem(sys.modules, "tensorboardX", module)
-    logger = ModelLogger(tmp_path, enable_tensorboard_log=True)
+    logger = ModelLogger(tmp_path)
     logger.start({})
+    logger.listeners.append(Listener())
     logger.log_step(record(1))
-    writer = logger._tensorboard
-    assert writer.folder == str(tmp_path / "tensorboard")
-    assert writer.scalars == [("loss", 0.5, 1), ("learning_rate", 1e-4, 1), ("grad_norm", 1.5, 1)]
-    logger.on_training_end(MAIN, Model())
-    assert writer.is_closed
+    logger.log_samples(1, [Image.new("RGB", (16, 8))], ["a cat"])
+    assert Listener.told == [(1, {"loss": 0.5, "learning_rate": 1e-4, "grad_norm": 1.5}), (1, [(16, 8)], ["a cat"])]
 
 
 def test_prompts_that_no_font_can_write_are_in_a_file(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fonts, "_FOLDERS", ())
+    monkeypatch.setattr(fonts, "_PACKAGE", "no_such_package")
     logger, images = ModelLogger(tmp_path), [Image.new("RGB", (32, 32))] * 2
     logger.log_samples(0, images, ["a cat", "a dog"])
     assert not (tmp_path / "samples/prompts.txt").exists() and not caplog.text

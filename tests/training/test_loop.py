@@ -104,6 +104,14 @@ def test_a_run_writes_its_records_checkpoints_and_pictures(folder, tmp_path, cap
         assert part in shown
 
 
+def test_a_compilation_is_told_with_its_size_where_there_are_several(folder, tmp_path, capfd):
+    train(tmp_path, Module(folder), [*rows(1), *rows(1, 1, side=(16, 24))], "graph", num_epochs=None,
+          max_train_steps=2, batch_size=2)
+    shown = capfd.readouterr().err
+    assert "compiling the training step 1 of 2 (" in shown and "compiled the training step 2 of 2 (" in shown
+    assert all(f"({size}) in " in shown for size in ("16 x 16", "24 x 16"))
+
+
 def test_intervals_count_steps_and_part_of_an_epoch_is_no_epoch(folder, tmp_path):
     train(tmp_path / "a", Module(folder), rows(3), num_epochs=None, max_train_steps=5, save_steps=2)
     assert checkpoints(tmp_path / "a") == ["step-2.safetensors", "step-4.safetensors", "step-5.safetensors"]

@@ -1,6 +1,11 @@
 """Progress: the bar, lines without a terminal, the timer of a compilation."""
 from __future__ import annotations
 
+import fcntl
+import os
+import struct
+import sys
+import termios
 import threading
 import time
 
@@ -11,7 +16,7 @@ from ms_diffsynth.training.progress import Progress
 
 @pytest.fixture
 def on_terminal(monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("ms_diffsynth.training.progress.is_terminal", lambda: True)
     monkeypatch.setattr(Progress, "timer_seconds", 0.01)
     return Progress()
 
@@ -63,7 +68,7 @@ def test_the_bar_shows_the_compilation_and_does_not_count_it(on_terminal, capfd)
     on_terminal.advance(loss="0.5", lr="1e-4")
     on_terminal.end()
     shown = capfd.readouterr().err
-    assert "compiled the step in 0.2 s" in shown and "loss=0.5, lr=1e-4" in shown
+    assert "compiled the step in 0.2 s" in shown and "loss 0.5  lr 1e-4" in shown
 
 
 def test_a_compilation_that_failed_leaves_no_timer_behind(on_terminal):
@@ -76,3 +81,48 @@ def test_a_compilation_that_failed_leaves_no_timer_behind(on_terminal):
         if threading.active_count() > before:
             time.sleep(0.01)
     assert threading.active_count() == before
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """``terminal(columns)`` makes stderr one; it returns what reads what is shown."""
+    opened = []
+
+    def call(columns):
+        reader, writer = os.openpty()
+        fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        opened.extend((reader, stream := os.fdopen(writer, "w")))
+        monkeypatch.setattr(sys, "stderr", stream)
+
+        def shown():
+            stream.flush()
+            return os.read(reader, 100_000).decode()
+
+        return shown
+
+    yield call
+    for reader, stream in zip(opened[::2], opened[1::2]):
+        stream.close()
+        os.close(reader)
+
+
+def test_80_columns_show_the_speed(terminal):
+    shown = terminal(80)
+    progress = Progress()
+    assert progress.is_terminal
+    progress.begin(20000, "training", "step", done=12344)
+    progress.bar.mininterval = 0
+    progress.advance(**{"images/s": "0.52", "loss": "0.1234", "lr": "1.0e-04", "skipped": "3"})
+    progress.bar.refresh()
+    last = shown().split("\r")[-1]
+    assert "12345/20000" in last and "0.52 images/s  loss 0.1234  lr 1.0e-04" in last and len(last) <= 80
+    progress.end()
+
+
+def test_a_terminal_without_columns_gets_lines(terminal):
+    shown = terminal(0)
+    progress = Progress()
+    progress.begin(1, "training", "step")
+    progress.advance(**{"images/s": "3.10", "loss": "0.5"})
+    progress.end()
+    assert not progress.is_terminal and shown() == "training 1/1  3.10 images/s  loss 0.5\r\n"

@@ -67,7 +67,7 @@ class EncodePictures(PipelineUnit):
         if not images:
             width = pipe.config("text_encoder")["vision_config"]["out_hidden_size"]
             return {"vision_embeds": Tensor(np.zeros((1, 0, width), np.float32)), "picture_sides": []}
-        pipe.check_vision()
+        pipe.check_editing()
         embeds, sides = [], []
         for image in images:
             patches, (rows, columns) = patches_of(self.picture(pipe, image))

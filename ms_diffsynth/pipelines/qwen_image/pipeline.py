@@ -12,10 +12,11 @@ from ms_diffsynth.diffusion.guidance import classifier_free_with_norms
 from ms_diffsynth.diffusion.schedule import ExponentialShift, FlowMatchSettings, Grid, TerminalStretch, linspace
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.formats.interchange import read_table
-from ms_diffsynth.models import LIST, NUMBERS, SIZE, SIZES, Component, arguments
+from ms_diffsynth.models import LIST, NUMBERS, SIZE, SIZES, Component, arguments, blocks, columns
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.qwen_image import edit, units
 from ms_diffsynth.pipelines.qwen_image.denoise import Denoise
+from ms_diffsynth.pipelines.qwen_image.published import PUBLISHED
 from ms_diffsynth.pipelines.shared.edit import LoadEditImage
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
@@ -58,9 +59,12 @@ COMPONENTS = (
     Component(name="text_encoder", folder="text_encoder", class_name="Qwen2_5_VLForConditionalGeneration",
               build=_build_text_encoder, ignored=("visual.", "lm_head.")),
     Component(name="vae", folder="vae", class_name="AutoencoderKLQwenImage", build=_build_vae,
-              reads={"z_dim": SIZE, "temperal_downsample": LIST, "latents_mean": NUMBERS, "latents_std": NUMBERS}),
+              reads={"z_dim": SIZE, "temperal_downsample": LIST, "latents_mean": NUMBERS, "latents_std": NUMBERS},
+              encoder=("encoder", "quant_conv")),
     Component(name="dit", folder="transformer", class_name="QwenImageTransformer2DModel", build=_build_dit,
-              reads={"axes_dims_rope": SIZES}),
+              reads={"axes_dims_rope": SIZES}, known={name: configs["dit"] for name, configs in PUBLISHED.items()},
+              told_by={"num_layers": blocks("transformer_blocks."), "in_channels": columns("img_in.weight"),
+                       "joint_attention_dim": columns("txt_in.weight")}),
 )
 
 # what text to image leaves out of the text encoder, and editing needs
@@ -137,13 +141,18 @@ class QwenImagePipeline(ImagePipeline):
 
     def use_input(self, name: str) -> None:
         super().use_input(name)
-        if name == "edit_image" and "text_encoder" in self.sources:
-            self.check_vision()
+        if name == "edit_image":
+            self.check_editing()
 
-    def check_vision(self) -> None:
-        """Raises: WeightError when the text encoder has no vision tower."""
-        if "vision_tower" not in self.model_names:
-            place = self.sources["text_encoder"].folder if "text_encoder" in self.sources else "the text encoder"
+    def check_editing(self) -> None:
+        """Raises: WeightError when the text encoder has no vision tower, or the transformer came without config.json, which
+        alone says whether it is -2511."""
+        if "dit" in self.sources and self.sources["dit"].config is not None:
+            raise WeightError(f"{self.sources['dit'].folder / 'config.json'} is missing: it says how references are "
+                              "modulated (zero_cond_t, of Qwen-Image-Edit-2511), which no tensor does. Put the "
+                              "config.json of the model's transformer/ beside its weights.")
+        if "text_encoder" in self.sources and "vision_tower" not in self.model_names:
+            place = self.sources["text_encoder"].folder
             raise WeightError(f"{place} has no vision tower (no tensors visual.*), by which references are read: "
                               "expected the text_encoder/ of Qwen-Image or Qwen-Image-Edit. Give the whole folder.")
 

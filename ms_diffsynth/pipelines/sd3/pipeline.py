@@ -1,7 +1,9 @@
 """Stable Diffusion 3 and 3.5: text encoders CLIP-L, CLIP-G and T5, a VAE with 16 channels, joint attention."""
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,23 @@ import numpy as np
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, diffsynth_flux, linspace, sampling_sigmas
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.formats.interchange import read_table
-from ms_diffsynth.models import SIZE, Component, arguments, read_config
+from ms_diffsynth.models import SIZE, Component, Shapes, arguments, blocks, columns, read_config, rows
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.sd3 import units
 from ms_diffsynth.pipelines.sd3.denoise import Denoise
+from ms_diffsynth.pipelines.sd3.published import PUBLISHED
 from ms_diffsynth.pipelines.shared import autoencoder_kl
 from ms_diffsynth.pipelines.shared.autoencoder_kl import AUTOENCODER_KL, Decode, EncodeImage
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.t5 import weight_dtype
 from ms_diffsynth.pipelines.shared.text import (
+    CLIP_G,
+    CLIP_L,
     CLIP_TOKENIZER,
+    CLIP_TOLD_BY,
     T5_TOKENIZER,
+    T5_TOLD_BY,
+    T5_XXL,
     build_clip_tokenizer,
     build_clip_with_projection,
     build_t5,
@@ -41,7 +49,19 @@ def _build_clip_g(config: dict[str, Any]):
     return cell
 
 
-_CLIP = {"class_name": "CLIPTextModelWithProjection", "ignored": ("text_model.embeddings.position_ids",)}
+def _dual_blocks(shapes: Shapes) -> list[int] | None:
+    found = sorted(int(name.split(".")[1]) for name in shapes if name.endswith(".attn2.to_q.weight"))
+    return found or None
+
+
+def _identity(shapes: Shapes) -> np.ndarray:
+    """CLIP-L's projection, which Stable Diffusion 3's files are without. Source: diffusers 0.39, loaders."""
+    return np.eye(shapes["text_model.final_layer_norm.weight"][0], dtype=np.float32)
+
+
+_CLIP = {"class_name": "CLIPTextModelWithProjection", "ignored": ("text_model.embeddings.position_ids",),
+         "told_by": CLIP_TOLD_BY}
+_NORM = "transformer_blocks.0.attn.norm_q.weight"
 COMPONENTS = (
     Component(name="tokenizer_1", folder="tokenizer", build=build_clip_tokenizer, default_folder=CLIP_TOKENIZER,
               libraries=("transformers", "ftfy")),
@@ -49,13 +69,23 @@ COMPONENTS = (
               default_folder=Path(__file__).parent / "tokenizer_2", libraries=("transformers", "ftfy")),
     Component(name="tokenizer_3", folder="tokenizer_3", build=build_t5_tokenizer, default_folder=T5_TOKENIZER,
               libraries=("transformers", "sentencepiece")),
-    Component(name="text_encoder_1", folder="text_encoder", build=build_clip_with_projection, **_CLIP),
-    Component(name="text_encoder_2", folder="text_encoder_2", build=_build_clip_g, **_CLIP),
+    Component(name="text_encoder_1", folder="text_encoder", build=build_clip_with_projection,
+              known={"CLIP-L": CLIP_L | {"architectures": ["CLIPTextModelWithProjection"]}},
+              left_out={"text_projection.weight": _identity}, **_CLIP),
+    Component(name="text_encoder_2", folder="text_encoder_2", build=_build_clip_g,
+              known={"CLIP-G": CLIP_G | {"architectures": ["CLIPTextModelWithProjection"]}}, **_CLIP),
     Component(name="text_encoder_3", folder="text_encoder_3", class_name="T5EncoderModel", build=build_t5,
-              ignored=("encoder.embed_tokens.weight",), weight_dtype=weight_dtype),
-    AUTOENCODER_KL,
+              ignored=("encoder.embed_tokens.weight",), weight_dtype=weight_dtype, known={"T5 v1.1 XXL": T5_XXL},
+              told_by=T5_TOLD_BY),
+    replace(AUTOENCODER_KL, known={name: configs["vae"] for name, configs in PUBLISHED.items()}),
     Component(name="dit", folder="transformer", class_name="SD3Transformer2DModel", build=_build_dit,
-              reads={"pos_embed_max_size": SIZE, "patch_size": SIZE, "joint_attention_dim": SIZE}),
+              reads={"pos_embed_max_size": SIZE, "patch_size": SIZE, "joint_attention_dim": SIZE},
+              known={name: configs["dit"] for name, configs in PUBLISHED.items()},
+              told_by={"num_layers": blocks("transformer_blocks."), "dual_attention_layers": _dual_blocks,
+                       "caption_projection_dim": rows("context_embedder.weight"),
+                       "joint_attention_dim": columns("context_embedder.weight"),
+                       "qk_norm": lambda shapes: "rms_norm" if _NORM in shapes else None,
+                       "pos_embed_max_size": lambda shapes: isqrt(columns("pos_embed.pos_embed")(shapes) or 0)}),
 )
 
 # What diffusers' train_dreambooth_lora_sd3.py adapts

@@ -20,7 +20,8 @@ def build_autoencoder_kl(config: dict[str, Any]):
 AUTOENCODER_KL = Component(
     name="vae", folder="vae", class_name="AutoencoderKL", build=build_autoencoder_kl,
     reads={"latent_channels": SIZE, "block_out_channels": SIZES, "scaling_factor": SCALE,
-           "shift_factor": optional(NUMBER)}, told_by={"latent_channels": columns("decoder.conv_in.weight")})
+           "shift_factor": optional(NUMBER)}, told_by={"latent_channels": columns("decoder.conv_in.weight")},
+    encoder=("encoder", "quant_conv"))
 
 
 def scale_factor(config: dict[str, Any]) -> int:

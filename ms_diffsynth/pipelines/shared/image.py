@@ -12,6 +12,7 @@ import numpy as np
 from mindspore import Tensor
 from PIL import Image
 
+from ms_diffsynth import runtime
 from ms_diffsynth.data.images import to_pil, to_rgb
 from ms_diffsynth.data.operators import ImageCropAndResize
 from ms_diffsynth.data.prompts import prompt_problem
@@ -25,7 +26,7 @@ from ms_diffsynth.pipeline import Pipeline, UnitSequence, pad_prompts
 from ms_diffsynth.pipelines.shared.edit import references
 from ms_diffsynth.pipelines.shared.scheduler import Scheduler
 from ms_diffsynth.pipelines.shared.tiles import Tiles
-from ms_diffsynth.program import Program
+from ms_diffsynth.program import Program, slot
 from ms_diffsynth.template.cache import JoinTemplateCache, TemplateCache, to_slots
 from ms_diffsynth.units import TensorUnit, run_unit
 
@@ -234,6 +235,12 @@ class ImagePipeline(Pipeline):
             if first.keys() == given.keys():
                 again = program.branch([name for name in given if given[name] is not first[name]], ("velocity",))
                 slots, units = prepared | slots, tuple(unit for unit in units if unit.name in again)
+            further = [unit for name in given if name in self.optional_units for unit in self.optional_units[name]]
+            reads_prompt = any("prompt" in map(slot, unit.input_params) for unit in further)  # with its references, say
+            if self.prepared_prompts is not None and "prompt" in given and not reads_prompt:
+                there = self.prepared_prompt(given["prompt"])
+                left = cut.still_to_run({*there, *given})
+                slots, units = slots | there, tuple(unit for unit in units if unit in left)
             first, prepared = given, self.run(units, slots)
             self.check_widths(prepared)
             lost = [name for name in cut.cache if name not in prepared]
@@ -244,6 +251,14 @@ class ImagePipeline(Pipeline):
             found.append({name: Tensor(padded[name][None]) if name in padded else prepared[name] for name in cut.cache}
                          | to_slots(branch.get("template_cache") or {}))
         return found[0], found[1]
+
+    def prepared_prompt(self, prompt: str) -> dict[str, Tensor]:
+        """Slots of one of ``prepared_prompts``. Raises: ConfigError for another prompt."""
+        if prompt not in self.prepared_prompts:
+            raise ConfigError(f"prompt={shortened(prompt)} is not in the cache, and this stage of split training loads "
+                              f"no text encoder: expected one of {listing(map(repr, self.prepared_prompts), 3)}. "
+                              "Run stage one, --task sft:data_process, with it among sample_prompts.")
+        return {name: runtime.to_device(array[None]) for name, array in self.prepared_prompts[prompt].items()}
 
     def denoiser(self, condition: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
         """``denoise(latents, sigma) -> velocity`` under one condition; compiled once per shape in mode graph."""
@@ -284,7 +299,18 @@ class ImagePipeline(Pipeline):
                tile_stride: int | None = None) -> list[Image.Image]:
         """Images from latents; in tiles as `__call__`."""
         slots = {"latents": latents, "tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
-        return [to_pil(p) for p in run_unit(self.build_decode(), self, slots)["pixels"].asnumpy()]
+        pipe = self if self.prepared_prompts is None else _WithDecoder(self)
+        return [to_pil(p) for p in run_unit(self.build_decode(), pipe, slots)["pixels"].asnumpy()]
+
+
+class _WithDecoder:
+    """A pipeline whose models are for decoding alone; see `models.ModelStore.decoder`."""
+
+    def __init__(self, pipe: ImagePipeline):
+        self._pipe = pipe
+
+    def __getattr__(self, name: str) -> Any:
+        return self._pipe.store.decoder(name) if name in self._pipe.model_names else getattr(self._pipe, name)
 
 
 def scaled(image: Image.Image, height: int, width: int) -> Image.Image:

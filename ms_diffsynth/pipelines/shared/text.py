@@ -31,6 +31,8 @@ T5_XXL = {"architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size":
           "d_ff": 10240, "num_layers": 24, "num_heads": 64, "relative_attention_num_buckets": 32,
           "relative_attention_max_distance": 128, "dense_act_fn": "gelu_new", "feed_forward_proj": "gated-gelu",
           "is_gated_act": True, "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False}
+CLIP_G = CLIP_L | {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+                   "hidden_act": "gelu", "projection_dim": 1280}
 CLIP_TOLD_BY = {"hidden_size": columns("text_model.embeddings.token_embedding.weight"),
                 "num_hidden_layers": blocks("text_model.encoder.layers.")}
 T5_TOLD_BY = {"d_model": columns("shared.weight"), "num_layers": blocks("encoder.block.")}

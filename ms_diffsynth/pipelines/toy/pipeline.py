@@ -86,7 +86,8 @@ COMPONENTS = (
     Component(name="vae", folder="vae", class_name="ToyAutoencoder",
               build=lambda config: vae_units.with_latents(ToyAutoencoder, EncodeImage, Decode)(
                   **arguments(ToyAutoencoder, config)),
-              reads={"latent_channels": SIZE, "scaling_factor": SCALE, "shift_factor": optional(NUMBER)}),
+              reads={"latent_channels": SIZE, "scaling_factor": SCALE, "shift_factor": optional(NUMBER)},
+              encoder=("encoder",)),
     Component(name="dit", folder="transformer", class_name="ToyTransformer",
               build=lambda config: ToyTransformer(**arguments(ToyTransformer, config))),
 )

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ms_diffsynth import __version__, registry
-from ms_diffsynth.config import flat
+from ms_diffsynth.config import flat, prompts_of
 from ms_diffsynth.errors import UserError
 from ms_diffsynth.hub.card import Card, model_card
 from ms_diffsynth.hub.download import parse_model_id_with_origin_paths, parse_path_or_model_id
@@ -103,7 +103,7 @@ def publishing(accelerator: Accelerator, model: DiffusionTrainingModule, logger:
 
 def run_card(model: DiffusionTrainingModule, logger: ModelLogger, dataset: Any, args: Any) -> str:
     """README.md of a run as it stands: the weights saved last, and the sample images made last."""
-    pipe, prompts, base = model.pipe, tuple(getattr(args, "sample_prompts", ())), _base_model(model, args)
+    pipe, prompts, base = model.pipe, tuple(prompts_of(getattr(args, "sample_prompts", ()))), _base_model(model, args)
     family = registry.family(args.family)
     rows = getattr(dataset, "rows", dataset)
     count = rows if isinstance(rows, int) else len(rows)
@@ -158,7 +158,7 @@ def _with_template(model: DiffusionTrainingModule, logger: ModelLogger, args: An
                  for config in parse_model_id_with_origin_paths(args.model_id_with_origin_paths)]
         base = f"[\n{''.join(files)}]"
     inputs = json.loads(args.sample_template_inputs or "{}")
-    prompt = json.dumps(redact((*getattr(args, "sample_prompts", ()), "a cat")[0]), ensure_ascii=False)
+    prompt = json.dumps(redact((*prompts_of(getattr(args, "sample_prompts", ())), "a cat")[0]), ensure_ascii=False)
     is_there, cls = args.hub == "huggingface", type(model.pipe).__name__
     library, download = ("huggingface_hub", "hf_hub_download") if is_there else ("modelscope", "model_file_download")
     return f"""\

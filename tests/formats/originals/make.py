@@ -81,6 +81,31 @@ def autoencoder():
     return tensors
 
 
+def mmdit():
+    """Stable Diffusion 3.5's: the first block has two attentions, the last changes no text."""
+    tensors = {"pos_embed": torch.randn(1, 9, D, generator=generator).bfloat16(),
+               **convolution("x_embedder.proj", D, 4, 2), **linear("context_embedder", D, 6),
+               **linear("final_layer.linear", 16, D), **linear("final_layer.adaLN_modulation.1", 2 * D, D)}
+    for embedder in ("t_embedder", "y_embedder"):
+        tensors |= {**linear(f"{embedder}.mlp.0", D, 6), **linear(f"{embedder}.mlp.2", D, D)}
+    for k, (parts, parts_of_text) in enumerate(((9, 6), (6, 6), (6, 2))):
+        for side, count in (("x_block", parts), ("context_block", parts_of_text)):
+            block = f"joint_blocks.{k}.{side}"
+            tensors |= {**linear(f"{block}.attn.qkv", 3 * D, D), **linear(f"{block}.adaLN_modulation.1", count * D, D),
+                        **norm_of_heads(f"{block}.attn")}
+            if count > 2:
+                tensors |= {**linear(f"{block}.attn.proj", D, D), **linear(f"{block}.mlp.fc1", 4 * D, D),
+                            **linear(f"{block}.mlp.fc2", D, 4 * D)}
+            if count == 9:
+                tensors |= {**linear(f"{block}.attn2.qkv", 3 * D, D), **linear(f"{block}.attn2.proj", D, D),
+                            **norm_of_heads(f"{block}.attn2")}
+    return {f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def norm_of_heads(name):
+    return {f"{name}.{part}.weight": torch.randn(4, generator=generator).bfloat16() for part in ("ln_q", "ln_k")}
+
+
 def put(name, tensors, converted):
     save_file(tensors, OUT / f"{name}.safetensors")
     DIGESTS[name] = {key: [list(array.shape), hashlib.sha256(
@@ -95,4 +120,6 @@ if __name__ == "__main__":
     put("flux2", flux2, diffusers.convert_flux2_transformer_checkpoint_to_diffusers(dict(flux2)))
     config = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     put("vae", vae, diffusers.convert_ldm_vae_checkpoint(dict(vae), config))
+    sd3 = mmdit()
+    put("sd3", sd3, diffusers.convert_sd3_transformer_checkpoint_to_diffusers(dict(sd3)))
     (OUT / "digests.json").write_text(json.dumps(DIGESTS, indent=0, sort_keys=True) + "\n")

@@ -1,0 +1,214 @@
+"""The sample images of a run: with what each is made, which prompts that takes, and the function that makes them."""
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import math
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from ms_diffsynth.config import SAMPLE_OVERRIDES, TrainConfig, prompts_of
+from ms_diffsynth.data.buckets import nearest_bucket, own_bucket
+from ms_diffsynth.data.dataset import UnifiedDataset
+from ms_diffsynth.data.images import read_image
+from ms_diffsynth.errors import CacheError, ConfigError, WeightError, listing, naming, shortened
+from ms_diffsynth.formats.json_text import NotJSON, parse_json
+from ms_diffsynth.launch.worker import still
+from ms_diffsynth.pipeline import Pipeline
+from ms_diffsynth.pipelines.shared.edit import references
+from ms_diffsynth.run.pipeline import most_pixels
+from ms_diffsynth.storage.cache import Cache
+from ms_diffsynth.template.units import trained_template_cache
+from ms_diffsynth.training.two_stage import stage_of
+
+logger = logging.getLogger(__name__)
+
+Sampler = Callable[..., list[Image.Image]]
+
+
+def planned_samples(config: TrainConfig, pipe: Pipeline,
+                    usual: tuple[int | None, int | None] = (None, None)) -> list[dict[str, Any]]:
+    """The arguments of the call of ``pipe`` that makes each sample image, in the order of ``sample_prompts``.
+
+    An entry of ``sample_prompts`` that is a mapping overrides the settings ``sample_...`` for its own image.
+
+    Args:
+        usual: height and width where no setting says them, in pixels.
+
+    Raises: ConfigError for guidance that the model does not take, or a negative prompt that nothing would read.
+    """
+    run = config.run
+    same = {name: getattr(run, setting) for name, setting in SAMPLE_OVERRIDES.items()}
+    same |= {"height": run.sample_height or config.data.height or usual[0],
+             "width": run.sample_width or config.data.width or usual[1]}
+    planned = []
+    for k, entry in enumerate(run.sample_prompts):
+        own = {"prompt": entry} if isinstance(entry, str) else dict(entry)
+        image = same | {"seed": run.sample_seed + k} | own
+        image["embedded_guidance"] = image.pop("guidance")
+        name = f"the sample image of {shortened(image['prompt'], 60)!r}"
+        if image["embedded_guidance"] is not None and not pipe.takes_guidance:
+            raise ConfigError(f"guidance {image['embedded_guidance']} for {name}: this model is told none. Remove "
+                              "sample_guidance, or set sample_cfg_scale.")
+        if image["negative_prompt"] and _cfg_scale(image, pipe) == 1:
+            raise ConfigError(f"negative prompt {shortened(image['negative_prompt'], 60)!r} for {name}, with a "
+                              "cfg_scale of 1, which reads none. Set sample_cfg_scale, for example to 4, or remove "
+                              "the negative prompt.")
+        pipe.check_sampler(image["sampler"])
+        planned.append(image)
+    return planned
+
+
+def prompts_to_prepare(config: TrainConfig, pipe: Pipeline) -> list[str]:
+    """The prompts of which stage one of split training keeps the embeddings for stage two: those of sample images, and
+    the empty one of caption dropout.
+    """
+    is_dropped = config.data.caption_dropout is not None and "prompt" in pipe.inputs
+    return list(dict.fromkeys([*_sampled_prompts(config, pipe), *([""] if is_dropped else [])]))
+
+
+def _sampled_prompts(config: TrainConfig, pipe: Pipeline) -> list[str]:
+    """What sample images are made of, negative prompts too."""
+    planned = planned_samples(config, pipe) if config.run.sample_prompts and "prompt" in pipe.inputs else []
+    negative = [image["negative_prompt"] for image in planned if _cfg_scale(image, pipe) != 1]
+    return list(dict.fromkeys([*(image["prompt"] for image in planned), *negative]))
+
+
+def check_prompts(config: TrainConfig, pipe: Pipeline, folder: str) -> None:
+    """Refuse to make sample images of prompts that a cache does not have. Raises: CacheError with the command that adds
+    them; WeightError where no files of the VAE are given.
+    """
+    if "prompt" not in pipe.inputs or not config.run.sample_prompts:
+        return
+    for name in pipe.build_decode().onload_model_names:
+        with naming("sample_prompts", WeightError):
+            pipe.store.source(name)
+    there = Cache(folder).prompts
+    lost = [prompt for prompt in _sampled_prompts(config, pipe) if prompt not in there]
+    if lost:
+        prompts = json.dumps(list(config.run.sample_prompts), ensure_ascii=False)
+        kind = config.objective.task.partition(":")[0]
+        raise CacheError(
+            f"the cache in {folder} lacks the sample {'prompt' if len(lost) == 1 else 'prompts'} "
+            f"{listing((repr(shortened(prompt, 60)) for prompt in lost), 5)}, and stage two loads no text encoder. "
+            "Expected prompts that stage one has encoded. Add them, with the settings of stage one: ms-diffsynth train "
+            f"CONFIG.yaml --task {kind}:data_process --output_path {shlex.quote(str(folder))} --sample_prompts "
+            f"{shlex.quote(prompts)}; or remove them, by --sample_prompts '[]'.")
+
+
+def sample_references(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> list[list[Image.Image]]:
+    """The reference images of each sample image: as set, or those of the first rows of ``dataset`` that have any, where
+    the run trains on references. Empty for none.
+
+    Raises: ConfigError for a family that takes none; DataError for a file that is not an image.
+    """
+    run, count = config.run, len(config.run.sample_prompts)
+    if run.sample_edit_images and "edit_image" not in pipe.optional_units:
+        raise ConfigError(f"sample_edit_images={','.join(run.sample_edit_images)}: the family {config.model.family} "
+                          "takes no reference images. Remove it.")
+    if not count:
+        return []
+    if run.sample_edit_images:
+        with naming("sample_edit_images"):
+            each = [[read_image(name.strip()) for name in names.split(";") if name.strip()]
+                    for names in run.sample_edit_images]
+        return each * count if len(each) == 1 else each
+    if "edit_image" not in pipe.inputs:
+        return []
+    if stage_of(config.objective.task) == "train" or not isinstance(dataset, UnifiedDataset):
+        logger.warning("sample images have no references: this stage reads no data set. Name some by "
+                       "sample_edit_images.")
+        return []
+    rows = [row for row, cells in enumerate(dataset.rows) if cells.get("edit_image")][:count]
+    if rows:
+        logger.info("sample images have the references of %s; others are named by sample_edit_images.",
+                    listing((dataset.label(row) for row in rows), 3))
+    found = [references(dataset.cells(row, ["edit_image"])["edit_image"]) for row in rows]
+    return list(itertools.islice(itertools.cycle(found), count)) if found else []
+
+
+def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None,
+                  edited: Sequence[Sequence[Image.Image]] | None = None) -> tuple[Sampler | None, list[str]]:
+    """``sampler()`` makes one image a prompt, always from the same seeds; and the prompts. None without prompts.
+
+    Without sample_height and height it makes them at the size of most images of ``dataset``, in stage two of those of
+    the cache, or square.
+
+    Each has the reference images ``edited``; None takes those of `sample_references`.
+
+    ``sampler(count)`` makes this many, with the prompts in turn. For a family without prompts, ``sampler()`` makes
+    ``sample_count`` images.
+
+    Raises: ConfigError as `planned_samples`.
+    """
+    run = config.run
+    if "prompt" not in pipe.inputs:
+        size, how = run.sample_count, {"num_inference_steps": run.num_inference_steps, "sampler": run.sampler}
+        pipe.check_sampler(run.sampler)
+
+        def sampler(count: int = size) -> list[Image.Image]:
+            images = []
+            for k in range(-(-count // size)):  # groups of one size, for which the network is compiled once
+                still()
+                images += pipe(batch_size=size, seed=run.sample_seed + k, height=run.sample_height,
+                               width=run.sample_width, **how)
+            return images[:count]
+
+        return sampler if size else None, []
+    if not run.sample_prompts:
+        return None, []
+    planned = planned_samples(config, pipe, _usual_size(config, pipe, dataset))
+    inputs = sample_template_inputs(config)
+    edited = sample_references(config, pipe, dataset) if edited is None else edited
+
+    def sampler(count: int = len(planned)) -> list[Image.Image]:
+        caches = [trained_template_cache(pipe, given) for given in inputs] if inputs else [None] * len(planned)
+        images = []
+        for k in range(count):
+            still()
+            image, cache = planned[k % len(planned)], caches[k % len(planned)]
+            seed = image["seed"] + k - k % len(planned)  # other images of the same prompts have other seeds
+            further = {"template_cache": cache} if cache else {}
+            further |= {"edit_image": list(edited[k % len(planned)])} if edited else {}
+            images.append(pipe(**{**image, "seed": seed}, **further))
+        return images
+
+    return sampler, prompts_of(run.sample_prompts)
+
+
+def sample_template_inputs(config: TrainConfig) -> list[Mapping[str, Any]]:
+    """Template inputs of each sample image; empty for none. Raises: ConfigError."""
+    text, count, given = config.run.sample_template_inputs, len(config.run.sample_prompts), None
+    if not text:
+        return []
+    with contextlib.suppress(NotJSON):
+        given = parse_json(text, None)
+    inputs = [given] * count if isinstance(given, dict) else given
+    if not isinstance(inputs, list) or len(inputs) != count or not all(isinstance(item, dict) for item in inputs):
+        raise ConfigError(f"sample_template_inputs={shortened(text)}: expected a JSON object such as "
+                          f"{{\"scale\": 0.5}}, or a list of {count}, one for each of sample_prompts.")
+    return inputs
+
+
+def _usual_size(config: TrainConfig, pipe: Pipeline, dataset: Any) -> tuple[int, ...]:
+    """(height, width) of most images that are trained on, or of a square of the model's size, in pixels."""
+    most = most_pixels(config)
+    usual = own_bucket(math.isqrt(most), math.isqrt(most), most, pipe.division_factor)
+    sizes: Iterable[tuple[int, ...]] = ()
+    if stage_of(config.objective.task) == "train":
+        cache = Cache(config.data.cache_dir or config.data.dataset_base_path)
+        sizes = (cache.kind(row.key).size for row in cache.rows("instance"))
+    elif buckets := getattr(dataset, "buckets", ()):
+        found = (nearest_bucket(*dataset.image_size(row), buckets) for row in range(len(dataset.rows)))
+        sizes = ((bucket.height, bucket.width) for bucket in found)
+    return next(iter(Counter(sizes).most_common(1)), ((usual.height, usual.width), 0))[0]
+
+
+def _cfg_scale(image: Mapping[str, Any], pipe: Pipeline) -> float:
+    return pipe.sampling.cfg_scale if image["cfg_scale"] is None else image["cfg_scale"]

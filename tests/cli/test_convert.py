@@ -1,0 +1,90 @@
+"""``ms-diffsynth convert``: single file to folder and back."""
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ms_diffsynth.cli.main import main
+from ms_diffsynth.formats.weights import load_state_dict, open_checkpoint, save_state_dict
+from ms_diffsynth.registry import family, family_of
+
+
+def convert(source, output, to, *flags):
+    return main(["convert", str(source), str(output), "--to", to, *flags])
+
+
+@pytest.fixture
+def known(tiny_model, monkeypatch):
+    """``known(family)``: the folder of the tiny model, which is known by names and shapes."""
+    def make(name):
+        folder, cls = tiny_model(name), family(name).pipeline
+        monkeypatch.setattr(cls, "components", tuple(
+            replace(c, known={"tiny": json.loads((folder / c.folder / "config.json").read_text())}) if c.known else c
+            for c in cls.components))
+        return folder
+    return make
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "sd3"])
+def test_a_transformer_there_and_back(name, known, tmp_path, capsys):
+    folder = known(name) / "transformer"
+    assert convert(folder, tmp_path / "one.safetensors", "original") == 0
+    assert convert(tmp_path / "one.safetensors", tmp_path / "again", "diffusers", "--family", name) == 0
+    assert convert(tmp_path / "again", tmp_path / "two.safetensors", "original", "--family", name) == 0
+    assert capsys.readouterr().out.endswith("two.safetensors: dit\n")
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+    before, after = load_state_dict(folder), load_state_dict(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(array, after[key]) for key, array in before.items())
+    assert json.loads((tmp_path / "again/config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    names = set(load_state_dict(tmp_path / "one.safetensors"))
+    beginning = {"flux": "double_blocks.0.img_attn.qkv", "flux2": "double_blocks.0.img_attn.qkv",
+                 "qwen_image": "transformer_blocks.0.attn.to_q", "sd3": "model.diffusion_model.joint_blocks.0.x_block"}
+    assert any(key.startswith(beginning[name]) for key in names)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_a_whole_pipeline_there_and_back(name, known, tmp_path):
+    folder = known(name)
+    assert convert(folder, tmp_path / "one.safetensors", "original") == 0
+    assert convert(tmp_path / "one.safetensors", tmp_path / "again", "diffusers") == 0
+    assert family_of(tmp_path / "again") == name
+    index = json.loads((folder / "model_index.json").read_text())
+    assert json.loads((tmp_path / "again/model_index.json").read_text()) == index
+    for part in (part for part in index if (folder / part / "config.json").is_file()):
+        before, after = load_state_dict(folder / part), load_state_dict(tmp_path / "again" / part)
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(array, after[key]) for key, array in before.items())
+
+
+def test_what_a_file_lacks_of_a_pipeline_is_said(known, tmp_path, capsys):
+    folder = known("flux")
+    convert(folder, tmp_path / "one.safetensors", "original")
+    whole = open_checkpoint(tmp_path / "one.safetensors")
+    save_state_dict(tmp_path / "two.safetensors", whole.with_entries(
+        {k: v for k, v in whole.entries.items() if not k.startswith("text_encoders")}))
+    capsys.readouterr()
+    assert convert(tmp_path / "two.safetensors", tmp_path / "parts", "diffusers") == 0
+    assert "not a whole pipeline: text_encoder, text_encoder_2 are not in" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["transformer", "vae"]
+
+
+@pytest.mark.fault
+def test_what_cannot_be_converted_is_refused(known, tmp_path, capsys):
+    folder, out = known("flux"), tmp_path / "out.safetensors"
+    assert convert(tmp_path / "absent", out, "original") == 66
+    assert "does not exist" in capsys.readouterr().err
+    assert convert(folder / "transformer", tmp_path / "out", "original") == 74
+    assert "ends in .safetensors" in capsys.readouterr().err
+    assert convert(folder / "vae", out, "original") == 0  # the same in every family that has it
+    assert convert(folder / "vae", out, "original") == 74
+    assert "exists: expected a new file" in capsys.readouterr().err
+    assert convert(out, tmp_path / "vae", "diffusers", "--family", "odd") == 64
+    assert convert(out, tmp_path / "vae", "diffusers") == 64  # SD3's own VAE has these names and shapes too
+    assert "may be of flux or of sd3, which have the same names and shapes" in capsys.readouterr().err
+    assert convert(out, tmp_path / "vae", "diffusers", "--family", "flux") == 0
+    assert convert(known("qwen_image"), tmp_path / "q.safetensors", "original") == 66
+    assert "the publisher's names of vae of Qwen-Image are not known" in capsys.readouterr().err

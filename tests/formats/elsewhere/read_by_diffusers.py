@@ -1,0 +1,116 @@
+"""Load what write.py wrote by diffusers: LoRAs (the change of every weight, and the same image) and whole pipelines.
+
+    python tests/formats/elsewhere/read_by_diffusers.py OUT [FAMILY ...]       (an environment with torch and diffusers)
+
+Prints the largest difference of the change of any weight for each layout, and of any pixel of 255, with and without the
+LoRA. Text encoders are left out: what they make of the prompt is given. FLUX.1's converter of original names has the
+widths 3072 and 12288 of the real model in its code; here they are replaced by those of the tiny one.
+"""
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import diffusers
+import huggingface_hub
+import peft
+import torch
+import transformers
+from diffusers.loaders import lora_conversion_utils as converters
+from safetensors.torch import load_file
+
+STEPS = 4
+
+
+def pipeline(name: str, model: Path):
+    transformer = {"flux": "FluxTransformer2DModel", "flux2": "Flux2Transformer2DModel",
+                   "qwen_image": "QwenImageTransformer2DModel", "sd3": "SD3Transformer2DModel"}[name]
+    vae = {"flux2": "AutoencoderKLFlux2", "qwen_image": "AutoencoderKLQwenImage"}.get(name, "AutoencoderKL")
+    cls = getattr(diffusers, json.loads((model / "model_index.json").read_text())["_class_name"])
+    given = {n: None for n in inspect.signature(cls.__init__).parameters if n.startswith(("text_enc", "tokenizer"))}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler")
+    return cls(transformer=getattr(diffusers, transformer).from_pretrained(model / "transformer").eval(),
+               vae=getattr(diffusers, vae).from_pretrained(model / "vae").eval(), scheduler=scheduler, **given)
+
+
+def packed(noise: torch.Tensor) -> torch.Tensor:
+    """[1, C, H, W] as [1, H/2 W/2, 4 C]."""
+    b, c, h, w = noise.shape
+    return noise.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+@torch.no_grad()
+def image(name: str, pipe, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    noise, how = given["noise"], {"prompt_embeds": given["prompt_embeds"]}
+    if name in ("flux", "sd3"):
+        how["pooled_prompt_embeds"] = given["pooled_prompt_embeds"]
+    if name == "qwen_image":
+        mask = given["prompt_mask"]  # prompts are padded with zeros
+        length = int(mask.sum())
+        how |= {"prompt_embeds": given["prompt_embeds"][:, :length], "true_cfg_scale": 1.0,
+                "prompt_embeds_mask": torch.ones(1, length, dtype=torch.long)}
+    how["guidance_scale"] = 3.5 if name == "flux" else 1.0
+    how["latents"] = packed(noise) if name in ("flux", "qwen_image") else noise
+    made = pipe(height=64, width=64, num_inference_steps=STEPS, output_type="np", **how).images[0]
+    return (torch.as_tensor(made) * 255).round().to(torch.uint8)
+
+
+def changes(pipe, file: Path, before: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str:
+    """What loading and fusing a file changes."""
+    try:
+        pipe.load_lora_weights(file.parent, weight_name=file.name)
+        if not pipe.get_list_adapters():
+            return "none"
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+    after, worst, found = pipe.transformer.state_dict(), 0.0, 0
+    for key, array in before.items():
+        change, wanted = after[key].double() - array.double(), expected.get(key.removesuffix(".weight"))
+        found += bool(change.abs().max() > 0)
+        if wanted is not None or change.abs().max() > 0:
+            worst = max(worst, float((change - (0 if wanted is None else wanted.double())).abs().max()))
+    return f"{worst:.0e} ({found} of {len(expected)} layers)"
+
+
+def read(name: str, out: Path) -> None:
+    expected, given, images = (load_file(out / f"{kind}.safetensors") for kind in ("expected", "given", "images"))
+    base = pipeline(name, out / "model")
+    base.set_progress_bar_config(disable=True)
+    before = {k: v.clone() for k, v in base.transformer.state_dict().items()}
+    made = {"without": image(name, base, given)}
+    for file in sorted(out.glob("lora-*.safetensors")):
+        pipe = copy.deepcopy(base)
+        print(f"{name:10} {file.stem:16} {changes(pipe, file, before, expected)}", flush=True)
+        if file.name == f"lora-{'comfy' if name == 'qwen_image' else 'diffusers'}.safetensors":
+            made["with"] = image(name, pipe, given)
+    told = [f"{which} {int((made[which].int() - images[which].int()).abs().max())}" for which in ("without", "with")]
+    effect = int((made["with"].int() - made["without"].int()).abs().max())
+    print(f"{name:10} largest difference of a pixel: {', '.join(told)}; the LoRA changes up to {effect}", flush=True)
+    whole = diffusers.DiffusionPipeline.from_pretrained(out / "run/model")
+    is_same = all(torch.equal(array, before[key]) for key, array in whole.transformer.state_dict().items())
+    print(f"{name:10} run/model is a {type(whole).__name__}; its transformer is the same: {is_same}", flush=True)
+
+
+def use_tiny_widths() -> None:
+    """FLUX.1's tiny network has the width 128."""
+    for function in ("_convert_bfl_flux_control_lora_to_diffusers", "_convert_kohya_flux_lora_to_diffusers"):
+        source = inspect.getsource(getattr(converters, function))
+        exec(source.replace("3072", "128").replace("12288", "512"), converters.__dict__)
+    from diffusers.loaders import lora_pipeline
+    lora_pipeline._convert_kohya_flux_lora_to_diffusers = converters._convert_kohya_flux_lora_to_diffusers
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    print(", ".join(f"{m.__name__} {m.__version__}" for m in (diffusers, transformers, huggingface_hub, peft, torch)))
+    use_tiny_widths()
+    for family in sys.argv[2:] or ("flux", "flux2", "qwen_image", "sd3"):
+        read(family, Path(sys.argv[1]) / family)
