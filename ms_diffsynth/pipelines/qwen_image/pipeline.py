@@ -145,8 +145,8 @@ class QwenImagePipeline(ImagePipeline):
             self.check_editing()
 
     def check_editing(self) -> None:
-        """Raises: WeightError when the text encoder has no vision tower, or the transformer came without config.json, which
-        alone says whether it is -2511."""
+        """Raises: WeightError when the text encoder has no vision tower, or the transformer came without config.json,
+        which alone says whether it is -2511."""
         if "dit" in self.sources and self.sources["dit"].config is not None:
             raise WeightError(f"{self.sources['dit'].folder / 'config.json'} is missing: it says how references are "
                               "modulated (zero_cond_t, of Qwen-Image-Edit-2511), which no tensor does. Put the "
