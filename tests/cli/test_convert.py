@@ -42,7 +42,8 @@ def test_a_transformer_there_and_back(name, known, tmp_path, capsys):
     assert json.loads((tmp_path / "again/config.json").read_text()) == json.loads((folder / "config.json").read_text())
     names = set(load_state_dict(tmp_path / "one.safetensors"))
     beginning = {"flux": "double_blocks.0.img_attn.qkv", "flux2": "double_blocks.0.img_attn.qkv",
-                 "qwen_image": "transformer_blocks.0.attn.to_q", "sd3": "model.diffusion_model.joint_blocks.0.x_block"}
+                 "qwen_image": "transformer_blocks.0.attn.to_q", "sd3": "model.diffusion_model.joint_blocks.0.x_block",
+                 "z_image": "layers.0.attention.qkv"}
     assert any(key.startswith(beginning[name]) for key in names)
 
 
