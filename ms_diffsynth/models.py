@@ -116,6 +116,8 @@ class Component:
         recomputes_itself: its code applies gradient checkpointing by itself.
         reads: what the pipeline itself reads in its config.json, and what that must be.
         known: name -> config.json of published models, which stands in where files come without one.
+        part_of: another component whose files hold this one too; it is there when they have tensors that it does not
+            ignore.
         told_by: setting of ``known`` -> what the names and shapes of a checkpoint say of it; by these one is chosen.
         left_out: tensor -> from the shapes of the others to its values, where publishers' files are without it.
         encoder: cells of a VAE that decoding does not use.
@@ -134,6 +136,7 @@ class Component:
     reads: Mapping[str, Kind] = field(default_factory=dict, hash=False)
     known: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     told_by: Mapping[str, Callable[[Shapes], Any]] = field(default_factory=dict, hash=False)
+    part_of: str = ""
     left_out: Mapping[str, Callable[[Shapes], np.ndarray]] = field(default_factory=dict, hash=False)
     encoder: tuple[str, ...] = ()
 
@@ -423,6 +426,7 @@ class ModelStore:
 
     Args:
         components: what the family is made of.
+        parts: components that the files of others may hold besides; see `Component.part_of`.
         variants: other sets of components it may be made of instead. The files that are given decide.
         owner: name of the pipeline, for messages.
         loaded: models and tokenizers that are there already.
@@ -432,6 +436,7 @@ class ModelStore:
         components: what this pipeline is made of.
         sources: name -> where its files are.
         given_as: ``"owner/name:pattern"`` -> the name of the model that these files turned out to be.
+        index: model_index.json of a whole model that was given.
         known_configs: config.json of models whose files are not here: the cache of prepared rows brings them.
         weight_changes: name -> what was done to its weights after loading.
         trained: name -> weights of a training that it gets after it is loaded.
@@ -441,9 +446,10 @@ class ModelStore:
     """
 
     def __init__(self, components: Sequence[Component], dtype: ms.Type, owner: str,
-                 variants: Sequence[Sequence[Component]] = (), loaded: dict[str, Any] | None = None,
-                 names: Table | None = None):
+                 variants: Sequence[Sequence[Component]] = (), parts: Sequence[Component] = (),
+                 loaded: dict[str, Any] | None = None, names: Table | None = None):
         self.components, self.variants = tuple(components), tuple(map(tuple, variants))
+        self.parts, self.index = tuple(parts), {}
         self.dtype, self.owner, self.table = dtype, owner, names
         self.loaded = dict(loaded or {})
         self.sources: dict[str, Source] = {}
@@ -466,7 +472,7 @@ class ModelStore:
 
     def component(self, name: str) -> Component:
         """The component called ``name``."""
-        return next(c for c in self.components if c.name == name)
+        return next(c for c in (*self.components, *self.parts) if c.name == name)
 
     def has_config(self, name: str) -> bool:
         """Whether `config` has an answer."""
@@ -501,13 +507,14 @@ class ModelStore:
             with contextlib.suppress(HubError):  # the publisher's single files have none
                 replace(config, origin_file_pattern=beside).resolve(runtime.model_base_path())
         if os.path.lexists(folder / "model_index.json") and paths[0].is_dir():
-            index = self._read(folder, "model_index.json")
-            self.absent = {c.name for c in self.components if index.get(c.folder) == [None, None]}
+            self.index = self._read(folder, "model_index.json")
+            self.absent = {c.name for c in self.components if self.index.get(c.folder) == [None, None]}
             self.sampling_config = sampling_config(folder)
             for component in self.components:
                 if (folder / component.folder).is_dir():
                     self.sources[component.name] = Source(folder / component.folder)
             self._choose_variant()
+            self.take_parts()
             return
         source = Source(folder, () if paths[0].is_dir() else tuple(paths))
         if os.path.lexists(folder / "config.json") or not any(c.known for c in self._all_components()):
@@ -518,6 +525,7 @@ class ModelStore:
             found = self._recognised(source)
         self.sources |= found
         self._choose_variant()
+        self.take_parts()
         if config.model_id:
             self.given_as[f"{config.model_id}:{config.origin_file_pattern}"] = next(iter(found))
             if network in found and self.scheduler_file is None:
@@ -525,8 +533,17 @@ class ModelStore:
                     config = replace(config, origin_file_pattern=f"scheduler/{SCHEDULER_FILE}")
                     self.scheduler_file = config.resolve(runtime.model_base_path())[0]
 
+    def take_parts(self) -> None:
+        """Be made of the parts too that the files given so far hold."""
+        for part in self.parts:
+            if part.part_of in self.sources:
+                source = self.sources[part.part_of]
+                if any(not name.startswith(part.ignored) for name in source.checkpoint().shapes):
+                    self.add_component(part, source)
+
     def _all_components(self) -> list[Component]:
-        return list(dict.fromkeys(c for components in (self.components, *self.variants) for c in components))
+        known = dict.fromkeys(c for components in (self.components, *self.variants) for c in components)
+        return [component for component in known if not component.part_of]
 
     def _recognised(self, source: Source) -> dict[str, Source]:
         """The components of files without config.json, by the names and shapes of their tensors: one, or those of a

@@ -93,7 +93,9 @@ class Family:
     Attributes:
         pipeline: its pipeline class.
         write_tiny: writes a tiny, randomly initialised model in the family's checkpoint format, from a seed.
-        published: settings of its published models: name -> component -> config.json.
+        tiny_variants: name -> the same for tiny models with more than that one has, such as what editing needs.
+        published: settings of its published models: name -> component -> config.json, without those that no training
+            of a prepared data set needs.
         repositories: of a hub -> which of the published models it holds.
         activations: what they take beside their weights; None where that is not known.
         prepared_shapes: from such configs, the shape of an image's latents and a number of text tokens to the shapes
@@ -106,6 +108,7 @@ class Family:
     name: str
     pipeline: type[Pipeline]
     write_tiny: Callable[[Path, int], None]
+    tiny_variants: Mapping[str, Callable[[Path, int], None]] = field(default_factory=dict)
     published: Mapping[str, Mapping[str, dict[str, Any]]] = field(default_factory=dict)
     repositories: Mapping[str, str] = field(default_factory=dict)
     activations: Activations | None = None
@@ -219,9 +222,11 @@ class Pipeline:
 
     components: tuple[Component, ...] = ()  # of the family; those of one pipeline are ``store.components``
     variants: tuple[tuple[Component, ...], ...] = ()  # what it may be made of instead, as the given files decide
+    parts: tuple[Component, ...] = ()  # what the files of a component may hold besides
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
     sampling = SamplingDefaults()
     division_factor = 16  # heights and widths are multiples of this many pixels
+    absent_inputs: tuple[str, ...] = ()  # further inputs that a row of a data set may do without
     objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `registry.TASKS`
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
     lora_prefixes: dict[str, str] = {}  # model name -> its prefix in a LoRA file, where there is no ``interchange``
@@ -242,7 +247,8 @@ class Pipeline:
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
         self.dtype = dtype or runtime.compute_dtype(None)
         cls = type(self)
-        self.store = ModelStore(cls.components, self.dtype, cls.__name__, cls.variants, models, cls.interchange)
+        self.store = ModelStore(cls.components, self.dtype, cls.__name__, cls.variants, cls.parts, models,
+                                cls.interchange)
         self.device = runtime.current().device
         self.objective = Objective()
         self.sigmas: np.ndarray | None = None
@@ -259,6 +265,7 @@ class Pipeline:
         if any("moments" in unit.output_params for unit in self.units):  # no VAE, no posterior
             self.units.append(SampleLatents("mean"))
         self.optional_units = self.build_optional_units()
+        self._replaced: dict[str, PipelineUnit | TensorUnit] = {}  # units of the family that others stand for
         self.denoise = self.build_denoise()
 
     # -- what a family provides ---------------------------------------------------------------------------------
@@ -268,7 +275,8 @@ class Pipeline:
         raise TypeError(f"{type(self).__name__} has no build_units: implement it.")
 
     def build_optional_units(self) -> dict[str, list[PipelineUnit | TensorUnit]]:
-        """Units that run only with a further input, by its name; see `use_input`."""
+        """Units that run only with a further input, by its name: before the others, or instead of the one that is
+        called the same; see `use_input`."""
         return {}
 
     def build_denoise(self) -> TensorUnit:
@@ -311,8 +319,9 @@ class Pipeline:
         ``input_image`` and ``start_noise`` to ``start_latents``, from where sampling starts.
         """
         optional = {id(unit) for units in self.optional_units.values() for unit in units}
-        units = [unit for name in extra for unit in self.optional_units[name]]
-        units += [at_the_start(unit) for unit in self.units if id(unit) not in optional]
+        own = [self._replaced.get(unit.name, unit) for unit in self.units]
+        own = [at_the_start(unit) for unit in own if id(unit) not in optional]
+        units = with_further(own, [unit for name in extra for unit in self.optional_units[name]])
         written = {name for unit in units for name in unit.output_params}
         if "input_latents" in written and "start_latents" not in written:
             units.append(StartLatents())
@@ -331,8 +340,10 @@ class Pipeline:
                               f"{listing(self.optional_units) or 'no further inputs'}."
                               f"{hint or nearest(name, self.optional_units)}")
         if name not in self.inputs:
-            self.inputs = (*self.inputs, name)
-            self.units[:0] = self.optional_units[name]
+            self.inputs, further = (*self.inputs, name), self.optional_units[name]
+            names = {unit.name for unit in further}
+            self._replaced |= {unit.name: unit for unit in self.units if unit.name in names}
+            self.units[:] = with_further(self.units, further)
 
     @property
     def model_fn(self) -> Callable[..., Tensor]:
@@ -590,12 +601,14 @@ class Pipeline:
         Raises: OutputError, also for a folder that is not empty without ``replace``; WeightError for a model without
             files, with an adapter, or stored in 8 bits.
         """
-        index = {"_class_name": self.diffusers_class, "_diffusers_version": "0.35.2"}
+        index = {"_class_name": self.store.index.get("_class_name") or self.diffusers_class,
+                 "_diffusers_version": "0.35.2"}
         with stage_folder(folder, replace=replace) as stage:
             for component in self.store.components:
-                index[component.folder] = self.store.save(component.name, Path(stage) / component.folder,
-                                                          component.name in changed, max_shard_bytes,
-                                                          is_linked=is_linked)
+                if not component.part_of:
+                    index[component.folder] = self.store.save(component.name, Path(stage) / component.folder,
+                                                              component.name in changed, max_shard_bytes,
+                                                              is_linked=is_linked)
             scheduler = self.scheduler_config() or asdict(self.published_scheduler())
             scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
             index["scheduler"] = ["diffusers", scheduler["_class_name"]]
@@ -681,6 +694,13 @@ class Pipeline:
             logger.warning("%d x %d pixels: sides must be multiples of %d, so %d x %d is used.", height, width, factor,
                            *rounded)
         return rounded
+
+
+def with_further(units: Sequence[PipelineUnit | TensorUnit],
+                 further: Sequence[PipelineUnit | TensorUnit]) -> list[PipelineUnit | TensorUnit]:
+    """``units`` with those of a further input: in front, or in the place of the unit that is called the same."""
+    names, instead = {unit.name for unit in units}, {unit.name: unit for unit in further}
+    return [*(unit for unit in further if unit.name not in names), *(instead.get(unit.name, unit) for unit in units)]
 
 
 def at_the_start(unit: PipelineUnit | TensorUnit) -> PipelineUnit | TensorUnit:

@@ -119,7 +119,7 @@ def read_images(paths: Sequence[Path], base: Base, word: str | None, given: dict
                             f"{listing(dataset.table.columns)}. Write metadata.jsonl with it "
                             "(docs/how_to/templates.md).")
         if job == "edit":
-            how["data_file_keys"] = "image,edit_image"
+            how |= {"data_file_keys": "image,edit_image", "optional": "edit_image"}
             dataset = read(prompt)
             place["data_file_keys"] = how["data_file_keys"], ""
         place["extra_inputs"] = extra, ""

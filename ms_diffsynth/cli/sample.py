@@ -28,7 +28,7 @@ from ms_diffsynth.registry import FAMILIES, family, family_of
 from ms_diffsynth.training.progress import Progress, is_terminal
 
 RANGES = {name: SETTINGS[name].metadata["range"] for name in ("num_inference_steps", "height", "width",
-                                                              "max_sequence_length")} | {
+                                                              "max_sequence_length", "edit_max_pixels")} | {
     "seed": "0 <= seed <= 9223372036854775807", "count": "1 <= count <= 65536",
     "lora_scale": "-1000 <= lora_scale <= 1000", "cfg_scale": "0 <= cfg_scale <= 1000",
     "embedded_guidance": "0 <= embedded_guidance <= 1000"}
@@ -62,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help="pixels (default: the family's)")
     parser.add_argument("--input_image", type=path_argument, metavar="FILE",
                         help="start from this image instead of from noise alone; height and width are then its own")
+    parser.add_argument("--edit_image", action="append", default=[], type=path_argument, metavar="FILE",
+                        help="edit this image, or use it as a reference; several times for several, in their order; "
+                             "height and width are then those of the first, or as the family says")
+    parser.add_argument("--edit_max_pixels", type=int, help="most pixels of such an image (default: 1048576)")
+    parser.add_argument("--edit_template", help="how Qwen-Image-Edit is shown it: first, or plus as -2509 and -2511 "
+                                                "(default: as the model's files tell)")
     parser.add_argument("--denoising_strength", type=float,
                         help="how much of it is made anew: above 0, at most 1 = all (default: 1)")
     parser.add_argument("--tiled", action="store_true", help="the VAE works in tiles, to save memory")
@@ -103,13 +109,14 @@ def execute(args: argparse.Namespace) -> int:
     if chosen.takes_prompts and not args.prompt:
         raise ConfigError(f"no prompt: images of the family {args.family} follow one. Give --prompt.")
     of_others = ("count",) if chosen.takes_prompts else (
-        "prompt", "negative_prompt", "lora", "template", "cfg_scale", "embedded_guidance", "input_image", "tiled",
-        "fp8_models")
+        "prompt", "negative_prompt", "lora", "template", "cfg_scale", "embedded_guidance", "input_image", "edit_image",
+        "edit_max_pixels", "edit_template", "tiled", "fp8_models")
     unused = [name for name in of_others if getattr(args, name) not in (None, [], False)]
     if unused:
         raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")
     cls.check_sampler(args.sampler)
     pipe = open_pipeline(args.family, device=args.device, max_sequence_length=args.max_sequence_length,
+                         edit_max_pixels=args.edit_max_pixels, edit_template=args.edit_template,
                          **(base or {"models": str(args.model)}))
     if args.embedded_guidance is not None and not pipe.takes_guidance:
         raise ConfigError(f"embedded_guidance={args.embedded_guidance}: this model is told none. Remove it, or use "
@@ -186,6 +193,7 @@ def _parameters(args: argparse.Namespace, pipe: Any, call: dict[str, Any], image
         "CFG scale": (own.cfg_scale if cfg_scale is None else cfg_scale) if args.prompt else None,
         "Seed": call["seed"], "Size": f"{image.width}x{image.height}", "Model": Path(args.model).name,
         "Denoising strength": args.denoising_strength,
+        "Edit images": "; ".join(path.name for path in args.edit_image) or None,
         "LoRA": "; ".join(f"{path.name}:{factor:g}" for path, factor in args.lora) or None,
         "Weights": args.weights and args.weights.name, "8 bits": args.fp8_models,
         "Version": f"ms_diffsynth {__version__}"}
@@ -220,6 +228,8 @@ def _of_run(args: argparse.Namespace) -> dict[str, Any]:
         is_sampled = model.preset_lora_path and model.preset_lora_in_samples
         preset = [(Path(model.preset_lora_path), 1.0)] if is_sampled else []
         args.lora = [*preset, (last, 1.0), *args.lora]
+    if not args.prompt and not args.edit_image and len(config.run.sample_edit_images) == 1:
+        args.edit_image = [Path(name.strip()) for name in config.run.sample_edit_images[0].split(";")]
     args.fp8_models = args.fp8_models or model.fp8_models
     flags = {"guidance": "embedded_guidance"}  # what SAMPLE_OVERRIDES calls otherwise
     free = [name for name in SAMPLE_OVERRIDES if name != "seed" and getattr(args, flags.get(name, name)) is None]
@@ -231,6 +241,9 @@ def _of_run(args: argparse.Namespace) -> dict[str, Any]:
         args.own = [{flags.get(name, name): value for name, value in entry.items() if name in free}
                     if isinstance(entry, dict) else {} for entry in config.run.sample_prompts]
     args.family, args.model = model.family, args.run
+    if args.edit_max_pixels is None:
+        args.edit_max_pixels = config.data.edit_max_pixels
+    args.edit_template = args.edit_template or config.data.edit_template
     if args.max_sequence_length is None:
         args.max_sequence_length = config.data.max_sequence_length
     hub = source_of(config)
@@ -264,6 +277,8 @@ def _with_prompts(args: argparse.Namespace, pipe: Any, calls: list[dict[str, Any
     if args.input_image:
         same["input_image"] = read_image(str(args.input_image))
         same["denoising_strength"] = 1.0 if args.denoising_strength is None else args.denoising_strength
+    if args.edit_image:
+        same["edit_image"] = [read_image(str(path)) for path in args.edit_image]
     names = [f"{side}template_inputs" for side in ("", "negative_")]
     given = {name: text for name in names if (text := getattr(args, name)) is not None}
     generate, inputs = pipe, {}
@@ -299,6 +314,12 @@ def _check(args: argparse.Namespace) -> None:
     problems += [f"{name} without --{other}: name what it is for, or remove it" for name, other in unused
                  if getattr(args, name) not in (None, False) and not getattr(args, other)]
     problems += [f"lora={path}: no such file" for path, _ in args.lora if not path.exists()]
+    problems += [f"edit_image={path}: no such file" for path in args.edit_image if not path.is_file()]
+    if args.edit_max_pixels is not None and not args.edit_image:
+        problems.append("edit_max_pixels without edit_image, which it makes smaller: name the file")
+    allowed = SETTINGS["edit_template"].metadata["choices"]
+    if args.edit_template is not None and args.edit_template not in allowed:
+        problems.append(f"edit_template={args.edit_template}: expected one of {', '.join(allowed)}")
     problems += [f"{name}={path}: no such file" for name in ("weights", "input_image")
                  if (path := getattr(args, name)) and not path.is_file()]
     if args.denoising_strength is not None and not args.input_image:

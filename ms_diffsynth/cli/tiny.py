@@ -5,6 +5,7 @@ import argparse
 import sys
 
 from ms_diffsynth.config.flags import path_argument
+from ms_diffsynth.errors import ConfigError, listing, nearest
 from ms_diffsynth.registry import FAMILIES, family
 
 
@@ -13,6 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("family", metavar="FAMILY", help=f"one of {', '.join(sorted(FAMILIES))}")
     parser.add_argument("folder", type=path_argument, metavar="DIR",
                         help="where to write; kept as it is when it already holds a model")
+    parser.add_argument("--variant", help="of the family; edit, edit-2509 or edit-2511 of qwen_image have the vision "
+                                          "tower that editing needs (default: the plain model)")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
 
 
@@ -21,7 +24,11 @@ def execute(args: argparse.Namespace) -> int:
     if (args.folder / "model_index.json").is_file():
         sys.stderr.write(f"{args.folder} already holds a model: kept\n")
         return 0
-    write_tiny = family(args.family).write_tiny
+    chosen, variant = family(args.family), args.variant
+    if variant and variant not in chosen.tiny_variants:
+        raise ConfigError(f"variant={variant}: the family {args.family} has {listing(chosen.tiny_variants) or 'none'}."
+                          f"{nearest(variant, chosen.tiny_variants)}")
+    write_tiny = chosen.tiny_variants[variant] if variant else chosen.write_tiny
     from ms_diffsynth import runtime
 
     runtime.configure("pynative", "CPU")

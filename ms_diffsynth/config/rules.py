@@ -1,6 +1,7 @@
 """What settings mean together: every combination that cannot be meant."""
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import MISSING
 
@@ -51,6 +52,27 @@ def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
     yield (c.model.trainable_models is not None and c.model.adapter != SETTINGS["adapter"].default,
            f"adapter={c.model.adapter} with trainable_models, which trains no adapter: remove one.")
     extra = [n.strip() for n in (c.data.extra_inputs or "").split(",") if n.strip()]
+    yield (bool(c.data.edit_folders) and "edit_image" not in extra,
+           f"edit_folders={','.join(c.data.edit_folders)} would not be used: set extra_inputs=edit_image.")
+    others = [name for name in ("dataset_metadata_path", "dataset_folders") if getattr(c.data, name)]
+    yield (bool(c.data.edit_folders) and bool(others),
+           f"edit_folders={','.join(c.data.edit_folders)} with {listing(others)}: remove one. In metadata the column "
+           "edit_image names the references.")
+    for name in c.data.edit_folders:
+        inside = os.path.normpath(name)
+        yield (inside == "." or os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir,
+               f"edit_folders has '{name}': expected a folder inside dataset_base_path.")
+    yield (len(set(map(os.path.normpath, c.data.edit_folders))) < len(c.data.edit_folders),
+           f"edit_folders={','.join(c.data.edit_folders)} names a folder twice: an image would have the same reference "
+           "twice. Keep one.")
+    yield (c.data.edit_max_pixels is not None and "edit_image" not in extra,
+           f"edit_max_pixels={c.data.edit_max_pixels} would not be used: set extra_inputs=edit_image.")
+    yield (prior and "edit_image" in extra,
+           "with_prior_preservation=true with edit_image: class images have no references. Remove one of the two; rows "
+           "without a reference may be in the same data set.")
+    images, prompts = len(c.run.sample_edit_images), len(c.run.sample_prompts)
+    yield (images > 1 and images != prompts,
+           f"sample_edit_images names {images}, sample_prompts {prompts}: expected one for all, or one for each.")
     yield (c.model.template_model_id_or_path is not None and "template_inputs" not in extra,
            f"template_model_id_or_path={c.model.template_model_id_or_path} without its input: set "
            "extra_inputs=template_inputs.")

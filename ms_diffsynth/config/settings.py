@@ -96,7 +96,16 @@ class DataSection:
                                           "empty = none, and caption files are not read either", may_change=True)
     allow_outside_base: bool = _setting(False, "read files outside the data folder, to which links and paths lead: for "
                                         "metadata that you trust", may_change=True)
-    extra_inputs: str | None = _setting(None, "further columns to train on, with commas: edit_image, template_inputs")
+    extra_inputs: str | None = _setting(None, "further columns to train on, with commas: edit_image (reference images: "
+                                       "one, a list, or none), template_inputs")
+    edit_folders: tuple[str, ...] = _setting(
+        (), "folders inside dataset_base_path with reference images, with commas: an image's first reference has its "
+        "file name in the first folder, its second in the second", has_commas=True)
+    edit_max_pixels: int | None = _setting(None, "most pixels of a reference image, which keeps its own size below; "
+                                           "null = 1048576", "256 <= edit_max_pixels <= 268435456")
+    edit_template: str | None = _setting(
+        None, "how the text encoder of Qwen-Image-Edit is shown references: first = as by the first model, plus = as "
+        "by -2509 and -2511; null = as the model's files tell", choices=("first", "plus"))
     instance_prompt: str | None = _setting(None, "prompt of every image that has none of its own, or an empty one",
                                            holds="prompt")
     trigger_word: str | None = _setting(None, "word that stands for what is learned: put in front of every prompt that "
@@ -251,6 +260,9 @@ class RunSection:
                                             "null = the model's", "0 <= sample_guidance <= 1000")
     sample_template_inputs: str | None = _sample(None, "template inputs of the sample images: a JSON object for all, "
                                                  "or a JSON list of one each")
+    sample_edit_images: tuple[str, ...] = _sample(
+        (), "reference images of the sample images: a file for all prompts, or one for each, several of one joined by "
+        "semicolons; empty = those of the first rows that have any", has_commas=True)
     sample_seed: int = _sample(0, "seed of the sample images", "0 <= sample_seed < 4294967296")
     num_inference_steps: int = _sample(20, "sampling steps of the sample images", "1 <= num_inference_steps <= 1000")
     sampler: str | None = _sample(None, "of the sample images, one of the family's; null = its first")

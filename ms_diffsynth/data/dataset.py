@@ -46,13 +46,16 @@ class UnifiedDataset:
         metadata_path: .csv, .json or .jsonl; None: the images below ``base_path`` with .txt or .caption sidecars, or,
             when there are none of these, metadata.csv or metadata.jsonl in that folder.
         repeat: how many times an epoch goes through the rows; or how often it shows each of them, a number a row.
-        data_file_keys: columns that name files, as a tuple or "image,edit_image". They must be in every row. Those
-            without a special operator are images. When ``image`` is required and not among them, the first one is the
-            column of the images, unless the metadata have one by its usual name.
+        data_file_keys: columns that name files, as a tuple or "image,edit_image". They must be in every row, but for
+            those that are ``optional``. Those without a special operator are images. When ``image`` is required and not
+            among them, the first one is the column of the images, unless the metadata have one by its usual name.
         main_data_operator: applied to the cells of ``data_file_keys``.
         special_operator_map: column -> operator, instead of the main one, for any column (not only for files).
         max_data_items: the length of an epoch, instead of rows x repeat.
         required: further columns that must be there, such as ("prompt",).
+        optional: columns whose cell may be missing or empty in some rows, which then have None.
+        edit_folders: folders inside ``base_path`` with the references of the images, the first one's, the second one's
+            and so on, by file name: column ``edit_image``. See `metadata.read_folder`.
         captions: False for images without captions.
         allow_outside_base: let rows name files outside ``base_path`` (a hub cache of links, say), and follow links.
         instance_prompt: the prompt of every row that has none of its own: no sidecar, an empty one, no such key, null,
@@ -80,6 +83,8 @@ class UnifiedDataset:
         max_data_items: int | None = None,
         *,
         required: str | Sequence[str] = (),
+        optional: str | Sequence[str] = (),
+        edit_folders: Sequence[str] = (),
         captions: bool = True,
         allow_outside_base: bool = False,
         instance_prompt: str | None = None,
@@ -100,7 +105,7 @@ class UnifiedDataset:
         self.main_data_operator = main_data_operator
         self.special_operator_map = dict(special_operator_map or {})
         self.allow_outside_base = allow_outside_base
-        self.required = _names(required)
+        self.required, self.optional, self.edit_folders = _names(required), _names(optional), tuple(edit_folders)
         self.instance_prompt, self.prompt_setting = instance_prompt, prompt_setting
         self.trigger_word = trigger_word
         self.buckets: Sequence[Bucket] = ()  # see `use_buckets`
@@ -117,6 +122,9 @@ class UnifiedDataset:
         else:
             self.table = read_metadata(os.fspath(metadata_path))
         columns = self.table.columns
+        for key in set(self.optional) & set(columns):
+            for row in filter(None, self.table.rows):
+                row[key] = None if row.get(key) in (None, "", []) else row[key]
         self._take_columns(columns, image_column, caption_column if is_captioned else "")
         if captions or instance_prompt is not None:
             self._give_prompts([name for name in columns if name.casefold() in CAPTION_COLUMNS
@@ -128,7 +136,7 @@ class UnifiedDataset:
 
     def _read_folder(self, captions: bool, image_column: str | None) -> Table:
         """The images of the folder, or the metadata that are found in it."""
-        table = read_folder(self.base_path, captions, self.allow_outside_base)
+        table = read_folder(self.base_path, captions, self.allow_outside_base, self.edit_folders)
         if not table.found:
             return table
         found = read_metadata(table.found)
@@ -258,7 +266,7 @@ class UnifiedDataset:
         for name, part in parts.items():
             whole.uncaptioned += [len(whole.table.rows) + row for row in part.uncaptioned]
             for row, place in zip(part.rows, part.table.places):
-                inside = {key: _joined(name, row[key]) for key in part.data_file_keys}
+                inside = {key: _joined(name, row[key]) for key in part.data_file_keys if row.get(key) is not None}
                 whole.table.add(row | inside, f"{name} {place}")
                 whole.repeat.append(folders[name] * again)
             whole._sizes |= {os.path.join(name, file): size for file, size in part._sizes.items()}
@@ -289,7 +297,7 @@ class UnifiedDataset:
         number = self.row_of(index % len(self))
         item = {key: cell for key, cell in self.rows[number].items() if fields is None or key in fields}
         for key in dict.fromkeys((*self.data_file_keys, *self.special_operator_map)):
-            if key not in item:
+            if key not in item or (item[key] is None and key in self.optional):
                 continue
             operator = self.special_operator_map.get(key, self.main_data_operator)
             try:
@@ -317,7 +325,7 @@ class UnifiedDataset:
         """
         row = self.rows[self.row_of(index)]
         for key in sorted(self.data_file_keys, key=lambda key: key != "image"):
-            for value in _as_list(row[key]):
+            for value in _as_list(row.get(key)):
                 if value in self._sizes:
                     return self._sizes[value]
         raise DataError(
@@ -335,7 +343,7 @@ class UnifiedDataset:
     def fingerprint(self) -> str:
         """SHA-256 over all rows and the bytes of all files they name: equal data, equal fingerprint."""
         digest = hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode())
-        names = {value for row in self.rows for key in self.data_file_keys for value in _as_list(row[key])}
+        names = {value for row in self.rows for key in self.data_file_keys for value in _as_list(row.get(key))}
         for name in sorted(names):
             digest.update(self._file_digest(name).encode())
         return digest.hexdigest()
@@ -418,7 +426,7 @@ class UnifiedDataset:
             damaged = {name: problem for name in self._sizes if (problem := self._file_problem(name, True, True))}
             for index, row in enumerate(table.rows if damaged else ()):
                 for key in self.data_file_keys:
-                    for name in set(_as_list(row[key])) & set(damaged):
+                    for name in set(_as_list(row.get(key))) & set(damaged):
                         table.blame(index, f"{key}={shorten(name, 200)}: {damaged[name]}")
             table.refuse_bad_rows()
         first: dict[str, int] = {}
@@ -459,6 +467,8 @@ class UnifiedDataset:
                             '{"scale": 0.2}. Write the metadata as .json or .jsonl')
         for key in self.data_file_keys:
             values, shown = _as_list(row.get(key)), self._column(key)
+            if key in self.optional and not values:
+                continue
             if key in row and (not values or None in values or "" in values):
                 problems.append(f"{shown}={shorten(row[key])} is empty; expected the name of a file. Fill it in")
                 continue
@@ -497,13 +507,17 @@ class UnifiedDataset:
         buckets: Sequence[Bucket] | None = None,
         allow_outside_base: bool = False,
         chosen_by: Mapping[str, Any] | None = None,
+        resize: bool = True,
     ) -> DataProcessingOperator:
-        """File name (or list of them) -> image of height x width, or of its own size, or of its nearest bucket."""
+        """File name (or list of them) -> image of height x width, or of its own size, or of its nearest bucket; without
+        ``resize`` as it is.
+        """
         if buckets is not None and height is not None:
             raise ConfigError(f"height={height} and buckets are both set; expected one of them. Remove one")
-        resize = BucketCropAndResize(buckets, chosen_by) if buckets is not None else ImageCropAndResize(
-            height, width, max_pixels, height_division_factor, width_division_factor)
-        load = ToAbsolutePath(base_path, allow_outside_base) >> LoadImage(convert_RGB, convert_RGBA) >> resize
+        load = ToAbsolutePath(base_path, allow_outside_base) >> LoadImage(convert_RGB, convert_RGBA)
+        if resize:
+            load = load >> (BucketCropAndResize(buckets, chosen_by) if buckets is not None else ImageCropAndResize(
+                height, width, max_pixels, height_division_factor, width_division_factor))
         return RouteByType([(str, load), (list, SequentialProcess(load))])
 
 
@@ -521,7 +535,7 @@ def _names(keys: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _as_list(value: object) -> list:
-    return value if isinstance(value, list) else [value]
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _joined(folder: str, names: str | list[str]) -> str | list[str]:

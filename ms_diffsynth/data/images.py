@@ -385,6 +385,19 @@ def grid(
     return sheet
 
 
+def side_by_side(images: Sequence[Image.Image], height: int) -> Image.Image:
+    """Images in one, from left to right, each scaled to ``height`` pixels."""
+    scaled = [image.resize((max(1, round(image.width * height / image.height)), height), Image.Resampling.LANCZOS)
+              for image in images]
+    gap = max(1, height // 32)
+    sheet = Image.new("RGB", (sum(image.width + gap for image in scaled) - gap, height), "white")
+    left = 0
+    for image in scaled:
+        sheet.paste(image.convert("RGB"), (left, 0))
+        left += image.width + gap
+    return sheet
+
+
 def _wrapped(text: str, room: int, font: ImageFont.FreeTypeFont, lines: int = 3) -> str:
     """The text in at most ``lines`` lines of ``room`` pixels; what does not fit ends in three dots.
 

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,17 +89,25 @@ def read_metadata(path: str) -> Table:
     return table
 
 
-def read_folder(base: str, captions: bool = True, allow_outside: bool = False) -> Table:
+def read_folder(base: str, captions: bool = True, allow_outside: bool = False,
+                edit_folders: Sequence[str] = ()) -> Table:
     """A row for every image below ``base``, sorted: ``image`` and, with ``captions``, ``prompt`` from its sidecar.
 
     The sidecar of ``cat.png`` is ``cat.txt`` or ``cat.caption``, in this case of letters; a row whose image has none
     has no ``prompt``. Names that begin with a dot are left out; a warning names what else is there and left out: other
     files, and folders that are links (which ``allow_outside`` follows).
+
+    Args:
+        edit_folders: folders inside ``base`` whose images are references, listed in ``edit_image``: the first folder
+            has the first one of each image, the second the second. ``after/cats/1.png`` has ``before/cats/1.jpg``: what
+            is below the uppermost folder is the same, but for the suffix.
     """
     if not os.path.isdir(base):
         raise DataError(f"{base} is not a folder; expected a folder of images. Correct dataset_base_path, or which "
                         "setting names it")
     names, others = _walk(base, allow_outside)
+    found_references = _references(base, names, edit_folders)
+    names = [name for name in names if _inside(name, edit_folders) is None]
     table = Table(base, images=names)
     sidecars = set()
     by_fold: dict[str, list[str]] = {}
@@ -112,7 +120,8 @@ def read_folder(base: str, captions: bool = True, allow_outside: bool = False) -
         place = f"row {index + 1} ({plain(name, 200)})"
         try:
             prompt = {"prompt": _caption(base, name, beside, allow_outside)} if beside else {}
-            table.add({"image": name, **prompt}, place)
+            table.add({"image": name, **prompt} | ({"edit_image": found_references.get(_key(name))} if edit_folders
+                                                   else {}), place)
         except DataError as error:
             table.add(None, place, str(error))
         similar = [other for suffix in CAPTION_SUFFIXES for other in by_fold.get(fold(stem + suffix), ())]
@@ -124,6 +133,9 @@ def read_folder(base: str, captions: bool = True, allow_outside: bool = False) -
             raise DataError(f"{base} has {' and '.join(found)}; expected one. Name the one that is meant by "
                             f"dataset_metadata_path={os.path.join(base, found[0])}, or remove the other")
         table.found = os.path.join(base, found[0]) if found else ""
+        if found and edit_folders:
+            raise DataError(f"{table.found} is used with edit_folders={','.join(edit_folders)}: expected references "
+                            "either by folders or in metadata. Name them in its column edit_image, or move it")
     left = sorted(repr(name) for name in others if name not in sidecars and os.path.join(base, name) != table.found)
     if left:
         logger.warning("%s: neither images nor the captions of one, and not used: %s.", base, listing(left))
@@ -155,6 +167,49 @@ def _walk(base: str, follow: bool) -> tuple[list[str], set[str]]:
                 else:
                     others.add(path)
     return sorted(images), others
+
+
+def _inside(name: str, folders: Sequence[str]) -> str | None:
+    """That one of ``folders`` which a file is in."""
+    return next((folder for folder in folders if name.startswith(os.path.normpath(folder) + os.sep)), None)
+
+
+def _key(name: str, folder: str | None = None) -> str:
+    """What a reference and its image have in common: the path below their folder, without the suffix."""
+    inner = name[len(os.path.normpath(folder)) + 1:] if folder else name.partition(os.sep)[2] or name
+    return os.path.splitext(inner)[0]
+
+
+def _references(base: str, names: Sequence[str], folders: Sequence[str]) -> dict[str, list[str]]:
+    """The references of each image, by the key of the image.
+
+    Raises: DataError for a folder without images, two references of one name, a later one without the one before, and
+        when no image has any.
+    """
+    found: dict[str, list[str]] = {}
+    keys = {_key(name) for name in names if _inside(name, folders) is None}
+    for place, folder in enumerate(folders):
+        inside = {}
+        for name in (name for name in names if _inside(name, folders) == folder):
+            if (key := _key(name, folder)) in inside:
+                raise DataError(f"{base}: {inside[key]} and {name} are references of one image; expected one in each "
+                                "of edit_folders. Remove or rename one")
+            inside[key] = name
+        if not inside:
+            raise DataError(f"{os.path.join(base, folder)} has no images; expected the references of those in {base}. "
+                            "Correct edit_folders")
+        for key, name in inside.items():
+            if key in keys and len(found.setdefault(key, [])) < place:
+                raise DataError(f"{base}: {name} has no reference in {folders[len(found[key])]} before it; expected "
+                                "one in each of the earlier edit_folders. Add it, or name the folders in another order")
+            if key in keys:
+                found[key].append(name)
+        if left := [repr(name) for key, name in inside.items() if key not in keys]:
+            logger.warning("%s: references without an image of that name, and not used: %s.", base, listing(left))
+    if folders and not found:
+        raise DataError(f"{base}: no image has a reference in {listing(folders)}; expected the same names, as in "
+                        f"after/1.png and {folders[0]}/1.png. Rename the files")
+    return found
 
 
 def _caption(base: str, name: str, beside: list[str], allow_outside: bool) -> str:

@@ -13,13 +13,14 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, ParameterTuple, Tensor, nn
+from mindspore import Parameter, ParameterTuple, Tensor, nn, ops
 
 from ms_diffsynth import runtime
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.debug.compare import Quantity, relative_error, together, tolerances, worst
 from ms_diffsynth.debug.end_to_end import check_end_to_end
 from ms_diffsynth.debug.gradients import Gradients
+from ms_diffsynth.debug.pictures import check_pictures
 from ms_diffsynth.diffusion.ddpm import DDPMObjective
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.diffusion.weighting import table
@@ -104,12 +105,20 @@ class Case:
                          prior_loss_weight=info["prior_loss_weight"] if info.get("with_prior_preservation") else None)
 
     def pipeline(self) -> Pipeline:
-        """The family's pipeline with the case's models."""
+        """The family's pipeline with the case's models, which takes references if the case has any."""
         pipe = family(self.info["family"]).pipeline(dtype=self.dtype)
         for component in pipe.store.components:
             if (self.folder / component.folder / "config.json").is_file():
                 pipe.sources[component.name] = Source(self.folder / component.folder)
+        if self.references:
+            pipe.use_input("edit_image")
         return pipe
+
+    @property
+    def references(self) -> list[np.ndarray]:
+        """Pixels of the reference images of every row, in order: float32 [B, 3, h, w] each, in [-1, 1]."""
+        count = sum(name.startswith("reference_pixels.") for name in self.inputs)
+        return [self.inputs[f"reference_pixels.{k}"] for k in range(count)]
 
     def gradients(self, name: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]]) -> Quantity:
         """Float32 judges each tensor by itself; of bfloat16 some are little but rounding, and all are one vector."""
@@ -122,12 +131,14 @@ class Case:
             return Quantity(name, relative_error(found, expected), self.tolerances.value)
         return together(name, {name: (found, expected)}, self.tolerances.value)
 
-    def given(self, k: int) -> dict[str, np.ndarray]:
+    def given(self, k: int) -> dict[str, Any]:
         """Slots that the case fixes at evaluation ``k``; draws are recorded for each evaluation."""
         names = {"images", "pixels", "prompt_embeds", "pooled_prompt_embeds", "posterior_noise"} & set(self.inputs)
-        slots = {INPUTS.get(name, name): self.inputs[name] for name in sorted(names)}
-        slots |= {INPUTS[name]: array.astype(np.float32) for name, array in self.inputs.items()
-                  if name == "prompt_embeds_mask"}
+        slots: dict[str, Any] = {INPUTS.get(name, name): self.inputs[name] for name in sorted(names)}
+        slots |= {INPUTS.get(name, name): array.astype(np.float32) for name, array in self.inputs.items()
+                  if name in ("prompt_mask", "prompt_embeds_mask")}
+        if self.references:
+            slots["edit_pixels"] = list(map(Tensor, self.references))
         if "template_kv_cache" in self.info:  # one evaluation; its latents are given
             return slots | {name: self.inputs[name] for name in ("input_latents", "noise", "timestep_index")}
         if "density_normal" in self.inputs:  # one evaluation, from the density's raw draw
@@ -153,6 +164,8 @@ def _check_case(folder: Path, info: dict[str, Any], mode: str, dtype: str) -> li
                             f"expected --dtype float32, got {dtype}. Give a case of one network, such as "
                             f"{CASES / 'flux'}.")
         return check_end_to_end(folder, info, mode)
+    if info.get("objective") == "text_encoder":
+        return check_pictures(folder, info, mode, dtype)
     case = Case(folder, info, dtype)
     pipe, objective = case.pipeline(), case.objective
     schedule = pipe.training_schedule(OBJECTIVES[case.info["objective"]])
@@ -168,6 +181,10 @@ def _check_case(folder: Path, info: dict[str, Any], mode: str, dtype: str) -> li
                                  model=RecordedKeys(case.inputs))
     program = _program(case, pipe, objective, schedule.sigmas)
     quantities += _first_evaluation(case, pipe, program, mode)
+    if case.references:
+        quantities += _references(case, pipe, program)
+    if "sample" in case.info:
+        quantities += _sample(case, pipe, program)
     if "optimizer" in case.info:
         quantities += _training(case, pipe, program, mode)
     return quantities
@@ -188,8 +205,13 @@ def _program(case: Case, pipe: Pipeline, objective: Objective, sigmas: np.ndarra
     return Program(units, [n for n in given if n not in draws], draws)
 
 
+def _slots(case: Case, k: int) -> dict[str, Any]:
+    """What the case fixes, as Tensors."""
+    return {name: Tensor(value) if isinstance(value, np.ndarray) else value for name, value in case.given(k).items()}
+
+
 def _tensors(case: Case, pipe: Pipeline, cut: Cut, k: int) -> list[Tensor]:
-    slots = {name: Tensor(value) for name, value in case.given(k).items()}
+    slots = _slots(case, k)
     slots |= pipe.run(cut.prepare, {n: v for n, v in slots.items() if n in cut.inputs})
     return [slots[name] for name in (*cut.cache, *cut.draws)]
 
@@ -215,6 +237,48 @@ def _first_evaluation(case: Case, pipe: Pipeline, program: Program, mode: str) -
     pairs = {name: (case.rows(name, gradient).reshape(recorded[name].shape), recorded[name])
              for name, gradient in found.items()}
     return [*quantities, case.gradients("gradients", pairs)]
+
+
+def _references(case: Case, pipe: Pipeline, program: Program) -> list[Quantity]:
+    """Latents of the references, and the velocity of rows that have none."""
+    given = _slots(case, 0)
+    cut = program.cut((*pipe.denoise.output_params,))
+    prepared = pipe.run(cut.prepare, given)
+    encode = next(unit for unit in program.units if "edit_latents" in unit.output_params)
+    recorded = [case.expected[f"reference_latents.{k}"] for k in range(len(case.references))]
+    tokens = np.concatenate([encode.tokens(Tensor(latents)).asnumpy() for latents in recorded], 1)
+    found = [case.value("reference latents", prepared["edit_latents"].asnumpy(), tokens)]
+    if "velocity_without_reference" not in case.expected:
+        return found
+    prepared = pipe.run(cut.prepare, given | {"edit_pixels": []})
+    latents = Tensor(case.expected["noisy_latents"])
+    batch, sigma = latents.shape[0], case.inputs["grid.sigmas"][case.given(0)["timestep_index"]]
+    condition = {name: prepared[name] for name in cut.cache if name in map(slot, pipe.denoise.input_params)}
+    condition |= {name: ops.broadcast_to(prepared[name], (batch, *prepared[name].shape[1:]))
+                  for name in ("edit_latents", "edit_places")}
+    if pipe.takes_guidance:
+        condition["guidance"] = Tensor(np.full(batch, case.objective.guidance_scale, np.float32))
+    velocity = pipe.denoiser(condition)(latents, Tensor(sigma.astype(np.float32)))
+    return [*found, case.value("velocity without reference", to_numpy(velocity).astype(np.float32),
+                               case.expected["velocity_without_reference"])]
+
+
+def _sample(case: Case, pipe: Pipeline, program: Program) -> list[Quantity]:
+    """Latents that are sampled for the first row, from recorded noise."""
+    how, noise = case.info["sample"], case.inputs["sample.noise"]
+    sigmas = pipe.sampling_sigmas(how["steps"], noise.shape[1:])
+    guidance = Tensor(np.full(1, how.get("guidance_scale", 1.0), np.float32))
+    prepared = pipe.run(program.cut((*pipe.denoise.output_params,)).prepare, _slots(case, 0))
+    same = {name: prepared[name][:1] for name in ("edit_latents", "edit_places") if name in prepared}
+    same |= {"guidance": guidance} if pipe.takes_guidance else {}
+    branches = []
+    for start in ("", "negative_"):
+        prompt = {name: Tensor(case.inputs[start + name][:1]) for name in ("prompt_embeds", "pooled_prompt_embeds")
+                  if start + name in case.inputs}
+        branches.append(prompt | same if prompt else None)
+    latents = pipe.integrate(*branches, noise, sigmas, how["cfg_scale"])
+    return [Quantity("sampling sigmas", relative_error(sigmas, case.expected["sample.sigmas"]), 1e-6),
+            case.value("sampled latents", latents.asnumpy(), case.expected["sample.latents"])]
 
 
 class RecordedKeys(nn.Cell):

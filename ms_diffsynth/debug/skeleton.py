@@ -177,7 +177,10 @@ def inputs(plan: Plan, pipe: Pipeline, cut: Cut) -> list[Tensor]:
     latent = pipe.latent_shape(plan.height, plan.width)
     tokens = plan.text_tokens or pipe.max_sequence_length
     shapes = dict(family(plan.family).prepared_shapes(pipe.known_configs, latent, tokens))
-    shapes |= {"edit_latents": (plan.edit_tokens, latent[0]), "edit_places": (plan.edit_tokens, 4)}
+    if plan.edit_tokens:
+        axes = next(unit.axes for unit in pipe.optional_units["edit_image"] if "edit_places" in unit.output_params)
+        shapes |= {"edit_latents": (plan.edit_tokens, latent[0] * pipe.latent_patch**2),
+                   "edit_places": (plan.edit_tokens, axes)}
     if plan.template:
         units = pipe.optional_units["template_inputs"][:2]  # up to what is prepared
         processed = pipe.run(units, {"template_inputs": plan.template_inputs})

@@ -20,11 +20,13 @@ from ms_diffsynth.nn.recompute import Kept, Offloaded, Recomputed
 @dataclass(frozen=True)
 class Kind:
     """The blocks of one list: ``names`` of their layers, dotted, in the order in which ``build`` takes their functions,
-    after the block itself, to make the cell of a block. Blocks with equal layers and of one class are equal."""
+    after the block itself, to make the cell of a block. Blocks with equal layers and of one class are equal.
+    ``twin_of``: the kind whose blocks these are too, computed in another way; the adapters are that kind's."""
 
     list_name: str
     names: Sequence[str]
     build: Callable[[nn.Cell, list[nn.Cell]], nn.Cell]
+    twin_of: str = ""
 
 
 class Arranged:
@@ -60,12 +62,12 @@ class Arranged:
         known = self.__dict__.setdefault("_known_blocks", {})  # not an attribute: a cell would take it for its own
         blocks = [(block, [layer_of(cell) for cell in at(block, kind.names)])
                   for block in getattr(self, kind.list_name)]
-        signatures = [(type(block), getattr(block, "is_recomputed", False), getattr(block, "is_offloaded", False),
+        signatures = [(name, type(block), getattr(block, "is_recomputed", False), getattr(block, "is_offloaded", False),
                        *(layer.kind for layer in layers)) for block, layers in blocks]
         for signature, (block, layers) in zip(signatures, blocks):
             if signature not in known:
                 cell = kind.build(block, functions(layers))
-                known[signature] = (Offloaded if signature[2] else Recomputed if signature[1] else Kept)(cell)
+                known[signature] = (Offloaded if signature[3] else Recomputed if signature[2] else Kept)(cell)
         different = list(dict.fromkeys(signatures))
         return {"_cells": nn.CellList([known[s] for s in different], auto_prefix=False) if different else (),
                 "_cell_of": tuple(different.index(s) for s in signatures),
@@ -81,10 +83,11 @@ class Arranged:
     def _lora_layers(self) -> dict[str, list[list[AdaptedLinear]]]:
         """Of each kind, for each block, the layers that have an adapter, in the order of its layers."""
         return {name: [[cell for cell in at(block, kind.names) if isinstance(cell, AdaptedLinear)]
-                       for block in getattr(self, kind.list_name)] for name, kind in self.kinds().items()}
+                       for block in getattr(self, kind.list_name)] for name, kind in self.kinds().items()
+                if not kind.twin_of}
 
     def _lora_places(self, name: str) -> tuple[int, ...]:
-        begin = 0
+        begin, name = 0, self.kinds()[name].twin_of or name
         for kind, blocks in self._lora_layers().items():
             if kind == name:
                 return tuple(range(begin, begin + len(blocks)))

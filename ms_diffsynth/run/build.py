@@ -117,7 +117,9 @@ def build_datasets(config: TrainConfig) -> DataSets:
         pictures = (cache.manifest or {}).get("fingerprint", {}).get("pictures", {}).get("instance")
         if isinstance(pictures, dict):  # the columns as stage one found them in the metadata
             columns = list(pictures)
-        made = dict.fromkeys(columns, describe(_image_operator(config, "", [])))
+        as_it_is = describe(_reference_operator(config, ""))
+        made = {key: as_it_is if key in _references(config) else describe(_image_operator(config, "", []))
+                for key in columns}
         names = ["instance", *(["class"] if config.objective.with_prior_preservation else [])]
         held_out = [name for name in (cache.manifest or {}).get("rows", {}) if name == "validation"]
         cache.check({"pictures": dict.fromkeys([*names, *held_out], made)})
@@ -143,11 +145,18 @@ def _dataset(config: TrainConfig, name: str, repeat: int = 1) -> UnifiedDataset:
     if odd := [name for name in extra if name not in known]:
         raise ConfigError(f"extra_inputs names {', '.join(map(repr, odd))}: expected some of "
                           f"{', '.join(sorted(known))}.{nearest(odd[0], known)}")
+    optional = [] if name == "class" else _references(config)
+    left_out = set(_references(config)) - set(optional)  # class images have none
+    extra = [column for column in extra if column not in left_out]
     data, has_prompts = config.data, "prompt" in family(config.model.family).pipeline.inputs
     base, metadata = (getattr(data, f"{name}_{what}_path") for what in ("base", "metadata"))
     prompt = "class_prompt" if name == "class" else "instance_prompt"
-    how = {"repeat": repeat, "data_file_keys": data.data_file_keys, "captions": has_prompts, "prompt_setting": prompt,
-           "instance_prompt": getattr(data, prompt) if has_prompts else None, "image_column": data.image_column,
+    keys = [key for key in map(str.strip, data.data_file_keys.split(",")) if key not in left_out]
+    keys += [column for column in optional if column not in keys]
+    how = {"repeat": repeat, "data_file_keys": keys, "optional": optional,
+           "edit_folders": data.edit_folders if name == "dataset" else (), "captions": has_prompts,
+           "prompt_setting": prompt, "instance_prompt": getattr(data, prompt) if has_prompts else None,
+           "image_column": data.image_column,
            "trigger_word": data.trigger_word if has_prompts and name != "class" else None,
            "caption_column": data.caption_column, "allow_outside_base": data.allow_outside_base,
            "required": ["image", *extra, *(["prompt"] if has_prompts else [])]}
@@ -160,6 +169,12 @@ def _dataset(config: TrainConfig, name: str, repeat: int = 1) -> UnifiedDataset:
             raise
         setting = "folders" if folders else "base_path" if metadata is None else "metadata_path"
         raise DataError(f"{name}_{setting}: {error}") from error
+
+
+def _references(config: TrainConfig) -> list[str]:
+    """The further inputs of the run that are reference images."""
+    extra = [name.strip() for name in (config.data.extra_inputs or "").split(",")]
+    return [name for name in family(config.model.family).pipeline.absent_inputs if name in extra]
 
 
 def _repeats_of_cache(config: TrainConfig, cache: Cache) -> int | list[int]:
@@ -203,6 +218,7 @@ def _resize(config: TrainConfig, sets: DataSets) -> None:
             logger.warning("%s: %s.", what, warning)
         operator = _image_operator(config, images.base_path, buckets)
         images.use_buckets(() if data.height else buckets, operator)
+        images.special_operator_map |= dict.fromkeys(_references(config), _reference_operator(config, images.base_path))
     held: Counter = Counter()
     repeat = sets.instance.repeat
     for row, size in enumerate(sizes["images"]):
@@ -237,3 +253,9 @@ def _image_operator(config: TrainConfig, base: str, buckets: list[Bucket]) -> Da
         base_path=base, max_pixels=most, height=data.height, width=data.width,
         height_division_factor=factor, width_division_factor=factor, buckets=None if data.height else buckets,
         allow_outside_base=data.allow_outside_base, chosen_by=rule)
+
+
+def _reference_operator(config: TrainConfig, base: str) -> DataProcessingOperator:
+    """References are read as they are; the pipeline makes them smaller, each by itself."""
+    return UnifiedDataset.default_image_operator(base_path=base, resize=False,
+                                                 allow_outside_base=config.data.allow_outside_base)

@@ -30,6 +30,7 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
             model.family, model_configs(model.model_paths, model.model_id_with_origin_paths, source_of(config)),
             tokenizers={name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")},
             device=config.run.device, dtype=config.run.dtype, max_sequence_length=config.data.max_sequence_length,
+            edit_max_pixels=config.data.edit_max_pixels, edit_template=config.data.edit_template,
             hub=source_of(config))
 
 
@@ -40,13 +41,16 @@ def source_of(config: TrainConfig) -> str | None:
 
 def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None] | None = None,
                   device: str | None = None, dtype: str | None = None,
-                  max_sequence_length: int | None = None, hub: str | None = None) -> Pipeline:
+                  max_sequence_length: int | None = None, edit_max_pixels: int | None = None,
+                  edit_template: str | None = None, hub: str | None = None) -> Pipeline:
     """The pipeline of the family called ``name``.
 
     Args:
         models: what `Pipeline.from_pretrained` takes: a folder, or a list of `ModelConfig`.
         tokenizers: ``<tokenizer>_path`` -> a folder, or ``owner/name:folder/``; None leaves the family's own.
         max_sequence_length: text tokens a prompt is padded or cut to; None leaves the family's number.
+        edit_max_pixels: most pixels of a reference image; None leaves the family's number.
+        edit_template: how the text encoder is shown reference images; None goes by the model.
         hub: of tokenizers whose names do not say it.
 
     Raises: ConfigError for a tokenizer the family does not have, or a length where prompts have a fixed one.
@@ -67,6 +71,16 @@ def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None
             raise ConfigError(f"max_sequence_length={max_sequence_length}: prompts of the family {name} have one fixed "
                               "length. Remove it.")
         pipe.max_sequence_length = max_sequence_length
+    if edit_max_pixels is not None:
+        if "edit_image" not in pipe.optional_units:
+            raise ConfigError(f"edit_max_pixels={edit_max_pixels}: the family {name} takes no reference images. Remove "
+                              "it.")
+        pipe.edit_max_pixels = edit_max_pixels
+    if edit_template is not None:
+        if not hasattr(pipe, "edit_template"):
+            raise ConfigError(f"edit_template={edit_template}: the text encoder of the family {name} sees no images. "
+                              "Remove it.")
+        pipe.edit_template = edit_template
     return pipe
 
 

@@ -367,7 +367,7 @@ def models_of_samples(config: TrainConfig, pipe: Pipeline) -> tuple[str, ...]:
     """
     prompts = config.run.sample_prompts if "prompt" in pipe.inputs else config.run.sample_count
     stage = stage_of(config.objective.task)
-    if not prompts or stage == "data_process" or stage and "prompt" not in pipe.inputs:
+    if not prompts or stage == "data_process" or (stage and "prompt" not in pipe.inputs):
         return ()
     cut = pipe.sampling_program().cut(("velocity",) if "prompt" in pipe.inputs else pipe.denoise.output_params)
     decode = pipe.build_decode().onload_model_names if hasattr(pipe, "build_decode") else ()

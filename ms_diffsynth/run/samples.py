@@ -2,25 +2,32 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import logging
 import math
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
 from ms_diffsynth.config import SAMPLE_OVERRIDES, TrainConfig, prompts_of
 from ms_diffsynth.data.buckets import nearest_bucket, own_bucket
+from ms_diffsynth.data.dataset import UnifiedDataset
+from ms_diffsynth.data.images import read_image
 from ms_diffsynth.errors import CacheError, ConfigError, WeightError, listing, naming, shortened
 from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
+from ms_diffsynth.pipelines.shared.edit import references
 from ms_diffsynth.run.pipeline import most_pixels
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.template.units import trained_template_cache
 from ms_diffsynth.training.two_stage import stage_of
+
+logger = logging.getLogger(__name__)
 
 Sampler = Callable[..., list[Image.Image]]
 
@@ -95,11 +102,45 @@ def check_prompts(config: TrainConfig, pipe: Pipeline, folder: str) -> None:
             f"{shlex.quote(prompts)}; or remove them, by --sample_prompts '[]'.")
 
 
-def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> tuple[Sampler | None, list[str]]:
+def sample_references(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> list[list[Image.Image]]:
+    """The reference images of each sample image: as set, or those of the first rows of ``dataset`` that have any, where
+    the run trains on references. Empty for none.
+
+    Raises: ConfigError for a family that takes none; DataError for a file that is not an image.
+    """
+    run, count = config.run, len(config.run.sample_prompts)
+    if run.sample_edit_images and "edit_image" not in pipe.optional_units:
+        raise ConfigError(f"sample_edit_images={','.join(run.sample_edit_images)}: the family {config.model.family} "
+                          "takes no reference images. Remove it.")
+    if not count:
+        return []
+    if run.sample_edit_images:
+        with naming("sample_edit_images"):
+            each = [[read_image(name.strip()) for name in names.split(";") if name.strip()]
+                    for names in run.sample_edit_images]
+        return each * count if len(each) == 1 else each
+    if "edit_image" not in pipe.inputs:
+        return []
+    if stage_of(config.objective.task) == "train" or not isinstance(dataset, UnifiedDataset):
+        logger.warning("sample images have no references: this stage reads no data set. Name some by "
+                       "sample_edit_images.")
+        return []
+    rows = [row for row, cells in enumerate(dataset.rows) if cells.get("edit_image")][:count]
+    if rows:
+        logger.info("sample images have the references of %s; others are named by sample_edit_images.",
+                    listing((dataset.label(row) for row in rows), 3))
+    found = [references(dataset.cells(row, ["edit_image"])["edit_image"]) for row in rows]
+    return list(itertools.islice(itertools.cycle(found), count)) if found else []
+
+
+def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None,
+                  edited: Sequence[Sequence[Image.Image]] | None = None) -> tuple[Sampler | None, list[str]]:
     """``sampler()`` makes one image a prompt, always from the same seeds; and the prompts. None without prompts.
 
     Without sample_height and height it makes them at the size of most images of ``dataset``, in stage two of those of
     the cache, or square.
+
+    Each has the reference images ``edited``; None takes those of `sample_references`.
 
     ``sampler(count)`` makes this many, with the prompts in turn. For a family without prompts, ``sampler()`` makes
     ``sample_count`` images.
@@ -124,6 +165,7 @@ def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> t
         return None, []
     planned = planned_samples(config, pipe, _usual_size(config, pipe, dataset))
     inputs = sample_template_inputs(config)
+    edited = sample_references(config, pipe, dataset) if edited is None else edited
 
     def sampler(count: int = len(planned)) -> list[Image.Image]:
         with contextlib.nullcontext() if config.model.preset_lora_in_samples else pipe.without_loras():
@@ -136,7 +178,9 @@ def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> t
             still()
             image, cache = planned[k % len(planned)], caches[k % len(planned)]
             seed = image["seed"] + k - k % len(planned)  # other images of the same prompts have other seeds
-            images.append(pipe(**{**image, "seed": seed}, **({"template_cache": cache} if cache else {})))
+            further = {"template_cache": cache} if cache else {}
+            further |= {"edit_image": list(edited[k % len(planned)])} if edited else {}
+            images.append(pipe(**{**image, "seed": seed}, **further))
         return images
 
     return sampler, prompts_of(run.sample_prompts)

@@ -12,18 +12,20 @@ from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.config import TrainConfig, flat, to_yaml
+from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.errors import CacheError, ConfigError, OutputError, UserError, naming, said
 from ms_diffsynth.run.build import DataSets, build_datasets, build_module
 from ms_diffsynth.run.checks import check_data, check_settings
 from ms_diffsynth.run.header import file_header
 from ms_diffsynth.run.pipeline import build_pipeline, most_pixels
 from ms_diffsynth.run.plan import plan_run, short_form
-from ms_diffsynth.run.samples import build_sampler, check_prompts, prompts_to_prepare
+from ms_diffsynth.run.samples import build_sampler, check_prompts, prompts_to_prepare, sample_references
 from ms_diffsynth.training import same_run
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.hooks.checkpoints import Checkpoints
 from ms_diffsynth.training.hooks.contract import Hook
 from ms_diffsynth.training.hooks.evaluation import Evaluation
+from ms_diffsynth.training.hooks.pairs import Pairs
 from ms_diffsynth.training.hooks.publish import Publishing, check_token
 from ms_diffsynth.training.hooks.samples import Samples
 from ms_diffsynth.training.hooks.tracking import Tracking
@@ -97,10 +99,13 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     if accelerator.is_main_process:
         logger.files["config.yaml"] = to_yaml(config).encode()
         sys.stderr.write(f"{module.pipe.objective}\n")
-    sampler, captions = build_sampler(config, pipe, images)
+    if "edit_image" in pipe.inputs and sets.instance is not images:  # rows of a cache, whose images are still there
+        hooks = [Pairs(images), *hooks]
+    references = sample_references(config, pipe, images)
+    sampler, captions = build_sampler(config, pipe, images, references)
     return launch_training_task(accelerator, sets.instance, module, logger, class_dataset=sets.classes,
                                 validation_dataset=sets.validation, args=config, sampler=sampler,
-                                sample_captions=captions, hooks=hooks)
+                                sample_captions=captions, sample_references=references, hooks=hooks)
 
 
 def launch_training_task(accelerator: Accelerator, dataset: Any, model: DiffusionTrainingModule,
@@ -108,7 +113,9 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
                          num_workers: int = 1, save_steps: int | None = None, num_epochs: int | None = 1,
                          args: Any = None, class_dataset: Any = None,
                          sampler: Callable[..., list[Image.Image]] | None = None,
-                         sample_captions: list[str] | None = None, settings: dict[str, Any] | None = None,
+                         sample_captions: list[str] | None = None,
+                         sample_references: Sequence[Sequence[Image.Image]] = (),
+                         settings: dict[str, Any] | None = None,
                          validation_dataset: Any = None, hooks: Sequence[Hook] = (), **options: Any) -> ModelLogger:
     """Train ``model`` on ``dataset`` and write everything through ``model_logger``.
 
@@ -117,7 +124,8 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
         class_dataset: class images for prior preservation; each batch is then instances followed by as many of these.
         sampler: makes sample images with the current weights; called before the first step, every ``sample_steps``
             and at the end. sample_captions: what is written under them. With ``evaluation_steps`` it is also called
-            with a number of images, as that of `build_sampler` can be.
+            with a number of images, as that of `build_sampler` can be. sample_references: the reference images of each,
+            which are shown above it.
         settings: what else training_args.json should hold.
         validation_dataset: held-out rows; their loss is computed every ``validation_steps``.
         hooks: of your own, see `training.hooks.contract.Hook`; they come after the others.
@@ -148,7 +156,10 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     given = flat(args)
     names = dict.fromkeys([*given.get("trackers", ()), *(["tensorboard"] * model_logger.enable_tensorboard_log)])
     tracking = [Tracking(list(names), given.get("tracker_project") or "ms_diffsynth")] if names and is_main else []
+    model_logger.references = [list(images) for images in sample_references]
     looking: list[Hook] = []
+    if "edit_image" in model.pipe.inputs and isinstance(dataset, UnifiedDataset):
+        looking.append(Pairs(dataset))
     if sampler is not None:
         looking.append(Samples(sampler, sample_captions or [], chosen.sample_steps))
     if chosen.validation_steps is not None:

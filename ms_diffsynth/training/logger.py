@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ms_diffsynth.data.fonts import font_for
-from ms_diffsynth.data.images import grid, png_bytes
+from ms_diffsynth.data.images import grid, png_bytes, side_by_side
 from ms_diffsynth.data.plots import loss_curve
 from ms_diffsynth.errors import ConfigError, OutputError, listing
 from ms_diffsynth.launch.worker import beat
@@ -47,6 +47,7 @@ class ModelLogger:
         saved: files of weights, in the order they were written. saved_at: the step of the last one; -1 before.
         keep_saved: how many saves of weights stay; None for all. The loop sets it.
         samples: step -> sample images: the first and the latest, which the before/after grid needs.
+        references: of each sample image the reference images it is made of, which are shown above it; empty for none.
         checkpoint: folder of the newest checkpoint; None before the first.
         ema: the moving average of what is trained; the loop sets it.
         after_save: called when a checkpoint is in place; `training.hooks.publish` sets it.
@@ -65,6 +66,7 @@ class ModelLogger:
         self.files: dict[str, bytes] = {}
         self.losses: list[tuple[int, float]] = []
         self.samples: dict[int, list[Image.Image]] = {}
+        self.references: list[list[Image.Image]] = []
         self.saved: list[Path] = []
         self.saved_at = -1
         self.keep_saved: int | None = None
@@ -229,11 +231,20 @@ class ModelLogger:
         self.samples = {first: self.samples.get(first, images), step: images}
         columns = len(images) if captions else math.ceil(math.sqrt(len(images)))
         self._write_prompts(captions)
-        path = self.write_image(f"samples/step-{step}.png", grid(images, columns=columns, titles=_titles(captions)))
+        above = self._references(images)
+        sheet = (grid([*above, images], captions=["reference", f"step {step}"], titles=_titles(captions)) if above else
+                 grid(images, columns=columns, titles=_titles(captions)))
+        path = self.write_image(f"samples/step-{step}.png", sheet)
         self.event("samples", file=f"samples/step-{step}.png")
         for listener in self.listeners:
             listener.images(images, _titles(captions) or (), step)
         return path
+
+    def _references(self, images: list[Image.Image]) -> list[list[Image.Image]]:
+        """A row of a grid: the references of each sample image, as high as it is; no row where there are none."""
+        if len(self.references) != len(images) or not all(self.references):
+            return []
+        return [[side_by_side(given, image.height) for given, image in zip(self.references, images)]]
 
     def _write_prompts(self, captions: list[str]) -> None:
         """``samples/prompts.txt`` when an image has its number under it, because no font has the letters."""
@@ -266,10 +277,10 @@ class ModelLogger:
         if len(self.samples) < 2:
             return None
         first, last = min(self.samples), max(self.samples)
-        rows = [self.samples[first], self.samples[last]]
-        return self.write_image("samples/before_after.png",
-                                grid(rows, captions=[f"before (step {first})", f"after (step {last})"],
-                                     titles=_titles(captions)))
+        above = self._references(self.samples[last])
+        rows = [*above, self.samples[first], self.samples[last]]
+        names = [*(["reference"] if above else []), f"before (step {first})", f"after (step {last})"]
+        return self.write_image("samples/before_after.png", grid(rows, captions=names, titles=_titles(captions)))
 
     def write_image(self, name: str, image: Image.Image) -> Path:
         """Write a PNG below ``output_path``."""

@@ -312,13 +312,14 @@ class DiffusionTrainingModule:
 
         Raises: DataError for a row without an image, or without a prompt where the family takes one.
         """
-        lost = [name for name in self._columns if data.get(name) is None]
+        lost = [name for name in self._columns if data.get(name) is None and name not in self.pipe.absent_inputs]
         if lost:
             raise DataError(f"a row has no {' and no '.join(map(repr, lost))}: it has {listing(sorted(data))}. "
                             f"Expected the columns {' and '.join(map(repr, self._columns))}; name yours by "
                             "image_column and caption_column, or override get_pipeline_inputs in a script.")
         shared = {"input_image": data["image"], "height": data["image"].size[1], "width": data["image"].size[0],
-                  "cfg_scale": 1, **{name: data[name] for name in (*self._extra_inputs, *self.pipe.objective.inputs)}}
+                  "cfg_scale": 1, **{name: data.get(name) for name in (*self._extra_inputs,
+                                                                       *self.pipe.objective.inputs)}}
         if "prompt" not in self._columns:
             return shared, {}, {}
         return shared, {"prompt": data["prompt"]}, {"negative_prompt": ""}

@@ -109,7 +109,7 @@ class PreparedRows:
     @property
     def has_values(self) -> bool:
         """Whether slots hold values of a further input as they are, of a template say: their dtypes differ by row."""
-        further = _further(self.module.pipe)
+        further = _further(self.module.pipe) & set(self.cut.cache)
         return any(further & set(unit.output_params) and set(unit.onload_model_names) <= {"template_model"}
                    for unit in self.cut.prepare)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from trainings import FAMILIES, base_of
+from trainings import FAMILIES, VARIANTS, base_of
 
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.standin import Log
@@ -43,7 +43,8 @@ def folders(tmp_path_factory):
     def folder(family: str) -> Path:
         if family not in made:
             made[family] = tmp_path_factory.mktemp(family)
-            assert main(["tiny", base_of(family), str(made[family] / "model")]) == 0
+            variant = ["--variant", VARIANTS[family]] if family in VARIANTS else []
+            assert main(["tiny", base_of(family), str(made[family] / "model"), *variant]) == 0
         return made[family]
 
     return folder

@@ -19,6 +19,8 @@ STEPS = 3
 CAT = ROOT / "examples/data/dreambooth_cat_fluent"
 TILES = ROOT / "examples/data/photo_tiles64"
 SMILEYS = ROOT / "examples/data/smileys64"
+EDITS = ROOT / "examples/data/cat_edits.csv"
+VARIANTS = {"qwen_image_edit": "edit-2511"}  # what ms-diffsynth tiny writes for some of FAMILIES
 ROWS = {"dataset_base_path": CAT, "dataset_metadata_path": CAT / "metadata.csv", "height": 128, "width": 128,
         "batch_size": 3, "lora_rank": 16, "learning_rate": 2e-3}
 FAMILIES = {
@@ -32,6 +34,10 @@ FAMILIES = {
     "flux": ROWS | {"max_sequence_length": 32},
     "flux_whole": ROWS | {"max_sequence_length": 32, "batch_size": 1, "learning_rate": 1e-7,
                           "lora_base_model": "null", "trainable_models": "dit", "remove_prefix_in_ckpt": "pipe.dit."},
+    "flux_edit": ROWS | {"max_sequence_length": 32, "batch_size": 1, "dataset_metadata_path": EDITS,
+                         "extra_inputs": "edit_image", "edit_max_pixels": 128 * 128},
+    "qwen_image_edit": ROWS | {"batch_size": 1, "dataset_metadata_path": EDITS, "extra_inputs": "edit_image",
+                               "edit_max_pixels": 128 * 128},
     "sd3": ROWS | {"max_sequence_length": 32},
     "z_image": ROWS,
     "toy": ROWS | {"height": 64, "width": 64},
@@ -43,7 +49,7 @@ FAMILIES = {
 
 def base_of(name: str) -> str:
     """The model family of one of FAMILIES."""
-    return name.removesuffix("_template").removesuffix("_whole")
+    return name.removesuffix("_template").removesuffix("_whole").removesuffix("_edit")
 
 
 def train(folder: Path, family: str, device: str, dtype: str, mode: str, recompute: str = "") -> int:

@@ -16,6 +16,7 @@ from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 GOLDEN = Path(__file__).parents[1] / "golden"
 FLUX, UNET = CASES_OF_PACKAGE / "flux", CASES_OF_PACKAGE / "ddpm_unet"
 CASES = ("flux", "flux_dreambooth_cosmap", "flux2_klein", "qwen_image", "sd3", "z_image")
+EDITING = ("flux_kontext", "qwen_image_edit", "qwen_image_edit_2509", "qwen_image_edit_2511")
 
 
 @pytest.mark.parametrize("case", [case if case == "flux" else pytest.param(case, marks=pytest.mark.slow)
@@ -25,6 +26,24 @@ def test_the_reference_cases_pass_eagerly(run, case):
     assert code == 0 and "FAIL" not in out and out.endswith("all quantities are within tolerance\n")
     assert all(f"ok   {name}" in out for name in ("loss", "gradients", "velocity", "input latents", "sigma grid"))
     assert ("LoRA after 5 steps" in out) == (case != "flux_dreambooth_cosmap")
+
+
+@pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", EDITING)
+def test_references_of_edit_models(run, case, mode):
+    code, out, _ = run("parity", GOLDEN / case, "--mode", mode)
+    assert code == 0 and "FAIL" not in out
+    assert all(f"ok   {name}" in out for name in (
+        "velocity ", "loss", "gradients", "reference latents", "velocity without reference", "sampling sigmas",
+        "sampled latents", "losses of 5 steps", "LoRA after 5 steps"))
+
+
+@pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
+def test_a_text_encoder_that_sees_pictures(run, mode):
+    code, out, _ = run("parity", GOLDEN / "qwen_vl_text", "--mode", mode)
+    assert code == 0 and "FAIL" not in out
+    assert all(f"ok   {name}" in out for name in ("pixel values", "positions", "picture tokens", "hidden states",
+                                                  "prompt embeds", "loss", "gradients (68 tensors)"))
 
 
 def test_the_keys_and_values_of_a_template_and_their_gradients(run, tmp_path):

@@ -26,6 +26,16 @@ def test_the_seed_decides(run, tmp_path, toy_model):
     assert weights[0] == weights[1] != weights[2]
 
 
+def test_a_variant_has_what_editing_needs(run, tmp_path):
+    assert run("tiny", "qwen_image", tmp_path / "edit", "--variant", "edit-2511")[0] == 0
+    pipe = family("qwen_image").pipeline.from_pretrained(str(tmp_path / "edit"))
+    assert "vision_tower" in pipe.model_names and pipe.config("dit")["zero_cond_t"]
+    code, _, err = run("tiny", "qwen_image", tmp_path / "none", "--variant", "edit-2510")
+    assert code == 64 and "variant=edit-2510: the family qwen_image has edit, edit-2509, edit-2511." in err
+    code, _, err = run("tiny", "toy", tmp_path / "none", "--variant", "edit")
+    assert code == 64 and "variant=edit: the family toy has none." in err
+
+
 def test_a_folder_with_something_else_in_it_is_refused(run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")

@@ -201,7 +201,7 @@ def test_edit_pictures_are_prepared_each_in_its_size(editing):
     row = {"prompt": PROMPT, "input_image": noise_image(32, 32), "edit_image": edit}
     slots = editing.run(editing.units, row)
     assert slots["edit_latents"].shape == (1, 2 * 2 + 1 * 3, 128) and slots["edit_places"].shape == (1, 7, 4)
-    first = editing.run(editing.units[4:5], {"pixels": editing.preprocess_image(edit[1])})["moments"][:, :128]
+    first = editing.run(editing.units[5:6], {"pixels": editing.preprocess_image(edit[1])})["moments"][:, :128]
     assert relative(slots["edit_latents"][:, 4:], first.reshape(1, 128, 3).swapaxes(1, 2)) < 1e-6
     np.testing.assert_array_equal(slots["edit_places"].asnumpy()[0, :, 0], [10] * 4 + [20] * 3)
     looked_up = np.stack([x.asnumpy() for x in edit_table(slots["edit_places"], (8, 8, 8, 8), 2000)])
@@ -244,7 +244,7 @@ def test_two_rows_with_edit_pictures_of_two_shapes_share_a_batch(editing):
     assert relative(editing.model_fn(**{n: Tensor(v) for n, v in slots.items()}), both) > 1e-4
 
 
-@pytest.mark.parametrize("wrong", ["cat.png", [], ["cat.png"]])
+@pytest.mark.parametrize("wrong", ["cat.png", ["cat.png"]])
 def test_what_is_no_picture_is_refused(editing, wrong):
     with pytest.raises(DataError, match="expected an image or a list of images"):
         editing.run(editing.units, {"prompt": "a", "input_image": noise_image(32, 32), "edit_image": wrong})

@@ -170,7 +170,7 @@ def test_one_frame_needs_no_cache(pipe):
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting, accepted", [({"zero_cond_t": False}, True), ({"zero_cond_t": True}, False)])
+@pytest.mark.parametrize("setting, accepted", [({"zero_cond_t": True}, True), ({"use_layer3d_rope": True}, False)])
 def test_settings_of_later_networks(tiny_qwen, tmp_path, setting, accepted):
     config = json.loads((tiny_qwen / "transformer/config.json").read_text()) | setting
     weights = load_state_dict(tiny_qwen / "transformer/diffusion_pytorch_model.safetensors")
@@ -179,7 +179,7 @@ def test_settings_of_later_networks(tiny_qwen, tmp_path, setting, accepted):
     if accepted:
         assert loaded.dit.proj_out.weight.shape[0] == 64
     else:
-        with pytest.raises(WeightError, match="zero_cond_t"):
+        with pytest.raises(WeightError, match="use_layer3d_rope"):
             loaded.dit  # noqa: B018
 
 

@@ -1,6 +1,8 @@
 """FLUX.1 (dev and schnell)."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ms_diffsynth.hub.card import APACHE, Licence, Loader
 from ms_diffsynth.pipeline import Activations, Family
 from ms_diffsynth.pipelines.flux.pipeline import FluxImagePipeline
@@ -11,6 +13,8 @@ _HUB = "https://huggingface.co/black-forest-labs"
 LICENCES = {
     "black-forest-labs/FLUX.1-dev": Licence("other", "flux-1-dev-non-commercial-license",
                                             f"{_HUB}/FLUX.1-dev/blob/main/LICENSE.md"),
+    "black-forest-labs/FLUX.1-Kontext-dev": Licence("other", "flux-1-dev-non-commercial-license",
+                                                    f"{_HUB}/FLUX.1-Kontext-dev/blob/main/LICENSE.md"),
     "black-forest-labs/FLUX.1-schnell": APACHE,
 }
 LOADER = Loader(here="FluxImagePipeline", diffusers="FluxPipeline", mindone="FluxPipeline",
@@ -18,6 +22,13 @@ LOADER = Loader(here="FluxImagePipeline", diffusers="FluxPipeline", mindone="Flu
                        "vae/*.safetensors"),
                 transformer="FluxTransformer2DModel", tags=("flux", "flux-diffusers"))
 
+
+def loader(base_model: str | None) -> Loader:
+    """diffusers has a pipeline of its own for Kontext."""
+    is_kontext = "kontext" in (base_model or "").lower()
+    return replace(LOADER, diffusers="FluxKontextPipeline", mindone="FluxKontextPipeline") if is_kontext else LOADER
+
+
 FAMILY = Family(name="flux", pipeline=FluxImagePipeline, write_tiny=write_tiny, published=PUBLISHED,
                 repositories=REPOSITORIES, activations=Activations(kept=15.0, inside=18.2, encode=4.08, decode=6.01),
-                prepared_shapes=prepared_shapes, licences=LICENCES, loader=lambda base: LOADER)
+                prepared_shapes=prepared_shapes, licences=LICENCES, loader=loader)

@@ -9,29 +9,37 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from ms_diffsynth.diffusion.packing import pack, unpack
+from ms_diffsynth.ops import network
 from ms_diffsynth.units import TensorUnit
+
+
+def places(height: int, width: int, first: int = 0) -> np.ndarray:
+    """(first, row, column) of every token, row by row; sides in tokens: float32 [height * width, 3].
+
+    Source: diffusers 0.35 FluxPipeline._prepare_latent_image_ids.
+    """
+    ids = np.full((height, width, 3), first, np.float32)
+    ids[..., 1] = np.arange(height)[:, None]
+    ids[..., 2] = np.arange(width)[None, :]
+    return ids.reshape(-1, 3)
 
 
 @ops.constexpr
 def image_ids(height: int, width: int) -> Tensor:
-    """Position of every image token, a constant: float32 [N, 3] holding (0, row, column); sides in latent pixels.
-
-    Source: diffusers 0.35 FluxPipeline._prepare_latent_image_ids.
-    """
-    ids = np.zeros((height // 2, width // 2, 3), np.float32)
-    ids[..., 1] = np.arange(height // 2)[:, None]
-    ids[..., 2] = np.arange(width // 2)[None, :]
-    return Tensor(ids.reshape(-1, 3))
+    """Position of every image token, a constant: float32 [N, 3]; sides in latent pixels."""
+    return Tensor(places(height // 2, width // 2))
 
 
 class Denoise(TensorUnit):
     """Velocity at noisy latents. ``guidance`` is used by guidance-distilled networks (FLUX.1-dev) only.
 
     Shapes: latents float [B, C, H, W], sigma float32 [B], prompt_embeds [B, L, D], pooled_prompt_embeds [B, P],
-    guidance float32 [B] -> velocity float32 [B, C, H, W]. The network computes in ``dtype``.
+    guidance float32 [B], edit_latents [B, M, 4C], edit_places int32 [B, M, 3] -> velocity float32 [B, C, H, W]. The
+    network computes in ``dtype``. The tokens of references (FLUX.1-Kontext) follow those of the image.
     """
 
-    input_params = ("latents", "sigma", "prompt_embeds", "pooled_prompt_embeds", "guidance?")
+    input_params = ("latents", "sigma", "prompt_embeds", "pooled_prompt_embeds", "guidance?", "edit_latents?",
+                    "edit_places?")
     output_params = ("velocity",)
     onload_model_names = ("dit",)
 
@@ -39,18 +47,28 @@ class Denoise(TensorUnit):
         super().attach(pipe)
         self.is_guided = bool(pipe.config("dit")["guidance_embeds"])
 
-    def construct(self, latents, sigma, prompt_embeds, pooled_prompt_embeds, guidance=None):
+    def construct(self, latents, sigma, prompt_embeds, pooled_prompt_embeds, guidance=None, edit_latents=None,
+                  edit_places=None):
         height, width = latents.shape[2], latents.shape[3]
         if not self.is_guided:
             guidance = None
-        tokens = self.dit(
-            hidden_states=pack(latents).astype(self.dtype),
+        tokens, ids = pack(latents), image_ids(height, width)
+        image_tokens = tokens.shape[1]
+        has_references = edit_latents is not None and edit_latents.shape[1] > 0
+        if has_references:
+            tokens = ops.cat((tokens, edit_latents.astype(tokens.dtype)), 1)
+            ids = ops.broadcast_to(ids.expand_dims(0), (latents.shape[0], image_tokens, 3))
+            ids = ops.cat((ids, edit_places.astype(ms.float32)), 1)
+        velocity = self.dit(
+            hidden_states=tokens.astype(self.dtype),
             timestep=sigma,
             guidance=guidance,
             pooled_projections=pooled_prompt_embeds.astype(self.dtype),
             encoder_hidden_states=prompt_embeds.astype(self.dtype),
             txt_ids=ops.zeros((prompt_embeds.shape[1], 3), ms.float32),
-            img_ids=image_ids(height, width),
+            img_ids=ids,
             return_dict=False,
         )[0]
-        return (unpack(tokens, height, width).astype(ms.float32),)
+        if has_references:
+            velocity = network.part(velocity, image_tokens)[0]
+        return (unpack(velocity, height, width).astype(ms.float32),)

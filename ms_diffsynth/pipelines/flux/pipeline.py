@@ -13,6 +13,7 @@ from ms_diffsynth.pipelines.flux.denoise import Denoise
 from ms_diffsynth.pipelines.flux.published import PUBLISHED
 from ms_diffsynth.pipelines.shared import autoencoder_kl
 from ms_diffsynth.pipelines.shared.autoencoder_kl import AUTOENCODER_KL, Decode, EncodeImage
+from ms_diffsynth.pipelines.shared.edit import LoadEditImage
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.t5 import weight_dtype
 from ms_diffsynth.pipelines.shared.text import (
@@ -66,7 +67,7 @@ LORA_TARGET_MODULES = (
 
 
 class FluxImagePipeline(ImagePipeline):
-    """Text to image with FLUX.1, and the units its training reuses.
+    """Text to image with FLUX.1, editing with FLUX.1-Kontext, and the units their training reuses.
 
     Attributes:
         max_sequence_length: T5 tokens a prompt is padded or cut to (512 for dev, 256 for schnell).
@@ -79,12 +80,15 @@ class FluxImagePipeline(ImagePipeline):
     fusible = ("encode_image",)
     widths = {"latents": ("in_channels", -3, 4), "prompt_embeds": ("joint_attention_dim", -1, 1),
               "pooled_prompt_embeds": ("pooled_projection_dim", -1, 1)}
-    prepare_settings = ("max_sequence_length",)
+    prepare_settings = ("max_sequence_length", "edit_max_pixels")
     max_sequence_length = 512
     sft_grid = diffsynth_flux(3.0).training
 
     def build_units(self) -> list:
         return [units.TokenizePrompt(), units.EncodePrompt(), LoadPixels(), EncodeImage(self.dtype)]
+
+    def build_optional_units(self) -> dict[str, list]:
+        return {"edit_image": [LoadEditImage(), units.EncodeEditImage()]}
 
     def build_denoise(self) -> Denoise:
         return Denoise(self.dtype)

@@ -134,8 +134,8 @@ class FluxTransformer(Arranged, mindone.FluxTransformer2DModel):
     def construct(self, hidden_states, encoder_hidden_states=None, pooled_projections=None, timestep=None,
                   img_ids=None, txt_ids=None, guidance=None, return_dict=False):
         """hidden_states [B, N, C], encoder_hidden_states [B, L, D'], pooled_projections [B, P], timestep (sigma) and
-        guidance float32 [B], img_ids [N, 3], txt_ids [L, 3] -> a tuple of the velocity [B, N, C]. The arguments are
-        mindone's."""
+        guidance float32 [B], img_ids [N, 3], or [B, N, 3] of references that differ, txt_ids [L, 3] -> a tuple of the
+        velocity [B, N, C]. The arguments are mindone's."""
         image, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
         embedders = self.time_text_embed
         temb = self.embed(embedders.timestep_embedder, timestep, image.dtype)
@@ -144,9 +144,12 @@ class FluxTransformer(Arranged, mindone.FluxTransformer2DModel):
         temb = temb + embedders.text_embedder(pooled_projections)
         emb = mint.nn.functional.silu(temb)
         axes = frequencies(self.pos_embed.axes_dim, self.pos_embed.theta)
-        angles = mint.matmul(mint.cat((txt_ids, img_ids), dim=0).astype(ms.float32), axes)
-        cos = network.positions(mint.cos(angles).expand_dims(0), image.shape[0], self.heads, image.dtype)
-        sin = network.positions(mint.sin(angles).expand_dims(0), image.shape[0], self.heads, image.dtype)
+        if img_ids.ndim == 2:
+            img_ids = img_ids.expand_dims(0)
+        txt_ids = ops.broadcast_to(txt_ids.expand_dims(0), (img_ids.shape[0], txt_ids.shape[0], txt_ids.shape[1]))
+        angles = mint.matmul(mint.cat((txt_ids, img_ids), dim=1).astype(ms.float32), axes)
+        cos = network.positions(mint.cos(angles), image.shape[0], self.heads, image.dtype)
+        sin = network.positions(mint.sin(angles), image.shape[0], self.heads, image.dtype)
         lora = self.lora(image) if self.has_lora else self.no_lora
         cells, cell_of = self.double_cells, self.double_cell_of
         weights, places = self.double_weights, self.double_lora

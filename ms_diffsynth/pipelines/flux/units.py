@@ -1,8 +1,14 @@
-"""What FLUX.1 encodes: the prompt, by CLIP and T5."""
+"""What FLUX.1 encodes: the prompt, by CLIP and T5; and the references of FLUX.1-Kontext, by the VAE."""
 from __future__ import annotations
 
-import mindspore as ms
+from collections.abc import Sequence
 
+import mindspore as ms
+import numpy as np
+
+from ms_diffsynth.pipelines.flux.denoise import places
+from ms_diffsynth.pipelines.shared import edit
+from ms_diffsynth.pipelines.shared.autoencoder_kl import EncodeImage
 from ms_diffsynth.pipelines.shared.text import CLIP_TOKENS, padded_ids
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
@@ -38,3 +44,17 @@ class EncodePrompt(TensorUnit):
         pooled_prompt_embeds = self.text_encoder_1(clip_ids, return_dict=False)[1]
         prompt_embeds = self.text_encoder_2(t5_ids, return_dict=False)[0]
         return prompt_embeds.astype(ms.float32), pooled_prompt_embeds.astype(ms.float32)
+
+
+class EncodeEditImage(edit.EncodeEditImage):
+    """References of FLUX.1-Kontext. All have 1 on the first axis, and rows and columns from 0.
+
+    Shapes: edit_pixels, a list of float32 [B, 3, h, w] -> edit_latents float32 [B, M, C], edit_places int32 [B, M, 3].
+
+    Source: diffusers 0.42, FluxKontextPipeline; for several references DiffSynth-Studio 2.1.12, FluxImageUnit_Kontext.
+    """
+
+    encode, axes = EncodeImage, 3
+
+    def places(self, sides: Sequence[tuple[int, int]]) -> np.ndarray:
+        return np.concatenate([places(*side, first=1) for side in sides]).astype(np.int32)

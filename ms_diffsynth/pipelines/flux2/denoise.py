@@ -43,13 +43,14 @@ class Denoise(TensorUnit):
             prompt_embeds = with_text(prompt_embeds, template_cache)
         tokens = to_tokens(latents)
         cos, sin = image_table(prompt_embeds.shape[1], height, width, self.axes, self.theta)
-        if edit_latents is not None:
+        has_references = edit_latents is not None and edit_latents.shape[1] > 0
+        if has_references:
             tokens = ops.cat((tokens, edit_latents.astype(tokens.dtype)), 1)
             edit_cos, edit_sin = edit_table(edit_places, self.axes, self.theta)
             cos, sin = joined(cos, edit_cos), joined(sin, edit_sin)
         velocity = self.dit(tokens.astype(self.dtype), sigma, guidance, prompt_embeds.astype(self.dtype), cos, sin,
                             template)
-        if edit_latents is not None:
+        if has_references:
             velocity = velocity[:, :height * width]
         return (from_tokens(velocity, height, width).astype(ms.float32),)
 

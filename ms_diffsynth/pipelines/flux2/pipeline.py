@@ -17,6 +17,7 @@ from ms_diffsynth.pipelines.flux2 import units
 from ms_diffsynth.pipelines.flux2.denoise import Denoise
 from ms_diffsynth.pipelines.flux2.published import PUBLISHED
 from ms_diffsynth.pipelines.shared.autoencoder_kl import scale_factor
+from ms_diffsynth.pipelines.shared.edit import LoadEditImage
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.pipelines.shared.text import QWEN3, QWEN3_TOLD_BY, QWEN_TOKENIZER, build_qwen3_tokenizer
@@ -139,7 +140,7 @@ class Flux2ImagePipeline(ImagePipeline):
     interchange = read_table(Path(__file__).with_name("interchange.yaml"))
     widths = {"latents": ("in_channels", -3, 1), "prompt_embeds": ("joint_attention_dim", -1, 1)}
     fusible = ("encode_image",)
-    prepare_settings = ("max_sequence_length",)
+    prepare_settings = ("max_sequence_length", "edit_max_pixels")
     max_sequence_length = 512
     sft_grid = Grid(to_one_nth, (ExponentialShift(0.8),))  # DiffSynth-Studio 2.1.12, FlowMatchScheduler("FLUX.2")
     dynamic_mu = staticmethod(empirical_mu)
@@ -147,11 +148,8 @@ class Flux2ImagePipeline(ImagePipeline):
     sampling = SamplingDefaults(embedded_guidance=4.0)
 
     def __call__(self, prompt: str, **options: Any) -> Image.Image:
-        """Generate one image; arguments as `ImagePipeline.__call__`, and:
-
-        Args:
-            edit_image: an image, or several, that the prompt speaks of; their sizes are free.
-            template_cache: what templates say; see `TemplatePipeline`.
+        """Generate one image; arguments as `ImagePipeline.__call__`, and ``template_cache``, what templates say; see
+        `TemplatePipeline`.
         """
         return super().__call__(prompt, **options)
 
@@ -170,7 +168,7 @@ class Flux2ImagePipeline(ImagePipeline):
         return units.Decode(self.dtype)
 
     def build_optional_units(self) -> dict[str, list]:
-        return {"edit_image": [units.EncodeEditImage()]}
+        return {"edit_image": [LoadEditImage(), units.EncodeEditImage()]}
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """``prompt_embeds`` of a text, float32 [1, L, 3 D]: for templates that read text."""

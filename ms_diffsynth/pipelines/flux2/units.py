@@ -8,20 +8,15 @@ from __future__ import annotations
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint, nn, ops
-from PIL import Image
 
-from ms_diffsynth.data.images import to_rgb
-from ms_diffsynth.data.operators import ImageCropAndResize
-from ms_diffsynth.errors import DataError
 from ms_diffsynth.models import class_name_of
 from ms_diffsynth.ops.clamp import clamp
 from ms_diffsynth.pipelines.flux2.denoise import to_tokens
 from ms_diffsynth.pipelines.flux2.prompt import dev_ids, klein_ids
 from ms_diffsynth.pipelines.flux2.rotary import edit_places
-from ms_diffsynth.pipelines.shared import vae_units
+from ms_diffsynth.pipelines.shared import edit, vae_units
 from ms_diffsynth.pipelines.shared.autoencoder_kl import scale_factor
 from ms_diffsynth.pipelines.shared.cuts import tell_cut
-from ms_diffsynth.pipelines.shared.tiles import in_tiles
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 
@@ -86,40 +81,13 @@ class EncodeImage(vae_units.EncodeImage):
         return (normalised_moments(self.vae, pixels, self.dtype, self.eps),)
 
 
-class EncodeEditImage(PipelineUnit):
-    """Images to be edited, as tokens beside those of the image, and where they lie.
+class EncodeEditImage(edit.EncodeEditImage):
+    """References by FLUX.2's VAE: the k-th is at t = 10 k.
 
-    Each is made smaller when it has more than ``max_pixels``, and cut to multiples of the division factor, around its
-    middle; they may differ in size. Their latents are the posterior's mean.
-
-    Shapes: edit_image PIL or a list of them -> edit_latents float32 [1, M, C], edit_places int32 [1, M, 4].
+    Shapes: edit_pixels, a list of float32 [B, 3, h, w] -> edit_latents float32 [B, M, C], edit_places int32 [B, M, 4].
     """
 
-    input_params = ("edit_image",)
-    output_params = ("edit_latents", "edit_places")
-    onload_model_names = ("vae",)
-    options = vae_units.TILING
-    max_pixels = 1024 * 1024
-
-    def process(self, pipe, edit_image, tiled=None, tile_size=None, tile_stride=None):
-        images = edit_image if isinstance(edit_image, (list, tuple)) else [edit_image]
-        if not images or not all(isinstance(image, Image.Image) for image in images):
-            raise DataError(f"edit_image={edit_image!r}: expected an image or a list of images. In a data set name "
-                            "the column in data_file_keys, so that it is read.")
-        factor = pipe.division_factor
-        shrink = ImageCropAndResize(None, None, self.max_pixels, factor, factor)
-        eps = float(pipe.config("vae")["batch_norm_eps"])
-        encode = EncodeImage(pipe.dtype)
-        tiles, cells = encode.tiles(tiled, tile_size, tile_stride), encode.cells(pipe.config("vae"))
-
-        def encoded(pixels):
-            return normalised_moments(pipe.vae, pixels, pipe.dtype, eps)
-
-        pixels = [pipe.preprocess_image(shrink(to_rgb(image))) for image in images]
-        moments = [encoded(x) if tiles is None else in_tiles(encoded, x, tiles, *cells) for x in pixels]
-        latents = [m[:, :m.shape[1] // 2] for m in moments]
-        return {"edit_latents": ops.cat([to_tokens(x) for x in latents], 1),
-                "edit_places": Tensor(edit_places([x.shape[2:] for x in latents])[None])}
+    encode, tokens, places, axes = EncodeImage, staticmethod(to_tokens), staticmethod(edit_places), 4
 
 
 class Decode(vae_units.Decode):

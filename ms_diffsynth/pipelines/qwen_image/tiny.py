@@ -4,7 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ms_diffsynth.pipelines.qwen_image.pipeline import COMPONENTS, SCHEDULER
+from ms_diffsynth.pipelines.qwen_image.pipeline import COMPONENTS, SCHEDULER, VISION_TOWER
 from ms_diffsynth.pipelines.shared.tiny import write_model
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -29,6 +29,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+VISION = {
+    "model_type": "qwen2_5_vl", "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+    "out_hidden_size": 32, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
+    "tokens_per_second": 2, "window_size": 112, "fullatt_block_indexes": [1], "hidden_act": "silu"}
+
+
 def write_tiny(folder: Path, seed: int = 0) -> None:
     """Write a diffusers-format Qwen-Image with random weights (6 million, most of them the vocabulary's embedding).
 
@@ -37,3 +43,24 @@ def write_tiny(folder: Path, seed: int = 0) -> None:
     Raises: OutputError when ``folder`` exists and is not empty.
     """
     write_model(folder, "QwenImagePipeline", COMPONENTS, CONFIGS, seed, SCHEDULER.to_config())
+
+
+def write_tiny_edit(folder: Path, seed: int = 0) -> None:
+    """The same with a vision tower: a Qwen-Image-Edit, the first one. Raises: as `write_tiny`."""
+    _write_edit(folder, seed, "QwenImageEditPipeline", False)
+
+
+def write_tiny_edit_2509(folder: Path, seed: int = 0) -> None:
+    """A Qwen-Image-Edit-2509. Raises: as `write_tiny`."""
+    _write_edit(folder, seed, "QwenImageEditPlusPipeline", False)
+
+
+def write_tiny_edit_2511(folder: Path, seed: int = 0) -> None:
+    """A Qwen-Image-Edit-2511. Raises: as `write_tiny`."""
+    _write_edit(folder, seed, "QwenImageEditPlusPipeline", True)
+
+
+def _write_edit(folder: Path, seed: int, class_name: str, zero_cond_t: bool) -> None:
+    configs = CONFIGS | {"text_encoder": CONFIGS["text_encoder"] | {"vision_config": VISION},
+                         "dit": CONFIGS["dit"] | {"zero_cond_t": zero_cond_t}}
+    write_model(folder, class_name, COMPONENTS, configs, seed, SCHEDULER.to_config(), (VISION_TOWER,))

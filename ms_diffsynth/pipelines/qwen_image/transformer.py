@@ -6,9 +6,15 @@ are real (`rotary`; mindone's are complex inside ``ms._no_grad()``, which lets n
 sigma stays float32 up to its sinusoids (mindone casts it to the compute dtype, where bfloat16 keeps 8 bits of it);
 SiLU(temb) is computed once.
 
-Shape legend: B batch, L text tokens, N image tokens, S = L + N, D width, H heads.
+References (Qwen-Image-Edit) are further image tokens, whose velocity nobody reads. Where config.json says
+``zero_cond_t`` (-2511) they are modulated as clean images are, at sigma 0, and only the image at its own sigma; the
+text and the end of the network go by the image's. mindone 0.5.0 does not have this.
+
+Shape legend: B batch, L text tokens, N image tokens, M tokens of references, S = L + N + M, D width, H heads.
 """
 from __future__ import annotations
+
+from functools import partial
 
 import mindspore as ms
 from mindspore import mint, nn, ops
@@ -77,6 +83,57 @@ class Block(nn.Cell):
         return image, text
 
 
+class TwoTimesBlock(Block):
+    """The same for references that are modulated by another time than the image: two streams of image tokens."""
+
+    def construct(self, image, text, emb, cos, sin, mask, reference, both, weights, lora):
+        """reference [B, M, D]; both [2 B, D]: the image's time and the references', the first is ``emb`` -> image,
+        text, reference; of the last block the image only. The others as in `Block`."""
+        (w_modulate, w_text_modulate, w_q, w_k, w_v, w_text_q, w_text_k, w_text_v, w_out, w_text_out, w_up, w_down,
+         w_text_up, w_text_down, w_norm_q, w_norm_k, w_text_norm_q, w_text_norm_k) = weights
+        lora, batch, tokens = self.matrices(lora), image.shape[0], image.shape[1]
+        # one call for both times, so that the weight has one gradient
+        of_image, of_reference = network.part(self.modulate(both, w_modulate, lora).expand_dims(0), batch)
+        shift, scale, gate, shift_2, scale_2, gate_2 = network.chunks(of_image.reshape(batch, -1), 6)
+        r_shift, r_scale, r_gate, r_shift_2, r_scale_2, r_gate_2 = network.chunks(of_reference.reshape(batch, -1), 6)
+        text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = network.chunks(
+            self.text_modulate(emb, w_text_modulate, lora), 6)
+        (image, x), (reference, r), (text, y) = (network.shared(image, 2), network.shared(reference, 2),
+                                                 network.shared(text, 2))
+        x = network.join(network.layer_norm_modulate(x, scale, shift, EPS),
+                         network.layer_norm_modulate(r, r_scale, r_shift, EPS))
+        x_q, x_k, x_v = network.shared(x, 3)
+        y_q, y_k, y_v = network.shared(network.layer_norm_modulate(y, text_scale, text_shift, EPS), 3)
+        q = network.norm_rotate_joint(
+            by_head(self.text_q(y_q, w_text_q, lora), self.heads), by_head(self.to_q(x_q, w_q, lora), self.heads),
+            w_text_norm_q[0], w_norm_q[0], cos, sin, self.norm_eps)
+        k = network.norm_rotate_joint(
+            by_head(self.text_k(y_k, w_text_k, lora), self.heads), by_head(self.to_k(x_k, w_k, lora), self.heads),
+            w_text_norm_k[0], w_norm_k[0], cos, sin, self.norm_eps)
+        v = network.join(by_head(self.text_v(y_v, w_text_v, lora), self.heads),
+                         by_head(self.to_v(x_v, w_v, lora), self.heads))
+        y, x = network.part(self.attend(q, k, v, mask), text.shape[1])
+        x, r = network.part(self.to_out(x, w_out, lora), tokens)
+        image, x = network.shared(network.gate_add(image, gate, x), 2)
+        x = network.layer_norm_modulate(x, scale_2, shift_2, EPS)
+        if self.is_last:
+            image = network.gate_add(image, gate_2, self.down(network.gelu_tanh(self.up(x, w_up, lora)), w_down, lora))
+            if self.is_float16:
+                image = image.clamp(-65504, 65504)
+            return image
+        reference, r = network.shared(network.gate_add(reference, r_gate, r), 2)
+        x = network.join(x, network.layer_norm_modulate(r, r_scale_2, r_shift_2, EPS))
+        x, r = network.part(self.down(network.gelu_tanh(self.up(x, w_up, lora)), w_down, lora), tokens)
+        image, reference = network.gate_add(image, gate_2, x), network.gate_add(reference, r_gate_2, r)
+        text, y = network.shared(network.gate_add(text, text_gate, self.text_out(y, w_text_out, lora)), 2)
+        y = self.text_up(network.layer_norm_modulate(y, text_scale_2, text_shift_2, EPS), w_text_up, lora)
+        text = network.gate_add(text, text_gate_2, self.text_down(network.gelu_tanh(y), w_text_down, lora))
+        if self.is_float16:
+            image, text, reference = (image.clamp(-65504, 65504), text.clamp(-65504, 65504),
+                                      reference.clamp(-65504, 65504))
+        return image, text, reference
+
+
 class QwenImageBlock(mindone.QwenImageTransformerBlock):
     """The weights of a block."""
 
@@ -90,38 +147,65 @@ class QwenImageLastBlock(QwenImageBlock):
 class QwenImageTransformer(Arranged, mindone.QwenImageTransformer2DModel):
     """Velocity of packed latents."""
 
-    def construct(self, tokens, sigma, prompt_embeds, cos, sin, prompt_mask=None):
-        """tokens [B, N, 4C], sigma float32 [B], prompt_embeds [B, L, D'], cos and sin of `rotary.image_table`,
-        prompt_mask float32 [B, L] (1 for text, 0 for padding; None: all text) -> velocity [B, N, 4C].
+    def construct(self, tokens, sigma, prompt_embeds, cos, sin, prompt_mask=None, references=None):
+        """tokens [B, N, 4C], sigma float32 [B], prompt_embeds [B, L, D'], cos and sin of `rotary.image_table` or
+        `rotary.edit_table`, prompt_mask float32 [B, L] (1 for text, 0 for padding; None: all text), references
+        [B, M, 4C] (None: no reference) -> velocity [B, N, 4C].
 
         Padding is not attended to. Its own queries attend like any other; nothing reads what becomes of them.
         """
+        has_two_times = references is not None and self.zero_cond_t
+        batch, image_tokens, both = tokens.shape[0], tokens.shape[1], None
+        if references is not None and not has_two_times:
+            tokens = ops.cat((tokens, references), 1)
         image = self.img_in(tokens)
         text = self.txt_in(self.txt_norm(prompt_embeds))
-        sinusoids = self.time_text_embed.time_proj(sigma.astype(ms.float32))
-        temb = self.time_text_embed.timestep_embedder(sinusoids.astype(image.dtype))
-        emb, batch = mint.nn.functional.silu(temb), image.shape[0]
+        sigma = sigma.astype(ms.float32)
+        if has_two_times:
+            references = self.img_in(references)
+            both = self.embed(ops.cat((sigma, ops.zeros_like(sigma)), 0), image.dtype)
+            emb = mint.split(both, batch, 0)[0]
+        else:
+            emb = self.embed(sigma, image.dtype)
         cos = network.positions(cos, batch, self.heads, image.dtype)
         sin = network.positions(sin, batch, self.heads, image.dtype)
         if prompt_mask is None:
             prompt_mask = ops.ones((batch, text.shape[1]), ms.float32)
-        keys = ops.cat((prompt_mask, ops.ones((batch, image.shape[1]), ms.float32)), 1)
+        keys = ops.cat((prompt_mask, ops.ones((batch, cos.shape[1] - text.shape[1]), ms.float32)), 1)
         mask = network.text_mask(keys, keys.shape[1], self.heads, image.dtype)
         lora = self.lora(image) if self.has_lora else self.no_lora
-        cells, cell_of, weights, places = self.block_cells, self.block_cell_of, self.block_weights, self.block_lora
-        last = len(cell_of) - 1
-        for i in range(last):
-            image, text = cells[cell_of[i]]((image, text, emb, cos, sin, mask), weights[i], lora[places[i]])
-        image = cells[cell_of[last]]((image, text, emb, cos, sin, mask), weights[last], lora[places[last]])
+        if has_two_times:
+            cells, cell_of = self.two_times_cells, self.two_times_cell_of
+            weights, places = self.two_times_weights, self.two_times_lora
+            last = len(cell_of) - 1
+            for i in range(last):
+                image, text, references = cells[cell_of[i]]((image, text, emb, cos, sin, mask, references, both),
+                                                            weights[i], lora[places[i]])
+            image = cells[cell_of[last]]((image, text, emb, cos, sin, mask, references, both), weights[last],
+                                         lora[places[last]])
+        else:
+            cells, cell_of, weights, places = self.block_cells, self.block_cell_of, self.block_weights, self.block_lora
+            last = len(cell_of) - 1
+            for i in range(last):
+                image, text = cells[cell_of[i]]((image, text, emb, cos, sin, mask), weights[i], lora[places[i]])
+            image = cells[cell_of[last]]((image, text, emb, cos, sin, mask), weights[last], lora[places[last]])
+            if references is not None:
+                image = network.part(image, image_tokens)[0]
         scale, shift = network.chunks(self.norm_out.linear(emb), 2)
         return self.proj_out(network.layer_norm_modulate(image, scale, shift, EPS))
 
-    def kinds(self):
-        return {"block": Kind("transformer_blocks", NAMES, self._build)}
+    def embed(self, sigma, dtype):
+        """sigma float32 [B] -> what modulates the tokens [B, D]."""
+        sinusoids = self.time_text_embed.time_proj(sigma)
+        return mint.nn.functional.silu(self.time_text_embed.timestep_embedder(sinusoids.astype(dtype)))
 
-    def _build(self, block, layers):
+    def kinds(self):
+        return {"block": Kind("transformer_blocks", NAMES, partial(self._build, Block)),
+                "two_times": Kind("transformer_blocks", NAMES, partial(self._build, TwoTimesBlock), twin_of="block")}
+
+    def _build(self, kind, block, layers):
         # a bias, because the weight may be stored in 8 bits
-        return Block(layers, self.heads, self.img_in.bias.dtype, isinstance(block, QwenImageLastBlock))
+        return kind(layers, self.heads, self.img_in.bias.dtype, isinstance(block, QwenImageLastBlock))
 
 
 def build_transformer(config: dict) -> QwenImageTransformer:
@@ -129,11 +213,14 @@ def build_transformer(config: dict) -> QwenImageTransformer:
 
     Raises: WeightError for a setting that cannot be meant.
     """
+    is_timed = bool(config.get("zero_cond_t", False))
+    config = {name: value for name, value in config.items() if name != "zero_cond_t"}
     given = arguments(mindone.QwenImageTransformer2DModel, config, LATER_SETTINGS)
     check_axes(given)
     dit = mindone.QwenImageTransformer2DModel(**given)
     del dit.pos_embed  # complex tables of 4096 positions that nothing reads any more
-    dit.__class__, dit.heads = QwenImageTransformer, dit.config.num_attention_heads
+    dit.register_to_config(zero_cond_t=is_timed)
+    dit.__class__, dit.heads, dit.zero_cond_t = QwenImageTransformer, dit.config.num_attention_heads, is_timed
     for block in dit.transformer_blocks:
         block.__class__ = QwenImageBlock
     dit.transformer_blocks[-1].__class__ = QwenImageLastBlock

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.data.images import to_pil, to_rgb
+from ms_diffsynth.data.operators import ImageCropAndResize
 from ms_diffsynth.data.prompts import prompt_problem
 from ms_diffsynth.diffusion.guidance import classifier_free
 from ms_diffsynth.diffusion.samplers import SAMPLERS
@@ -22,9 +23,10 @@ from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest, shortened
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.pipeline import Pipeline, UnitSequence, pad_prompts
+from ms_diffsynth.pipelines.shared.edit import references
 from ms_diffsynth.pipelines.shared.scheduler import Scheduler
 from ms_diffsynth.pipelines.shared.tiles import Tiles
-from ms_diffsynth.program import Program
+from ms_diffsynth.program import Program, slot
 from ms_diffsynth.template.cache import JoinTemplateCache, TemplateCache, to_slots
 from ms_diffsynth.units import TensorUnit, run_unit
 
@@ -38,9 +40,12 @@ class ImagePipeline(Pipeline):
         sft_grid: the sigmas that supervised training draws from.
         dynamic_mu: from (image tokens, sampling steps) to the mu of dynamic shifting; None follows the scheduler.
         latent_patch: sides of the square of latents that is one image token.
+        edit_max_pixels: most pixels of a reference image; larger ones are made smaller.
     """
 
     samplers = tuple(SAMPLERS)
+    absent_inputs = ("edit_image",)
+    edit_max_pixels = 1024 * 1024
     sft_grid: Grid
     dynamic_mu: Callable[[int, int], float] | None = None
     latent_patch = 2
@@ -71,8 +76,9 @@ class ImagePipeline(Pipeline):
                 mixed with the noise of the first of them, which at 1 is noise alone.
             tiled: let the VAE encode and decode in tiles of ``tile_size`` latent pixels (None: 128), one every
                 ``tile_stride`` (None: half of it), to save memory; see `shared.tiles`.
-            inputs: further inputs of the family; ``template_cache``; with ``negative_`` in front, those of the branch
-                of the negative prompt, instead of the same.
+            inputs: further inputs of the family; ``edit_image``: the image that is edited, or several references in
+                their order, whose size is then that of the result (`edited_size`); ``template_cache``; with
+                ``negative_`` in front, those of the branch of the negative prompt, instead of the same.
 
         Raises: ConfigError for an input the family does not have, an unknown sampler, or a value out of range.
         """
@@ -90,6 +96,9 @@ class ImagePipeline(Pipeline):
         tiling = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
         self.check_tiles(**tiling)
         own, default = self.sampling, (self.sampling.height, self.sampling.width)
+        inputs = {name: value for name, value in inputs.items() if value is not None and value not in ([], ())}
+        if "edit_image" in inputs:
+            default = self.edited_size(references(inputs["edit_image"]))
         if input_image is not None:
             if not isinstance(input_image, Image.Image):
                 raise ConfigError(f"input_image={input_image!r:.80}: expected an image of Pillow. Open the file: "
@@ -119,6 +128,11 @@ class ImagePipeline(Pipeline):
         latents = self.start(input_image, noise, sigmas, tiling)
         latents = self.integrate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler)
         return self.decode(latents, **tiling)[0]
+
+    def edited_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
+        """Height and width of the image that is made of references: those of the first, as the VAE sees it."""
+        resize = ImageCropAndResize(None, None, self.edit_max_pixels, self.division_factor, self.division_factor)
+        return resize.target_size(*images[0].size)
 
     def check_tiles(self, tiled: bool, tile_size: int | None, tile_stride: int | None) -> None:
         """Raises: ConfigError for tiles that cannot be, or of a family whose VAE takes none."""
@@ -221,7 +235,9 @@ class ImagePipeline(Pipeline):
             if first.keys() == given.keys():
                 again = program.branch([name for name in given if given[name] is not first[name]], ("velocity",))
                 slots, units = prepared | slots, tuple(unit for unit in units if unit.name in again)
-            if self.prepared_prompts is not None and "prompt" in given:
+            further = [unit for name in given if name in self.optional_units for unit in self.optional_units[name]]
+            reads_prompt = any("prompt" in map(slot, unit.input_params) for unit in further)  # with its references, say
+            if self.prepared_prompts is not None and "prompt" in given and not reads_prompt:
                 there = self.prepared_prompt(given["prompt"])
                 left = cut.still_to_run({*there, *given})
                 slots, units = slots | there, tuple(unit for unit in units if unit in left)

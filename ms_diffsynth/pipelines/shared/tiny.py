@@ -18,13 +18,14 @@ from ms_diffsynth.storage.files import stage_folder
 
 
 def write_model(folder: Path, class_name: str, components: Sequence[Component], configs: dict[str, dict[str, Any]],
-                seed: int = 0, scheduler: dict[str, Any] | None = None) -> None:
+                seed: int = 0, scheduler: dict[str, Any] | None = None, parts: Sequence[Component] = ()) -> None:
     """Write a diffusers-format model: a folder a component, scheduler/ and model_index.json.
 
     Args:
         class_name: of the pipeline, as diffusers calls it.
         configs: config.json of every component that has weights; the others are tokenizers, copied.
         scheduler: scheduler_config.json; None writes none.
+        parts: what the files of a component hold besides; see `Component.part_of`.
 
     Raises: OutputError when ``folder`` exists and is not empty.
     """
@@ -40,6 +41,8 @@ def write_model(folder: Path, class_name: str, components: Sequence[Component], 
             config = configs[component.name]
             is_encoder = "architectures" in config
             weights = random_weights(component.build(config), Draws(seed), component.name)
+            for part in (part for part in parts if part.part_of == component.name):
+                weights |= random_weights(part.build(config), Draws(seed), part.name)
             save_sharded(target, weights, stem="model" if is_encoder else "diffusion_pytorch_model", config=config)
             index[component.folder] = ["transformers" if is_encoder else "diffusers", component.class_name]
         if scheduler is not None:

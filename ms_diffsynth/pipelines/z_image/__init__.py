@@ -13,4 +13,5 @@ LOADER = Loader(here="ZImagePipeline", diffusers="ZImagePipeline", mindone="",
                 transformer="ZImageTransformer2DModel", tags=("z-image", "z-image-diffusers"))
 
 FAMILY = Family(name="z_image", pipeline=ZImagePipeline, write_tiny=write_tiny, published=PUBLISHED,
-                repositories=REPOSITORIES, prepared_shapes=prepared_shapes, licences=LICENCES, loader=lambda base: LOADER)
+                repositories=REPOSITORIES, prepared_shapes=prepared_shapes, licences=LICENCES,
+                loader=lambda base: LOADER)
