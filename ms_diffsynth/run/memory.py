@@ -68,7 +68,7 @@ class Network:
         self.blocks = sum(len(cell) for name, cell in lists.items()
                           if not any(name.startswith(f"{other}.") for other in lists))
         heads, channels = config.get("num_attention_heads"), config.get("attention_head_dim")
-        self.channels = heads * channels if heads and channels else 0
+        self.channels = heads * channels if heads and channels else config.get("dim", 0)
 
     @property
     def count(self) -> int:

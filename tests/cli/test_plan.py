@@ -130,7 +130,7 @@ def rows_of_the_table() -> list[list[str]]:
 def test_a_peak_from_shapes_is_that_of_the_allocator(row):
     model, side, recompute, held, peak = row[0].partition(" (")[0], row[1], row[2], float(row[3]), float(row[4])
     title, *how = (part.strip() for part in model.split(","))
-    name = next(f for f in ("flux", "flux2", "qwen_image", "sd3") if title in family(f).published)
+    name = next(f for f in ("flux", "flux2", "qwen_image", "sd3", "z_image") if title in family(f).published)
     repository = next(r for r, known in family(name).repositories.items() if known == title)
     settings = {"family": name, "model_id_with_origin_paths": f"{repository}:transformer/*.safetensors,"
                 f"{repository}:vae/*.safetensors", "dataset_base_path": "images", "height": side, "width": side,
@@ -265,6 +265,8 @@ def test_the_settings_of_another_model_are_read_from_the_hub(plan, checkout, mon
         from huggingface_hub import constants
 
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE",
+                            f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         patterns = ",".join(f"me/own:{part}/*.safetensors" for part in ("transformer", "text_encoder", "vae"))
         code, said, err = plan(QWEN, "--model_id_with_origin_paths", patterns)

@@ -27,7 +27,8 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "FLUX.1-dev": {"dit": _DEV, **_OTHERS},
     "FLUX.1-schnell": {"dit": _DEV | {"guidance_embeds": False}, **_OTHERS},
 }
-REPOSITORIES = {f"black-forest-labs/{name}": name for name in PUBLISHED}
+REPOSITORIES = {f"black-forest-labs/{name}": name for name in PUBLISHED} | {
+    "black-forest-labs/FLUX.1-Kontext-dev": "FLUX.1-dev"}  # the same networks, with other weights
 
 
 def prepared_shapes(configs: dict[str, dict[str, Any]], latent: tuple[int, int, int],

@@ -32,7 +32,9 @@ _QWEN25_VL_7B: dict[str, Any] = {
 
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "Qwen-Image": {"dit": _DIT, "vae": _VAE, "text_encoder": _QWEN25_VL_7B}}
-REPOSITORIES = {f"Qwen/{name}": "Qwen-Image" for name in ("Qwen-Image", "Qwen-Image-2512")}
+# the same shapes; what -Edit-2511's config.json says beside them (zero_cond_t) adds no weights
+REPOSITORIES = {f"Qwen/{name}": "Qwen-Image" for name in (
+    "Qwen-Image", "Qwen-Image-2512", "Qwen-Image-Edit", "Qwen-Image-Edit-2509", "Qwen-Image-Edit-2511")}
 
 
 def prepared_shapes(configs: dict[str, dict[str, Any]], latent: tuple[int, int, int],

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from ms_diffsynth.hub.card import APACHE, Loader
-from ms_diffsynth.pipeline import Family
+from ms_diffsynth.pipeline import Activations, Family
 from ms_diffsynth.pipelines.z_image.pipeline import ZImagePipeline
 from ms_diffsynth.pipelines.z_image.published import PUBLISHED, REPOSITORIES, prepared_shapes
 from ms_diffsynth.pipelines.z_image.tiny import write_tiny
@@ -13,5 +13,5 @@ LOADER = Loader(here="ZImagePipeline", diffusers="ZImagePipeline", mindone="",
                 transformer="ZImageTransformer2DModel", tags=("z-image", "z-image-diffusers"))
 
 FAMILY = Family(name="z_image", pipeline=ZImagePipeline, write_tiny=write_tiny, published=PUBLISHED,
-                repositories=REPOSITORIES, prepared_shapes=prepared_shapes, licences=LICENCES,
-                loader=lambda base: LOADER)
+                repositories=REPOSITORIES, activations=Activations(kept=21.8, inside=26.7, encode=4.08, decode=6.01),
+                prepared_shapes=prepared_shapes, licences=LICENCES, loader=lambda base: LOADER)
