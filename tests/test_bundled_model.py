@@ -70,9 +70,7 @@ def test_its_vae_gives_back_images_that_it_never_saw(pipe):
 
 
 def test_it_draws_what_it_is_told(pipe):
-    """Of 25 images the one that was asked for is among the five that look most like what was drawn: 16 times in 25, by
-    chance 5 times.
-    """
+    """Of 25 images the one that was asked for looks most like what was drawn: 24 times in 25, by chance once."""
     known, describe = rows(OTHERS), Describer()
     features = describe([small(OTHERS / row["image"]) for row in known]).features
     mean = features.mean(0)
@@ -81,4 +79,4 @@ def test_it_draws_what_it_is_told(pipe):
     found = describe(drawn).features - mean
     cosines = found @ (features - mean).T / np.linalg.norm(features - mean, axis=1)
     ranks = (cosines > np.diag(cosines)[:, None]).sum(1)
-    assert (ranks < 5).sum() >= 13
+    assert (ranks == 0).sum() >= 22
