@@ -126,7 +126,8 @@ def test_an_internal_error_ends_with_its_traceback_and_what_to_report(world, mon
     for more in ((), ("--debug",)):
         assert main(["train", "cats.yaml", *more]) == INTERNAL
         err = capsys.readouterr().err
-        assert err.startswith("Traceback (most recent call last):\n") and ", in fail\n" in err
+        told, _, traceback = err.partition("Traceback (most recent call last):\n")
+        assert ", in fail\n" in traceback and len(told.splitlines()) == 2, "only what `train` says of the run is before"
         assert err.splitlines()[-2] == "ZeroDivisionError: [redacted] is no divisor"
         assert fits(err.splitlines()[-1], example(SECTIONS[INTERNAL])[-1])
 

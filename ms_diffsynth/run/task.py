@@ -37,7 +37,6 @@ from ms_diffsynth.training.prepared import PreparedRows
 from ms_diffsynth.training.trainer import Trainer
 from ms_diffsynth.training.two_stage import launch_data_process_task, open_cache, stage_of
 
-log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> ModelLogger:
@@ -68,12 +67,7 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     check_data(accelerator, config, sets)
     images = sets.instance
     if accelerator.is_main_process:
-        try:
-            sys.stderr.write(short_form(plan_run(config, sets, is_short=True)))
-        except UserError:
-            pass  # it is said below, where the models are opened
-        except Exception as error:  # no run ends for want of a forecast
-            log.warning("what this run takes is not known (%s).", said(error))
+        sys.stderr.write(_forecast(config, sets))
     pipe = build_pipeline(config)
     prompts = prompts_to_prepare(config, pipe)  # what is wrong with them is told before a model is loaded
     logger = ModelLogger(config.run.output_path, config.model.remove_prefix_in_ckpt, config.run.enable_tensorboard_log)
@@ -106,6 +100,20 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     return launch_training_task(accelerator, sets.instance, module, logger, class_dataset=sets.classes,
                                 validation_dataset=sets.validation, args=config, sampler=sampler,
                                 sample_captions=captions, sample_references=references, hooks=hooks)
+
+
+def _forecast(config: TrainConfig, sets: DataSets) -> str:
+    """What the run takes, in two lines. Warnings are left to where the models are opened, and so are mistakes."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        return short_form(plan_run(config, sets, is_short=True))
+    except UserError:
+        return ""
+    except Exception as error:  # no run ends for want of a forecast
+        return f"what this run takes is not known ({said(error)})\n"
+    finally:
+        logging.disable(disabled)
 
 
 def launch_training_task(accelerator: Accelerator, dataset: Any, model: DiffusionTrainingModule,

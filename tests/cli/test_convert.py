@@ -85,7 +85,7 @@ def test_what_cannot_be_converted_is_refused(known, tmp_path, capsys):
     assert "exists: expected a new file" in capsys.readouterr().err
     assert convert(out, tmp_path / "vae", "diffusers", "--family", "odd") == 64
     assert convert(out, tmp_path / "vae", "diffusers") == 64  # SD3's own VAE has these names and shapes too
-    assert "may be of flux or of sd3, which have the same names and shapes" in capsys.readouterr().err
+    assert "may be of flux or of sd3 or of z_image, which have the same names and shapes" in capsys.readouterr().err
     assert convert(out, tmp_path / "vae", "diffusers", "--family", "flux") == 0
     assert convert(known("qwen_image"), tmp_path / "q.safetensors", "original") == 66
     assert "the publisher's names of vae of Qwen-Image are not known" in capsys.readouterr().err

@@ -126,7 +126,7 @@ def test_of_very_many_images_the_files_are_compared(init, odd, monkeypatch):
     monkeypatch.setattr(look, "MOST_DECODED", 0)
     (odd / "copy.jpg").write_bytes((odd / "b.jpg").read_bytes())
     said = init("odd")
-    assert "duplicates 1, trained on like the others: copy.jpg is b.jpg, by the bytes of files" in said
+    assert "duplicates 1, trained on like the others: copy.jpg is b.jpg, by the bytes of their files" in said
     assert "formats" not in said and "sizes 8" in said
 
 

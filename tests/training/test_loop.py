@@ -99,7 +99,7 @@ def test_a_run_writes_its_records_checkpoints_and_pictures(folder, tmp_path, cap
     shown = capfd.readouterr().err
     for part in ("training 128 parameters in 4 tensors in graph mode on CPU with ",
                  " kernels: 6 steps, 3 batches per epoch",
-                 "compiled the training step in", "trained 6 steps; the step was compiled 1 time(s)",
+                 "compiled the training step (16 x 16) in", "trained 6 steps; the step was compiled 1 time(s)",
                  "epoch-1.safetensors"):
         assert part in shown
 
