@@ -38,7 +38,6 @@ from ms_diffsynth.training.trainer import Trainer
 from ms_diffsynth.training.two_stage import launch_data_process_task, open_cache, stage_of
 
 
-
 def train(config: TrainConfig, hooks: Sequence[Hook] = ()) -> ModelLogger:
     """Train as configured, as ``ms-diffsynth train`` does. Nothing is written before data and settings are known to be
     sound.
