@@ -42,7 +42,7 @@ class DirectDistillation:
 
     def __str__(self) -> str:
         """The line that a run logs about it at its start."""
-        return (f"direct distillation to {self.distill_steps} steps, embedded guidance {self.guidance_scale:g}")
+        return f"direct distillation to {self.distill_steps} steps"
 
     def draw(self, name: str, shape: tuple[int, ...], grid_size: int, random: Random) -> np.ndarray:
         raise ProgramError(f"direct distillation draws nothing at a step: '{name}' is unknown.")

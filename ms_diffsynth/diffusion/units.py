@@ -49,7 +49,7 @@ class Objective:
         """The line that a run logs about it at its start."""
         prior = "" if self.prior_loss_weight is None else f", class images weigh {self.prior_loss_weight:g}"
         return (f"noise levels by {self.density or self.weighting_scheme}, loss weights by {self.weighting_scheme}, "
-                f"{self.posterior} of the VAE's posterior, embedded guidance {self.guidance_scale:g}{prior}")
+                f"{self.posterior} of the VAE's posterior{prior}")
 
     @property
     def draws(self) -> tuple[str, ...]:

@@ -91,7 +91,8 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     pipe.load_models_to_device(cut.models("step"))
     if accelerator.is_main_process:
         logger.files["config.yaml"] = to_yaml(config).encode()
-        sys.stderr.write(f"{module.pipe.objective}\n")
+        scale = getattr(pipe.objective, "guidance_scale", None) if pipe.takes_guidance else None
+        sys.stderr.write(f"{pipe.objective}{'' if scale is None else f', embedded guidance {scale:g}'}\n")
     if "edit_image" in pipe.inputs and sets.instance is not images:  # rows of a cache, whose images are still there
         hooks = [Pairs(images), *hooks]
     references = sample_references(config, pipe, images)

@@ -52,9 +52,8 @@ def test_the_objective_says_which_draws_it_needs():
 
 def test_what_a_run_says_of_its_objective():
     assert str(Objective(**TASKS["dreambooth"].defaults, prior_loss_weight=0.5)) == (
-        "noise levels by none, loss weights by none, sample of the VAE's posterior, embedded guidance 3.5, class "
-        "images weigh 0.5")
-    assert "mean of the VAE's posterior, embedded guidance 1" in str(Objective(**TASKS["sft"].defaults))
+        "noise levels by none, loss weights by none, sample of the VAE's posterior, class images weigh 0.5")
+    assert "mean of the VAE's posterior" in str(Objective(**TASKS["sft"].defaults))
 
 
 def test_a_draw_becomes_an_index_of_the_grid():
