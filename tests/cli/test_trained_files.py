@@ -85,7 +85,8 @@ def test_a_file_of_several_models_goes_into_each(train, tiny_model, tmp_path):
         pipe.load_lora(None, tmp_path / "odd.safetensors")
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "sd3"])
+@pytest.mark.parametrize("name", ["flux", *(pytest.param(name, marks=pytest.mark.slow)
+                                           for name in ("flux2", "qwen_image", "sd3"))])
 def test_a_run_of_a_whole_network_leaves_a_pipeline(name, train, tiny_model, tmp_path, capsys):
     """run/model is the base with the trained network; nothing else was copied. It is sampled, as the run itself is."""
     base = tiny_model(name)
