@@ -2,8 +2,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,8 @@ from ms_diffsynth.config.setting import out_of_range
 from ms_diffsynth.config.settings import SETTINGS
 from ms_diffsynth.data.prompts import prompt_problem
 from ms_diffsynth.diffusion.schedule import check_strength
-from ms_diffsynth.errors import ConfigError, DataError, OutputError, listing, naming, nearest, shortened
-from ms_diffsynth.formats.json_text import NotJSON, parse_json
+from ms_diffsynth.errors import ConfigError, DataError, HubError, OutputError, listing, naming, nearest, shortened
+from ms_diffsynth.formats.json_text import NotJSON, parse_json, read_json
 from ms_diffsynth.formats.weights import read_header
 from ms_diffsynth.hub.bundled import bundled, names
 from ms_diffsynth.pipelines.shared.tiles import Tiles
@@ -27,6 +30,8 @@ from ms_diffsynth.redact import redact
 from ms_diffsynth.registry import FAMILIES, family, family_of
 from ms_diffsynth.training.progress import Progress, is_terminal
 
+ON_A_HUB = re.compile(r"(?:hf:|ms:)?[\w][\w.-]*/[\w][\w.-]*(?:@[\w./-]+)?")
+INDEX_FILE = "model_index.json"
 RANGES = {name: SETTINGS[name].metadata["range"] for name in ("num_inference_steps", "height", "width",
                                                               "max_sequence_length", "edit_max_pixels")} | {
     "seed": "0 <= seed <= 9223372036854775807", "count": "1 <= count <= 65536",
@@ -38,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, prompts, and how to sample."""
     parser.usage = "ms-diffsynth sample [FAMILY] MODEL [--prompt PROMPT] [--flag value ...]"
     parser.add_argument("model", nargs="*", type=path_argument, metavar="MODEL",
-                        help="folder of a diffusers-format model, or emoji-flux, which the package brings; before it, "
+                        help="folder of a diffusers-format model; emoji-flux, which the package brings; or owner/name "
+                             "(ms:owner/name) of one on a hub; before it, "
                              f"where the model does not tell its family, one of {', '.join(sorted(FAMILIES))}")
     parser.add_argument("--run", type=path_argument, metavar="FOLDER",
                         help="folder of a run, in place of MODEL: its base model with what it saved last")
@@ -257,15 +263,42 @@ def _family_and_model(given: list[Path]) -> tuple[str, Path]:
         raise ConfigError(f"{len(given)} arguments, {listing(given, 5)}: expected a model, or a family and a model. "
                           "Put quotes around a prompt, after --prompt.")
     model = bundled(given[-1]) or given[-1]
+    if not model.exists() and ON_A_HUB.fullmatch(str(model)):
+        model = _downloaded(str(model), str(given[0]) if len(given) == 2 else None)
     if len(given) == 2:
         return str(given[0]), model
     if not model.exists():
         if str(model) in FAMILIES:
             raise ConfigError(f"{model} is a family: expected a model too, as in: ms-diffsynth sample {model} FOLDER.")
         known = names()
-        raise ConfigError(f"MODEL {model} does not exist: expected a folder, or {' or '.join(known) or 'nothing else'}."
+        raise ConfigError(f"MODEL {model} does not exist: expected a folder, {' or '.join([*known, 'owner/name'])}."
                           f"{nearest(str(model), known)}")
     return family_of(model), model
+
+
+def _downloaded(name: str, family_name: str | None) -> Path:
+    """The folder of a whole model of a hub, with the files that its family reads; downloaded where they are not here.
+
+    Raises: HubError where they cannot be had; ConfigError for a model of no family.
+    """
+    from ms_diffsynth import runtime
+    from ms_diffsynth.hub.download import parse_path_or_model_id
+    from ms_diffsynth.models import SAMPLING_FILE
+
+    base = runtime.model_base_path()
+    index = parse_path_or_model_id(f"{name}:{INDEX_FILE}")
+    folder = index.resolve(base)[0].parent  # from here on its commit is the revision
+    parts = read_json(folder / INDEX_FILE, ConfigError, "Download it again.")
+    patterns = [f"{other}/" for other in ("scheduler", "processor") if parts.get(other)]
+    for component in family(family_name or family_of(folder)).pipeline.components:
+        if parts.get(component.folder):
+            files = ("",) if component.is_tokenizer else ("*.json", "*.safetensors")
+            patterns += [f"{component.folder}/{pattern}" for pattern in files]
+    for pattern in patterns:
+        replace(index, origin_file_pattern=pattern).resolve(base)
+    with contextlib.suppress(HubError):  # only models of this package have one
+        replace(index, origin_file_pattern=SAMPLING_FILE).resolve(base)
+    return folder
 
 
 def _with_prompts(args: argparse.Namespace, pipe: Any, calls: list[dict[str, Any]],

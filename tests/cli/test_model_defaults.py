@@ -37,7 +37,7 @@ def test_the_command_needs_nothing_that_the_model_says(run, toy_model, tmp_path)
 
 
 @pytest.mark.parametrize("words, expected", [
-    (["absent"], "MODEL absent does not exist: expected a folder, or emoji-flux."),
+    (["absent"], "MODEL absent does not exist: expected a folder, emoji-flux or owner/name."),
     (["emoji-flx"], "Did you mean 'emoji-flux'?"),
     (["."], "has no model_index.json, which tells the family of a model"),
     (["toy", "m", "a", "cat"], "4 arguments, toy, m, a, cat: expected a model, or a family and a model. Put quotes"),

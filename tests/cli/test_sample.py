@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from device import DEVICE
+from hub_server import HubServer, only_this_machine
 from PIL import Image
 
 from ms_diffsynth import Accelerator, DiffusionTrainingModule, ModelLogger, __version__, launch_training_task
@@ -26,6 +27,30 @@ def lora(path, **modules):
     save_lora(path, {name: (draw((2, i)).astype(np.float32), draw((o, 2)).astype(np.float32))
                      for name, (i, o) in modules.items()}, alpha=2)
     return path
+
+
+def test_a_model_of_a_hub_without_what_sampling_does_not_read(run, tiny_model, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    folder = tiny_model("flux")
+    files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with HubServer() as hub:
+        hub.add("me/own", files | {"flux1-all-in-one.safetensors": b"24 GB", "transformer/notes.bin": b"x"})
+        only_this_machine(monkeypatch)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE",
+                            f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        words = ("--prompt", "a", "--max_sequence_length", 16, *SMALL[:-2], "--num_inference_steps", 1)
+        assert run("sample", "me/own", *words, "--output", "hub")[0] == 0
+        assert set(hub.downloads()) == {name for name in files if name != "README.md"}
+        assert run("sample", "flux", folder, *words, "--output", "folder")[0] == 0
+        assert np.array_equal(picture("hub/000-seed0.png"), picture("folder/000-seed0.png"))
+        hub.status = 503  # what is here serves
+        assert run("sample", "me/own", *words, "--output", "again")[0] == 0
+        assert np.array_equal(picture("again/000-seed0.png"), picture("folder/000-seed0.png"))
+        code, _, err = run("sample", "me/other", *words)
+        assert code == 69 and "me/other" in err and not Path("samples").exists()
 
 
 def test_one_picture_a_prompt_the_same_every_time(run, toy_model):
