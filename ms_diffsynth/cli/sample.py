@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              f"where the model does not tell its family, one of {', '.join(sorted(FAMILIES))}")
     parser.add_argument("--run", type=path_argument, metavar="FOLDER",
                         help="folder of a run, in place of MODEL: its base model with what it saved last")
+    parser.add_argument("--step", type=int, metavar="N", help="with --run: what it saved after step N")
     parser.add_argument("--prompt", action="append",
                         help="may be given several times (default with --run: its sample_prompts)")
     parser.add_argument("--count", type=int, help="how many, of a family without prompts (default: 16)")
@@ -95,6 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Generate the images, and write each when it is there."""
+    if args.step is not None and not args.run:
+        raise ConfigError(f"step={args.step} without --run: expected the run whose weights of that step are meant.")
     if args.run and args.model:
         raise ConfigError(f"--run {args.run} with {listing(args.model)}: expected a run or a model. Remove one.")
     if not args.run and not args.model:
@@ -226,6 +229,12 @@ def _of_run(args: argparse.Namespace) -> dict[str, Any]:
     if model.template_model_id_or_path:
         raise ConfigError(f"run={args.run} trains a template: pack it (ms-diffsynth template pack), and sample with "
                           "--template.")
+    if args.step is not None:
+        steps = sorted({step for step, _, _ in saved})
+        saved = [entry for entry in saved if entry[0] == args.step]
+        if not saved:
+            raise ConfigError(f"step={args.step}: {args.run} has saved weights of {listing(steps, 20)}. Choose one of "
+                              "these steps.")
     last = max(saved)[2]  # of the last step the moving average, if there is one
     if model.trainable_models:
         args.weights = args.weights or last

@@ -201,8 +201,13 @@ def test_a_family_that_starts_from_noise_alone(run, tmp_path):
 
 @pytest.mark.parametrize("how", [["--lora_rank", 2], ["--trainable_models", "dit"]])
 def test_a_run_is_sampled_with_what_it_saved_last(run, config, toy_model, how):
-    assert run("train", config, "--max_train_steps", 4, "--mode", "pynative", "--learning_rate", "0.1", *how)[0] == 0
+    assert run("train", config, "--max_train_steps", 4, "--save_steps", 2, "--mode", "pynative", "--learning_rate",
+               "0.1", *how)[0] == 0
     words = (*SMALL, "--mode", "pynative", "--seed", 0)
+    code, _, err = run("sample", "--run", "out", "--step", 2, *words, "--output", "earlier")
+    assert code == 0 and "out/step-2.safetensors: " in err
+    code, _, err = run("sample", "--run", "out", "--step", 3, *words, "--output", "absent")
+    assert code == 64 and "step=3: out has saved weights of 2, 4." in err and not Path("absent").exists()
     code, out, err = run("sample", "--run", "out", *words, "--output", "of_run")
     assert code == 0 and "out/step-4.safetensors: " in err
     assert len(out.splitlines()) == 2  # the run's own sample_prompts
@@ -216,6 +221,7 @@ def test_a_run_is_sampled_with_what_it_saved_last(run, config, toy_model, how):
 @pytest.mark.parametrize("words, text", [
     (["--run", "nowhere"], "nowhere has no config.yaml"), (["--run", "out", "toy", "x"], "expected a run or a model"),
     (["--run", "out"], "has saved no weights yet"), ([], "no model: expected MODEL"),
+    (["toy", "x", "--step", 2], "step=2 without --run"),
 ])
 def test_runs_that_cannot_be_sampled(run, config, words, text):
     Path("out").mkdir()
