@@ -26,9 +26,9 @@ from ms_diffsynth.formats.json_text import NotJSON, parse_json, read_json
 from ms_diffsynth.formats.weights import read_header
 from ms_diffsynth.hub.bundled import bundled, names
 from ms_diffsynth.pipelines.shared.tiles import Tiles
+from ms_diffsynth.progress import Progress, is_terminal
 from ms_diffsynth.redact import redact
 from ms_diffsynth.registry import FAMILIES, family, family_of
-from ms_diffsynth.training.progress import Progress, is_terminal
 
 ON_A_HUB = re.compile(r"(?:hf:|ms:)?[\w][\w.-]*/[\w][\w.-]*(?:@[\w./-]+)?")
 INDEX_FILE = "model_index.json"

@@ -17,10 +17,10 @@ from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline, pad_prompts, padded_to
 from ms_diffsynth.pipelines.shared.cuts import Cuts
 from ms_diffsynth.program import Cut
+from ms_diffsynth.progress import Progress
 from ms_diffsynth.storage.cache import Cache, Entry
 from ms_diffsynth.training.kept import Kept
 from ms_diffsynth.training.module import DiffusionTrainingModule
-from ms_diffsynth.training.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from mindspore import Tensor
 
 from ms_diffsynth.data.loader import Batch
 from ms_diffsynth.errors import TrainingError, listing
+from ms_diffsynth.progress import Progress
 from ms_diffsynth.training.logger import ModelLogger
 from ms_diffsynth.training.prepared import name_row, rows_of
-from ms_diffsynth.training.progress import Progress
 from ms_diffsynth.training.step import StepResult, TrainStep
 
 MOST_SKIPPED_IN_A_ROW = 20

@@ -14,6 +14,7 @@ from ms_diffsynth.errors import ConfigError, DataError, UserError
 from ms_diffsynth.launch.worker import beat
 from ms_diffsynth.nn.ema import EMA
 from ms_diffsynth.pipeline import pad_prompts
+from ms_diffsynth.progress import Progress
 from ms_diffsynth.storage.checkpoint import Checkpoint
 from ms_diffsynth.training import state
 from ms_diffsynth.training.batches import Batches
@@ -26,7 +27,6 @@ from ms_diffsynth.training.options import TrainingOptions
 from ms_diffsynth.training.own_forward import PRICE, NotCompilable, OwnForward
 from ms_diffsynth.training.prepared import CachedRows, PreparedRows, prepare_all, unify
 from ms_diffsynth.training.program_step import ModuleTrainStep, ProgramTrainStep
-from ms_diffsynth.training.progress import Progress
 from ms_diffsynth.training.records import StepReport
 from ms_diffsynth.training.signals import Interrupted, StopRequest, stopping_on_signals
 from ms_diffsynth.training.step import StepResult

@@ -28,13 +28,13 @@ from ms_diffsynth.launch.worker import beat, still
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.pipelines.shared.cuts import Cuts
 from ms_diffsynth.program import Cut
+from ms_diffsynth.progress import Progress
 from ms_diffsynth.storage.cache import Cache, Entry, PlannedRow, digest_of
 from ms_diffsynth.storage.files import sha256_of
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.logger import ModelLogger
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.prepared import CachedRows, label_of, prepare_row
-from ms_diffsynth.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -51,7 +51,7 @@ def sampled(name, folder, output, *flags):
     return np.asarray(Image.open(next(Path(output).glob("*.png"))), np.int32)
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2"])
+@pytest.mark.parametrize("name", ["flux", pytest.param("flux2", marks=pytest.mark.slow)])
 def test_a_lora_of_a_text_encoder_is_used_where_it_was_saved(name, train, tiny_model, tmp_path):
     model = "text_encoder_1" if name == "flux" else "text_encoder"
     how = ["--lora_base_model", model, "--lora_target_modules", "q_proj,k_proj,v_proj", "--learning_rate", "0.05"]

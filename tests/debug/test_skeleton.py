@@ -54,6 +54,7 @@ def test_a_recomputed_step_reads_its_weights_where_they_lie(on_standin, tmp_path
     assert report.held < report.peak < 2 * report.held
 
 
+@pytest.mark.slow
 def test_a_network_in_8_bits_compiles_with_recompute_and_holds_a_byte_a_weight(on_standin):
     plan = {"family": "flux", "model": "FLUX.1-dev", "height": 64, "width": 64, "settings": SMALL}
     whole, stored = measure(Plan(**plan)), measure(Plan(**plan, is_8bit=True))

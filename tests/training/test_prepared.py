@@ -14,11 +14,11 @@ from PIL import Image
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.errors import DataError, TemplateError
 from ms_diffsynth.pipelines.shared.cuts import tell_cut
+from ms_diffsynth.progress import Progress
 from ms_diffsynth.registry import family
 from ms_diffsynth.training import kept, prepared
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.prepared import PreparedRows, in_bucket, prepare_all, unify
-from ms_diffsynth.training.progress import Progress
 
 CUT = SimpleNamespace(cache=("moments",), prepare=())
 

@@ -11,12 +11,12 @@ import time
 
 import pytest
 
-from ms_diffsynth.training.progress import Progress
+from ms_diffsynth.progress import Progress
 
 
 @pytest.fixture
 def on_terminal(monkeypatch):
-    monkeypatch.setattr("ms_diffsynth.training.progress.is_terminal", lambda: True)
+    monkeypatch.setattr("ms_diffsynth.progress.is_terminal", lambda: True)
     monkeypatch.setattr(Progress, "timer_seconds", 0.01)
     return Progress()
 
