@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Every layer may import those before it. A file that is no layer of its own belongs to its folder.
 LAYERS = ["errors", "redact", "progress", "program", "draws", "data", "formats", "storage", "hub", "launch", "registry",
-          "config", "report", "ops", "runtime", "compile", "nn", "core", "evaluate", "units", "diffusion", "models", "pipeline",
-          "template", "pipelines", "training", "run", "standin", "debug", "cli", "__main__"]
+          "config", "report", "ops", "runtime", "compile", "nn", "core", "evaluate", "units", "diffusion", "models",
+          "pipeline", "template", "pipelines", "training", "run", "standin", "debug", "cli", "__main__"]
 NO_MINDSPORE = {"errors", "redact", "progress", "program", "draws", "data", "formats", "storage", "hub", "launch",
                 "config", "registry", "report", "standin"}
 # a guard that asks for the device; a name for type checkers; weights are written by the commit protocol
