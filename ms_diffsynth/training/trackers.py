@@ -108,8 +108,10 @@ class Wandb:
         self.run.finish()
 
 
-class SwanLab:
-    """SwanLab; ``SWANLAB_MODE=offline`` writes to ``<output_path>/swanlab`` alone."""
+class SwanLab(Wandb):
+    """SwanLab, whose client logs and ends as wandb's does; ``SWANLAB_MODE=offline`` writes to ``<output_path>/swanlab``
+    alone.
+    """
 
     package, extra = "swanlab", "swanlab"
 
@@ -121,16 +123,6 @@ class SwanLab:
         folder.mkdir(parents=True, exist_ok=True)
         self.run = swanlab.init(project=run.project, experiment_name=run.name, id=run.id, resume="allow",
                                 logdir=str(folder), config=dict(run.settings))
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(values), step=step)
-
-    def images(self, images: Sequence[Image.Image], captions: Sequence[str], step: int) -> None:
-        self.run.log({"samples": [self.package_of_images.Image(image, caption=text or None)
-                                  for image, text in with_captions(images, captions)]}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
 
 
 def tracker_class(name: str) -> type[Tracker]:

@@ -9,20 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from ms_diffsynth.pipelines.shared.autoencoder_kl import FLUX_VAE
 from ms_diffsynth.pipelines.shared.text import CLIP_L, T5_XXL
 
-_VAE: dict[str, Any] = {
-    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
-    "act_fn": "silu", "latent_channels": 16, "norm_num_groups": 32, "sample_size": 1024, "scaling_factor": 0.3611,
-    "shift_factor": 0.1159, "force_upcast": True, "mid_block_add_attention": True, "use_quant_conv": False,
-    "use_post_quant_conv": False}
 _DEV: dict[str, Any] = {
     "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 64, "out_channels": None, "num_layers": 19,
     "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
     "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": [16, 56, 56]}
 
-_OTHERS = {"vae": _VAE, "text_encoder_1": CLIP_L, "text_encoder_2": T5_XXL}
+_OTHERS = {"vae": FLUX_VAE, "text_encoder_1": CLIP_L, "text_encoder_2": T5_XXL}
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "FLUX.1-dev": {"dit": _DEV, **_OTHERS},
     "FLUX.1-schnell": {"dit": _DEV | {"guidance_embeds": False}, **_OTHERS},

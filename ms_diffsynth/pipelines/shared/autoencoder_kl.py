@@ -17,6 +17,13 @@ def build_autoencoder_kl(config: dict[str, Any]):
     return vae_units.with_latents(AutoencoderKL, EncodeImage, Decode)(**arguments(AutoencoderKL, config))
 
 
+# config.json of FLUX.1's, which other families have too
+FLUX_VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+    "act_fn": "silu", "latent_channels": 16, "norm_num_groups": 32, "sample_size": 1024, "scaling_factor": 0.3611,
+    "shift_factor": 0.1159, "force_upcast": True, "mid_block_add_attention": True, "use_quant_conv": False,
+    "use_post_quant_conv": False}
 AUTOENCODER_KL = Component(
     name="vae", folder="vae", class_name="AutoencoderKL", build=build_autoencoder_kl,
     reads={"latent_channels": SIZE, "block_out_channels": SIZES, "scaling_factor": SCALE,

@@ -10,14 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ms_diffsynth.pipelines.shared.autoencoder_kl import FLUX_VAE
 from ms_diffsynth.pipelines.shared.text import QWEN3
 
-_VAE: dict[str, Any] = {
-    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
-    "act_fn": "silu", "latent_channels": 16, "norm_num_groups": 32, "sample_size": 1024, "scaling_factor": 0.3611,
-    "shift_factor": 0.1159, "force_upcast": True, "mid_block_add_attention": True, "use_quant_conv": False,
-    "use_post_quant_conv": False}
 _DIT: dict[str, Any] = {
     "_class_name": "ZImageTransformer2DModel", "all_patch_size": [2], "all_f_patch_size": [1], "in_channels": 16,
     "dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "norm_eps": 1e-5,
@@ -25,7 +20,7 @@ _DIT: dict[str, Any] = {
     "axes_lens": [1536, 512, 512]}
 
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
-    name: {"dit": _DIT, "vae": _VAE, "text_encoder": QWEN3["Qwen3-4B"]} for name in ("Z-Image", "Z-Image-Turbo")
+    name: {"dit": _DIT, "vae": FLUX_VAE, "text_encoder": QWEN3["Qwen3-4B"]} for name in ("Z-Image", "Z-Image-Turbo")
 }
 REPOSITORIES = {f"Tongyi-MAI/{name}": name for name in PUBLISHED}
 
