@@ -1,4 +1,4 @@
-"""Data sets: metadata, images, films, buckets and batches. NumPy and Pillow only, and PyAV for video files; nothing here
+"""Data sets: metadata, images, films, buckets and batches. NumPy and Pillow, and PyAV for video files; nothing here
 knows MindSpore.
 
 Names are imported when they are used: settings need `data.paths`, and no NumPy.
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     )
     from .plots import loss_curve
 
-__all__ = ["Batch", "Bucket", "BucketCropAndResize", "Clip", "Clips", "DataProcessingOperator", "ImageCropAndResize", "LoadImage",
-           "Loader", "RouteByExtensionName", "RouteByType", "SequentialProcess", "ToAbsolutePath", "ToFloat", "ToInt",
-           "ToList", "ToStr", "UnifiedDataset", "choose_buckets", "collate", "grid", "image_size", "loss_curve",
-           "nearest_bucket", "own_bucket", "read_image", "to_pil", "to_pixels"]
+__all__ = ["Batch", "Bucket", "BucketCropAndResize", "Clip", "Clips", "DataProcessingOperator", "ImageCropAndResize",
+           "LoadImage", "Loader", "RouteByExtensionName", "RouteByType", "SequentialProcess", "ToAbsolutePath",
+           "ToFloat", "ToInt", "ToList", "ToStr", "UnifiedDataset", "choose_buckets", "collate", "grid", "image_size",
+           "loss_curve", "nearest_bucket", "own_bucket", "read_image", "to_pil", "to_pixels"]
 _ELSEWHERE = {
     "buckets": ("Bucket", "BucketCropAndResize", "choose_buckets", "nearest_bucket", "own_bucket"),
     "clips": ("Clip", "Clips"),

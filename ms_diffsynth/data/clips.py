@@ -148,7 +148,7 @@ def describe_clips(clips: Clips, films: Mapping[str, Film],
         least, most = min(seconds, key=seconds.get), max(seconds, key=seconds.get)
         lines.append(("lengths", f"{seconds_text(sum(seconds.values()))} in all, from {seconds_text(seconds[least])} "
                       f"({least}) to {seconds_text(seconds[most])} ({most})"))
-        rates = Counter(f"{film.rate:.4g}" if film.is_even else f"about {film.rate:.3g}, variable"
+        rates = Counter(f"{film.rate:.3g}" if film.is_even else f"about {film.rate:.3g}, variable"
                         for film in told.values())
         rates["not known: taken as they are"] = len(moving) - len(told)
         lines.append(("frame rates", listing((f"{rate} ({n})" for rate, n in rates.most_common() if n), 6)

@@ -121,12 +121,15 @@ def to_frames(pixels: np.ndarray) -> np.ndarray:
 
 
 def library() -> Any:
-    """PyAV. Raises: ConfigError where it is not installed."""
+    """PyAV, whose log stays off: with it a decoder that is closed may wait for its threads, and they for Python.
+
+    Raises: ConfigError where it is not installed.
+    """
     try:
         import av
     except ImportError:
         raise ConfigError(f"video files ({', '.join(VIDEO_SUFFIXES)}) are read with PyAV, which is not installed. "
-                          f"{EXTRA}; or save the frames of each film into a folder named NAME{FRAMES_SUFFIX}") from None
+                          f"{EXTRA}; or save the frames of each film in a folder, NAME{FRAMES_SUFFIX}") from None
     return av
 
 
