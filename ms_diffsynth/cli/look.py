@@ -247,8 +247,7 @@ def report(images: Images, looks: list[Look] | None, base: Base | None = None,
         found.append(("turned", f"{turned}, as their EXIF orientation says"))
     if clear := sum(look.is_transparent for look in looks or ()):
         found.append(("transparent", f"{clear}, laid over white"))
-    if dataset.clips is None or dataset.clips.place != "all":
-        found.append(("duplicates", _duplicates(dataset, looks)))
+    found.append(("duplicates", _duplicates(dataset, looks)))
     if any("prompt" in row for row in dataset.rows):
         found += _captions(images, base, tokens)
     if images.classes is not None:
@@ -258,9 +257,10 @@ def report(images: Images, looks: list[Look] | None, base: Base | None = None,
 
 def _what(images: Images) -> str:
     """How many rows, and of films which of them are still images."""
-    films, count = images.dataset.films, len(images.dataset.rows)
+    count = len(images.dataset.rows)
     if images.dataset.clips is None:
         return str(count)
+    films = {name: images.dataset.films[name] for name in images.files}
     still = sum(film.frames == 1 for film in films.values())
     also = f" and {counted(still, 'image')}" if still else ""
     return f"{len(films) - still}{also}" + ("" if count == len(films) else f", {counted(count, 'clip')} of them,")

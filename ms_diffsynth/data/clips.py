@@ -140,7 +140,7 @@ def describe_clips(clips: Clips, films: Mapping[str, Film],
 
     Args: ``films`` by name; ``chosen`` the clip of every row.
     """
-    moving = {name: film for name, film in films.items() if film.frames > 1}
+    moving = {clip.name: films[clip.name] for clip in chosen if films[clip.name].frames > 1}
     told = {name: film for name, film in moving.items() if film.seconds is not None}
     lines: list[tuple[str, str]] = []
     seconds = {name: clips.frames_in(film, 0) / clips.rate for name, film in moving.items()}

@@ -183,7 +183,7 @@ def _dataset(config: TrainConfig, pipe: Pipeline | type[Pipeline], name: str, re
         raise ConfigError(f"extra_inputs names {', '.join(map(repr, odd))}: expected some of "
                           f"{', '.join(sorted(known))}.{nearest(odd[0], known)}")
     optional = [] if name == "class" else _references(config)
-    left_out = set(_references(config)) - set(optional)  # class images have none
+    left_out = set(_of_rows(config)) - set(optional)  # class images have none
     extra = [column for column in extra if column not in left_out]
     data, has_prompts = config.data, "prompt" in family(config.model.family).pipeline.inputs
     base, metadata = (getattr(data, f"{name}_{what}_path") for what in ("base", "metadata"))
@@ -208,10 +208,15 @@ def _dataset(config: TrainConfig, pipe: Pipeline | type[Pipeline], name: str, re
         raise DataError(f"{name}_{setting}: {error}") from error
 
 
-def _references(config: TrainConfig) -> list[str]:
-    """The further inputs of the run that are reference images."""
+def _of_rows(config: TrainConfig) -> list[str]:
+    """The further inputs of the run that a row may do without."""
     extra = [name.strip() for name in (config.data.extra_inputs or "").split(",")]
     return [name for name in family(config.model.family).pipeline.absent_inputs if name in extra]
+
+
+def _references(config: TrainConfig) -> list[str]:
+    """Those that are columns of images. Of a video they are none: its units take its first frame, or its last."""
+    return [] if family(config.model.family).pipeline.medium == "video" else _of_rows(config)
 
 
 def _repeats_of_cache(config: TrainConfig, cache: Cache) -> int | list[int]:

@@ -99,7 +99,7 @@ def check_data(accelerator: Accelerator, config: TrainConfig, sets: DataSets) ->
     pipeline, task = family(config.model.family).pipeline, build_task(config)
     extra = [name.strip() for name in (config.data.extra_inputs or "").split(",") if name.strip()]
     medium = pipeline.medium
-    images = [medium, *(name for name in extra if name.endswith("image"))]
+    images = [medium, *(name for name in extra if name.endswith("image") and medium == "image")]
     for data in (found for found in sets if found is not None):
         if lost := [name for name in images if name not in data.data_file_keys]:
             keys = ",".join(dict.fromkeys((*data.data_file_keys, *lost)))

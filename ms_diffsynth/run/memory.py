@@ -120,7 +120,8 @@ class Work:
     """What a step computes on, as far as memory depends on it.
 
     Attributes:
-        size: height and width of the largest images, of videos with the frames in front. images: in a batch, class images included.
+        size: height and width of the largest images, of videos with the frames in front.
+        images: in a batch, class images included.
         prompt: tokens to which prompts are padded; None without prompts. text: tokens the network sees of them.
         further: tokens of edit images.
         device: "Ascend" or "CPU". activations: of the family.
