@@ -176,7 +176,7 @@ def _warnings(clips: Clips, moving: Mapping[str, Film], told: Mapping[str, Film]
         remedy = "" if clips.place == "all" else ". clips=all trains on them, a row for each clip"
         yield (f"{seconds_text(sum(lost.values()))} of {seconds_text(sum(seconds.values()))} of film ({share:.0%}) are "
                f"in no clip, most of {max(lost, key=lost.get)}{remedy}")
-    slow = {name: film.rate for name, film in told.items() if film.rate < clips.rate * (1 - ROUNDING)}
+    slow = {name: film.rate for name, film in told.items() if film.is_even and film.rate < clips.rate * (1 - ROUNDING)}
     if slow:
         yield (f"{len(slow)} of {len(moving)} films have fewer than {clips.rate:g} frames a second, so that frames "
                f"come twice: {listing((f'{name} {rate:.3g}' for name, rate in slow.items()), 5)}. Set "

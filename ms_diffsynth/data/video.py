@@ -258,7 +258,7 @@ def _refuse_cut(path: str, container: Any, stream: Any, packets: list[Any]) -> N
     told = float(stream.duration * stream.time_base) if stream.duration else _tagged(stream) or (
         container.duration / 1e6 if container.duration and len(container.streams) == 1 else 0.0)
     missing = max(0, stream.frames - len(packets))
-    if missing or told - float(end) > 0.5 + 0.1 * told:
+    if missing or told - float(end) > 0.25 + 2 / float(stream.average_rate or 1):  # a last frame is not its end
         there = f"{len(packets)} of {stream.frames} frames" if missing else f"{float(end):.1f} of {told:.1f} seconds"
         raise DataError(f"{path} is cut short: {there} are there. Copy or download it again, or remove its row")
 

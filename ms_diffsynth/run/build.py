@@ -158,7 +158,8 @@ def clips_of(config: TrainConfig, pipe: Pipeline | type[Pipeline]) -> Clips | No
     data = config.data
     if pipe.medium != "video":
         names = ("num_frames", "fps", "clips", "clip_start", "video_column")
-        odd = [f"{n}={getattr(data, n)}" for n in names if getattr(data, n) != SETTINGS[n].default]
+        odd = [f"{n}={','.join(v) if isinstance(v := getattr(data, n), tuple) else v}" for n in names
+               if getattr(data, n) != SETTINGS[n].default]
         odd += [f"sample_num_frames={config.run.sample_num_frames}"] * (config.run.sample_num_frames is not None)
         if odd:
             raise ConfigError(f"{listing(odd)}: the family {config.model.family} is trained on images. Remove it.")
@@ -254,7 +255,7 @@ def _resize(config: TrainConfig, pipe: Pipeline | type[Pipeline], sets: DataSets
             _warn_of_few_pixels(data.max_pixels, shapes)
     for what, images in named.items():
         names = [images.label(row) for row in range(len(images.rows))]
-        line, warnings = describe_fit(sizes[what], names, buckets, remedy)
+        line, warnings = describe_fit(sizes[what], names, buckets, remedy, pipe.medium)
         logger.info("%s: %s.", what, line)
         for warning in warnings:
             logger.warning("%s: %s.", what, warning)
