@@ -145,7 +145,8 @@ def read_folder(base: str, captions: bool = True, allow_outside: bool = False,
         logger.warning("%s: neither %ss nor the captions of one, and not used: %s.", base, medium, listing(left))
     if again := {name for name, count in Counter(map(fold, names)).items() if count > 1}:
         logger.warning("%s: these names differ only in case or Unicode form, and each is %s of its own: %s.",
-                       base, "an image" if medium == "image" else "a video", listing(ascii(name) for name in names if fold(name) in again))
+                       base, "an image" if medium == "image" else "a video",
+                       listing(ascii(name) for name in names if fold(name) in again))
     return table
 
 

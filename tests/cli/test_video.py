@@ -1,4 +1,4 @@
-"""Videos from files to samples: training in one stage and two, `plan`, `sample`, on a family of videos of two layers."""
+"""Videos from files to samples: training in one stage and two, `plan`, `sample`; a family of two layers."""
 from __future__ import annotations
 
 import json
@@ -48,8 +48,8 @@ def films(tmp_path_factory):
 @pytest.fixture
 def train(run, video_model, films):
     """``train(word, ...)``: the command on these films, with further flags."""
-    return lambda *words: run("train", "--family", "toy_video", "--model_paths", video_model, "--dataset_base_path", films,
-                              *words)
+    same = ("--family", "toy_video", "--model_paths", video_model, "--dataset_base_path", films)
+    return lambda *words: run("train", *same, *words)
 
 
 def frames(path):
@@ -88,7 +88,8 @@ def test_two_stages_are_one(train):
 
 
 def test_a_run_is_resumed_with_its_samples(train):
-    same = (*HOW, "--sample_prompts", "a cat", "--num_inference_steps", 1, "--output_path", "out", "--checkpoint_steps", 1)
+    same = (*HOW, "--sample_prompts", "a cat", "--num_inference_steps", 1, "--output_path", "out",
+            "--checkpoint_steps", 1)
     assert train(*same, "--max_train_steps", 1)[0] == 0
     before = open("out/samples/step-0.webp", "rb").read()
     code, _, err = train(*same, "--max_train_steps", 2, "--resume", "auto")
@@ -107,7 +108,8 @@ def test_samples_never_overwrite_and_say_how_they_were_made(run, video_model):
     image.load()
     assert image.info["duration"] == 125 and image.size == (24, 16)
     text = webp_text(content)
-    assert text.startswith("a cat\n") and all(part in text for part in ("Seed: 3", "Frames: 9", "FPS: 8", "Size: 24x16"))
+    assert text.startswith("a cat\n")
+    assert all(part in text for part in ("Seed: 3", "Frames: 9", "FPS: 8", "Size: 24x16"))
     assert run(*words)[1].split()[0] == "samples/001-seed0.webp"
     assert open("samples/000-seed3.webp", "rb").read() == content
 

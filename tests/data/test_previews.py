@@ -54,7 +54,7 @@ def test_an_mp4(tmp_path, size, fps):
     assert film.seconds == pytest.approx(9 / fps)
     frames = frames_at(str(tmp_path / "a.mp4"), [Fraction(k, fps) for k in range(9)], Fraction(fps))
     found = np.stack([np.asarray(frame)[:size[0], :size[1]] for frame in frames]).astype(int)
-    assert np.abs(found - video).mean() < 6 and np.abs(found[:, 28:31, :8] - video[:, 28:31, :8]).max() < 8  # colours
+    assert np.abs(found - video).mean() < 6 and np.abs(found[:, 28:31, :8] - video[:, 28:31, :8]).max() < 12  # colours
     with av.open(str(tmp_path / "a.mp4")) as container:
         assert container.metadata["comment"] == "a cat, seed 3"
 
