@@ -57,16 +57,16 @@ class SamplingDefaults:
         cfg_scale: of two-branch guidance; 1 is none.
         embedded_guidance: the scale told to a guidance-distilled network; others are told none.
         height, width: pixels; None is what the network was made for.
-        num_frames: of a video; None of images.
         num_inference_steps: sampling steps; None depends on the sampler.
+        num_frames: of a video; None for images.
     """
 
     cfg_scale: float = 1.0
     embedded_guidance: float = 3.5
     height: int | None = 1024
     width: int | None = 1024
-    num_frames: int | None = None
     num_inference_steps: int | None = 30
+    num_frames: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,12 +225,12 @@ class Pipeline:
     components: tuple[Component, ...] = ()  # of the family; those of one pipeline are ``store.components``
     variants: tuple[tuple[Component, ...], ...] = ()  # what it may be made of instead, as the given files decide
     parts: tuple[Component, ...] = ()  # what the files of a component may hold besides
-    medium: str = "image"  # the field of a row that is learned: image, or video, frames uint8 [F, H, W, 3]
+    medium: str = "image"  # what it makes: "image" or "video"
+    frame_rate: float = 0.0  # frames a second of its videos
+    frame_factor: int = 1  # a video has one frame more than a multiple of this many
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
     sampling = SamplingDefaults()
     division_factor = 16  # heights and widths are multiples of this many pixels
-    frame_factor = 1  # frames of a video are a multiple of this and one more
-    frame_rate: float = 16.0  # of videos, frames a second: they are trained, and saved, at it
     absent_inputs: tuple[str, ...] = ()  # further inputs that a row of a data set may do without
     objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `registry.TASKS`
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named

@@ -246,7 +246,7 @@ def _resize(config: TrainConfig, pipe: Pipeline | type[Pipeline], sets: DataSets
             logger.warning("max_pixels=%d is not used: height and width are set. Leave them out to use it.",
                            data.max_pixels)
     else:
-        most = most_pixels(config)
+        most = most_pixels(config, pipe)
         buckets = choose_buckets(shapes, most, factor, _most_buckets(config))
         more = len(buckets) < len({own_bucket(*size, most, factor) for size in shapes})
         remedy = (f"Set buckets={2 * len(buckets)} for more sizes, each of which is a compilation, or crop them"
@@ -298,7 +298,7 @@ def _warn_of_few_pixels(max_pixels: int, sizes: list[tuple[int, int]]) -> None:
 def _operator(config: TrainConfig, pipe: Pipeline | type[Pipeline], base: str,
               buckets: list[Bucket]) -> DataProcessingOperator:
     """What reads an image or a clip, and brings it to its size."""
-    data, factor, most = config.data, pipe.division_factor, most_pixels(config)
+    data, factor, most = config.data, pipe.division_factor, most_pixels(config, pipe)
     rule = {"max_pixels": most, "most": _most_buckets(config), "factor": factor}
     same = {"base_path": base, "max_pixels": most, "height": data.height, "width": data.width,
             "buckets": None if data.height else buckets, "allow_outside_base": data.allow_outside_base,

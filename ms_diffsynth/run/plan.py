@@ -261,7 +261,7 @@ def _edit_sizes(pipe: Pipeline, images: Any) -> list[tuple[int, int] | None]:
 
 
 def _work(config: TrainConfig, pipe: Pipeline, data: Data | None, device: str) -> Work:
-    run, chosen, most = config.run, family(config.model.family), most_pixels(config)
+    run, chosen, most = config.run, family(config.model.family), most_pixels(config, pipe)
     square = own_bucket(math.isqrt(most), math.isqrt(most), most, pipe.division_factor).size
     frames = () if (clips := clips_of(config, pipe)) is None else (max(clips.lengths),)
     sizes = dict(data.sizes) if data and data.sizes else {}

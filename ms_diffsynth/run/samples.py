@@ -210,7 +210,7 @@ def sample_template_inputs(config: TrainConfig) -> list[Mapping[str, Any]]:
 
 def _usual_size(config: TrainConfig, pipe: Pipeline, dataset: Any) -> tuple[int, ...]:
     """(height, width) of most images that are trained on, or of a square of the model's size, in pixels."""
-    most = most_pixels(config)
+    most = most_pixels(config, pipe)
     usual = own_bucket(math.isqrt(most), math.isqrt(most), most, pipe.division_factor)
     sizes: Iterable[tuple[int, ...]] = ()
     if stage_of(config.objective.task) == "train":

@@ -316,19 +316,19 @@ class DiffusionTrainingModule:
         if lost:
             raise DataError(f"a row has no {' and no '.join(map(repr, lost))}: it has {listing(sorted(data))}. "
                             f"Expected the columns {' and '.join(map(repr, self._columns))}; name yours by "
-                            f"{self.pipe.medium}_column and caption_column, or override get_pipeline_inputs in a "
-                            "script.")
-        if self.pipe.medium == "video":
-            frames, height, width = data["video"].shape[:3]
-            shared = {"video": data["video"], "num_frames": frames, "height": height, "width": width}
-        else:
-            width, height = data["image"].size
-            shared = {"input_image": data["image"], "height": height, "width": width}
-        shared |= {"cfg_scale": 1, **{name: data.get(name) for name in (*self._extra_inputs,
-                                                                        *self.pipe.objective.inputs)}}
+                            "image_column and caption_column, or override get_pipeline_inputs in a script.")
+        shared = {**self._visual(data), "cfg_scale": 1, **{name: data.get(name) for name in (
+            *self._extra_inputs, *self.pipe.objective.inputs)}}
         if "prompt" not in self._columns:
             return shared, {}, {}
         return shared, {"prompt": data["prompt"]}, {"negative_prompt": ""}
+
+    def _visual(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The image or video of a row, and its size."""
+        if self.pipe.medium == "video":
+            frames, height, width = data["video"].shape[:3]
+            return {"video": data["video"], "num_frames": frames, "height": height, "width": width}
+        return {"input_image": data["image"], "height": data["image"].size[1], "width": data["image"].size[0]}
 
     @property
     def _columns(self) -> list[str]:

@@ -271,8 +271,10 @@ def _count(dataset: Any) -> int:
 
 
 def image_size(data: dict[str, Any]) -> tuple[int, ...]:
-    """The size of a row's image in pixels: (height, width); of its video (frames, height, width)."""
-    return data["video"].shape[:3] if "video" in data else data["image"].size[::-1]
+    """The size of a row's image in pixels: (height, width), or of its video: (frames, height, width)."""
+    if data.get("video") is not None:
+        return tuple(data["video"].shape[:3])
+    return data["image"].size[1], data["image"].size[0]
 
 
 def in_bucket(slots: dict[str, np.ndarray], size: tuple[int, ...], pipe: Pipeline) -> PreparedRow:
