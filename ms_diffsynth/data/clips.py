@@ -146,8 +146,9 @@ def describe_clips(clips: Clips, films: Mapping[str, Film],
     seconds = {name: clips.frames_in(film, 0) / clips.rate for name, film in moving.items()}
     if moving:
         least, most = min(seconds, key=seconds.get), max(seconds, key=seconds.get)
-        lines.append(("lengths", f"{seconds_text(sum(seconds.values()))} in all, from {seconds_text(seconds[least])} "
-                      f"({least}) to {seconds_text(seconds[most])} ({most})"))
+        lines.append(("lengths", f"{seconds_text(sum(seconds.values()))} in all, " + (
+            f"each {seconds_text(seconds[least])}" if seconds[least] == seconds[most] else
+            f"from {seconds_text(seconds[least])} ({least}) to {seconds_text(seconds[most])} ({most})")))
         rates = Counter(f"{film.rate:.3g}" if film.is_even else f"about {film.rate:.3g}, variable"
                         for film in told.values())
         rates["not known: taken as they are"] = len(moving) - len(told)

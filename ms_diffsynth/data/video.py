@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,8 @@ def film_of(path: str) -> Film:
     if (times := _delays(path)) is None:
         return Film(*image_size(path))
     with _animation(path) as image:
-        return Film(*image.size, len(times), float(sum(times)), len(set(times)) == 1)
+        unit = Fraction(1, 100 if image.format == "GIF" else 1000)  # of its delays
+        return Film(*image.size, len(times), float(sum(times)), max(times) - min(times) <= unit)
 
 
 def frames_at(path: str, times: Sequence[Fraction], rate: Fraction) -> Iterator[Image.Image]:
@@ -190,8 +192,15 @@ def _animation(path: str) -> Iterator[Image.Image]:
                             "remove its row") from error
 
 
-def _delays(path: str) -> list[Fraction] | None:
-    """How long each frame of an animation is shown, in seconds; None of a still image. Decodes all of it."""
+def _delays(path: str) -> tuple[Fraction, ...] | None:
+    """How long each frame of an animation is shown, in seconds; None of a still image. Decodes all of it, once."""
+    open_regular(path).close()
+    status = os.stat(path)
+    return _delays_of(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _delays_of(path: str, size: int, changed: int) -> tuple[Fraction, ...] | None:
     with open_regular(path) as file:
         try:
             with Image.open(file, formats=FORMATS) as image:
@@ -206,7 +215,7 @@ def _delays(path: str) -> list[Fraction] | None:
             frame.load()
             delay = Fraction(frame.info.get("duration") or 0).limit_denominator(1000) / 1000
             delays.append(delay or USUAL_DELAY)
-        return delays
+        return tuple(delays)
 
 
 # -- video files -----------------------------------------------------------------------------------------------------
