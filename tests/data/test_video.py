@@ -65,6 +65,7 @@ def test_a_film_is_turned_and_its_pixels_made_square():
         assert image.size == size and [image.getpixel(c)[0] > 200 for c in corners] == [c == white for c in corners]
 
 
+@pytest.mark.fault
 @needs_av
 @pytest.mark.parametrize("name, says", [
     ("cut.mp4", "is cut short: 11 of 20 frames are there"), ("sound.mp4", "has no pictures (audio only)"),
@@ -75,6 +76,7 @@ def test_a_file_without_the_film_it_should_hold(name, says):
     assert says in str(raised.value) and film(name) in str(raised.value)
 
 
+@pytest.mark.fault
 @needs_av
 @pytest.mark.parametrize("name", ["even.mp4", "film.webm", "long.mkv"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.8])
@@ -85,6 +87,7 @@ def test_a_film_that_is_cut_short(tmp_path, name, share):
         film_of(str(tmp_path / name))
 
 
+@pytest.mark.fault
 @needs_av
 @pytest.mark.parametrize("content, says", [(b"", "zero bytes"), (b"x" * 5000, "cannot be decoded"),
                                            (b"<html>not found</html>", "cannot be decoded")])
@@ -94,6 +97,7 @@ def test_what_is_no_film(tmp_path, content, says):
         film_of(str(tmp_path / "a.mp4"))
 
 
+@pytest.mark.fault
 @needs_av
 def test_damage_in_the_middle_shows_when_frames_are_read(tmp_path):
     content = bytearray((VIDEOS / "long.mkv").read_bytes())
@@ -105,6 +109,7 @@ def test_damage_in_the_middle_shows_when_frames_are_read(tmp_path):
         at(str(tmp_path / "long.mkv"), [Fraction(k, 10) for k in range(80)])
 
 
+@pytest.mark.fault
 def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
     load = builtins.__import__
 
@@ -131,6 +136,7 @@ def test_an_animation_by_its_delays(tmp_path, suffix):
     assert film_of(animation(tmp_path / f"c.{suffix}", (0,))).frames == 1
 
 
+@pytest.mark.fault
 def test_an_animation_is_laid_over_white_and_cut_ones_are_refused(tmp_path):
     frames = [Image.new("RGBA", (64, 48), (0, 0, 0, 0)) for _ in range(3)]
     for k, frame in enumerate(frames):
