@@ -15,9 +15,9 @@ from ms_diffsynth.data.video import film_of, frames_at
 
 def moving(frames=5, height=32, width=48):
     """A bright square on a coloured ground that moves to the right."""
-    video = np.full((frames, height, width, 3), (40, 90, 160), np.uint8)
+    video = np.full((frames, height, width, 3), (30, 200, 60), np.uint8)
     for k in range(frames):
-        video[k, 8:24, 2 * k:2 * k + 16] = (230, 200, 40)
+        video[k, 8:24, 2 * k:2 * k + 16] = (230, 40, 200)
     return video
 
 

@@ -18,12 +18,12 @@ def gray(values, height=48, width=64):
     return [np.full((height, width, 3), value, np.uint8) for value in values]
 
 
-def film(name, frames, rate, codec="libx264", times=None, turn=None, ratio=None, pixels="yuv420p", options=None):
-    """``times``: of the frames, in milliseconds."""
+def film(name, frames, rate, codec="libx264", times=None, turn=None, ratio=None, pixels="yuv420p", options=None, every=250):
+    """``times``: of the frames, in milliseconds. ``every``: frames from one key frame to the next."""
     with av.open(str(HERE / name), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt, stream.options = pixels, {"crf": "8", "threads": "1"}
+        stream.pix_fmt, stream.options = pixels, {"crf": "8", "threads": "1", "g": str(every)}
         if ratio:
             stream.codec_context.sample_aspect_ratio = Fraction(ratio)
         if turn:
@@ -46,7 +46,7 @@ def main():
     film("turned.mp4", [corner] * 9, 16, turn=-90)
     film("flat.mp4", [corner] * 9, 16, ratio="2/1")
     film("film.webm", gray(8 * k for k in range(24)), 24, codec="libvpx-vp9")
-    film("long.mkv", gray((3 * k for k in range(80)), 16, 16), 10)
+    film("long.mkv", gray((3 * k for k in range(80)), 16, 16), 10, every=20)
     film("whole.mp4", [np.random.default_rng(k).integers(0, 256, (16, 16, 3), np.uint8) for k in range(20)], 16,
          options={"movflags": "faststart"})
     content = (HERE / "whole.mp4").read_bytes()
