@@ -104,7 +104,8 @@ class Trainer:
             self.step = ProgramTrainStep(module, self.cut, self.optimizer, **how, mode=accelerator.mode,
                                          planned_compilations=self.planned, announce=self._announce)
         self._has_told_time = False
-        self.report = StepReport(logger, self.progress, self.step, self.dataset, self.class_dataset)
+        self.report = StepReport(logger, self.progress, self.step, self.dataset, self.class_dataset,
+                                 module.pipe.medium)
         if resume_from is not None:
             self.restore(resume_from)
         self.progress.say(self._describe())

@@ -18,12 +18,12 @@ def gray(values, height=48, width=64):
     return [np.full((height, width, 3), value, np.uint8) for value in values]
 
 
-def film(name, frames, rate, codec="libx264", times=None, turn=None, ratio=None, pixels="yuv420p", options=None, every=250):
+def film(name, frames, rate, codec="libx264", times=None, turn=None, ratio=None, options=None, every=250):
     """``times``: of the frames, in milliseconds. ``every``: frames from one key frame to the next."""
     with av.open(str(HERE / name), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt, stream.options = pixels, {"crf": "8", "threads": "1", "g": str(every)}
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "8", "threads": "1", "g": str(every)}
         if ratio:
             stream.codec_context.sample_aspect_ratio = Fraction(ratio)
         if turn:
