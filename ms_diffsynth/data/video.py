@@ -26,6 +26,7 @@ EXTRA = "Install the extra: pip install 'ms_diffsynth[video]'"
 ANIMATED = ("GIF", "WEBP", "PNG")  # formats of Pillow that may have several frames
 USUAL_DELAY = Fraction(1, 10)  # seconds, of a frame of a GIF that says 0: what browsers show
 QUARTER = Fraction(1, 4)
+THREADS = 4  # of a decoder; by itself it takes one for each core
 FAR = 5  # seconds from the beginning of a file, beyond which a clip is looked for by its index of key frames
 
 
@@ -58,7 +59,8 @@ def is_video(name: str) -> bool:
 
 
 def film_of(path: str) -> Film:
-    """What a file, or a folder of frames, is. Of a video file all packets are read, and the first frame is decoded.
+    """What a file, or a folder of frames, is. Of a video file the index is read, or where there is none all packets,
+    and the first frame is decoded.
 
     Raises: DataError when it is not a film and not an image, has no frames, is cut short, or breaks a rule of
         `images.read_image` for its sides; ConfigError for a video file without PyAV.
@@ -234,7 +236,7 @@ def _opened(path: str) -> Iterator[tuple[Any, Any]]:
                 raise DataError(f"{path} has no pictures ({' and '.join(kinds) or 'nothing'} only); expected a video. "
                                 "Replace it, or remove its row")
             stream = streams[0]
-            stream.thread_type = "AUTO"
+            stream.thread_type, stream.codec_context.thread_count = "AUTO", THREADS
             yield container, stream
     except av.error.FFmpegError as error:
         raise DataError(f"{path} cannot be decoded ({error.strerror or error}); the file is damaged, cut short or of a "
@@ -249,16 +251,44 @@ def _film_of_video(path: str) -> Film:
         width, height = _shown(first, stream)
     check_sides(path, width, height)
     with _opened(path) as (container, stream):
+        if (indexed := _indexed(path, stream, width, height)) is not None:
+            return indexed
         packets = [packet for packet in container.demux(stream) if packet.size]
         _refuse_cut(path, container, stream, packets)
         shown = [packet for packet in packets if not packet.is_discard]
         stamps = sorted(p.pts if p.pts is not None else p.dts for p in shown if p.pts is not None or p.dts is not None)
         if len(stamps) < len(shown) or len(stamps) < 2 or stamps[0] == stamps[-1]:  # a format without times
             return Film(width, height, len(shown), float(len(shown) / (stream.average_rate or 1)))
-        gaps = np.diff(np.array(stamps, np.float64))
-        whole = (stamps[-1] - stamps[0]) * stream.time_base * Fraction(len(stamps), len(stamps) - 1)
-        unit = max(1.0, 0.0015 / float(stream.time_base))  # times in whole milliseconds are still even
-        return Film(width, height, len(stamps), float(whole), bool(gaps.max() - gaps.min() <= unit))
+        return _film(width, height, stamps, stream.time_base)
+
+
+def _film(width: int, height: int, stamps: Sequence[int], time_base: Fraction) -> Film:
+    """A film whose frames are at these times."""
+    gaps = np.diff(np.array(stamps, np.float64))
+    whole = (stamps[-1] - stamps[0]) * time_base * Fraction(len(stamps), len(stamps) - 1)
+    unit = max(1.0, 0.0015 / float(time_base))  # times in whole milliseconds are still even
+    return Film(width, height, len(stamps), float(whole), bool(gaps.max() - gaps.min() <= unit))
+
+
+def _indexed(path: str, stream: Any, width: int, height: int) -> Film | None:
+    """A film by the index that MP4 and MOV have at one place, so that a large file is not read: it tells where each
+    frame lies. Its times are those of decoding, which tell as much where they are even; else None.
+
+    Raises: DataError when frames lie behind the end of the file.
+    """
+    entries = list(getattr(stream, "index_entries", ()))  # of PyAV 17 and later
+    if stream.frames < 2 or len(entries) != stream.frames:
+        return None
+    size = os.path.getsize(path)
+    if (there := sum(entry.pos + entry.size <= size for entry in entries)) < len(entries):
+        raise _cut(path, f"{there} of {len(entries)} frames")
+    stamps = sorted(entry.timestamp for entry in entries if not entry.is_discard)
+    found = _film(width, height, stamps, stream.time_base) if len(stamps) > 1 and stamps[0] < stamps[-1] else None
+    return found if found and found.is_even else None
+
+
+def _cut(path: str, there: str) -> DataError:
+    return DataError(f"{path} is cut short: {there} are there. Copy or download it again, or remove its row")
 
 
 def _refuse_cut(path: str, container: Any, stream: Any, packets: list[Any]) -> None:
@@ -268,8 +298,8 @@ def _refuse_cut(path: str, container: Any, stream: Any, packets: list[Any]) -> N
         container.duration / 1e6 if container.duration and len(container.streams) == 1 else 0.0)
     missing = max(0, stream.frames - len(packets))
     if missing or told - float(end) > 0.25 + 2 / float(stream.average_rate or 1):  # a last frame is not its end
-        there = f"{len(packets)} of {stream.frames} frames" if missing else f"{float(end):.1f} of {told:.1f} seconds"
-        raise DataError(f"{path} is cut short: {there} are there. Copy or download it again, or remove its row")
+        raise _cut(path, f"{len(packets)} of {stream.frames} frames" if missing else
+                   f"{float(end):.1f} of {told:.1f} seconds")
 
 
 def _tagged(stream: Any) -> float:
