@@ -26,6 +26,7 @@ EXTRA = "Install the extra: pip install 'ms_diffsynth[video]'"
 ANIMATED = ("GIF", "WEBP", "PNG")  # formats of Pillow that may have several frames
 USUAL_DELAY = Fraction(1, 10)  # seconds, of a frame of a GIF that says 0: what browsers show
 QUARTER = Fraction(1, 4)
+BT_709, FULL_RANGE = 1, 2  # FFmpeg's numbers of the colour matrix of HD (else BT.601's), and of values from 0 to 255
 THREADS = 4  # of a decoder; by itself it takes one for each core
 FAR = 5  # seconds from the beginning of a file, beyond which a clip is looked for by its index of key frames
 
@@ -364,10 +365,12 @@ def _pictures(path: str, first: tuple[Fraction, Any], rest: Iterator[tuple[Fract
 
 def _picture(frame: Any, stream: Any) -> Image.Image:
     """One decoded frame in RGB, transparent parts over white, upright, with square pixels."""
+    matrix = {"src_colorspace": "ITU709", "src_color_range": "JPEG" if frame.color_range == FULL_RANGE else "MPEG",
+              "dst_color_range": "JPEG"} if frame.colorspace == BT_709 else {}  # which PyAV 16 takes only when told
     if any(component.is_alpha for component in frame.format.components):
-        image = to_rgb(Image.fromarray(frame.to_ndarray(format="rgba")))
+        image = to_rgb(Image.fromarray(frame.to_ndarray(format="rgba", **matrix)))
     else:
-        image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+        image = Image.fromarray(frame.to_ndarray(format="rgb24", **matrix))
     if (ratio := stream.sample_aspect_ratio or 1) != 1:
         image = image.resize((round(image.width * ratio), image.height), Image.Resampling.BILINEAR)
     return image.rotate(frame.rotation, expand=True) if frame.rotation % 360 else image
