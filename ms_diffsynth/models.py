@@ -742,7 +742,7 @@ class ModelStore:
         config = config if is_encoder else {**config, "_class_name": component.class_name}
         stem = "model" if is_encoder else "diffusion_pytorch_model"
         entry: list[str | None] = ["transformers" if is_encoder else "diffusers", component.class_name]
-        if component.unlike and component.unlike[0] in self.source(name).checkpoint():
+        if component.unlike and name in self.sources and component.unlike[0] in self.source(name).checkpoint():
             logger.warning("%s: diffusers cannot read the %s that is written there, this package can: %s.", folder,
                            name, component.unlike[1])
         if not is_changed:

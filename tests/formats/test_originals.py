@@ -65,6 +65,8 @@ def test_weights_of_8_bits_are_multiplied_by_their_factor(tmp_path, end, marks):
     ({"double_blocks.0.img_attn.qkv.weight": np.ones((10, 2), np.float32)}, r"whose rows are not \(1, 1, 1\) parts"),
     ({"img_in.weight": np.ones((3, 2), ml_dtypes.float8_e4m3fn), "img_in.scale_weight": np.ones(3, np.float32)},
      "expected one factor"),
+    ({"img_in.weight": np.ones((3, 2), np.uint8), "img_in.weight_scale": np.ones(3, ml_dtypes.float8_e4m3fn)},
+     r"img_in\.weight in .* is uint8 with factors, as files of 4 bits"),
 ])
 def test_what_makes_no_sense_is_refused(tmp_path, tensors, text):
     save_state_dict(tmp_path / "f.safetensors", tensors)
