@@ -36,7 +36,7 @@ def changes(folder: Path, file: Path, class_name: str, expected: dict[str, np.nd
         how = {"network_alphas": alphas[0] if alphas else None} if MIXINS[class_name] == "Flux" else {}
         mixin.load_lora_into_transformer(state, transformer=transformer, metadata=metadata, **how)
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+        return f"{type(error).__name__} {str(error)[:90]}"
     found = {name: cell for name, cell in transformer.cells_and_names() if isinstance(cell, LoraLayer)}
     if not found:
         return "none"
