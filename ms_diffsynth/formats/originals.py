@@ -24,7 +24,8 @@ def in_our_names(checkpoint: Checkpoint, model: Model | None = None) -> Checkpoi
     Args:
         model: its names; None leaves them.
 
-    Raises: WeightError for a factor that is not one number, and for rows that cannot be divided.
+    Raises: WeightError for a factor that is not one number, or is one of whole numbers, and for rows that cannot be
+        divided.
     """
     entries = _with_scales(checkpoint)
     if model is None:
@@ -158,7 +159,13 @@ def _with_scales(checkpoint: Checkpoint) -> Mapping[str, Entry]:
     for name, scale in checkpoint.entries.items():
         stem, _, end = name.rpartition(".")
         weight = f"{stem}.weight"
-        if end in SCALES and weight in entries and entries[weight].dtype.name.startswith("float8"):
+        if end not in SCALES or weight not in entries:
+            continue
+        if entries[weight].dtype.kind in "iu":
+            raise WeightError(f"{weight} in {scale.file} is {entries[weight].dtype} with factors, as files of 4 bits "
+                              "and of whole numbers are: expected floating-point numbers. Give the file in bfloat16 or "
+                              "fp8.")
+        if entries[weight].dtype.name.startswith("float8"):
             if math.prod(scale.shape) != 1:
                 raise WeightError(f"{name} {scale.shape} in {scale.file}: expected one factor for a weight of 8 bits. "
                                   "Give the file in bfloat16.")
