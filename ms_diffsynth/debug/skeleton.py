@@ -175,7 +175,7 @@ class _Module(DiffusionTrainingModule):
 def inputs(plan: Plan, pipe: Pipeline, cut: Cut) -> list[Tensor]:
     """Zeros for the prepared slots and the draws of a batch, in the order of the step."""
     latent = pipe.latent_shape(plan.height, plan.width)
-    tokens = plan.text_tokens or pipe.max_sequence_length
+    tokens = plan.text_tokens or getattr(pipe, "max_sequence_length", None)
     shapes = dict(family(plan.family).prepared_shapes(pipe.known_configs, latent, tokens))
     if plan.edit_tokens:
         axes = next(unit.axes for unit in pipe.optional_units["edit_image"] if "edit_places" in unit.output_params)
