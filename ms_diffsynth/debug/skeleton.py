@@ -168,7 +168,7 @@ class _Module(DiffusionTrainingModule):
             self.pipe, lora_base_model=None if plan.template else self.pipe.network, lora_rank=plan.lora_rank,
             trainable_models="template_model" if plan.template else None, task=f"{plan.task}:train",
             extra_inputs=",".join(name for name, given in further.items() if given) or None,
-            objective=task(plan.task), use_gradient_checkpointing=plan.recompute,
+            objective=None if self.pipe.objective_class else task(plan.task), use_gradient_checkpointing=plan.recompute,
             lora_uniform=lambda _, shape: np.zeros(shape, np.float32))
 
 

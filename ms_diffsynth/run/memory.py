@@ -292,7 +292,8 @@ def vae_bytes(pipe: Pipeline, work: Work, size: tuple[int, int], what: str) -> i
         return 0
     config = pipe.store.config("vae")
     width = config.get("base_dim") or (config.get("block_out_channels") or [0])[0]
-    return round(math.prod(size) * width * BYTES[pipe.dtype] * getattr(numbers, what))
+    dtype = pipe.store.component("vae").weight_dtype("", pipe.dtype)
+    return round(math.prod(size) * width * BYTES[dtype] * getattr(numbers, what))
 
 
 def _some(parts: Mapping[str, int]) -> dict[str, int]:

@@ -13,7 +13,7 @@ LOADER = Loader(here="SDXLPipeline", diffusers="StableDiffusionXLPipeline", mind
                 # by their whole names: beside them are copies in float16
                 files=("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
                        "text_encoder_2/model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
-                transformer="UNet2DConditionModel",
+                transformer="UNet2DConditionModel", folder="unet",
                 tags=("stable-diffusion-xl", "stable-diffusion-xl-diffusers"))
 
 FAMILY = Family(name="sdxl", pipeline=SDXLPipeline, write_tiny=write_tiny, published=PUBLISHED,
