@@ -22,6 +22,7 @@ from ms_diffsynth.debug.compare import Quantity, relative_error, together, toler
 from ms_diffsynth.debug.end_to_end import check_end_to_end
 from ms_diffsynth.debug.gradients import Gradients
 from ms_diffsynth.debug.pictures import check_pictures
+from ms_diffsynth.debug.texts import check_texts
 from ms_diffsynth.diffusion.ddpm import DDPMObjective
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.diffusion.weighting import table
@@ -173,6 +174,8 @@ def _check_case(folder: Path, info: dict[str, Any], mode: str, dtype: str) -> li
         return check_end_to_end(folder, info, mode)
     if info.get("objective") == "text_encoder":
         return check_pictures(folder, info, mode, dtype)
+    if info.get("objective") == "text_encoders":
+        return check_texts(folder, info, mode, dtype)
     case = Case(folder, info, dtype)
     pipe, objective = case.pipeline(), case.objective
     pipe.objective = objective

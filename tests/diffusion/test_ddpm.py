@@ -101,7 +101,7 @@ def test_a_configuration_goes_out_and_comes_back():
 
 
 @pytest.mark.parametrize("change, expected", [
-    ({"thresholding": True, "set_alpha_to_one": False}, "sets thresholding=True, set_alpha_to_one=False, which is not"),
+    ({"thresholding": True, "use_karras_sigmas": True}, "sets thresholding=True, use_karras_sigmas=True, which is not"),
     ({"trained_betas": [0.1]}, "trained_betas="), ({"a_new_setting": 3}, "a_new_setting=3"),
     ({"_class_name": "PNDMScheduler"}, "describes a PNDMScheduler"),
     ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid': expected one of linear"),
