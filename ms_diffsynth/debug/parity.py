@@ -269,11 +269,11 @@ def _options(case: Case, pipe: Pipeline, objective: Objective) -> list[Quantity]
             continue
         changed = replace(objective, **change)
         schedule = pipe.schedule_for(changed)
-        for what, values in (("alphas_cumprod", schedule.alphas_cumprod),
-                             ("weights", schedule.loss_weights(changed.snr_gamma))):
+        for what, values, tolerance in (("alphas_cumprod", schedule.alphas_cumprod, 1e-6),
+                                        ("weights", schedule.loss_weights(changed.snr_gamma), 1e-5)):
             if (grid := f"grid.{name}_{what}") in case.inputs:
                 error = relative_error(values, case.inputs[grid])
-                found.append(Quantity(f"{name}: {what}", error, 1e-6))
+                found.append(Quantity(f"{name}: {what}", error, tolerance))
         slots = _slots(case, 0)
         slots |= {slot: Tensor(case.inputs[key].astype(dtype)) for slot, key, dtype in (
             ("noise_offset_draw", "noise_offset_draw", np.float32),

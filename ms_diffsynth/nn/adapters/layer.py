@@ -132,8 +132,8 @@ def match_targets(model: nn.Cell, targets: Iterable[str]) -> list[str]:
             f"lora_target_modules: {listing(map(repr, lost)) or 'nothing given'} selects none of the linear layers of "
             f"{type(model).__name__}.{near} Expected names, or ends of names, of its linear layers: "
             f"{listing(ends, 30)}.")
-    selected = {n for found in chosen.values() for n in found}
-    return [n for n in names if n in selected]
+    found = {n for own in chosen.values() for n in own}
+    return [n for n in names if n in found]
 
 
 def put(model: nn.Cell, name: str, cell: nn.Cell) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.data.images import to_pil
-from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule, ddim, ddpm
+from ms_diffsynth.diffusion.ddpm import NoiseSchedule, ddim, ddpm
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.formats.weights import save_sharded
@@ -69,7 +69,6 @@ class UnconditionalImagePipeline(DenoisingDiffusion, Pipeline):
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None,
                  noise_schedule: NoiseSchedule | None = None):
         super().__init__(models, dtype)
-        self.objective = DDPMObjective()
         self._schedule = noise_schedule
 
     # -- what a family provides ----------------------------------------------------------------------------------

@@ -50,15 +50,17 @@ class SizeConditions(PipelineUnit):
     """Which part of which image is seen: its own size, the top left corner of the part, and the size that it has here.
 
     Of an image that a data set made, as it was made; without an image, or of one that sampling starts from, all of an
-    image of height x width. Pixels; the corner counts in the image as it was scaled.
+    image of height x width, by default of the pipeline's usual size. Pixels; the corner counts in the image as it was
+    scaled.
 
     Shapes: height, width, and maybe input_image PIL -> time_ids float32 [1, 6]: original height and width, top, left,
     height, width.
     """
 
-    input_params = ("height", "width", "input_image?")
+    input_params = ("height?", "width?", "input_image?")
     output_params = ("time_ids",)
 
-    def process(self, pipe, height, width, input_image=None):
+    def process(self, pipe, height=None, width=None, input_image=None):
+        height, width = height or pipe.sampling.height, width or pipe.sampling.width
         seen = Framing(height, width, 0, 0) if input_image is None else framing(input_image)
         return {"time_ids": Tensor(np.array([[*seen, height, width]], np.float32))}

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -31,6 +32,10 @@ class DenoisingDiffusion:
     sampled_draws = ("latents", "timestep_index")
     published = NoiseSchedule()
     _schedule: NoiseSchedule | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.objective = self.objective_class()
 
     def published_scheduler(self) -> NoiseSchedule:
         """As `ImagePipeline.published_scheduler`."""
@@ -62,26 +67,27 @@ class DenoisingDiffusion:
             self._schedule = self.published if config is None else NoiseSchedule.from_config(config)
             if config is None and self.network in self.sources:
                 folder = self.sources[self.network].folder
-                logger.warning("no %s in %s or %s: the published schedule of the family is taken (%s). Give a "
-                               "ModelConfig of the file where the network had another.", SCHEDULER_FILE,
-                               folder.parent / "scheduler", folder, self._schedule)
+                logger.warning("no %s in %s or %s: the family's own schedule is taken (%d timesteps, %s betas, %s). "
+                               "Give a ModelConfig of the file where the network had another.", SCHEDULER_FILE,
+                               folder.parent / "scheduler", folder, self.published.num_train_timesteps,
+                               self.published.beta_schedule, self.published.prediction_type)
         changes = {"prediction_type": getattr(objective, "prediction_type", None),
                    "rescale_betas_zero_snr": getattr(objective, "zero_terminal_snr", False) or None}
         return replace(self._schedule, **{name: value for name, value in changes.items() if value is not None})
 
 
 class DiffusionScheduler(Scheduler):
-    """The noise levels of denoising diffusion as units ask for them; those of sampling are s of x + s n."""
+    """The noise levels of denoising diffusion as units ask for them: sigma of sqrt(1 - sigma^2) x + sigma n where the
+    pipeline is trained, s of x + s n where it is sampled."""
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timestep: Tensor | float) -> Tensor:
-        """x + s n at the sampling step nearest to ``timestep``. Shapes: as `Scheduler.add_noise`."""
-        given = np.atleast_1d(timestep.asnumpy() if isinstance(timestep, Tensor) else np.asarray(timestep))
-        nearest = np.abs(self._timesteps()[None] - given.astype(np.float32)[:, None]).argmin(1)
-        sigma = np.broadcast_to(self._levels()[nearest], original_samples.shape[:1])
-        sigma = Tensor(np.ascontiguousarray(sigma, np.float32)).reshape((-1, *[1] * (original_samples.ndim - 1)))
-        return original_samples + sigma * noise
+    def _mixed(self, clean: Tensor, noise: Tensor, sigma: np.ndarray) -> Tensor:
+        signal = np.ones_like(sigma) if self._pipe.sampled_sigmas is not None else np.sqrt(1 - sigma**2)
+        signal, sigma = (Tensor(x).reshape((-1, *[1] * (clean.ndim - 1))) for x in (signal, sigma))
+        return signal * clean + sigma * noise
 
     def _timesteps(self) -> np.ndarray:
+        if self._pipe.sampled_sigmas is None:
+            return np.arange(len(self._levels()), dtype=np.float32)
         return np.array([self._pipe.noise_schedule.timestep_at(float(s)) for s in self._levels()], np.float32)
 
 
