@@ -45,7 +45,8 @@ def _build_unet(config: dict[str, Any]):
 
 _ATTENTION = "mid_block.attentions.0.transformer_blocks.0"
 _TOKENIZER = {"build": build_clip_tokenizer, "libraries": ("transformers", "ftfy")}
-_CLIP = {"ignored": ("text_model.embeddings.position_ids",), "told_by": CLIP_TOLD_BY}
+# logit_scale: of CLIP's training, in single files
+_CLIP = {"ignored": ("text_model.embeddings.position_ids", "logit_scale"), "told_by": CLIP_TOLD_BY}
 COMPONENTS = (
     Component(name="tokenizer_1", folder="tokenizer", default_folder=CLIP_TOKENIZER, **_TOKENIZER),
     Component(name="tokenizer_2", folder="tokenizer_2", default_folder=CLIP_G_TOKENIZER, **_TOKENIZER),

@@ -33,6 +33,7 @@ SCHEDULER: dict[str, Any] = {
     "use_karras_sigmas": False}
 SCHEDULE = NoiseSchedule.from_config(SCHEDULER)
 
+SIZES = 6  # numbers that tell the network how an image was cut out
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "SDXL-base": {"unet": UNET, "vae": VAE, "text_encoder_1": CLIP_L, "text_encoder_2": ENCODER_2}}
 REPOSITORIES = {"stabilityai/stable-diffusion-xl-base-1.0": "SDXL-base"}
@@ -41,7 +42,8 @@ REPOSITORIES = {"stabilityai/stable-diffusion-xl-base-1.0": "SDXL-base"}
 def prepared_shapes(configs: dict[str, dict[str, Any]], latent: tuple[int, int, int],
                     text_tokens: int) -> dict[str, tuple[int, ...]]:
     """The shapes of the prepared slots of a row, for latents [C, h, w]; prompts have 77 tokens, whatever they say."""
-    unet, encoder = configs["unet"], configs["text_encoder_2"]
-    return {"moments": (2 * latent[0], *latent[1:]), "time_ids": (6,),
+    unet = configs["unet"]
+    pooled = unet["projection_class_embeddings_input_dim"] - SIZES * unet["addition_time_embed_dim"]
+    return {"moments": (2 * latent[0], *latent[1:]), "time_ids": (SIZES,),
             "prompt_embeds": (CLIP_TOKENS, unet["cross_attention_dim"]),
-            "pooled_prompt_embeds": (encoder["projection_dim"],)}
+            "pooled_prompt_embeds": (pooled,)}
