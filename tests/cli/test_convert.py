@@ -47,7 +47,7 @@ def test_a_transformer_there_and_back(name, known, tmp_path, capsys):
     assert any(key.startswith(beginning[name]) for key in names)
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "sdxl"])
 def test_a_whole_pipeline_there_and_back(name, known, tmp_path):
     folder = known(name)
     assert convert(folder, tmp_path / "one.safetensors", "original") == 0
