@@ -16,7 +16,6 @@ from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.registry import family, family_of, interchange
 
-
 MODULES = {"z_image": "layers.0.attention.to_q",
            "sdxl": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"}
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from arrays import noise_image
 from mindspore import Tensor
+from own_blocks import assert_equal_bit_for_bit, draw, value_and_gradients, with_lora, with_weights
 from PIL import Image
 
 from ms_diffsynth.data.dataset import UnifiedDataset
@@ -25,8 +26,9 @@ from ms_diffsynth.formats.weights import load_state_dict, open_checkpoint, save_
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.adapters.layer import linear_modules
 from ms_diffsynth.nn.names import state_dict, torch_shapes
+from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.pipelines.sdxl.pipeline import SDXLPipeline
-from ms_diffsynth.pipelines.sdxl.published import SCHEDULER
+from ms_diffsynth.pipelines.sdxl.published import SCHEDULER, prepared_shapes
 from ms_diffsynth.registry import interchange
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.units import run_unit
@@ -142,6 +144,31 @@ def test_a_network_of_another_make_is_refused(tiny_sdxl, tmp_path, changes, says
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(WeightError, match=says):
         SDXLPipeline.from_pretrained(str(folder)).load_models_to_device(["unet"])
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_recompute_changes_no_bit(tiny_sdxl, compiled):
+    def gradients(is_recomputed):
+        unet = SDXLPipeline.from_pretrained(str(tiny_sdxl), mindspore_dtype=ms.float32).unet
+        weights = with_lora(with_weights(unet), ("to_q", "ff.net.2", "proj_in"))
+        if is_recomputed:
+            count = 17 + 2 * 1 + 2 * 2 + 2 + 3 * 2 + 3 * 1  # residual blocks, and those of the transformers
+            assert use_recompute(unet) == count
+        sizes = Tensor(np.float32([[64, 64, 0, 8, 32, 32]]))
+
+        def forward(latents, prompt, pooled):
+            return unet(latents, Tensor([500], ms.int32), prompt, pooled, sizes)
+
+        inputs = [Tensor(draw(k, *shape)) for k, shape in enumerate([(1, 4, 4, 8), (1, 5, 40), (1, 24)])]
+        return value_and_gradients(unet, forward, inputs, weights, compiled)
+
+    assert_equal_bit_for_bit(gradients(True), gradients(False))
+
+
+def test_shapes_of_prepared_rows_are_those_that_are_prepared(pipe):
+    slots = {name: array.shape[1:] for name, array in pipe.condition("a red cat", height=64, width=32).items()}
+    configs = {name: pipe.config(name) for name in ("unet", "vae")}
+    assert prepared_shapes(configs, pipe.latent_shape(64, 32), None) == slots | {"moments": (8, 8, 4)}
 
 
 def test_the_published_schedule_is_read_and_saved_as_it_is(pipe, tmp_path):
