@@ -144,8 +144,7 @@ BASES = {
             "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
             "text_encoder_2/model.safetensors", "vae/diffusion_pytorch_model.safetensors")},
         settings={"lora_base_model": "unet", **_RATE},
-        fits={"lora": {64: Fit(False, False, 0.0), 32: Fit(False, False, 0.0)},
-              "dreambooth": {64: Fit(False, False, 0.0), 32: Fit(True, False, 0.0)}}),
+        fits={"lora": {64: Fit(True, False, 5.80), 32: Fit(True, False, 5.80)}}),
     "z-image": Base(
         title="Z-Image", family="z_image", download="21 GB", tokenizer="qwen2", tokens=512, around=8, encoders=7.3,
         files={"Tongyi-MAI/Z-Image": ("transformer/*.safetensors", "text_encoder/*.safetensors", "vae/*.safetensors")},
