@@ -58,6 +58,7 @@ class SamplingDefaults:
         embedded_guidance: the scale told to a guidance-distilled network; others are told none.
         height, width: pixels; None is what the network was made for.
         num_inference_steps: sampling steps; None depends on the sampler.
+        num_frames: of a video; None for images.
     """
 
     cfg_scale: float = 1.0
@@ -65,6 +66,7 @@ class SamplingDefaults:
     height: int | None = 1024
     width: int | None = 1024
     num_inference_steps: int | None = 30
+    num_frames: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +225,9 @@ class Pipeline:
     components: tuple[Component, ...] = ()  # of the family; those of one pipeline are ``store.components``
     variants: tuple[tuple[Component, ...], ...] = ()  # what it may be made of instead, as the given files decide
     parts: tuple[Component, ...] = ()  # what the files of a component may hold besides
+    medium: str = "image"  # what it makes: "image" or "video"
+    frame_rate: float = 0.0  # frames a second of its videos
+    frame_factor: int = 1  # a video has one frame more than a multiple of this many
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
     sampling = SamplingDefaults()
     division_factor = 16  # heights and widths are multiples of this many pixels

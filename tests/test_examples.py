@@ -13,6 +13,7 @@ import pytest
 
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.config import load_config
+from ms_diffsynth.data import Clips, UnifiedDataset
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.registry import family
 from ms_diffsynth.run.task import train
@@ -126,3 +127,26 @@ def test_the_script_trains_in_two_stages(monkeypatch, flags, capsys):
 def test_the_script_tells_mistakes_without_a_traceback(monkeypatch, capsys, words, code, expected):
     assert run_script(monkeypatch, *words, "--output_path", "out") == code
     assert capsys.readouterr().err.startswith(expected) and not Path("out").exists()
+
+
+def test_moving_emoji_move_as_their_captions_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["make.py", str(tmp_path), "--count", "45", "--only", "cat"])
+    runpy.run_path(str(ROOT / "examples/moving_emoji/make.py"), run_name="__main__")
+    clips = Clips(lengths=(17,), rate=16.0)
+    data = UnifiedDataset(str(tmp_path), str(tmp_path / "metadata.csv"), data_file_keys="video", clips=clips,
+                          main_data_operator=UnifiedDataset.default_video_operator(str(tmp_path), clips, 4096))
+    held_out = (tmp_path / "held_out.csv").read_text().splitlines()[1:]
+    assert len(data) + len(held_out) == 45 and len({row["motion"] for row in data.rows}) == 9
+    found = set()
+    for k, row in enumerate(data.rows):
+        assert row["prompt"].endswith(f"{row['emoji']} {row['motion']}") and "cat" in row["emoji"]
+        if row["motion"] in found or not row["motion"].startswith(("moving", "growing", "shrinking")):
+            continue
+        ink = 255.0 - data[k]["video"].astype(float).mean(-1)  # [17, 64, 64]
+        total = ink.sum((1, 2))
+        centre = {"y": (ink.sum(2) @ np.arange(64)) / total, "x": (ink.sum(1) @ np.arange(64)) / total, "size": total}
+        axis, sign = {"moving left to right": ("x", 1), "moving right to left": ("x", -1), "moving up": ("y", -1),
+                      "moving down": ("y", 1), "growing": ("size", 1), "shrinking": ("size", -1)}[row["motion"]]
+        assert (sign * np.diff(centre[axis]) > 0).all(), row
+        found.add(row["motion"])
+    assert len(found) == 6

@@ -350,24 +350,30 @@ class DiffusionTrainingModule:
     def get_pipeline_inputs(self, data: dict[str, Any]) -> tuple[dict, dict, dict]:
         """A row of the data set as the documents' three dictionaries.
 
-        Raises: DataError for a row without an image, or without a prompt where the family takes one.
+        Raises: DataError for a row without an image or video, or without a prompt where the family takes one.
         """
         lost = [name for name in self._columns if data.get(name) is None and name not in self.pipe.absent_inputs]
         if lost:
             raise DataError(f"a row has no {' and no '.join(map(repr, lost))}: it has {listing(sorted(data))}. "
                             f"Expected the columns {' and '.join(map(repr, self._columns))}; name yours by "
                             "image_column and caption_column, or override get_pipeline_inputs in a script.")
-        shared = {"input_image": data["image"], "height": data["image"].size[1], "width": data["image"].size[0],
-                  "cfg_scale": 1, **{name: data.get(name) for name in (*self._extra_inputs,
-                                                                       *self.pipe.objective.inputs)}}
+        shared = {**self._visual(data), "cfg_scale": 1, **{name: data.get(name) for name in (
+            *self._extra_inputs, *self.pipe.objective.inputs)}}
         if "prompt" not in self._columns:
             return shared, {}, {}
         return shared, {"prompt": data["prompt"]}, {"negative_prompt": ""}
 
+    def _visual(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The image or video of a row, and its size."""
+        if self.pipe.medium == "video":
+            frames, height, width = data["video"].shape[:3]
+            return {"video": data["video"], "num_frames": frames, "height": height, "width": width}
+        return {"input_image": data["image"], "height": data["image"].size[1], "width": data["image"].size[0]}
+
     @property
     def _columns(self) -> list[str]:
         """The columns `get_pipeline_inputs` reads: those the pipeline has an input for."""
-        return ["image", *(["prompt"] if "prompt" in self.pipe.inputs else []), *self._extra_inputs,
+        return [self.pipe.medium, *(["prompt"] if "prompt" in self.pipe.inputs else []), *self._extra_inputs,
                 *self.pipe.objective.inputs]
 
     @property

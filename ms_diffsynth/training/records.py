@@ -24,13 +24,15 @@ class StepReport:
 
     Args:
         dataset, class_dataset: what the rows of a step that was not finite are called by.
+        medium: what a row is: image or video.
 
     Attributes:
         skipped, skipped_in_a_row: steps that were not finite.
     """
 
     def __init__(self, logger: ModelLogger, progress: Progress, step: TrainStep, dataset: Any,
-                 class_dataset: Any = None):
+                 class_dataset: Any = None, medium: str = "image"):
+        self.medium = medium
         self.logger, self.progress, self.step = logger, progress, step
         self.dataset, self.class_dataset = dataset, class_dataset
         self.skipped = self.skipped_in_a_row = 0
@@ -109,7 +111,7 @@ class StepReport:
 
     def _show(self, record: dict[str, Any]) -> None:
         rows, seconds = (sum(values) for values in zip((0, 0.0), *self._recent))
-        self.progress.advance(**({"images/s": _rate(rows / seconds)} if seconds else {}),
+        self.progress.advance(**({f"{self.medium}s/s": _rate(rows / seconds)} if seconds else {}),
                               loss=f"{record['loss']:.4f}", lr=f"{record['learning_rate']:.1e}",
                               **({"skipped": str(self.skipped)} if self.skipped else {}))
 

@@ -104,7 +104,8 @@ class Trainer:
             self.step = ProgramTrainStep(module, self.cut, self.optimizer, **how, mode=accelerator.mode,
                                          planned_compilations=self.planned, announce=self._announce)
         self._has_told_time = False
-        self.report = StepReport(logger, self.progress, self.step, self.dataset, self.class_dataset)
+        self.report = StepReport(logger, self.progress, self.step, self.dataset, self.class_dataset,
+                                 module.pipe.medium)
         if resume_from is not None:
             self.restore(resume_from)
         self.progress.say(self._describe())
@@ -415,7 +416,8 @@ class Trainer:
         self.progress.say(f"trained {logger.num_steps} steps{passed_over}{compiled}; "
                           f"peak memory {runtime.memory_text(peak)}; loaded: {describe_loaded(self.module.pipe)}")
         folder = logger.output_path
-        for path in [*logger.saved[-1:], folder / "loss.png", folder / "samples/before_after.png"]:
+        pictures = ("loss.png", "samples/before_after.png", "samples/before_after.webp")
+        for path in [*logger.saved[-1:], *(folder / name for name in pictures)]:
             if path.exists():
                 self.progress.say(f"  {path}")
 

@@ -87,7 +87,8 @@ class Validation(Look):
         trainer.progress.shown["val"] = f"{loss:.4f}"
         first = f", {self.rows[0]['loss']:.4f} at step {self.rows[0]['step']}" if len(self.rows) > 1 else ""
         also = "".join(f", {name} {value:.2f}" for name, value in metrics.items())
-        trainer.progress.say(f"step {step}: validation loss {loss:.4f} of {self.dataset.rows} images{first}{also}")
+        trainer.progress.say(f"step {step}: validation loss {loss:.4f} of {self.dataset.rows} "
+                             f"{trainer.module.pipe.medium}s{first}{also}")
 
     def _losses(self, row: int) -> np.ndarray:
         """The loss of one row, and each further metric, at each level: [1 + metrics, levels]."""
