@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +234,7 @@ class Pipeline:
     absent_inputs: tuple[str, ...] = ()  # further inputs that a row of a data set may do without
     objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `registry.TASKS`
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
+    encoder_lora_target_modules: Mapping[str, tuple[str, ...]] = {}  # the same of models where these are others
     lora_prefixes: dict[str, str] = {}  # model name -> its prefix in a LoRA file, where there is no ``interchange``
     diffusers_class: str = ""  # what diffusers calls the pipeline
     interchange: Table | None = None  # how others call the layers of its models
@@ -245,6 +246,7 @@ class Pipeline:
     widths: Mapping[str, tuple[str, int, int]] = {}
     prompt_lengths: tuple[int, ...] = ()  # the lengths they are padded to; each is one compilation
     announce: Announce = staticmethod(log_only)  # what is told when something is compiled
+    sampled_draws: tuple[str, ...] = ("latents", "sigma")  # what ``denoise`` reads besides conditions when sampling
     # inputs of units that a caller need not give: where sampling starts, and how the VAE works; see `shared.tiles`
     input_defaults: Mapping[str, Any] = {"noise": None, "start_noise": None, "tiled": False, "tile_size": None,
                                          "tile_stride": None}
@@ -331,7 +333,7 @@ class Pipeline:
         if "input_latents" in written and "start_latents" not in written:
             units.append(StartLatents())
         guidance = ("guidance",) if self.takes_guidance else ()
-        units, draws = [*units, self.denoise], ("latents", "sigma")
+        units, draws = [*units, self.denoise], self.sampled_draws
         return Program(units, (*type(self).inputs, *extra, *guidance, *self._defaults(units, draws)), draws)
 
     def use_input(self, name: str) -> None:
@@ -614,7 +616,8 @@ class Pipeline:
                     index[component.folder] = self.store.save(component.name, Path(stage) / component.folder,
                                                               component.name in changed, max_shard_bytes,
                                                               is_linked=is_linked)
-            scheduler = self.scheduler_config() or asdict(self.published_scheduler())
+            index |= {name: value for name, value in self.store.index.items() if isinstance(value, bool)}
+            scheduler = self.scheduler_config() or self.published_scheduler().to_config()
             scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
             index["scheduler"] = ["diffusers", scheduler["_class_name"]]
             for name, content in (("model_index.json", index), (f"scheduler/{SCHEDULER_FILE}", scheduler)):

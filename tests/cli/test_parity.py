@@ -38,6 +38,25 @@ def test_references_of_edit_models(run, case, mode):
         "sampled latents", "losses of 5 steps", "LoRA after 5 steps"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+def test_denoising_diffusion_of_latents(run, mode):
+    code, out, _ = run("parity", GOLDEN / "sdxl", "--mode", mode)
+    assert code == 0 and "FAIL" not in out
+    assert all(f"ok   {name}" in out for name in (
+        "alphas_cumprod", "loss weights", "input latents", "noise pred", "loss ", "gradients (618 tensors)",
+        "noise_offset: latents", "noise_offset: loss", "min_snr: weights", "min_snr: loss", "LoRA after 5 steps"))
+
+
+@pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
+def test_two_text_encoders(run, mode):
+    code, out, _ = run("parity", GOLDEN / "sdxl_text", "--mode", mode)
+    assert code == 0 and "FAIL" not in out
+    assert all(f"ok   {name}" in out for name in (
+        "hidden states of text_encoder_1", "hidden states of text_encoder_2", "prompt embeds", "pooled prompt embeds",
+        "loss", "gradients (105 tensors)"))
+
+
 @pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
 def test_a_text_encoder_that_sees_pictures(run, mode):
     code, out, _ = run("parity", GOLDEN / "qwen_vl_text", "--mode", mode)
@@ -146,6 +165,8 @@ TEXT_LINES = {
     "qwen_image": ("prompt ids", "prompt embeds (9 tensors)", "sigmas, lightning 4 steps"),
     "sd3": ("clip l ids", "clip g ids", "t5 ids", "prompt embeds (9 tensors)", "pooled prompt embeds",
             "sigmas, sd3 9 steps", "sigmas, dynamic 4 steps"),
+    "sdxl": ("clip l ids", "clip g ids", "prompt embeds (9 tensors)", "pooled prompt embeds", "sigmas, leading 9 steps",
+             "sigmas, trailing 4 steps", "sigmas, linspace 9 steps", "sigmas, v 4 steps"),
     "z_image": ("prompt ids", "prompt mask", "prompt embeds (9 tensors)", "sigmas, base 9 steps",
                 "sigmas, turbo 4 steps")}
 
@@ -181,6 +202,17 @@ def test_images_and_training_give_what_the_references_give(run, name, runs, mode
         "sigma grid", "loss weights", "first loss", "gradients", "losses of 5 updates", "grad norms of 5 updates",
         "learning rates of 5 updates", "LoRA after 5"))
     assert name != "flux" or all(f"ok   dreambooth: EMA after {count}" in out for count in ("1 update", "5"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+def test_images_and_training_of_denoising_diffusion(run, mode):
+    code, out, _ = run("parity", GOLDEN / "sdxl_end_to_end", "--mode", mode)
+    assert code == 0 and "FAIL" not in out
+    assert all(f"ok   {line}" in out for line in (
+        "image plain, 128x128", "image negative, 160x96", "image chinese, 96x64", "image linspace", "image v"))
+    assert all(f"ok   {name}: {line}" in out for name in ("sft", "options") for line in (
+        "sigma grid", "first loss", "gradients", "losses of 5 updates", "LoRA after 5"))
 
 
 @pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])

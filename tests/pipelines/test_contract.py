@@ -11,7 +11,7 @@ from mindspore import Tensor, nn, ops
 from PIL import Image
 
 from ms_diffsynth.compile import CompiledStep
-from ms_diffsynth.diffusion.ddpm import DDPMObjective
+from ms_diffsynth.diffusion.ddpm import DDPMObjective, LatentDDPMObjective
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.formats.weights import load_state_dict, save_sharded
@@ -31,6 +31,7 @@ from ms_diffsynth.training.two_stage import launch_data_process_task, open_cache
 
 QUICK = ("toy",)
 WITH_VAE = tuple(n for n in FAMILIES if n != "ddpm_unet")
+DIFFUSION = ("ddpm_unet", "sdxl")  # trained by denoising diffusion, the others by flow matching
 SIDE = 32  # pixels
 FLOAT = ms.float32
 
@@ -63,6 +64,8 @@ def row(seed=0):
 
 def objective_of(pipe, **flow_matching):
     """Of the family's kind, with all its draws and weights."""
+    if isinstance(pipe.objective, LatentDDPMObjective):
+        return LatentDDPMObjective(snr_gamma=5.0, noise_offset=0.1, posterior=flow_matching.get("posterior", "sample"))
     if isinstance(pipe.objective, DDPMObjective):
         return DDPMObjective(snr_gamma=5.0, random_flip=True)
     return Objective(**flow_matching)
@@ -132,9 +135,9 @@ def test_programs_build(tiny_model, name):
     assert cut.models("step") == (pipe.network,) and pipe.network not in cut.models("prepare")
     assert set(cut.draws) == set(objective.draws) and ("moments" if name in WITH_VAE else "input_latents") in cut.cache
     assert all(not unit.is_host for unit in cut.step)
-    noisy, level = pipe.denoise.input_params[:2]
-    assert pipe.sampling_program().cut(pipe.denoise.output_params).draws == (noisy, level)
-    assert (noisy, level) == ("latents", "sigma" if name in WITH_VAE else "timestep_index")
+    assert pipe.denoise.input_params[:2] == pipe.sampled_draws
+    assert pipe.sampling_program().cut(pipe.denoise.output_params).draws == pipe.sampled_draws
+    assert pipe.sampled_draws == ("latents", "timestep_index" if name in DIFFUSION else "sigma")
     for fused in pipe.fusible:
         program = pipe.training_program(objective, pipe.training_schedule("dreambooth").sigmas)
         assert fused in [u.name for u in program.cut(("loss",), (pipe.network,), (fused,)).step]
@@ -212,8 +215,9 @@ def test_every_tensor_unit_is_the_same_eager_and_compiled_in_value_and_gradient(
         for k, (a, b) in enumerate(zip(eager_gradients, compiled_gradients)):
             assert_close(b, a, 1e-5, f"gradient {k} of {unit.name}", size)
         assert not unit.onload_model_names or size > 0, f"{unit.name} has no gradient"
-    assert ({"encode_prompt", "encode_image", "denoise", "flow_match_loss"} if name in WITH_VAE else
-            {"random_flip", "lookup_noise", "add_noise", "denoise", "prediction_loss"}) <= seen
+    wanted = {"lookup_noise", "add_noise", "prediction_loss"} if name in DIFFUSION else {"flow_match_loss"}
+    wanted |= {"encode_prompt", "encode_image"} if name in WITH_VAE else {"random_flip"}
+    assert wanted | {"denoise"} <= seen
 
 
 # -- the split, the batch, the two ways ------------------------------------------------------------------------------

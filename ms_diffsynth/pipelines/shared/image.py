@@ -9,7 +9,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, ops
 from PIL import Image
 
 from ms_diffsynth import runtime
@@ -41,6 +41,7 @@ class ImagePipeline(Pipeline):
         dynamic_mu: from (image tokens, sampling steps) to the mu of dynamic shifting; None follows the scheduler.
         latent_patch: sides of the square of latents that is one image token.
         edit_max_pixels: most pixels of a reference image; larger ones are made smaller.
+        zeroed_slots: what is made of a prompt, and is zero where there is no negative prompt; none: it is that of "".
     """
 
     samplers = tuple(SAMPLERS)
@@ -49,13 +50,14 @@ class ImagePipeline(Pipeline):
     sft_grid: Grid
     dynamic_mu: Callable[[int, int], float] | None = None
     latent_patch = 2
+    zeroed_slots: tuple[str, ...] = ()
     guidance_rule = staticmethod(classifier_free)  # how the two branches of cfg_scale become one velocity
 
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
         super().__init__(models, dtype)
         self._scheduler_settings: FlowMatchSettings | None = None
 
-    def __call__(self, prompt: str, negative_prompt: str = "", cfg_scale: float | None = None,
+    def __call__(self, prompt: str, negative_prompt: str | None = None, cfg_scale: float | None = None,
                  embedded_guidance: float | None = None, height: int | None = None, width: int | None = None,
                  seed: int | None = None, num_inference_steps: int | None = None, sampler: str | None = None,
                  on_step: Callable[[int, int], None] | None = None, input_image: Image.Image | None = None,
@@ -65,6 +67,7 @@ class ImagePipeline(Pipeline):
 
         Args:
             cfg_scale: two-branch guidance with ``negative_prompt``; 1 runs one branch.
+            negative_prompt: None is as ``""``; but of a family with ``zeroed_slots`` it is no text at all.
             embedded_guidance: the scale told to a guidance-distilled network; others ignore it.
             height, width: pixels, rounded up to the family's division factor.
             seed: of the initial noise; None is fresh.
@@ -116,6 +119,7 @@ class ImagePipeline(Pipeline):
         guidance = own.embedded_guidance if embedded_guidance is None else embedded_guidance
         inputs["guidance"] = Tensor(np.full(1, guidance, np.float32))
         positive = {name: value for name, value in inputs.items() if not name.startswith("negative_")} | tiling
+        positive |= {"height": size[0], "width": size[1]}
         branches = [{"prompt": prompt, **positive}]
         if cfg_scale != 1:  # a template is of one branch only, everything else of both
             negative = {n.removeprefix("negative_"): value for n, value in inputs.items() if n not in positive}
@@ -126,7 +130,8 @@ class ImagePipeline(Pipeline):
         if input_image is not None:
             input_image = scaled(to_rgb(input_image, "input_image"), *size)
         latents = self.start(input_image, noise, sigmas, tiling)
-        latents = self.integrate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler)
+        latents = self.integrate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler,
+                                 lambda k: Draws(seed).normal(f"sampling step {k}", np.array([0]), shape))
         return self.decode(latents, **tiling)[0]
 
     def edited_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
@@ -215,11 +220,15 @@ class ImagePipeline(Pipeline):
 
     def conditions(self, positive: dict[str, Any],
                    negative: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """`condition` for both branches of guidance, each given its arguments.
+        """`condition` for both branches of guidance, each given its arguments. A negative prompt of None has zeros in
+        ``zeroed_slots``; of a family without such it is "".
 
         Of the negative branch only those units run whose inputs, or what they are made of, are other objects than in
         the positive one: an edit image is encoded once.
         """
+        has_no_text = negative is not None and negative.get("prompt", "") is None
+        if has_no_text:
+            negative = negative | {"prompt": positive["prompt"] if self.zeroed_slots else ""}
         found: list[dict[str, Any] | None] = []
         first: dict[str, Any] = {}  # what the positive branch was given
         prepared: dict[str, Any] = {}  # and all slots that it has
@@ -229,11 +238,12 @@ class ImagePipeline(Pipeline):
                 continue
             given = {name: value for name, value in branch.items() if value is not None and name != "template_cache"}
             program = self.sampling_program([name for name in given if name in self.optional_units])
-            cut = program.cut(("velocity",))
+            cut = program.cut(self.denoise.output_params)
             known = {*cut.inputs, *self.input_defaults}
             slots, units = {name: value for name, value in given.items() if name in known}, cut.prepare
             if first.keys() == given.keys():
-                again = program.branch([name for name in given if given[name] is not first[name]], ("velocity",))
+                again = program.branch([name for name in given if given[name] is not first[name]],
+                                       self.denoise.output_params)
                 slots, units = prepared | slots, tuple(unit for unit in units if unit.name in again)
             further = [unit for name in given if name in self.optional_units for unit in self.optional_units[name]]
             reads_prompt = any("prompt" in map(slot, unit.input_params) for unit in further)  # with its references, say
@@ -250,6 +260,8 @@ class ImagePipeline(Pipeline):
             padded, _ = pad_prompts(self, {n: to_numpy(prepared[n])[0] for n in self.padded_slots if n in cut.cache})
             found.append({name: Tensor(padded[name][None]) if name in padded else prepared[name] for name in cut.cache}
                          | to_slots(branch.get("template_cache") or {}))
+        if has_no_text:
+            found[1] |= {name: ops.zeros_like(found[1][name]) for name in self.zeroed_slots}
         return found[0], found[1]
 
     def prepared_prompt(self, prompt: str) -> dict[str, Tensor]:
@@ -261,15 +273,16 @@ class ImagePipeline(Pipeline):
         return {name: runtime.to_device(array[None]) for name, array in self.prepared_prompts[prompt].items()}
 
     def denoiser(self, condition: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
-        """``denoise(latents, sigma) -> velocity`` under one condition; compiled once per shape in mode graph."""
+        """``denoise(latents, sigma) -> velocity``, or with what else the network takes and gives, under one condition;
+        compiled once per shape in mode graph."""
         slots = tuple(condition)  # those of a branch with a template and of one without are two compilations
 
         def build():
             join = JoinTemplateCache(slots)
             units = [join, self.denoise] if join.input_params else [self.denoise]
             fuse = [unit.name for unit in units if unit.is_always_fused]
-            cut = Program(units, slots, ("latents", "sigma")).cut(("velocity",), fuse=fuse)
-            return UnitSequence(cut, self, inputs=(*slots, "latents", "sigma")).positional
+            cut = Program(units, slots, self.sampled_draws).cut(self.denoise.output_params, fuse=fuse)
+            return UnitSequence(cut, self, inputs=(*slots, *self.sampled_draws)).positional
 
         step = self.compiled("the sampling step", build, slots)
         return lambda latents, sigma: step(*condition.values(), latents, sigma)[0]
@@ -282,18 +295,24 @@ class ImagePipeline(Pipeline):
 
     def integrate(self, positive: dict[str, Any], negative: dict[str, Any] | None, latents: np.ndarray | Tensor,
                   sigmas: np.ndarray, cfg_scale: float = 1.0, on_step: Callable[[int, int], None] | None = None,
-                  sampler: str = "euler") -> Tensor:
+                  sampler: str = "euler", noise: Callable[[int], np.ndarray] | None = None) -> Tensor:
         """Latents at the last of ``sigmas``, float32 [B, ...].
 
         Args:
             positive, negative: conditions from `condition`; ``negative`` is used when ``cfg_scale`` is not 1.
             latents: at ``sigmas[0]`` (noise alone where it is 1), float32 [B, ...].
             sigmas: float32 [n + 1], decreasing, ends with 0.
+            noise: what sampling step k adds, for samplers that add some.
         """
+        return SAMPLERS[sampler](self.guided(positive, negative, cfg_scale), Tensor(latents), sigmas, on_step)
+
+    def guided(self, positive: dict[str, Any], negative: dict[str, Any] | None,
+               cfg_scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+        """`denoiser` of both branches as one; without guidance that of the first."""
         denoise = self.denoiser(positive)
         if cfg_scale != 1 and negative is not None:
             denoise = self.guidance_rule(denoise, self.denoiser(negative), cfg_scale)
-        return SAMPLERS[sampler](denoise, Tensor(latents), sigmas, on_step)
+        return denoise
 
     def decode(self, latents: Tensor, tiled: bool = False, tile_size: int | None = None,
                tile_stride: int | None = None) -> list[Image.Image]:
