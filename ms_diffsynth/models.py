@@ -121,6 +121,7 @@ class Component:
         told_by: setting of ``known`` -> what the names and shapes of a checkpoint say of it; by these one is chosen.
         left_out: tensor -> from the shapes of the others to its values, where publishers' files are without it.
         encoder: cells of a VAE that decoding does not use.
+        is_optional: whole models may be without it, and need not say so.
     """
 
     name: str
@@ -139,6 +140,7 @@ class Component:
     part_of: str = ""
     left_out: Mapping[str, Callable[[Shapes], np.ndarray]] = field(default_factory=dict, hash=False)
     encoder: tuple[str, ...] = ()
+    is_optional: bool = False
 
     @property
     def is_tokenizer(self) -> bool:
@@ -300,7 +302,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 SAMPLING: dict[str, Kind] = {"cfg_scale": SCALE, "embedded_guidance": SCALE, "height": SIZE, "width": SIZE,
-                             "num_inference_steps": SIZE, "max_sequence_length": SIZE}
+                             "num_inference_steps": SIZE, "num_frames": SIZE, "max_sequence_length": SIZE}
 
 
 def sampling_config(folder: Path) -> dict[str, Any]:
@@ -508,7 +510,8 @@ class ModelStore:
                 replace(config, origin_file_pattern=beside).resolve(runtime.model_base_path())
         if os.path.lexists(folder / "model_index.json") and paths[0].is_dir():
             self.index = self._read(folder, "model_index.json")
-            self.absent = {c.name for c in self.components if self.index.get(c.folder) == [None, None]}
+            self.absent = {c.name for c in self.components if self.index.get(
+                c.folder, [None, None] if c.is_optional else None) == [None, None]}
             self.sampling_config = sampling_config(folder)
             for component in self.components:
                 if (folder / component.folder).is_dir():

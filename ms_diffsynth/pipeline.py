@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -58,6 +59,7 @@ class SamplingDefaults:
         embedded_guidance: the scale told to a guidance-distilled network; others are told none.
         height, width: pixels; None is what the network was made for.
         num_inference_steps: sampling steps; None depends on the sampler.
+        num_frames: of a video; None for images.
     """
 
     cfg_scale: float = 1.0
@@ -65,6 +67,7 @@ class SamplingDefaults:
     height: int | None = 1024
     width: int | None = 1024
     num_inference_steps: int | None = 30
+    num_frames: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +226,9 @@ class Pipeline:
     components: tuple[Component, ...] = ()  # of the family; those of one pipeline are ``store.components``
     variants: tuple[tuple[Component, ...], ...] = ()  # what it may be made of instead, as the given files decide
     parts: tuple[Component, ...] = ()  # what the files of a component may hold besides
+    medium: str = "image"  # what it makes: "image" or "video"
+    frame_rate: float = 0.0  # frames a second of its videos
+    frame_factor: int = 1  # a video has one frame more than a multiple of this many
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
     sampling = SamplingDefaults()
     division_factor = 16  # heights and widths are multiples of this many pixels
@@ -264,7 +270,6 @@ class Pipeline:
         self.units = self.build_units()
         if any("moments" in unit.output_params for unit in self.units):  # no VAE, no posterior
             self.units.append(SampleLatents("mean"))
-        self.optional_units = self.build_optional_units()
         self._replaced: dict[str, PipelineUnit | TensorUnit] = {}  # units of the family that others stand for
         self.denoise = self.build_denoise()
 
@@ -278,6 +283,11 @@ class Pipeline:
         """Units that run only with a further input, by its name: before the others, or instead of the one that is
         called the same; see `use_input`."""
         return {}
+
+    @functools.cached_property
+    def optional_units(self) -> dict[str, list[PipelineUnit | TensorUnit]]:
+        """`build_optional_units`, once: when they are first asked for, the files of the models are known."""
+        return self.build_optional_units()
 
     def build_denoise(self) -> TensorUnit:
         """The unit that calls the network: reads ``latents`` and ``sigma``, writes ``velocity``."""
@@ -359,6 +369,9 @@ class Pipeline:
     def _model_fn(self, **slots: Any) -> Tensor:
         self.recompute_as_asked(slots)
         return run_unit(self.denoise, self, slots)[self.denoise.output_params[0]]
+
+    def prepare_training(self, trained: Sequence[str]) -> None:
+        """Called before training: ``trained`` are the names of the models that learn, or of parts of them."""
 
     def recompute_as_asked(self, slots: Mapping[str, Any]) -> None:
         """Let the network's blocks be computed again in backward if ``use_gradient_checkpointing``, or with
@@ -602,7 +615,8 @@ class Pipeline:
             files, with an adapter, or stored in 8 bits.
         """
         index = {"_class_name": self.store.index.get("_class_name") or self.diffusers_class,
-                 "_diffusers_version": "0.35.2"}
+                 "_diffusers_version": "0.35.2",
+                 **{k: v for k, v in self.store.index.items() if k[0] != "_" and not isinstance(v, list)}}
         with stage_folder(folder, replace=replace) as stage:
             for component in self.store.components:
                 if not component.part_of:

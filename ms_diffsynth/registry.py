@@ -20,6 +20,7 @@ FAMILIES = {
     "qwen_image": "ms_diffsynth.pipelines.qwen_image",
     "sd3": "ms_diffsynth.pipelines.sd3",
     "toy": "ms_diffsynth.pipelines.toy",
+    "wan": "ms_diffsynth.pipelines.wan",
     "z_image": "ms_diffsynth.pipelines.z_image",
 }
 
@@ -36,6 +37,8 @@ MODEL_CLASSES = {
     "QwenImagePipeline": "qwen_image",
     "StableDiffusion3Pipeline": "sd3",
     "ToyPipeline": "toy",
+    "WanImageToVideoPipeline": "wan",
+    "WanPipeline": "wan",
     "ZImagePipeline": "z_image",
 }
 

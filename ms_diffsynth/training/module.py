@@ -128,6 +128,7 @@ class DiffusionTrainingModule:
                     parameter.requires_grad = False
         for name in (n.strip() for n in (extra_inputs or "").split(",") if n.strip()):
             pipe.use_input(name)
+        pipe.prepare_training((*names, *([lora_base_model] if lora_base_model else [])))
         pipe.forget_compiled()  # what was compiled before has no LoRA in it
         pipe.objective = pipe.objective_for(objective, kind)
         pipe.sigmas, pipe.sampled_sigmas = pipe.training_schedule(kind).sigmas, None
@@ -317,17 +318,23 @@ class DiffusionTrainingModule:
             raise DataError(f"a row has no {' and no '.join(map(repr, lost))}: it has {listing(sorted(data))}. "
                             f"Expected the columns {' and '.join(map(repr, self._columns))}; name yours by "
                             "image_column and caption_column, or override get_pipeline_inputs in a script.")
-        shared = {"input_image": data["image"], "height": data["image"].size[1], "width": data["image"].size[0],
-                  "cfg_scale": 1, **{name: data.get(name) for name in (*self._extra_inputs,
-                                                                       *self.pipe.objective.inputs)}}
+        shared = {**self._visual(data), "cfg_scale": 1, **{name: data.get(name) for name in (
+            *self._extra_inputs, *self.pipe.objective.inputs)}}
         if "prompt" not in self._columns:
             return shared, {}, {}
         return shared, {"prompt": data["prompt"]}, {"negative_prompt": ""}
 
+    def _visual(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The image or video of a row, and its size."""
+        if self.pipe.medium == "video":
+            frames, height, width = data["video"].shape[:3]
+            return {"video": data["video"], "num_frames": frames, "height": height, "width": width}
+        return {"input_image": data["image"], "height": data["image"].size[1], "width": data["image"].size[0]}
+
     @property
     def _columns(self) -> list[str]:
         """The columns `get_pipeline_inputs` reads: those the pipeline has an input for."""
-        return ["image", *(["prompt"] if "prompt" in self.pipe.inputs else []), *self._extra_inputs,
+        return [self.pipe.medium, *(["prompt"] if "prompt" in self.pipe.inputs else []), *self._extra_inputs,
                 *self.pipe.objective.inputs]
 
     @property

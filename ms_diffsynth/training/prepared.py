@@ -271,7 +271,9 @@ def _count(dataset: Any) -> int:
 
 
 def image_size(data: dict[str, Any]) -> tuple[int, ...]:
-    """The size of a row's image in pixels: (height, width)."""
+    """The size of a row's image in pixels: (height, width), or of its video: (frames, height, width)."""
+    if data.get("video") is not None:
+        return tuple(data["video"].shape[:3])
     return data["image"].size[1], data["image"].size[0]
 
 

@@ -85,6 +85,10 @@ def layer_norm_modulate(x, scale, shift, eps):
     return normal * (scale + 1).expand_dims(1) + shift.expand_dims(1)
 
 
+def layer_norm(x, weight, bias, eps):
+    return _layer_norm(x, (x.shape[-1],), weight.astype(x.dtype), bias.astype(x.dtype), eps)[0]
+
+
 def rms_norm(x, weight, eps):
     return RmsNorm(eps)(x, weight)[0]
 

@@ -18,9 +18,9 @@ from ms_diffsynth.ops.cpu.fast import (
 from ms_diffsynth.ops.split import Split
 
 __all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gated_silu", "gelu_tanh", "join", "join_last",
-           "layer_norm_modulate", "linear", "linear_without_bias", "low_rank_each", "masked_attention", "norm_rotate",
-           "norm_rotate_joint", "part", "parts", "positions", "rms_norm", "rms_norm_modulate", "rotate", "shared",
-           "swiglu", "text_mask"]
+           "layer_norm", "layer_norm_modulate", "linear", "linear_without_bias", "low_rank_each", "masked_attention",
+           "norm_rotate", "norm_rotate_joint", "part", "parts", "positions", "rms_norm", "rms_norm_modulate", "rotate",
+           "shared", "swiglu", "text_mask"]
 
 _matmul, _matmul_nt = P.MatMul(), P.MatMul(transpose_b=True)
 _bmm_nt = P.BatchMatMul(transpose_b=True)
@@ -38,6 +38,11 @@ def linear_without_bias(x, weight):
 def add_low_rank(y, x, down, up):
     rows = _matmul(_matmul(x.reshape(-1, x.shape[-1]), down), up)
     return y + rows.reshape(y.shape)
+
+
+def layer_norm(x, weight, bias, eps):
+    rows = x.reshape(1, -1, x.shape[-1])
+    return layer_norm_modulate(rows, (weight - 1).expand_dims(0), bias.expand_dims(0), eps).reshape(x.shape)
 
 
 def shared(x, number):

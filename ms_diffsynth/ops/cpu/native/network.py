@@ -21,9 +21,14 @@ from ms_diffsynth.ops.cpu.native.kernels import (
 from ms_diffsynth.ops.cpu.network import chunks, join, join_last, low_rank_each, part, parts, shared
 
 __all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gated_silu", "gelu_tanh", "join", "join_last",
-           "layer_norm_modulate", "linear", "linear_without_bias", "low_rank_each", "masked_attention", "norm_rotate",
-           "norm_rotate_joint", "part", "parts", "positions", "rms_norm", "rms_norm_modulate", "rotate", "shared",
-           "swiglu", "text_mask"]
+           "layer_norm", "layer_norm_modulate", "linear", "linear_without_bias", "low_rank_each", "masked_attention",
+           "norm_rotate", "norm_rotate_joint", "part", "parts", "positions", "rms_norm", "rms_norm_modulate", "rotate",
+           "shared", "swiglu", "text_mask"]
+
+
+def layer_norm(x, weight, bias, eps):
+    rows = x.reshape(1, -1, x.shape[-1])
+    return layer_norm_modulate(rows, (weight - 1).expand_dims(0), bias.expand_dims(0), eps).reshape(x.shape)
 
 
 def positions(table, batch, heads, dtype):
