@@ -510,8 +510,9 @@ class ModelStore:
                 replace(config, origin_file_pattern=beside).resolve(runtime.model_base_path())
         if os.path.lexists(folder / "model_index.json") and paths[0].is_dir():
             self.index = self._read(folder, "model_index.json")
-            self.absent = {c.name for c in self.components if self.index.get(
-                c.folder, [None, None] if c.is_optional else None) == [None, None]}
+            self.absent = {c.name for c in self.components if self.index.get(c.folder) == [None, None]}
+            self.components = tuple(c for c in self.components if not c.is_optional or (
+                c.folder in self.index and c.name not in self.absent))
             self.sampling_config = sampling_config(folder)
             for component in self.components:
                 if (folder / component.folder).is_dir():

@@ -120,7 +120,7 @@ def test_given_frames_are_those_of_the_film_in_training_and_cropped_images_in_sa
     np.testing.assert_array_equal(both["given_pixels"].asnumpy()[:, :, 0], both["given_pixels"].asnumpy()[:, :, -1])
     with pytest.raises(DataError, match="a film of one frame"):
         load.process(pipe, None, None, film(1), 1, 32, 64)
-    with pytest.raises(ConfigError, match="Give end_image|given the first frame alone"):
+    with pytest.raises(ConfigError, match="given the first frame alone"):
         pipe_of("ti2v").optional_units["input_image"][0].process(pipe_of("ti2v"), RED, RED, None, 5, 32, 64)
 
 
@@ -168,7 +168,8 @@ def test_experts_take_over_at_the_boundary_each_with_its_guidance(pipe_of, monke
 
 @pytest.mark.parametrize("name, trained, expert, expected", [
     ("t2v", "dit", None, None), ("a14b", "dit", None, (0, 417)), ("a14b", "dit2", None, (417, 1000)),
-    ("i2v-a14b", "dit", None, (0, 358)), ("t2v", "dit", "low_noise", (417, 1000)), ("t2v", "dit", "high_noise", (0, 417))])
+    ("i2v-a14b", "dit", None, (0, 358)), ("t2v", "dit", "low_noise", (417, 1000)),
+    ("t2v", "dit", "high_noise", (0, 417))])
 def test_an_expert_is_trained_on_its_own_noise_levels(pipe_of, name, trained, expert, expected):
     """417 and 358 of 1000: DiffSynth-Studio's boundaries, of its grid."""
     pipe, module = pipe_of(name), DiffusionTrainingModule()

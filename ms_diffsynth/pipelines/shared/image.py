@@ -87,7 +87,7 @@ class ImagePipeline(Pipeline):
 
         Raises: ConfigError for an input the family does not have, an unknown sampler, or a value out of range.
         """
-        default = self.sampling.height, self.sampling.width
+        default = self.usual_size
         inputs = those_given(inputs)
         if "edit_image" in inputs:
             default = self.edited_size(references(inputs["edit_image"]))
@@ -148,6 +148,11 @@ class ImagePipeline(Pipeline):
                             denoising_strength)
         latents = self.start(start, noise, sigmas, tiling)
         return self.integrate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler)
+
+    @property
+    def usual_size(self) -> tuple[int, ...]:
+        """The size that is sampled where none is asked for, as `latent_shape` takes it."""
+        return self.sampling.height, self.sampling.width
 
     def size_inputs(self, size: tuple[int, ...]) -> dict[str, int]:
         """What units are told of a size in sampling."""

@@ -88,7 +88,7 @@ class VideoPipeline(ImagePipeline):
         elif "input_image" in inputs and height is None and width is None:
             default = (own.num_frames, *self.size_of_image(inputs["input_image"]))
         else:
-            default = (own.num_frames, own.height, own.width)
+            default = self.usual_size
         size = self.check_size(*(side or usual for side, usual in zip((num_frames, height, width), default)))
         if video is not None and tuple(video.shape[:3]) != size:
             raise ConfigError(f"video has the size {tuple(video.shape[:3])}, and {size} is sampled: expected one size "
@@ -97,6 +97,10 @@ class VideoPipeline(ImagePipeline):
         latents = self.sample(size, prompt, negative_prompt, cfg_scale, embedded_guidance, seed, num_inference_steps,
                               sampler, on_step, video, denoising_strength, tiling, inputs)
         return self.decode(latents, **tiling)[0]
+
+    @property
+    def usual_size(self) -> tuple[int, ...]:
+        return self.sampling.num_frames, *super().usual_size
 
     def size_of_image(self, image: Image.Image) -> tuple[int, int]:
         """Height and width of a film that begins with an image: its proportions, and the usual number of pixels."""

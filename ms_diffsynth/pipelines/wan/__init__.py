@@ -29,6 +29,6 @@ def loader(base_model: str | None) -> Loader:
     return replace(LOADER, diffusers=name, mindone=name)
 
 
-FAMILY = Family(name="wan", pipeline=WanVideoPipeline, write_tiny=write_tiny, tiny_variants=VARIANTS, published=PUBLISHED,
-                repositories=REPOSITORIES, prepared_shapes=prepared_shapes,
+FAMILY = Family(name="wan", pipeline=WanVideoPipeline, write_tiny=write_tiny, tiny_variants=VARIANTS,
+                published=PUBLISHED, repositories=REPOSITORIES, prepared_shapes=prepared_shapes,
                 licences=dict.fromkeys(REPOSITORIES, APACHE), loader=loader)
