@@ -17,7 +17,7 @@ from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.registry import family, family_of, interchange
 
 
-@pytest.fixture(params=["flux", "flux2", "qwen_image", "sd3", "z_image"])
+@pytest.fixture(params=["flux", "flux2", "qwen_image", "sd3", "wan", "z_image"])
 def pipe(request, tiny_model):
     runtime.configure("pynative", DEVICE)
     return family(request.param).pipeline.from_pretrained(str(tiny_model(request.param)))
@@ -25,7 +25,8 @@ def pipe(request, tiny_model):
 
 def test_every_model_is_written_and_what_was_added_is_in_it(pipe, tmp_path):
     name = family_of(next(iter(pipe.sources.values())).folder.parent)
-    module = "layers.0.attention.to_q" if name == "z_image" else "transformer_blocks.0.attn.to_q"
+    module = {"z_image": "layers.0.attention.to_q", "wan": "blocks.0.attn1.to_q"}.get(
+        name, "transformer_blocks.0.attn.to_q")
     outs, ins = load_state_dict(pipe.sources["dit"].folder)[f"{module}.weight"].shape
     parts = {A: np.ones((1, ins), np.float32), B: np.full((outs, 1), 0.5, np.float32)}
     save_adapters(tmp_path / "l.safetensors", {"dit": AdapterFile({module: parts}, {module: 1.0}, {module: LORA})},
