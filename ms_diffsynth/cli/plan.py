@@ -95,7 +95,8 @@ def _data(config: TrainConfig, plan: RunPlan, sets: Any) -> Iterator[tuple[str, 
         yield from report(Images(dataset=sets.instance, classes=sets.classes, job="lora",
                                  prompt=config.data.instance_prompt or "", place=place), None)
     else:
-        yield "images", f"{data.rows} in a cache" + (f", and {data.classes} class images" if data.classes else "")
+        yield f"{plan.pipe.medium}s", f"{data.rows} in a cache" + (f", and {data.classes} class images" if data.classes
+                                                                   else "")
     if data.held_out:
         yield "held out", f"{data.held_out}, for the validation loss"
     for kind, texts in data.cuts.items():
@@ -104,8 +105,9 @@ def _data(config: TrainConfig, plan: RunPlan, sets: Any) -> Iterator[tuple[str, 
         looked = "" if data.looked_at >= data.texts else f", of the {data.looked_at} longest"
         yield "tokens", (f"no prompt is cut{looked}" if data.looked_at else
                          "whether prompts are cut is not known: the tokenizer is not on this machine")
-    sizes = [f"{size[0]}x{size[1]} ({n})" for size, n in sorted(data.sizes.items(), key=lambda pair: -pair[1]) if size]
-    yield "trained at", f"{listing(sizes, 8)}, height x width"
+    sizes = [f"{'x'.join(map(str, size))} ({n})" for size, n in sorted(data.sizes.items(), key=lambda pair: -pair[1])
+             if size]
+    yield "trained at", f"{listing(sizes, 8)}, {'frames x ' if plan.pipe.medium == 'video' else ''}height x width"
     times = {None: "for each shape of a batch, which only preparing tells", 1: "once"}
     yield "", ("the training step is compiled "
                + times.get(data.compilations, f"{data.compilations} times, once for each shape of a batch"))
@@ -174,7 +176,7 @@ def _work(plan: RunPlan) -> Iterator[tuple[str, str]]:
         micro = plan.config.optimizer.gradient_accumulation_steps
         images = f"{micro} x {run.batch_size}" if micro > 1 else str(run.batch_size)
         epochs = f", {plan.epochs:.4g} epochs"
-        yield "steps", f"{plan.steps} of {images} {'image' if images == '1' else 'images'}" + (
+        yield "steps", f"{plan.steps} of {images} {plan.pipe.medium}{'' if images == '1' else 's'}" + (
             epochs if plan.data and plan.data.batches else "")
     label = "disk"
     for folder in dict.fromkeys(item.folder for item in plan.disk):

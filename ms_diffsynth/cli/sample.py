@@ -1,4 +1,4 @@
-"""``ms-diffsynth sample``: images from a model, with or without a LoRA."""
+"""``ms-diffsynth sample``: images or videos from a model, with or without a LoRA."""
 from __future__ import annotations
 
 import argparse
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -30,10 +30,14 @@ from ms_diffsynth.progress import Progress, is_terminal
 from ms_diffsynth.redact import redact
 from ms_diffsynth.registry import FAMILIES, family, family_of
 
+if TYPE_CHECKING:
+    import numpy as np
+
 ON_A_HUB = re.compile(r"(?:hf:|ms:)?[\w][\w.-]*/[\w][\w.-]*(?:@[\w./-]+)?")
 INDEX_FILE = "model_index.json"
-RANGES = {name: SETTINGS[name].metadata["range"] for name in ("num_inference_steps", "height", "width",
+RANGES = {name: SETTINGS[name].metadata["range"] for name in ("num_inference_steps", "height", "width", "fps",
                                                               "max_sequence_length", "edit_max_pixels")} | {
+    "num_frames": "1 <= num_frames <= 100000",
     "seed": "0 <= seed <= 9223372036854775807", "count": "1 <= count <= 65536",
     "lora_scale": "-1000 <= lora_scale <= 1000", "cfg_scale": "0 <= cfg_scale <= 1000",
     "embedded_guidance": "0 <= embedded_guidance <= 1000"}
@@ -67,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust_flags(parser)
     parser.add_argument("--height", type=int, help="pixels (default: the family's)")
     parser.add_argument("--width", type=int, help="pixels (default: the family's)")
+    parser.add_argument("--num_frames", type=int, help="of a video (default: the family's)")
+    parser.add_argument("--fps", type=float, help="frames a second at which a video is saved (default: the model's)")
     parser.add_argument("--input_image", type=path_argument, metavar="FILE",
                         help="start from this image instead of from noise alone; height and width are then its own")
     parser.add_argument("--edit_image", action="append", default=[], type=path_argument, metavar="FILE",
@@ -95,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Generate the images, and write each when it is there."""
+    """Generate the images or videos, and write each when it is there."""
     if args.step is not None and not args.run:
         raise ConfigError(f"step={args.step} without --run: expected the run whose weights of that step are meant.")
     if args.run and args.model:
@@ -108,10 +114,8 @@ def execute(args: argparse.Namespace) -> int:
         args.family, args.model = _family_and_model(args.model or [args.run])
     chosen = family(args.family)
     from ms_diffsynth import runtime
-    from ms_diffsynth.data.images import png_bytes
     from ms_diffsynth.nn.quant import store_models_8bit
     from ms_diffsynth.run.pipeline import open_pipeline
-    from ms_diffsynth.storage.files import write_file
 
     runtime.configure(args.mode, args.device)
     cls = chosen.pipeline
@@ -120,6 +124,7 @@ def execute(args: argparse.Namespace) -> int:
     of_others = ("count",) if chosen.takes_prompts else (
         "prompt", "negative_prompt", "lora", "template", "cfg_scale", "embedded_guidance", "input_image", "edit_image",
         "edit_max_pixels", "edit_template", "tiled", "fp8_models")
+    of_others += ("num_frames", "fps") if cls.medium != "video" else ()
     unused = [name for name in of_others if getattr(args, name) not in (None, [], False)]
     if unused:
         raise ConfigError(f"{', '.join(unused)}: the family {args.family} has no use for it. Remove it.")
@@ -155,10 +160,10 @@ def execute(args: argparse.Namespace) -> int:
         first = _next_number(args.output)
         for k, image in enumerate(images()):
             call = calls[k if args.prompt else 0]
-            path = args.output / f"{first + k:03d}-seed{call['seed']}.png"
-            write_file(path, png_bytes(image, text={"parameters": _parameters(args, pipe, call, image)}))
+            paths = _write(args.output / f"{first + k:03d}-seed{call['seed']}", image, args.fps or pipe.frame_rate,
+                           _parameters(args, pipe, call, image))
             bar.end()
-            sys.stdout.write(f"{path}\n")
+            sys.stdout.writelines(f"{path}\n" for path in paths)
             sys.stdout.flush()
     return 0
 
@@ -167,6 +172,7 @@ def _calls(args: argparse.Namespace) -> list[dict[str, Any]]:
     """With what each image is made; for a family without prompts, all of them."""
     same = {"num_inference_steps": args.num_inference_steps, "sampler": args.sampler, "height": args.height,
             "width": args.width}
+    same |= {"num_frames": args.num_frames} if family(args.family).pipeline.medium == "video" else {}
     if not args.prompt:
         return [same | {"seed": args.seed}]
     same |= {"negative_prompt": args.negative_prompt or "", "cfg_scale": args.cfg_scale,
@@ -187,20 +193,38 @@ def _on_step(bar: Progress, text: str) -> Callable[[int, int], None]:
 
 
 def _next_number(folder: Path) -> int:
-    """The first number that no image of ours in a folder has: nothing is overwritten."""
-    names = [path.name.partition("-")[0] for path in folder.glob("*-seed*.png")]
+    """The first number that no image or video of ours in a folder has: nothing is overwritten."""
+    names = [path.name.partition("-")[0] for path in folder.glob("*-seed*.*")]
     return max((int(name) for name in names if name.isdecimal()), default=-1) + 1
 
 
-def _parameters(args: argparse.Namespace, pipe: Any, call: dict[str, Any], image: Image.Image) -> str:
+def _write(place: Path, sample: Image.Image | np.ndarray, fps: float, text: str) -> list[Path]:
+    """Write an image, ``place``.png, or a video, .webp and where PyAV is here .mp4. Returns: what was written."""
+    from ms_diffsynth.data.images import png_bytes
+    from ms_diffsynth.data.previews import has_mp4, mp4_bytes, webp_bytes
+    from ms_diffsynth.storage.files import write_file
+
+    if isinstance(sample, Image.Image):
+        files = {".png": png_bytes(sample, text={"parameters": text})}
+    else:
+        files = {".webp": webp_bytes(sample, fps, text)} | ({".mp4": mp4_bytes(sample, fps, text)} if has_mp4() else {})
+    for suffix, content in files.items():
+        write_file(place.with_name(place.name + suffix), content)
+    return [place.with_name(place.name + suffix) for suffix in files]
+
+
+def _parameters(args: argparse.Namespace, pipe: Any, call: dict[str, Any], image: Image.Image | np.ndarray) -> str:
     """How an image was made, in the form that web UIs and viewers read: prompt, negative prompt, one line of settings.
     Names of files without their folders, and no secret.
     """
-    own, cfg_scale = pipe.sampling, call.get("cfg_scale")
+    own, cfg_scale, is_video = pipe.sampling, call.get("cfg_scale"), not isinstance(image, Image.Image)
+    height, width = image.shape[1:3] if is_video else image.size[::-1]
     values = {
         "Steps": call["num_inference_steps"] or own.num_inference_steps, "Sampler": call["sampler"] or pipe.samplers[0],
         "CFG scale": (own.cfg_scale if cfg_scale is None else cfg_scale) if args.prompt else None,
-        "Seed": call["seed"], "Size": f"{image.width}x{image.height}", "Model": Path(args.model).name,
+        "Seed": call["seed"], "Size": f"{width}x{height}",
+        "Frames": len(image) if is_video else None, "FPS": f"{args.fps or pipe.frame_rate:g}" if is_video else None,
+        "Model": Path(args.model).name,
         "Denoising strength": args.denoising_strength,
         "Edit images": "; ".join(path.name for path in args.edit_image) or None,
         "LoRA": "; ".join(f"{path.name}:{factor:g}" for path, factor in args.lora) or None,
@@ -256,6 +280,8 @@ def _of_run(args: argparse.Namespace) -> dict[str, Any]:
         args.own = [{flags.get(name, name): value for name, value in entry.items() if name in free}
                     if isinstance(entry, dict) else {} for entry in config.run.sample_prompts]
     args.family, args.model = model.family, args.run
+    args.num_frames = args.num_frames or max(map(int, config.data.num_frames), default=None)
+    args.fps = args.fps or config.data.fps
     if args.edit_max_pixels is None:
         args.edit_max_pixels = config.data.edit_max_pixels
     args.edit_template = args.edit_template or config.data.edit_template

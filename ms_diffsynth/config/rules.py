@@ -29,6 +29,9 @@ def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
            "evaluation_reference, a folder.")
     yield (c.data.trigger_word is not None and not c.data.trigger_word.strip(),
            "trigger_word is empty: expected a word; leave it out for none.")
+    for text in c.data.num_frames:
+        yield (not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= 100000),
+               f"num_frames has '{text}': expected whole numbers from 1 to 100000, such as 17,33.")
     prior = c.objective.with_prior_preservation
     kind, _, stage = c.objective.task.partition(":")
     yield (c.run.num_epochs is None and c.run.max_train_steps is None and stage != "data_process",

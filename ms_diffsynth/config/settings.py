@@ -92,6 +92,9 @@ class DataSection:
     data_file_keys: str = _setting("image", "metadata columns that hold file names, separated by commas")
     image_column: str | None = _setting(None, "metadata column of the images; null = image or file_name",
                                         may_change=True)
+    video_column: str | None = _setting(None, "metadata column of the videos, of families of videos; null = video or "
+                                        "file_name. Rows without a video may name an image in image_column",
+                                        may_change=True)
     caption_column: str | None = _setting(None, "metadata column of the prompts; null = prompt, text or caption; "
                                           "empty = none, and caption files are not read either", may_change=True)
     allow_outside_base: bool = _setting(False, "read files outside the data folder, to which links and paths lead: for "
@@ -131,6 +134,15 @@ class DataSection:
     buckets: int | None = _setting(None, "most sizes in dynamic resolution, each of which is a compilation; null = as "
                                    "few as keep images near their shapes, at most 8, and 1 with class images",
                                    "1 <= buckets <= 1000")
+    num_frames: tuple[str, ...] = _setting(
+        (), "frames of a video, or several lengths with commas, each a compilation: a video is trained at the longest "
+        "that it has, an image at 1; of Wan 4n + 1; empty = the model's own", has_commas=True)
+    fps: float | None = _setting(None, "frames a second at which videos are trained, whatever their own rate; null = "
+                                 "the model's", "0.1 <= fps <= 240")
+    clips: str = _setting("start", "what is taken of a longer video: its start, its middle, or all of it, a row for "
+                          "each clip", choices=("start", "middle", "all"))
+    clip_start: float = _setting(0.0, "seconds at the beginning of every video that are left out; a column start says "
+                                 "it for one video", "0 <= clip_start <= 1000000")
     cache_dir: str | None = _place("folder of the cache of split training; null = none, but the output_path of "
                                    "task ...:data_process and the dataset_base_path of task ...:train")
     max_sequence_length: int | None = _setting(None, "text tokens a prompt is padded or cut to; null = the family's",
@@ -237,7 +249,7 @@ class RunSection:
     device_memory: float | None = _setting(None, "most GiB of an Ascend's memory that MindSpore may take; null = all",
                                            "0 < device_memory <= 65536", may_change=True)
     seed: int = _setting(42, "seed of everything random", "0 <= seed < 4294967296", configures="training")
-    batch_size: int = _setting(1, "images in a micro-step, per device",
+    batch_size: int = _setting(1, "images or videos in a micro-step, per device",
                                "1 <= batch_size <= 65536", configures="training")
     zero_stage: int = _run(0, "several devices: 1 divides the optimizer's moments among them, 2 the accumulated "
                            "gradients too", "0 <= zero_stage <= 2")
@@ -252,7 +264,8 @@ class RunSection:
     sample_steps: int | None = _run(None, "make sample images every N steps", "1 <= sample_steps <= 1000000000")
     sample_prompts: tuple[str | dict[str, Any], ...] = _sample(
         (), "prompts of the sample images, or mappings of prompt and its own negative_prompt, cfg_scale, guidance, "
-        "seed, height, width, num_inference_steps and sampler; as a flag one prompt or a JSON list", holds="prompt")
+        "seed, height, width, num_frames, num_inference_steps and sampler; as a flag one prompt or a JSON list",
+        holds="prompt")
     sample_negative_prompt: str = _sample("", "what sample_cfg_scale leads the sample images away from", holds="prompt")
     sample_cfg_scale: float | None = _sample(None, "two-branch guidance of the sample images, 1 is off; null = the "
                                              "model's", "0 <= sample_cfg_scale <= 1000")
@@ -268,6 +281,8 @@ class RunSection:
     sampler: str | None = _sample(None, "of the sample images, one of the family's; null = its first")
     sample_height: int | None = _sample(None, "height of the sample images in pixels", "1 <= sample_height <= 16384")
     sample_width: int | None = _sample(None, "width of the sample images in pixels", "1 <= sample_width <= 16384")
+    sample_num_frames: int | None = _sample(None, "frames of the sample videos; null = the longest of num_frames, else "
+                                            "the model's", "1 <= sample_num_frames <= 100000")
     validation_steps: int | None = _run(None, "compute the validation loss before the first step, every N steps and "
                                         "at the end", "1 <= validation_steps <= 1000000000")
     evaluation_steps: int | None = _run(None, "compare sample images with real ones before the first step, every N "
@@ -316,7 +331,8 @@ class TrainConfig:
 # what an entry of sample_prompts may say besides its prompt -> the setting that it overrides
 SAMPLE_OVERRIDES = {"negative_prompt": "sample_negative_prompt", "cfg_scale": "sample_cfg_scale",
                     "guidance": "sample_guidance", "seed": "sample_seed", "height": "sample_height",
-                    "width": "sample_width", "num_inference_steps": "num_inference_steps", "sampler": "sampler"}
+                    "width": "sample_width", "num_frames": "sample_num_frames",
+                    "num_inference_steps": "num_inference_steps", "sampler": "sampler"}
 
 
 def prompts_of(entries: Iterable[str | dict[str, Any]]) -> list[str]:

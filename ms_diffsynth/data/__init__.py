@@ -1,4 +1,5 @@
-"""Data sets: metadata, images, buckets and batches. NumPy and Pillow only; nothing here knows MindSpore.
+"""Data sets: metadata, images, films, buckets and batches. NumPy and Pillow, and PyAV for video files; nothing here
+knows MindSpore.
 
 Names are imported when they are used: settings need `data.paths`, and no NumPy.
 """
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .buckets import Bucket, BucketCropAndResize, choose_buckets, nearest_bucket, own_bucket
+    from .clips import Clip, Clips
     from .dataset import UnifiedDataset
     from .images import grid, image_size, read_image, to_pil, to_pixels
     from .loader import Batch, Loader, collate
@@ -27,12 +29,13 @@ if TYPE_CHECKING:
     )
     from .plots import loss_curve
 
-__all__ = ["Batch", "Bucket", "BucketCropAndResize", "DataProcessingOperator", "ImageCropAndResize", "LoadImage",
-           "Loader", "RouteByExtensionName", "RouteByType", "SequentialProcess", "ToAbsolutePath", "ToFloat", "ToInt",
-           "ToList", "ToStr", "UnifiedDataset", "choose_buckets", "collate", "grid", "image_size", "loss_curve",
-           "nearest_bucket", "own_bucket", "read_image", "to_pil", "to_pixels"]
+__all__ = ["Batch", "Bucket", "BucketCropAndResize", "Clip", "Clips", "DataProcessingOperator", "ImageCropAndResize",
+           "LoadImage", "Loader", "RouteByExtensionName", "RouteByType", "SequentialProcess", "ToAbsolutePath",
+           "ToFloat", "ToInt", "ToList", "ToStr", "UnifiedDataset", "choose_buckets", "collate", "grid", "image_size",
+           "loss_curve", "nearest_bucket", "own_bucket", "read_image", "to_pil", "to_pixels"]
 _ELSEWHERE = {
     "buckets": ("Bucket", "BucketCropAndResize", "choose_buckets", "nearest_bucket", "own_bucket"),
+    "clips": ("Clip", "Clips"),
     "dataset": ("UnifiedDataset",),
     "images": ("grid", "image_size", "read_image", "to_pil", "to_pixels"),
     "loader": ("Batch", "Loader", "collate"),

@@ -134,16 +134,16 @@ class BucketCropAndResize(DataProcessingOperator):
 
 
 def describe_fit(sizes: Sequence[tuple[int, int]], names: Sequence[str], buckets: Sequence[Bucket],
-                 remedy: str) -> tuple[str, list[str]]:
+                 remedy: str, thing: str = "image") -> tuple[str, list[str]]:
     """What images of (width, height) become in their nearest buckets: a line for a log, and what to warn of.
 
-    ``names``: of the images. ``remedy``: a sentence on how to lose less.
+    ``names``: of the images. ``remedy``: a sentence on how to lose less. ``thing``: what one of them is called.
     """
     cuts, scales, loss = losses(sizes, buckets)
     chosen = loss.argmin(axis=1)
     cut, scale = (array[np.arange(len(sizes)), chosen] for array in (cuts, scales))
     found = Counter(chosen.tolist())
-    shown = listing((f"{buckets[k]} ({n} image{'s' if n > 1 else ''})" for k, n in found.most_common()), 20)
+    shown = listing((f"{buckets[k]} ({n} {thing}{'s' if n > 1 else ''})" for k, n in found.most_common()), 20)
     worst, largest = int(cut.argmax()), int(scale.argmax())
     enlarged = np.flatnonzero(scale > 1 + 1e-9)
     line = (f"{len(found)} size{'s' if len(found) > 1 else ''} in pixels, height x width: {shown}; "
@@ -153,9 +153,10 @@ def describe_fit(sizes: Sequence[tuple[int, int]], names: Sequence[str], buckets
                else "none is enlarged"))
     warnings = []
     if order := sorted(np.flatnonzero(cut > LARGE_CUT), key=lambda i: -cut[i]):
-        warnings.append(f"{len(order)} of {len(sizes)} images lose more than a fifth of themselves at the edges: "
+        warnings.append(f"{len(order)} of {len(sizes)} {thing}s lose more than a fifth of themselves at the edges: "
                         f"{listing((f'{names[i]} {cut[i]:.0%}' for i in order), 5)}. {remedy}")
     if order := sorted(np.flatnonzero(scale > LARGE_SCALE), key=lambda i: -scale[i]):
-        warnings.append(f"{len(order)} of {len(sizes)} images are smaller than what they are trained at, and enlarged: "
+        warnings.append(f"{len(order)} of {len(sizes)} {thing}s are smaller than what they are trained at, and "
+                        "enlarged: "
                         f"{listing((f'{names[i]} {scale[i]:.2f}x' for i in order), 5)}. {remedy}")
     return line, warnings

@@ -7,14 +7,16 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from ..errors import ConfigError, DataError, UserError, listing, nearest
 from .buckets import Bucket, BucketCropAndResize, nearest_bucket
+from .clips import Clip, Clips, LoadClip
 from .folders import Epoch
 from .images import SUFFIXES, image_size, read_image
 from .loader import permutation
-from .metadata import CAPTION_COLUMNS, Table, column_of, read_folder, read_metadata
+from .metadata import CAPTION_COLUMNS, Table, column_of, read_folder, read_metadata, stem_of
 from .operators import (
     DataProcessingOperator,
     ImageCropAndResize,
@@ -27,6 +29,7 @@ from .operators import (
 )
 from .paths import lookalike, open_regular, plain, resolve, shorten
 from .prompts import has_word, prompt_problem
+from .video import VIDEO_SUFFIXES, Film, film_of, frame_files
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,10 @@ class UnifiedDataset:
         prompt_setting: what ``instance_prompt`` is called in messages.
         image_column: the column that is the ``image`` of a row; None: image or file_name, in any case of letters.
         caption_column: the column that is its ``prompt``; None: prompt, text or caption; "": none, nor sidecars.
+        clips: how rows are taken from films; None: rows are still images. With it the first field of a row is
+            ``video`` instead of ``image``: a film, a folder of frames or an image; see `clips`.
+        video_column: the column that is the ``video`` of a row; None: video or file_name. Rows without a film may name
+            an image in ``image_column``, and all may have ``start``: seconds at which their clip begins.
 
     Construction reads the header and the end of every image, and decodes them all when they are small together
     (`DECODED_AT_ONCE`). It raises one DataError naming the bad rows, before any model is loaded. What only decoding
@@ -92,6 +99,8 @@ class UnifiedDataset:
         prompt_setting: str = "instance_prompt",
         image_column: str | None = None,
         caption_column: str | None = None,
+        clips: Clips | None = None,
+        video_column: str | None = None,
     ):
         least = repeat if isinstance(repeat, int) else min(repeat, default=1)
         for name, value in (("repeat", least), ("max_data_items", max_data_items)):
@@ -101,7 +110,8 @@ class UnifiedDataset:
             raise ConfigError("base_path and metadata_path are both missing; expected one at least. Set base_path")
         self.base_path = os.fspath(base_path or ".")
         self.repeat, self.max_data_items = repeat, max_data_items
-        self.data_file_keys = _names(data_file_keys) or (("image",) if metadata_path is None else ())
+        self.clips, self.medium = clips, "image" if clips is None else "video"
+        self.data_file_keys = _names(data_file_keys) or ((self.medium,) if metadata_path is None else ())
         self.main_data_operator = main_data_operator
         self.special_operator_map = dict(special_operator_map or {})
         self.allow_outside_base = allow_outside_base
@@ -111,6 +121,7 @@ class UnifiedDataset:
         self.buckets: Sequence[Bucket] = ()  # see `use_buckets`
         self._present: Epoch | None = None
         self._sizes: dict[str, tuple[int, int]] = {}
+        self.films: dict[str, Film] = {}  # by name, images too, where there are clips
         self.uncaptioned: list[int] = []  # rows whose prompt is instance_prompt
         self._written: dict[str, str] = {}  # field of a row -> the column it is in the metadata
         if metadata_path is None and os.path.isfile(os.path.join(self.base_path, "cache.json")):
@@ -118,13 +129,16 @@ class UnifiedDataset:
             return
         is_captioned = captions and caption_column != ""
         if metadata_path is None:
-            self.table = self._read_folder(is_captioned, image_column)
+            self.table = self._read_folder(is_captioned, video_column or image_column)
         else:
             self.table = read_metadata(os.fspath(metadata_path))
         columns = self.table.columns
-        for key in set(self.optional) & set(columns):
+        for key in {*self.optional, *(("start",) if clips else ())} & set(columns):
             for row in filter(None, self.table.rows):
                 row[key] = None if row.get(key) in (None, "", []) else row[key]
+        if clips is not None:
+            columns = self._join_columns(columns, video_column, image_column)
+            image_column = None
         self._take_columns(columns, image_column, caption_column if is_captioned else "")
         if captions or instance_prompt is not None:
             self._give_prompts([name for name in columns if name.casefold() in CAPTION_COLUMNS
@@ -132,22 +146,90 @@ class UnifiedDataset:
         if trigger_word is not None:
             self._give_trigger_word()
         self.check(columns)
+        if clips is not None:
+            self._take_clips()
         self.rows: list[dict] = self.table.rows
 
     def _read_folder(self, captions: bool, image_column: str | None) -> Table:
         """The images of the folder, or the metadata that are found in it."""
-        table = read_folder(self.base_path, captions, self.allow_outside_base, self.edit_folders)
+        table = read_folder(self.base_path, captions, self.allow_outside_base, self.edit_folders, self.medium)
         if not table.found:
             return table
         found = read_metadata(table.found)
-        if image_column is None and found.rows and column_of("image", found.columns, found.source) is None:
-            logger.warning("%s is not used: it has no column of images, image or file_name; it has %s. Name it by "
-                           "dataset_metadata_path, and its column by image_column, to use it.", table.found,
-                           listing(map(plain, found.columns)))
+        kind = self.medium
+        if image_column is None and found.rows and column_of(kind, found.columns, found.source) is None:
+            logger.warning("%s is not used: it has no column of %ss, %s or file_name; it has %s. Name it by "
+                           "dataset_metadata_path, and its column by %s_column, to use it.", table.found, kind, kind,
+                           listing(map(plain, found.columns)), kind)
             return table
         logger.info("%s was found in the folder and is used.", table.found)
         found.images = table.images
         return found
+
+    def _join_columns(self, columns: list[str], video_column: str | None, image_column: str | None) -> list[str]:
+        """Give rows ``video`` from the column of films or, where that is empty, of images; returns the columns then.
+
+        Raises: DataError when a column is not there.
+        """
+        source = self.table.source
+        for setting, name in (("video_column", video_column), ("image_column", image_column)):
+            if name and columns and name not in columns and source != self.base_path:
+                raise DataError(f"{source} has no column {plain(name)}, which {setting} names; it has "
+                                f"{listing(map(plain, columns))}.{nearest(name, columns)} Correct {setting}")
+        video = video_column or column_of("video", columns, source)
+        image = image_column or ("image" if "image" in columns else None)
+        named = list(dict.fromkeys(name for name in (video, image) if name in columns))
+        if not named:
+            return columns
+        for index, row in enumerate(self.table.rows):
+            given = [value for name in named if row and (value := row.pop(name, None)) not in (None, "")]
+            if len(given) > 1:
+                both = " and ".join(f"{name}={shorten(value)}" for name, value in zip(named, given))
+                self.table.blame(index, f"{both}: expected a film or an image. Empty one cell, or give each a row")
+            if given:
+                row["video"] = given[0]
+        self._written["video"] = " or ".join(named)
+        return ["video", *(name for name in columns if name not in named)]
+
+    def _take_clips(self) -> None:
+        """A row for every clip, with ``clip``: its start, frames and rate. Raises: DataError naming the bad rows."""
+        table, begun, uncaptioned = self.table, Table(self.table.source, images=self.table.images), []
+        for index, row in enumerate(table.rows):
+            name, start = row["video"], row.get("start")
+            if isinstance(name, list):
+                table.blame(index, f"{self._column('video')}={shorten(name)} is a list; expected the name of one film, "
+                            "or of a folder of frames. Give each film a row of its own")
+                continue
+            try:
+                start = None if start is None else float(start)
+                if start is not None and not 0 <= start < 10**6:
+                    raise ValueError
+                found = self.clips.of(name, self.films[name], start)
+            except DataError as error:
+                table.blame(index, f"{self._column('video')}={shorten(name, 200)}: {error}")
+                continue
+            except (TypeError, ValueError):
+                table.blame(index, f"start={shorten(start)}: expected seconds, 0 or more. Correct it")
+                continue
+            for clip in found:
+                place = f"{table.places[index]}, clip at {clip.start:.4g} s" if len(found) > 1 else table.places[index]
+                begun.add(row | {"clip": {"start": clip.start, "frames": clip.frames, "rate": clip.rate}}, place)
+            if index in self.uncaptioned:
+                uncaptioned += range(len(begun.rows) - len(found), len(begun.rows))
+        table.refuse_bad_rows()
+        self.table, self.uncaptioned = begun, uncaptioned
+        if sum(f.width * f.height * f.frames for f in self.films.values()) <= DECODED_AT_ONCE:
+            load = LoadClip(self.base_path, None, self.clips, self.allow_outside_base)
+            for index in range(len(begun.rows)):
+                try:
+                    load(self.clip_of(begun.rows[index]))
+                except DataError as error:
+                    begun.blame(index, str(error))
+            begun.refuse_bad_rows()
+
+    def clip_of(self, row: Mapping[str, Any]) -> Clip:
+        """The clip of one of ``rows``."""
+        return Clip(row["video"], **row["clip"])
 
     def _take_columns(self, columns: list[str], image_column: str | None, caption_column: str | None) -> None:
         """Give rows the fields ``image`` and ``prompt``, whatever their columns are called.
@@ -164,12 +246,13 @@ class UnifiedDataset:
             if name and columns and name not in columns:
                 raise DataError(f"{source} has no column {plain(name)}, which {setting} names; it has "
                                 f"{listing(map(plain, columns))}.{nearest(name, columns)} Correct {setting}")
-        if "image" in (*keys, *self.required):
-            others = [key for key in keys if key in columns and key not in self.required and "image" not in keys]
-            image = image_column or column_of("image", columns, source) or (others[0] if others else "image")
-            self.data_file_keys = ("image", *(key for key in keys if key not in ("image", image)))
-            if image != "image":
-                self._rename("image", image)
+        kind = self.medium
+        if kind in (*keys, *self.required):
+            others = [key for key in keys if key in columns and key not in self.required and kind not in keys]
+            found = image_column or column_of(kind, columns, source) or (others[0] if others else kind)
+            self.data_file_keys = (kind, *(key for key in keys if key not in (kind, found)))
+            if found != kind:
+                self._rename(kind, found)
         if caption_column == "":
             for row in filter(None, self.table.rows):
                 row.pop("prompt", None)
@@ -193,7 +276,7 @@ class UnifiedDataset:
         table, given, empty = self.table, [], []
         if problems := _caption_problems(self.instance_prompt or "", self.prompt_setting):
             raise ConfigError(problems[0])
-        is_folder, needed = os.path.isdir(table.source), "prompt" in self.required
+        is_folder, needed, kind = os.path.isdir(table.source), "prompt" in self.required, self.medium
         for index, row in enumerate(table.rows):
             prompt = None if row is None else row.get("prompt")
             if row is None or (isinstance(prompt, str) and prompt.strip()) or not isinstance(prompt, str | None):
@@ -205,12 +288,12 @@ class UnifiedDataset:
                 row["prompt"] = ""
                 empty.append(index)
             elif is_folder:
-                name = row["image"]
+                name = row[kind]
                 what_to_do = (f"There is {table.lookalikes[index]!r}, which differs in case or Unicode form: rename it"
                               if index in table.lookalikes else
-                              f"Write one, or set {self.prompt_setting}, which serves every image without a caption")
-                table.blame(index, f"the image {plain(name, 200)} has no caption file; expected "
-                            f"{plain(os.path.splitext(name)[0], 200)}.txt beside it. {what_to_do}")
+                              f"Write one, or set {self.prompt_setting}, which serves every {kind} without a caption")
+                table.blame(index, f"the {kind} {plain(name, 200)} has no caption file; expected "
+                            f"{plain(stem_of(name), 200)}.txt beside it. {what_to_do}")
             elif needed and any("prompt" in row for row in filter(None, table.rows)):
                 table.blame(index, f"no {self._column('prompt')}. Write one, or set {self.prompt_setting}, which "
                             "serves every row without one")
@@ -220,12 +303,13 @@ class UnifiedDataset:
                            "%s would serve them instead.", table.source, len(empty), len(table.rows),
                            listing((table.places[i] for i in empty), 5), self.prompt_setting)
         if self.instance_prompt is not None and own:
-            logger.info("%s: %d of %d images have a caption of their own, %s.", table.source, own, len(table.rows),
-                        f"{len(given)} use {self.prompt_setting}" if given else f"{self.prompt_setting} is not used")
+            logger.info("%s: %d of %d %ss have a caption of their own, %s.", table.source, own, len(table.rows),
+                        kind, f"{len(given)} use {self.prompt_setting}" if given else
+                        f"{self.prompt_setting} is not used")
         if given and unused:
             logger.warning("%s: the column %s is not used. Set caption_column=%s if it holds the captions.",
                            table.source, listing(map(plain, unused)), plain(unused[0]))
-        if missed := [f"{table.lookalikes[i]!r} of {table.rows[i]['image']!r}" for i in given if i in table.lookalikes]:
+        if missed := [f"{table.lookalikes[i]!r} of {table.rows[i][kind]!r}" for i in given if i in table.lookalikes]:
             logger.warning("%s: these are not read as captions, because their names differ in case or Unicode form "
                            "from those of the images: %s. Rename them to use them.", table.source, listing(missed))
 
@@ -262,7 +346,7 @@ class UnifiedDataset:
             raise DataError("\n".join(problems))
         whole = copy.copy(next(iter(parts.values())))
         whole.base_path, whole.table, whole._sizes, whole.repeat = base_path, Table(base_path), {}, []
-        whole.uncaptioned = []
+        whole.uncaptioned, whole.films = [], {}
         for name, part in parts.items():
             whole.uncaptioned += [len(whole.table.rows) + row for row in part.uncaptioned]
             for row, place in zip(part.rows, part.table.places):
@@ -270,6 +354,7 @@ class UnifiedDataset:
                 whole.table.add(row | inside, f"{name} {place}")
                 whole.repeat.append(folders[name] * again)
             whole._sizes |= {os.path.join(name, file): size for file, size in part._sizes.items()}
+            whole.films |= {os.path.join(name, file): film for file, film in part.films.items()}
         whole.rows = whole.table.rows
         return whole
 
@@ -301,22 +386,28 @@ class UnifiedDataset:
                 continue
             operator = self.special_operator_map.get(key, self.main_data_operator)
             try:
-                item[key] = operator(item[key])
+                item[key] = operator(self.clip_of(self.rows[number]) if key == "video" and self.clips else item[key])
             except Exception as error:  # an operator is the user's code, or meets a damaged file: say in which row
                 what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 place = f"{self.table.source} {self.table.places[number]}"
                 raise DataError(f"{place}, {key}={item[key]!r}: {what}") from error
         return item
 
-    def size_of(self, index: int, key: str = "image") -> tuple[int, int] | None:
+    def size_of(self, index: int, key: str | None = None) -> tuple[int, ...] | None:
         """Height and width of the image of row ``index``, operators applied, by its header; None where that is not
-        known before the image is loaded.
+        known before the image is loaded. Of a clip: frames, height and width.
         """
-        cell = self.rows[self.row_of(index)].get(key)
+        key = key or self.medium
+        row = self.rows[self.row_of(index)]
+        cell = row.get(key)
         if not isinstance(cell, str) or cell not in self._sizes or key not in self.data_file_keys:
             return None
         width, height = self._sizes[cell]
-        return size_after(self.special_operator_map.get(key, self.main_data_operator), cell, (height, width))
+        operator = self.special_operator_map.get(key, self.main_data_operator)
+        if key == "video" and self.clips:
+            return ((row["clip"]["frames"], *operator.target_size(width, height)) if hasattr(operator, "target_size")
+                    else None)
+        return size_after(operator, cell, (height, width))
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Width and height in pixels of the first image of item ``index``, upright, known from its header.
@@ -324,13 +415,13 @@ class UnifiedDataset:
         For buckets: ``Loader(dataset, bucket_of=lambda i: nearest_bucket(*dataset.image_size(i), buckets))``.
         """
         row = self.rows[self.row_of(index)]
-        for key in sorted(self.data_file_keys, key=lambda key: key != "image"):
+        for key in sorted(self.data_file_keys, key=lambda key: key != self.medium):
             for value in _as_list(row.get(key)):
                 if value in self._sizes:
                     return self._sizes[value]
         raise DataError(
-            f"{self.table.source} has no image column in data_file_keys={','.join(self.data_file_keys) or '()'}; "
-            "expected the column of the images. Set data_file_keys='image'"
+            f"{self.table.source} has no {self.medium} column in data_file_keys={','.join(self.data_file_keys) or '()'}"
+            f"; expected the column of the {self.medium}s. Set data_file_keys='{self.medium}'"
         )
 
     def use_buckets(self, buckets: Sequence[Bucket], operator: Callable[[Any], Any]) -> None:
@@ -379,6 +470,8 @@ class UnifiedDataset:
         for key in row if fields is None else [f for f in fields if f in row]:
             is_file = key in self.data_file_keys
             found[key] = [self._file_digest(v) for v in _as_list(row[key])] if is_file else row[key]
+            if key == "video" and self.clips:
+                found[key].append(row["clip"])
             if isinstance(row[key], dict):  # a data processor of a template may read the files it names
                 found[key] = row[key] | {k: _digest(v) for k, v in row[key].items() if isinstance(v, str)
                                          and 0 < len(v) < 4096 and "\0" not in v and os.path.isfile(v)}
@@ -393,7 +486,8 @@ class UnifiedDataset:
         """The name of row ``index`` in a message."""
         row = self.rows[self.row_of(index)]
         names = [str(v) for key in self.data_file_keys for v in _as_list(row.get(key))]
-        return ", ".join(names) or f"row {index + 1}"
+        begin = f" from {row['clip']['start']:.4g} s" if row.get("clip", {}).get("start") and self.clips else ""
+        return (", ".join(names) or f"row {index + 1}") + begin
 
     def _file_digest(self, name: str) -> str:
         digest = _digest(resolve(self.base_path, name, self.allow_outside_base))
@@ -407,7 +501,7 @@ class UnifiedDataset:
         """
         table = self.table
         if not table.rows:
-            what = "images" if os.path.isdir(table.source) else "rows below the header"
+            what = f"{self.medium}s" if os.path.isdir(table.source) else "rows below the header"
             raise DataError(f"{table.source} is an empty data set: it has no {what}; expected at least one. Add some")
         fields = table.columns
         missing = [key for key in dict.fromkeys((*self.data_file_keys, *self.required)) if key not in fields]
@@ -422,7 +516,7 @@ class UnifiedDataset:
                 for problem in self._row_problems(row, columns, faults):
                     table.blame(index, problem)
         table.refuse_bad_rows()
-        if sum(width * height for width, height in self._sizes.values()) <= DECODED_AT_ONCE:
+        if self.clips is None and sum(width * height for width, height in self._sizes.values()) <= DECODED_AT_ONCE:
             damaged = {name: problem for name in self._sizes if (problem := self._file_problem(name, True, True))}
             for index, row in enumerate(table.rows if damaged else ()):
                 for key in self.data_file_keys:
@@ -435,23 +529,24 @@ class UnifiedDataset:
         if again:
             logger.warning("%s: equal rows are each trained on: %s.", table.source, listing(again))
         if table.images and table.source != self.base_path:
-            named = {os.path.normpath(str(value)) for row in table.rows for value in _as_list(row.get("image"))}
+            named = {os.path.normpath(str(value)) for row in table.rows for value in _as_list(row.get(self.medium))}
             if left := [repr(name) for name in table.images if name not in named]:
-                logger.warning("%s does not list %d of the %d images of the folder, which are not used: %s.",
-                               table.source, len(left), len(table.images), listing(left))
+                logger.warning("%s does not list %d of the %d %ss of the folder, which are not used: %s.",
+                               table.source, len(left), len(table.images), self.medium, listing(left))
 
     def _how_to_name(self, missing: list[str]) -> str:
         """What to do about columns that are not there."""
         row = next(filter(None, self.table.rows), {})
-        images = [name for name, value in row.items() if str(value).lower().endswith(SUFFIXES)]
+        suffixes, kind = (*SUFFIXES, *(VIDEO_SUFFIXES if self.clips else ())), self.medium
+        files = [name for name, value in row.items() if str(value).lower().endswith(suffixes)]
         ways = []
-        if "image" in missing:
-            ways.append("Name the column of the images by image_column"
-                        + (f", for example image_column={images[0]}" if images else ""))
+        if kind in missing:
+            ways.append(f"Name the column of the {kind}s by {kind}_column"
+                        + (f", for example {kind}_column={files[0]}" if files else ""))
         if "prompt" in missing:
             ways.append("Name the column of the prompts by caption_column, or set "
-                        f"{self.prompt_setting}, which serves every image without one")
-        if set(missing) - {"image", "prompt"}:
+                        f"{self.prompt_setting}, which serves every {kind} without one")
+        if set(missing) - {kind, "prompt"}:
             ways.append("Correct data_file_keys, extra_inputs or the metadata")
         return ". ".join(ways)
 
@@ -485,6 +580,9 @@ class UnifiedDataset:
             path = resolve(self.base_path, value, self.allow_outside_base)
             if whole:
                 read_image(path, None)
+            elif self.clips is not None:
+                self.films[value] = film = film_of(path)
+                self._sizes[value] = film.width, film.height
             elif header:
                 self._sizes[value] = image_size(path)
             else:
@@ -493,6 +591,16 @@ class UnifiedDataset:
             similar = isinstance(value, str) and "does not exist" in str(error) and lookalike(self.base_path, value)
             return f"{error}.{similar}" if similar else str(error)
         return ""
+
+    @staticmethod
+    def default_video_operator(base_path: str, clips: Clips, max_pixels: int | None = None, height: int | None = None,
+                               width: int | None = None, division_factor: int = 16,
+                               buckets: Sequence[Bucket] | None = None, allow_outside_base: bool = False,
+                               chosen_by: Mapping[str, Any] | None = None) -> LoadClip:
+        """Clip -> uint8 [F, height, width, 3], or of the film's own size, or of its nearest bucket."""
+        resize = BucketCropAndResize(buckets, chosen_by) if buckets is not None else ImageCropAndResize(
+            height, width, max_pixels, division_factor, division_factor)
+        return LoadClip(base_path, resize, clips, allow_outside_base)
 
     @staticmethod
     def default_image_operator(
@@ -522,6 +630,16 @@ class UnifiedDataset:
 
 
 def _digest(path: str) -> str:
+    """SHA-256 of a file, or of the frames in a folder."""
+    if os.path.isdir(path):
+        names = frame_files(path)
+        return hashlib.sha256(json.dumps([[n, _digest(os.path.join(path, n))] for n in names]).encode()).hexdigest()
+    status = os.stat(path)
+    return _digest_of(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)  # a film has a row for each of its clips
+def _digest_of(path: str, size: int, changed: int) -> str:
     content = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(1 << 20):

@@ -155,8 +155,8 @@ def _too_large(path: str, size: str, pixels: int) -> DataError:
     )
 
 
-def _check_header(image: Image.Image, path: str) -> None:
-    width, height = image.size
+def check_sides(path: str, width: int, height: int) -> None:
+    """Raises: DataError for an image of too many pixels, too small, or too long for its width."""
     if width * height > MAX_PIXELS:
         raise _too_large(path, f"{width}x{height} = ", width * height)
     if min(width, height) < MIN_SIDE:
@@ -167,6 +167,10 @@ def _check_header(image: Image.Image, path: str) -> None:
         raise DataError(
             f"{path} is {width}x{height} pixels, longer than {MAX_ASPECT}:1. Crop it, or remove it"
         )
+
+
+def _check_header(image: Image.Image, path: str) -> None:
+    check_sides(path, *image.size)
     if reason := _odd_pixels(image):
         raise DataError(
             f"{path} has mode {image.mode} ({reason}); expected 8 or 16 bits of a known range, gray or RGB. Convert it "

@@ -1,4 +1,4 @@
-"""Reading the rows of a data set from CSV, JSON, JSON lines, or a folder of images with caption files."""
+"""Reading the rows of a data set from CSV, JSON, JSON lines, or a folder of images or films with caption files."""
 from __future__ import annotations
 
 import csv
@@ -15,11 +15,13 @@ from typing import Any
 from ..errors import DataError, listing
 from .images import SUFFIXES
 from .paths import LONGEST_TEXT, fold, plain, read_text, resolve, shorten
+from .video import FRAMES_SUFFIX, VIDEO_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 IMAGE_COLUMNS = ("image", "file_name")  # DiffSynth-Studio; Hugging Face's imagefolder
+VIDEO_COLUMNS = ("video", "file_name")
 CAPTION_COLUMNS = ("prompt", "text", "caption")  # the same; and captioning tools
 FOUND = ("metadata.csv", "metadata.jsonl")  # read without being named, as imagefolder does
 DEEPEST = 100  # levels of brackets in a row
@@ -90,7 +92,7 @@ def read_metadata(path: str) -> Table:
 
 
 def read_folder(base: str, captions: bool = True, allow_outside: bool = False,
-                edit_folders: Sequence[str] = ()) -> Table:
+                edit_folders: Sequence[str] = (), medium: str = "image") -> Table:
     """A row for every image below ``base``, sorted: ``image`` and, with ``captions``, ``prompt`` from its sidecar.
 
     The sidecar of ``cat.png`` is ``cat.txt`` or ``cat.caption``, in this case of letters; a row whose image has none
@@ -101,11 +103,13 @@ def read_folder(base: str, captions: bool = True, allow_outside: bool = False,
         edit_folders: folders inside ``base`` whose images are references, listed in ``edit_image``: the first folder
             has the first one of each image, the second the second. ``after/cats/1.png`` has ``before/cats/1.jpg``: what
             is below the uppermost folder is the same, but for the suffix.
+        medium: "video" for films too, in the field ``video``: video files, and folders of frames, which are those that
+            have a caption beside them (``run.txt`` beside ``run/``) or a name that ends in ``.frames``.
     """
     if not os.path.isdir(base):
-        raise DataError(f"{base} is not a folder; expected a folder of images. Correct dataset_base_path, or which "
+        raise DataError(f"{base} is not a folder; expected a folder of {medium}s. Correct dataset_base_path, or which "
                         "setting names it")
-    names, others = _walk(base, allow_outside)
+    names, others = _walk(base, allow_outside, medium == "video")
     found_references = _references(base, names, edit_folders)
     names = [name for name in names if _inside(name, edit_folders) is None]
     table = Table(base, images=names)
@@ -114,13 +118,13 @@ def read_folder(base: str, captions: bool = True, allow_outside: bool = False,
     for name in others:
         by_fold.setdefault(fold(name), []).append(name)
     for index, name in enumerate(names):
-        stem = os.path.splitext(name)[0]
+        stem = stem_of(name)
         beside = [stem + suffix for suffix in CAPTION_SUFFIXES if captions and stem + suffix in others]
         sidecars.update(beside)
         place = f"row {index + 1} ({plain(name, 200)})"
         try:
             prompt = {"prompt": _caption(base, name, beside, allow_outside)} if beside else {}
-            table.add({"image": name, **prompt} | ({"edit_image": found_references.get(_key(name))} if edit_folders
+            table.add({medium: name, **prompt} | ({"edit_image": found_references.get(_key(name))} if edit_folders
                                                    else {}), place)
         except DataError as error:
             table.add(None, place, str(error))
@@ -138,15 +142,22 @@ def read_folder(base: str, captions: bool = True, allow_outside: bool = False,
                             "either by folders or in metadata. Name them in its column edit_image, or move it")
     left = sorted(repr(name) for name in others if name not in sidecars and os.path.join(base, name) != table.found)
     if left:
-        logger.warning("%s: neither images nor the captions of one, and not used: %s.", base, listing(left))
+        logger.warning("%s: neither %ss nor the captions of one, and not used: %s.", base, medium, listing(left))
     if again := {name for name, count in Counter(map(fold, names)).items() if count > 1}:
-        logger.warning("%s: these names differ only in case or Unicode form, and each is an image of its own: %s.",
-                       base, listing(ascii(name) for name in names if fold(name) in again))
+        logger.warning("%s: these names differ only in case or Unicode form, and each is %s of its own: %s.",
+                       base, "an image" if medium == "image" else "a video",
+                       listing(ascii(name) for name in names if fold(name) in again))
     return table
 
 
-def _walk(base: str, follow: bool) -> tuple[list[str], set[str]]:
-    """The images below a folder, sorted, and what else is there: paths relative to it."""
+def stem_of(name: str) -> str:
+    """What the caption file of an image or a film is called, without its own suffix."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in (*SUFFIXES, *VIDEO_SUFFIXES, FRAMES_SUFFIX) else name
+
+
+def _walk(base: str, follow: bool, has_films: bool = False) -> tuple[list[str], set[str]]:
+    """The images below a folder, or the films too, sorted, and what else is there: paths relative to it."""
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}). Make it a readable folder, or remove it")
 
@@ -159,10 +170,15 @@ def _walk(base: str, follow: bool) -> tuple[list[str], set[str]]:
                 others |= set() if name.startswith(".") else {os.path.relpath(os.path.join(folder, name), base)}
             followed.add(leads_to)
         folders[:] = [name for name in folders if not name.startswith(".")]
+        if has_films:
+            films = [name for name in folders if name.endswith(FRAMES_SUFFIX)
+                     or any(name + suffix in files for suffix in CAPTION_SUFFIXES)]
+            folders[:] = [name for name in folders if name not in films]
+            images += [os.path.relpath(os.path.join(folder, name), base) for name in films]
         for name in files:
             if not name.startswith("."):
                 path = os.path.relpath(os.path.join(folder, name), base)
-                if name.lower().endswith(SUFFIXES):
+                if name.lower().endswith((*SUFFIXES, *(VIDEO_SUFFIXES if has_films else ()))):
                     images.append(path)
                 else:
                     others.add(path)
@@ -220,11 +236,12 @@ def _caption(base: str, name: str, beside: list[str], allow_outside: bool) -> st
 
 
 def column_of(kind: str, columns: list[str], source: str) -> str | None:
-    """The column of the images ("image") or of the prompts ("caption") by its usual names, in any case of letters.
+    """The column of the images ("image"), of the films ("video") or of the prompts ("caption") by its usual names, in
+    any case of letters.
 
     Returns: its name as the metadata write it; None when there is none. Raises: DataError when two could be meant.
     """
-    usual = IMAGE_COLUMNS if kind == "image" else CAPTION_COLUMNS
+    usual = {"image": IMAGE_COLUMNS, "video": VIDEO_COLUMNS, "caption": CAPTION_COLUMNS}[kind]
     if usual[0] in columns:
         return usual[0]
     found = [name for name in columns if name.casefold() == usual[0]] or [

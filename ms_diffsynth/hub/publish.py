@@ -31,9 +31,9 @@ HUBS = ("huggingface", "modelscope")
 
 _FOLDERS = ("transformer", "unet", "vae", "text_encoder*", "tokenizer*", "scheduler")
 ALLOWED = ("README.md", "LICENSE*", "model.py", "model_index.json", "config.json", "*.safetensors",
-           "*.safetensors.index.json", "samples/*.png", *(f"{folder}/*.json" for folder in _FOLDERS),
-           *(f"{folder}/*.safetensors" for folder in _FOLDERS), "tokenizer*/*.txt", "tokenizer*/*.model",
-           "tokenizer*/*.jinja")
+           "*.safetensors.index.json", "samples/*.png", "samples/*.webp", "samples/*.mp4",
+           *(f"{folder}/*.json" for folder in _FOLDERS), *(f"{folder}/*.safetensors" for folder in _FOLDERS),
+           "tokenizer*/*.txt", "tokenizer*/*.model", "tokenizer*/*.jinja")
 # never sent, even when named: hidden files, keys, logs, and what resuming needs
 _PRIVATE = re.compile(r"^\.|\.(env|pem|key|log|pkl|pickle)$|^id_(rsa|ed25519)|token(\.|$)|"
                       r"(^|[_.-])(optimizer|states?|rng|secrets?|credentials?|passwords?)([_.-]|$)", re.IGNORECASE)

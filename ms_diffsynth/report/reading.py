@@ -17,6 +17,7 @@ from ms_diffsynth.errors import DataError, listing
 from ms_diffsynth.redact import redact
 
 MOST_POINTS, MOST_SHEETS, MOST_EVENTS = 1500, 40, 400  # of a curve; of sample images, and of events
+MOST_BYTES = 40_000_000  # of sample videos
 LEFT_OUT = ("saved", "checkpoint", "samples")  # events of which there are many, and which are seen elsewhere
 OF_A_PLACE = ("output_path", "accept_changes")  # settings that say nothing about the training
 
@@ -121,10 +122,19 @@ def shown(value: Any) -> str:
 
 
 def sheets(folder: Path) -> list[dict[str, Any]]:
-    """The sample images of a run by step, evenly left out where there are more than MOST_SHEETS, as data URLs."""
-    found = sorted((int(path.stem.removeprefix("step-")), path) for path in folder.glob("step-*.png")
-                   if path.stem.removeprefix("step-").isdecimal())
-    width = max(1, -(-(len(found) - 1) // (MOST_SHEETS - 1)))
-    kept = found[::width] + (found[-1:] if found and (len(found) - 1) % width else [])
-    return [{"step": step, "image": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"}
-            for step, path in kept]
+    """The sample images or videos of a run by step, as data URLs; evenly left out where there are more than
+    MOST_SHEETS, or than MOST_BYTES.
+    """
+    found = sorted((int(path.stem.removeprefix("step-")), path) for kind in ("png", "webp")
+                   for path in folder.glob(f"step-*.{kind}") if path.stem.removeprefix("step-").isdecimal())
+    sizes = [path.stat().st_size for _, path in found]
+    for width in range(1, len(found) + 1):
+        chosen = [k for k in range(len(found)) if k % width == 0 or k == len(found) - 1]
+        if len(chosen) <= 2 or (len(chosen) <= MOST_SHEETS and sum(sizes[k] for k in chosen) <= MOST_BYTES):
+            break
+    return [{"step": found[k][0], "image": data_url(found[k][1])} for k in (chosen if found else ())]
+
+
+def data_url(path: Path) -> str:
+    """An image as text that a page shows."""
+    return f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"

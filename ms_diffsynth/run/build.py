@@ -11,10 +11,12 @@ from collections import Counter
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+import mindspore as ms
 import numpy as np
 
 from ms_diffsynth.config import SETTINGS, TrainConfig
-from ms_diffsynth.data.buckets import Bucket, choose_buckets, describe_fit, nearest_bucket, own_bucket
+from ms_diffsynth.data.buckets import Bucket, choose_buckets, describe_fit, own_bucket
+from ms_diffsynth.data.clips import Clips, describe_clips
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.folders import folder_of, parse_folders
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
@@ -25,6 +27,7 @@ from ms_diffsynth.hub.download import parse_path_or_model_id
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import TASKS, family
 from ms_diffsynth.run.pipeline import most_pixels, source_of
+from ms_diffsynth.run.skeleton import skeleton
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.two_stage import stage_of
@@ -113,31 +116,66 @@ def build_datasets(config: TrainConfig) -> DataSets:
     data = config.data
     if stage_of(config.objective.task) == "train":
         folder = data.cache_dir or data.dataset_base_path
-        cache, columns = Cache(folder), [key.strip() for key in data.data_file_keys.split(",")]
+        pipe = pipeline_of_data(config)
+        cache, columns = Cache(folder), _file_keys(config, pipe)
         pictures = (cache.manifest or {}).get("fingerprint", {}).get("pictures", {}).get("instance")
         if isinstance(pictures, dict):  # the columns as stage one found them in the metadata
             columns = list(pictures)
         as_it_is = describe(_reference_operator(config, ""))
-        made = {key: as_it_is if key in _references(config) else describe(_image_operator(config, "", []))
+        made = {key: as_it_is if key in _references(config) else describe(_operator(config, pipe, "", []))
                 for key in columns}
         names = ["instance", *(["class"] if config.objective.with_prior_preservation else [])]
         held_out = [name for name in (cache.manifest or {}).get("rows", {}) if name == "validation"]
         cache.check({"pictures": dict.fromkeys([*names, *held_out], made)})
         return DataSets(UnifiedDataset(folder, repeat=_repeats_of_cache(config, cache)))
-    instance = _dataset(config, "dataset", data.dataset_repeat)
+    pipe = pipeline_of_data(config)
+    instance = _dataset(config, pipe, "dataset", data.dataset_repeat)
     classes = validation = None
     if config.objective.with_prior_preservation:
-        classes = _dataset(config, "class")
+        classes = _dataset(config, pipe, "class")
     if data.validation_share is not None:
         instance, validation = instance.split(data.validation_share, config.run.seed)
     elif data.validation_base_path or data.validation_metadata_path:
-        validation = _dataset(config, "validation")
+        validation = _dataset(config, pipe, "validation")
     sets = DataSets(instance, classes, validation)
-    _resize(config, sets)
+    _resize(config, pipe, sets)
     return sets
 
 
-def _dataset(config: TrainConfig, name: str, repeat: int = 1) -> UnifiedDataset:
+def pipeline_of_data(config: TrainConfig) -> Pipeline | type[Pipeline]:
+    """What knows how images and videos must be: the family's class; of videos a pipeline without weights, as models of
+    one family differ in it.
+    """
+    cls = family(config.model.family).pipeline
+    return skeleton(config, ms.float32)[0] if cls.medium == "video" else cls
+
+
+def clips_of(config: TrainConfig, pipe: Pipeline | type[Pipeline]) -> Clips | None:
+    """How the run takes clips from videos; None for a family of images.
+
+    Raises: ConfigError for a number of frames that the model cannot have, and for settings of videos without videos.
+    """
+    data = config.data
+    if pipe.medium != "video":
+        names = ("num_frames", "fps", "clips", "clip_start", "video_column")
+        odd = [f"{n}={','.join(v) if isinstance(v := getattr(data, n), tuple) else v}" for n in names
+               if getattr(data, n) != SETTINGS[n].default]
+        odd += [f"sample_num_frames={config.run.sample_num_frames}"] * (config.run.sample_num_frames is not None)
+        if odd:
+            raise ConfigError(f"{listing(odd)}: the family {config.model.family} is trained on images. Remove it.")
+        return None
+    lengths = sorted({int(text) for text in data.num_frames} or {pipe.sampling.num_frames})
+    return Clips(lengths=tuple(lengths), rate=data.fps or pipe.frame_rate, place=data.clips, skip=data.clip_start,
+                 factor=pipe.frame_factor)
+
+
+def _file_keys(config: TrainConfig, pipe: Pipeline | type[Pipeline]) -> list[str]:
+    """The columns that hold file names; of a family of videos, image means what is learned."""
+    keys = [key for key in map(str.strip, config.data.data_file_keys.split(",")) if key]
+    return list(dict.fromkeys(pipe.medium if key == "image" else key for key in keys))
+
+
+def _dataset(config: TrainConfig, pipe: Pipeline | type[Pipeline], name: str, repeat: int = 1) -> UnifiedDataset:
     """The images and prompts of the settings that begin with ``name``: dataset, class or validation."""
     folders = parse_folders(config.data.dataset_folders) if name == "dataset" else {}
     extra = [name.strip() for name in (config.data.extra_inputs or "").split(",") if name.strip()]
@@ -146,20 +184,20 @@ def _dataset(config: TrainConfig, name: str, repeat: int = 1) -> UnifiedDataset:
         raise ConfigError(f"extra_inputs names {', '.join(map(repr, odd))}: expected some of "
                           f"{', '.join(sorted(known))}.{nearest(odd[0], known)}")
     optional = [] if name == "class" else _references(config)
-    left_out = set(_references(config)) - set(optional)  # class images have none
+    left_out = set(_of_rows(config)) - set(optional)  # class images have none
     extra = [column for column in extra if column not in left_out]
     data, has_prompts = config.data, "prompt" in family(config.model.family).pipeline.inputs
     base, metadata = (getattr(data, f"{name}_{what}_path") for what in ("base", "metadata"))
     prompt = "class_prompt" if name == "class" else "instance_prompt"
-    keys = [key for key in map(str.strip, data.data_file_keys.split(",")) if key not in left_out]
+    keys = [key for key in _file_keys(config, pipe) if key not in left_out]
     keys += [column for column in optional if column not in keys]
     how = {"repeat": repeat, "data_file_keys": keys, "optional": optional,
            "edit_folders": data.edit_folders if name == "dataset" else (), "captions": has_prompts,
            "prompt_setting": prompt, "instance_prompt": getattr(data, prompt) if has_prompts else None,
-           "image_column": data.image_column,
+           "image_column": data.image_column, "video_column": data.video_column, "clips": clips_of(config, pipe),
            "trigger_word": data.trigger_word if has_prompts and name != "class" else None,
            "caption_column": data.caption_column, "allow_outside_base": data.allow_outside_base,
-           "required": ["image", *extra, *(["prompt"] if has_prompts else [])]}
+           "required": [pipe.medium, *extra, *(["prompt"] if has_prompts else [])]}
     try:
         if folders:
             return UnifiedDataset.of_folders(data.dataset_base_path, folders, **how)
@@ -171,10 +209,15 @@ def _dataset(config: TrainConfig, name: str, repeat: int = 1) -> UnifiedDataset:
         raise DataError(f"{name}_{setting}: {error}") from error
 
 
-def _references(config: TrainConfig) -> list[str]:
-    """The further inputs of the run that are reference images."""
+def _of_rows(config: TrainConfig) -> list[str]:
+    """The further inputs of the run that a row may do without."""
     extra = [name.strip() for name in (config.data.extra_inputs or "").split(",")]
     return [name for name in family(config.model.family).pipeline.absent_inputs if name in extra]
+
+
+def _references(config: TrainConfig) -> list[str]:
+    """Those that are columns of images. Of a video they are none: its units take its first frame, or its last."""
+    return [] if family(config.model.family).pipeline.medium == "video" else _of_rows(config)
 
 
 def _repeats_of_cache(config: TrainConfig, cache: Cache) -> int | list[int]:
@@ -191,19 +234,19 @@ def _repeats_of_cache(config: TrainConfig, cache: Cache) -> int | list[int]:
     return [folders[folder] * data.dataset_repeat for folder in found]
 
 
-def _resize(config: TrainConfig, sets: DataSets) -> None:
+def _resize(config: TrainConfig, pipe: Pipeline | type[Pipeline], sets: DataSets) -> None:
     """Decide at what sizes images are trained, the same for all data sets, and say what that costs."""
-    data, factor = config.data, family(config.model.family).pipeline.division_factor
-    named = {what: images for what, images in zip(("images", "class images", "held-out images"), sets) if images}
+    data, factor, things = config.data, pipe.division_factor, f"{pipe.medium}s"
+    named = {what: images for what, images in zip((things, f"class {things}", f"held-out {things}"), sets) if images}
     sizes = {what: [images.image_size(row) for row in range(len(images.rows))] for what, images in named.items()}
-    shapes = [*sizes["images"], *sizes.get("class images", ())]
+    shapes = [*sizes[things], *sizes.get(f"class {things}", ())]
     if data.height:
         buckets, remedy = [Bucket(data.height, data.width)], "Leave out height and width: images then keep their shapes"
         if data.max_pixels:
             logger.warning("max_pixels=%d is not used: height and width are set. Leave them out to use it.",
                            data.max_pixels)
     else:
-        most = most_pixels(config)
+        most = most_pixels(config, pipe)
         buckets = choose_buckets(shapes, most, factor, _most_buckets(config))
         more = len(buckets) < len({own_bucket(*size, most, factor) for size in shapes})
         remedy = (f"Set buckets={2 * len(buckets)} for more sizes, each of which is a compilation, or crop them"
@@ -212,21 +255,27 @@ def _resize(config: TrainConfig, sets: DataSets) -> None:
             _warn_of_few_pixels(data.max_pixels, shapes)
     for what, images in named.items():
         names = [images.label(row) for row in range(len(images.rows))]
-        line, warnings = describe_fit(sizes[what], names, buckets, remedy)
+        line, warnings = describe_fit(sizes[what], names, buckets, remedy, pipe.medium)
         logger.info("%s: %s.", what, line)
         for warning in warnings:
             logger.warning("%s: %s.", what, warning)
-        operator = _image_operator(config, images.base_path, buckets)
+        if images.clips is not None:
+            chosen = [images.clip_of(row) for row in images.rows]
+            told, more = describe_clips(images.clips, images.films, chosen)
+            logger.info("%s: %s.", what, "; ".join(f"{label}: {text}" for label, text in told))
+            for warning in more:
+                logger.warning("%s: %s.", what, warning)
+        operator = _operator(config, pipe, images.base_path, buckets)
         images.use_buckets(() if data.height else buckets, operator)
         images.special_operator_map |= dict.fromkeys(_references(config), _reference_operator(config, images.base_path))
     held: Counter = Counter()
     repeat = sets.instance.repeat
-    for row, size in enumerate(sizes["images"]):
-        held[nearest_bucket(*size, buckets)] += repeat if isinstance(repeat, int) else repeat[row]
+    for row in range(len(sizes[things])):
+        held[sets.instance.size_of(row)] += repeat if isinstance(repeat, int) else repeat[row]
     again = sum(-count % config.run.batch_size for count in held.values())
     if again and len(held) > 1:
-        logger.info("a batch holds images of one size: to fill batches of %d, %d images come once more in each epoch.",
-                    config.run.batch_size, again)
+        logger.info("a batch holds %s of one size: to fill batches of %d, %d %s come once more in each epoch.",
+                    things, config.run.batch_size, again, things)
 
 
 def _most_buckets(config: TrainConfig) -> int | None:
@@ -246,13 +295,17 @@ def _warn_of_few_pixels(max_pixels: int, sizes: list[tuple[int, int]]) -> None:
                        side, shrunk, len(sizes), meant)
 
 
-def _image_operator(config: TrainConfig, base: str, buckets: list[Bucket]) -> DataProcessingOperator:
-    data, factor, most = config.data, family(config.model.family).pipeline.division_factor, most_pixels(config)
+def _operator(config: TrainConfig, pipe: Pipeline | type[Pipeline], base: str,
+              buckets: list[Bucket]) -> DataProcessingOperator:
+    """What reads an image or a clip, and brings it to its size."""
+    data, factor, most = config.data, pipe.division_factor, most_pixels(config, pipe)
     rule = {"max_pixels": most, "most": _most_buckets(config), "factor": factor}
-    return UnifiedDataset.default_image_operator(
-        base_path=base, max_pixels=most, height=data.height, width=data.width,
-        height_division_factor=factor, width_division_factor=factor, buckets=None if data.height else buckets,
-        allow_outside_base=data.allow_outside_base, chosen_by=rule)
+    same = {"base_path": base, "max_pixels": most, "height": data.height, "width": data.width,
+            "buckets": None if data.height else buckets, "allow_outside_base": data.allow_outside_base,
+            "chosen_by": rule}
+    if (clips := clips_of(config, pipe)) is not None:
+        return UnifiedDataset.default_video_operator(clips=clips, division_factor=factor, **same)
+    return UnifiedDataset.default_image_operator(height_division_factor=factor, width_division_factor=factor, **same)
 
 
 def _reference_operator(config: TrainConfig, base: str) -> DataProcessingOperator:

@@ -65,6 +65,9 @@ def check_settings(accelerator: Accelerator, config: TrainConfig) -> None:
     pipeline.check_sampler(run.sampler)
     sample_template_inputs(config)
     for name in ("sample_steps", "evaluation_steps"):
+        if pipeline.medium == "video" and name == "evaluation_steps" and run.evaluation_steps is not None:
+            raise ConfigError(f"evaluation_steps={run.evaluation_steps}: the family {model.family} makes videos, which "
+                              "are not compared with images. Remove it, and look at the sample videos.")
         if "prompt" in pipeline.inputs and not run.sample_prompts and (every := getattr(run, name)) is not None:
             raise ConfigError(f"{name}={every} without sample_prompts: say what to make images of.")
     check_installed([*run.trackers, *(["tensorboard"] * run.enable_tensorboard_log)])
@@ -95,15 +98,16 @@ def check_data(accelerator: Accelerator, config: TrainConfig, sets: DataSets) ->
         return
     pipeline, task = family(config.model.family).pipeline, build_task(config)
     extra = [name.strip() for name in (config.data.extra_inputs or "").split(",") if name.strip()]
-    images = ["image", *(name for name in extra if name.endswith("image"))]
+    medium = pipeline.medium
+    images = [medium, *(name for name in extra if name.endswith("image") and medium == "image")]
     for data in (found for found in sets if found is not None):
         if lost := [name for name in images if name not in data.data_file_keys]:
             keys = ",".join(dict.fromkeys((*data.data_file_keys, *lost)))
             raise DataError(f"data_file_keys={','.join(data.data_file_keys)}: {lost[0]} is read as an image, so it "
                             f"must be among them. Set data_file_keys={keys}, or rename your column.")
         for index, row in enumerate(data.rows):
-            if isinstance(row["image"], list):
-                data.table.blame(index, f"image={row['image']!r} is a list; expected the name of one file. Give each "
+            if isinstance(row[medium], list):
+                data.table.blame(index, f"{medium}={row[medium]!r} is a list; expected the name of one file. Give each "
                                         "image a row of its own")
             for name in task.inputs:
                 if row.get(name) is None:

@@ -120,15 +120,16 @@ class Work:
     """What a step computes on, as far as memory depends on it.
 
     Attributes:
-        size: height and width of the largest images. images: in a batch, class images included.
+        size: height and width of the largest images, of videos with the frames in front.
+        images: in a batch, class images included.
         prompt: tokens to which prompts are padded; None without prompts. text: tokens the network sees of them.
         further: tokens of edit images.
         device: "Ascend" or "CPU". activations: of the family.
         samples: models that sample images load, which stay; see `run.plan.models_of_samples`.
-        sample_size: height and width of the sample images.
+        sample_size: height and width of the sample images, of videos with the frames in front.
     """
 
-    size: tuple[int, int]
+    size: tuple[int, ...]
     images: int
     prompt: int | None = None
     text: int | None = None
@@ -136,7 +137,7 @@ class Work:
     device: str
     activations: Activations | None = None
     samples: tuple[str, ...] = ()
-    sample_size: tuple[int, int] = (0, 0)
+    sample_size: tuple[int, ...] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +267,7 @@ def _training(config: TrainConfig, pipe: Pipeline, cut: Cut, trained: Trained,
     return _some(parts), tuple(f"activations of {name}" for name in others)
 
 
-def tokens_of(pipe: Pipeline, work: Work, size: tuple[int, int] | None = None) -> int:
+def tokens_of(pipe: Pipeline, work: Work, size: tuple[int, ...] | None = None) -> int:
     """Tokens of an image with its prompt and what it is made from."""
     return pipe.image_tokens(pipe.latent_shape(*(size or work.size))) + (work.text or 0) + work.further
 
@@ -279,7 +280,7 @@ def forward_bytes(pipe: Pipeline, work: Work) -> int:
     return round(tokens_of(pipe, work, work.sample_size) * network.channels * BYTES[pipe.dtype] * numbers.inside / 2)
 
 
-def vae_bytes(pipe: Pipeline, work: Work, size: tuple[int, int], what: str) -> int:
+def vae_bytes(pipe: Pipeline, work: Work, size: tuple[int, ...], what: str) -> int:
     """At the peak of the VAE beside its weights, ``what`` is "encode" or "decode"; 0 where it is not known."""
     numbers = work.activations
     if numbers is None or "vae" not in pipe.store.names or not pipe.store.has_config("vae"):

@@ -84,13 +84,19 @@ def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None
     return pipe
 
 
-def most_pixels(config: TrainConfig) -> int:
-    """Of an image in dynamic resolution: as set, or the model's own size, or that of most models: 1024 x 1024."""
+def most_pixels(config: TrainConfig, pipe: Pipeline | None = None) -> int:
+    """Of an image in dynamic resolution: as set, or the model's own size, or that of most models: 1024 x 1024. Of a
+    video: as set, or the size that the model is sampled at, so far as ``pipe`` knows it, or else the family.
+    """
     if config.data.max_pixels:
         return config.data.max_pixels
     folder = config.model.model_paths or ""
     own = sampling_config(bundled(folder) or Path(folder)) if folder and not folder.lstrip().startswith("[") else {}
-    return own["height"] * own["width"] if {"height", "width"} <= set(own) else 1024 * 1024
+    if {"height", "width"} <= set(own):
+        return own["height"] * own["width"]
+    cls = family(config.model.family).pipeline
+    usual = (pipe or cls).sampling
+    return usual.height * usual.width if cls.medium == "video" else 1024 * 1024
 
 
 def model_configs(model_paths: str | None, model_id_with_origin_paths: str | None,

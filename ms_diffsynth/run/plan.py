@@ -11,7 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
@@ -22,14 +22,12 @@ from ms_diffsynth.config import SECTIONS, SETTINGS, TrainConfig, validate
 from ms_diffsynth.config.yaml_lines import Written
 from ms_diffsynth.data.buckets import own_bucket
 from ms_diffsynth.data.loader import Loader
-from ms_diffsynth.errors import ConfigError, HubError, UserError, WeightError
-from ms_diffsynth.hub.download import ModelConfig, parse_path_or_model_id
-from ms_diffsynth.models import Source, read_config
+from ms_diffsynth.errors import ConfigError, UserError
 from ms_diffsynth.pipeline import Family, Pipeline
 from ms_diffsynth.pipelines.shared.cuts import Cuts
 from ms_diffsynth.program import Cut
 from ms_diffsynth.registry import family
-from ms_diffsynth.run.build import DataSets, build_module
+from ms_diffsynth.run.build import DataSets, build_module, clips_of
 from ms_diffsynth.run.memory import (
     GIB,
     RESERVED,
@@ -42,7 +40,8 @@ from ms_diffsynth.run.memory import (
     stages_of,
     trained_of,
 )
-from ms_diffsynth.run.pipeline import model_configs, most_pixels, source_of
+from ms_diffsynth.run.pipeline import most_pixels
+from ms_diffsynth.run.skeleton import skeleton
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.prepared import PreparedRows
@@ -68,7 +67,7 @@ class Data:
     """What the data tell.
 
     Attributes:
-        sizes: height and width at which images are trained -> how many.
+        sizes: height and width at which images are trained, of videos with the frames in front -> how many.
         compilations: of the training step; None where only preparing the images can tell.
         lengths: tokens of prompts, where they are padded to one of several lengths.
         cuts: what prompts are cut to -> one that is. looked_at: prompts whose tokens were counted; 0 where their
@@ -183,69 +182,6 @@ def memory_of(config: TrainConfig, device: str, card: float) -> tuple[int, int]:
     return total, min(total - RESERVED, total if most is None else round(most * GIB))
 
 
-def skeleton(config: TrainConfig, dtype: ms.Type) -> tuple[Pipeline, list[str]]:
-    """The family's pipeline, no weights loaded, and the files of which nothing is known.
-
-    Settings of models are those of their files where they are here; else as published; else their config.json, a few
-    kB, is fetched from the hub.
-    """
-    chosen, unknown = family(config.model.family), []
-    pipe = chosen.pipeline(dtype=dtype)
-    for model in model_configs(config.model.model_paths, config.model.model_id_with_origin_paths,
-                               source_of(config)):
-        if not _add_files(pipe, model) and not _add_settings(pipe, model, chosen):
-            unknown.append(str(model))
-    pipe.use_sampling_config(pipe.store.sampling_config)
-    if config.data.max_sequence_length is not None and hasattr(pipe, "max_sequence_length"):
-        pipe.max_sequence_length = config.data.max_sequence_length
-    for name in chosen.tokenizers:
-        if text := getattr(config.model, f"{name}_path"):
-            _add_tokenizer(pipe, name, text, source_of(config))
-    return pipe, unknown
-
-
-def _add_files(pipe: Pipeline, model: ModelConfig) -> bool:
-    """Take what is on this machine. Nothing is asked of a hub."""
-    if model.path is not None:
-        pipe.store.add(model, pipe.network)
-        return True
-    try:
-        pipe.store.add(replace(model, skip_download=True), pipe.network)
-        return True
-    except (HubError, WeightError):  # not here, or not all of it
-        return False
-
-
-def _add_settings(pipe: Pipeline, model: ModelConfig, chosen: Family) -> bool:
-    """Take the settings of a published model, or the hub's config.json."""
-    folder = PurePosixPath(model.origin_file_pattern or "").parent.name
-    published = chosen.published.get(chosen.repositories.get(model.model_id, ""), {})
-    for components in (pipe.store.components, *pipe.store.variants):
-        name = next((c.name for c in components if c.folder == folder and not c.is_tokenizer), None)
-        if name is None:
-            continue
-        pipe.given_as[f"{model.model_id}:{model.origin_file_pattern}"] = name
-        known = published.get(name)
-        if known is None:
-            try:
-                file = replace(model, origin_file_pattern=f"{folder}/config.json").resolve(runtime.model_base_path())
-                known = read_config(file[0].parent)
-            except (HubError, WeightError):
-                return False
-        pipe.store.know({name: known})
-        return True
-    return False
-
-
-def _add_tokenizer(pipe: Pipeline, name: str, text: str, hub: str | None) -> None:
-    try:
-        paths = replace(parse_path_or_model_id(text, hub=hub), skip_download=True).resolve(runtime.model_base_path())
-    except HubError:  # it is on the hub, so prompts cannot be counted
-        pipe.sources.pop(name, None)
-        return
-    pipe.sources[name] = Source(paths[0] if paths[0].is_dir() else paths[0].parent)
-
-
 def cut_of(config: TrainConfig, pipe: Pipeline) -> tuple[Cut, DiffusionTrainingModule]:
     """How the run is cut in two, and its module. The code of a template is run only where that has been allowed."""
     model, data = config.model, config.data
@@ -275,7 +211,7 @@ def data_of(config: TrainConfig, sets: DataSets, module: DiffusionTrainingModule
     of_classes = PreparedRows(sets.classes, module, cut).bucket_of if sets.classes else None
     prompts = list(dict.fromkeys(row["prompt"] for row in images.rows if isinstance(row.get("prompt"), str)))
     lengths, cuts, looked_at = _tokens(module, cut, prompts) if rows.has_lengths or not is_short else ([], {}, 0)
-    sizes = Counter(images.size_of(row) for row in range(len(images.rows)))
+    sizes: Counter = Counter(images.size_of(row) for row in range(len(images.rows)))
     sizes.update(sets.classes.size_of(row) for row in range(len(sets.classes.rows) if sets.classes else 0))
     compilations, batches, edits = None, -(-len(images) // batch), _edit_sizes(pipe, images)
     if not rows.has_lengths or looked_at == len(prompts):
@@ -325,10 +261,11 @@ def _edit_sizes(pipe: Pipeline, images: Any) -> list[tuple[int, int] | None]:
 
 
 def _work(config: TrainConfig, pipe: Pipeline, data: Data | None, device: str) -> Work:
-    run, chosen, most = config.run, family(config.model.family), most_pixels(config)
+    run, chosen, most = config.run, family(config.model.family), most_pixels(config, pipe)
     square = own_bucket(math.isqrt(most), math.isqrt(most), most, pipe.division_factor).size
+    frames = () if (clips := clips_of(config, pipe)) is None else (max(clips.lengths),)
     sizes = dict(data.sizes) if data and data.sizes else {}
-    size = (config.data.height, config.data.width) if config.data.height else square
+    size = frames + ((config.data.height, config.data.width) if config.data.height else square)
     size = max((s for s in sizes if s), key=math.prod, default=size)
     usual = max(sizes, key=sizes.get, default=size) or size
     prompt = _prompt_tokens(pipe, data)
@@ -336,8 +273,9 @@ def _work(config: TrainConfig, pipe: Pipeline, data: Data | None, device: str) -
                 prompt=prompt, text=_text_tokens(pipe, chosen, size, prompt), further=data.further if data else 0,
                 device=device,
                 activations=chosen.activations, samples=models_of_samples(config, pipe),
-                sample_size=(run.sample_height or config.data.height or usual[0],
-                             run.sample_width or config.data.width or usual[1]))
+                sample_size=(*((run.sample_num_frames or n,) if (n := frames and frames[0]) else ()),
+                             run.sample_height or config.data.height or usual[-2],
+                             run.sample_width or config.data.width or usual[-1]))
 
 
 def _prompt_tokens(pipe: Pipeline, data: Data | None) -> int | None:
@@ -348,7 +286,7 @@ def _prompt_tokens(pipe: Pipeline, data: Data | None) -> int | None:
     return getattr(pipe, "max_sequence_length", None)
 
 
-def _text_tokens(pipe: Pipeline, chosen: Family, size: tuple[int, int], prompt: int | None) -> int | None:
+def _text_tokens(pipe: Pipeline, chosen: Family, size: tuple[int, ...], prompt: int | None) -> int | None:
     """How many tokens of text the network sees."""
     if chosen.prepared_shapes is None or not all(pipe.store.has_config(name) for name in (pipe.network, "vae")):
         return None
@@ -443,8 +381,8 @@ def short_form(plan: RunPlan) -> str:
     learns = f"{count_text(plan.trained.count)} parameters learn; " if plan.trained.count and plan.steps else ""
     about = "at least " if plan.not_known or any(stage.unknown for stage in plan.stages) else "about "
     memory = f"memory {about}{plan.peak / GIB:.1f} of {plan.total / GIB:.1f} GiB"
-    lines = [f"{config.model.family}: {data.rows} images{classes}{held_out}, batch size {run.batch_size}, task "
-             f"{config.objective.task}, output in {run.output_path}", f"{steps}{learns}{memory}"]
+    lines = [f"{config.model.family}: {data.rows} {plan.pipe.medium}s{classes}{held_out}, batch size {run.batch_size}, "
+             f"task {config.objective.task}, output in {run.output_path}", f"{steps}{learns}{memory}"]
     if not plan.fits:
         lines.append("which will not fit: ms-diffsynth plan says what would (docs/how_to/plan.md)")
     return "\n".join(lines) + "\n"
@@ -524,7 +462,7 @@ def _candidates(plan: RunPlan) -> Iterator[dict[str, str]]:
         steps = config.optimizer.gradient_accumulation_steps * run.batch_size // size
         yield {"batch_size": str(size), "gradient_accumulation_steps": str(steps)}
     for side in SMALLER:
-        if side * side < math.prod(plan.work.size):
+        if side * side < math.prod(plan.work.size[-2:]):
             yield ({"height": str(side), "width": str(side)} if config.data.height else
                    {"max_pixels": str(side * side)})
 
@@ -544,7 +482,8 @@ def _peak(plan: RunPlan, settings: Mapping[str, str]) -> int | None:
     if {"height", "max_pixels"} & set(settings):
         most = config.data.max_pixels or config.data.height * config.data.width
         side = math.isqrt(most) // plan.pipe.division_factor * plan.pipe.division_factor
-        work = replace(work, size=(side, side), further=round(work.further * side * side / math.prod(work.size)))
+        work = replace(work, size=(*work.size[:-2], side, side),
+                       further=round(work.further * side * side / math.prod(work.size[-2:])))
     work = replace(work, samples=models_of_samples(config, plan.pipe),
                    images=work.images * config.run.batch_size // plan.config.run.batch_size)
     return max(stage.peak for stage in stages_of(config, plan.pipe, cut, work))

@@ -1,4 +1,4 @@
-"""The sample images of a run: with what each is made, which prompts that takes, and the function that makes them."""
+"""The sample images or videos of a run: with what each is made, which prompts that takes, and what makes them."""
 from __future__ import annotations
 
 import contextlib
@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ms_diffsynth.config import SAMPLE_OVERRIDES, TrainConfig, prompts_of
@@ -29,7 +30,7 @@ from ms_diffsynth.training.two_stage import stage_of
 
 logger = logging.getLogger(__name__)
 
-Sampler = Callable[..., list[Image.Image]]
+Sampler = Callable[..., list[Image.Image | np.ndarray]]
 
 
 def planned_samples(config: TrainConfig, pipe: Pipeline,
@@ -47,12 +48,19 @@ def planned_samples(config: TrainConfig, pipe: Pipeline,
     same = {name: getattr(run, setting) for name, setting in SAMPLE_OVERRIDES.items()}
     same |= {"height": run.sample_height or config.data.height or usual[0],
              "width": run.sample_width or config.data.width or usual[1]}
+    if pipe.medium == "video":
+        same["num_frames"] = run.sample_num_frames or max(map(int, config.data.num_frames), default=None)
+    else:
+        same.pop("num_frames")
     planned = []
     for k, entry in enumerate(run.sample_prompts):
         own = {"prompt": entry} if isinstance(entry, str) else dict(entry)
         image = same | {"seed": run.sample_seed + k} | own
         image["embedded_guidance"] = image.pop("guidance")
-        name = f"the sample image of {shortened(image['prompt'], 60)!r}"
+        if "num_frames" in image and "num_frames" not in same:
+            raise ConfigError(f"sample_prompts: num_frames={image['num_frames']}, but the family {config.model.family} "
+                              "makes images. Remove it.")
+        name = f"the sample {pipe.medium} of {shortened(image['prompt'], 60)!r}"
         if image["embedded_guidance"] is not None and not pipe.takes_guidance:
             raise ConfigError(f"guidance {image['embedded_guidance']} for {name}: this model is told none. Remove "
                               "sample_guidance, or set sample_cfg_scale.")
@@ -152,7 +160,7 @@ def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None,
         size, how = run.sample_count, {"num_inference_steps": run.num_inference_steps, "sampler": run.sampler}
         pipe.check_sampler(run.sampler)
 
-        def sampler(count: int = size) -> list[Image.Image]:
+        def sampler(count: int = size) -> list[Image.Image | np.ndarray]:
             images = []
             for k in range(-(-count // size)):  # groups of one size, for which the network is compiled once
                 still()
@@ -167,11 +175,11 @@ def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None,
     inputs = sample_template_inputs(config)
     edited = sample_references(config, pipe, dataset) if edited is None else edited
 
-    def sampler(count: int = len(planned)) -> list[Image.Image]:
+    def sampler(count: int = len(planned)) -> list[Image.Image | np.ndarray]:
         with contextlib.nullcontext() if config.model.preset_lora_in_samples else pipe.without_loras():
             return make(count)
 
-    def make(count: int) -> list[Image.Image]:
+    def make(count: int) -> list[Image.Image | np.ndarray]:
         caches = [trained_template_cache(pipe, given) for given in inputs] if inputs else [None] * len(planned)
         images = []
         for k in range(count):
@@ -202,12 +210,12 @@ def sample_template_inputs(config: TrainConfig) -> list[Mapping[str, Any]]:
 
 def _usual_size(config: TrainConfig, pipe: Pipeline, dataset: Any) -> tuple[int, ...]:
     """(height, width) of most images that are trained on, or of a square of the model's size, in pixels."""
-    most = most_pixels(config)
+    most = most_pixels(config, pipe)
     usual = own_bucket(math.isqrt(most), math.isqrt(most), most, pipe.division_factor)
     sizes: Iterable[tuple[int, ...]] = ()
     if stage_of(config.objective.task) == "train":
         cache = Cache(config.data.cache_dir or config.data.dataset_base_path)
-        sizes = (cache.kind(row.key).size for row in cache.rows("instance"))
+        sizes = (cache.kind(row.key).size[-2:] for row in cache.rows("instance"))
     elif buckets := getattr(dataset, "buckets", ()):
         found = (nearest_bucket(*dataset.image_size(row), buckets) for row in range(len(dataset.rows)))
         sizes = ((bucket.height, bucket.width) for bucket in found)

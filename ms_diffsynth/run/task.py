@@ -165,6 +165,7 @@ def launch_training_task(accelerator: Accelerator, dataset: Any, model: Diffusio
     names = dict.fromkeys([*given.get("trackers", ()), *(["tensorboard"] * model_logger.enable_tensorboard_log)])
     tracking = [Tracking(list(names), given.get("tracker_project") or "ms_diffsynth")] if names and is_main else []
     model_logger.references = [list(images) for images in sample_references]
+    model_logger.frame_rate = given.get("fps") or model.pipe.frame_rate
     looking: list[Hook] = []
     if "edit_image" in model.pipe.inputs and isinstance(dataset, UnifiedDataset):
         looking.append(Pairs(dataset))

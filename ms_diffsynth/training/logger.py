@@ -1,4 +1,4 @@
-"""What a run leaves behind: loss.csv, events.jsonl, checkpoints, sample images, the loss curve, report.html."""
+"""What a run leaves behind: loss.csv, events.jsonl, checkpoints, samples, the loss curve, report.html."""
 from __future__ import annotations
 
 import contextlib
@@ -18,6 +18,7 @@ from PIL import Image
 from ms_diffsynth.data.fonts import font_for
 from ms_diffsynth.data.images import grid, png_bytes, side_by_side
 from ms_diffsynth.data.plots import loss_curve
+from ms_diffsynth.data.previews import CELL, has_mp4, mp4_bytes, smaller, video_grid, webp_bytes
 from ms_diffsynth.errors import ConfigError, OutputError, listing
 from ms_diffsynth.launch.worker import beat
 from ms_diffsynth.nn.ema import EMA
@@ -28,6 +29,7 @@ from ms_diffsynth.storage.files import append_line, write_file
 logger = logging.getLogger(__name__)
 
 NEWS = ("saved", "samples", "validation", "evaluation")  # events after which there is more to see in a report
+Sample = Image.Image | np.ndarray  # an image, or a video, uint8 [F, H, W, 3]
 COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "is_skipped", "seconds")
 
 
@@ -46,7 +48,9 @@ class ModelLogger:
         files: further files, written by `start`: name -> content.
         saved: files of weights, in the order they were written. saved_at: the step of the last one; -1 before.
         keep_saved: how many saves of weights stay; None for all. The loop sets it.
-        samples: step -> sample images: the first and the latest, which the before/after grid needs.
+        samples: step -> sample images, or small copies of sample videos: the first and the latest, which the
+            before/after grid needs.
+        frame_rate: frames a second of videos.
         references: of each sample image the reference images it is made of, which are shown above it; empty for none.
         checkpoint: folder of the newest checkpoint; None before the first.
         ema: the moving average of what is trained; the loop sets it.
@@ -65,7 +69,8 @@ class ModelLogger:
         self.settings: dict[str, Any] = {}
         self.files: dict[str, bytes] = {}
         self.losses: list[tuple[int, float]] = []
-        self.samples: dict[int, list[Image.Image]] = {}
+        self.samples: dict[int, list[Sample]] = {}
+        self.frame_rate = 16.0
         self.references: list[list[Image.Image]] = []
         self.saved: list[Path] = []
         self.saved_at = -1
@@ -225,26 +230,52 @@ class ModelLogger:
 
     # -- images ----------------------------------------------------------------------------------------------------
 
-    def log_samples(self, step: int, images: list[Image.Image], captions: list[str]) -> Path:
-        """Write ``samples/step-N.png`` and keep the images for the before/after grid."""
+    def log_samples(self, step: int, images: list[Sample], captions: list[str]) -> Path:
+        """Write ``samples/step-N.png`` and keep the images for the before/after grid.
+
+        Of videos it is ``step-N.webp``, a sheet that moves, and with PyAV the same as ``step-N.mp4``; videos that are
+        larger than their place in it are also written whole, ``step-N/1.mp4`` (without PyAV .webp) and so on.
+        """
+        if isinstance(images[0], np.ndarray):
+            for k, video in enumerate(images, 1):
+                if max(video.shape[1:3]) > CELL:
+                    self._write_whole(f"samples/step-{step}/{k}", video, captions[k - 1] if captions else "")
+            images = [smaller(video) for video in images]
         first = min(self.samples, default=step)
         self.samples = {first: self.samples.get(first, images), step: images}
         columns = len(images) if captions else math.ceil(math.sqrt(len(images)))
         self._write_prompts(captions)
         above = self._references(images)
-        sheet = (grid([*above, images], captions=["reference", f"step {step}"], titles=_titles(captions)) if above else
-                 grid(images, columns=columns, titles=_titles(captions)))
-        path = self.write_image(f"samples/step-{step}.png", sheet)
-        self.event("samples", file=f"samples/step-{step}.png")
+        rows = [images] if above else [images[k : k + columns] for k in range(0, len(images), columns)]
+        path = self._write_sheet(f"samples/step-{step}", [*above, *rows], ["reference", f"step {step}"] if above else
+                                 None, _titles(captions))
+        self.event("samples", file=path.relative_to(self.output_path).as_posix())
         for listener in self.listeners:
             listener.images(images, _titles(captions) or (), step)
         return path
 
-    def _references(self, images: list[Image.Image]) -> list[list[Image.Image]]:
+    def _write_sheet(self, name: str, rows: list[list[Sample]], captions: list[str] | None,
+                     titles: list[str] | None) -> Path:
+        """A grid of images, or of videos, whose place is as high as those of its row."""
+        if not isinstance(rows[-1][0], np.ndarray):
+            return self.write_image(f"{name}.png", grid(rows, captions=captions, titles=titles))
+        still = [[np.asarray(x)[None] if isinstance(x, Image.Image) else x for x in row] for row in rows]
+        sheet, text = video_grid(still, captions, titles), "\n".join(titles or ())
+        write_file(self.output_path / f"{name}.webp", webp_bytes(sheet, self.frame_rate, text))
+        if has_mp4():
+            write_file(self.output_path / f"{name}.mp4", mp4_bytes(sheet, self.frame_rate, text))
+        return self.output_path / f"{name}.webp"
+
+    def _write_whole(self, name: str, video: np.ndarray, text: str) -> None:
+        to_bytes, suffix = (mp4_bytes, "mp4") if has_mp4() else (webp_bytes, "webp")
+        write_file(self.output_path / f"{name}.{suffix}", to_bytes(video, self.frame_rate, redact(text)))
+
+    def _references(self, images: list[Sample]) -> list[list[Image.Image]]:
         """A row of a grid: the references of each sample image, as high as it is; no row where there are none."""
         if len(self.references) != len(images) or not all(self.references):
             return []
-        return [[side_by_side(given, image.height) for given, image in zip(self.references, images)]]
+        heights = [x.shape[1] if isinstance(x, np.ndarray) else x.height for x in images]
+        return [[side_by_side(given, height) for given, height in zip(self.references, heights)]]
 
     def _write_prompts(self, captions: list[str]) -> None:
         """``samples/prompts.txt`` when an image has its number under it, because no font has the letters."""
@@ -265,22 +296,24 @@ class ModelLogger:
 
     def restore_images(self, images: dict[str, np.ndarray], captions: list[str]) -> None:
         """Keep, and write again, what `first_and_last` gave."""
-        found: dict[int, dict[int, Image.Image]] = {}
+        found: dict[int, dict[int, Sample]] = {}
         for name, array in images.items():
             step, k = map(int, name.split("."))
-            found.setdefault(step, {})[k] = Image.fromarray(array)
+            found.setdefault(step, {})[k] = Image.fromarray(array) if array.ndim == 3 else array
         for step, made in sorted(found.items()):
             self.log_samples(step, [made[k] for k in range(len(made))], captions)
 
     def write_comparison(self, captions: list[str]) -> Path | None:
-        """Write ``samples/before_after.png`` from the first and the last samples; None when there is only one."""
+        """Write ``samples/before_after.png`` (of videos .webp) from the first and the last samples; None when there is
+        only one.
+        """
         if len(self.samples) < 2:
             return None
         first, last = min(self.samples), max(self.samples)
         above = self._references(self.samples[last])
         rows = [*above, self.samples[first], self.samples[last]]
         names = [*(["reference"] if above else []), f"before (step {first})", f"after (step {last})"]
-        return self.write_image("samples/before_after.png", grid(rows, captions=names, titles=_titles(captions)))
+        return self._write_sheet("samples/before_after", rows, names, _titles(captions))
 
     def write_image(self, name: str, image: Image.Image) -> Path:
         """Write a PNG below ``output_path``."""

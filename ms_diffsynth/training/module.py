@@ -311,7 +311,7 @@ class DiffusionTrainingModule:
     def get_pipeline_inputs(self, data: dict[str, Any]) -> tuple[dict, dict, dict]:
         """A row of the data set as the documents' three dictionaries.
 
-        Raises: DataError for a row without an image, or without a prompt where the family takes one.
+        Raises: DataError for a row without an image or video, or without a prompt where the family takes one.
         """
         lost = [name for name in self._columns if data.get(name) is None and name not in self.pipe.absent_inputs]
         if lost:

@@ -28,7 +28,7 @@ class PreparedRow:
     """What the step needs of one row."""
 
     slots: dict[str, np.ndarray]  # without batch axis
-    size: tuple[int, ...]  # of the image in pixels: (height, width)
+    size: tuple[int, ...]  # of the image in pixels: (height, width); of a video (frames, height, width)
     bucket: tuple[int, ...]  # rows of one bucket may share a batch; see `in_bucket`
 
 

@@ -15,8 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from ms_diffsynth.data.previews import gif_bytes, smaller, strip
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.registry import TRACKERS
+
+Sample = Image.Image | np.ndarray  # an image, or a video, uint8 [F, H, W, 3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,7 @@ class Tracked:
         id: the same when the run is resumed in its folder.
         settings: all of them, without secrets, as JSON has them.
         after: how many steps were made before.
+        frame_rate: frames a second of sample videos.
     """
 
     folder: Path
@@ -36,6 +40,7 @@ class Tracked:
     id: str
     settings: Mapping[str, Any]
     after: int = 0
+    frame_rate: float = 16.0
 
 
 class Tracker(Protocol):
@@ -48,8 +53,8 @@ class Tracker(Protocol):
 
     def scalars(self, values: Mapping[str, float], step: int) -> None: ...
 
-    def images(self, images: Sequence[Image.Image], captions: Sequence[str], step: int) -> None:
-        """Sample images; ``captions``, their prompts, are as many, or none."""
+    def images(self, images: Sequence[Sample], captions: Sequence[str], step: int) -> None:
+        """Sample images or videos; ``captions``, their prompts, are as many, or none."""
 
     def close(self) -> None: ...
 
@@ -65,6 +70,7 @@ class TensorBoard:
         # what was written after the checkpoint from which the run is resumed is shown no more
         purge = {"purge_step": run.after + 1} if run.after else {}
         self.writer, self.told = SummaryWriter(str(run.folder / "tensorboard"), **purge), False
+        self.frame_rate = run.frame_rate
         settings = json.dumps(dict(run.settings), indent=4, sort_keys=True, ensure_ascii=False, default=str)
         self.writer.add_text("settings", "\n".join(f"    {line}" for line in settings.splitlines()), run.after)
 
@@ -72,14 +78,26 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def images(self, images: Sequence[Image.Image], captions: Sequence[str], step: int) -> None:
+    def images(self, images: Sequence[Sample], captions: Sequence[str], step: int) -> None:
         for k, image in enumerate(images, 1):
-            self.writer.add_image(f"samples/{k}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            if isinstance(image, np.ndarray):
+                self._video(f"samples/{k}", image, step)
+            else:
+                self.writer.add_image(f"samples/{k}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
         if captions and not self.told:
             self.writer.add_text("sample prompts", "\n".join(f"{k}. {' '.join(text.split())}" for k, text in
                                                              enumerate(captions, 1)), step)
             self.told = True
         self.writer.flush()
+
+    def _video(self, name: str, video: np.ndarray, step: int) -> None:
+        """As an image that is an animated GIF, which TensorBoard plays; its own way needs another package."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        video = smaller(video)
+        image = Summary.Image(height=video.shape[1], width=video.shape[2], colorspace=3,
+                              encoded_image_string=gif_bytes(video, self.frame_rate))
+        self.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
 
     def close(self) -> None:
         self.writer.close()
@@ -100,7 +118,7 @@ class Wandb:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self.run.log(dict(values), step=step)
 
-    def images(self, images: Sequence[Image.Image], captions: Sequence[str], step: int) -> None:
+    def images(self, images: Sequence[Sample], captions: Sequence[str], step: int) -> None:
         self.run.log({"samples": [self.package_of_images.Image(image, caption=text or None)
                                   for image, text in with_captions(images, captions)]}, step=step)
 
@@ -131,9 +149,10 @@ def tracker_class(name: str) -> type[Tracker]:
     return getattr(import_module(module), cls)
 
 
-def with_captions(images: Sequence[Image.Image], captions: Sequence[str]) -> list[tuple[Image.Image, str]]:
-    """Each image, in RGB, and its caption; without captions empty ones."""
-    return [(image.convert("RGB"), text) for image, text in zip(images, captions or [""] * len(images))]
+def with_captions(images: Sequence[Sample], captions: Sequence[str]) -> list[tuple[Image.Image, str]]:
+    """Each image, in RGB, and its caption, without captions an empty one; of a video some of its frames in a row."""
+    return [(strip(image) if isinstance(image, np.ndarray) else image.convert("RGB"), text)
+            for image, text in zip(images, captions or [""] * len(images))]
 
 
 def check_installed(names: Sequence[str]) -> None:

@@ -415,7 +415,8 @@ class Trainer:
         self.progress.say(f"trained {logger.num_steps} steps{passed_over}{compiled}; "
                           f"peak memory {runtime.memory_text(peak)}; loaded: {describe_loaded(self.module.pipe)}")
         folder = logger.output_path
-        for path in [*logger.saved[-1:], folder / "loss.png", folder / "samples/before_after.png"]:
+        pictures = ("loss.png", "samples/before_after.png", "samples/before_after.webp")
+        for path in [*logger.saved[-1:], *(folder / name for name in pictures)]:
             if path.exists():
                 self.progress.say(f"  {path}")
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ms_diffsynth.data import fonts
+from ms_diffsynth.data.previews import webp_text
 from ms_diffsynth.training.logger import COLUMNS, ModelLogger
 
 MAIN, OTHER = SimpleNamespace(is_main_process=True), SimpleNamespace(is_main_process=False)
@@ -133,6 +134,30 @@ def test_listeners_get_numbers_and_sample_images(tmp_path):
     logger.log_step(record(1))
     logger.log_samples(1, [Image.new("RGB", (16, 8))], ["a cat"])
     assert Listener.told == [(1, {"loss": 0.5, "learning_rate": 1e-4, "grad_norm": 1.5}), (1, [(16, 8)], ["a cat"])]
+
+
+def test_sample_videos_are_a_sheet_that_moves_and_whole_files(tmp_path):
+    logger = ModelLogger(tmp_path)
+    logger.frame_rate = 8.0
+    videos = [np.zeros((5, 64, 320, 3), np.uint8), np.full((3, 64, 48, 3), 255, np.uint8)]
+    for k in range(5):
+        videos[0][k, :, 40 * k:40 * k + 40] = 200
+    for step in (0, 4):
+        path = logger.log_samples(step, videos, ["a cat", "a dog"])
+        assert path == tmp_path / f"samples/step-{step}.webp"
+    sheet = Image.open(path)
+    sheet.load()
+    assert sheet.n_frames == 5 and sheet.info["duration"] == 125 and webp_text(path.read_bytes()) == "a cat\na dog"
+    whole, = (tmp_path / "samples/step-4").iterdir()  # the other one is as large in the sheet
+    assert whole.stem == "1"
+    small = [video.shape for video in logger.samples[4]]
+    assert small == [(5, 51, 256, 3), (3, 64, 48, 3)]
+    again, held = ModelLogger(tmp_path / "again"), logger.first_and_last()
+    again.restore_images(held, ["a cat", "a dog"])
+    assert all((again.samples[step][k] == logger.samples[step][k]).all() for step in (0, 4) for k in range(2))
+    assert again.write_comparison(["a cat", "a dog"]).name == "before_after.webp"
+    logger.references = [[Image.new("RGB", (16, 16))], [Image.new("RGB", (32, 16))]]
+    assert Image.open(logger.log_samples(5, videos, ["a cat", "a dog"])).size[1] > sheet.size[1]  # with a row above
 
 
 def test_prompts_that_no_font_can_write_are_in_a_file(tmp_path, monkeypatch, caplog):

@@ -1,9 +1,11 @@
 """Trackers: what they are told, with the real clients in offline mode where these are installed, and when they fail."""
 from __future__ import annotations
 
+import io
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 from toy_run import Module, rows, toy_model, train
@@ -11,7 +13,7 @@ from toy_run import Module, rows, toy_model, train
 from ms_diffsynth import registry
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.training import trackers
-from ms_diffsynth.training.trackers import Tracked
+from ms_diffsynth.training.trackers import Tracked, tracker_class, with_captions
 
 folder = pytest.fixture(scope="module")(toy_model)
 TWO = [Image.new("RGB", (8, 8), (k, 0, 0)) for k in (1, 200)]
@@ -101,6 +103,28 @@ def test_tensorboard_holds_curves_images_and_text(tmp_path):
     assert [v.tag for v, _ in values if v.image.width == 8] == ["samples/1", "samples/2"]
     text = b"".join(v.tensor.string_val[0] for v, _ in values if v.tensor.string_val).decode()
     assert '"learning_rate": 0.0001' in text and "1. a cat\n2. a dog" in text
+
+
+def test_tensorboard_plays_sample_videos(tmp_path):
+    pytest.importorskip("tensorboardX")
+    video = np.zeros((5, 8, 16, 3), np.uint8)
+    for k in range(5):
+        video[k, :, 3 * k] = 255
+    tracker = tracker_class("tensorboard")(Tracked(folder=tmp_path, name="run", project="tests", id="a", settings={},
+                                                   frame_rate=10.0))
+    tracker.images([video, video], ["a cat", "a dog"], 3)
+    tracker.close()
+    content = next((tmp_path / "tensorboard").iterdir()).read_bytes()
+    begin = content.index(b"GIF89a")
+    image = Image.open(io.BytesIO(content[begin:]))
+    assert image.size == (16, 8) and image.n_frames == 5 and image.info["duration"] == 100
+    assert content.count(b"GIF89a") == 2
+
+
+def test_what_shows_no_videos_gets_some_of_their_frames():
+    video = np.zeros((9, 8, 16, 3), np.uint8)
+    found = with_captions([video, Image.new("RGB", (4, 4))], ["a", "b"])
+    assert [(image.size, text) for image, text in found] == [((5 * 16 + 4, 8), "a"), ((4, 4), "b")]
 
 
 def test_wandb_offline(tmp_path, monkeypatch):

@@ -111,9 +111,10 @@ def run_card(model: DiffusionTrainingModule, logger: ModelLogger, dataset: Any, 
     return model_card(Card(
         model_id=args.hub_model_id, hub=args.hub, trained=_trained(model, logger), weights=logger.saved[-1].name,
         base_model=base, loader=family.loader(base), licence=family.licences.get(base),
-        pipeline_tag="text-to-image" if "prompt" in pipe.inputs else "unconditional-image-generation",
+        pipeline_tag=f"text-to-{pipe.medium}" if "prompt" in pipe.inputs else "unconditional-image-generation",
         instance_prompt=args.instance_prompt, prompts=prompts if logger.samples else (),
-        samples=[f"samples/step-{max(logger.samples)}.png"] if logger.samples else (),
+        samples=[f"samples/step-{max(logger.samples)}.{'png' if pipe.medium == 'image' else 'webp'}"]
+        if logger.samples else (),
         dataset=f"{Path(args.dataset_base_path).resolve().name} ({count} rows)", steps=logger.num_steps,
         seed=args.seed, settings=logger.settings,
         command=["ms-diffsynth", *sys.argv[1:]] if is_ours else ["python", *sys.orig_argv[1:]],

@@ -10,10 +10,10 @@ from ms_diffsynth.training.trainer import Trainer
 
 
 class Samples(Look):
-    """Writes ``samples/step-N.png``, and at the end ``samples/before_after.png``.
+    """Writes ``samples/step-N.png``, and at the end ``samples/before_after.png``; of videos .webp and .mp4.
 
     Args:
-        sampler: makes the images with the current weights.
+        sampler: makes the images or videos with the current weights.
         captions: what is written under them.
         every: steps; None makes them before the first step and at the end.
     """

@@ -37,7 +37,7 @@ class Tracking(Hook):
         with open(records.output_path / "events.jsonl", "rb") as file:  # its first line tells when the run was begun
             begun = hashlib.sha256(file.readline() + records.output_path.name.encode()).hexdigest()[:21]
         run = Tracked(folder=records.output_path, name=records.output_path.resolve().name, project=self.project,
-                      id=begun, settings=records.settings, after=records.num_steps)
+                      id=begun, settings=records.settings, after=records.num_steps, frame_rate=records.frame_rate)
         for name in self.names:
             self._try(name, lambda name=name: self.open.update({name: tracker_class(name)(run)}))
         records.listeners.append(self)
