@@ -9,24 +9,12 @@ import numpy as np
 from mindspore import Tensor
 from PIL import Image
 
+from ms_diffsynth.data.video import to_frames, to_pixels
 from ms_diffsynth.errors import ConfigError, DataError
 from ms_diffsynth.pipelines.shared.image import ImagePipeline, those_given
 from ms_diffsynth.units import PipelineUnit
 
 logger = logging.getLogger(__name__)
-
-
-def to_pixels(video: np.ndarray) -> np.ndarray:
-    """uint8 [F, H, W, 3] -> float32 [3, F, H, W] in [-1, 1]."""
-    return np.ascontiguousarray(video.transpose(3, 0, 1, 2).astype(np.float32) / np.float32(127.5) - np.float32(1))
-
-
-def to_frames(pixels: np.ndarray) -> np.ndarray:
-    """float32 [3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3]. Raises: DataError for pixels that are not finite."""
-    if not np.isfinite(pixels).all():
-        raise DataError("the frames hold numbers that are not finite: the model computed no film.")
-    scaled = (pixels.astype(np.float32) + 1) * np.float32(127.5)
-    return np.ascontiguousarray(np.clip(np.round(scaled), 0, 255).astype(np.uint8).transpose(1, 2, 3, 0))
 
 
 class LoadPixels(PipelineUnit):

@@ -11,10 +11,10 @@ from PIL import Image
 
 from ms_diffsynth.data.images import to_rgb
 from ms_diffsynth.data.operators import crop_and_resize
+from ms_diffsynth.data.video import to_pixels
 from ms_diffsynth.errors import ConfigError, DataError, WeightError
 from ms_diffsynth.pipelines.shared import causal_vae
 from ms_diffsynth.pipelines.shared.cuts import tell_cut
-from ms_diffsynth.pipelines.shared.video import to_pixels
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 try:
