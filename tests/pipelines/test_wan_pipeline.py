@@ -12,6 +12,7 @@ from PIL import Image
 
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, WeightError
+from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.pipelines.wan import FAMILY
 from ms_diffsynth.pipelines.wan.denoise import Denoise, DenoiseLittle, from_patches, to_patches
 from ms_diffsynth.pipelines.wan.pipeline import WanVideoPipeline
@@ -96,16 +97,23 @@ def test_which_frames_are_given():
     np.testing.assert_array_equal(both, [[1, 0, 0]] * 3 + [[1, 0, 1]])
 
 
-def test_a_frame_is_squashed_as_pytorch_does_it():
-    """torch.nn.functional.interpolate(mode="bicubic", align_corners=False) of a ramp and a spike, 2.13."""
-    image = np.zeros((1, 6, 4), np.float32)
-    image[0, 2, 1] = 1
-    found = squashed(image, 3)
-    assert found.shape == (1, 3, 3) and np.abs(squashed(np.ones((3, 7, 9), np.float32), 4) - 1).max() < 1e-6
-    np.testing.assert_allclose(found[0], SPIKE, rtol=0, atol=1e-6)
+def test_texts_and_frames_are_encoded_as_pytorch_does_it(pipe_of, golden):
+    """transformers 4.57 and diffusers 0.39 on the same weights (tests/golden/make_wan_encoders.py); the last prompt is
+    longer than the distances that UMT5 tells apart."""
+    pipe, expected = pipe_of("i2v"), load_state_dict(golden / "wan_encoders/expected.safetensors")
+    for k, prompt in enumerate(PROMPTS):
+        slots = pipe.run(pipe.units[:2], {"prompt": prompt})
+        np.testing.assert_array_equal(slots["prompt_ids"].asnumpy(), expected[f"ids.{k}"])
+        wanted = expected[f"embeds.{k}"]
+        np.testing.assert_allclose(slots["prompt_embeds"].asnumpy(), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    frame, wanted = expected["frame"], expected["image_embeds"]
+    np.testing.assert_allclose(squashed(frame, 224)[:, ::32], expected["squashed"], rtol=0, atol=2e-6)
+    tokens = pipe.optional_units["input_image"][2].process(pipe, Tensor(frame[None, :, None]))["image_embeds"].asnumpy()
+    assert tokens.shape == (1, 257, 32)
+    np.testing.assert_allclose(tokens[:, ::8], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
-SPIKE = [[-0.066406, -0.066406, 0.010417], [0.422839, 0.422839, -0.06633], [-0.066406, -0.066406, 0.010417]]
+PROMPTS = ("", "a red cat", "A  cat &amp;amp; a dog\n run " + "through the long wet grass of a meadow " * 16)
 
 
 def test_given_frames_are_those_of_the_film_in_training_and_cropped_images_in_sampling(pipe_of):

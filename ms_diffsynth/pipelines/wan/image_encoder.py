@@ -42,7 +42,7 @@ class ImageEncoder(nn.Cell):
         patches = patches.reshape(batch, width, -1).swapaxes(1, 2)
         whole = ops.broadcast_to(embed.class_embedding.reshape(1, 1, width), (batch, 1, width))
         x = ops.cat((whole.astype(patches.dtype), patches), 1)
-        x = model.pre_layrnorm(x + embed.position_embedding.weight.expand_dims(0)[:, :x.shape[1]])
+        x = model.pre_layrnorm(x + embed.position_embedding.embedding_table.expand_dims(0))
         for k in range(len(model.encoder.layers) - 1):
             layer = model.encoder.layers[k]
             x = x + self.attention(layer.self_attn, layer.layer_norm1(x))
