@@ -28,7 +28,7 @@ from ms_diffsynth.pipelines.wan.denoise import Denoise, DenoiseLittle
 from ms_diffsynth.pipelines.wan.published import IMAGE_ENCODER, PUBLISHED, UMT5_XXL, VAE_21, VAE_22
 from ms_diffsynth.units import TensorUnit
 
-EXPERTS = ("high_noise", "low_noise")
+NETWORKS, EXPERTS = ("dit", "dit2"), ("high_noise", "low_noise")
 # the least sigma of the expert for much noise. Source: Wan 2.2, wan_t2v_A14B.py and wan_i2v_A14B.py
 T2V_BOUNDARY, I2V_BOUNDARY = 0.875, 0.9
 
@@ -181,16 +181,20 @@ class WanVideoPipeline(VideoPipeline):
         patch = self._knows("vae") and self.config("vae").get("patch_size")
         return bool(self.store.index.get("expand_timesteps", patch))
 
+    def _of_network(self, setting: str) -> Any:
+        """A setting of the network, or of either expert, which agree in it; None where it is not known."""
+        name = next((name for name in NETWORKS if self._knows(name)), None)
+        return name and self.config(name).get(setting)
+
     @property
     def has_condition(self) -> bool:
         """Whether the network has channels for given frames."""
-        config = self.config(self.network) if self._knows(self.network) else {}
-        return config.get("in_channels") != config.get("out_channels")
+        return self._of_network("in_channels") != self._of_network("out_channels")
 
     @property
     def has_image_tokens(self) -> bool:
         """Whether the network sees tokens of an image."""
-        return self._knows(self.network) and self.config(self.network).get("image_dim") is not None
+        return self._of_network("image_dim") is not None
 
     @property
     def has_experts(self) -> bool:
@@ -228,7 +232,9 @@ class WanVideoPipeline(VideoPipeline):
         return causal_vae.latent_shape(self.config("vae"), (num_frames, height, width))
 
     def use_sampling_config(self, config: Mapping[str, Any]) -> None:
-        """As `Pipeline.use_sampling_config`, after the model's own defaults."""
+        """As `Pipeline.use_sampling_config`, after the model's own defaults. An expert that is alone is the network."""
+        if self._knows("dit2") and not self._knows("dit"):
+            self.denoise = DenoiseLittle(self.dtype)
         self.sampling, self.low_noise_cfg_scale = self.defaults.sampling, self.defaults.low_noise_cfg_scale
         super().use_sampling_config(config)
 
@@ -286,7 +292,7 @@ class WanVideoPipeline(VideoPipeline):
 
     def prepare_training(self, trained: Sequence[str]) -> None:
         """Train one expert. Raises: ConfigError for two, or for a network that needs frames that it is not given."""
-        named = [name for name in ("dit", "dit2") if name in {part.split(".")[0] for part in trained}]
+        named = [name for name in NETWORKS if name in {part.split(".")[0] for part in trained}]
         if len(named) == 2:
             raise ConfigError("dit and dit2 are to be trained: a run trains one expert, on its own noise levels. Train "
                               "them in two runs, and give both files when sampling.")
