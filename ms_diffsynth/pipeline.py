@@ -517,7 +517,9 @@ class Pipeline:
         table, given = self.lora_table, {name: model for name, model in self.models.items() if model is module}
         if module is None:
             given = {name: getattr(self, name) for name in models_in(path, table)}
-        elif not given or next(iter(given)) not in table.models:  # a model that is not of this pipeline
+        elif given:
+            table = self.lora_table_of(next(iter(given)))
+        if module is not None and not set(given) & set(table.models):  # a model that is not of this pipeline
             given, table = {"": module}, Table()
         files = load_adapters(path, {name: list(linear_modules(model)) for name, model in given.items()},
                               (*formats(), LOKR, LOHA, FULL), table)
@@ -560,7 +562,7 @@ class Pipeline:
                 model = self.models[name]
                 for path, alpha in added.files:
                     file = load_adapters(path, {name: list(bare_layers(model))}, (*formats(), LOKR, LOHA, FULL),
-                                         self.lora_table)[name]
+                                         self.lora_table_of(name))[name]
                     fuse(file, model, alpha)
 
     @property
@@ -573,6 +575,10 @@ class Pipeline:
             return Table({name: Model({"diffusers": prefix}) for name, prefix in own.items()})
         models = {name: Model(dict.fromkeys(columns, prefix)) for name, prefix in own.items()}
         return replace(table, models={name: table.models.get(name, model) for name, model in models.items()})
+
+    def lora_table_of(self, name: str) -> Table:
+        """`lora_table` for a file that is of one model alone, which may be called as another one is."""
+        return self.lora_table
 
     def load_weights(self, path: str | Path, is_lazy: bool = False) -> dict[str, int]:
         """Put weights that training saved (``step-N.safetensors``) into the models they are of.

@@ -16,7 +16,7 @@ from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule, S
 from ms_diffsynth.diffusion.tasks import Task
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, listing, naming
-from ms_diffsynth.formats.interchange import read_table
+from ms_diffsynth.formats.interchange import Table, read_table
 from ms_diffsynth.models import SIZE, Component, arguments, blocks, columns, has
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.shared import causal_vae, t5
@@ -321,6 +321,22 @@ class WanVideoPipeline(VideoPipeline):
         sigmas = self.training_schedule(name).sigmas
         count = int((sigmas >= np.float32(self.boundary)).sum())
         return replace(found, index_range=(0, count) if expert == EXPERTS[0] else (count, len(sigmas)))
+
+    @property
+    def lora_table(self) -> Table:
+        """As `Pipeline.lora_table`; where the expert for little noise is the network, files have the same names."""
+        table = super().lora_table
+        return self._for_little(table) if self.network == "dit2" else table
+
+    def lora_table_of(self, name: str) -> Table:
+        table = super().lora_table
+        return self._for_little(table) if name == "dit2" else table
+
+    @staticmethod
+    def _for_little(table: Table) -> Table:
+        own, further = table.models["dit"], table.models["dit2"].prefixes.values()
+        rest = {name: model for name, model in table.models.items() if name not in NETWORKS}
+        return replace(table, models={"dit2": replace(own, also=(*own.also, *further)), **rest})
 
     # -- sampling --------------------------------------------------------------------------------------------------
 
