@@ -41,8 +41,8 @@ class Denoise(TensorUnit):
                             (frames, height // 2, width // 2), image_embeds)
         return (from_patches(patches.astype(ms.float32), frames, height, width),)
 
-    def call(self, *given):
-        return self.dit(*given)
+    def call(self, patches, time, prompt_embeds, sides, image_embeds):
+        return self.dit(patches, time, prompt_embeds, sides, image_embeds)
 
 
 class DenoiseLittle(Denoise):
@@ -50,8 +50,8 @@ class DenoiseLittle(Denoise):
 
     onload_model_names = ("dit2",)
 
-    def call(self, *given):
-        return self.dit2(*given)
+    def call(self, patches, time, prompt_embeds, sides, image_embeds):
+        return self.dit2(patches, time, prompt_embeds, sides, image_embeds)
 
 
 @ops.constexpr
