@@ -115,13 +115,7 @@ class ImagePipeline(Pipeline):
 
         Raises: as `__call__`.
         """
-        known = [name for name in self.optional_units if name != "template_inputs"]  # TemplatePipeline takes those
-        known += ["template_cache"] if "template_cache?" in self.denoise.input_params else []
-        odd = [name for name in inputs if name.removeprefix("negative_") not in known]
-        if odd:
-            options = [*self.options, *(name for name in known if name not in self.options)]
-            raise ConfigError(f"{type(self).__name__} has no input {listing(odd)}; it has prompt, negative_prompt, "
-                              f"{listing(options, 20)}.{nearest(odd[0], options)}")
+        self.check_inputs(inputs)
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if text and (problem := prompt_problem(text)):
                 raise ConfigError(f"{name}={shortened(text)} {problem}.")
@@ -148,6 +142,16 @@ class ImagePipeline(Pipeline):
                             denoising_strength)
         latents = self.start(start, noise, sigmas, tiling)
         return self.integrate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler)
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Raises: ConfigError for further inputs of a call that the family does not have."""
+        known = [name for name in self.optional_units if name != "template_inputs"]  # TemplatePipeline takes those
+        known += ["template_cache"] if "template_cache?" in self.denoise.input_params else []
+        odd = [name for name in inputs if name.removeprefix("negative_") not in known]
+        if odd:
+            options = [*self.options, *(name for name in known if name not in self.options)]
+            raise ConfigError(f"{type(self).__name__} has no input {listing(odd)}; it has prompt, negative_prompt, "
+                              f"{listing(options, 20)}.{nearest(odd[0], options)}")
 
     @property
     def usual_size(self) -> tuple[int, ...]:

@@ -340,12 +340,12 @@ class WanVideoPipeline(VideoPipeline):
 
     # -- sampling --------------------------------------------------------------------------------------------------
 
-    def sample(self, size: tuple[int, ...], *arguments: Any) -> Tensor:
-        """As `ImagePipeline.sample`. Raises: ConfigError also for a model that needs an image and is given none."""
-        if self.has_condition and "input_image" not in arguments[-1]:
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """As `ImagePipeline.check_inputs`. Raises: ConfigError also for a model that needs an image and has none."""
+        super().check_inputs(inputs)
+        if self.has_condition and "input_image" not in inputs:
             raise ConfigError("input_image is missing: this model makes videos of images. Give the first frame as "
                               "input_image.")
-        return super().sample(size, *arguments)
 
     def guided(self, positive: dict[str, Any], negative: dict[str, Any] | None, cfg_scale: float,
                unit: TensorUnit | None = None) -> Denoiser:
