@@ -15,6 +15,7 @@ from ms_diffsynth.data.video import to_pixels
 from ms_diffsynth.errors import ConfigError, DataError, WeightError
 from ms_diffsynth.pipelines.shared import causal_vae
 from ms_diffsynth.pipelines.shared.cuts import tell_cut
+from ms_diffsynth.pipelines.shared.text import EncodeTokens
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 try:
@@ -59,20 +60,16 @@ class TokenizePrompt(PipelineUnit):
         return {"prompt_ids": Tensor(np.array([ids], np.int32))}
 
 
-class EncodePrompt(TensorUnit):
-    """Hidden states of a prompt. Its padding, which the encoder would not attend to, is left out.
-
-    Rows behind it are zeros for the transformer, which attends to them (`pipeline.pad_prompts`).
+class EncodePrompt(EncodeTokens):
+    """Hidden states of a prompt. Padding (0) is not attended to; its rows are zeros, which the transformer attends to.
 
     Shapes: prompt_ids int32 [B, L] -> prompt_embeds float32 [B, L, D].
     """
 
-    input_params = ("prompt_ids",)
-    output_params = ("prompt_embeds",)
-    onload_model_names = ("text_encoder",)
-
     def construct(self, prompt_ids):
-        return (self.text_encoder(prompt_ids, return_dict=False)[0].astype(ms.float32),)
+        is_text = (prompt_ids != 0).astype(ms.float32)
+        hidden = self.text_encoder(prompt_ids, is_text, return_dict=False)[0].astype(ms.float32)
+        return (hidden * is_text.expand_dims(2),)
 
 
 class EncodeImage(causal_vae.EncodeImage):
