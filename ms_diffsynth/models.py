@@ -132,6 +132,7 @@ class Component:
             and why.
         left_out: tensor -> from the shapes of the others to its values, where publishers' files are without it.
         encoder: cells of a VAE that decoding does not use.
+        is_optional: whole models may be without it, and need not say so.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Component:
     encoder: tuple[str, ...] = ()
     marks: Mapping[str, str] = field(default_factory=dict, hash=False)
     unlike: tuple[str, str] | None = None
+    is_optional: bool = False
 
     @property
     def is_tokenizer(self) -> bool:
@@ -317,7 +319,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 SAMPLING: dict[str, Kind] = {"cfg_scale": SCALE, "embedded_guidance": SCALE, "height": SIZE, "width": SIZE,
-                             "num_inference_steps": SIZE, "max_sequence_length": SIZE}
+                             "num_inference_steps": SIZE, "num_frames": SIZE, "max_sequence_length": SIZE}
 
 
 def sampling_config(folder: Path) -> dict[str, Any]:
@@ -526,6 +528,8 @@ class ModelStore:
         if os.path.lexists(folder / "model_index.json") and paths[0].is_dir():
             self.index = self._read(folder, "model_index.json")
             self.absent = {c.name for c in self.components if self.index.get(c.folder) == [None, None]}
+            self.components = tuple(c for c in self.components if not c.is_optional or (
+                c.folder in self.index and c.name not in self.absent))
             self.sampling_config = sampling_config(folder)
             for component in self.components:
                 if (folder / component.folder).is_dir():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -271,7 +272,6 @@ class Pipeline:
         self.units = self.build_units()
         if any("moments" in unit.output_params for unit in self.units):  # no VAE, no posterior
             self.units.append(SampleLatents("mean"))
-        self.optional_units = self.build_optional_units()
         self._replaced: dict[str, PipelineUnit | TensorUnit] = {}  # units of the family that others stand for
         self.denoise = self.build_denoise()
 
@@ -285,6 +285,11 @@ class Pipeline:
         """Units that run only with a further input, by its name: before the others, or instead of the one that is
         called the same; see `use_input`."""
         return {}
+
+    @functools.cached_property
+    def optional_units(self) -> dict[str, list[PipelineUnit | TensorUnit]]:
+        """`build_optional_units`, once: when they are first asked for, the files of the models are known."""
+        return self.build_optional_units()
 
     def build_denoise(self) -> TensorUnit:
         """The unit that calls the network: reads ``latents`` and ``sigma``, writes ``velocity``."""
@@ -366,6 +371,9 @@ class Pipeline:
     def _model_fn(self, **slots: Any) -> Tensor:
         self.recompute_as_asked(slots)
         return run_unit(self.denoise, self, slots)[self.denoise.output_params[0]]
+
+    def prepare_training(self, trained: Sequence[str]) -> None:
+        """Called before training: ``trained`` are the names of the models that learn, or of parts of them."""
 
     def recompute_as_asked(self, slots: Mapping[str, Any]) -> None:
         """Let the network's blocks be computed again in backward if ``use_gradient_checkpointing``, or with
@@ -511,7 +519,9 @@ class Pipeline:
         table, given = self.lora_table, {name: model for name, model in self.models.items() if model is module}
         if module is None:
             given = {name: getattr(self, name) for name in models_in(path, table)}
-        elif not given or next(iter(given)) not in table.models:  # a model that is not of this pipeline
+        elif given:
+            table = self.lora_table_of(next(iter(given)))
+        if module is not None and not set(given) & set(table.models):  # a model that is not of this pipeline
             given, table = {"": module}, Table()
         files = load_adapters(path, {name: list(linear_modules(model)) for name, model in given.items()},
                               (*formats(), LOKR, LOHA, FULL), table)
@@ -554,7 +564,7 @@ class Pipeline:
                 model = self.models[name]
                 for path, alpha in added.files:
                     file = load_adapters(path, {name: list(bare_layers(model))}, (*formats(), LOKR, LOHA, FULL),
-                                         self.lora_table)[name]
+                                         self.lora_table_of(name))[name]
                     fuse(file, model, alpha)
 
     @property
@@ -567,6 +577,10 @@ class Pipeline:
             return Table({name: Model({"diffusers": prefix}) for name, prefix in own.items()})
         models = {name: Model(dict.fromkeys(columns, prefix)) for name, prefix in own.items()}
         return replace(table, models={name: table.models.get(name, model) for name, model in models.items()})
+
+    def lora_table_of(self, name: str) -> Table:
+        """`lora_table` for a file that is of one model alone, which may be called as another one is."""
+        return self.lora_table
 
     def load_weights(self, path: str | Path, is_lazy: bool = False) -> dict[str, int]:
         """Put weights that training saved (``step-N.safetensors``) into the models they are of.
@@ -609,7 +623,8 @@ class Pipeline:
             files, with an adapter, or stored in 8 bits.
         """
         index = {"_class_name": self.store.index.get("_class_name") or self.diffusers_class,
-                 "_diffusers_version": "0.35.2"}
+                 "_diffusers_version": "0.35.2",
+                 **{k: v for k, v in self.store.index.items() if k[0] != "_" and not isinstance(v, list)}}
         with stage_folder(folder, replace=replace) as stage:
             for component in self.store.components:
                 if not component.part_of:

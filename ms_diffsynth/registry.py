@@ -21,6 +21,7 @@ FAMILIES = {
     "sd3": "ms_diffsynth.pipelines.sd3",
     "sdxl": "ms_diffsynth.pipelines.sdxl",
     "toy": "ms_diffsynth.pipelines.toy",
+    "wan": "ms_diffsynth.pipelines.wan",
     "z_image": "ms_diffsynth.pipelines.z_image",
 }
 
@@ -38,6 +39,8 @@ MODEL_CLASSES = {
     "StableDiffusion3Pipeline": "sd3",
     "StableDiffusionXLPipeline": "sdxl",
     "ToyPipeline": "toy",
+    "WanImageToVideoPipeline": "wan",
+    "WanPipeline": "wan",
     "ZImagePipeline": "z_image",
 }
 

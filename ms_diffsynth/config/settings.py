@@ -60,6 +60,9 @@ class ModelSection:
     lora_alpha: float | None = _setting(None, "the LoRA is scaled by lora_alpha / lora_rank; null = lora_rank",
                                         "0 < lora_alpha <= 1000000")
     lora_checkpoint: str | None = _setting(None, "LoRA file to start from", holds="path")
+    expert: str | None = _setting(
+        None, "noise levels that are trained on, of a network of Wan 2.2 that is given alone; null = all, or those of "
+        "the expert that is trained, where both are given", choices=("high_noise", "low_noise"))
     preset_lora_path: str | None = _setting(None, "LoRA file added to the model before training, which learns the rest",
                                             holds="path")
     preset_lora_model: str | None = _setting(None, "model that gets it; null = the first lora_base_model")

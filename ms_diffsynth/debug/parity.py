@@ -20,6 +20,7 @@ from ms_diffsynth import runtime
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.debug.compare import Quantity, relative_error, together, tolerances, worst
 from ms_diffsynth.debug.end_to_end import check_end_to_end
+from ms_diffsynth.debug.films import check_films
 from ms_diffsynth.debug.gradients import Gradients
 from ms_diffsynth.debug.pictures import check_pictures
 from ms_diffsynth.debug.texts import check_texts
@@ -44,7 +45,8 @@ OBJECTIVES = {"flow_match_sft": "sft", "flux_dreambooth": "dreambooth", "ddpm_ep
               "ddpm_v_prediction": "sft"}
 # what a case records under another name than the slot's
 INPUTS = {"images": "input_latents", "prompt_embeds_mask": "prompt_mask", "add_time_ids": "time_ids"}
-EXPECTED = {"noisy_latents": "latents", "noisy": "latents", "noisy_images": "latents"}
+EXPECTED = {"noisy_latents": "latents", "noisy": "latents", "noisy_images": "latents",
+            "first_frame_latents": "given_latents"}
 
 
 def read_case(folder: Path) -> dict[str, Any]:
@@ -119,7 +121,14 @@ class Case:
                 pipe.sources[component.name] = Source(self.folder / component.folder)
         if self.references:
             pipe.use_input("edit_image")
+        if self.has_first_frame:
+            pipe.use_input("input_image")
         return pipe
+
+    @property
+    def has_first_frame(self) -> bool:
+        """Whether the network is given the first frame of each film."""
+        return {"condition", "first_frame_latents"} & set(self.expected) != set()
 
     @property
     def references(self) -> list[np.ndarray]:
@@ -141,12 +150,18 @@ class Case:
     def given(self, k: int) -> dict[str, Any]:
         """Slots that the case fixes at evaluation ``k``; draws are recorded for each evaluation."""
         names = {"images", "pixels", "prompt_embeds", "pooled_prompt_embeds", "posterior_noise",
-                 "add_time_ids"} & set(self.inputs)
+                 "add_time_ids", "image_embeds"} & set(self.inputs)
         slots: dict[str, Any] = {INPUTS.get(name, name): self.inputs[name] for name in sorted(names)}
         slots |= {INPUTS.get(name, name): array.astype(np.float32) for name, array in self.inputs.items()
                   if name in ("prompt_mask", "prompt_embeds_mask")}
         if self.references:
             slots["edit_pixels"] = list(map(Tensor, self.references))
+        if self.has_first_frame:
+            slots["first_pixels"] = self.inputs["pixels"][:, :, :1]
+            slots["given_pixels"] = slots["first_pixels"]
+            if "condition" in self.expected:
+                slots["given_pixels"] = np.zeros_like(self.inputs["pixels"])
+                slots["given_pixels"][:, :, :1] = slots["first_pixels"]
         if "template_kv_cache" in self.info:  # one evaluation; its latents are given
             return slots | {name: self.inputs[name] for name in ("input_latents", "noise", "timestep_index")}
         if "density_normal" in self.inputs:  # one evaluation, from the density's raw draw
@@ -176,6 +191,8 @@ def _check_case(folder: Path, info: dict[str, Any], mode: str, dtype: str) -> li
         return check_pictures(folder, info, mode, dtype)
     if info.get("objective") == "text_encoders":
         return check_texts(folder, info, mode, dtype)
+    if info.get("variant", "").startswith("vae"):
+        return check_films(folder, info, mode, dtype)
     case = Case(folder, info, dtype)
     pipe, objective = case.pipeline(), case.objective
     pipe.objective = objective
@@ -239,6 +256,7 @@ def _first_evaluation(case: Case, pipe: Pipeline, program: Program, mode: str) -
     expected = {predicted if name in ("noise_pred", "velocity") else EXPECTED.get(name, name): name
                 for name in case.expected}  # slot -> its name in the case
     observed = [s for s in ("input_latents", "latents", *pipe.denoise.output_params) if s not in program.inputs]
+    observed += [s for s in ("condition", "given_latents") if s in expected]
     fused = [unit.name for unit in program.units if unit.is_always_fused or unit.name in pipe.fusible]
     cut = program.cut(("loss", "sample_losses", *observed), (pipe.network,), fused)
     parameters = {name: p for model in (pipe.network, "template_model") if model in cut.models("step")

@@ -93,7 +93,7 @@ class Model:
         prefixes: layout -> what its names begin with: ``transformer.`` or, where dots are underscores, ``lora_unet_``.
         also: further beginnings of its names.
         rows: of its layers; without any, modules keep the names they have.
-        tensors: diffusers' names of tensors that are in no layer -> the publisher's.
+        tensors: diffusers' names of tensors that are in no layer -> the publisher's; patterns with N too.
         transposed: those of them that the publisher has transposed.
         column: that of the publisher's names in its files of models.
         alone, whole: what its names begin with in the publisher's file of this model, and in one of a whole pipeline;
@@ -121,6 +121,15 @@ class Model:
                     modules = tuple(fill(member, numbers) for member in row.members)
                     found.setdefault(modules, Found(modules, row, column))
         return list(found.values())
+
+    def tensor(self, name: str, is_ours: bool) -> str | None:
+        """The publisher's name of a tensor that is in no layer, from diffusers' (``is_ours``) or the reverse; None for
+        others."""
+        for ours, theirs in self.tensors.items():
+            pattern, other = (ours, theirs) if is_ours else (theirs, ours)
+            if numbers := _numbers(pattern, name, False):
+                return fill(other, numbers)
+        return None
 
     def place(self, module: str, column: str) -> tuple[str, Row | None, tuple[str, ...]] | None:
         """Where a module is in a column: the name there, its row, and all modules of the row; None for nowhere."""

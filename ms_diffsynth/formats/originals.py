@@ -31,14 +31,14 @@ def in_our_names(checkpoint: Checkpoint, model: Model | None = None) -> Checkpoi
     if model is None:
         return checkpoint.with_entries(entries)
     entries = {_without_beginning(name, model): entry for name, entry in entries.items()}
-    tensors = {theirs: ours for ours, theirs in model.tensors.items()}
     turned = {theirs for ours, theirs in model.tensors.items() if ours in model.transposed}
     found: dict[str, Entry] = {}
     for name, entry in entries.items():
         stem, _, part = name.rpartition(".")
-        meant = [None] if name in tensors else model.find(stem, False) or [None]
+        alone = model.tensor(name, is_ours=False)
+        meant = [None] if alone else model.find(stem, False) or [None]
         if meant[0] is None or meant[0].row is None:
-            found[tensors.get(name, name)] = _transposed(entry) if name in turned else entry
+            found[alone or name] = _transposed(entry) if name in turned else entry
             continue
         row = meant[0].row
         weight = entries.get(f"{stem}.{row.weight}")
@@ -56,13 +56,14 @@ def in_original_names(checkpoint: Checkpoint, model: Model) -> Checkpoint:
     done: set[str] = set()
     for name, entry in entries.items():
         stem, _, part = name.rpartition(".")
-        place = (model.tensors[name], None, ()) if name in model.tensors else model.place(stem, model.column)
+        alone = model.tensor(name, is_ours=True)
+        place = (alone, None, ()) if alone else model.place(stem, model.column)
         if name in done:
             continue
         if place is None and has_own:
             problems.append(name)
         elif place is None or place[1] is None:
-            found[model.tensors.get(name, name)] = _transposed(entry) if name in model.transposed else entry
+            found[alone or name] = _transposed(entry) if name in model.transposed else entry
         else:
             other, row, modules = place
             names = [f"{module}.{part}" for module in modules]

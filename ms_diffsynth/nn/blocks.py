@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mindspore import nn
+from mindspore import Parameter, nn
 
 from ms_diffsynth.nn.adapters.flat import FlatTensors
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear
@@ -19,9 +19,9 @@ from ms_diffsynth.nn.recompute import Kept, Offloaded, Recomputed
 
 @dataclass(frozen=True)
 class Kind:
-    """The blocks of one list: ``names`` of their layers, dotted, in the order in which ``build`` takes their functions,
-    after the block itself, to make the cell of a block. Blocks with equal layers, of one class and with one ``variant``
-    (an attribute, if they have it: what the cell depends on besides) are equal.
+    """The blocks of one list: ``names`` of their layers and Parameters, dotted, in the order in which ``build`` takes
+    their functions, after the block itself, to make the cell of a block. Blocks with equal layers, of one class and
+    with one ``variant`` (an attribute, if they have it: what the cell depends on besides) are equal.
     ``twin_of``: the kind whose blocks these are too, computed in another way; the adapters are that kind's."""
 
     list_name: str
@@ -110,12 +110,12 @@ def held(**cells: nn.Cell) -> nn.Cell:
     return holder
 
 
-def at(block: nn.Cell, names: Sequence[str]) -> list[nn.Cell]:
-    """The cells of ``block`` at dotted names."""
+def at(block: nn.Cell, names: Sequence[str]) -> list[nn.Cell | Parameter]:
+    """What ``block`` has at dotted names: cells, or Parameters of its own."""
     found = []
     for name in names:
         cell = block
         for part in name.split("."):
-            cell = cell._cells[part]
+            cell = cell._cells[part] if part in cell._cells else cell._params[part]
         found.append(cell)
     return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
-from mindspore import mint, nn
+from mindspore import Parameter, mint, nn
 
 from ms_diffsynth.nn.adapters.flat import BlockTensors, NoTensors
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear
@@ -80,12 +80,21 @@ class RMSNorm(nn.Cell):
         return network.rms_norm(x, weights[0], self.eps)
 
 
-def layer_of(cell: nn.Cell) -> Layer:
+class Value(nn.Cell):
+    """A Parameter that a block has beside its layers."""
+
+    def construct(self, x, weights, lora):
+        return weights[0]
+
+
+def layer_of(cell: nn.Cell | Parameter) -> Layer:
     """What a cell computes: a linear layer, its adapter and its storage in 8 bits included, a LayerNorm with weight and
-    bias, or mindone's RMSNorm.
+    bias, or mindone's RMSNorm; or a Parameter as it is.
 
     Raises: TypeError for any other cell.
     """
+    if isinstance(cell, Parameter):
+        return Layer(("value", tuple(cell.shape)), Value(), (cell,))
     if isinstance(cell, AdaptedLinear):
         base = layer_of(cell.base)
         return replace(base, kind=cell.kind(base.kind), weights=(*base.weights, *cell.frozen), adapter=cell)

@@ -29,7 +29,7 @@ def known(tiny_model, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "sd3", "z_image"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "sd3", "wan", "z_image"])
 def test_a_transformer_there_and_back(name, known, tmp_path, capsys):
     folder = known(name) / "transformer"
     assert convert(folder, tmp_path / "one.safetensors", "original") == 0
@@ -44,7 +44,7 @@ def test_a_transformer_there_and_back(name, known, tmp_path, capsys):
     names = set(load_state_dict(tmp_path / "one.safetensors"))
     beginning = {"flux": "double_blocks.0.img_attn.qkv", "flux2": "double_blocks.0.img_attn.qkv",
                  "qwen_image": "transformer_blocks.0.attn.to_q", "sd3": "model.diffusion_model.joint_blocks.0.x_block",
-                 "z_image": "layers.0.attention.qkv"}
+                 "wan": "blocks.0.self_attn.q", "z_image": "layers.0.attention.qkv"}
     assert any(key.startswith(beginning[name]) for key in names)
 
 

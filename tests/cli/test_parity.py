@@ -15,7 +15,7 @@ from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FLUX, UNET = CASES_OF_PACKAGE / "flux", CASES_OF_PACKAGE / "ddpm_unet"
-CASES = ("flux", "flux_dreambooth_cosmap", "flux2_klein", "qwen_image", "sd3", "z_image")
+CASES = ("flux", "flux_dreambooth_cosmap", "flux2_klein", "qwen_image", "sd3", "wan_i2v", "wan_ti2v_5b", "z_image")
 EDITING = ("flux_kontext", "qwen_image_edit", "qwen_image_edit_2509", "qwen_image_edit_2511")
 
 
@@ -55,6 +55,16 @@ def test_two_text_encoders(run, mode):
     assert all(f"ok   {name}" in out for name in (
         "hidden states of text_encoder_1", "hidden states of text_encoder_2", "prompt embeds", "pooled prompt embeds",
         "loss", "gradients (105 tensors)"))
+
+
+@pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["wan_vae", "wan22_vae"])
+def test_the_autoencoders_of_films(run, case, mode):
+    code, out, _ = run("parity", GOLDEN / case, "--mode", mode)
+    assert code == 0 and "FAIL" not in out
+    assert all(f"ok   {name}" in out for name in (
+        "moments of 5 frames", "moments of 1 frames", "moments of 9 frames", "latents", "5 decoded frames",
+        "1 decoded frames"))
 
 
 @pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])

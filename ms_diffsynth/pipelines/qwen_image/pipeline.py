@@ -16,9 +16,9 @@ from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.qwen_image import edit, units
 from ms_diffsynth.pipelines.qwen_image.denoise import Denoise
 from ms_diffsynth.pipelines.qwen_image.published import PUBLISHED
+from ms_diffsynth.pipelines.shared.causal_vae import CausalVAE
 from ms_diffsynth.pipelines.shared.edit import LoadEditImage
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
-from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.pipelines.shared.text import QWEN_TOKENIZER, build_qwen_tokenizer
 from ms_diffsynth.pipelines.shared.vae_units import LoadPixels, with_latents
 
@@ -33,11 +33,7 @@ def _build_dit(config: dict[str, Any]):
 
 
 def _build_vae(config: dict[str, Any]):
-    with quiet_imports():
-        from mindone.diffusers import AutoencoderKLQwenImage
-
-    return with_latents(AutoencoderKLQwenImage, units.EncodeImage, units.Decode)(
-        **arguments(AutoencoderKLQwenImage, config, LATER_SETTINGS))
+    return with_latents(CausalVAE, units.EncodeImage, units.Decode)(**arguments(CausalVAE, config, LATER_SETTINGS))
 
 
 def _build_text_encoder(config: dict[str, Any]):

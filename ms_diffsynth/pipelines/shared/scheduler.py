@@ -57,8 +57,8 @@ class Scheduler:
             pipe.sampled_sigmas = None
             pipe.sigmas = pipe.training_schedule("sft").sigmas if pipe.sigmas is None else pipe.sigmas
             return
-        patch, own = pipe.latent_patch, pipe.sampling
-        shape = (pipe.latent_shape(own.height, own.width) if dynamic_shift_len is None
+        patch = pipe.latent_patch
+        shape = (pipe.latent_shape(*pipe.usual_size) if dynamic_shift_len is None
                  else (1, patch, patch * dynamic_shift_len))
         pipe.sampled_sigmas = last_steps(pipe.sampling_sigmas(num_inference_steps, shape), denoising_strength)
 
