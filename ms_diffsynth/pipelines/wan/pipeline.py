@@ -158,12 +158,11 @@ class WanVideoPipeline(VideoPipeline):
     components = COMPONENTS
     lora_target_modules = LORA_TARGET_MODULES
     interchange = read_table(Path(__file__).with_name("interchange.yaml"))
-    fusible = ("encode_image", "encode_given", "encode_first")
     widths = {"latents": ("out_channels", -4, 1), "prompt_embeds": ("text_dim", -1, 1)}
     prepare_settings = ("max_sequence_length",)
-    padded_slots = ("prompt_ids", "prompt_embeds")
-    prompt_lengths = (512,)
-    max_sequence_length = 512
+    padded_slots = ("prompt_ids",)  # where the text encoder is trained
+    prompt_lengths = (units.TEXT_TOKENS,)
+    max_sequence_length = units.TEXT_TOKENS
     frame_factor = causal_vae.TIMES
     sampling = TEXT.sampling
     low_noise_cfg_scale: float | None = None
@@ -250,6 +249,12 @@ class WanVideoPipeline(VideoPipeline):
             return {}
         tokens = [units.EncodeImageTokens()] if self.has_image_tokens else []
         return {"input_image": [units.LoadGiven(), units.EncodeGiven(), *tokens], "end_image": []}
+
+    @property
+    def fusible(self) -> tuple[str, ...]:
+        """What the VAE encodes."""
+        further = [unit for units in self.optional_units.values() for unit in units]
+        return ("encode_image", *(unit.name for unit in further if "vae" in unit.onload_model_names))
 
     def build_denoise(self) -> Denoise:
         return Denoise(self.dtype)

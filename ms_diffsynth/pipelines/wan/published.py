@@ -75,9 +75,9 @@ REPOSITORIES = {
 
 def prepared_shapes(configs: dict[str, dict[str, Any]], latent: tuple[int, int, int, int],
                     text_tokens: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of the prepared slots of a row, for latents [C, f, h, w] and a prompt of ``text_tokens``."""
+    """The shapes of the prepared slots of a row, for latents [C, f, h, w]; text is 512 rows, however long."""
     channels, dit = latent[0], configs["dit"]
-    shapes = {"moments": (2 * channels, *latent[1:]), "prompt_embeds": (text_tokens, dit["text_dim"])}
+    shapes = {"moments": (2 * channels, *latent[1:]), "prompt_embeds": (512, dit["text_dim"])}
     if dit["in_channels"] != dit["out_channels"]:
         shapes["condition"] = (4 + channels, *latent[1:])
     if dit.get("image_dim"):

@@ -6,7 +6,7 @@ import re
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, mint, ops
 from PIL import Image
 
 from ms_diffsynth.data.images import to_rgb
@@ -15,7 +15,6 @@ from ms_diffsynth.data.video import to_pixels
 from ms_diffsynth.errors import ConfigError, DataError, WeightError
 from ms_diffsynth.pipelines.shared import causal_vae
 from ms_diffsynth.pipelines.shared.cuts import tell_cut
-from ms_diffsynth.pipelines.shared.text import EncodeTokens
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
 try:
@@ -23,6 +22,7 @@ try:
 except ImportError:  # as in diffusers, what it would mend stays
     ftfy = None
 
+TEXT_TOKENS = 512  # that the transformer sees of every prompt
 CLIP_SIDE = 224  # pixels
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 VOCABULARY_SLACK = 256  # entries of UMT5's embedding that are no token
@@ -60,16 +60,34 @@ class TokenizePrompt(PipelineUnit):
         return {"prompt_ids": Tensor(np.array([ids], np.int32))}
 
 
-class EncodePrompt(EncodeTokens):
-    """Hidden states of a prompt. Padding (0) is not attended to; its rows are zeros, which the transformer attends to.
+class EncodePrompt(TensorUnit):
+    """Hidden states of a prompt, and rows of zeros up to 512, which the transformer attends to.
 
-    Shapes: prompt_ids int32 [B, L] -> prompt_embeds float32 [B, L, D].
+    Padding (0), which ids have where prompts are a batch, is not attended to here; its rows are zeros too.
+
+    Shapes: prompt_ids int32 [B, L] -> prompt_embeds float32 [B, 512, D].
     """
 
+    input_params = ("prompt_ids",)
+    output_params = ("prompt_embeds",)
+    onload_model_names = ("text_encoder",)
+    has_few_shapes = True
+
+    def process(self, pipe, prompt_ids):
+        """Compiled, ids are padded to one length."""
+        if self.name in pipe.units_to_compile:
+            prompt_ids = mint.nn.functional.pad(prompt_ids, (0, TEXT_TOKENS - prompt_ids.shape[1]))
+        return super().process(pipe, prompt_ids=prompt_ids)
+
     def construct(self, prompt_ids):
+        batch, tokens = prompt_ids.shape
         is_text = (prompt_ids != 0).astype(ms.float32)
         hidden = self.text_encoder(prompt_ids, is_text, return_dict=False)[0].astype(ms.float32)
-        return (hidden * is_text.expand_dims(2),)
+        hidden = hidden * is_text.expand_dims(2)
+        if tokens < TEXT_TOKENS:
+            rest = ops.zeros((batch, TEXT_TOKENS - tokens, hidden.shape[2]), ms.float32)
+            hidden = ops.cat((hidden, rest), 1)
+        return (hidden,)
 
 
 class EncodeImage(causal_vae.EncodeImage):
