@@ -47,6 +47,14 @@ SD3 = {  # Stable Diffusion 3.5 with 44M
     "num_attention_heads": 6, "joint_attention_dim": 512, "caption_projection_dim": 384, "pooled_projection_dim": 256,
     "out_channels": 16, "pos_embed_max_size": 24, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm",
 }
+SDXL = {  # Stable Diffusion XL with 42M instead of 2.6B
+    "sample_size": 2 * SIDE, "in_channels": 4, "out_channels": 4, "block_out_channels": (64, 128, 256),
+    "layers_per_block": 2, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 4), "attention_head_dim": (1, 2, 4), "cross_attention_dim": 512,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 64, "use_linear_projection": True,
+    "projection_class_embeddings_input_dim": 256 + 6 * 64,
+}
 UNET = {  # of examples/unconditional, twice as wide: 1.1M parameters
     "sample_size": 32, "layers_per_block": 1, "block_out_channels": (32, 64, 64), "norm_num_groups": 8,
     "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
@@ -64,6 +72,7 @@ WORKLOADS = {
     "qwen_image_lora": Workload("qwen_image", QWEN, "lora", JOINT),
     "flux2_lora": Workload("flux2", FLUX2, "lora", (*JOINT, "to_qkv_mlp_proj")),
     "sd3": Workload("sd3", SD3, "all"),
+    "sdxl_lora": Workload("sdxl", SDXL, "lora", JOINT[:4]),
     "ddpm": Workload("ddpm", UNET, "all"),
     "vae_encode": Workload("vae", VAE, ""),
     "sampling": Workload("flux", FLUX, "", repeats=20),
@@ -106,6 +115,11 @@ def inputs(network: str) -> dict[str, np.ndarray]:
         return {"hidden_states": normal(BATCH, 16, 2 * SIDE, 2 * SIDE), "encoder_hidden_states": text,
                 "pooled_projections": normal(BATCH, 256), "timestep": 1000 * sigma,
                 "target": normal(BATCH, 16, 2 * SIDE, 2 * SIDE)}
+    if network == "sdxl":
+        sizes = np.tile(np.array([512, 512, 0, 64, 256, 256], np.float32), (BATCH, 1))
+        return {"sample": normal(BATCH, 4, 2 * SIDE, 2 * SIDE), "timestep": np.array([500, 300]),
+                "encoder_hidden_states": text, "text_embeds": normal(BATCH, 256), "time_ids": sizes,
+                "target": normal(BATCH, 4, 2 * SIDE, 2 * SIDE)}
     if network == "qwen_image":
         return {"hidden_states": normal(BATCH, tokens, 64), "timestep": sigma, "encoder_hidden_states": text,
                 "target": normal(BATCH, tokens, 64)}

@@ -20,7 +20,8 @@ from ms_diffsynth.debug.skeleton import Plan, Report, measure
 from ms_diffsynth.errors import UserError
 
 MODELS = ("flux:FLUX.1-dev", "flux2:FLUX.2-klein-4B", "flux2:FLUX.2-klein-9B", "qwen_image:Qwen-Image",
-          "flux2:FLUX.2-dev", "sd3:SD3-medium", "sd3:SD3.5-medium", "sd3:SD3.5-large", "z_image:Z-Image")
+          "flux2:FLUX.2-dev", "sd3:SD3-medium", "sd3:SD3.5-medium", "sd3:SD3.5-large", "sdxl:SDXL-base",
+          "z_image:Z-Image")
 GIB = 2**30
 
 

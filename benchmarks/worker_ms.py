@@ -35,6 +35,10 @@ def build_network(name: str, config: dict) -> nn.Cell:
         from ms_diffsynth.pipelines.flux2.transformer import build_transformer as build
     elif name == "qwen_image":
         from ms_diffsynth.pipelines.qwen_image.transformer import build_transformer as build
+    elif name == "sdxl":
+        from ms_diffsynth.models import arguments
+        from ms_diffsynth.pipelines.sdxl.unet import FIXED, SDXLUNet
+        return SDXLUNet(**arguments(SDXLUNet, config, FIXED))
     elif name == "sd3":
         from ms_diffsynth.pipelines.sd3.transformer import SD3Transformer
         return SD3Transformer(**config)
@@ -61,7 +65,7 @@ class Predict(nn.Cell):
             return self.model(*inputs, return_dict=False)[0]
         if self.name == "vae":
             return self.model.encode(*inputs, return_dict=False)[0]
-        if self.name == "sd3":
+        if self.name in ("sd3", "sdxl"):
             return self.model(*inputs)
         if self.name == "qwen_image":
             x, sigma, text = inputs

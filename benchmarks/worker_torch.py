@@ -16,7 +16,8 @@ from common import BATCH, SIDE
 from safetensors.torch import load_file
 
 CLASSES = {"flux": "FluxTransformer2DModel", "flux2": "Flux2Transformer2DModel", "sd3": "SD3Transformer2DModel",
-           "qwen_image": "QwenImageTransformer2DModel", "ddpm": "UNet2DModel", "vae": "AutoencoderKL"}
+           "qwen_image": "QwenImageTransformer2DModel", "ddpm": "UNet2DModel", "sdxl": "UNet2DConditionModel",
+           "vae": "AutoencoderKL"}
 
 
 def network(workload: common.Workload, weights: Path) -> torch.nn.Module:
@@ -30,6 +31,9 @@ def network(workload: common.Workload, weights: Path) -> torch.nn.Module:
 def predict(name: str, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     if name == "vae":
         return model.encode(**batch, return_dict=False)[0].parameters
+    if name == "sdxl":
+        added = {key: batch[key] for key in ("text_embeds", "time_ids")}
+        batch = {key: batch[key] for key in batch if key not in added} | {"added_cond_kwargs": added}
     if name == "qwen_image":
         batch = batch | {"encoder_hidden_states_mask": None, "img_shapes": [[(1, SIDE, SIDE)]] * BATCH}
     if name == "flux2":

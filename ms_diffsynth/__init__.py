@@ -54,6 +54,8 @@ _WHERE = {  # module -> the public names in it
     "pipelines.flux2.pipeline": ("Flux2ImagePipeline",),
     "pipelines.qwen_image.pipeline": ("QwenImagePipeline",),
     "pipelines.sd3.pipeline": ("SD3ImagePipeline",),
+    "pipelines.sdxl.pipeline": ("SDXLPipeline",),
+    "pipelines.wan.pipeline": ("WanVideoPipeline",),
     "pipelines.z_image.pipeline": ("ZImagePipeline",),
     "program": ("Cut", "Program"),
     "run.build": ("build_datasets", "build_module"),
@@ -116,6 +118,8 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares
     from ms_diffsynth.pipelines.flux2.pipeline import Flux2ImagePipeline as Flux2ImagePipeline
     from ms_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline as QwenImagePipeline
     from ms_diffsynth.pipelines.sd3.pipeline import SD3ImagePipeline as SD3ImagePipeline
+    from ms_diffsynth.pipelines.sdxl.pipeline import SDXLPipeline as SDXLPipeline
+    from ms_diffsynth.pipelines.wan.pipeline import WanVideoPipeline as WanVideoPipeline
     from ms_diffsynth.pipelines.z_image.pipeline import ZImagePipeline as ZImagePipeline
     from ms_diffsynth.program import Cut as Cut, Program as Program
     from ms_diffsynth.run.build import build_datasets as build_datasets, build_module as build_module

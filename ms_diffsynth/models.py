@@ -74,6 +74,13 @@ def optional(kind: Kind) -> Kind:
     return f"{kind[0]}, or null", lambda value: value is None or kind[1](value)
 
 
+def _setting(config: Mapping[str, Any], name: str) -> Any:
+    """A setting of a config.json; ``text_config.vocab_size`` is one inside another. None where there is none."""
+    for key in name.split("."):
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -83,14 +90,14 @@ def blocks(begin: str) -> Callable[[Shapes], int]:
     return lambda shapes: len({found[1] for name in shapes if (found := pattern.match(name))})
 
 
-def columns(name: str) -> Callable[[Shapes], int | None]:
-    """The second side of a tensor; None where there is none."""
-    return lambda shapes: shapes[name][1] if len(shapes.get(name, ())) > 1 else None
+def columns(*names: str) -> Callable[[Shapes], int | None]:
+    """The second side of the tensor that comes under one of these names; None where there is none."""
+    return lambda shapes: next((shapes[name][1] for name in names if len(shapes.get(name, ())) > 1), None)
 
 
-def rows(name: str) -> Callable[[Shapes], int | None]:
-    """The first side of a tensor; None where there is none."""
-    return lambda shapes: shapes[name][0] if shapes.get(name) else None
+def rows(*names: str) -> Callable[[Shapes], int | None]:
+    """The first side of the tensor that comes under one of these names; None where there is none."""
+    return lambda shapes: next((shapes[name][0] for name in names if shapes.get(name)), None)
 
 
 def has(name: str) -> Callable[[Shapes], bool]:
@@ -118,9 +125,14 @@ class Component:
         known: name -> config.json of published models, which stands in where files come without one.
         part_of: another component whose files hold this one too; it is there when they have tensors that it does not
             ignore.
-        told_by: setting of ``known`` -> what the names and shapes of a checkpoint say of it; by these one is chosen.
+        told_by: setting of ``known`` (``text_config.vocab_size`` is one inside another) -> what the names and shapes of
+            a checkpoint say of it; by these one is chosen.
+        marks: setting that is on -> the tensor by which ComfyUI's files say so, which holds nothing.
+        unlike: where ComfyUI's file and diffusers' folder cannot be made of each other: a tensor of the former alone,
+            and why.
         left_out: tensor -> from the shapes of the others to its values, where publishers' files are without it.
         encoder: cells of a VAE that decoding does not use.
+        is_optional: whole models may be without it, and need not say so.
     """
 
     name: str
@@ -139,6 +151,9 @@ class Component:
     part_of: str = ""
     left_out: Mapping[str, Callable[[Shapes], np.ndarray]] = field(default_factory=dict, hash=False)
     encoder: tuple[str, ...] = ()
+    marks: Mapping[str, str] = field(default_factory=dict, hash=False)
+    unlike: tuple[str, str] | None = None
+    is_optional: bool = False
 
     @property
     def is_tokenizer(self) -> bool:
@@ -155,6 +170,7 @@ class Source:
         names: how their tensors are called, where that is not as in diffusers.
         only: names of the tensors that are of the component, in files that hold others too; empty for all.
         left_out: as of the component, where the files may be without.
+        marks: names of tensors that hold nothing, see `Component.marks`.
     """
 
     folder: Path
@@ -163,6 +179,7 @@ class Source:
     names: Model | None = field(default=None, compare=False)
     only: tuple[str, ...] = field(default=(), compare=False)
     left_out: Mapping[str, Callable[[Shapes], np.ndarray]] = field(default_factory=dict, compare=False)
+    marks: tuple[str, ...] = field(default=(), compare=False)
 
     def read_config(self) -> dict[str, Any]:
         """config.json, or what stands in for it."""
@@ -174,6 +191,8 @@ class Source:
         if self.only:
             checkpoint = checkpoint.with_entries({name: checkpoint.entries[name] for name in self.only})
         found = in_our_names(checkpoint, self.names)
+        if self.marks:
+            found = found.with_entries({name: e for name, e in found.entries.items() if name not in self.marks})
         lost = {name: values(found.shapes) for name, values in self.left_out.items() if name not in found}
         return found.with_arrays(lost) if lost else found
 
@@ -300,7 +319,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 SAMPLING: dict[str, Kind] = {"cfg_scale": SCALE, "embedded_guidance": SCALE, "height": SIZE, "width": SIZE,
-                             "num_inference_steps": SIZE, "max_sequence_length": SIZE}
+                             "num_inference_steps": SIZE, "num_frames": SIZE, "max_sequence_length": SIZE}
 
 
 def sampling_config(folder: Path) -> dict[str, Any]:
@@ -509,6 +528,8 @@ class ModelStore:
         if os.path.lexists(folder / "model_index.json") and paths[0].is_dir():
             self.index = self._read(folder, "model_index.json")
             self.absent = {c.name for c in self.components if self.index.get(c.folder) == [None, None]}
+            self.components = tuple(c for c in self.components if not c.is_optional or (
+                c.folder in self.index and c.name not in self.absent))
             self.sampling_config = sampling_config(folder)
             for component in self.components:
                 if (folder / component.folder).is_dir():
@@ -520,7 +541,8 @@ class ModelStore:
         if os.path.lexists(folder / "config.json") or not any(c.known for c in self._all_components()):
             name = self._name_of(folder, class_name_of(self._read(folder)))
             names = self.table.models.get(name) if self.table else None
-            found = {name: replace(source, names=names)}
+            marks = tuple(mark for c in self._all_components() if c.name == name for mark in c.marks.values())
+            found = {name: replace(source, names=names, marks=marks)}
         else:
             found = self._recognised(source)
         self.sources |= found
@@ -569,12 +591,14 @@ class ModelStore:
             own = replace(source, names=names)
             shapes = own.checkpoint().shapes if component.known else {}
             said = {setting: told(shapes) for setting, told in component.told_by.items()}
+            said |= {setting: mark in shapes for setting, mark in component.marks.items()}
             for title, config in component.known.items():
-                if all((config.get(setting) or None) == (value or None) for setting, value in said.items()):
+                if all((_setting(config, name) or None) == (value or None) for name, value in said.items()):
                     files = listing(file.name for file in source.files) or str(source.folder)
                     logger.info("%s: no config.json; by names and shapes it is the %s of %s.", files, component.name,
                                 title)
-                    return {component.name: replace(own, config=config, left_out=component.left_out)}
+                    return {component.name: replace(own, config=config, left_out=component.left_out,
+                                                    marks=tuple(component.marks.values()))}
         known = [title for c in components for title in c.known]
         part = f"the {components[0].name} in " if source.only else ""
         raise WeightError(f"{source.folder / 'config.json'} is missing, and the names and shapes in {part}"
@@ -722,6 +746,9 @@ class ModelStore:
         config = config if is_encoder else {**config, "_class_name": component.class_name}
         stem = "model" if is_encoder else "diffusion_pytorch_model"
         entry: list[str | None] = ["transformers" if is_encoder else "diffusers", component.class_name]
+        if component.unlike and name in self.sources and component.unlike[0] in self.source(name).checkpoint():
+            logger.warning("%s: diffusers cannot read the %s that is written there, this package can: %s.", folder,
+                           name, component.unlike[1])
         if not is_changed:
             tensors: Checkpoint | dict[str, np.ndarray] = self.source(name).checkpoint()
             files = open_checkpoint(list(self.source(name).files) or self.source(name).folder)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,7 @@ class Pipeline:
     absent_inputs: tuple[str, ...] = ()  # further inputs that a row of a data set may do without
     objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `registry.TASKS`
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
+    encoder_lora_target_modules: Mapping[str, tuple[str, ...]] = {}  # the same of models where these are others
     lora_prefixes: dict[str, str] = {}  # model name -> its prefix in a LoRA file, where there is no ``interchange``
     diffusers_class: str = ""  # what diffusers calls the pipeline
     interchange: Table | None = None  # how others call the layers of its models
@@ -245,6 +247,7 @@ class Pipeline:
     widths: Mapping[str, tuple[str, int, int]] = {}
     prompt_lengths: tuple[int, ...] = ()  # the lengths they are padded to; each is one compilation
     announce: Announce = staticmethod(log_only)  # what is told when something is compiled
+    sampled_draws: tuple[str, ...] = ("latents", "sigma")  # what ``denoise`` reads besides conditions when sampling
     # inputs of units that a caller need not give: where sampling starts, and how the VAE works; see `shared.tiles`
     input_defaults: Mapping[str, Any] = {"noise": None, "start_noise": None, "tiled": False, "tile_size": None,
                                          "tile_stride": None}
@@ -269,7 +272,6 @@ class Pipeline:
         self.units = self.build_units()
         if any("moments" in unit.output_params for unit in self.units):  # no VAE, no posterior
             self.units.append(SampleLatents("mean"))
-        self.optional_units = self.build_optional_units()
         self._replaced: dict[str, PipelineUnit | TensorUnit] = {}  # units of the family that others stand for
         self.denoise = self.build_denoise()
 
@@ -283,6 +285,11 @@ class Pipeline:
         """Units that run only with a further input, by its name: before the others, or instead of the one that is
         called the same; see `use_input`."""
         return {}
+
+    @functools.cached_property
+    def optional_units(self) -> dict[str, list[PipelineUnit | TensorUnit]]:
+        """`build_optional_units`, once: when they are first asked for, the files of the models are known."""
+        return self.build_optional_units()
 
     def build_denoise(self) -> TensorUnit:
         """The unit that calls the network: reads ``latents`` and ``sigma``, writes ``velocity``."""
@@ -331,7 +338,7 @@ class Pipeline:
         if "input_latents" in written and "start_latents" not in written:
             units.append(StartLatents())
         guidance = ("guidance",) if self.takes_guidance else ()
-        units, draws = [*units, self.denoise], ("latents", "sigma")
+        units, draws = [*units, self.denoise], self.sampled_draws
         return Program(units, (*type(self).inputs, *extra, *guidance, *self._defaults(units, draws)), draws)
 
     def use_input(self, name: str) -> None:
@@ -364,6 +371,9 @@ class Pipeline:
     def _model_fn(self, **slots: Any) -> Tensor:
         self.recompute_as_asked(slots)
         return run_unit(self.denoise, self, slots)[self.denoise.output_params[0]]
+
+    def prepare_training(self, trained: Sequence[str]) -> None:
+        """Called before training: ``trained`` are the names of the models that learn, or of parts of them."""
 
     def recompute_as_asked(self, slots: Mapping[str, Any]) -> None:
         """Let the network's blocks be computed again in backward if ``use_gradient_checkpointing``, or with
@@ -509,7 +519,9 @@ class Pipeline:
         table, given = self.lora_table, {name: model for name, model in self.models.items() if model is module}
         if module is None:
             given = {name: getattr(self, name) for name in models_in(path, table)}
-        elif not given or next(iter(given)) not in table.models:  # a model that is not of this pipeline
+        elif given:
+            table = self.lora_table_of(next(iter(given)))
+        if module is not None and not set(given) & set(table.models):  # a model that is not of this pipeline
             given, table = {"": module}, Table()
         files = load_adapters(path, {name: list(linear_modules(model)) for name, model in given.items()},
                               (*formats(), LOKR, LOHA, FULL), table)
@@ -552,7 +564,7 @@ class Pipeline:
                 model = self.models[name]
                 for path, alpha in added.files:
                     file = load_adapters(path, {name: list(bare_layers(model))}, (*formats(), LOKR, LOHA, FULL),
-                                         self.lora_table)[name]
+                                         self.lora_table_of(name))[name]
                     fuse(file, model, alpha)
 
     @property
@@ -565,6 +577,10 @@ class Pipeline:
             return Table({name: Model({"diffusers": prefix}) for name, prefix in own.items()})
         models = {name: Model(dict.fromkeys(columns, prefix)) for name, prefix in own.items()}
         return replace(table, models={name: table.models.get(name, model) for name, model in models.items()})
+
+    def lora_table_of(self, name: str) -> Table:
+        """`lora_table` for a file that is of one model alone, which may be called as another one is."""
+        return self.lora_table
 
     def load_weights(self, path: str | Path, is_lazy: bool = False) -> dict[str, int]:
         """Put weights that training saved (``step-N.safetensors``) into the models they are of.
@@ -607,14 +623,16 @@ class Pipeline:
             files, with an adapter, or stored in 8 bits.
         """
         index = {"_class_name": self.store.index.get("_class_name") or self.diffusers_class,
-                 "_diffusers_version": "0.35.2"}
+                 "_diffusers_version": "0.35.2",
+                 **{k: v for k, v in self.store.index.items() if k[0] != "_" and not isinstance(v, list)}}
         with stage_folder(folder, replace=replace) as stage:
             for component in self.store.components:
                 if not component.part_of:
                     index[component.folder] = self.store.save(component.name, Path(stage) / component.folder,
                                                               component.name in changed, max_shard_bytes,
                                                               is_linked=is_linked)
-            scheduler = self.scheduler_config() or asdict(self.published_scheduler())
+            index |= {name: value for name, value in self.store.index.items() if isinstance(value, bool)}
+            scheduler = self.scheduler_config() or self.published_scheduler().to_config()
             scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
             index["scheduler"] = ["diffusers", scheduler["_class_name"]]
             for name, content in (("model_index.json", index), (f"scheduler/{SCHEDULER_FILE}", scheduler)):

@@ -19,7 +19,9 @@ FAMILIES = {
     "flux2": "ms_diffsynth.pipelines.flux2",
     "qwen_image": "ms_diffsynth.pipelines.qwen_image",
     "sd3": "ms_diffsynth.pipelines.sd3",
+    "sdxl": "ms_diffsynth.pipelines.sdxl",
     "toy": "ms_diffsynth.pipelines.toy",
+    "wan": "ms_diffsynth.pipelines.wan",
     "z_image": "ms_diffsynth.pipelines.z_image",
 }
 
@@ -35,7 +37,10 @@ MODEL_CLASSES = {
     "QwenImageEditPlusPipeline": "qwen_image",
     "QwenImagePipeline": "qwen_image",
     "StableDiffusion3Pipeline": "sd3",
+    "StableDiffusionXLPipeline": "sdxl",
     "ToyPipeline": "toy",
+    "WanImageToVideoPipeline": "wan",
+    "WanPipeline": "wan",
     "ZImagePipeline": "z_image",
 }
 

@@ -68,7 +68,7 @@ def test_an_extra_in_a_fresh_environment(extra, tmp_path, run):
     run("v/bin/pip", "check")
     run("v/bin/python", "-c", USES[extra])
     # networks import most of mindone
-    for family in ("toy", "flux", "flux2", "qwen_image", "sd3", "z_image", "ddpm_unet"):
+    for family in ("toy", "flux", "flux2", "qwen_image", "sd3", "sdxl", "wan", "z_image", "ddpm_unet"):
         run("v/bin/ms-diffsynth", "tiny", family, family)
     run("v/bin/ms-diffsynth", "sample", "flux", "flux", "--prompt", "a cat", "--height", "32", "--width", "32",
         "--num_inference_steps", "1")

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ms_diffsynth.config.flags import path_argument
 from ms_diffsynth.errors import ConfigError, OutputError, WeightError, listing
 from ms_diffsynth.formats.originals import in_one_file
-from ms_diffsynth.formats.weights import save_state_dict
+from ms_diffsynth.formats.weights import Checkpoint, save_state_dict
 from ms_diffsynth.hub.bundled import bundled
 from ms_diffsynth.registry import family, family_of, interchange, interchange_tables
 from ms_diffsynth.storage.files import stage_folder
@@ -44,10 +46,12 @@ def execute(args: argparse.Namespace) -> int:
     pipe = _opened(args)
     store = pipe.store
     found = _models(pipe)
-    lost = [c.folder for c in store.components if c.class_name and c.name not in (*found, *store.absent)]
+    lost = [c.folder for c in store.components
+            if c.class_name and not c.part_of and c.name not in (*found, *store.absent)]
+    _check(pipe, found, args.to)
     said = listing(found)
     if args.to == "original":
-        whole = in_one_file({name: store.source(name).checkpoint() for name in found}, pipe.interchange)
+        whole = in_one_file({name: _marked(pipe, name) for name in found}, pipe.interchange)
         save_state_dict(args.output, whole)
     elif len(found) == 1:
         store.save(found[0], args.output, False, SHARD)
@@ -88,6 +92,23 @@ def _opened(args: argparse.Namespace) -> Any:
     return next(iter(pipes.values()))
 
 
+def _check(pipe: Any, found: list[str], to: str) -> None:
+    """Raises: WeightError for a model of which one cannot be made of the other."""
+    for name in found:
+        unlike = pipe.store.component(name).unlike
+        if unlike and (to == "original" or unlike[0] in pipe.store.source(name).checkpoint()):
+            raise WeightError(f"the {name} of {pipe.interchange.title} cannot be converted: {unlike[1]}. Give another "
+                              "model, such as the transformer.")
+
+
+def _marked(pipe: Any, name: str) -> Checkpoint:
+    """A model's tensors, with those by which ComfyUI's files say what no other tensor tells."""
+    config, marks = pipe.config(name), pipe.store.component(name).marks
+    on = [mark for setting, mark in marks.items() if config.get(setting)]
+    return pipe.store.source(name).checkpoint().with_arrays({mark: np.zeros(0, np.float32) for mark in on})
+
+
 def _models(pipe: Any) -> list[str]:
-    """The models that there are files of, in the pipeline's order."""
-    return [c.name for c in pipe.store.components if c.name in pipe.store.sources and not c.is_tokenizer]
+    """The models that there are files of, in the pipeline's order; parts of others are in the files of those."""
+    return [c.name for c in pipe.store.components
+            if c.name in pipe.store.sources and not c.is_tokenizer and not c.part_of]

@@ -26,7 +26,8 @@ def execute(args: argparse.Namespace) -> int:
     runtime.configure(config.run.mode, config.run.device)
     pipe = build_pipeline(config)
     schedule = pipe.training_schedule(config.objective.task.split(":")[0])
-    trainable = [n for n in (config.model.trainable_models or config.model.lora_base_model).split(",") if n]
+    trainable = [n.strip() for n in (config.model.trainable_models or config.model.lora_base_model).split(",")
+                 if n.strip()]
     program = pipe.training_program(build_task(config), schedule.sigmas)
     known = [component.name for component in pipe.store.components if not component.is_tokenizer]
     if odd := [name for name in trainable if name.split(".")[0] not in known]:

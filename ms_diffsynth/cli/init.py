@@ -32,7 +32,7 @@ from ms_diffsynth.cli.look import (
     three,
     wrapped,
 )
-from ms_diffsynth.config.bases import BASES, DEVICES, DIVISION_FACTOR, Base, Fit
+from ms_diffsynth.config.bases import BASES, DEVICES, Base, Fit
 from ms_diffsynth.config.flags import add_flags, overrides_of, path_argument
 from ms_diffsynth.config.loading import commented_yaml, load_config
 from ms_diffsynth.config.settings import TrainConfig
@@ -141,7 +141,7 @@ def _sizes(images: Images, base: Base, config: TrainConfig) -> tuple[str, str, l
     else:
         both = [*sizes, *(images.classes.image_size(row) for row in range(len(images.classes.rows)))
                 ] if images.classes else sizes
-        buckets = choose_buckets(both, data.max_pixels or base.side**2, DIVISION_FACTOR,
+        buckets = choose_buckets(both, data.max_pixels or base.side**2, base.division_factor,
                                  1 if images.classes and data.buckets is None else data.buckets)
         remedy = f"Give --buckets {2 * len(buckets)} for more sizes, or crop them"
     line, warnings = describe_fit(sizes, images.files, buckets, remedy)

@@ -290,11 +290,12 @@ def count_tokens(prompts: Iterable[str], base: Base) -> dict[str, int] | None:
     if base.tokenizer is None:
         return None
     with quiet_imports():
-        from transformers import Qwen2Tokenizer, T5Tokenizer
+        from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
     folder = bundled_folder(base) / "tokenizer_2" if base.tokenizer == "own" else TOKENIZERS / base.tokenizer
     folder = folder if folder.is_dir() else TOKENIZERS / "t5"  # of a model that has none of its own
-    tokenizer = (Qwen2Tokenizer if base.tokenizer == "qwen2" else T5Tokenizer).from_pretrained(folder)
+    kinds = {"clip": CLIPTokenizer, "qwen2": Qwen2Tokenizer}
+    tokenizer = kinds.get(base.tokenizer, T5Tokenizer).from_pretrained(folder)
     return {prompt: len(tokenizer(prompt).input_ids) + base.around for prompt in prompts}
 
 

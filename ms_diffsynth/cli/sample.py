@@ -175,7 +175,7 @@ def _calls(args: argparse.Namespace) -> list[dict[str, Any]]:
     same |= {"num_frames": args.num_frames} if family(args.family).pipeline.medium == "video" else {}
     if not args.prompt:
         return [same | {"seed": args.seed}]
-    same |= {"negative_prompt": args.negative_prompt or "", "cfg_scale": args.cfg_scale,
+    same |= {"negative_prompt": args.negative_prompt, "cfg_scale": args.cfg_scale,
              "embedded_guidance": args.embedded_guidance}
     own = getattr(args, "own", None) or [{}] * len(args.prompt)
     return [same | {"prompt": prompt, "seed": args.seed + k} | own[k] for k, prompt in enumerate(args.prompt)]

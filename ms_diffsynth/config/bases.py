@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 DEVICES = {64: 59.6, 32: 29.8}  # GB an Ascend 910B is sold with -> GiB; CANN and MindSpore take some of it
-DIVISION_FACTOR = 16  # sides of images are multiples of it, in each of these families
 
 
 class Fit(NamedTuple):
@@ -42,9 +41,9 @@ class Base:
         files: repository of the hub -> patterns of files, one for each component.
         download: bytes of these, in words.
         is_gated: whether the repository asks for a licence to be accepted.
-        side: pixels of the square images that it was made for.
-        tokenizer: that counts the tokens of a caption: "t5" or "qwen2" of the package, "own" of a bundled model; None
-            where none is here.
+        side: pixels of the square images that it was made for. division_factor: sides of images are multiples of it.
+        tokenizer: that counts the tokens of a caption: "clip", "t5" or "qwen2" of the package, "own" of a bundled
+            model; None where none is here.
         tokens: of a caption that are read.
         around: tokens of them that a template takes.
         prompt: of images without a caption.
@@ -63,6 +62,7 @@ class Base:
     download: str = ""
     is_gated: bool = False
     side: int = 1024
+    division_factor: int = 16
     tokenizer: str | None
     tokens: int
     around: int = 0
@@ -136,6 +136,15 @@ BASES = {
         settings={"task": "dreambooth", "weighting_scheme": "logit_normal", **_RATE},
         fits={"lora": {64: Fit(False, False, 10.17), 32: Fit(False, False, 10.17)},
               "dreambooth": {64: Fit(False, False, 15.62), 32: Fit(False, False, 15.62)}}),
+    "sdxl": Base(
+        title="SDXL-base", family="sdxl", download="14 GB", tokenizer="clip", tokens=77, encoders=1.5,
+        division_factor=32,
+        # whole names, because the folders hold the same weights in float16 too
+        files={"stabilityai/stable-diffusion-xl-base-1.0": (
+            "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+            "text_encoder_2/model.safetensors", "vae/diffusion_pytorch_model.safetensors")},
+        settings={"lora_base_model": "unet", **_RATE},
+        fits={"lora": {64: Fit(True, False, 5.80), 32: Fit(True, False, 5.80)}}),
     "z-image": Base(
         title="Z-Image", family="z_image", download="21 GB", tokenizer="qwen2", tokens=512, around=8, encoders=7.3,
         files={"Tongyi-MAI/Z-Image": ("transformer/*.safetensors", "text_encoder/*.safetensors", "vae/*.safetensors")},

@@ -52,16 +52,20 @@ class ModelSection:
     tokenizer_1_path: str | None = _place("folder, or owner/name:tokenizer/; null = shipped or model's own")
     tokenizer_2_path: str | None = _place("folder, or owner/name:tokenizer_2/; null = shipped or model's own")
     tokenizer_3_path: str | None = _place("folder, or owner/name:tokenizer_3/; null = shipped or model's own")
-    lora_base_model: str | None = _setting("dit", "model that gets the LoRA; unused when trainable_models is set")
+    lora_base_model: str | None = _setting("dit", "model that gets the LoRA, or several with commas; unused when "
+                                           "trainable_models is set")
     adapter: str = _setting("lora", "what that model gets: lora, or dora (all settings lora_... are its own too)")
     lora_target_modules: str = _setting("", "layers that get a LoRA, with commas; empty = the family's own choice")
     lora_rank: int = _setting(16, "rank of the LoRA", "1 <= lora_rank <= 65536")
     lora_alpha: float | None = _setting(None, "the LoRA is scaled by lora_alpha / lora_rank; null = lora_rank",
                                         "0 < lora_alpha <= 1000000")
     lora_checkpoint: str | None = _setting(None, "LoRA file to start from", holds="path")
+    expert: str | None = _setting(
+        None, "noise levels that are trained on, of a network of Wan 2.2 that is given alone; null = all, or those of "
+        "the expert that is trained, where both are given", choices=("high_noise", "low_noise"))
     preset_lora_path: str | None = _setting(None, "LoRA file added to the model before training, which learns the rest",
                                             holds="path")
-    preset_lora_model: str | None = _setting(None, "model that gets it; null = lora_base_model")
+    preset_lora_model: str | None = _setting(None, "model that gets it; null = the first lora_base_model")
     preset_lora_in_samples: bool = _setting(True, "sample images, also of sample --run, are made with it; false for an "
                                             "adapter that undoes a distillation while training", may_change=True)
     weights: str | None = _place("file of weights to start from that full training saved; null = those of the model")
@@ -176,10 +180,15 @@ class ObjectiveSection:
         choices=("epsilon", "v_prediction", "sample"), configures="task")
     snr_gamma: float | None = _setting(None, "denoising diffusion: gamma of the min-SNR loss weights, such as 5; "
                                        "null = none", "0 < snr_gamma <= 1000000", configures="task")
+    noise_offset: float = _setting(0.0, "denoising diffusion: standard deviation of what is added to the noise of each "
+                                   "channel, such as 0.05", "0 <= noise_offset <= 1", configures="task")
+    zero_terminal_snr: bool = _setting(False, "denoising diffusion: the last timestep is noise alone; for "
+                                       "prediction_type=v_prediction", configures="task")
     random_flip: bool = _setting(False, "denoising diffusion, autoencoder: mirror images at random, anew at every step",
                                  configures="task")
     posterior: str | None = _setting(None, "what is taken of the VAE's posterior; null = mean for sft, sample for "
-                                     "dreambooth and autoencoder", choices=("mean", "sample"), configures="task")
+                                     "dreambooth, autoencoder and denoising diffusion", choices=("mean", "sample"),
+                                     configures="task")
     mse_weight: float = _setting(2.0, "autoencoder: weight of the squared error; that of the absolute error is 1",
                                  "0 <= mse_weight <= 1000000", configures="task")
     perceptual_weight: float = _setting(0.15, "autoencoder: weight of the distance between features of "

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from ..errors import ConfigError, DataError
 from .images import read_image
 from .paths import resolve
+
+_FRAMING = "ms_diffsynth framing"  # of a Pillow image's ``info``, which its copies keep
 
 
 class DataProcessingOperator:
@@ -109,13 +111,34 @@ class LoadImage(DataProcessingOperator):
         return read_image(data, self.mode)
 
 
+class Framing(NamedTuple):
+    """What of an image was kept: its own size, and where the kept part begins in what it was scaled to; pixels."""
+
+    height: int
+    width: int
+    top: int
+    left: int
+
+
+def framing(image: Image.Image) -> Framing:
+    """Of an image that `crop_and_resize` made how that was done; any other image is all of itself."""
+    found = image.info.get(_FRAMING)
+    return found if isinstance(found, Framing) else Framing(image.height, image.width, 0, 0)
+
+
 def crop_and_resize(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Scale (bilinear, keeping the aspect ratio) until the image covers height x width, and crop its centre."""
+    """Scale (bilinear, keeping the aspect ratio) until the image covers height x width, and crop its centre.
+
+    The result knows its `framing`.
+    """
+    own = image.size
     scale = max(width / image.width, height / image.height)
     covering = (round(image.width * scale), round(image.height * scale))
     image = image.resize(covering, Image.Resampling.BILINEAR)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-    return image.crop((left, top, left + width, top + height))
+    image = image.crop((left, top, left + width, top + height))
+    image.info[_FRAMING] = Framing(own[1], own[0], top, left)
+    return image
 
 
 class ImageCropAndResize(DataProcessingOperator):

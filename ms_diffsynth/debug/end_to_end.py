@@ -257,7 +257,8 @@ def _samples(case: EndToEndCase, pipe: Pipeline) -> Iterator[Quantity]:
             error = relative_error(sigmas, case.wanted(f"sigmas.{name}"))
             yield Quantity(f"sigmas of image {name}", error, SIGMAS)
             # what the call of the pipeline does once it has drawn its noise
-            extra = {"guidance": Tensor(np.full(1, given.get("embedded_guidance", 1.0), np.float32))}
+            extra = {"guidance": Tensor(np.full(1, given.get("embedded_guidance", 1.0), np.float32)),
+                     "height": given["height"], "width": given["width"]}
             if "edit_image" in given:
                 extra["edit_image"] = Image.open(case.folder / "images" / given["edit_image"])
             negative = {"prompt": given["negative_prompt"], **extra} if given["cfg_scale"] != 1 else None

@@ -48,6 +48,8 @@ class Training:
             self.pipe.max_sequence_length = run["max_sequence_length"]
         network = self.pipe.network
         objective = None  # the family's own
+        if "objective" in run:
+            objective = self.pipe.objective_class(**run["objective"])
         if self.pipe.objective_class is None:
             objective = Objective(**{name: run[name] for name in ("weighting_scheme", "posterior", "guidance_scale",
                                                                   "prior_loss_weight")})

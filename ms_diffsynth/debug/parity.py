@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from ms_diffsynth import runtime
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.debug.compare import Quantity, relative_error, together, tolerances, worst
 from ms_diffsynth.debug.end_to_end import check_end_to_end
+from ms_diffsynth.debug.films import check_films
 from ms_diffsynth.debug.gradients import Gradients
 from ms_diffsynth.debug.pictures import check_pictures
+from ms_diffsynth.debug.texts import check_texts
 from ms_diffsynth.diffusion.ddpm import DDPMObjective
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.diffusion.weighting import table
@@ -38,10 +41,12 @@ from ms_diffsynth.training.program_step import ProgramTrainStep
 from ms_diffsynth.units import TensorUnit
 
 CASES = Path(__file__).parent / "cases"  # those that travel in the package
-OBJECTIVES = {"flow_match_sft": "sft", "flux_dreambooth": "dreambooth", "ddpm_epsilon": "sft"}
+OBJECTIVES = {"flow_match_sft": "sft", "flux_dreambooth": "dreambooth", "ddpm_epsilon": "sft",
+              "ddpm_v_prediction": "sft"}
 # what a case records under another name than the slot's
-INPUTS = {"images": "input_latents", "prompt_embeds_mask": "prompt_mask"}
-EXPECTED = {"noisy_latents": "latents", "noisy": "latents", "noisy_images": "latents", "noise_pred": "prediction"}
+INPUTS = {"images": "input_latents", "prompt_embeds_mask": "prompt_mask", "add_time_ids": "time_ids"}
+EXPECTED = {"noisy_latents": "latents", "noisy": "latents", "noisy_images": "latents",
+            "first_frame_latents": "given_latents"}
 
 
 def read_case(folder: Path) -> dict[str, Any]:
@@ -97,8 +102,12 @@ class Case:
     @property
     def objective(self) -> Objective | DDPMObjective:
         info = self.info
-        if info["objective"] == "ddpm_epsilon":
-            return DDPMObjective(prediction_type="epsilon")
+        if info["objective"].startswith("ddpm_"):
+            own = family(info["family"]).pipeline.objective_class
+            has_weights = info.get("loss_weighting") == "min_snr"
+            posterior = {"posterior": info["posterior"]} if "posterior" in info else {}
+            return own(prediction_type=info["objective"].removeprefix("ddpm_"), **posterior,
+                       snr_gamma=info["min_snr_gamma"] if has_weights else None)
         return Objective(weighting_scheme=info["loss_weighting"], density=info.get("density"),
                          logit_mean=info.get("logit_mean", 0.0), logit_std=info.get("logit_std", 1.0),
                          posterior=info.get("posterior", "mean"), guidance_scale=info.get("guidance_scale", 1.0),
@@ -112,7 +121,14 @@ class Case:
                 pipe.sources[component.name] = Source(self.folder / component.folder)
         if self.references:
             pipe.use_input("edit_image")
+        if self.has_first_frame:
+            pipe.use_input("input_image")
         return pipe
+
+    @property
+    def has_first_frame(self) -> bool:
+        """Whether the network is given the first frame of each film."""
+        return {"condition", "first_frame_latents"} & set(self.expected) != set()
 
     @property
     def references(self) -> list[np.ndarray]:
@@ -133,12 +149,19 @@ class Case:
 
     def given(self, k: int) -> dict[str, Any]:
         """Slots that the case fixes at evaluation ``k``; draws are recorded for each evaluation."""
-        names = {"images", "pixels", "prompt_embeds", "pooled_prompt_embeds", "posterior_noise"} & set(self.inputs)
+        names = {"images", "pixels", "prompt_embeds", "pooled_prompt_embeds", "posterior_noise",
+                 "add_time_ids", "image_embeds"} & set(self.inputs)
         slots: dict[str, Any] = {INPUTS.get(name, name): self.inputs[name] for name in sorted(names)}
         slots |= {INPUTS.get(name, name): array.astype(np.float32) for name, array in self.inputs.items()
                   if name in ("prompt_mask", "prompt_embeds_mask")}
         if self.references:
             slots["edit_pixels"] = list(map(Tensor, self.references))
+        if self.has_first_frame:
+            slots["first_pixels"] = self.inputs["pixels"][:, :, :1]
+            slots["given_pixels"] = slots["first_pixels"]
+            if "condition" in self.expected:
+                slots["given_pixels"] = np.zeros_like(self.inputs["pixels"])
+                slots["given_pixels"][:, :, :1] = slots["first_pixels"]
         if "template_kv_cache" in self.info:  # one evaluation; its latents are given
             return slots | {name: self.inputs[name] for name in ("input_latents", "noise", "timestep_index")}
         if "density_normal" in self.inputs:  # one evaluation, from the density's raw draw
@@ -166,21 +189,31 @@ def _check_case(folder: Path, info: dict[str, Any], mode: str, dtype: str) -> li
         return check_end_to_end(folder, info, mode)
     if info.get("objective") == "text_encoder":
         return check_pictures(folder, info, mode, dtype)
+    if info.get("objective") == "text_encoders":
+        return check_texts(folder, info, mode, dtype)
+    if info.get("variant", "").startswith("vae"):
+        return check_films(folder, info, mode, dtype)
     case = Case(folder, info, dtype)
     pipe, objective = case.pipeline(), case.objective
+    pipe.objective = objective
     schedule = pipe.training_schedule(OBJECTIVES[case.info["objective"]])
     quantities = []
     if "grid.sigmas" in case.inputs:
         grid = case.inputs["grid.sigmas"]
         quantities.append(Quantity("sigma grid", relative_error(schedule.sigmas, grid), 1e-6))
+    if "grid.alphas_cumprod" in case.inputs:
+        error = relative_error(schedule.alphas_cumprod, case.inputs["grid.alphas_cumprod"])
+        quantities.append(Quantity("alphas_cumprod", error, 1e-6))
     if "grid.weights" in case.inputs:
-        weights = table(objective.weighting_scheme, schedule.sigmas)
+        weights = (schedule.loss_weights(objective.snr_gamma) if isinstance(objective, DDPMObjective)
+                   else table(objective.weighting_scheme, schedule.sigmas))
         quantities.append(Quantity("loss weights", relative_error(weights, case.inputs["grid.weights"]), 1e-5))
     if "template_kv_cache" in case.info:
         pipe.store.add_component(Component(name="template_model", folder="", build=None),
                                  model=RecordedKeys(case.inputs))
     program = _program(case, pipe, objective, schedule.sigmas)
     quantities += _first_evaluation(case, pipe, program, mode)
+    quantities += _options(case, pipe, objective)
     if case.references:
         quantities += _references(case, pipe, program)
     if "sample" in case.info:
@@ -190,10 +223,11 @@ def _check_case(folder: Path, info: dict[str, Any], mode: str, dtype: str) -> li
     return quantities
 
 
-def _program(case: Case, pipe: Pipeline, objective: Objective, sigmas: np.ndarray) -> Program:
+def _program(case: Case, pipe: Pipeline, objective: Objective, sigmas: np.ndarray,
+             draws: tuple[str, ...] = ("noise", "timestep_index", "posterior_noise")) -> Program:
     """The pipeline's training program without the units whose results the case records."""
-    given = case.given(0)
-    draws = [name for name in given if name in ("noise", "timestep_index", "posterior_noise")]
+    given = dict.fromkeys(draws) | case.given(0) if "noise_offset_draw" in draws else case.given(0)
+    draws = [name for name in given if name in draws]
     whole = pipe.training_program(objective, sigmas)
     template = [ReadRecordedKeys()] if "template_model" in pipe.models else []
     units, known = [], set(given)
@@ -218,8 +252,11 @@ def _tensors(case: Case, pipe: Pipeline, cut: Cut, k: int) -> list[Tensor]:
 
 def _first_evaluation(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Quantity]:
     """Values and every gradient of the network with the base weights alone."""
-    expected = {EXPECTED.get(name, name): name for name in case.expected}  # slot -> its name in the case
+    predicted = pipe.denoise.output_params[0]
+    expected = {predicted if name in ("noise_pred", "velocity") else EXPECTED.get(name, name): name
+                for name in case.expected}  # slot -> its name in the case
     observed = [s for s in ("input_latents", "latents", *pipe.denoise.output_params) if s not in program.inputs]
+    observed += [s for s in ("condition", "given_latents") if s in expected]
     fused = [unit.name for unit in program.units if unit.is_always_fused or unit.name in pipe.fusible]
     cut = program.cut(("loss", "sample_losses", *observed), (pipe.network,), fused)
     parameters = {name: p for model in (pipe.network, "template_model") if model in cut.models("step")
@@ -237,6 +274,37 @@ def _first_evaluation(case: Case, pipe: Pipeline, program: Program, mode: str) -
     pairs = {name: (case.rows(name, gradient).reshape(recorded[name].shape), recorded[name])
              for name, gradient in found.items()}
     return [*quantities, case.gradients("gradients", pairs)]
+
+
+def _options(case: Case, pipe: Pipeline, objective: Objective) -> list[Quantity]:
+    """The first evaluation with one option of the objective changed, as far as the case has it: values without
+    gradients, of noise offset, min-SNR weights and a zero terminal SNR."""
+    found, options = [], case.info.get("options", {})
+    changes = {"noise_offset": {"noise_offset": options.get("noise_offset")},
+               "min_snr": {"snr_gamma": options.get("min_snr_gamma")}, "zero_snr": {"zero_terminal_snr": True}}
+    for name, change in changes.items():
+        if f"{name}.loss" not in case.expected:
+            continue
+        changed = replace(objective, **change)
+        schedule = pipe.schedule_for(changed)
+        for what, values, tolerance in (("alphas_cumprod", schedule.alphas_cumprod, 1e-6),
+                                        ("weights", schedule.loss_weights(changed.snr_gamma), 1e-5)):
+            if (grid := f"grid.{name}_{what}") in case.inputs:
+                error = relative_error(values, case.inputs[grid])
+                found.append(Quantity(f"{name}: {what}", error, tolerance))
+        slots = _slots(case, 0)
+        slots |= {slot: Tensor(case.inputs[key].astype(dtype)) for slot, key, dtype in (
+            ("noise_offset_draw", "noise_offset_draw", np.float32),
+            ("timestep_index", f"{name}.timestep_index", np.int32)) if key in case.inputs}
+        slots = pipe.run(_program(case, pipe, changed, schedule.sigmas, tuple(changed.draws)).units, slots)
+        for what in ("latents", "target", pipe.denoise.output_params[0], "loss"):
+            recorded = next((key for key in (f"{name}.{what}", f"{name}.noisy_{what}", f"{name}.velocity"
+                                             if what == "prediction" else "") if key in case.expected), None)
+            if recorded:
+                tolerance = case.tolerances.loss if what == "loss" else case.tolerances.value
+                error = relative_error(to_numpy(slots[what]).astype(np.float32), case.expected[recorded])
+                found.append(Quantity(f"{name}: {what}", error, tolerance))
+    return found
 
 
 def _references(case: Case, pipe: Pipeline, program: Program) -> list[Quantity]:
@@ -315,7 +383,7 @@ def _training(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Q
     settings, expected, network = case.info["optimizer"], case.expected, getattr(pipe, pipe.network)
     module = DiffusionTrainingModule()
     module.pipe, module.trainable = pipe, (pipe.network,)
-    module.lora_base_model = pipe.network if "lora" in case.info else None
+    module.lora_base_models = (pipe.network,) if "lora" in case.info else ()
     if "lora" in case.info:
         lora = case.info["lora"]
         module.adapter.inject(network, lora["target_modules"], lora["rank"], lora["alpha"])

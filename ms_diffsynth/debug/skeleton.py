@@ -168,14 +168,14 @@ class _Module(DiffusionTrainingModule):
             self.pipe, lora_base_model=None if plan.template else self.pipe.network, lora_rank=plan.lora_rank,
             trainable_models="template_model" if plan.template else None, task=f"{plan.task}:train",
             extra_inputs=",".join(name for name, given in further.items() if given) or None,
-            objective=task(plan.task), use_gradient_checkpointing=plan.recompute,
+            objective=None if self.pipe.objective_class else task(plan.task), use_gradient_checkpointing=plan.recompute,
             lora_uniform=lambda _, shape: np.zeros(shape, np.float32))
 
 
 def inputs(plan: Plan, pipe: Pipeline, cut: Cut) -> list[Tensor]:
     """Zeros for the prepared slots and the draws of a batch, in the order of the step."""
     latent = pipe.latent_shape(plan.height, plan.width)
-    tokens = plan.text_tokens or pipe.max_sequence_length
+    tokens = plan.text_tokens or getattr(pipe, "max_sequence_length", None)
     shapes = dict(family(plan.family).prepared_shapes(pipe.known_configs, latent, tokens))
     if plan.edit_tokens:
         axes = next(unit.axes for unit in pipe.optional_units["edit_image"] if "edit_places" in unit.output_params)

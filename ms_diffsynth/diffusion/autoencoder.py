@@ -74,6 +74,9 @@ class Autoencoder:
         if encode is None:
             raise ConfigError(f"task=autoencoder: {type(pipe).__name__} has no VAE. Expected a family that has one, "
                               "such as flux.")
+        if pipe.medium != "image":
+            raise ConfigError(f"task=autoencoder: {type(pipe).__name__} makes {pipe.medium}s, and views are cut out of "
+                              "images. Expected a family of images, such as flux.")
         view = RandomView(self.crop_size, self.random_flip, self.posterior == "sample")
         sample = SampleLatents(self.posterior)
         noise = {"posterior_noise": "view_noise"} if sample.is_sampled else {}

@@ -58,25 +58,25 @@ class DirectDistillation:
 class ReplayNoise(PipelineUnit):
     """The noise that a sample was made from, as `ImagePipeline.__call__` draws it, and the student's noise levels.
 
-    Shapes: seed int, height, width pixels -> noise float32 [1, ...] of the latents' shape, sigmas float32 [1, n + 1],
-    sigma float32 [1], the first of them.
+    Shapes: seed int, height, width pixels, num_frames of a video -> noise float32 [1, ...] of the latents' shape,
+    sigmas float32 [1, n + 1], sigma float32 [1], the first of them.
     """
 
-    input_params = ("seed", "height", "width")
+    input_params = ("seed", "height", "width", "num_frames?")
     output_params = ("noise", "sigmas", "sigma")
 
     def __init__(self, steps: int):
         super().__init__()
         self.steps = steps
 
-    def process(self, pipe, seed, height, width):
+    def process(self, pipe, seed, height, width, num_frames=None):
         try:
             number = int(seed)
         except (TypeError, ValueError):
             number = -1
         if number < 0:
             raise DataError(f"seed={seed!r}: expected the whole number, at least 0, that the image was sampled from.")
-        shape = pipe.latent_shape(height, width)
+        shape = pipe.latent_shape(*([] if num_frames is None else [num_frames]), height, width)
         sigmas = pipe.sampling_sigmas(self.steps, shape).astype(np.float32)
         return {"noise": Tensor(Draws(number).normal("latents", np.array([0]), shape)),
                 "sigmas": Tensor(sigmas[None]), "sigma": Tensor(sigmas[:1])}

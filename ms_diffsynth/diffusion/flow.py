@@ -20,7 +20,7 @@ Source: Lipman et al. 2023 (arXiv 2210.02747), Liu et al. 2023 (2209.03003); sig
 from __future__ import annotations
 
 import mindspore as ms
-from mindspore import Tensor
+from mindspore import Tensor, ops
 
 
 def interpolate(input_latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -38,3 +38,12 @@ def velocity_target(input_latents: Tensor, noise: Tensor) -> Tensor:
     Shapes: input_latents, noise float [B, ...] -> float32 [B, ...].
     """
     return noise.astype(ms.float32) - input_latents.astype(ms.float32)
+
+
+def with_given(latents: Tensor, given_latents: Tensor) -> Tensor:
+    """Latents of a film whose first frames are given.
+
+    Shapes: latents float [B, C, F, h, w], given_latents float [B, C, k, h, w] -> float32 [B, C, F, h, w].
+    """
+    rest = latents[:, :, given_latents.shape[2]:]
+    return ops.cat((given_latents.astype(ms.float32), rest.astype(ms.float32)), 2)

@@ -30,6 +30,8 @@ class Objective:
         posterior: ``"mean"`` or ``"sample"`` of the VAE's posterior.
         guidance_scale: the scale embedded in a guidance-distilled network while it is trained.
         prior_loss_weight: weight of the class images; None when there are none.
+        index_range: sigmas are drawn from these positions of the grid alone, the first included, the last not; their
+            weights stay those of the whole grid. None draws from all.
     """
 
     weighting_scheme: str = "none"
@@ -40,6 +42,7 @@ class Objective:
     posterior: str = "mean"
     guidance_scale: float = 1.0
     prior_loss_weight: float | None = None
+    index_range: tuple[int, int] | None = None
 
     inputs = ()
     level_draw = "timestep_index"
@@ -47,9 +50,10 @@ class Objective:
 
     def __str__(self) -> str:
         """The line that a run logs about it at its start."""
+        part = "" if self.index_range is None else f" at positions {self.index_range[0]} to {self.index_range[1] - 1}"
         prior = "" if self.prior_loss_weight is None else f", class images weigh {self.prior_loss_weight:g}"
-        return (f"noise levels by {self.density or self.weighting_scheme}, loss weights by {self.weighting_scheme}, "
-                f"{self.posterior} of the VAE's posterior{prior}")
+        return (f"noise levels by {self.density or self.weighting_scheme}{part}, loss weights by "
+                f"{self.weighting_scheme}, {self.posterior} of the VAE's posterior{prior}")
 
     @property
     def draws(self) -> tuple[str, ...]:
@@ -67,7 +71,8 @@ class Objective:
         """Positions on the training grid, int32 [B], from raw draws float32 [B] of `density.draw_kind`."""
         u = density.density(density_draw, self.density or self.weighting_scheme, self.logit_mean, self.logit_std,
                             self.mode_scale)
-        return density.timestep_index(u, grid_size)
+        first, end = self.index_range or (0, grid_size)
+        return density.timestep_index(u, end - first) + np.int32(first)
 
     def validated(self) -> Objective:
         """Without class images."""
@@ -99,7 +104,7 @@ class LookupSigma(TensorUnit):
 class SampleLatents(TensorUnit):
     """Latents from the VAE's posterior: its mean, or mean + std * posterior_noise; then shifted and scaled.
 
-    Shapes: moments float32 [B, 2C, h, w] (mean, log-variance) -> input_latents float32 [B, C, h, w].
+    Shapes: moments float32 [B, 2C, ...] (mean, log-variance) -> input_latents float32 [B, C, ...].
     Shift and scale are those of the pipeline's VAE; its weights are not touched.
     """
 
@@ -112,14 +117,13 @@ class SampleLatents(TensorUnit):
         self.is_sampled = posterior == "sample"
         if self.is_sampled:
             self.input_params = ("moments", "posterior_noise")
-        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
+        self.scaling_factor, self.shift_factor, self.is_by_channel = scaling_factor, shift_factor, False
 
     def attach(self, pipe):
         config = pipe.config("vae")
         if config.get("latents_mean") is not None:  # a shift and a scale for each channel
-            mean, std = (np.array(config[name], np.float32).reshape(1, -1, 1, 1)
-                         for name in ("latents_mean", "latents_std"))
-            self.scaling_factor, self.shift_factor = Tensor(1 / std), Tensor(mean)
+            mean, std = (np.array(config[name], np.float32) for name in ("latents_mean", "latents_std"))
+            self.scaling_factor, self.shift_factor, self.is_by_channel = Tensor(1 / std), Tensor(mean), True
         else:
             self.scaling_factor, self.shift_factor = config["scaling_factor"], config.get("shift_factor") or 0.0
 
@@ -129,7 +133,11 @@ class SampleLatents(TensorUnit):
             # exp(x / 2) as a power: the CPU's exp is good to 5e-6 only, its pow to 1e-7
             log_variance = clamp(log_variance, -30.0, 20.0)
             latents = latents + ops.pow(Tensor(np.float32(np.exp(0.5))), log_variance) * posterior_noise
-        return ((latents - self.shift_factor) * self.scaling_factor,)
+        shift, scale = self.shift_factor, self.scaling_factor
+        if self.is_by_channel:
+            axes = (1, -1, *(1,) * (latents.ndim - 2))
+            shift, scale = shift.reshape(axes), scale.reshape(axes)
+        return ((latents - shift) * scale,)
 
 
 class StartLatents(PipelineUnit):
@@ -149,14 +157,18 @@ class StartLatents(PipelineUnit):
 class FlowMatchPath(TensorUnit):
     """The point on the straight path from data to noise, and the velocity there.
 
-    Shapes: input_latents, noise float32 [B, ...], sigma float32 [B] -> latents, target of the same shape.
+    Shapes: input_latents, noise float32 [B, ...], sigma float32 [B] -> latents, target of the same shape. Of a film's
+    latents [B, C, F, h, w] the first frames may be given: given_latents float32 [B, C, k, h, w] stand there, clean.
     """
 
-    input_params = ("input_latents", "noise", "sigma")
+    input_params = ("input_latents", "noise", "sigma", "given_latents?")
     output_params = ("latents", "target")
 
-    def construct(self, input_latents, noise, sigma):
-        return flow.interpolate(input_latents, noise, sigma), flow.velocity_target(input_latents, noise)
+    def construct(self, input_latents, noise, sigma, given_latents=None):
+        latents = flow.interpolate(input_latents, noise, sigma)
+        if given_latents is not None:
+            latents = flow.with_given(latents, given_latents)
+        return latents, flow.velocity_target(input_latents, noise)
 
 
 class EmbeddedGuidance(TensorUnit):
@@ -180,21 +192,30 @@ class FlowMatchLoss(TensorUnit):
     """Weighted mean squared error of the velocity, with or without prior preservation.
 
     Shapes: velocity, target float [B, ...], loss_weight float32 [B] -> loss float32 scalar, sample_losses float32 [B].
-    With ``prior_loss_weight`` the first half of the batch holds instances, the second half class images.
+    With ``prior_loss_weight`` the first half of the batch holds instances, the second half class images. The frames of
+    given_latents [B, C, k, h, w] are not part of it.
     """
 
-    input_params = ("velocity", "target", "loss_weight")
+    input_params = ("velocity", "target", "loss_weight", "given_latents?")
     output_params = ("loss", "sample_losses")
 
     def __init__(self, prior_loss_weight: float | None = None):
         super().__init__()
         self.prior_loss_weight = prior_loss_weight
 
-    def construct(self, velocity, target, loss_weight):
+    def construct(self, velocity, target, loss_weight, given_latents=None):
+        velocity, target = self.free(velocity, target, given_latents)
         loss, sample_losses = losses.weighted_mse(velocity, target, loss_weight)
         if self.prior_loss_weight is not None:
             loss = losses.prior_preservation(sample_losses, self.prior_loss_weight)
         return loss, sample_losses
+
+    def free(self, velocity, target, given_latents):
+        """Both, without the frames that are given."""
+        if given_latents is None:
+            return velocity, target
+        count = given_latents.shape[2]
+        return velocity[:, :, count:], target[:, :, count:]
 
 
 def flow_match_units(objective: Objective, sigmas: np.ndarray, denoise: TensorUnit) -> list[TensorUnit]:

@@ -39,7 +39,7 @@ class Row:
         shares: of each member, in rows.
         is_swapped: its two halves are in the other order in the other columns (a scale and a shift).
         is_of_two: that holds where its weight is two squares; in other blocks it has more, in one order everywhere.
-        weight: what ``weight`` is called in the other columns.
+        weight, bias: what these are called in the other columns.
         is_same: its name is that of diffusers everywhere.
         ratio: rows to columns of its weight, where that tells the family from another of the same names.
         is_convolution: it is a convolution of 1 x 1 in the other columns.
@@ -50,10 +50,16 @@ class Row:
     shares: tuple[int, ...]
     is_swapped: bool = False
     weight: str = "weight"
+    bias: str = "bias"
     is_same: bool = False
     ratio: int | None = None
     is_convolution: bool = False
     is_of_two: bool = False
+
+    def part(self, name: str) -> str:
+        """The weight or bias of this package that is called ``name`` in the other columns, and the other way round."""
+        names = {self.weight: "weight", self.bias: "bias", "weight": self.weight, "bias": self.bias}
+        return names.get(name, name)
 
     def swaps(self, shape: Sequence[int] | None) -> bool:
         """Whether the halves of a layer are in the other order there; ``shape`` is that of its weight, if it is known.
@@ -87,7 +93,9 @@ class Model:
         prefixes: layout -> what its names begin with: ``transformer.`` or, where dots are underscores, ``lora_unet_``.
         also: further beginnings of its names.
         rows: of its layers; without any, modules keep the names they have.
-        tensors: diffusers' names of tensors that are in no layer -> the publisher's.
+        tensors: diffusers' names of tensors that are in no layer -> the publisher's; patterns with N too.
+        transposed: those of them that the publisher has transposed.
+        column: that of the publisher's names in its files of models.
         alone, whole: what its names begin with in the publisher's file of this model, and in one of a whole pipeline;
             None where there are no such files.
     """
@@ -96,6 +104,8 @@ class Model:
     also: tuple[str, ...] = ()
     rows: tuple[Row, ...] = ()
     tensors: Mapping[str, str] = field(default_factory=dict)
+    transposed: tuple[str, ...] = ()
+    column: str = ORIGINAL
     alone: str = ""
     whole: str | None = None
 
@@ -111,6 +121,15 @@ class Model:
                     modules = tuple(fill(member, numbers) for member in row.members)
                     found.setdefault(modules, Found(modules, row, column))
         return list(found.values())
+
+    def tensor(self, name: str, is_ours: bool) -> str | None:
+        """The publisher's name of a tensor that is in no layer, from diffusers' (``is_ours``) or the reverse; None for
+        others."""
+        for ours, theirs in self.tensors.items():
+            pattern, other = (ours, theirs) if is_ours else (theirs, ours)
+            if numbers := _numbers(pattern, name, False):
+                return fill(other, numbers)
+        return None
 
     def place(self, module: str, column: str) -> tuple[str, Row | None, tuple[str, ...]] | None:
         """Where a module is in a column: the name there, its row, and all modules of the row; None for nowhere."""
@@ -179,10 +198,11 @@ def read_table(file: Path) -> Table:
     models = {}
     for name, model in data["models"].items():
         layers = model.get("layers", ())
-        if isinstance(layers, str):  # what several families share
-            layers = yaml.safe_load((file.parent / layers).read_text(encoding="utf-8"))
+        if "shared" in model:  # what several families have
+            layers = [*layers, *yaml.safe_load((file.parent / model["shared"]).read_text(encoding="utf-8"))]
         models[name] = Model(dict(model["begins"]), tuple(model.get("also", ())),
                              tuple(row for item in layers for row in _rows(item)), model.get("tensors", {}),
+                             tuple(model.get("transposed", ())), model.get("column", ORIGINAL),
                              model.get("alone", ""), model.get("whole"))
     return Table(models, data["title"], data["default"], data["layouts"], tuple(data.get("with_alpha", ("kohya",))),
                  data["architecture"], data["base_version"], data.get("kohya_module", ""))
@@ -192,12 +212,19 @@ def _rows(item: str | dict[str, Any]) -> Iterator[Row]:
     if isinstance(item, str):  # the same everywhere
         yield from (Row((name,), {}, (1,), is_same=True) for name in expand(item))
         return
+    if "within" in item:  # the same layers in several places: diffusers' name of each, and that of all others
+        for here, there in item["within"].items():
+            for layer in item["layers"]:
+                names = layer if isinstance(layer, dict) else {"each": True, DIFFUSERS: layer, ORIGINAL: layer}
+                yield from _rows({key: f"{here if key.startswith(DIFFUSERS) else there}.{name}"
+                                  if isinstance(name, str) else name for key, name in names.items()})
+        return
     members = tuple(expand(item["diffusers"]))
     facts = {"is_swapped": bool(item.get("swap")), "is_of_two": item.get("swap") == "two squares",
-             "weight": item.get("weight", "weight"),
+             "weight": item.get("weight", "weight"), "bias": item.get("bias", "bias"),
              "ratio": item.get("ratio"), "is_convolution": item.get("convolution", False)}
-    names = {k: v for k, v in item.items() if k not in ("diffusers", "rows", "each", "swap", "weight", "ratio",
-                                                        "convolution")}
+    names = {k: v for k, v in item.items() if k not in ("diffusers", "rows", "each", "swap", "weight", "bias",
+                                                        "ratio", "convolution")}
     if item.get("each"):  # one row a member
         columns = {column: list(expand(pattern)) for column, pattern in names.items()}
         for k, member in enumerate(members):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ms_diffsynth.errors import WeightError, listing
-from ms_diffsynth.formats.interchange import ORIGINAL, Model, Row, Table
+from ms_diffsynth.formats.interchange import Model, Row, Table
 from ms_diffsynth.formats.weights import Checkpoint, Entry
 
 # ComfyUI's files of 8 bits: a weight's factor; that of an input, and marks, are not needed
@@ -24,19 +24,21 @@ def in_our_names(checkpoint: Checkpoint, model: Model | None = None) -> Checkpoi
     Args:
         model: its names; None leaves them.
 
-    Raises: WeightError for a factor that is not one number, and for rows that cannot be divided.
+    Raises: WeightError for a factor that is not one number, or is one of whole numbers, and for rows that cannot be
+        divided.
     """
     entries = _with_scales(checkpoint)
     if model is None:
         return checkpoint.with_entries(entries)
     entries = {_without_beginning(name, model): entry for name, entry in entries.items()}
-    tensors = {theirs: ours for ours, theirs in model.tensors.items()}
+    turned = {theirs for ours, theirs in model.tensors.items() if ours in model.transposed}
     found: dict[str, Entry] = {}
     for name, entry in entries.items():
         stem, _, part = name.rpartition(".")
-        meant = [None] if name in tensors else model.find(stem, False) or [None]
+        alone = model.tensor(name, is_ours=False)
+        meant = [None] if alone else model.find(stem, False) or [None]
         if meant[0] is None or meant[0].row is None:
-            found[tensors.get(name, name)] = entry
+            found[alone or name] = _transposed(entry) if name in turned else entry
             continue
         row = meant[0].row
         weight = entries.get(f"{stem}.{row.weight}")
@@ -50,17 +52,18 @@ def in_original_names(checkpoint: Checkpoint, model: Model) -> Checkpoint:
     Raises: WeightError for tensors that have no name there, and for a layer of theirs of which a part is missing.
     """
     entries, found, problems = checkpoint.entries, {}, []
-    has_own = any(ORIGINAL in row.names for row in model.rows)  # otherwise names are the same everywhere
+    has_own = any(model.column in row.names for row in model.rows)  # otherwise names are the same everywhere
     done: set[str] = set()
     for name, entry in entries.items():
         stem, _, part = name.rpartition(".")
-        place = (model.tensors[name], None, ()) if name in model.tensors else model.place(stem, ORIGINAL)
+        alone = model.tensor(name, is_ours=True)
+        place = (alone, None, ()) if alone else model.place(stem, model.column)
         if name in done:
             continue
         if place is None and has_own:
             problems.append(name)
         elif place is None or place[1] is None:
-            found[model.tensors.get(name, name)] = entry
+            found[alone or name] = _transposed(entry) if name in model.transposed else entry
         else:
             other, row, modules = place
             names = [f"{module}.{part}" for module in modules]
@@ -74,7 +77,7 @@ def in_original_names(checkpoint: Checkpoint, model: Model) -> Checkpoint:
                     joined = replace(joined, is_swapped=not joined.is_swapped)
                 if row.is_convolution and part == "weight":
                     joined = replace(joined, shape=(*joined.shape[:2], 1, 1))
-                found[f"{other}.{row.weight if part == 'weight' else part}"] = joined
+                found[f"{other}.{row.part(part)}"] = joined
             done |= set(names)
     if problems:
         raise WeightError(f"{listing(checkpoint.files)}: {len(problems)} tensors have no place among the publisher's "
@@ -120,6 +123,10 @@ def models_of(checkpoint: Checkpoint, table: Table) -> dict[str, list[str]]:
     return found
 
 
+def _transposed(entry: Entry) -> Entry:
+    return replace(entry, shape=entry.shape[::-1], is_transposed=not entry.is_transposed)
+
+
 def _without_beginning(name: str, model: Model) -> str:
     begins = sorted({*model.prefixes.values(), *model.also, "model.diffusion_model."}, key=len, reverse=True)
     return next((name.removeprefix(begin) for begin in begins if begin and name.startswith(begin)), name)
@@ -138,7 +145,7 @@ def _joined(names: list[str], members: list[Entry]) -> Entry:
 
 def _members(name: str, part: str, entry: Entry, modules: tuple[str, ...], row: Row,
              is_swapped: bool) -> dict[str, Entry]:
-    part = "weight" if part == row.weight else part
+    part = row.part(part)
     shape = entry.shape[:2] if row.is_convolution and entry.shape[2:] == (1, 1) else entry.shape
     sizes = row.sizes(shape[0])
     if sizes is None:
@@ -158,7 +165,13 @@ def _with_scales(checkpoint: Checkpoint) -> Mapping[str, Entry]:
     for name, scale in checkpoint.entries.items():
         stem, _, end = name.rpartition(".")
         weight = f"{stem}.weight"
-        if end in SCALES and weight in entries and entries[weight].dtype.name.startswith("float8"):
+        if end not in SCALES or weight not in entries:
+            continue
+        if entries[weight].dtype.kind in "iu":
+            raise WeightError(f"{weight} in {scale.file} is {entries[weight].dtype} with factors, as files of 4 bits "
+                              "and of whole numbers are: expected floating-point numbers. Give the file in bfloat16 or "
+                              "fp8.")
+        if entries[weight].dtype.name.startswith("float8"):
             if math.prod(scale.shape) != 1:
                 raise WeightError(f"{name} {scale.shape} in {scale.file}: expected one factor for a weight of 8 bits. "
                                   "Give the file in bfloat16.")

@@ -44,6 +44,7 @@ class Entry:
 
     Attributes:
         is_swapped: what is read are the second half of its rows, then the first.
+        is_transposed: what is read is the transpose of what is there.
         scale: one number that what is read is multiplied by; the result is float32.
         members: what is read are the rows of these, one below the other; ``file`` and ``start`` are not used then.
     """
@@ -53,6 +54,7 @@ class Entry:
     file: Path
     start: int
     is_swapped: bool = False
+    is_transposed: bool = False
     scale: Entry | None = None
     members: tuple[Entry, ...] = ()
 
@@ -427,11 +429,13 @@ def _read_alone(entry: Entry) -> np.ndarray:
 
 
 def _read(file: Any, entry: Entry) -> np.ndarray:
-    array = np.empty(entry.shape, entry.dtype)
+    array = np.empty(entry.shape[::-1] if entry.is_transposed else entry.shape, entry.dtype)
     if array.nbytes:
         file.seek(entry.start)
         if file.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:
             raise WeightError(f"{entry.file} became shorter while it was read. Download or save it again.")
+    if entry.is_transposed:
+        array = np.ascontiguousarray(array.T)
     if entry.is_swapped:
         array = np.roll(array, len(array) // 2, axis=0)
     if entry.scale is not None:

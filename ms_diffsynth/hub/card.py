@@ -43,6 +43,7 @@ class Loader:
         diffusers: the pipeline's class there.
         mindone: the pipeline's class there; empty when it has none.
         transformer: the trained network's class in both.
+        folder: of the network in a checkpoint of diffusers, and the argument by which pipelines take it.
         tags: of the model card, by which a hub finds it.
     """
 
@@ -51,6 +52,7 @@ class Loader:
     mindone: str
     files: tuple[str, ...] = ()
     transformer: str = ""
+    folder: str = "transformer"
     tags: tuple[str, ...] = ()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mindspore import nn
+from mindspore import Parameter, nn
 
 from ms_diffsynth.nn.adapters.flat import FlatTensors
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear
@@ -19,8 +19,9 @@ from ms_diffsynth.nn.recompute import Kept, Offloaded, Recomputed
 
 @dataclass(frozen=True)
 class Kind:
-    """The blocks of one list: ``names`` of their layers, dotted, in the order in which ``build`` takes their functions,
-    after the block itself, to make the cell of a block. Blocks with equal layers and of one class are equal.
+    """The blocks of one list: ``names`` of their layers and Parameters, dotted, in the order in which ``build`` takes
+    their functions, after the block itself, to make the cell of a block. Blocks with equal layers, of one class and
+    with one ``variant`` (an attribute, if they have it: what the cell depends on besides) are equal.
     ``twin_of``: the kind whose blocks these are too, computed in another way; the adapters are that kind's."""
 
     list_name: str
@@ -62,8 +63,9 @@ class Arranged:
         known = self.__dict__.setdefault("_known_blocks", {})  # not an attribute: a cell would take it for its own
         blocks = [(block, [layer_of(cell) for cell in at(block, kind.names)])
                   for block in getattr(self, kind.list_name)]
-        signatures = [(name, type(block), getattr(block, "is_recomputed", False), getattr(block, "is_offloaded", False),
-                       *(layer.kind for layer in layers)) for block, layers in blocks]
+        signatures = [(name, (type(block), getattr(block, "variant", None)), getattr(block, "is_recomputed", False),
+                       getattr(block, "is_offloaded", False), *(layer.kind for layer in layers))
+                      for block, layers in blocks]
         for signature, (block, layers) in zip(signatures, blocks):
             if signature not in known:
                 cell = kind.build(block, functions(layers))
@@ -100,12 +102,20 @@ def by_head(x, heads):
     return x.reshape(x.shape[0], x.shape[1], heads, -1)
 
 
-def at(block: nn.Cell, names: Sequence[str]) -> list[nn.Cell]:
-    """The cells of ``block`` at dotted names."""
+def held(**cells: nn.Cell) -> nn.Cell:
+    """A cell that only holds others, by names that may be numbers: what is read as ``held["0"]`` in PyTorch."""
+    holder = nn.Cell()
+    for name, cell in cells.items():
+        holder.insert_child_to_cell(name, cell)
+    return holder
+
+
+def at(block: nn.Cell, names: Sequence[str]) -> list[nn.Cell | Parameter]:
+    """What ``block`` has at dotted names: cells, or Parameters of its own."""
     found = []
     for name in names:
         cell = block
         for part in name.split("."):
-            cell = cell._cells[part]
+            cell = cell._cells[part] if part in cell._cells else cell._params[part]
         found.append(cell)
     return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
-from mindspore import mint, nn
+from mindspore import Parameter, mint, nn
 
 from ms_diffsynth.nn.adapters.flat import BlockTensors, NoTensors
 from ms_diffsynth.nn.adapters.layer import AdaptedLinear
@@ -62,6 +62,15 @@ class StoredWithoutBias(Stored):
         return self.product(x, weights[0], weights[1])
 
 
+class LayerNorm(nn.Cell):
+    def __init__(self, eps: float):
+        super().__init__(auto_prefix=False)
+        self.eps = eps
+
+    def construct(self, x, weights, lora):
+        return network.layer_norm(x, weights[0], weights[1], self.eps)
+
+
 class RMSNorm(nn.Cell):
     def __init__(self, eps: float):
         super().__init__(auto_prefix=False)
@@ -71,24 +80,37 @@ class RMSNorm(nn.Cell):
         return network.rms_norm(x, weights[0], self.eps)
 
 
-def layer_of(cell: nn.Cell) -> Layer:
-    """What a cell computes: a linear layer, its adapter and its storage in 8 bits included, or mindone's RMSNorm.
+class Value(nn.Cell):
+    """A Parameter that a block has beside its layers."""
+
+    def construct(self, x, weights, lora):
+        return weights[0]
+
+
+def layer_of(cell: nn.Cell | Parameter) -> Layer:
+    """What a cell computes: a linear layer, its adapter and its storage in 8 bits included, a LayerNorm with weight and
+    bias, or mindone's RMSNorm; or a Parameter as it is.
 
     Raises: TypeError for any other cell.
     """
+    if isinstance(cell, Parameter):
+        return Layer(("value", tuple(cell.shape)), Value(), (cell,))
     if isinstance(cell, AdaptedLinear):
         base = layer_of(cell.base)
         return replace(base, kind=cell.kind(base.kind), weights=(*base.weights, *cell.frozen), adapter=cell)
     if type(cell).__name__ == "RMSNorm":  # mindone's, which this layer of the package may not import
         return Layer(("rms_norm", cell.eps), RMSNorm(cell.eps), (cell.weight,))
+    if type(cell) is mint.nn.LayerNorm:
+        return Layer(("layer_norm", cell.eps), LayerNorm(cell.eps), (cell.weight, cell.bias))
     bias = () if getattr(cell, "bias", None) is None else (cell.bias,)
     if type(cell) is StoredLinear:
         return Layer(("stored", len(bias)), Stored() if bias else StoredWithoutBias(),
                      (cell.weight, cell.weight_scale, *bias))
     if type(cell) is mint.nn.Linear:
         return Layer(("linear", len(bias)), Linear() if bias else LinearWithoutBias(), (cell.weight, *bias))
-    raise TypeError(f"{type(cell).__name__} is not a layer whose weights are known: expected mindone's RMSNorm or "
-                    "mindspore.mint.nn.Linear, with an adapter or stored in 8 bits or not.")
+    raise TypeError(f"{type(cell).__name__} is not a layer whose weights are known: expected mindone's RMSNorm, "
+                    "mindspore.mint.nn.LayerNorm, or mindspore.mint.nn.Linear, with an adapter or stored in 8 bits "
+                    "or not.")
 
 
 def functions(layers: Sequence[Layer]) -> list[nn.Cell]:

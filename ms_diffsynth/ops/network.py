@@ -7,10 +7,13 @@
 | low_rank_each | x A^T B^T, A and B of each sample | x [B, S, in], a [B, r, in], b [B, out, r] -> [B, S, out] |
 | gelu_tanh | the tanh form of GELU | any |
 | layer_norm_modulate | norm(x) (1 + scale) + shift, the norm without affine | x [B, S, D], scale and shift [B, D] |
+| layer_norm | norm(x) weight + bias | x [B, S, D], weight and bias [D] |
+| group_norm_silu | silu of the group norm; not in a recomputed block | x [B, C, H, W], weight and bias [C] |
 | rms_norm | x / sqrt(mean(x^2) + eps) * weight | x [..., D], weight [D] |
 | rms_norm_modulate | rms_norm(x) (1 + scale) | x [B, S, D], weight [D], scale [B, D] |
 | gate_add | residual + gate x | residual and x [B, S, D], gate [B, D] |
 | swiglu | silu(first half) second half | [..., 2 D] -> [..., D] |
+| geglu | first half gelu(second half), the exact GELU | [..., 2 D] -> [..., D] |
 | gated_silu | silu(gate) x | any, the same for both |
 | tanh | tanh(x) | any |
 | positions | cosines or sines as `rotate` takes them | [1 or B, S, D], B, H, dtype -> the device's own |
@@ -55,7 +58,8 @@ else:
 linear, linear_without_bias, add_low_rank = device.linear, device.linear_without_bias, device.add_low_rank
 gelu_tanh, layer_norm_modulate, rms_norm, gate_add = (device.gelu_tanh, device.layer_norm_modulate, device.rms_norm,
                                                       device.gate_add)
-low_rank_each, swiglu, gated_silu = device.low_rank_each, device.swiglu, device.gated_silu
+low_rank_each, swiglu, geglu, gated_silu = device.low_rank_each, device.swiglu, device.geglu, device.gated_silu
+layer_norm, group_norm_silu = device.layer_norm, device.group_norm_silu
 rms_norm_modulate, positions, rotate = device.rms_norm_modulate, device.positions, device.rotate
 norm_rotate, norm_rotate_joint = device.norm_rotate, device.norm_rotate_joint
 attention, masked_attention, text_mask = device.attention, device.masked_attention, device.text_mask

@@ -81,7 +81,8 @@ def _check_preset_left_out(model: ModelSection) -> None:
     if model.preset_lora_path is None:
         raise ConfigError("preset_lora_in_samples=false without preset_lora_path: name the file that is left out of "
                           "sample images, or remove it.")
-    name = model.preset_lora_model or model.lora_base_model or family(model.family).pipeline().network
+    base = (model.lora_base_model or "").split(",")[0].strip()
+    name = model.preset_lora_model or base or family(model.family).pipeline().network
     for setting, why in (("trainable_models", "its weights are trained"), ("fp8_models", "its weights are in 8 bits")):
         if name in [text.split(".")[0].strip() for text in (getattr(model, setting) or "").split(",")]:
             raise ConfigError(f"preset_lora_in_samples=false and {setting}={getattr(model, setting)}: {why}, so the "

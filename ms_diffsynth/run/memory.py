@@ -25,6 +25,7 @@ from ms_diffsynth.nn.adapters.layer import linear_modules, match_targets
 from ms_diffsynth.nn.names import torch_parameters, trainable_parameters
 from ms_diffsynth.pipeline import Activations, Pipeline
 from ms_diffsynth.program import Cut
+from ms_diffsynth.training.module import targets_of
 from ms_diffsynth.training.optim import optimizer_arguments
 from ms_diffsynth.training.optim.build import optimizer_class
 
@@ -69,6 +70,8 @@ class Network:
                           if not any(name.startswith(f"{other}.") for other in lists))
         heads, channels = config.get("num_attention_heads"), config.get("attention_head_dim")
         self.channels = heads * channels if heads and channels else config.get("dim", 0)
+        if "block_out_channels" in config:  # of a UNet, in whose levels a token has less space and more channels
+            self.channels = config["block_out_channels"][0]
 
     @property
     def count(self) -> int:
@@ -153,11 +156,14 @@ def trained_of(config: TrainConfig, pipe: Pipeline) -> Trained:
     """Raises: ConfigError for layers or models that are not there."""
     model = config.model
     if not model.trainable_models:
-        network = network_of(pipe, model.lora_base_model)
-        if network is None:
-            return Trained(count=0, is_adapter=True, unknown=(f"the {model.adapter} of {model.lora_base_model}",))
-        targets = [t.strip() for t in model.lora_target_modules.split(",") if t.strip()] or pipe.lora_target_modules
-        return Trained(count=network.adapter_size(model.adapter, targets, model.lora_rank), is_adapter=True)
+        names = [n.strip() for n in model.lora_base_model.split(",") if n.strip()]
+        networks = {name: network for name in names if (network := network_of(pipe, name)) is not None}
+        targets = [t.strip() for t in model.lora_target_modules.split(",") if t.strip()]
+        own = targets_of({name: network.cell for name, network in networks.items()}, targets, pipe)
+        count = sum(network.adapter_size(model.adapter, own[name], model.lora_rank)
+                    for name, network in networks.items())
+        unknown = tuple(f"the {model.adapter} of {name}" for name in names if name not in networks)
+        return Trained(count=count, is_adapter=True, unknown=unknown)
     count, unknown = 0, []
     for name in (n.strip() for n in model.trainable_models.split(",") if n.strip()):
         root, _, inner = name.partition(".")
@@ -287,7 +293,8 @@ def vae_bytes(pipe: Pipeline, work: Work, size: tuple[int, ...], what: str) -> i
         return 0
     config = pipe.store.config("vae")
     width = config.get("base_dim") or (config.get("block_out_channels") or [0])[0]
-    return round(math.prod(size) * width * BYTES[pipe.dtype] * getattr(numbers, what))
+    dtype = pipe.store.component("vae").weight_dtype("", pipe.dtype)
+    return round(math.prod(size) * width * BYTES[dtype] * getattr(numbers, what))
 
 
 def _some(parts: Mapping[str, int]) -> dict[str, int]:

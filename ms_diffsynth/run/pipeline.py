@@ -31,7 +31,7 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
             tokenizers={name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")},
             device=config.run.device, dtype=config.run.dtype, max_sequence_length=config.data.max_sequence_length,
             edit_max_pixels=config.data.edit_max_pixels, edit_template=config.data.edit_template,
-            hub=source_of(config))
+            expert=model.expert, hub=source_of(config))
 
 
 def source_of(config: TrainConfig) -> str | None:
@@ -42,7 +42,8 @@ def source_of(config: TrainConfig) -> str | None:
 def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None] | None = None,
                   device: str | None = None, dtype: str | None = None,
                   max_sequence_length: int | None = None, edit_max_pixels: int | None = None,
-                  edit_template: str | None = None, hub: str | None = None) -> Pipeline:
+                  edit_template: str | None = None, expert: str | None = None,
+                  hub: str | None = None) -> Pipeline:
     """The pipeline of the family called ``name``.
 
     Args:
@@ -51,6 +52,7 @@ def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None
         max_sequence_length: text tokens a prompt is padded or cut to; None leaves the family's number.
         edit_max_pixels: most pixels of a reference image; None leaves the family's number.
         edit_template: how the text encoder is shown reference images; None goes by the model.
+        expert: which noise levels the network is trained on; None goes by the model.
         hub: of tokenizers whose names do not say it.
 
     Raises: ConfigError for a tokenizer the family does not have, or a length where prompts have a fixed one.
@@ -81,6 +83,10 @@ def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None
             raise ConfigError(f"edit_template={edit_template}: the text encoder of the family {name} sees no images. "
                               "Remove it.")
         pipe.edit_template = edit_template
+    if expert is not None:
+        if not hasattr(pipe, "expert"):
+            raise ConfigError(f"expert={expert}: the family {name} has one network for all noise levels. Remove it.")
+        pipe.expert = expert
     return pipe
 
 

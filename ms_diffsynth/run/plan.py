@@ -307,7 +307,7 @@ def models_of_samples(config: TrainConfig, pipe: Pipeline) -> tuple[str, ...]:
     stage = stage_of(config.objective.task)
     if not prompts or stage == "data_process" or (stage and "prompt" not in pipe.inputs):
         return ()
-    cut = pipe.sampling_program().cut(("velocity",) if "prompt" in pipe.inputs else pipe.denoise.output_params)
+    cut = pipe.sampling_program().cut(pipe.denoise.output_params)
     decode = pipe.build_decode().onload_model_names if hasattr(pipe, "build_decode") else ()
     encoders = () if stage or config.data.cache_dir else cut.models("prepare")
     return tuple(dict.fromkeys((*encoders, *cut.models("step"), *decode)))
@@ -356,7 +356,8 @@ def _cache_bytes(config: TrainConfig, pipe: Pipeline, cut: Cut, data: Data) -> i
     if shapes_of is None or not pipe.store.has_config("vae") or not pipe.store.has_config(pipe.network):
         return 0
     of_text = {name for unit in cut.split(["prompt"])[0] for name in unit.output_params}
-    tokens = round(float(np.mean(data.lengths))) if data.lengths and pipe.padded_slots else pipe.max_sequence_length
+    tokens = round(float(np.mean(data.lengths))) if data.lengths and pipe.padded_slots else \
+        getattr(pipe, "max_sequence_length", None)
     total = 0
     for size, count in data.sizes.items():
         latent = pipe.latent_shape(*size)

@@ -68,6 +68,7 @@ def planned_samples(config: TrainConfig, pipe: Pipeline,
             raise ConfigError(f"negative prompt {shortened(image['negative_prompt'], 60)!r} for {name}, with a "
                               "cfg_scale of 1, which reads none. Set sample_cfg_scale, for example to 4, or remove "
                               "the negative prompt.")
+        image["negative_prompt"] = image["negative_prompt"] or None
         pipe.check_sampler(image["sampler"])
         planned.append(image)
     return planned
@@ -84,7 +85,8 @@ def prompts_to_prepare(config: TrainConfig, pipe: Pipeline) -> list[str]:
 def _sampled_prompts(config: TrainConfig, pipe: Pipeline) -> list[str]:
     """What sample images are made of, negative prompts too."""
     planned = planned_samples(config, pipe) if config.run.sample_prompts and "prompt" in pipe.inputs else []
-    negative = [image["negative_prompt"] for image in planned if _cfg_scale(image, pipe) != 1]
+    negative = [image["negative_prompt"] or "" for image in planned if _cfg_scale(image, pipe) != 1
+                and (image["negative_prompt"] or not pipe.zeroed_slots)]
     return list(dict.fromkeys([*(image["prompt"] for image in planned), *negative]))
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.models import STORED_IN_8_BITS
 from ms_diffsynth.nn.adapters import Adapter, adapter as adapter_called, adapter_of, formats
 from ms_diffsynth.nn.adapters.contract import Uniform
-from ms_diffsynth.nn.adapters.layer import adapted_layers
+from ms_diffsynth.nn.adapters.layer import adapted_layers, linear_modules, selected
 from ms_diffsynth.nn.names import state_dict, to_numpy, torch_parameters, trainable_parameters
 from ms_diffsynth.nn.quant import store_models_8bit
 from ms_diffsynth.nn.recompute import use_recompute
@@ -45,6 +45,30 @@ class PreparedSlots(dict):
     text: tuple[str, tuple[str, ...]] = ("", ())
 
 
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def targets_of(models: Mapping[str, nn.Cell], targets: Sequence[str], pipe: Pipeline) -> dict[str, Sequence[str]]:
+    """Which of ``targets`` each model gets: those that select a layer of it; without any, the family's choice.
+
+    Of the only model all. Raises: ConfigError for one that selects nothing in any model, or models without any.
+    """
+    if not targets:
+        return {name: pipe.encoder_lora_target_modules.get(name, pipe.lora_target_modules) for name in models}
+    if len(models) == 1:
+        return dict.fromkeys(models, targets)
+    layers = {name: list(linear_modules(model)) for name, model in models.items()}
+    found = {name: [t for t in targets if selected(t, own)] for name, own in layers.items()}
+    lost = [t for t in targets if not any(t in own for own in found.values())]
+    bare = [name for name, own in found.items() if not own]
+    if lost or bare:
+        what = f"{listing(map(repr, lost))} selects no layer" if lost else f"nothing is selected in {listing(bare)}"
+        raise ConfigError(f"lora_target_modules: {what} of lora_base_model={','.join(models)}. Expected ends of names "
+                          "of layers, some of each model, such as to_q,q_proj; or leave lora_target_modules out.")
+    return found
+
+
 def text_key(names: tuple[str, ...], texts: dict[str, str]) -> str:
     """The key under which `Texts` holds these slots of texts."""
     return digest_of([names, texts])
@@ -60,7 +84,7 @@ class DiffusionTrainingModule:
     Attributes:
         fuse: units pulled into the compiled step although they could be prepared (``("encode_image",)`` puts the VAE
             there).
-        adapter: what ``lora_base_model`` gets.
+        adapter: what ``lora_base_models`` get.
         texts: where what is prepared of a text is kept for other rows of the same text; None: nowhere.
     """
 
@@ -70,6 +94,7 @@ class DiffusionTrainingModule:
 
     def __init__(self):
         self.trainable: tuple[str, ...] = ()
+        self.lora_base_models: tuple[str, ...] = ()
         self.task = "sft"
         self.adapter: Adapter = adapter_called("lora")
         self.use_gradient_checkpointing = self.use_gradient_checkpointing_offload = False
@@ -91,8 +116,9 @@ class DiffusionTrainingModule:
 
         Args:
             trainable_models: comma-separated models or dotted sub-modules to train whole (``"dit"``).
-            lora_base_model: the model that gets a LoRA, or another ``adapter``; its own weights stay frozen.
-            lora_target_modules: names, or ends of names, of its linear layers; empty takes the family's choice.
+            lora_base_model: the model that gets a LoRA, or another ``adapter``, or several with commas; their own
+                weights stay frozen.
+            lora_target_modules: names, or ends of names, of their linear layers; empty takes the family's choice.
             lora_checkpoint: a file of the same adapter to continue from.
             task: ``sft`` or ``dreambooth``; with ``:data_process`` or ``:train`` one stage of split training.
             objective: what is minimised; None is the family's own, for most that of the task (`registry.TASKS`).
@@ -103,24 +129,24 @@ class DiffusionTrainingModule:
                 ``edit_image,template_inputs``.
             adapter: a name of `nn.adapters.ADAPTERS`.
             preset_lora_path: a LoRA file that is added to the weights of ``preset_lora_model`` (by default
-                ``lora_base_model``, or the network) before anything is trained, so that what is trained is the
-                difference to it.
+                the first ``lora_base_model``, or the network) before anything is trained, so that what is trained is
+                the difference to it.
 
         Raises: ConfigError for names that are not there, for nothing to train, or for a model to be trained both ways.
         """
         self.task, (kind, _, stage) = task, task.partition(":")
         self.adapter = adapter_called(adapter)
-        names = [n.strip() for n in (trainable_models or "").split(",") if n.strip()]
-        if not names and not lora_base_model:
+        names, bases = _names(trainable_models), _names(lora_base_model)
+        if not names and not bases:
             raise ConfigError("nothing would be trained: set lora_base_model or trainable_models, e.g. to dit.")
         known = [c.name for c in pipe.store.components if not c.is_tokenizer]
-        for name in [*names, *([lora_base_model] if lora_base_model else [])]:
+        for name in [*names, *bases]:
             root, setting = name.split(".")[0], "trainable_models" if name in names else "lora_base_model"
             if root not in known:
                 raise ConfigError(f"{setting}: '{name}' cannot be trained: {type(pipe).__name__} has the models "
                                   f"{listing(known)}.{nearest(root, pipe.model_names)}")
-        if lora_base_model in names:
-            raise ConfigError(f"'{lora_base_model}' is in trainable_models and is lora_base_model: expected one of the "
+        for name in set(names) & set(bases):
+            raise ConfigError(f"'{name}' is in trainable_models and is lora_base_model: expected one of the "
                               "two. Train it whole, or train a LoRA on it.")
         for model in pipe.models.values():
             if isinstance(model, nn.Cell):
@@ -128,28 +154,27 @@ class DiffusionTrainingModule:
                     parameter.requires_grad = False
         for name in (n.strip() for n in (extra_inputs or "").split(",") if n.strip()):
             pipe.use_input(name)
+        pipe.prepare_training((*names, *([lora_base_model] if lora_base_model else [])))
         pipe.forget_compiled()  # what was compiled before has no LoRA in it
         pipe.objective = pipe.objective_for(objective, kind)
         pipe.sigmas, pipe.sampled_sigmas = pipe.training_schedule(kind).sigmas, None
-        self.lora_base_model = lora_base_model
-        self.trainable = (*names, *([lora_base_model] if lora_base_model else []))
+        self.lora_base_models = tuple(bases)
+        self.trainable = (*names, *bases)
         if stage == "data_process":  # nothing is trained, so what would be is not loaded
             self._store_frozen(fp8_models, ("prepare",))
             return
         if preset_lora_path:
-            name = preset_lora_model or lora_base_model or pipe.network
+            name = preset_lora_model or (bases or [pipe.network])[0]
             if name not in self.training_cut().models("step"):
                 raise ConfigError(f"preset_lora_model={name}: expected a model of the training step: "
                                   f"{listing(self.training_cut().models('step'))}.")
             with naming(f"preset_lora_path={preset_lora_path}"):
                 pipe.load_lora(getattr(pipe, name), preset_lora_path)
-        if lora_base_model:
+        if bases:
             targets = lora_target_modules.split(",") if isinstance(lora_target_modules, str) else lora_target_modules
-            targets = [t.strip() for t in targets if t.strip()] or pipe.lora_target_modules
-            model = getattr(pipe, lora_base_model)
-            self.adapter.inject(model, targets, lora_rank, lora_alpha, lora_uniform)
-            if lora_checkpoint:
-                self._load_lora(pipe, lora_base_model, lora_checkpoint)
+            self._inject(pipe, [t.strip() for t in targets if t.strip()], lora_rank, lora_alpha, lora_uniform)
+            for name in bases if lora_checkpoint else []:
+                self._load_lora(pipe, name, lora_checkpoint)
         for name in names:
             for parameter in self._parameters_under(pipe, name):
                 parameter.requires_grad = True
@@ -160,6 +185,21 @@ class DiffusionTrainingModule:
             for name in dict.fromkeys((pipe.network, *(n.split(".")[0] for n in self.trainable))):
                 if name in self.training_cut().models("step") and not pipe.store.component(name).recomputes_itself:
                     use_recompute(getattr(pipe, name), offload=use_gradient_checkpointing_offload)
+
+    def _inject(self, pipe: Pipeline, targets: Sequence[str], rank: int, alpha: float | None,
+                uniform: Uniform | None) -> None:
+        """Put the adapter on the layers of all ``lora_base_models``. Raises: ConfigError as `Adapter.inject`."""
+        bases = self.lora_base_models
+        for name, own in targets_of({name: getattr(pipe, name) for name in bases}, targets, pipe).items():
+            model = getattr(pipe, name)
+            if name == bases[0]:
+                self.adapter.inject(model, own, rank, alpha, uniform)
+                continue
+            # layers of two encoders have the same names: of the second, everything begins with that of the model
+            further = uniform and (lambda layer, shape, name=name: uniform(f"{name}.{layer}", shape))
+            self.adapter.inject(model, own, rank, alpha, further)
+            for parameter in self.adapter.parameters(model):
+                parameter.name = f"{name}.{parameter.name}"
 
     def load_training_template_model(self, pipe: Pipeline, path_or_model_id: str | ModelConfig | None,
                                      use_gradient_checkpointing: bool = False,
@@ -223,7 +263,7 @@ class DiffusionTrainingModule:
         """Every parameter that learns, once, in a fixed order."""
         found: dict[int, Parameter] = {}
         for name in self.trainable:
-            if name == self.lora_base_model:
+            if name in self.lora_base_models:
                 parameters = self.adapter.parameters(getattr(self.pipe, name))
             else:
                 parameters = self._parameters_under(self.pipe, name)
@@ -250,18 +290,19 @@ class DiffusionTrainingModule:
     @property
     def is_whole_pipeline(self) -> bool:
         """Whether all of the network is trained, and the pipeline can be saved as one."""
-        return (list(self.trainable) == [self.pipe.network] and not self.lora_base_model
+        return (list(self.trainable) == [self.pipe.network] and not self.lora_base_models
                 and hasattr(self.pipe, "update_pretrained"))
 
     def save(self, path: Path, remove_prefix: str | None = None, metadata: dict[str, str] | None = None) -> None:
         """Write what was trained: an adapter in the family's default naming, or weights by name. Never half a file."""
-        if self.lora_base_model and set(self.trainable) == {self.lora_base_model}:
-            cells = adapted_layers(getattr(self.pipe, self.lora_base_model))
-            file = AdapterFile({name: cell.tensors() for name, cell in cells.items()},
-                               {name: cell.scale for name, cell in cells.items()},
-                               dict.fromkeys(cells, self.adapter.format))
-            table = self.pipe.lora_table
-            save_adapters(path, {self.lora_base_model: file}, table, table.default, metadata)
+        if self.lora_base_models and set(self.trainable) == set(self.lora_base_models):
+            files, table = {}, self.pipe.lora_table
+            for model in self.lora_base_models:
+                cells = adapted_layers(getattr(self.pipe, model))
+                files[model] = AdapterFile({name: cell.tensors() for name, cell in cells.items()},
+                                           {name: cell.scale for name, cell in cells.items()},
+                                           dict.fromkeys(cells, self.adapter.format))
+            save_adapters(path, files, table, table.default, metadata)
         else:
             save_state_dict(path, self.export_trainable_state_dict(remove_prefix), metadata)
 
@@ -276,7 +317,7 @@ class DiffusionTrainingModule:
         """
         if self.is_whole_pipeline:
             self.pipe.update_pretrained(folder)
-        roots = {name.split(".")[0] for name in self.trainable if name != self.lora_base_model}
+        roots = {name.split(".")[0] for name in self.trainable if name not in self.lora_base_models}
         for name in (name for name in self.pipe.objective.saved_models if name in roots):
             component = self.pipe.store.component(name)
             config = {k: v for k, v in self.pipe.config(name).items() if k[0] != "_"}
@@ -284,7 +325,7 @@ class DiffusionTrainingModule:
                          config={"_class_name": component.class_name, **config})
         rest = roots.difference(self.pipe.objective.saved_models)
         is_known = self.pipe.diffusers_class and all(c.folder for c in self.pipe.store.components)  # no template
-        if rest and is_known and not self.is_whole_pipeline and not self.lora_base_model:
+        if rest and is_known and not self.is_whole_pipeline and not self.lora_base_models:
             self._save_whole(folder / "model", sorted(roots))
 
     def _save_whole(self, folder: Path, trained: Sequence[str]) -> None:
@@ -388,9 +429,10 @@ class DiffusionTrainingModule:
     def _of_sampled_prompt(self) -> tuple[tuple[Any, ...], tuple[str, ...]]:
         """The units that read nothing but the prompt of a sample image, and those of their slots that are kept."""
         program = self.pipe.sampling_program()
-        whole = program.cut(("velocity",))
+        whole = program.cut(self.pipe.denoise.output_params)
         models = {*whole.models("prepare"), *whole.models("step")}
-        cut = program.cut(("velocity",), [name for name in self.trainable if name.split(".")[0] in models])
+        cut = program.cut(self.pipe.denoise.output_params,
+                          [name for name in self.trainable if name.split(".")[0] in models])
         apart, _ = cut.split(["prompt"])
         return apart, tuple(name for unit in apart for name in unit.output_params if name in cut.cache)
 

@@ -40,6 +40,7 @@ FAMILIES = {
                                "edit_max_pixels": 128 * 128},
     "sd3": ROWS | {"max_sequence_length": 32},
     "z_image": ROWS,
+    "sdxl": ROWS | {"lora_base_model": "unet,text_encoder_1,text_encoder_2", "snr_gamma": 5.0, "noise_offset": 0.05},
     "toy": ROWS | {"height": 64, "width": 64},
     "ddpm_unet": {"dataset_base_path": SMILEYS, "dataset_metadata_path": SMILEYS / "metadata.csv", "height": 32,
                   "width": 32, "batch_size": 4, "learning_rate": 1e-3, "trainable_models": "unet",

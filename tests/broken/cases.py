@@ -214,7 +214,7 @@ def toy_model(random: random.Random) -> Case:
 
 
 def real_model(random: random.Random) -> Case:
-    family = random.choice(("flux", "flux2", "qwen_image", "sd3", "z_image", "ddpm_unet", "ddpm_unet"))
+    family = random.choice(("flux", "flux2", "qwen_image", "sd3", "sdxl", "wan", "z_image", "ddpm_unet", "ddpm_unet"))
     words = ["sample", family, f"models/{family}", "--num_inference_steps", "1", *PYNATIVE]
     if family == "ddpm_unet":
         words += ["--count", "1"] if random.random() < 0.7 else []
@@ -415,7 +415,7 @@ def prompts(random: random.Random) -> Case:
     text = random.choice(TEXTS) if random.random() < 0.7 else "".join(
         random.choice("a \u0301猫\U0001f600\u200d\u202e\x00\x07\udce9<>|{}\n'\"")
         for _ in range(random.choice((1, 5, 200, 12_000))))
-    family = random.choice(("toy", "toy", "toy", "flux", "sd3", "qwen_image", "flux2", "z_image"))
+    family = random.choice(("toy", "toy", "toy", "flux", "sd3", "qwen_image", "flux2", "sdxl", "wan", "z_image"))
     words, names = random.choice((
         (["sample", family, f"models/{family}", "--prompt", text, *SMALL], ["prompt"]),
         (["sample", family, f"models/{family}", "--prompt", "a", "--negative_prompt", text, "--cfg_scale", "2",

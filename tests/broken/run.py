@@ -246,7 +246,8 @@ def import_all() -> None:
                  "pipelines.flux.transformer",
                  "pipelines.flux2.transformer", "pipelines.flux2.text_encoder", "pipelines.qwen_image.transformer",
                  "pipelines.qwen_image.text_encoder", "pipelines.sd3.transformer", "pipelines.shared.qwen3",
-                 "pipelines.z_image.transformer", "pipelines.toy.pipeline"):
+                 "pipelines.z_image.transformer", "pipelines.sdxl.unet", "pipelines.wan.transformer",
+                 "pipelines.wan.image_encoder", "pipelines.toy.pipeline"):
         import_module(f"ms_diffsynth.{name}")
     from ms_diffsynth.registry import FAMILIES, family
     for name in FAMILIES:

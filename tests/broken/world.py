@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-FAMILIES = ("toy", "flux", "flux2", "qwen_image", "sd3", "z_image", "ddpm_unet")
+FAMILIES = ("toy", "flux", "flux2", "qwen_image", "sd3", "sdxl", "wan", "z_image", "ddpm_unet")
 CONFIG = """model:
   family: toy
   model_paths: models/toy

@@ -14,9 +14,10 @@ from PIL import Image
 
 from ms_diffsynth import load_config
 from ms_diffsynth.cli import init as init_command, look
-from ms_diffsynth.config.bases import BASES, DEVICES, DIVISION_FACTOR
+from ms_diffsynth.config.bases import BASES, DEVICES
 from ms_diffsynth.data import dataset
 from ms_diffsynth.pipelines.flux2.prompt import klein_ids
+from ms_diffsynth.pipelines.shared.text import CLIP_TOKENS
 from ms_diffsynth.registry import family
 
 ROOT = Path(__file__).parents[2]
@@ -291,8 +292,8 @@ def test_it_imports_no_framework(python, odd, emoji_flux):
 @pytest.mark.parametrize("name", BASES)
 def test_what_the_table_says_of_a_family_is_so(name):
     base, pipeline = BASES[name], family(BASES[name].family).pipeline
-    assert pipeline.division_factor == DIVISION_FACTOR
-    assert base.tokens == 16 or base.tokens == pipeline.max_sequence_length
+    assert pipeline.division_factor == base.division_factor
+    assert base.tokens == 16 or base.tokens == getattr(pipeline, "max_sequence_length", CLIP_TOKENS)
     assert base.settings.keys() <= load_config(family="toy", dataset_base_path=".", num_epochs=1).flat().keys()
 
 
@@ -306,7 +307,7 @@ def test_what_the_bundled_model_says_is_what_the_table_says():
     assert (says["height"], says["width"], says["max_sequence_length"]) == (base.side, base.side, base.tokens)
 
 
-@pytest.mark.parametrize("name", ["flux1-dev", "sd3.5-medium", "qwen-image", "flux2-klein", "z-image"])
+@pytest.mark.parametrize("name", ["flux1-dev", "sd3.5-medium", "qwen-image", "flux2-klein", "sdxl", "z-image"])
 def test_tokens_are_counted_as_the_pipeline_reads_them(tiny_model, name):
     base = BASES[name]
     pipe = family(base.family).pipeline.from_pretrained(str(tiny_model(base.family)))
@@ -315,6 +316,8 @@ def test_tokens_are_counted_as_the_pipeline_reads_them(tiny_model, name):
         if base.tokenizer == "t5":
             tokenizer = pipe.tokenizer_2 if name == "flux1-dev" else pipe.tokenizer_3
             assert counted == len(tokenizer(prompt).input_ids)
+        elif base.tokenizer == "clip":
+            assert counted == len(pipe.tokenizer_1(prompt).input_ids)
         elif base.family == "flux2":
             assert abs(counted - len(klein_ids(pipe.tokenizer, prompt))) <= ("think" in prompt) * 2
         else:

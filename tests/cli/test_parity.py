@@ -15,7 +15,7 @@ from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FLUX, UNET = CASES_OF_PACKAGE / "flux", CASES_OF_PACKAGE / "ddpm_unet"
-CASES = ("flux", "flux_dreambooth_cosmap", "flux2_klein", "qwen_image", "sd3", "z_image")
+CASES = ("flux", "flux_dreambooth_cosmap", "flux2_klein", "qwen_image", "sd3", "wan_i2v", "wan_ti2v_5b", "z_image")
 EDITING = ("flux_kontext", "qwen_image_edit", "qwen_image_edit_2509", "qwen_image_edit_2511")
 
 
@@ -36,6 +36,35 @@ def test_references_of_edit_models(run, case, mode):
     assert all(f"ok   {name}" in out for name in (
         "velocity ", "loss", "gradients", "reference latents", "velocity without reference", "sampling sigmas",
         "sampled latents", "losses of 5 steps", "LoRA after 5 steps"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+def test_denoising_diffusion_of_latents(run, mode):
+    code, out, _ = run("parity", GOLDEN / "sdxl", "--mode", mode)
+    assert code == 0 and "FAIL" not in out
+    assert all(f"ok   {name}" in out for name in (
+        "alphas_cumprod", "loss weights", "input latents", "noise pred", "loss ", "gradients (618 tensors)",
+        "noise_offset: latents", "noise_offset: loss", "min_snr: weights", "min_snr: loss", "LoRA after 5 steps"))
+
+
+@pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
+def test_two_text_encoders(run, mode):
+    code, out, _ = run("parity", GOLDEN / "sdxl_text", "--mode", mode)
+    assert code == 0 and "FAIL" not in out
+    assert all(f"ok   {name}" in out for name in (
+        "hidden states of text_encoder_1", "hidden states of text_encoder_2", "prompt embeds", "pooled prompt embeds",
+        "loss", "gradients (105 tensors)"))
+
+
+@pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["wan_vae", "wan22_vae"])
+def test_the_autoencoders_of_films(run, case, mode):
+    code, out, _ = run("parity", GOLDEN / case, "--mode", mode)
+    assert code == 0 and "FAIL" not in out
+    assert all(f"ok   {name}" in out for name in (
+        "moments of 5 frames", "moments of 1 frames", "moments of 9 frames", "latents", "5 decoded frames",
+        "1 decoded frames"))
 
 
 @pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
@@ -146,6 +175,8 @@ TEXT_LINES = {
     "qwen_image": ("prompt ids", "prompt embeds (9 tensors)", "sigmas, lightning 4 steps"),
     "sd3": ("clip l ids", "clip g ids", "t5 ids", "prompt embeds (9 tensors)", "pooled prompt embeds",
             "sigmas, sd3 9 steps", "sigmas, dynamic 4 steps"),
+    "sdxl": ("clip l ids", "clip g ids", "prompt embeds (9 tensors)", "pooled prompt embeds", "sigmas, leading 9 steps",
+             "sigmas, trailing 4 steps", "sigmas, linspace 9 steps", "sigmas, v 4 steps"),
     "z_image": ("prompt ids", "prompt mask", "prompt embeds (9 tensors)", "sigmas, base 9 steps",
                 "sigmas, turbo 4 steps")}
 
@@ -181,6 +212,17 @@ def test_images_and_training_give_what_the_references_give(run, name, runs, mode
         "sigma grid", "loss weights", "first loss", "gradients", "losses of 5 updates", "grad norms of 5 updates",
         "learning rates of 5 updates", "LoRA after 5"))
     assert name != "flux" or all(f"ok   dreambooth: EMA after {count}" in out for count in ("1 update", "5"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+def test_images_and_training_of_denoising_diffusion(run, mode):
+    code, out, _ = run("parity", GOLDEN / "sdxl_end_to_end", "--mode", mode)
+    assert code == 0 and "FAIL" not in out
+    assert all(f"ok   {line}" in out for line in (
+        "image plain, 128x128", "image negative, 160x96", "image chinese, 96x64", "image linspace", "image v"))
+    assert all(f"ok   {name}: {line}" in out for name in ("sft", "options") for line in (
+        "sigma grid", "first loss", "gradients", "losses of 5 updates", "LoRA after 5"))
 
 
 @pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])

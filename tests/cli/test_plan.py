@@ -111,7 +111,7 @@ def test_every_preset_fits_its_card_and_is_as_large_as_was_measured(base, memory
     config = load_config("run.yaml")
     found = planning.plan_run(config, build_datasets(config), memory)
     train = next(stage for stage in found.stages if stage.name == "train")
-    beside = sum(size for model, size in train.models.items() if model != "dit")
+    beside = sum(size for model, size in train.models.items() if model != found.pipe.network)
     assert (train.peak - beside) / GIB == pytest.approx(BASES[base].fits[job][memory].peak, rel=0.1)
 
 
@@ -130,9 +130,11 @@ def rows_of_the_table() -> list[list[str]]:
 def test_a_peak_from_shapes_is_that_of_the_allocator(row):
     model, side, recompute, held, peak = row[0].partition(" (")[0], row[1], row[2], float(row[3]), float(row[4])
     title, *how = (part.strip() for part in model.split(","))
-    name = next(f for f in ("flux", "flux2", "qwen_image", "sd3", "z_image") if title in family(f).published)
+    name = next(f for f in ("flux", "flux2", "qwen_image", "sd3", "sdxl", "z_image") if title in family(f).published)
     repository = next(r for r, known in family(name).repositories.items() if known == title)
-    settings = {"family": name, "model_id_with_origin_paths": f"{repository}:transformer/*.safetensors,"
+    network, folder = ("unet", "unet") if name == "sdxl" else ("dit", "transformer")
+    settings = {"family": name, "lora_base_model": network,
+                "model_id_with_origin_paths": f"{repository}:{folder}/*.safetensors,"
                 f"{repository}:vae/*.safetensors", "dataset_base_path": "images", "height": side, "width": side,
                 "use_gradient_checkpointing": recompute == "yes", "device": "Ascend", "num_epochs": 1,
                 "cache_dir": "cache", "batch_size": 2 if "2 images" in how else 1}
@@ -147,7 +149,7 @@ def test_a_peak_from_shapes_is_that_of_the_allocator(row):
         stages = found.stages
     train = stages[-1]
     assert train.peak / GIB == pytest.approx(peak, rel=0.1 if "template" in how else 0.05)
-    weights = train.models["dit"] + train.parts.get("what learns", 0) + train.parts.get("the optimizer", 0)
+    weights = train.models[network] + train.parts.get("what learns", 0) + train.parts.get("the optimizer", 0)
     assert weights / GIB == pytest.approx(held, rel=0.1 if "template" in how else 0.02)
 
 

@@ -86,7 +86,7 @@ def test_a_file_of_several_models_goes_into_each(train, tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["flux", *(pytest.param(name, marks=pytest.mark.slow)
-                                           for name in ("flux2", "qwen_image", "sd3"))])
+                                           for name in ("flux2", "qwen_image", "sd3", "z_image"))])
 def test_a_run_of_a_whole_network_leaves_a_pipeline(name, train, tiny_model, tmp_path, capsys):
     """run/model is the base with the trained network; nothing else was copied. It is sampled, as the run itself is."""
     base = tiny_model(name)
@@ -110,6 +110,18 @@ def test_a_run_of_a_whole_network_leaves_a_pipeline(name, train, tiny_model, tmp
     of_run = np.asarray(Image.open(next((tmp_path / "two").glob("*.png"))), np.int32)
     weights = sampled(name, base, tmp_path / "three", "--weights", str(file.with_name("step-2-ema.safetensors")))
     assert (of_run == of_model).all() and (of_run == weights).all()
+
+
+def test_a_run_of_a_network_without_prompts_is_sampled(train, tiny_model, tmp_path):
+    """By its own command, by the pipeline that it left, and by its weights."""
+    file = train("ddpm_unet", "run", "--trainable_models", "unet", "--learning_rate", "0.01")
+    words = ["--num_inference_steps", "2", "--seed", "3", *EAGER]
+    base, found = str(tiny_model("ddpm_unet")), []
+    for k, source in enumerate((["--run", str(tmp_path / "run")], [str(tmp_path / "run/model")],
+                                [base, "--weights", str(file)], [base])):
+        assert main(["sample", *source, *words, "--output", str(tmp_path / str(k))]) == 0
+        found.append(np.asarray(Image.open(tmp_path / str(k) / "000-seed3.png")))
+    assert (found[0] == found[1]).all() and (found[0] == found[2]).all() and (found[0] != found[3]).any()
 
 
 @pytest.mark.parametrize("how", ["linked", "another disk", "stored in 8 bits", "some files"])

@@ -21,6 +21,8 @@ from ms_diffsynth.diffusion.ddpm import (
     ddpm_units,
 )
 from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.pipelines.sdxl.published import SCHEDULE
+from ms_diffsynth.pipelines.shared.denoising import integrate
 from ms_diffsynth.units import TensorUnit
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
@@ -101,7 +103,7 @@ def test_a_configuration_goes_out_and_comes_back():
 
 
 @pytest.mark.parametrize("change, expected", [
-    ({"thresholding": True, "set_alpha_to_one": False}, "sets thresholding=True, set_alpha_to_one=False, which is not"),
+    ({"thresholding": True, "use_karras_sigmas": True}, "sets thresholding=True, use_karras_sigmas=True, which is not"),
     ({"trained_betas": [0.1]}, "trained_betas="), ({"a_new_setting": 3}, "a_new_setting=3"),
     ({"_class_name": "PNDMScheduler"}, "describes a PNDMScheduler"),
     ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid': expected one of linear"),
@@ -162,6 +164,78 @@ def test_ddim_with_all_its_noise_is_ddpm():
     wanted = ddpm(predict, Tensor(START), schedule, 20, noise=noise).asnumpy()
     np.testing.assert_allclose(ddim(predict, Tensor(START), schedule, 20, 1.0, noise).asnumpy(), wanted, atol=1e-5)
     assert np.abs(ddim(predict, Tensor(START), schedule, 20, 0.0).asnumpy() - wanted).max() > 0.1
+
+
+SDXL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+LEADING, LINSPACE = {"steps_offset": 1, "set_alpha_to_one": False}, {"timestep_spacing": "linspace"}
+V = {"timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+ZERO = V | {"rescale_betas_zero_snr": True}
+
+
+@pytest.mark.parametrize("sampler, settings, sigmas, first, expected", [
+    ("euler", LEADING, [4.1166983, 1.623693, 0.6983986, 0.0413145, 0], 4.236413955688477,
+     [-2.057607412338257, -0.775388777256012, 0.5068297982215881, 1.7890483140945435]),
+    ("heun", LEADING, [4.1166983, 1.623693, 0.6983986, 0.0413145, 0], 4.236413955688477,
+     [-1.786475419998169, -0.6361332535743713, 0.5142093896865845, 1.6645516157150269]),
+    ("euler", LINSPACE, [14.6146469, 2.9183085, 0.9323584, 0.0291675, 0], 14.614646911621094,
+     [-4.690073013305664, -1.9188969135284424, 0.8522788286209106, 3.623455286026001]),
+    ("heun", LINSPACE, [14.6146469, 2.9183085, 0.9323584, 0.0291675, 0], 14.614646911621094,
+     [-1.1580724716186523, -0.32777178287506104, 0.5025290250778198, 1.3328291177749634]),
+    ("euler", ZERO, [4096.0, 5.3987408, 1.7680811, 0.7270561, 0], 4096.0,
+     [-0.3321847915649414, -0.13442093133926392, 0.06334805488586426, 0.26110199093818665]),
+    ("heun", V, [14.6146469, 4.0817308, 1.612887, 0.6932054, 0], 14.614646911621094,
+     [-0.5524293184280396, -0.20143947005272912, 0.14955013990402222, 0.5005395412445068]),
+    ("ddim", LEADING, [4.1166983, 1.623693, 0.6983986, 0.0413145, 0], 4.236413955688477,
+     [-2.0936062335968018, -0.7889528274536133, 0.5157008171081543, 1.8203543424606323]),
+])
+def test_sampling_by_noise_levels_gives_the_numbers_of_diffusers(sampler, settings, sigmas, first, expected):
+    """diffusers 0.39: EulerDiscreteScheduler, HeunDiscreteScheduler and DDIMScheduler with this prediction."""
+    schedule = NoiseSchedule(**SDXL, **settings)
+    found = schedule.sampling_sigmas(4)
+    # PyTorch's square roots of a zero terminal SNR are off by a bit at 182 of 1000 timesteps
+    np.testing.assert_allclose(found, sigmas, rtol=1e-6, atol=1e-7)
+    assert schedule.first_scale(float(found[0])) == pytest.approx(first, rel=1e-6)
+    latents = integrate(schedule, predict, Tensor(START * np.float32(schedule.first_scale(float(found[0])))), found,
+                        sampler)
+    np.testing.assert_allclose(latents.asnumpy().ravel(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_the_last_steps_alone_are_those_of_all(sampler):
+    schedule, seen = NoiseSchedule(**SDXL, **LEADING), []
+
+    def watched(latents, timestep):
+        seen.append(int(timestep.asnumpy()[0]))
+        return predict(latents, timestep)
+
+    integrate(schedule, watched, Tensor(START), schedule.sampling_sigmas(10)[7:], sampler, lambda k: noise(k).asnumpy())
+    assert seen == schedule.timesteps(10).tolist()[7:]
+
+
+def test_a_zero_terminal_snr_is_that_of_diffusers():
+    """diffusers 0.39: rescale_zero_terminal_snr."""
+    schedule = NoiseSchedule(**SDXL, **ZERO)
+    a = schedule.alphas_cumprod
+    np.testing.assert_allclose(a[[0, 500, 998, 999]], [0.99915, 0.24101864, 1.9679634e-07, 0], rtol=2e-6)
+    assert a[999] == 0 and schedule.loss_weights(5.0)[999] == 0 and np.isfinite(schedule.loss_weights(5.0)).all()
+    with pytest.raises(ConfigError, match="prediction_type=epsilon: expected v_prediction or sample"):
+        NoiseSchedule(rescale_betas_zero_snr=True)
+
+
+def test_the_published_configuration_of_sdxl_is_read():
+    assert SCHEDULE == NoiseSchedule(**SDXL, **LEADING)
+    # EulerDiscreteScheduler's defaults are others than DDPM's
+    other = NoiseSchedule.from_config({"_class_name": "EulerDiscreteScheduler", "final_sigmas_type": "zero"})
+    assert (other.timestep_spacing, other.clip_sample) == ("linspace", False)
+
+
+def test_timesteps_are_found_again_from_noise_levels():
+    schedule = NoiseSchedule(**SDXL, **LINSPACE)
+    exact = np.linspace(0, 999, 30, dtype=np.float32)[::-1]
+    found = [schedule.timestep_at(float(s)) for s in schedule.sampling_sigmas(30)[:-1]]
+    np.testing.assert_allclose(found, exact, atol=2e-3)
+    leading = NoiseSchedule(**SDXL, **LEADING)
+    assert [leading.timestep_at(float(s)) for s in leading.sampling_sigmas(50)[:-1]] == leading.timesteps(50).tolist()
 
 
 # -- training --------------------------------------------------------------------------------------------------------

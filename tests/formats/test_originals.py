@@ -23,12 +23,13 @@ DIGESTS = json.loads((ORIGINALS / "digests.json").read_text())
 
 
 def digest(array):
-    return [list(array.shape), hashlib.sha256(array.view(np.uint16).tobytes()).hexdigest()[:16]]
+    return [list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()[:16]]
 
 
 @pytest.mark.parametrize("name, family, model", [("flux", "flux", "dit"), ("flux2", "flux2", "dit"),
                                                  ("vae", "flux", "vae"), ("vae", "sd3", "vae"), ("sd3", "sd3", "dit"),
-                                                 ("z_image", "z_image", "dit")])
+                                                 ("z_image", "z_image", "dit"), ("film_vae", "qwen_image", "vae"),
+                                                 ("qwen_text", "qwen_image", "text_encoder")])
 def test_the_tensors_are_those_that_diffusers_makes(name, family, model):
     checkpoint = in_our_names(open_checkpoint(ORIGINALS / f"{name}.safetensors"), interchange(family).models[model])
     assert {key: digest(array) for key, array in checkpoint.tensors()} == DIGESTS[name]
@@ -64,6 +65,8 @@ def test_weights_of_8_bits_are_multiplied_by_their_factor(tmp_path, end, marks):
     ({"double_blocks.0.img_attn.qkv.weight": np.ones((10, 2), np.float32)}, r"whose rows are not \(1, 1, 1\) parts"),
     ({"img_in.weight": np.ones((3, 2), ml_dtypes.float8_e4m3fn), "img_in.scale_weight": np.ones(3, np.float32)},
      "expected one factor"),
+    ({"img_in.weight": np.ones((3, 2), np.uint8), "img_in.weight_scale": np.ones(3, ml_dtypes.float8_e4m3fn)},
+     r"img_in\.weight in .* is uint8 with factors, as files of 4 bits"),
 ])
 def test_what_makes_no_sense_is_refused(tmp_path, tensors, text):
     save_state_dict(tmp_path / "f.safetensors", tensors)
@@ -72,7 +75,8 @@ def test_what_makes_no_sense_is_refused(tmp_path, tensors, text):
 
 
 @pytest.mark.parametrize("name, family, model", [("flux", "flux", "dit"), ("flux2", "flux2", "dit"),
-                                                 ("vae", "flux", "vae"), ("sd3", "sd3", "dit")])
+                                                 ("vae", "flux", "vae"), ("sd3", "sd3", "dit"),
+                                                 ("film_vae", "qwen_image", "vae")])
 def test_there_and_back_every_tensor_has_its_bits(tmp_path, name, family, model):
     table = interchange(family)
     file = ORIGINALS / f"{name}.safetensors"

@@ -1,8 +1,8 @@
 """Make the reference cases from end to end: texts, image files, noise and draws, and what PyTorch makes of them.
 
-    ms-diffsynth tiny flux models/flux        # also sd3, flux2, qwen_image, z_image and ddpm_unet; seed 0
-    python tests/golden/make_end_to_end.py models OUTPUT [flux flux_from_image sd3 flux2 flux2_dev qwen_image z_image
-                                                          ddpm_unet]
+    ms-diffsynth tiny flux models/flux        # also sd3, sdxl, flux2, qwen_image, z_image and ddpm_unet; seed 0
+    python tests/golden/make_end_to_end.py models OUTPUT [flux flux_from_image sd3 sdxl flux2 flux2_dev qwen_image
+                                                          z_image ddpm_unet]
 
 Runs in a PyTorch environment; nothing of ms_diffsynth or mindone is imported, only the tiny weights are read. FLUX.1
 and Stable Diffusion 3 need transformers 4.57 with ftfy, because their CLIP tokens are those of the slow CLIPTokenizer
@@ -26,7 +26,7 @@ import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3
+from diffusers.training_utils import EMAModel, compute_loss_weighting_for_sd3, compute_snr
 from PIL import Image, ImageOps
 from safetensors.numpy import load_file, save_file
 
@@ -696,6 +696,123 @@ class Sd3(Flux):
             pooled_projections=torch.stack(slots["pooled_prompt_embeds"]), return_dict=False)[0]
 
 
+class Sdxl(Sd3):
+    """Stable Diffusion XL: transformers' slow CLIPTokenizers with ftfy, StableDiffusionXLPipeline, and training of the
+    noise, with its offset and min-SNR weights."""
+
+    family, folder, max_length = "sdxl", "sdxl", None
+    configs = {"leading": {}, "trailing": {"timestep_spacing": "trailing"},
+               "linspace": {"timestep_spacing": "linspace"},
+               "v": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}}
+    targets = ("to_q", "to_k", "to_v", "to_out.0")
+    samples = [sized("plain", "a red cat by the sea", 128, 128, 4, 5.0, None),
+               sized("negative", "a red cat by the sea", 96, 160, 4, 7.0, "ugly, blurry image of a dog"),
+               sized("chinese", CHINESE, 64, 96, 3),
+               sized("linspace", "a dog", 64, 64, 5, 3.0, "", scheduler_config=configs["linspace"]),
+               sized("v", "a dog", 64, 64, 5, 3.0, None, scheduler_config=configs["v"])]
+    runs = (settings("sft", "sft", height=64, width=96, max_sequence_length=None, posterior="sample", rows=ROWS,
+                     lr_scheduler="cosine", objective={}),
+            settings("options", "sft", height=96, width=64, max_sequence_length=None, posterior="sample", rows=ROWS,
+                     objective={"noise_offset": 0.05, "snr_gamma": 5.0, "prediction_type": "v_prediction"}))
+
+    def __init__(self, models: Path):
+        check_slow_clip()
+        from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+        m = models / self.folder
+        self.config = json.loads((m / "scheduler/scheduler_config.json").read_text())
+        self.network = UNet2DConditionModel.from_pretrained(m / "unet").eval()
+        self.vae = AutoencoderKL.from_pretrained(m / "vae").eval()
+        self.pipe = StableDiffusionXLPipeline(
+            unet=self.network, vae=self.vae, scheduler=EulerDiscreteScheduler.from_config(self.config),
+            text_encoder=CLIPTextModel.from_pretrained(m / "text_encoder").eval(),
+            tokenizer=CLIPTokenizer.from_pretrained(m / "tokenizer"),
+            text_encoder_2=CLIPTextModelWithProjection.from_pretrained(m / "text_encoder_2").eval(),
+            tokenizer_2=CLIPTokenizer.from_pretrained(m / "tokenizer_2"), add_watermarker=False)
+
+    def make(self, case: Case) -> None:
+        from diffusers import EulerDiscreteScheduler
+
+        texts(case, self)
+        files(case, self, 64, 96)
+        case.info["schedules"] = []
+        for name, config in self.configs.items():
+            for steps in (4, 9):
+                scheduler = EulerDiscreteScheduler.from_config(self.config | config)
+                scheduler.set_timesteps(steps)
+                case.info["schedules"].append({"name": f"{name} {steps}", "scheduler_config": config, "height": 256,
+                                               "width": 384, "num_inference_steps": steps})
+                case.expected[f"sigmas.{name} {steps}"] = scheduler.sigmas
+        samples(case, self)
+        for run in self.runs:
+            train(case, self, run)
+
+    def tokens(self, text):
+        tokenizers = {"clip_l_ids": self.pipe.tokenizer, "clip_g_ids": self.pipe.tokenizer_2}
+        return {slot: tokenizer(text, padding="max_length", max_length=77, truncation=True).input_ids
+                for slot, tokenizer in tokenizers.items()}
+
+    @torch.no_grad()
+    def encode(self, prompts, length=None):
+        embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+        return {"prompt_embeds": list(embeds), "pooled_prompt_embeds": list(pooled)}
+
+    @torch.no_grad()
+    def latents(self, pixels, posterior_noise=None):
+        posterior = self.vae.encode(pixels).latent_dist
+        drawn = posterior.mean if posterior_noise is None else posterior.mean + posterior.std * posterior_noise
+        return drawn * self.vae.config.scaling_factor
+
+    def latent_shape(self, height, width):
+        return (4, height // 8, width // 8)
+
+    @torch.no_grad()
+    def sample(self, s, noise, edit):
+        from diffusers import EulerDiscreteScheduler
+
+        self.pipe.scheduler = EulerDiscreteScheduler.from_config(self.config | getattr(s, "scheduler_config", {}))
+        return self.pipe(s.prompt, negative_prompt=s.negative_prompt, guidance_scale=s.cfg_scale, height=s.height,
+                         width=s.width, latents=noise, num_inference_steps=s.num_inference_steps).images[0]
+
+    def draw(self, case, run, count):
+        further = {"noise_offset_draw": case.normal(count, 4, 1, 1)} if run.objective.get("noise_offset") else {}
+        return super().draw(case, run, count) | further
+
+    def grid(self, run):
+        from diffusers import DDPMScheduler
+
+        kind = run.objective.get("prediction_type", "epsilon")
+        self.scheduler = DDPMScheduler.from_config(self.config, prediction_type=kind)
+        return (1 - self.scheduler.alphas_cumprod) ** 0.5, None
+
+    def loss(self, case, run, rows, draws, grid, weights):
+        images = [load(case.folder / "images" / row["image"], run.height, run.width) for row in rows]
+        clean = self.latents(torch.cat([to_pixels(image) for image in images]), draws["posterior_noise"])
+        sizes = torch.tensor([[*framing(case.folder / "images" / row["image"], run.height, run.width), run.height,
+                               run.width] for row in rows], dtype=torch.float32)
+        index = (draws["density_draw"] * LEVELS).long()
+        noise = draws["noise"] + run.objective.get("noise_offset", 0.0) * draws.get("noise_offset_draw", 0.0)
+        slots = self.encode([row["prompt"] for row in rows])
+        prediction = self.network(
+            self.scheduler.add_noise(clean, noise, index), index, torch.stack(slots["prompt_embeds"]),
+            added_cond_kwargs={"text_embeds": torch.stack(slots["pooled_prompt_embeds"]), "time_ids": sizes}).sample
+        is_v = self.scheduler.config.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(clean, noise, index) if is_v else noise
+        losses = ((prediction - target) ** 2).flatten(1).mean(1)
+        if gamma := run.objective.get("snr_gamma"):
+            snr = compute_snr(self.scheduler, index)
+            losses = losses * snr.clamp(max=gamma) / (snr + 1 if is_v else snr)
+        return losses.mean()
+
+
+def framing(file: Path, height: int, width: int) -> tuple[int, int, int, int]:
+    """Height and width of an upright image, and where its part begins in what it is scaled to."""
+    w, h = load_whole(file).size
+    scale = max(width / w, height / h)
+    return h, w, round((round(h * scale) - height) / 2), round((round(w * scale) - width) / 2)
+
+
 class Flux2(Reference):
     """FLUX.2-klein: Qwen2TokenizerFast with Qwen3's later tokens and template, Flux2KleinPipeline."""
 
@@ -1096,8 +1213,8 @@ class DdpmUnet(Reference):
         return ((prediction - draws["noise"]) ** 2).mean()
 
 
-FAMILIES = {"flux": Flux, "flux_from_image": FluxFromImage, "sd3": Sd3, "flux2": Flux2, "flux2_dev": Flux2Dev,
-            "qwen_image": QwenImage, "z_image": ZImage, "ddpm_unet": DdpmUnet}
+FAMILIES = {"flux": Flux, "flux_from_image": FluxFromImage, "sd3": Sd3, "sdxl": Sdxl, "flux2": Flux2,
+            "flux2_dev": Flux2Dev, "qwen_image": QwenImage, "z_image": ZImage, "ddpm_unet": DdpmUnet}
 
 
 def main(models: str, output: str, *names: str) -> None:

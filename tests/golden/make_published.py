@@ -20,8 +20,9 @@ import diffusers
 import torch
 
 HERE = Path(__file__).parent
-FAMILIES = ("flux", "flux2", "qwen_image", "z_image")
-FLOAT32 = {"z_image": ("t_embedder.",)}
+FAMILIES = ("flux", "flux2", "qwen_image", "sdxl", "wan", "z_image")
+NETWORKS = {"sdxl": "unet"}  # the others' is called dit
+FLOAT32 = {"wan": ("time_embedder.", "scale_shift_table"), "z_image": ("t_embedder.",)}  # parts of names
 KNOWN = {"605c56eab23e9e2af863ad8f0813a25d", "d38e1d5c5aec3b0a11e79327ac6e3b0f", "3bde7b817fec8143028b6825a63180df",
          "39c6fc48f07bebecedbbaa971ff466c8", "0319a1cb19835fb510907dd3367c95ff", "fc3a8a1247fe185ce116ccbe0e426c28"}
 
@@ -36,7 +37,7 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 def entry(config: dict, float32: tuple[str, ...]) -> dict:
     found = shapes(config)
-    lines = sorted(f"{name} {list(shape)} {'float32' if name.startswith(float32) else 'bfloat16'}"
+    lines = sorted(f"{name} {list(shape)} {'float32' if any(part in name for part in float32) else 'bfloat16'}"
                    for name, shape in found.items())
     keys = sorted(k for name, shape in found.items() for k in (f"{name}:{'_'.join(map(str, shape))}", name))
     known = hashlib.md5(",".join(keys).encode()).hexdigest()
@@ -50,7 +51,7 @@ def main() -> None:
     for family in FAMILIES:
         file = HERE.parents[1] / "ms_diffsynth" / "pipelines" / family / "published.py"
         for model, configs in runpy.run_path(str(file))["PUBLISHED"].items():
-            result[f"{family}:{model}"] = entry(configs["dit"], FLOAT32.get(family, ()))
+            result[f"{family}:{model}"] = entry(configs[NETWORKS.get(family, "dit")], FLOAT32.get(family, ()))
     (HERE / "published.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -60,7 +60,8 @@ def test_the_head_is_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("family, base, licence", [
-    ("z_image", "Tongyi-MAI/Z-Image-Turbo", "apache-2.0"),
+    ("z_image", "Tongyi-MAI/Z-Image-Turbo", "apache-2.0"), ("wan", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "apache-2.0"),
+    ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", "openrail++"),
     ("flux", "black-forest-labs/FLUX.1-schnell", "apache-2.0"), ("qwen_image", "Qwen/Qwen-Image", "apache-2.0"),
     ("flux2", "black-forest-labs/FLUX.2-klein-base-4B", "apache-2.0"),
     ("flux2", "black-forest-labs/FLUX.2-dev", "other"),
@@ -81,7 +82,8 @@ def test_a_licence_that_is_given(tmp_path):
 @pytest.mark.parametrize("family, base, libraries", [
     ("flux", DEV, 3), ("qwen_image", "Qwen/Qwen-Image", 3), ("flux2", "black-forest-labs/FLUX.2-klein-base-4B", 2),
     ("flux2", "black-forest-labs/FLUX.2-dev", 3), ("sd3", "stabilityai/stable-diffusion-3.5-medium", 3),
-    ("z_image", "Tongyi-MAI/Z-Image-Turbo", 2)])
+    ("z_image", "Tongyi-MAI/Z-Image-Turbo", 2), ("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", 3),
+    ("wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 3), ("wan", "Wan-AI/Wan2.2-I2V-A14B-Diffusers", 3)])
 @pytest.mark.parametrize("trained", ["lora", "transformer"])
 @pytest.mark.parametrize("hub", ["huggingface", "modelscope"])
 def test_how_to_load_it(family, base, libraries, trained, hub):
@@ -91,12 +93,12 @@ def test_how_to_load_it(family, base, libraries, trained, hub):
     import ms_diffsynth
 
     text = card(family, base_model=base, trained=trained, hub=hub)
-    code = blocks(text, "python")
+    code, network = blocks(text, "python"), "unet" if family == "sdxl" else "transformer"
     assert len(code) == libraries and ("has no pipeline for this model" in text) == (libraries == 2)
     for block in code:
         tree = ast.parse(block)
         known = {a.asname or a.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))
-                 for a in node.names} | {"pipe", "transformer", "ms"}
+                 for a in node.names} | {"pipe", network, "ms"}
         assert {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} <= known
         assert ("load_lora" in block) == (trained == "lora")
         assert '("me/cat-lora", "step-72.safetensors")' in block and f'"{base}"' in block
@@ -104,7 +106,7 @@ def test_how_to_load_it(family, base, libraries, trained, hub):
             place = ms_diffsynth if module == "ms_diffsynth" else mindone.diffusers
             assert all(name in dir(place) for name in names.split(", "))
     here = code[0]
-    assert ("transformer/*.safetensors" in here) == (trained == "lora") and "vae/*.safetensors" in here
+    assert (f'origin_file_pattern="{network}/' in here) == (trained == "lora") and '="vae/' in here
 
 
 @pytest.mark.parametrize("base", ["x) [evil](https://e.example", "/data/me/flux", "a/b/c", "flux-tiny"])

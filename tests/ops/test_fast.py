@@ -59,6 +59,15 @@ def swiglu(x):
     return x[..., :4] / (1 + np.exp(-x[..., :4])) * x[..., 4:]
 
 
+def geglu(x):
+    x, gate = np.split(x, 2, -1)
+    return x * gate * 0.5 * (1 + np.vectorize(math.erf)(gate / math.sqrt(2)))
+
+
+def layer_norm(x, weight, bias):
+    return layer_norm_modulate(x, np.zeros(x.shape[::2]), np.zeros(x.shape[::2])) * weight + bias
+
+
 def rotated(x):
     return fast.rotary(x, COS, SIN)
 
@@ -79,6 +88,10 @@ CASES = [
     Case(name="rotary", function=rotated, reference=lambda x: rotary(x, np.cos(ANGLES), np.sin(ANGLES)),
          inputs=[(2, 2, 3, 6)]),
     Case(name="swiglu", function=fast.swiglu, reference=swiglu, inputs=[(2, 3, 8)]),
+    Case(name="geglu", function=fast.geglu, reference=geglu,
+         inputs=[np.linspace(-6, 6, 48, dtype=np.float32).reshape(2, 3, 8)]),
+    Case(name="layer norm with weights", function=fast.layer_norm, reference=layer_norm, inputs=[(2, 3, 8), (8,), (8,)],
+         settings={"eps": EPS}),
     Case(name="gated silu", function=fast.gated_silu, reference=lambda g, x: g / (1 + np.exp(-g)) * x,
          inputs=[np.linspace(-9, 9, 8, dtype=np.float32).reshape(2, 4), (2, 4)]),
     Case(name="masked attention", function=attended, reference=masked_attention, inputs=[(2, 2, 3, 4)] * 3),

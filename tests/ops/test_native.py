@@ -31,6 +31,15 @@ def gelu(x):
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
 
+def geglu(x):
+    x, gate = np.split(x, 2, -1)
+    return x * gate * 0.5 * (1 + np.vectorize(math.erf)(gate / math.sqrt(2)))
+
+
+def layer_norm(x, weight, bias):
+    return layer_norm_modulate(x, np.zeros(x.shape[::2]), np.zeros(x.shape[::2])) * weight + bias
+
+
 def layer_norm_modulate(x, scale, shift):
     centred = x - x.mean(-1, keepdims=True)
     normal = centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + EPS)
@@ -126,10 +135,14 @@ CASES = [
          inputs=[np.linspace(-9, 9, 21, dtype=np.float32)]),
     Case(name="swiglu", function=kernels.swiglu, reference=lambda x: x[..., :5] * sigmoid(x[..., :5]) * x[..., 5:],
          inputs=[(2, 3, 10)]),
+    Case(name="geglu", function=kernels.geglu, reference=geglu,
+         inputs=[np.linspace(-6, 6, 60, dtype=np.float32).reshape(3, 20)]),
     Case(name="gated silu", function=kernels.gated_silu, reference=lambda gate, x: gate * sigmoid(gate) * x,
          inputs=[np.linspace(-9, 9, 21, dtype=np.float32), (21,)]),
     Case(name="layer norm", function=kernels.layer_norm_modulate, reference=layer_norm_modulate,
          inputs=[(2, 37, 9), (2, 9), (2, 9)], settings={"eps": EPS}),
+    Case(name="layer norm with weights", function=kernels.layer_norm, reference=layer_norm,
+         inputs=[(2, 37, 9), (9,), (9,)], settings={"eps": EPS}),
     Case(name="gate", function=kernels.gate_add, reference=lambda r, g, x: r + g[:, None] * x,
          inputs=[(2, 35, 3), (2, 3), (2, 35, 3)]),
     Case(name="rms norm", function=kernels.rms_norm, reference=rms_norm, inputs=[(2, 3, 2, 5), (5,)],

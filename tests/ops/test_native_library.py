@@ -134,6 +134,8 @@ def kernels(library=None, rows=301, keys=449):
         yield f"{name}_backward", [normal(40001), normal(40001)], [(40001,)]
     yield "swiglu_forward", [normal(101, 2 * 33)], [(101, 33)]
     yield "swiglu_backward", [normal(101, 33), normal(101, 2 * 33)], [(101, 2 * 33)]
+    yield "geglu_forward", [normal(101, 2 * 33)], [(101, 33)]
+    yield "geglu_backward", [normal(101, 33), normal(101, 2 * 33)], [(101, 2 * 33)]
     yield "gated_silu_forward", [normal(40001), normal(40001)], [(40001,)]
     yield "gated_silu_backward", [normal(40001), normal(40001), normal(40001)], [(40001,), (40001,)]
     yield "layer_norm_modulate_forward", [tokens, normal(2, 33), normal(2, 33), eps], [(2, 101, 33), (2, 101, 2)]
@@ -219,7 +221,7 @@ CARRIED = {"linear_forward": (0, 1, 2), "linear_backward_x": (0, 1), "linear_bac
            "conv2d_forward": (0, 1, 3), "conv2d_backward_x": (0, 1), "conv2d_backward_w": (0, 1),
            "group_norm_forward": (2, 3, 4), "group_norm_backward": (1, 2, 3, 4, 5), "gelu_forward": (0,),
            "gelu_backward": (0, 1), "silu_forward": (0,), "silu_backward": (0, 1), "swiglu_forward": (0,),
-           "swiglu_backward": (0, 1),
+           "swiglu_backward": (0, 1), "geglu_forward": (0,), "geglu_backward": (0, 1),
            "gated_silu_forward": (0, 1), "gated_silu_backward": (0, 1, 2),
            "double_forward": (0,), "double_backward": (0,), "sum_of_squares": (0, 1)}
 

@@ -30,6 +30,11 @@ def tiny_sd3(tiny_model):
 
 
 @pytest.fixture(scope="session")
+def tiny_sdxl(tiny_model):
+    return tiny_model("sdxl")
+
+
+@pytest.fixture(scope="session")
 def tiny_z_image(tiny_model):
     return tiny_model("z_image")
 

@@ -11,7 +11,7 @@ from mindspore import Tensor, nn, ops
 from PIL import Image
 
 from ms_diffsynth.compile import CompiledStep
-from ms_diffsynth.diffusion.ddpm import DDPMObjective
+from ms_diffsynth.diffusion.ddpm import DDPMObjective, LatentDDPMObjective
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.formats.weights import load_state_dict, save_sharded
@@ -31,6 +31,7 @@ from ms_diffsynth.training.two_stage import launch_data_process_task, open_cache
 
 QUICK = ("toy",)
 WITH_VAE = tuple(n for n in FAMILIES if n != "ddpm_unet")
+DIFFUSION = ("ddpm_unet", "sdxl")  # trained by denoising diffusion, the others by flow matching
 SIDE = 32  # pixels
 FLOAT = ms.float32
 
@@ -56,13 +57,21 @@ def pipe(tiny_model, name):
     return pipeline(tiny_model(name), name)
 
 
-def row(seed=0):
-    pixels = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-    return {"image": Image.fromarray(pixels), "prompt": ("a red cat", "two small dogs by the sea")[seed % 2]}
+def row(pipe, seed=0):
+    prompt = ("a red cat", "two small dogs by the sea")[seed % 2]
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size_of(pipe), 3), np.uint8)
+    return {"prompt": prompt, pipe.medium: pixels if pipe.medium == "video" else Image.fromarray(pixels)}
+
+
+def size_of(pipe):
+    """Of an image (height, width), of a video (frames, height, width)."""
+    return (5, SIDE, SIDE) if pipe.medium == "video" else (SIDE, SIDE)
 
 
 def objective_of(pipe, **flow_matching):
     """Of the family's kind, with all its draws and weights."""
+    if isinstance(pipe.objective, LatentDDPMObjective):
+        return LatentDDPMObjective(snr_gamma=5.0, noise_offset=0.1, posterior=flow_matching.get("posterior", "sample"))
     if isinstance(pipe.objective, DDPMObjective):
         return DDPMObjective(snr_gamma=5.0, random_flip=True)
     return Objective(**flow_matching)
@@ -70,7 +79,7 @@ def objective_of(pipe, **flow_matching):
 
 def draws_of(pipe, objective, count=1):
     """Random slots for ``count`` samples."""
-    random, shape = Draws(7).of(np.arange(count)), (count, *pipe.latent_shape(SIDE, SIDE))
+    random, shape = Draws(7).of(np.arange(count)), (count, *pipe.latent_shape(*size_of(pipe)))
     return {slot: objective.draw(slot, shape, 1000, random) for slot in objective.draws}
 
 
@@ -100,7 +109,8 @@ def step_of(module, mode="pynative"):
 
 def inputs_of(module, cut, count=1):
     """The inputs of a step, for a batch of ``count`` rows."""
-    rows = [in_bucket(module.prepare(row(k), cut), (SIDE, SIDE), module.pipe).slots for k in range(count)]
+    pipe = module.pipe
+    rows = [in_bucket(module.prepare(row(pipe, k), cut), size_of(pipe), pipe).slots for k in range(count)]
     slots = {n: np.stack([r[n] for r in rows]) for n in cut.cache} | draws_of(module.pipe, module.pipe.objective, count)
     return [Tensor(slots[n]) for n in (*cut.cache, *cut.draws)]
 
@@ -132,9 +142,9 @@ def test_programs_build(tiny_model, name):
     assert cut.models("step") == (pipe.network,) and pipe.network not in cut.models("prepare")
     assert set(cut.draws) == set(objective.draws) and ("moments" if name in WITH_VAE else "input_latents") in cut.cache
     assert all(not unit.is_host for unit in cut.step)
-    noisy, level = pipe.denoise.input_params[:2]
-    assert pipe.sampling_program().cut(pipe.denoise.output_params).draws == (noisy, level)
-    assert (noisy, level) == ("latents", "sigma" if name in WITH_VAE else "timestep_index")
+    assert pipe.denoise.input_params[:2] == pipe.sampled_draws
+    assert pipe.sampling_program().cut(pipe.denoise.output_params).draws == pipe.sampled_draws
+    assert pipe.sampled_draws == ("latents", "timestep_index" if name in DIFFUSION else "sigma")
     for fused in pipe.fusible:
         program = pipe.training_program(objective, pipe.training_schedule("dreambooth").sigmas)
         assert fused in [u.name for u in program.cut(("loss",), (pipe.network,), (fused,)).step]
@@ -185,7 +195,9 @@ def value_and_gradients(unit, inputs, outputs, mode):
 def test_every_tensor_unit_is_the_same_eager_and_compiled_in_value_and_gradient(pipe, name):
     objective = objective_of(pipe, weighting_scheme="cosmap", posterior="sample", prior_loss_weight=None)
     program = pipe.training_program(objective, pipe.training_schedule("sft").sigmas)
-    slots = {"prompt": row()["prompt"], "input_image": row()["image"], "height": SIDE, "width": SIDE}
+    seen_as = "video" if pipe.medium == "video" else "input_image"
+    slots = {"prompt": row(pipe)["prompt"], seen_as: row(pipe)[pipe.medium]}
+    slots |= dict(zip(("width", "height", "num_frames"), size_of(pipe)[::-1]))
     slots |= {k: Tensor(v) for k, v in draws_of(pipe, objective).items()}
     seen = set()
     for unit in program.units:
@@ -212,8 +224,9 @@ def test_every_tensor_unit_is_the_same_eager_and_compiled_in_value_and_gradient(
         for k, (a, b) in enumerate(zip(eager_gradients, compiled_gradients)):
             assert_close(b, a, 1e-5, f"gradient {k} of {unit.name}", size)
         assert not unit.onload_model_names or size > 0, f"{unit.name} has no gradient"
-    assert ({"encode_prompt", "encode_image", "denoise", "flow_match_loss"} if name in WITH_VAE else
-            {"random_flip", "lookup_noise", "add_noise", "denoise", "prediction_loss"}) <= seen
+    wanted = {"lookup_noise", "add_noise", "prediction_loss"} if name in DIFFUSION else {"flow_match_loss"}
+    wanted |= {"encode_prompt", "encode_image"} if name in WITH_VAE else {"random_flip"}
+    assert wanted | {"denoise"} <= seen
 
 
 # -- the split, the batch, the two ways ------------------------------------------------------------------------------
@@ -243,15 +256,16 @@ def test_the_cache_gives_what_prepare_gave(tiny_model, name, tmp_path):
                                             task=f"sft:{stage}")
         modules.append(module)
     first, second = modules
-    cache = launch_data_process_task(Accelerator(1, "graph", DEVICE), [row(0), row(1)], first, ModelLogger(tmp_path))
+    rows = [row(first.pipe, k) for k in range(2)]
+    cache = launch_data_process_task(Accelerator(1, "graph", DEVICE), rows, first, ModelLogger(tmp_path))
     rows, *_ = open_cache(cache.folder, second, second.training_cut())
     for k in range(2):
-        wanted = in_bucket(first.prepare(row(k), first.training_cut()), (SIDE, SIDE), first.pipe)
+        wanted = in_bucket(first.prepare(row(first.pipe, k), first.training_cut()), size_of(first.pipe), first.pipe)
         assert rows[k].bucket == wanted.bucket and rows[k].slots.keys() == wanted.slots.keys()
         assert all(np.array_equal(rows[k].slots[n], wanted.slots[n]) for n in wanted.slots)
     assert first.pipe.network not in first.pipe.models and set(second.pipe.models) == {second.pipe.network}
-    shape = second.pipe.latent_shape(SIDE, SIDE)  # from the configs the cache brings
-    assert shape == first.pipe.latent_shape(SIDE, SIDE)
+    shape = second.pipe.latent_shape(*size_of(second.pipe))  # from the configs the cache brings
+    assert shape == first.pipe.latent_shape(*size_of(first.pipe))
 
 
 def test_a_batch_of_two_is_two_batches_of_one(pipe):
@@ -270,7 +284,7 @@ def test_a_batch_of_two_is_two_batches_of_one(pipe):
 def test_the_documents_forward_gives_the_loss_of_the_compiled_step(pipe, posterior):
     module = lora_module(pipe, posterior=posterior)
     pipe.random = Draws(7).of(np.arange(1))  # those of `draws_of`
-    eager = float(module.forward(row()).asnumpy())
+    eager = float(module.forward(row(pipe)).asnumpy())
     cut, step = step_of(module, "graph")
     assert float(step(*inputs_of(module, cut))[0].asnumpy()) == pytest.approx(eager, rel=2e-6)
 
@@ -334,11 +348,12 @@ def compilations(pipe):
 def test_sampling_depends_on_the_seed_and_on_the_weights_of_the_moment(pipe):
     def sample(seed=1):
         options = {"height": SIDE, "width": SIDE, "seed": seed, "num_inference_steps": 2}
+        options |= {"num_frames": 5} if pipe.medium == "video" else {}
         picture = pipe(prompt="a red cat", **options) if "prompt" in pipe.inputs else pipe(**options)[0]
         return np.asarray(picture).astype(int)
 
     first = sample()
-    assert first.shape == (SIDE, SIDE, 3)
+    assert first.shape == (*size_of(pipe), 3)
     assert np.array_equal(first, sample()) and not np.array_equal(first, sample(seed=2))
     assert compilations(pipe) == 1
     module = lora_module(pipe, is_moved=False)
@@ -360,7 +375,7 @@ def test_sampling_depends_on_the_condition_and_compiles_once(tiny_model, name):
     pipe = pipeline(tiny_model(name), name)
     plain = pipe.condition("a red cat", guidance=Tensor(np.float32([3.5])))
     other = pipe.condition("x", guidance=Tensor(np.float32([3.5])))
-    latents = ops.zeros((1, *pipe.latent_shape(SIDE, SIDE)), FLOAT)
+    latents = ops.zeros((1, *pipe.latent_shape(*size_of(pipe))), FLOAT)
     sigma = Tensor(np.float32([0.5]))
     assert not np.array_equal(pipe.denoiser(plain)(latents, sigma).asnumpy(),
                               pipe.denoiser(other)(latents, sigma).asnumpy())

@@ -109,7 +109,7 @@ def test_the_schedule_comes_from_its_file_or_is_ddpms_own_and_that_is_said(folde
     with caplog.at_level(logging.WARNING):
         alone = UnconditionalImagePipeline.from_pretrained(ModelConfig(str(tmp_path / "alone")))
         assert alone.noise_schedule == alone.noise_schedule == NoiseSchedule()
-    assert caplog.text.count("DDPM's own schedule is taken") == 1
+    assert caplog.text.count("the family's own schedule is taken") == 1
 
 
 @pytest.mark.parametrize("change, expected", [

@@ -28,6 +28,7 @@ CHANGES = {
               {"edit_image": [noise_image(32, 32), noise_image(16, 48)]}),
     "qwen_image": ({"cfg_scale": 1.0}, {"negative_prompt": "x"}),
     "sd3": ({"cfg_scale": 4.0},),
+    "sdxl": ({"cfg_scale": 1.0}, {"negative_prompt": "x"}, {"negative_prompt": ""}, {"sampler": "ddpm"}),
     "z_image": ({"cfg_scale": 1.0}, {"negative_prompt": "x"}),
 }
 
@@ -40,18 +41,19 @@ def pipeline(folder, name, **how):
 def test_images_depend_on_seed_prompt_and_guidance_and_their_size_is_rounded_up(tiny_model, name, caplog):
     pipe = pipeline(tiny_model(name), name)
     pipe.max_sequence_length = 32
+    width = pipe.check_resize_height_width(32, 48)[1]
 
     def image(**changes):
-        given = {"prompt": "a cat", "height": 32, "width": 48, "seed": 1, "num_inference_steps": 2} | changes
+        given = {"prompt": "a cat", "height": 32, "width": width, "seed": 1, "num_inference_steps": 2} | changes
         return np.asarray(pipe(**given), np.int16)
 
     found = [image(**change) for change in ({}, {"seed": 2}, {"prompt": "a dog"}, *CHANGES[name])]
-    assert found[0].shape == (32, 48, 3)
+    assert found[0].shape == (32, width, 3)
     assert all((one != other).any() for k, one in enumerate(found) for other in found[:k])
     np.testing.assert_array_equal(image(cfg_scale=family(name).pipeline.sampling.cfg_scale), found[0])
     with caplog.at_level("WARNING"):
         np.testing.assert_array_equal(image(height=20, width=40), found[0])
-    assert "so 32 x 48 is used" in caplog.text
+    assert f"so 32 x {width} is used" in caplog.text
 
 
 # family -> (folder of a component -> the repository it comes from, pattern), the tokenizer's repository

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import mindspore as ms
 import numpy as np
@@ -14,10 +15,11 @@ from arrays import noise_image, relative
 from mindspore import Tensor, mint
 
 from ms_diffsynth import DiffusionTrainingModule, Flux2ImagePipeline
+from ms_diffsynth.cli.main import main
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.formats.weights import load_state_dict, save_sharded
+from ms_diffsynth.formats.weights import load_state_dict, save_sharded, save_state_dict
 from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.pipelines.flux2.pipeline import COMPONENTS, DEV_COMPONENTS
 from ms_diffsynth.pipelines.flux2.tiny import CONFIGS
@@ -181,6 +183,29 @@ def test_both_namings_of_the_weights_are_read_and_the_rest_is_not_loaded(folder,
     names = [name for name, _ in loaded.text_encoder.parameters_and_names()]
     start = "model.language_model." if renamed else "language_model.model."
     assert len(names) == 1 + 3 * 9 and all(name.startswith(start) for name in names)
+
+
+def comfy_file(folder, target):
+    """The text encoder as ComfyUI's single file has it: cut behind the layer that is read last, with the tokenizer."""
+    weights = {name.replace("language_model.model.", "model."): value
+               for name, value in load_state_dict(folder / "text_encoder/model.safetensors").items()}
+    weights |= {name: np.zeros(3, np.float32) for name in ("vision_tower.ln_pre.weight", "model.norm.weight",
+                                                           "multi_modal_projector.norm.weight")}
+    target.mkdir()
+    save_state_dict(target / "mistral.safetensors", weights | {"tekken_model": np.zeros(9, np.uint8)})
+    return target
+
+
+def test_comfyuis_file_gives_the_same_embeddings_and_is_not_converted(folder, pipe, tmp_path, monkeypatch, capsys):
+    dev = [replace(c, known={"dev": config_of(folder)}) if c.name == "text_encoder" else c for c in DEV_COMPONENTS]
+    monkeypatch.setattr(Flux2ImagePipeline, "variants", (tuple(dev),))
+    file = comfy_file(folder, tmp_path / "comfy") / "mistral.safetensors"
+    loaded = pipeline([ModelConfig(str(file))])
+    slots = dict(zip(("prompt_ids", "prompt_mask"), padded("left")))
+    np.testing.assert_array_equal(*(run_unit(p.units[1], p, slots)["prompt_embeds"].asnumpy() for p in (loaded, pipe)))
+    for source, output, to in ((file, "out", "diffusers"), (folder / "text_encoder", "out.safetensors", "original")):
+        assert main(["convert", str(source), str(tmp_path / output), "--to", to]) == 66
+        assert "ends at layer 30 of 40, and has the tokenizer in it. Give another model" in capsys.readouterr().err
 
 
 def test_what_is_no_part_of_it_is_an_error(folder, tmp_path):

@@ -58,7 +58,7 @@ def both_steps(pipe, scheme, has_prior, mode):
         pooled_prompt_embeds=slots["pooled_prompt_embeds"][::2], mode=mode,
         text_ids=Tensor(np.zeros((TOKENS, 3), np.float32)))
     module = DiffusionTrainingModule()
-    module.pipe, module.fuse, module.trainable, module.lora_base_model = pipe, ("encode_image",), ("dit",), "dit"
+    module.pipe, module.fuse, module.trainable, module.lora_base_models = pipe, ("encode_image",), ("dit",), ("dit",)
     pipe.objective = Objective(weighting_scheme=scheme, logit_mean=0.1, logit_std=1.2, mode_scale=1.29,
                                posterior="sample", guidance_scale=3.5, prior_loss_weight=0.7 if has_prior else None)
     pipe.sigmas = schedule.sigmas

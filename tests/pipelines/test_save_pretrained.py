@@ -16,8 +16,11 @@ from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.registry import family, family_of, interchange
 
+MODULES = {"z_image": "layers.0.attention.to_q", "wan": "blocks.0.attn1.to_q",
+           "sdxl": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"}
 
-@pytest.fixture(params=["flux", "flux2", "qwen_image", "sd3", "z_image"])
+
+@pytest.fixture(params=["flux", "flux2", "qwen_image", "sd3", "sdxl", "wan", "z_image"])
 def pipe(request, tiny_model):
     runtime.configure("pynative", DEVICE)
     return family(request.param).pipeline.from_pretrained(str(tiny_model(request.param)))
@@ -25,14 +28,15 @@ def pipe(request, tiny_model):
 
 def test_every_model_is_written_and_what_was_added_is_in_it(pipe, tmp_path):
     name = family_of(next(iter(pipe.sources.values())).folder.parent)
-    module = "layers.0.attention.to_q" if name == "z_image" else "transformer_blocks.0.attn.to_q"
-    outs, ins = load_state_dict(pipe.sources["dit"].folder)[f"{module}.weight"].shape
+    module, network = MODULES.get(name, "transformer_blocks.0.attn.to_q"), pipe.network
+    own = pipe.store.component(network).folder
+    outs, ins = load_state_dict(pipe.sources[network].folder)[f"{module}.weight"].shape
     parts = {A: np.ones((1, ins), np.float32), B: np.full((outs, 1), 0.5, np.float32)}
-    save_adapters(tmp_path / "l.safetensors", {"dit": AdapterFile({module: parts}, {module: 1.0}, {module: LORA})},
+    save_adapters(tmp_path / "l.safetensors", {network: AdapterFile({module: parts}, {module: 1.0}, {module: LORA})},
                   interchange(name), "diffusers")
     pipe.load_lora(None, tmp_path / "l.safetensors")
     pipe.save_pretrained(tmp_path / "whole", max_shard_bytes=2_000_000)
-    theirs = pipe.sources["dit"].folder.parent
+    theirs = pipe.sources[network].folder.parent
     index, expected = (json.loads((folder / "model_index.json").read_text()) for folder in (tmp_path / "whole", theirs))
     assert index == expected and family_of(tmp_path / "whole") == name
     for folder in (folder for folder in expected if not folder.startswith("_") and folder != "scheduler"):
@@ -42,16 +46,16 @@ def test_every_model_is_written_and_what_was_added_is_in_it(pipe, tmp_path):
             before, after = load_state_dict(theirs / folder), load_state_dict(tmp_path / "whole" / folder)
             assert before.keys() == after.keys()
             for key, array in before.items():
-                change = 0.5 if (folder, key) == ("transformer", f"{module}.weight") else 0
+                change = 0.5 if (folder, key) == (own, f"{module}.weight") else 0
                 np.testing.assert_array_equal(after[key], array + np.float32(change), err_msg=key)
         else:
             files = {p.name: p.read_bytes() for p in (theirs / folder).iterdir()}
             assert {p.name: p.read_bytes() for p in (tmp_path / "whole" / folder).iterdir()} == files
-    assert list((tmp_path / "whole/transformer").glob("*.index.json"))
+    assert name == "sdxl" or list((tmp_path / "whole" / own).glob("*.index.json"))
     again = type(pipe).from_pretrained(str(tmp_path / "whole"))
     assert again.scheduler_config() == pipe.scheduler_config()
-    for key, array in state_dict(pipe.dit).items():
-        np.testing.assert_array_equal(state_dict(again.dit)[key], array, err_msg=key)
+    for key, array in state_dict(getattr(pipe, network)).items():
+        np.testing.assert_array_equal(state_dict(getattr(again, network))[key], array, err_msg=key)
     with pytest.raises(OutputError, match="is not empty"):
         pipe.save_pretrained(tmp_path / "whole")
 

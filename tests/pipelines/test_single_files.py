@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,10 +13,12 @@ from device import DEVICE
 
 from ms_diffsynth import ModelConfig, runtime
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.formats.originals import in_one_file
+from ms_diffsynth.formats.originals import in_one_file, in_our_names
 from ms_diffsynth.formats.weights import load_state_dict, open_checkpoint, save_state_dict
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.registry import family, interchange
+
+ORIGINALS = Path(__file__).parents[1] / "formats/originals"
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def test_single_files_are_the_models_of_the_folders(name, single, tiny_model, ca
     assert_same_models(pipe, expected, models)
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "qwen_image"])
 def test_a_whole_pipeline_in_one_file_is_that_of_the_folders(name, known, tiny_model, tmp_path, caplog):
     checkpoints = {model: open_checkpoint(folder) for model, folder in known(name).items()}
     if name == "sd3":
@@ -75,14 +79,15 @@ def test_a_whole_pipeline_in_one_file_is_that_of_the_folders(name, known, tiny_m
         checkpoints["text_encoder_1"] = checkpoints["text_encoder_1"].with_entries(left)
     whole = in_one_file(checkpoints, interchange(name))
     assert {key.split(".")[0] for key in whole.entries} == {"model", "text_encoders",
-                                                            "vae" if name == "flux" else "first_stage_model"}
+                                                            "first_stage_model" if name == "sd3" else "vae"}
     more = {"text_encoders.clip_l.logit_scale": np.ones((), np.float32), "model_ema.x": np.ones(2, np.float32)}
     save_state_dict(tmp_path / "whole.safetensors", whole.with_arrays(more))
     pipe = family(name).pipeline.from_pretrained(str(tmp_path / "whole.safetensors"))
     assert "1 tensors are of no model that is used here, and left out: model_ema.x" in caplog.text
     assert pipe.sources.keys() == checkpoints.keys()
     assert_same_models(pipe, family(name).pipeline.from_pretrained(str(tiny_model(name))), checkpoints)
-    without = whole.with_entries({k: v for k, v in whole.entries.items() if "final_layer.linear" not in k})
+    last = "proj_out" if name == "qwen_image" else "final_layer.linear"
+    without = whole.with_entries({k: v for k, v in whole.entries.items() if last not in k})
     save_state_dict(tmp_path / "part.safetensors", without)
     pipe = family(name).pipeline.from_pretrained(str(tmp_path / "part.safetensors"))
     with pytest.raises(WeightError, match=r"2 missing: proj_out\.(bias|weight)"):
@@ -133,3 +138,74 @@ def test_numbers_that_are_not_finite_are_refused_by_name(single, tmp_path, value
     with pytest.raises(WeightError, match=r"dit\.safetensors: transformer_blocks\.0\.ff_context\.net\.0\.proj\.weight "
                                           "holds numbers that are not finite"):
         pipe.load_models_to_device(["dit"])
+
+
+def write_sparse(file, shapes):
+    """Zeros of bfloat16 that take no space."""
+    header, start = {}, 0
+    for name, shape in shapes.items():
+        end = start + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + start)
+
+
+def language_model(vocabulary, width, inner, layers):
+    found = {"model.embed_tokens.weight": (vocabulary, width)}
+    for k in range(layers):
+        found |= {f"model.layers.{k}.mlp.{name}.weight": (inner, width) for name in ("gate_proj", "up_proj")}
+        found[f"model.layers.{k}.mlp.down_proj.weight"] = (width, inner)
+    return found
+
+
+@pytest.mark.parametrize("name, shapes, model, title, class_name", [
+    ("qwen_image", language_model(152064, 3584, 18944, 28), "text_encoder", "Qwen2.5-VL-7B",
+     "Qwen2_5_VLForConditionalGeneration"),
+    ("flux2", language_model(131072, 5120, 32768, 30), "text_encoder", "FLUX.2-dev",
+     "Mistral3ForConditionalGeneration"),
+    ("flux2", language_model(151936, 4096, 12288, 36), "text_encoder", "Qwen3-8B", "Qwen3ForCausalLM"),
+    ("qwen_image", {"encoder.conv1.weight": (96, 3, 3, 3, 3), "decoder.conv1.weight": (384, 16, 3, 3, 3)}, "vae",
+     "Qwen-Image", "AutoencoderKLQwenImage"),
+])
+def test_comfyuis_files_are_known_by_their_real_shapes(name, shapes, model, title, class_name, tmp_path, caplog):
+    caplog.set_level("INFO")
+    write_sparse(tmp_path / "f.safetensors", shapes)
+    pipe = family(name).pipeline.from_pretrained(str(tmp_path / "f.safetensors"))
+    assert list(pipe.sources) == [model]
+    assert f"f.safetensors: no config.json; by names and shapes it is the {model} of {title}." in caplog.text
+    assert pipe.store.component(model).class_name == class_name
+
+
+def test_the_text_encoder_of_8_bits_that_transformers_made(monkeypatch):
+    """With the tower for images, which editing needs, and ComfyUI's factors."""
+    folder, cls = ORIGINALS, family("qwen_image").pipeline
+    config = json.loads((folder / "qwen_text.json").read_text())
+    monkeypatch.setattr(cls, "components", tuple(
+        replace(c, known={"tiny": config}) if c.name == "text_encoder" else c for c in cls.components))
+    pipe = cls.from_pretrained(str(folder / "qwen_text.safetensors"))
+    checkpoint = in_our_names(open_checkpoint(folder / "qwen_text.safetensors"))
+    stored, found = dict(checkpoint.tensors()), state_dict(pipe.text_encoder) | state_dict(pipe.vision_tower)
+    assert found.keys() == stored.keys() - {"lm_head.weight"}
+    for key, array in found.items():
+        np.testing.assert_array_equal(array, stored[key].astype(array.dtype), err_msg=key)
+
+
+def test_an_edit_model_of_comfyui_says_itself_which_it_is(known, tmp_path, monkeypatch):
+    folder = known("qwen_image")["dit"]
+    tensors = load_state_dict(folder)
+    cls = family("qwen_image").pipeline
+    dit = next(c for c in cls.components if c.name == "dit")
+    configs = {"plain": dit.known["tiny"], "2511": dit.known["tiny"] | {"zero_cond_t": True}}
+    monkeypatch.setattr(cls, "components", tuple(
+        replace(c, known=configs) if c.name == "dit" else c for c in cls.components))
+    save_state_dict(tmp_path / "plain.safetensors", tensors)
+    save_state_dict(tmp_path / "2511.safetensors", tensors | {"__index_timestep_zero__": np.zeros(0, np.float32)})
+    plain, edit = (cls.from_pretrained(str(tmp_path / f"{name}.safetensors")) for name in ("plain", "2511"))
+    assert not plain.config("dit").get("zero_cond_t") and edit.config("dit")["zero_cond_t"] is True
+    assert state_dict(edit.dit).keys() == tensors.keys()
+    edit.check_editing()
+    with pytest.raises(WeightError, match=r"config\.json is missing: it says how references are modulated"):
+        plain.check_editing()

@@ -16,7 +16,7 @@ from ms_diffsynth.units import run_unit
 
 pytestmark = pytest.mark.usefixtures("eager")
 FAMILIES = [name if name == "toy" else pytest.param(name, marks=pytest.mark.slow)
-            for name in ("toy", "flux", "sd3", "flux2", "qwen_image", "z_image")]
+            for name in ("toy", "flux", "sd3", "sdxl", "flux2", "qwen_image", "z_image")]
 
 
 @pytest.mark.parametrize("length, size, stride, expected", [

@@ -111,6 +111,11 @@ def bare_layers(model: nn.Cell) -> dict[str, nn.Cell]:
     return linear_modules(model) | {name: cell.base for name, cell in adapted_layers(model).items()}
 
 
+def selected(target: str, names: Iterable[str]) -> list[str]:
+    """Of ``names`` those that are ``target``, or end with it after a dot: peft's rule."""
+    return [name for name in names if name == target or name.endswith("." + target)]
+
+
 def match_targets(model: nn.Cell, targets: Iterable[str]) -> list[str]:
     """Names of the linear layers that ``targets`` select: a full name, or its end after a dot (peft's rule).
 
@@ -118,7 +123,7 @@ def match_targets(model: nn.Cell, targets: Iterable[str]) -> list[str]:
     """
     names = list(linear_modules(model))
     targets = [t.strip() for t in targets if t.strip()]
-    chosen = {t: [n for n in names if n == t or n.endswith("." + t)] for t in targets}
+    chosen = {t: selected(t, names) for t in targets}
     lost = [t for t in targets if not chosen[t]]
     if lost or not targets:
         ends = sorted({re.sub(r"^.*?\.\d+\.", "", n, count=1) for n in names})  # the name inside its block
@@ -127,8 +132,8 @@ def match_targets(model: nn.Cell, targets: Iterable[str]) -> list[str]:
             f"lora_target_modules: {listing(map(repr, lost)) or 'nothing given'} selects none of the linear layers of "
             f"{type(model).__name__}.{near} Expected names, or ends of names, of its linear layers: "
             f"{listing(ends, 30)}.")
-    selected = {n for found in chosen.values() for n in found}
-    return [n for n in names if n in selected]
+    found = {n for own in chosen.values() for n in own}
+    return [n for n in names if n in found]
 
 
 def put(model: nn.Cell, name: str, cell: nn.Cell) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor, mint, nn, ops
 from mindspore.ops import operations as P
 from mindspore.ops.auto_generate import (
     Dense,
@@ -85,6 +85,14 @@ def layer_norm_modulate(x, scale, shift, eps):
     return normal * (scale + 1).expand_dims(1) + shift.expand_dims(1)
 
 
+def layer_norm(x, weight, bias, eps):
+    return _layer_norm(x, (x.shape[-1],), weight.astype(x.dtype), bias.astype(x.dtype), eps)[0]
+
+
+def group_norm_silu(x, groups, weight, bias, eps):
+    return _silu(mint.nn.functional.group_norm(x, groups, weight, bias, eps))
+
+
 def rms_norm(x, weight, eps):
     return RmsNorm(eps)(x, weight)[0]
 
@@ -103,6 +111,11 @@ def low_rank_each(x, a, b):
 
 def swiglu(x):
     return _swiglu(x, -1)
+
+
+def geglu(x):
+    first, second = _split_last(x, (x.shape[-1] // 2, x.shape[-1] // 2))
+    return first * _gelu(second, "none")
 
 
 def gated_silu(gate, x):

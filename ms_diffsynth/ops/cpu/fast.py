@@ -24,7 +24,7 @@ from ms_diffsynth.ops.cpu import functional
 _matmul, _matmul_tn, _matmul_nt = P.MatMul(), P.MatMul(transpose_a=True), P.MatMul(transpose_b=True)
 _bias_add = P.BiasAdd()
 _bmm, _bmm_tn, _bmm_nt = P.BatchMatMul(), P.BatchMatMul(transpose_a=True), P.BatchMatMul(transpose_b=True)
-_softmax = P.Softmax(-1)
+_softmax, _erf = P.Softmax(-1), P.Erf()
 _sigmoid_grad, _split = SigmoidGrad(), SplitWithSize()
 
 GELU_LINEAR = 2 * (2 / np.pi) ** 0.5  # x sigmoid(x (a + b x^2)) is the tanh form of GELU
@@ -108,6 +108,19 @@ class _SwiGLU(nn.Cell):
         gate, dy = out[1], dout[0]
         dsilu = dy * second
         return ops.cat((dsilu * gate + _sigmoid_grad(gate, dsilu * first), dy * first * gate), -1),
+
+
+class _GEGLU(nn.Cell):
+    def construct(self, x):
+        first, second = _halves(x)
+        share = (_erf(second * 0.5**0.5) + 1.0) * 0.5  # of a normal distribution
+        return first * second * share, share
+
+    def bprop(self, x, out, dout):
+        first, second = _halves(x)
+        share, dy = out[1], dout[0]
+        density = ops.exp(second * second * -0.5) * (2 * np.pi) ** -0.5
+        return ops.cat((dy * second * share, dy * first * (share + second * density)), -1),
 
 
 class _GatedSiLU(nn.Cell):
@@ -206,7 +219,7 @@ class _MaskedAttention(nn.Cell):
 
 
 _linear, _gelu_tanh, _gate_add, _rotary, _attention = _Linear(), _GeluTanh(), _GateAdd(), _Rotary(), _Attention()
-_swiglu, _gated_silu, _masked_attention = _SwiGLU(), _GatedSiLU(), _MaskedAttention()
+_swiglu, _geglu, _gated_silu, _masked_attention = _SwiGLU(), _GEGLU(), _GatedSiLU(), _MaskedAttention()
 _layer_norm_modulate, _rms_norm = _LayerNormModulate(), _RMSNorm()
 
 
@@ -236,6 +249,11 @@ def gate_add(residual: Tensor, gate: Tensor, x: Tensor) -> Tensor:
 def swiglu(x: Tensor) -> Tensor:
     """silu(first half) second half, halves of the last axis. Shapes: [..., 2 D] -> [..., D]."""
     return _swiglu(x)[0]
+
+
+def geglu(x: Tensor) -> Tensor:
+    """First half gelu(second half), halves of the last axis, with the exact GELU. Shapes: [..., 2 D] -> [..., D]."""
+    return _geglu(x)[0]
 
 
 def gated_silu(gate: Tensor, x: Tensor) -> Tensor:
@@ -284,6 +302,17 @@ def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> 
     Shapes: x [B, S, D], scale and shift [B, D] -> [B, S, D].
     """
     return _layer_norm_modulate(x, scale, shift, eps)[0]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """norm(x) weight + bias. Shapes: x [B, S, D], weight and bias [D]."""
+    rows = x.reshape(1, -1, x.shape[-1])
+    return layer_norm_modulate(rows, (weight - 1).expand_dims(0), bias.expand_dims(0), eps).reshape(x.shape)
+
+
+def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """silu of the group norm. Shapes: x [B, C, H, W], weight and bias [C]."""
+    return functional.silu(functional.group_norm(x, groups, weight, bias, eps))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -8,7 +8,10 @@ from ms_diffsynth.ops.cpu import fast
 from ms_diffsynth.ops.cpu.fast import (
     gate_add,
     gated_silu,
+    geglu,
     gelu_tanh,
+    group_norm_silu,
+    layer_norm,
     layer_norm_modulate,
     rms_norm,
     rms_norm_modulate,
@@ -17,10 +20,10 @@ from ms_diffsynth.ops.cpu.fast import (
 )
 from ms_diffsynth.ops.split import Split
 
-__all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gated_silu", "gelu_tanh", "join", "join_last",
-           "layer_norm_modulate", "linear", "linear_without_bias", "low_rank_each", "masked_attention", "norm_rotate",
-           "norm_rotate_joint", "part", "parts", "positions", "rms_norm", "rms_norm_modulate", "rotate", "shared",
-           "swiglu", "text_mask"]
+__all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gated_silu", "geglu", "gelu_tanh", "group_norm_silu",
+           "join", "join_last", "layer_norm", "layer_norm_modulate", "linear", "linear_without_bias", "low_rank_each",
+           "masked_attention", "norm_rotate", "norm_rotate_joint", "part", "parts", "positions", "rms_norm",
+           "rms_norm_modulate", "rotate", "shared", "swiglu", "text_mask"]
 
 _matmul, _matmul_nt = P.MatMul(), P.MatMul(transpose_b=True)
 _bmm_nt = P.BatchMatMul(transpose_b=True)

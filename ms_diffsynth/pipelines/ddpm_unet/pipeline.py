@@ -2,9 +2,7 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ from PIL import Image
 
 from ms_diffsynth.compile import CompiledStep
 from ms_diffsynth.data.images import to_pil
-from ms_diffsynth.diffusion.ddpm import DDPMObjective, NoiseSchedule, ddim, ddpm
-from ms_diffsynth.diffusion.units import Objective
+from ms_diffsynth.diffusion.ddpm import NoiseSchedule, ddim, ddpm
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, WeightError
 from ms_diffsynth.formats.weights import save_sharded
@@ -25,11 +22,10 @@ from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import state_dict
 from ms_diffsynth.pipeline import Pipeline, SamplingDefaults, UnitSequence
 from ms_diffsynth.pipelines.ddpm_unet.units import Denoise, LoadPixels
+from ms_diffsynth.pipelines.shared.denoising import DenoisingDiffusion
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.program import Program
 from ms_diffsynth.storage.files import stage_folder, write_file
-
-logger = logging.getLogger(__name__)
 
 STEPS = {"ddim": 50, "ddpm": 1000}  # samplers, and how many steps each takes by default
 
@@ -54,7 +50,7 @@ COMPONENTS = (Component(name="unet", folder="unet", class_name="UNet2DModel", bu
                         reads={"block_out_channels": SIZES, "sample_size": SIDES}),)
 
 
-class UnconditionalImagePipeline(Pipeline):
+class UnconditionalImagePipeline(DenoisingDiffusion, Pipeline):
     """Random images of the kind the network was trained on, and the units its training reuses.
 
     Args:
@@ -65,7 +61,6 @@ class UnconditionalImagePipeline(Pipeline):
     components = COMPONENTS
     inputs = ("input_image",)
     division_factor = 8
-    objective_class = DDPMObjective
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
     lora_prefixes = {"unet": "unet"}
     samplers = tuple(STEPS)
@@ -74,7 +69,6 @@ class UnconditionalImagePipeline(Pipeline):
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None,
                  noise_schedule: NoiseSchedule | None = None):
         super().__init__(models, dtype)
-        self.objective = DDPMObjective()
         self._schedule = noise_schedule
 
     # -- what a family provides ----------------------------------------------------------------------------------
@@ -92,40 +86,8 @@ class UnconditionalImagePipeline(Pipeline):
                               f"times, so they must be multiples of {factor}. Set height and width to such.")
         return (3, height, width)
 
-    def training_schedule(self, objective: str) -> NoiseSchedule:
-        return self.noise_schedule
-
-    def objective_for(self, objective: DDPMObjective | Objective | None, task: str = "sft") -> DDPMObjective:
-        if objective is None:
-            return DDPMObjective()
-        if not isinstance(objective, DDPMObjective):
-            raise ConfigError(f"{objective} is an objective of flow matching, but {type(self).__name__} is trained by "
-                              "denoising diffusion: expected a DDPMObjective, or None. Leave out weighting_scheme and "
-                              "the settings that belong to it.")
-        return objective
-
     def sampling_program(self, extra: Sequence[str] = ()) -> Program:
-        return Program([self.denoise], (), ("latents", "timestep_index"))
-
-    # -- the noise schedule --------------------------------------------------------------------------------------
-
-    @property
-    def noise_schedule(self) -> NoiseSchedule:
-        """How noise is added and taken away, and what the network predicts: the objective decides that."""
-        return self.schedule_for(self.objective)
-
-    def schedule_for(self, objective: DDPMObjective) -> NoiseSchedule:
-        """The noise schedule, with what ``objective`` lets the network predict."""
-        if self._schedule is None:
-            config = self.scheduler_config()
-            self._schedule = NoiseSchedule() if config is None else NoiseSchedule.from_config(config)
-            if config is None and "unet" in self.sources:
-                folder = self.sources["unet"].folder
-                logger.warning("no %s in %s or %s: DDPM's own schedule is taken (1000 timesteps, linear betas, "
-                               "epsilon). Give a ModelConfig of the file where the network had another.",
-                               SCHEDULER_FILE, folder.parent / "scheduler", folder)
-        kind = objective.prediction_type
-        return self._schedule if kind is None else replace(self._schedule, prediction_type=kind)
+        return Program([self.denoise], (), self.sampled_draws)
 
     # -- sampling ------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,20 @@ from PIL import Image
 from ms_diffsynth.diffusion.schedule import FLUX_DEV, ExponentialShift, FlowMatchSettings, Grid, to_one_nth
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.formats.interchange import read_table
-from ms_diffsynth.models import COUNT, FLAG, SCALE, SIZE, SIZES, Component, arguments, blocks, columns, has, optional
+from ms_diffsynth.models import (
+    COUNT,
+    FLAG,
+    SCALE,
+    SIZE,
+    SIZES,
+    Component,
+    arguments,
+    blocks,
+    columns,
+    has,
+    optional,
+    rows,
+)
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.flux2 import units
 from ms_diffsynth.pipelines.flux2.denoise import Denoise
@@ -24,14 +37,20 @@ from ms_diffsynth.pipelines.shared.text import QWEN3, QWEN3_TOLD_BY, QWEN_TOKENI
 from ms_diffsynth.pipelines.shared.vae_units import LoadPixels, with_latents
 
 UNUSED_LAYERS = tuple(f"model.layers.{k}." for k in range(27, 36))  # of Qwen3's 36: klein stops at three quarters
-# how the names of a Mistral3 begin inside transformers since 4.52; FLUX.2-dev's files have those of before
-RENAMED, OWN_NAMES = "model.language_model.", "language_model.model."
+# how the names of a Mistral3 begin: in FLUX.2-dev's files, inside transformers since 4.52, and in ComfyUI's file
+DEV_BEGINS = ("language_model.model", "model.language_model", "model")
 UNUSED_OF_DEV = (
-    *(f"{model}{part}." for model in (OWN_NAMES, RENAMED)
+    *(f"{model}.{part}." for model in DEV_BEGINS
       for part in ("norm", *(f"layers.{k}" for k in range(30, 40)))),  # of Mistral's 40 layers
     "language_model.lm_head.", "vision_tower.", "multi_modal_projector.",
     "lm_head.", "model.vision_tower.", "model.multi_modal_projector.",
+    "tekken_model",  # the tokenizer
 )
+
+
+def _of_dev(name: str) -> tuple[str, ...]:
+    """A tensor of dev's text encoder under each of its names."""
+    return tuple(f"{begin}.{name}" for begin in DEV_BEGINS)
 
 
 def _build_dit(config: dict[str, Any]):
@@ -61,8 +80,11 @@ def _build_dev_text_encoder(config: dict[str, Any], names: Iterable[str] = ()):
     """``names`` are those of the tensors in its files."""
     from ms_diffsynth.pipelines.flux2 import text_encoder  # imports mindone's networks
 
-    is_renamed = any(name.startswith(RENAMED) for name in names)
-    return (text_encoder.RenamedMistralTextEncoder if is_renamed else text_encoder.MistralTextEncoder)(config)
+    of_begin = dict(zip(DEV_BEGINS, (text_encoder.MistralTextEncoder, text_encoder.RenamedMistralTextEncoder,
+                                     text_encoder.ComfyMistralTextEncoder)))
+    names = set(names)
+    found = next((b for b in DEV_BEGINS if f"{b}.embed_tokens.weight" in names), DEV_BEGINS[0])
+    return of_begin[found](config)
 
 
 def _build_dev_tokenizer(folder: Path):
@@ -105,7 +127,12 @@ COMPONENTS = (
 # FLUX.2-dev's: its tokenizer does not ship with the package
 DEV_TEXT_ENCODER = Component(name="text_encoder", folder="text_encoder", class_name="Mistral3ForConditionalGeneration",
                              build=_build_dev_text_encoder, build_for=_build_dev_text_encoder,
-                             ignored=UNUSED_OF_DEV)
+                             ignored=UNUSED_OF_DEV, known={"FLUX.2-dev": PUBLISHED["FLUX.2-dev"]["text_encoder"]},
+                             told_by={"text_config.vocab_size": rows(*_of_dev("embed_tokens.weight")),
+                                      "text_config.hidden_size": columns(*_of_dev("embed_tokens.weight")),
+                                      "text_config.intermediate_size": rows(*_of_dev("layers.0.mlp.up_proj.weight"))},
+                             unlike=("model.embed_tokens.weight", "ComfyUI's file of it ends at layer 30 of 40, and "
+                                                                  "has the tokenizer in it"))
 DEV_COMPONENTS = (Component(name="tokenizer", folder="tokenizer", build=_build_dev_tokenizer,
                             libraries=("transformers", "tokenizers")), DEV_TEXT_ENCODER,
                   *COMPONENTS[2:])

@@ -49,10 +49,13 @@ class MistralTextEncoder(TakesTokens, nn.Cell):
     def __init__(self, config: dict[str, Any]):
         super().__init__()
         self.config = config
-        outer, inner = self.path
-        setattr(self, outer, nn.Cell())
+        *outer, inner = self.path
         text = MistralConfig(**arguments(MistralConfig, config["text_config"]))
-        setattr(getattr(self, outer), inner, MistralLayers._from_config(text))
+        place = self
+        for name in outer:
+            setattr(place, name, nn.Cell())
+            place = getattr(place, name)
+        setattr(place, inner, MistralLayers._from_config(text))
 
     def construct(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.language_model.model(ids, mask)
@@ -65,3 +68,12 @@ class RenamedMistralTextEncoder(MistralTextEncoder):
 
     def construct(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.model.language_model(ids, mask)
+
+
+class ComfyMistralTextEncoder(MistralTextEncoder):
+    """The same for ComfyUI's file, mistral_3_small_flux2_bf16.safetensors: ``model.layers``."""
+
+    path = ("model",)
+
+    def construct(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.model(ids, mask)

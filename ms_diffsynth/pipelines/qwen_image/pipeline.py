@@ -11,14 +11,14 @@ from ms_diffsynth.diffusion.guidance import classifier_free_with_norms
 from ms_diffsynth.diffusion.schedule import ExponentialShift, FlowMatchSettings, Grid, TerminalStretch, one_to_zero
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.formats.interchange import read_table
-from ms_diffsynth.models import LIST, NUMBERS, SIZE, SIZES, Component, arguments, blocks, columns
+from ms_diffsynth.models import LIST, NUMBERS, SIZE, SIZES, Component, arguments, blocks, columns, rows
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.qwen_image import edit, units
 from ms_diffsynth.pipelines.qwen_image.denoise import Denoise
 from ms_diffsynth.pipelines.qwen_image.published import PUBLISHED
+from ms_diffsynth.pipelines.shared.causal_vae import CausalVAE
 from ms_diffsynth.pipelines.shared.edit import LoadEditImage
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
-from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.pipelines.shared.text import QWEN_TOKENIZER, build_qwen_tokenizer
 from ms_diffsynth.pipelines.shared.vae_units import LoadPixels, with_latents
 
@@ -33,11 +33,7 @@ def _build_dit(config: dict[str, Any]):
 
 
 def _build_vae(config: dict[str, Any]):
-    with quiet_imports():
-        from mindone.diffusers import AutoencoderKLQwenImage
-
-    return with_latents(AutoencoderKLQwenImage, units.EncodeImage, units.Decode)(
-        **arguments(AutoencoderKLQwenImage, config, LATER_SETTINGS))
+    return with_latents(CausalVAE, units.EncodeImage, units.Decode)(**arguments(CausalVAE, config, LATER_SETTINGS))
 
 
 def _build_text_encoder(config: dict[str, Any]):
@@ -56,12 +52,19 @@ COMPONENTS = (
     Component(name="tokenizer", folder="tokenizer", build=build_qwen_tokenizer, default_folder=QWEN_TOKENIZER,
               libraries=("transformers",)),
     Component(name="text_encoder", folder="text_encoder", class_name="Qwen2_5_VLForConditionalGeneration",
-              build=_build_text_encoder, ignored=("visual.", "lm_head.")),
+              build=_build_text_encoder, ignored=("visual.", "lm_head."),
+              known={"Qwen2.5-VL-7B": PUBLISHED["Qwen-Image"]["text_encoder"]},
+              told_by={"text_config.vocab_size": rows("model.embed_tokens.weight"),
+                       "text_config.hidden_size": columns("model.embed_tokens.weight"),
+                       "text_config.num_hidden_layers": blocks("model.layers.")}),
     Component(name="vae", folder="vae", class_name="AutoencoderKLQwenImage", build=_build_vae,
               reads={"z_dim": SIZE, "temperal_downsample": LIST, "latents_mean": NUMBERS, "latents_std": NUMBERS},
-              encoder=("encoder", "quant_conv")),
+              encoder=("encoder", "quant_conv"), known={"Qwen-Image": PUBLISHED["Qwen-Image"]["vae"]},
+              told_by={"base_dim": rows("encoder.conv_in.weight"), "z_dim": columns("decoder.conv_in.weight")}),
     Component(name="dit", folder="transformer", class_name="QwenImageTransformer2DModel", build=_build_dit,
-              reads={"axes_dims_rope": SIZES}, known={name: configs["dit"] for name, configs in PUBLISHED.items()},
+              reads={"axes_dims_rope": SIZES}, marks={"zero_cond_t": "__index_timestep_zero__"},
+              known={"Qwen-Image": PUBLISHED["Qwen-Image"]["dit"],
+                     "Qwen-Image-Edit-2511": PUBLISHED["Qwen-Image"]["dit"] | {"zero_cond_t": True}},
               told_by={"num_layers": blocks("transformer_blocks."), "in_channels": columns("img_in.weight"),
                        "joint_attention_dim": columns("txt_in.weight")}),
 )
@@ -141,7 +144,8 @@ class QwenImagePipeline(ImagePipeline):
     def check_editing(self) -> None:
         """Raises: WeightError when the text encoder has no vision tower, or the transformer came without config.json,
         which alone says whether it is -2511."""
-        if "dit" in self.sources and self.sources["dit"].config is not None:
+        config = self.sources["dit"].config if "dit" in self.sources else None
+        if config is not None and not config.get("zero_cond_t"):
             raise WeightError(f"{self.sources['dit'].folder / 'config.json'} is missing: it says how references are "
                               "modulated (zero_cond_t, of Qwen-Image-Edit-2511), which no tensor does. Put the "
                               "config.json of the model's transformer/ beside its weights.")

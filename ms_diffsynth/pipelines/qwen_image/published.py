@@ -21,14 +21,18 @@ _DIT: dict[str, Any] = {
     "num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584,
     "guidance_embeds": False, "axes_dims_rope": [16, 56, 56]}
 
-# the language model of Qwen/Qwen2.5-VL-7B-Instruct, without the tower for images, which takes no part
+# Qwen/Qwen2.5-VL-7B-Instruct; its tower for images takes part in editing alone
 _QWEN25_VL_7B: dict[str, Any] = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
     "text_config": {
         "model_type": "qwen2_5_vl_text", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
         "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "hidden_act": "silu",
         "max_position_embeddings": 128000, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "use_sliding_window": False}}
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "use_sliding_window": False},
+    "vision_config": {
+        "model_type": "qwen2_5_vl", "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "out_hidden_size": 3584, "in_channels": 3, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
+        "tokens_per_second": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu"}}
 
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "Qwen-Image": {"dit": _DIT, "vae": _VAE, "text_encoder": _QWEN25_VL_7B}}

@@ -1,15 +1,13 @@
 """What Qwen-Image encodes: the prompt by Qwen2.5-VL, the image as a video of one frame by the VAE; and decoding."""
 from __future__ import annotations
 
-from typing import Any
-
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.ops.clamp import clamp
 from ms_diffsynth.pipelines.shared import vae_units
+from ms_diffsynth.pipelines.shared.causal_vae import scale_factor
 from ms_diffsynth.pipelines.shared.cuts import tell_cut
 from ms_diffsynth.pipelines.shared.text import EncodeTokens
 from ms_diffsynth.units import PipelineUnit
@@ -60,15 +58,9 @@ class EncodePrompt(EncodeTokens):
         return (hidden[:, len(PREFIX):].astype(ms.float32),)
 
 
-def scale_factor(config: dict[str, Any]) -> int:
-    """Pixels on a side of a latent pixel."""
-    return 2 ** len(config["temperal_downsample"])  # the config's spelling
-
-
 class EncodeImage(vae_units.EncodeImage):
-    """The VAE's posterior: mean and log-variance, not a sample, so that it can be cached.
-
-    One frame needs none of the caches with which mindone's ``encode`` walks along a film, and without them it compiles.
+    """The VAE's posterior: mean and log-variance, not a sample, so that it can be cached. An image is a film of one
+    frame.
 
     Shapes: pixels float32 [B, 3, H, W] in [-1, 1] -> moments float32 [B, 2C, H/8, W/8].
     """
@@ -76,7 +68,7 @@ class EncodeImage(vae_units.EncodeImage):
     scale_factor = staticmethod(scale_factor)
 
     def construct(self, pixels):
-        moments = self.vae.quant_conv(self.vae.encoder(pixels.astype(self.dtype).expand_dims(2)))
+        moments = self.vae.encode(pixels.astype(self.dtype).expand_dims(2))[0]
         return (moments.squeeze(2).astype(ms.float32),)
 
 
@@ -96,5 +88,4 @@ class Decode(vae_units.Decode):
 
     def construct(self, latents):
         latents = (latents * self.std + self.mean).astype(self.dtype)
-        pixels = self.vae.decoder(self.vae.post_quant_conv(latents.expand_dims(2)))
-        return (clamp(pixels.squeeze(2).astype(ms.float32), -1.0, 1.0),)
+        return (self.vae.decode(latents.expand_dims(2))[0].squeeze(2).astype(ms.float32),)

@@ -23,12 +23,14 @@ from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.t5 import weight_dtype
 from ms_diffsynth.pipelines.shared.text import (
     CLIP_G,
+    CLIP_G_TOKENIZER,
     CLIP_L,
     CLIP_TOKENIZER,
     CLIP_TOLD_BY,
     T5_TOKENIZER,
     T5_TOLD_BY,
     T5_XXL,
+    build_clip_g,
     build_clip_tokenizer,
     build_clip_with_projection,
     build_t5,
@@ -41,12 +43,6 @@ def _build_dit(config: dict[str, Any]):
     from ms_diffsynth.pipelines.sd3.transformer import SD3Transformer  # imports mindone's networks
 
     return SD3Transformer(**arguments(SD3Transformer, config))
-
-
-def _build_clip_g(config: dict[str, Any]):
-    cell = build_clip_with_projection(config)
-    cell.update_parameters_name("text_encoder_2.")  # in compiled code CLIP-L's Parameters have the same names
-    return cell
 
 
 def _dual_blocks(shapes: Shapes) -> list[int] | None:
@@ -66,13 +62,13 @@ COMPONENTS = (
     Component(name="tokenizer_1", folder="tokenizer", build=build_clip_tokenizer, default_folder=CLIP_TOKENIZER,
               libraries=("transformers", "ftfy")),
     Component(name="tokenizer_2", folder="tokenizer_2", build=build_clip_tokenizer,
-              default_folder=Path(__file__).parent / "tokenizer_2", libraries=("transformers", "ftfy")),
+              default_folder=CLIP_G_TOKENIZER, libraries=("transformers", "ftfy")),
     Component(name="tokenizer_3", folder="tokenizer_3", build=build_t5_tokenizer, default_folder=T5_TOKENIZER,
               libraries=("transformers", "sentencepiece")),
     Component(name="text_encoder_1", folder="text_encoder", build=build_clip_with_projection,
               known={"CLIP-L": CLIP_L | {"architectures": ["CLIPTextModelWithProjection"]}},
               left_out={"text_projection.weight": _identity}, **_CLIP),
-    Component(name="text_encoder_2", folder="text_encoder_2", build=_build_clip_g,
+    Component(name="text_encoder_2", folder="text_encoder_2", build=build_clip_g,
               known={"CLIP-G": CLIP_G | {"architectures": ["CLIPTextModelWithProjection"]}}, **_CLIP),
     Component(name="text_encoder_3", folder="text_encoder_3", class_name="T5EncoderModel", build=build_t5,
               ignored=("encoder.embed_tokens.weight",), weight_dtype=weight_dtype, known={"T5 v1.1 XXL": T5_XXL},

@@ -9,7 +9,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor
+from mindspore import Tensor, ops
 from PIL import Image
 
 from ms_diffsynth import runtime
@@ -17,7 +17,7 @@ from ms_diffsynth.data.images import to_pil, to_rgb
 from ms_diffsynth.data.operators import ImageCropAndResize
 from ms_diffsynth.data.prompts import prompt_problem
 from ms_diffsynth.diffusion.guidance import classifier_free
-from ms_diffsynth.diffusion.samplers import SAMPLERS
+from ms_diffsynth.diffusion.samplers import SAMPLERS, Denoise
 from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule, check_strength, last_steps
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest, shortened
@@ -39,23 +39,30 @@ class ImagePipeline(Pipeline):
     Attributes:
         sft_grid: the sigmas that supervised training draws from.
         dynamic_mu: from (image tokens, sampling steps) to the mu of dynamic shifting; None follows the scheduler.
+        start_input: the slot of what sampling may start from.
+        options: names of the arguments of a call, but for the prompts.
         latent_patch: sides of the square of latents that is one image token.
         edit_max_pixels: most pixels of a reference image; larger ones are made smaller.
+        zeroed_slots: what is made of a prompt, and is zero where there is no negative prompt; none: it is that of "".
     """
 
     samplers = tuple(SAMPLERS)
     absent_inputs = ("edit_image",)
+    start_input = "input_image"
+    options = ("cfg_scale", "embedded_guidance", "height", "width", "seed", "num_inference_steps", "sampler", "on_step",
+               "input_image", "denoising_strength", "tiled", "tile_size", "tile_stride")
     edit_max_pixels = 1024 * 1024
     sft_grid: Grid
     dynamic_mu: Callable[[int, int], float] | None = None
     latent_patch = 2
+    zeroed_slots: tuple[str, ...] = ()
     guidance_rule = staticmethod(classifier_free)  # how the two branches of cfg_scale become one velocity
 
     def __init__(self, models: dict[str, Any] | None = None, dtype: ms.Type | None = None):
         super().__init__(models, dtype)
         self._scheduler_settings: FlowMatchSettings | None = None
 
-    def __call__(self, prompt: str, negative_prompt: str = "", cfg_scale: float | None = None,
+    def __call__(self, prompt: str, negative_prompt: str | None = None, cfg_scale: float | None = None,
                  embedded_guidance: float | None = None, height: int | None = None, width: int | None = None,
                  seed: int | None = None, num_inference_steps: int | None = None, sampler: str | None = None,
                  on_step: Callable[[int, int], None] | None = None, input_image: Image.Image | None = None,
@@ -65,6 +72,7 @@ class ImagePipeline(Pipeline):
 
         Args:
             cfg_scale: two-branch guidance with ``negative_prompt``; 1 runs one branch.
+            negative_prompt: None is as ``""``; but of a family with ``zeroed_slots`` it is no text at all.
             embedded_guidance: the scale told to a guidance-distilled network; others ignore it.
             height, width: pixels, rounded up to the family's division factor.
             seed: of the initial noise; None is fresh.
@@ -82,21 +90,8 @@ class ImagePipeline(Pipeline):
 
         Raises: ConfigError for an input the family does not have, an unknown sampler, or a value out of range.
         """
-        known = [name for name in self.optional_units if name != "template_inputs"]  # TemplatePipeline takes those
-        known += ["template_cache"] if "template_cache?" in self.denoise.input_params else []
-        odd = [name for name in inputs if name.removeprefix("negative_") not in known]
-        if odd:
-            raise ConfigError(f"{type(self).__name__} has no input {listing(odd)}; it has prompt, negative_prompt, "
-                              f"{listing([*_OPTIONS, *known], 20)}.{nearest(odd[0], [*_OPTIONS, *known])}")
-        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if text and (problem := prompt_problem(text)):
-                raise ConfigError(f"{name}={shortened(text)} {problem}.")
-        sampler = self.check_sampler(sampler)
-        check_strength(denoising_strength)
-        tiling = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
-        self.check_tiles(**tiling)
-        own, default = self.sampling, (self.sampling.height, self.sampling.width)
-        inputs = {name: value for name, value in inputs.items() if value is not None and value not in ([], ())}
+        default = self.usual_size
+        inputs = those_given(inputs)
         if "edit_image" in inputs:
             default = self.edited_size(references(inputs["edit_image"]))
         if input_image is not None:
@@ -104,18 +99,44 @@ class ImagePipeline(Pipeline):
                 raise ConfigError(f"input_image={input_image!r:.80}: expected an image of Pillow. Open the file: "
                                   "Image.open(path).")
             default = input_image.size[::-1]
-        elif denoising_strength != 1:
-            raise ConfigError(f"denoising_strength={denoising_strength} without input_image: expected 1. Give the "
-                              "image to start from as input_image.")
         size = self.check_resize_height_width(height or default[0], width or default[1])
-        shape = self.latent_shape(*size)
+        if input_image is not None:
+            input_image = scaled(to_rgb(input_image, "input_image"), *size)
+        tiling = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
+        latents = self.sample(size, prompt, negative_prompt, cfg_scale, embedded_guidance, seed, num_inference_steps,
+                              sampler, on_step, input_image, denoising_strength, tiling, inputs)
+        return self.decode(latents, **tiling)[0]
+
+    def sample(self, size: tuple[int, ...], prompt: str, negative_prompt: str, cfg_scale: float | None,
+               embedded_guidance: float | None, seed: int | None, num_inference_steps: int | None, sampler: str | None,
+               on_step: Callable[[int, int], None] | None, start: Any, denoising_strength: float,
+               tiling: Mapping[str, Any], inputs: Mapping[str, Any]) -> Tensor:
+        """Latents of one image or film of ``size``, as `latent_shape` takes it; arguments as `__call__`.
+
+        Args:
+            start: what sampling starts from, of that size; None for noise alone.
+
+        Raises: as `__call__`.
+        """
+        self.check_inputs(inputs)
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if text and (problem := prompt_problem(text)):
+                raise ConfigError(f"{name}={shortened(text)} {problem}.")
+        sampler = self.check_sampler(sampler)
+        check_strength(denoising_strength)
+        self.check_tiles(**tiling)
+        if start is None and denoising_strength != 1:
+            raise ConfigError(f"denoising_strength={denoising_strength} without {self.start_input}: expected 1. Give "
+                              f"the {self.medium} to start from as {self.start_input}.")
+        own, shape = self.sampling, self.latent_shape(*size)
         cfg_scale = own.cfg_scale if cfg_scale is None else cfg_scale
         seed = int(np.random.SeedSequence().entropy % 2**63) if seed is None else seed
         noise = Draws(seed).normal("latents", np.array([0]), shape)
         self.check_widths({"latents": noise})
         guidance = own.embedded_guidance if embedded_guidance is None else embedded_guidance
-        inputs["guidance"] = Tensor(np.full(1, guidance, np.float32))
+        inputs = {**inputs, **self.size_inputs(size), "guidance": Tensor(np.full(1, guidance, np.float32))}
         positive = {name: value for name, value in inputs.items() if not name.startswith("negative_")} | tiling
+        positive |= {"height": size[0], "width": size[1]}
         branches = [{"prompt": prompt, **positive}]
         if cfg_scale != 1:  # a template is of one branch only, everything else of both
             negative = {n.removeprefix("negative_"): value for n, value in inputs.items() if n not in positive}
@@ -123,11 +144,28 @@ class ImagePipeline(Pipeline):
             branches.append({"prompt": negative_prompt, **positive, **negative})
         sigmas = last_steps(self.sampling_sigmas(num_inference_steps or own.num_inference_steps, shape),
                             denoising_strength)
-        if input_image is not None:
-            input_image = scaled(to_rgb(input_image, "input_image"), *size)
-        latents = self.start(input_image, noise, sigmas, tiling)
-        latents = self.integrate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler)
-        return self.decode(latents, **tiling)[0]
+        latents = self.start(start, noise, sigmas, tiling)
+        return self.integrate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler,
+                              lambda k: Draws(seed).normal(f"sampling step {k}", np.array([0]), shape))
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Raises: ConfigError for further inputs of a call that the family does not have."""
+        known = [name for name in self.optional_units if name != "template_inputs"]  # TemplatePipeline takes those
+        known += ["template_cache"] if "template_cache?" in self.denoise.input_params else []
+        odd = [name for name in inputs if name.removeprefix("negative_") not in known]
+        if odd:
+            options = [*self.options, *(name for name in known if name not in self.options)]
+            raise ConfigError(f"{type(self).__name__} has no input {listing(odd)}; it has prompt, negative_prompt, "
+                              f"{listing(options, 20)}.{nearest(odd[0], options)}")
+
+    @property
+    def usual_size(self) -> tuple[int, ...]:
+        """The size that is sampled where none is asked for, as `latent_shape` takes it."""
+        return self.sampling.height, self.sampling.width
+
+    def size_inputs(self, size: tuple[int, ...]) -> dict[str, int]:
+        """What units are told of a size in sampling."""
+        return {"height": size[-2], "width": size[-1]}
 
     def edited_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """Height and width of the image that is made of references: those of the first, as the VAE sees it."""
@@ -182,16 +220,17 @@ class ImagePipeline(Pipeline):
         """The noise levels as DiffSynth-Studio's units ask for them."""
         return Scheduler(self)
 
-    def start(self, input_image: Image.Image | None, noise: np.ndarray, sigmas: np.ndarray,
+    def start(self, given: Any, noise: np.ndarray, sigmas: np.ndarray,
               tiling: Mapping[str, Any] = MappingProxyType({})) -> Tensor:
-        """Latents at ``sigmas[0]``, where sampling starts: the image's with noise, or noise alone.
+        """Latents at ``sigmas[0]``, where sampling starts: those of ``given``, an image or a film, with noise, or noise
+        alone.
 
         By the units of training, up to ``input_latents``. They see ``sigmas`` in ``scheduler``.
 
-        Shapes: noise float32 [B, ...] -> float32 [B, ...]; the image has the sides of the noise.
+        Shapes: noise float32 [B, ...] -> float32 [B, ...]; what is given has its size.
         """
-        slots = {"input_image": input_image, "start_noise": Tensor(noise), **tiling}
-        if input_image is None and not any("latents" in unit.output_params for unit in self.units):
+        slots = {self.start_input: given, "start_noise": Tensor(noise), **tiling}
+        if given is None and not any("latents" in unit.output_params for unit in self.units):
             return slots["start_noise"]
         self.sampled_sigmas = sigmas
         try:
@@ -215,11 +254,15 @@ class ImagePipeline(Pipeline):
 
     def conditions(self, positive: dict[str, Any],
                    negative: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """`condition` for both branches of guidance, each given its arguments.
+        """`condition` for both branches of guidance, each given its arguments. A negative prompt of None has zeros in
+        ``zeroed_slots``; of a family without such it is "".
 
         Of the negative branch only those units run whose inputs, or what they are made of, are other objects than in
         the positive one: an edit image is encoded once.
         """
+        has_no_text = negative is not None and negative.get("prompt", "") is None
+        if has_no_text:
+            negative = negative | {"prompt": positive["prompt"] if self.zeroed_slots else ""}
         found: list[dict[str, Any] | None] = []
         first: dict[str, Any] = {}  # what the positive branch was given
         prepared: dict[str, Any] = {}  # and all slots that it has
@@ -229,11 +272,12 @@ class ImagePipeline(Pipeline):
                 continue
             given = {name: value for name, value in branch.items() if value is not None and name != "template_cache"}
             program = self.sampling_program([name for name in given if name in self.optional_units])
-            cut = program.cut(("velocity",))
+            cut = program.cut(self.denoise.output_params)
             known = {*cut.inputs, *self.input_defaults}
             slots, units = {name: value for name, value in given.items() if name in known}, cut.prepare
             if first.keys() == given.keys():
-                again = program.branch([name for name in given if given[name] is not first[name]], ("velocity",))
+                again = program.branch([name for name in given if given[name] is not first[name]],
+                                       self.denoise.output_params)
                 slots, units = prepared | slots, tuple(unit for unit in units if unit.name in again)
             further = [unit for name in given if name in self.optional_units for unit in self.optional_units[name]]
             reads_prompt = any("prompt" in map(slot, unit.input_params) for unit in further)  # with its references, say
@@ -250,6 +294,8 @@ class ImagePipeline(Pipeline):
             padded, _ = pad_prompts(self, {n: to_numpy(prepared[n])[0] for n in self.padded_slots if n in cut.cache})
             found.append({name: Tensor(padded[name][None]) if name in padded else prepared[name] for name in cut.cache}
                          | to_slots(branch.get("template_cache") or {}))
+        if has_no_text:
+            found[1] |= {name: ops.zeros_like(found[1][name]) for name in self.zeroed_slots}
         return found[0], found[1]
 
     def prepared_prompt(self, prompt: str) -> dict[str, Tensor]:
@@ -260,18 +306,22 @@ class ImagePipeline(Pipeline):
                               "Run stage one, --task sft:data_process, with it among sample_prompts.")
         return {name: runtime.to_device(array[None]) for name, array in self.prepared_prompts[prompt].items()}
 
-    def denoiser(self, condition: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
-        """``denoise(latents, sigma) -> velocity`` under one condition; compiled once per shape in mode graph."""
+    def denoiser(self, condition: dict[str, Any], unit: TensorUnit | None = None) -> Denoise:
+        """``denoise(latents, sigma) -> velocity``, or with what else the network takes and gives, under one condition;
+        compiled once per shape in mode graph."""
         slots = tuple(condition)  # those of a branch with a template and of one without are two compilations
+        unit = unit or self.denoise
 
         def build():
             join = JoinTemplateCache(slots)
-            units = [join, self.denoise] if join.input_params else [self.denoise]
+            units = [join, unit] if join.input_params else [unit]
             fuse = [unit.name for unit in units if unit.is_always_fused]
-            cut = Program(units, slots, ("latents", "sigma")).cut(("velocity",), fuse=fuse)
-            return UnitSequence(cut, self, inputs=(*slots, "latents", "sigma")).positional
+            cut = Program(units, slots, self.sampled_draws).cut(self.denoise.output_params, fuse=fuse)
+            return UnitSequence(cut, self, inputs=(*slots, *self.sampled_draws)).positional
 
-        step = self.compiled("the sampling step", build, slots)
+        network = unit.onload_model_names[0]
+        what = "the sampling step" if network == self.network else f"the sampling step of {network}"
+        step = self.compiled(what, build, slots)
         return lambda latents, sigma: step(*condition.values(), latents, sigma)[0]
 
     def generate(self, positive: dict[str, Any], negative: dict[str, Any] | None, latents: np.ndarray,
@@ -282,25 +332,38 @@ class ImagePipeline(Pipeline):
 
     def integrate(self, positive: dict[str, Any], negative: dict[str, Any] | None, latents: np.ndarray | Tensor,
                   sigmas: np.ndarray, cfg_scale: float = 1.0, on_step: Callable[[int, int], None] | None = None,
-                  sampler: str = "euler") -> Tensor:
+                  sampler: str = "euler", noise: Callable[[int], np.ndarray] | None = None) -> Tensor:
         """Latents at the last of ``sigmas``, float32 [B, ...].
 
         Args:
             positive, negative: conditions from `condition`; ``negative`` is used when ``cfg_scale`` is not 1.
             latents: at ``sigmas[0]`` (noise alone where it is 1), float32 [B, ...].
             sigmas: float32 [n + 1], decreasing, ends with 0.
+            noise: what sampling step k adds, for samplers that add some.
         """
-        denoise = self.denoiser(positive)
-        if cfg_scale != 1 and negative is not None:
-            denoise = self.guidance_rule(denoise, self.denoiser(negative), cfg_scale)
+        denoise = self.guided(positive, negative, cfg_scale)
         return SAMPLERS[sampler](denoise, Tensor(latents), sigmas, on_step)
+
+    def guided(self, positive: dict[str, Any], negative: dict[str, Any] | None, cfg_scale: float,
+               unit: TensorUnit | None = None) -> Denoise:
+        """``denoise(latents, sigma) -> velocity`` under one condition, or under two with guidance; by ``unit`` instead
+        of ``denoise``."""
+        denoise = self.denoiser(positive, unit)
+        if cfg_scale != 1 and negative is not None:
+            return self.guidance_rule(denoise, self.denoiser(negative, unit), cfg_scale)
+        return denoise
 
     def decode(self, latents: Tensor, tiled: bool = False, tile_size: int | None = None,
                tile_stride: int | None = None) -> list[Image.Image]:
         """Images from latents; in tiles as `__call__`."""
+        return [to_pil(pixels) for pixels in self.pixels(latents, tiled, tile_size, tile_stride)]
+
+    def pixels(self, latents: Tensor, tiled: bool = False, tile_size: int | None = None,
+               tile_stride: int | None = None) -> np.ndarray:
+        """Pixels from latents, float32 [B, 3, ...]; in tiles as `__call__`."""
         slots = {"latents": latents, "tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
         pipe = self if self.prepared_prompts is None else _WithDecoder(self)
-        return [to_pil(p) for p in run_unit(self.build_decode(), pipe, slots)["pixels"].asnumpy()]
+        return run_unit(self.build_decode(), pipe, slots)["pixels"].asnumpy()
 
 
 class _WithDecoder:
@@ -313,10 +376,11 @@ class _WithDecoder:
         return self._pipe.store.decoder(name) if name in self._pipe.model_names else getattr(self._pipe, name)
 
 
+def those_given(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are not None or empty."""
+    return {name: value for name, value in inputs.items() if value is not None and value not in ([], ())}
+
+
 def scaled(image: Image.Image, height: int, width: int) -> Image.Image:
     """An image at a size in pixels. Source: diffusers 0.39, VaeImageProcessor with its default resampling."""
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-_OPTIONS = ("cfg_scale", "embedded_guidance", "height", "width", "seed", "num_inference_steps", "sampler", "on_step",
-            "input_image", "denoising_strength", "tiled", "tile_size", "tile_stride")

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
@@ -58,8 +57,8 @@ class Scheduler:
             pipe.sampled_sigmas = None
             pipe.sigmas = pipe.training_schedule("sft").sigmas if pipe.sigmas is None else pipe.sigmas
             return
-        patch, own = pipe.latent_patch, pipe.sampling
-        shape = (pipe.latent_shape(own.height, own.width) if dynamic_shift_len is None
+        patch = pipe.latent_patch
+        shape = (pipe.latent_shape(*pipe.usual_size) if dynamic_shift_len is None
                  else (1, patch, patch * dynamic_shift_len))
         pipe.sampled_sigmas = last_steps(pipe.sampling_sigmas(num_inference_steps, shape), denoising_strength)
 
@@ -71,7 +70,11 @@ class Scheduler:
         given = np.atleast_1d(timestep.asnumpy() if isinstance(timestep, Tensor) else np.asarray(timestep))
         nearest = np.abs(self._timesteps()[None] - given.astype(np.float32)[:, None]).argmin(1)
         sigma = np.broadcast_to(self._levels()[nearest], original_samples.shape[:1])
-        return flow.interpolate(original_samples, noise, Tensor(np.ascontiguousarray(sigma), ms.float32))
+        return self._mixed(original_samples, noise, np.ascontiguousarray(sigma, np.float32))
+
+    def _mixed(self, clean: Tensor, noise: Tensor, sigma: np.ndarray) -> Tensor:
+        """Latents at noise levels float32 [B]."""
+        return flow.interpolate(clean, noise, Tensor(sigma))
 
     def _levels(self) -> np.ndarray:
         sampled, trained = self._pipe.sampled_sigmas, self._pipe.sigmas

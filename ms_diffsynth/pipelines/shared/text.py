@@ -20,9 +20,9 @@ from ms_diffsynth.pipelines.shared.t5 import with_exact_buckets
 from ms_diffsynth.units import TensorUnit
 
 CLIP_TOKENS = 77
-# the tokenizers of CLIP-L and T5 v1.1, as published with FLUX.1, and of Qwen2.5
-CLIP_TOKENIZER, T5_TOKENIZER, QWEN_TOKENIZER = (
-    Path(__file__).parent / "tokenizers" / name for name in ("clip", "t5", "qwen2"))
+# the tokenizers of CLIP-L and T5 v1.1, as published with FLUX.1, of CLIP-G, which pads with "!", and of Qwen2.5
+CLIP_TOKENIZER, CLIP_G_TOKENIZER, T5_TOKENIZER, QWEN_TOKENIZER = (
+    Path(__file__).parent / "tokenizers" / name for name in ("clip", "clip_g", "t5", "qwen2"))
 
 
 # config.json of text encoders that ComfyUI's single files come without
@@ -66,6 +66,12 @@ def build_clip(config: dict[str, Any], class_name: str = "CLIPTextModel"):
 
 def build_clip_with_projection(config: dict[str, Any]):
     return build_clip(config, "CLIPTextModelWithProjection")
+
+
+def build_clip_g(config: dict[str, Any]):
+    cell = build_clip_with_projection(config)
+    cell.update_parameters_name("text_encoder_2.")  # in compiled code CLIP-L's Parameters have the same names
+    return cell
 
 
 def build_t5(config: dict[str, Any]):

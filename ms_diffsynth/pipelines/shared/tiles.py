@@ -78,9 +78,9 @@ def in_tiles(function: Callable[[Tensor], Tensor], image: Tensor, tiles: Tiles, 
     Args:
         tiles: here in cells. cell, result_cell: the sides of a cell in ``image`` and in the result.
 
-    Shapes: image [B, C, H, W] -> [B, D, H / cell * result_cell, W / cell * result_cell].
+    Shapes: image [B, C, H, W] -> [B, D, H / cell * result_cell, W / cell * result_cell]; a film has frames before H.
     """
-    height, width = (side // cell for side in image.shape[2:])
+    height, width = (side // cell for side in image.shape[-2:])
     if max(height, width) <= tiles.size:
         return function(image)
     from mindspore import Tensor, mint
@@ -93,7 +93,7 @@ def in_tiles(function: Callable[[Tensor], Tensor], image: Tensor, tiles: Tiles, 
     for y, row_weight in zip(rows, row_weights):
         strip = None
         for x, weight in zip(columns, column_weights):
-            tile = function(image[:, :, y * cell:(y + high) * cell, x * cell:(x + wide) * cell])
+            tile = function(image[..., y * cell:(y + high) * cell, x * cell:(x + wide) * cell])
             sides = (x * result_cell, (width - x - wide) * result_cell)
             part = mint.nn.functional.pad(tile * Tensor(weight), sides)
             strip = part if strip is None else strip + part

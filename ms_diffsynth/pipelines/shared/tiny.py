@@ -18,7 +18,8 @@ from ms_diffsynth.storage.files import stage_folder
 
 
 def write_model(folder: Path, class_name: str, components: Sequence[Component], configs: dict[str, dict[str, Any]],
-                seed: int = 0, scheduler: dict[str, Any] | None = None, parts: Sequence[Component] = ()) -> None:
+                seed: int = 0, scheduler: dict[str, Any] | None = None, parts: Sequence[Component] = (),
+                index: dict[str, Any] | None = None) -> None:
     """Write a diffusers-format model: a folder a component, scheduler/ and model_index.json.
 
     Args:
@@ -26,10 +27,11 @@ def write_model(folder: Path, class_name: str, components: Sequence[Component], 
         configs: config.json of every component that has weights; the others are tokenizers, copied.
         scheduler: scheduler_config.json; None writes none.
         parts: what the files of a component hold besides; see `Component.part_of`.
+        index: further entries of model_index.json.
 
     Raises: OutputError when ``folder`` exists and is not empty.
     """
-    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": "0.35.2"}
+    index = {"_class_name": class_name, "_diffusers_version": "0.35.2", **(index or {})}
     with stage_folder(Path(folder)) as stage:
         for component in components:
             target = Path(stage) / component.folder

@@ -14,7 +14,7 @@ import mindspore as ms
 from mindspore import Parameter, mint, nn, ops
 from mindspore.common.initializer import initializer
 
-from ms_diffsynth.nn.blocks import Arranged, Kind, by_head
+from ms_diffsynth.nn.blocks import Arranged, Kind, by_head, held
 from ms_diffsynth.ops import network
 from ms_diffsynth.ops.sinusoid import get_timestep_embedding
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
@@ -88,14 +88,6 @@ class PlainBlock(Block):
         x, y = network.shared(x + network.rms_norm(y, w_behind[0], self.eps), 2)
         y = self.feed_forward(network.rms_norm(y, w_before_2[0], self.eps), weights, lora)
         return x + network.rms_norm(y, w_behind_2[0], self.eps)
-
-
-def held(**cells: nn.Cell) -> nn.Cell:
-    """A cell that only holds others, by names that may be numbers: what is read as ``held["0"]`` in PyTorch."""
-    holder = nn.Cell()
-    for name, cell in cells.items():
-        holder.insert_child_to_cell(name, cell)
-    return holder
 
 
 class ZImageBlock(nn.Cell):

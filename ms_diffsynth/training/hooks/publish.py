@@ -131,8 +131,8 @@ def _trained(model: DiffusionTrainingModule, logger: ModelLogger) -> str:
     network, names = model.pipe.network, list(model.trainable)
     if model.is_whole_pipeline:
         return "pipeline"
-    if names == [model.lora_base_model]:
-        return "lora" if names == [network] else f"A LoRA of {names[0]}"
+    if names == list(model.lora_base_models):
+        return "lora" if network in names else f"A LoRA of {' and '.join(names)}"
     if names == [network] and logger.remove_prefix_in_ckpt == f"pipe.{network}.":
         return "transformer"
     return "A template" if MODEL in _roots(model) else f"Trained weights of {', '.join(names)}"

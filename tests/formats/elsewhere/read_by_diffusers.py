@@ -1,6 +1,6 @@
 """Load what write.py wrote by diffusers: LoRAs (the change of every weight, and the same image) and whole pipelines.
 
-    python tests/formats/elsewhere/read_by_diffusers.py OUT [FAMILY ...]       (an environment with torch and diffusers)
+    python tests/formats/elsewhere/read_by_diffusers.py OUT [MODEL ...]       (an environment with torch and diffusers)
 
 Prints the largest difference of the change of any weight for each layout, and of any pixel of 255, with and without the
 LoRA. Text encoders are left out: what they make of the prompt is given. FLUX.1's converter of original names has the
@@ -26,15 +26,16 @@ from safetensors.torch import load_file
 STEPS = 4
 
 
-def pipeline(name: str, model: Path):
-    transformer = {"flux": "FluxTransformer2DModel", "flux2": "Flux2Transformer2DModel",
-                   "qwen_image": "QwenImageTransformer2DModel", "sd3": "SD3Transformer2DModel"}[name]
-    vae = {"flux2": "AutoencoderKLFlux2", "qwen_image": "AutoencoderKLQwenImage"}.get(name, "AutoencoderKL")
-    cls = getattr(diffusers, json.loads((model / "model_index.json").read_text())["_class_name"])
-    given = {n: None for n in inspect.signature(cls.__init__).parameters if n.startswith(("text_enc", "tokenizer"))}
+def pipeline(model: Path):
+    """Of a folder, without text encoders. Raises: AttributeError for a class that this diffusers does not have."""
+    index = json.loads((model / "model_index.json").read_text())
+    cls, transformer, vae = (getattr(diffusers, n) for n in (index["_class_name"], index["transformer"][1],
+                                                             index["vae"][1]))
+    given = dict.fromkeys(n for n in inspect.signature(cls.__init__).parameters
+                          if n.startswith(("text_enc", "tokenizer", "processor")))
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler")
-    return cls(transformer=getattr(diffusers, transformer).from_pretrained(model / "transformer").eval(),
-               vae=getattr(diffusers, vae).from_pretrained(model / "vae").eval(), scheduler=scheduler, **given)
+    return cls(transformer=transformer.from_pretrained(model / "transformer").eval(),
+               vae=vae.from_pretrained(model / "vae").eval(), scheduler=scheduler, **given)
 
 
 def packed(noise: torch.Tensor) -> torch.Tensor:
@@ -53,7 +54,9 @@ def image(name: str, pipe, given: dict[str, torch.Tensor]) -> torch.Tensor:
         length = int(mask.sum())
         how |= {"prompt_embeds": given["prompt_embeds"][:, :length], "true_cfg_scale": 1.0,
                 "prompt_embeds_mask": torch.ones(1, length, dtype=torch.long)}
-    how["guidance_scale"] = 3.5 if name == "flux" else 1.0
+    if name == "z_image":
+        how["prompt_embeds"] = [given["prompt_embeds"][0, :int(given["prompt_mask"].sum())]]
+    how["guidance_scale"] = {"flux": 3.5, "z_image": 0.0}.get(name, 1.0)
     how["latents"] = packed(noise) if name in ("flux", "qwen_image") else noise
     made = pipe(height=64, width=64, num_inference_steps=STEPS, output_type="np", **how).images[0]
     return (torch.as_tensor(made) * 255).round().to(torch.uint8)
@@ -79,24 +82,37 @@ def changes(pipe, file: Path, before: dict[str, torch.Tensor], expected: dict[st
 
 
 def read(name: str, out: Path) -> None:
-    expected, given, images = (load_file(out / f"{kind}.safetensors") for kind in ("expected", "given", "images"))
-    base = pipeline(name, out / "model")
+    expected, has_images = load_file(out / "expected.safetensors"), (out / "images.safetensors").exists()
+    try:
+        base = pipeline(out / "model")
+    except AttributeError as error:
+        print(f"{name:20} {error}", flush=True)
+        return
     base.set_progress_bar_config(disable=True)
     before = {k: v.clone() for k, v in base.transformer.state_dict().items()}
-    made = {"without": image(name, base, given)}
+    made = {}
+    if has_images:
+        given, images = (load_file(out / f"{kind}.safetensors") for kind in ("given", "images"))
+        made["without"] = image(name, base, given)
     for file in sorted(out.glob("lora-*.safetensors")):
         pipe = copy.deepcopy(base)
-        print(f"{name:10} {file.stem:16} {changes(pipe, file, before, expected)}", flush=True)
-        if file.name == f"lora-{'comfy' if name == 'qwen_image' else 'diffusers'}.safetensors":
+        print(f"{name:20} {file.stem:16} {changes(pipe, file, before, expected)}", flush=True)
+        if has_images and file.stem == f"lora-{'comfy' if name in ('qwen_image', 'z_image') else 'diffusers'}":
             made["with"] = image(name, pipe, given)
-    told = [f"{which} {int((made[which].int() - images[which].int()).abs().max())}" for which in ("without", "with")]
-    effect = int((made["with"].int() - made["without"].int()).abs().max())
-    print(f"{name:10} largest difference of a pixel: {', '.join(told)}; the LoRA changes up to {effect}", flush=True)
+    if has_images:
+        told = [f"{which} {int((made[which].int() - images[which].int()).abs().max())}" for which in made]
+        effect = int((made["with"].int() - made["without"].int()).abs().max())
+        print(f"{name:20} largest difference of a pixel: {', '.join(told)}; the LoRA changes up to {effect}",
+              flush=True)
     # Qwen-Image's tiny text encoder has no vision tower, for which transformers would make one of the real size
-    without = {"text_encoder": None} if name == "qwen_image" else {}
-    whole = diffusers.DiffusionPipeline.from_pretrained(out / "run/model", **without)
+    without = {"text_encoder": None} if name.startswith("qwen_image") else {}
+    try:
+        whole = diffusers.DiffusionPipeline.from_pretrained(out / "run/model", **without)
+    except Exception as error:
+        print(f"{name:20} run/model: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
+        return
     is_same = all(torch.equal(array, before[key]) for key, array in whole.transformer.state_dict().items())
-    print(f"{name:10} run/model is a {type(whole).__name__}; its transformer is the same: {is_same}", flush=True)
+    print(f"{name:20} run/model is a {type(whole).__name__}; its transformer is the same: {is_same}", flush=True)
 
 
 def use_tiny_widths() -> None:
@@ -114,5 +130,5 @@ if __name__ == "__main__":
     diffusers.utils.logging.disable_progress_bar()
     print(", ".join(f"{m.__name__} {m.__version__}" for m in (diffusers, transformers, huggingface_hub, peft, torch)))
     use_tiny_widths()
-    for family in sys.argv[2:] or ("flux", "flux2", "qwen_image", "sd3"):
+    for family in sys.argv[2:] or sorted(path.name for path in Path(sys.argv[1]).iterdir()):
         read(family, Path(sys.argv[1]) / family)

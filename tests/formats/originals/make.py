@@ -1,6 +1,7 @@
 """Write tiny checkpoints in their publishers' names, and the digests of what diffusers makes of their tensors.
 
-    python tests/formats/originals/make.py       (an environment with torch 2.13 and diffusers 0.39.0)
+    python tests/formats/originals/make.py       (an environment with torch 2.13, diffusers 0.39.0 and
+                                                 transformers 4.57.1)
 
 FLUX.1's converter has the width of the real model in its code; here it is replaced by that of the tiny one.
 """
@@ -9,11 +10,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import tempfile
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from diffusers.loaders import single_file_utils as diffusers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 OUT, D = Path(__file__).parent, 8
 generator = torch.Generator().manual_seed(0)
@@ -105,6 +109,65 @@ def autoencoder():
     return tensors
 
 
+def film_autoencoder():
+    """Wan's and Qwen-Image's: all blocks that they have, with 1 or 2 channels."""
+    def block(name, is_wider=False):
+        found = {f"{name}.residual.0.gamma": gamma(2), **film_convolution(f"{name}.residual.2"),
+                 f"{name}.residual.3.gamma": gamma(2), **film_convolution(f"{name}.residual.6")}
+        return found | (film_convolution(f"{name}.shortcut", 1) if is_wider else {})
+
+    tensors = {**film_convolution("conv1", 1), **film_convolution("conv2", 1)}
+    for half in ("encoder", "decoder"):
+        tensors |= {**film_convolution(f"{half}.conv1"), **block(f"{half}.middle.0"), **block(f"{half}.middle.2"),
+                    f"{half}.middle.1.norm.gamma": gamma(2, 2), **convolution(f"{half}.middle.1.to_qkv", 6, 2, 1),
+                    **convolution(f"{half}.middle.1.proj", 2, 2, 1), f"{half}.head.0.gamma": gamma(2),
+                    **film_convolution(f"{half}.head.2")}
+    for k in range(11):  # levels of two blocks, and what makes smaller
+        name = f"encoder.downsamples.{k}"
+        tensors |= convolution(f"{name}.resample.1", 2, 2) if k % 3 == 2 else block(name, k in (3, 6))
+        tensors |= film_convolution(f"{name}.time_conv", 1) if k in (5, 8) else {}
+    for k in range(15):  # levels of three blocks, and what enlarges
+        name = f"decoder.upsamples.{k}"
+        tensors |= convolution(f"{name}.resample.1", 1, 2) if k % 4 == 3 else block(name, k == 4)
+        tensors |= film_convolution(f"{name}.time_conv", 1) if k in (3, 7) else {}
+    return tensors
+
+
+def film_convolution(name, side=3):
+    return {f"{name}.weight": torch.randn(2, 1, side, side, side, generator=generator).bfloat16(),
+            f"{name}.bias": torch.randn(2, generator=generator).bfloat16()}
+
+
+def gamma(width, sides=3):
+    return torch.randn(width, *([1] * sides), generator=generator).bfloat16()
+
+
+def vision_language_model():
+    """Qwen2.5-VL by transformers, as ComfyUI's file of 8 bits has it; and its tensors, multiplied by their factors."""
+    text = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1,
+            "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 0]}}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "out_hidden_size": 8,
+              "patch_size": 2}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        Qwen2_5_VLForConditionalGeneration(config).bfloat16().save_pretrained(folder)
+        tensors = load_file(f"{folder}/model.safetensors")
+    stored, found = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}, {}
+    for name, tensor in tensors.items():
+        stored[name], found[name] = tensor, tensor
+        if name.endswith("proj.weight") and tensor.ndim == 2:
+            factor = tensor.float().abs().max() / 448
+            stored[name] = (tensor.float() / factor).to(torch.float8_e4m3fn)
+            stored |= {name.replace(".weight", ".scale_weight"): factor,
+                       name.replace(".weight", ".scale_input"): torch.ones(())}
+            found[name] = stored[name].float() * factor
+    (OUT / "qwen_text.json").write_text(json.dumps(config.to_diff_dict() | {"architectures": [
+        "Qwen2_5_VLForConditionalGeneration"]}, indent=1, sort_keys=True) + "\n")
+    return stored, found
+
+
 def mmdit():
     """Stable Diffusion 3.5's: the first block has two attentions, the last changes no text."""
     tensors = {"pos_embed": torch.randn(1, 9, D, generator=generator).bfloat16(),
@@ -133,7 +196,7 @@ def norm_of_heads(name):
 def put(name, tensors, converted):
     save_file(tensors, OUT / f"{name}.safetensors")
     DIGESTS[name] = {key: [list(array.shape), hashlib.sha256(
-        array.contiguous().view(torch.uint16).numpy().tobytes()).hexdigest()[:16]] for key, array in converted.items()}
+        array.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]] for key, array in converted.items()}
 
 
 if __name__ == "__main__":
@@ -148,4 +211,11 @@ if __name__ == "__main__":
     put("sd3", sd3, diffusers.convert_sd3_transformer_checkpoint_to_diffusers(dict(sd3)))
     found = z_image()
     put("z_image", found, diffusers.convert_z_image_transformer_checkpoint_to_diffusers(dict(found)))
+    film = film_autoencoder()
+    converted = diffusers.convert_wan_vae_to_diffusers(dict(film))
+    with torch.device("meta"):
+        for network in (AutoencoderKLQwenImage(), AutoencoderKLWan()):
+            assert converted.keys() == network.state_dict().keys()
+    put("film_vae", film, converted)
+    put("qwen_text", *vision_language_model())
     (OUT / "digests.json").write_text(json.dumps(DIGESTS, indent=0, sort_keys=True) + "\n")

@@ -1,20 +1,18 @@
-"""The memory in which a file of 24 GB is converted: FLUX.1-dev's names and shapes, all zeros, sparse.
+"""Time and memory of ``ms-diffsynth convert`` of a file of 24 GB: FLUX.1-dev's names and shapes, all zeros, sparse.
 
-    python tests/formats/originals/measure_convert.py FOLDER
-
-Every byte of what ``ms-diffsynth convert`` writes is made, in both directions, and thrown away: no disk is needed.
+    python tests/formats/originals/measure_convert.py FOLDER          (48 GB of it are needed for a while)
 """
 from __future__ import annotations
 
 import json
-import resource
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ms_diffsynth.formats.originals import in_one_file, in_our_names
-from ms_diffsynth.formats.weights import open_checkpoint, serialize
-from ms_diffsynth.registry import interchange
+from ms_diffsynth.formats.weights import open_checkpoint
 
 D = 3072
 
@@ -61,16 +59,21 @@ def write_sparse(file: Path) -> None:
         stream.truncate(8 + len(text) + start)
 
 
+def convert(source: Path, output: Path, to: str) -> None:
+    """The command in a process of its own, and what it took."""
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "ms_diffsynth", "convert", source, output, "--to", to,
+                                "--family", "flux"])
+    _, status, used = os.wait4(process.pid, 0)
+    print(f"--to {to}: exit {os.waitstatus_to_exitcode(status)}, {time.monotonic() - start:.0f} s, of them computing "
+          f"{used.ru_utime + used.ru_stime:.0f} s, peak memory {used.ru_maxrss / 1e6:.2f} GB", flush=True)
+
+
 if __name__ == "__main__":
-    table = interchange("flux")
-    with TemporaryDirectory(dir=sys.argv[1]) as folder:
-        write_sparse(file := Path(folder) / "flux1-dev.safetensors")
-        ours = in_our_names(open_checkpoint(file), table.models["dit"])
-        theirs = in_one_file({"dit": ours}, table)
-        assert theirs.shapes == open_checkpoint(file).shapes
-        for name, checkpoint in (("diffusers", ours), ("original", theirs)):  # in this order: the peak is of both
-            stream = serialize(checkpoint)
-            made = sum(len(piece) for piece in stream.pieces())
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            print(f"--to {name}: {made / 1e9:.1f} GB, peak memory of the process so far {peak:.2f} GB", flush=True)
-            assert made == stream.nbytes
+    with TemporaryDirectory(dir=sys.argv[1]) as place:
+        file, folder, back = (Path(place) / name for name in ("flux1-dev.safetensors", "folder", "back.safetensors"))
+        write_sparse(file)
+        convert(file, folder, "diffusers")
+        print(*(f"{path.stat().st_size / 1e9:.2f} GB {path.name}" for path in sorted(folder.iterdir())), sep="\n")
+        convert(folder, back, "original")
+        assert open_checkpoint(back).shapes == open_checkpoint(file).shapes

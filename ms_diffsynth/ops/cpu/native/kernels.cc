@@ -83,6 +83,27 @@ inline float from_ordered(int32_t bits) {
   return x;
 }
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+// The share of a normal distribution below x, (1 + erf(x / sqrt 2)) / 2, to 2e-7; erf by the rational function of Eigen
+// and XLA, which is 1 from 4 on. NaN stays NaN.
+inline float normal_share(float x) {
+  float z = x * 0.707106781f;
+  z = z < -4.0f ? -4.0f : z;
+  z = z > 4.0f ? 4.0f : z;
+  const float q = z * z;
+  float above = -2.72614225801306e-10f;
+  above = above * q + 2.77068142495902e-8f;
+  above = above * q - 2.10102402082508e-6f;
+  above = above * q - 5.69250639462346e-5f;
+  above = above * q - 7.34990630326855e-4f;
+  above = above * q - 2.95459980854025e-3f;
+  above = above * q - 1.60960333262415e-2f;
+  float below = -1.45660718464996e-5f;
+  below = below * q - 2.13374055278905e-4f;
+  below = below * q - 1.68282697438203e-3f;
+  below = below * q - 7.37332916720468e-3f;
+  below = below * q - 1.42647390514189e-2f;
+  return 0.5f + 0.5f * z * above / below;
+}
 
 constexpr int64_t ROWS = 32;       // rows of a task: fixed, because partial sums are added in their order
 constexpr int64_t CHUNK = 1 << 14;  // elements of a task that is element by element
@@ -227,6 +248,32 @@ KERNEL(swiglu_backward) {
         const float s = sigmoid(gate[c]);
         dx[c] = dy[c] * gate[c] * s;
         dgate[c] = dy[c] * x[c] * s * (1.0f + gate[c] * (1.0f - s));
+      }
+    }
+  });
+}
+// x [..., 2 d] -> first half gelu(second half) [..., d], with the exact GELU
+KERNEL(geglu_forward) {
+  const int64_t d = a.dim(1, -1);
+  chunks(a.size(1) / d, ROWS, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const float *x = a[0] + row * 2 * d, *gate = x + d;
+      float *y = a[1] + row * d;
+      SIMD for (int64_t c = 0; c < d; c++) y[c] = x[c] * gate[c] * normal_share(gate[c]);
+    }
+  });
+}
+// dy [..., d], x [..., 2 d] -> dx [..., 2 d]
+KERNEL(geglu_backward) {
+  const int64_t d = a.dim(0, -1);
+  chunks(a.size(0) / d, ROWS, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      const float *dy = a[0] + row * d, *x = a[1] + row * 2 * d, *gate = x + d;
+      float *dx = a[2] + row * 2 * d, *dgate = dx + d;
+      SIMD for (int64_t c = 0; c < d; c++) {
+        const float share = normal_share(gate[c]), density = 0.398942280f * fast_exp(-0.5f * gate[c] * gate[c]);
+        dx[c] = dy[c] * gate[c] * share;
+        dgate[c] = dy[c] * x[c] * (share + gate[c] * density);
       }
     }
   });

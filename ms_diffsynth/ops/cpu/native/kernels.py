@@ -139,6 +139,8 @@ _gelu_forward, _gelu_backward = _kernel("gelu_forward", _first), _kernel("gelu_b
 _silu_forward, _silu_backward = _kernel("silu_forward", _first), _kernel("silu_backward", _first)
 _swiglu_forward = _kernel("swiglu_forward", lambda x: (*x[:-1], x[-1] // 2))
 _swiglu_backward = _kernel("swiglu_backward", _second)
+_geglu_forward = _kernel("geglu_forward", lambda x: (*x[:-1], x[-1] // 2))
+_geglu_backward = _kernel("geglu_backward", _second)
 _gated_silu_forward = _kernel("gated_silu_forward", _first)
 _gated_silu_backward = _kernel("gated_silu_backward", lambda dy, *_: (dy, dy), 2)
 
@@ -165,6 +167,14 @@ class _SwiGLU(nn.Cell):
 
     def bprop(self, x, out, dout):
         return _swiglu_backward(dout, x),
+
+
+class _GEGLU(nn.Cell):
+    def construct(self, x):
+        return _geglu_forward(x)
+
+    def bprop(self, x, out, dout):
+        return _geglu_backward(dout, x),
 
 
 class _GatedSiLU(nn.Cell):
@@ -346,7 +356,7 @@ _convolution, _group_norm, _double = _Convolution(), _GroupNorm(), _Double()
 _linear, _linear_without_bias = _Linear(), _LinearWithoutBias()
 _add_low_rank = _AddLowRank()
 _any_linear, _any_linear_without_bias = _AnyLinear(), _AnyLinearWithoutBias()
-_gelu_tanh, _silu, _swiglu, _gated_silu = _GeluTanh(), _SiLU(), _SwiGLU(), _GatedSiLU()
+_gelu_tanh, _silu, _swiglu, _geglu, _gated_silu = _GeluTanh(), _SiLU(), _SwiGLU(), _GEGLU(), _GatedSiLU()
 _gate_add, _rotate = _GateAdd(), _Rotate()
 _layer_norm_modulate, _rms_norm = _LayerNormModulate(), _RMSNorm()
 _norm_rotate, _norm_rotate_joint = _NormRotate(), _NormRotateJoint()
@@ -384,6 +394,11 @@ def swiglu(x: Tensor) -> Tensor:
     return _swiglu(x)
 
 
+def geglu(x: Tensor) -> Tensor:
+    """First half gelu(second half), halves of the last axis, with the exact GELU. Shapes: [..., 2 D] -> [..., D]."""
+    return _geglu(x)
+
+
 def gated_silu(gate: Tensor, x: Tensor) -> Tensor:
     """silu(gate) x. Shapes: any, the same for both."""
     return _gated_silu(gate, x)
@@ -392,6 +407,12 @@ def gated_silu(gate: Tensor, x: Tensor) -> Tensor:
 def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """norm(x) (1 + scale) + shift, the norm without affine. Shapes: x [B, S, D], scale and shift [B, D]."""
     return _layer_norm_modulate(x, scale, shift, _numbers(eps))[0]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """norm(x) weight + bias. Shapes: x [B, S, D], weight and bias [D]."""
+    rows = x.reshape(1, -1, x.shape[-1])
+    return layer_norm_modulate(rows, (weight - 1).expand_dims(0), bias.expand_dims(0), eps).reshape(x.shape)
 
 
 def gate_add(residual: Tensor, gate: Tensor, x: Tensor) -> Tensor:
