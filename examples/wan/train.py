@@ -9,7 +9,7 @@ from ms_diffsynth import load_config, train
 config = load_config(
     "examples/wan/tiny_lora.yaml",
     # Two lengths of films, each of them one compilation; a film is trained at the longest that it has.
-    num_frames=(5, 9),
+    num_frames=("5", "9"),
     output_path="runs/wan-python",
 )
 
