@@ -632,7 +632,7 @@ class Pipeline:
                                                               component.name in changed, max_shard_bytes,
                                                               is_linked=is_linked)
             index |= {name: value for name, value in self.store.index.items() if isinstance(value, bool)}
-            scheduler = self.scheduler_config() or self.published_scheduler().to_config()
+            scheduler = self.scheduler_config() or self.published_scheduler_config()
             scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
             index["scheduler"] = ["diffusers", scheduler["_class_name"]]
             for name, content in (("model_index.json", index), (f"scheduler/{SCHEDULER_FILE}", scheduler)):
@@ -645,6 +645,10 @@ class Pipeline:
     def scheduler_config(self) -> dict[str, Any] | None:
         """scheduler_config.json of the model; None where there is none."""
         return self.store.scheduler_config(self.network)
+
+    def published_scheduler_config(self) -> dict[str, Any]:
+        """The scheduler_config.json that is saved for a model which has none."""
+        return self.published_scheduler().to_config()
 
     def weights_digest(self, name: str) -> str | None:
         """SHA-256 over a model's or tokenizer's files and what was done to its weights; None without files."""

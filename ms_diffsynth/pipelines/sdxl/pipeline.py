@@ -19,7 +19,7 @@ from ms_diffsynth.models import SIZES, Component, arguments, columns
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.sdxl import units
 from ms_diffsynth.pipelines.sdxl.denoise import Denoise
-from ms_diffsynth.pipelines.sdxl.published import ENCODER_2, PUBLISHED, SCHEDULE
+from ms_diffsynth.pipelines.sdxl.published import ENCODER_2, PUBLISHED, SCHEDULE, SCHEDULER
 from ms_diffsynth.pipelines.shared import autoencoder_kl
 from ms_diffsynth.pipelines.shared.autoencoder_kl import AUTOENCODER_KL, Decode, EncodeImage
 from ms_diffsynth.pipelines.shared.denoising import DenoisingDiffusion, DiffusionScheduler, integrate
@@ -102,6 +102,9 @@ class SDXLPipeline(DenoisingDiffusion, ImagePipeline):
         """As `ImagePipeline.zeroed_slots`, where model_index.json does not say otherwise."""
         is_zero = self.store.index.get("force_zeros_for_empty_prompt", True)
         return ("prompt_embeds", "pooled_prompt_embeds") if is_zero else ()
+
+    def published_scheduler_config(self) -> dict[str, Any]:
+        return dict(SCHEDULER)
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
