@@ -631,7 +631,6 @@ class Pipeline:
                     index[component.folder] = self.store.save(component.name, Path(stage) / component.folder,
                                                               component.name in changed, max_shard_bytes,
                                                               is_linked=is_linked)
-            index |= {name: value for name, value in self.store.index.items() if isinstance(value, bool)}
             scheduler = self.scheduler_config() or self.published_scheduler().to_config()
             scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
             index["scheduler"] = ["diffusers", scheduler["_class_name"]]
