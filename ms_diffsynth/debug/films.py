@@ -31,8 +31,8 @@ def check_films(folder: Path, info: dict[str, Any], mode: str, dtype: str) -> li
     decode = CompiledStep(pipe.vae.own_decode, "the decoder", mode)
     allowed, found = tolerances("float32", runtime.current().device).value, []
 
-    def compare(name: str, values: np.ndarray, wanted: str) -> None:
-        found.append(Quantity(name, relative_error(values, expected[wanted]), allowed))
+    def compare(name: str, values: np.ndarray, wanted: str, tolerance: float = allowed) -> None:
+        found.append(Quantity(name, relative_error(values, expected[wanted]), tolerance))
 
     moments = {}
     for name, (wanted, frames) in FILMS.items():
@@ -44,5 +44,6 @@ def check_films(folder: Path, info: dict[str, Any], mode: str, dtype: str) -> li
     for count, wanted in ((None, "decoded"), (1, "decoded_1_frame")):
         given = (expected["latents"] * std + mean)[:, :, :count].astype(np.float32)
         frames = to_numpy(decode(Tensor(np.ascontiguousarray(given)))[0])
-        compare(f"{frames.shape[2]} decoded frames", frames, wanted)
+        # of one case PyTorch's own float32 is 2e-5 from its float64
+        compare(f"{frames.shape[2]} decoded frames", frames, wanted, 1e-4)
     return found

@@ -26,7 +26,7 @@ from ms_diffsynth.errors import ConfigError, WeightError
     (["sample", "toy"], "toy is a family: expected a model too, as in: ms-diffsynth sample toy FOLDER."),
     (["sample", "toy", "m", "--prompt", "a", "--height", "tall"], "argument --height: invalid int value: 'tall'."),
     (["tiny", "flx", "m"], "family='flx' is unknown: expected one of ddpm_unet, flux, flux2, qwen_image, sd3, sdxl, "
-                         "toy, z_image. Did you mean 'flux'?"),
+                         "toy, wan, z_image. Did you mean 'flux'?"),
     (["tiny", "toy"], "the following arguments are required: DIR."),
     (["parity", "x", "--mode", "eager"], "argument --mode: invalid choice: 'eager'"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")

@@ -15,7 +15,8 @@ pytestmark = pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("name", NAMES)
 def test_it_decodes_as_the_whole_does(name, tiny_model):
     pipe = family(name).pipeline.from_pretrained(str(tiny_model(name)))
-    latents = np.random.default_rng(0).standard_normal((1, *pipe.latent_shape(64, 48))).astype(np.float32)
+    size = (5, 64, 48) if pipe.medium == "video" else (64, 48)
+    latents = np.random.default_rng(0).standard_normal((1, *pipe.latent_shape(*size))).astype(np.float32)
     pipe.prepared_prompts = {}
     alone = pipe.decode(Tensor(latents))[0]
     assert list(pipe.models) == ["vae.decoder"]
@@ -33,7 +34,7 @@ def test_it_decodes_as_the_whole_does(name, tiny_model):
 def test_prepared_prompts_sample_as_the_prompts_do(name, tiny_model):
     pipe, *_ = pipes = [family(name).pipeline.from_pretrained(str(tiny_model(name))) for _ in range(2)]
     call = {"prompt": "a cat", "negative_prompt": "a dog", "cfg_scale": 2.0, "seed": 0, "height": 64, "width": 48,
-            "num_inference_steps": 1}
+            "num_inference_steps": 1} | ({"num_frames": 5} if pipe.medium == "video" else {})
     expected = pipe(**call)
     cut = pipe.sampling_program().cut(("velocity",))
     units, _ = cut.split(["prompt"])
