@@ -29,6 +29,7 @@ def digest(array):
 @pytest.mark.parametrize("name, family, model", [("flux", "flux", "dit"), ("flux2", "flux2", "dit"),
                                                  ("vae", "flux", "vae"), ("vae", "sd3", "vae"), ("sd3", "sd3", "dit"),
                                                  ("z_image", "z_image", "dit"), ("film_vae", "qwen_image", "vae"),
+                                                 ("film_vae", "wan", "vae"),
                                                  ("qwen_text", "qwen_image", "text_encoder")])
 def test_the_tensors_are_those_that_diffusers_makes(name, family, model):
     checkpoint = in_our_names(open_checkpoint(ORIGINALS / f"{name}.safetensors"), interchange(family).models[model])

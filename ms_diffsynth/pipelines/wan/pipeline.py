@@ -17,7 +17,7 @@ from ms_diffsynth.diffusion.tasks import Task
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, listing, naming
 from ms_diffsynth.formats.interchange import Table, read_table
-from ms_diffsynth.models import SIZE, Component, arguments, blocks, columns, has
+from ms_diffsynth.models import SIZE, Component, arguments, blocks, columns, has, rows
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.shared import causal_vae, t5
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
@@ -95,7 +95,7 @@ COMPONENTS = (
               told_by={"num_hidden_layers": blocks("vision_model.encoder.layers.")}),
     Component(name="vae", folder="vae", class_name="AutoencoderKLWan", build=_build_vae, weight_dtype=_in_float32,
               reads=causal_vae.VAE_READS, known={"Wan 2.1": VAE_21, "Wan 2.2 TI2V-5B": VAE_22},
-              told_by={"z_dim": columns("decoder.conv_in.weight"),
+              told_by={"base_dim": rows("encoder.conv_in.weight"), "z_dim": columns("decoder.conv_in.weight"),
                        "is_residual": has("decoder.up_blocks.0.upsampler.resample.1.weight")},
               encoder=("encoder", "quant_conv")),
     _DIT,
