@@ -625,6 +625,8 @@ class ModelStore:
     def know(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
         """Take the config.json of models whose files are not here, so that the pipeline can be planned without them."""
         self.known_configs.update({name: dict(config) for name, config in configs.items()})
+        self.known_configs.update({part.name: dict(configs[part.part_of]) for part in self.parts
+                                   if part.part_of in configs})
         self._choose_variant()
 
     def _choose_variant(self) -> None:

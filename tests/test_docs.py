@@ -30,7 +30,7 @@ ENGLISH_ONLY = {  # what is looked up rather than followed
     "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/contributing/extending.md",
     "docs/explanation/ascend.md", "docs/explanation/design.md", "docs/explanation/documents.md",
     "docs/explanation/parity.md", "docs/how_to/autoencoder.md", "docs/how_to/editing.md",
-    "docs/how_to/evaluation.md", "docs/how_to/plan.md",
+    "docs/how_to/evaluation.md",
     "docs/how_to/publishing.md", "docs/how_to/replay.md", "docs/how_to/unconditional.md",
     "docs/reference/checkpoints.md", "docs/reference/errors.md", "docs/reference/faults.md",
     "docs/reference/interchange.md", "docs/reference/memory.md", "docs/reference/optimizers.md",

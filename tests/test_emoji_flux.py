@@ -47,6 +47,22 @@ def test_the_split_is_fixed(script):
     assert make.name_of({"unified": "1F601", "name": "OTHER FACE"}) == "other face"
 
 
+def test_pairs_are_trained_on_where_both_images_were_and_held_out_where_the_result_was_not(script):
+    make = script("make_images")
+
+    def rows(*names):
+        return [{"image": f"images/{name}.png", "name": name.partition("_")[2]} for name in names]
+
+    found = list(make.style_edits({"train": rows("noto_a", "fluent_a", "noto_b", "fluent_c", "noto_d"),
+                                   "held_out": rows("fluent_b", "noto_c"), "cats": rows("fluent_d")}))
+    tables = {(row["kind"], row["name"]): table for table, row in found}
+    assert tables == {("fluent", "a"): "edits", ("noto", "a"): "edits", ("fluent", "b"): "edits_held_out",
+                      ("noto", "b"): "", ("fluent", "c"): "", ("noto", "c"): "edits_held_out",
+                      ("fluent", "d"): "edits_held_out", ("noto", "d"): ""}
+    assert found[0][1] == {"image": "images/fluent_a.png", "edit_image": "images/noto_a.png", "name": "a",
+                           "prompt": "make it a 3d render", "kind": "fluent"}
+
+
 TEXTS = ["a 3d render of grinning cat with smiling eyes", "an emoji of four o'clock", "a 3d render of sks cat", "",
          "über"]
 

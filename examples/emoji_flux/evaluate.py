@@ -1,7 +1,9 @@
-"""Measure what a model drew: images of prompts, and what DreamBooth taught of the cat and left of everything else.
+"""Measure what a model drew: images of prompts, what DreamBooth taught of the cat and left of everything else, and what
+became of images that were edited.
 
     python examples/emoji_flux/evaluate.py prompts emoji-flux data/emoji out/prompts
     python examples/emoji_flux/evaluate.py cat emoji-flux data/emoji out/cat --lora runs/emoji-cat/step-600.safetensors
+    python examples/emoji_flux/evaluate.py edit emoji-flux data/emoji out/edit --weights WEIGHTS_OF_A_RUN
 
 An image is found again among all images of its style, as the VAE gives them back, by what EfficientNet-Lite0 sees in
 them: the cosine of features from which the mean of all is taken. Needs ``pip install '.[eval]'``.
@@ -34,9 +36,8 @@ NEW_PROMPTS = ["a 3d render of sleeping sks cat", "a 3d render of sks cat with s
 class Emoji:
     """The images of make_images.py, as the VAE gives them back, and their features [N, 1280]."""
 
-    def __init__(self, folder: Path, pipe: FluxImagePipeline):
-        self.rows = [row | {"split": split} for split in ("base", "base_held_out", "cats")
-                     for row in csv.DictReader((folder / f"{split}.csv").open(encoding="utf-8", newline=""))]
+    def __init__(self, folder: Path, pipe: FluxImagePipeline, splits: Sequence[str]):
+        self.rows = [row | {"split": split} for split in splits for row in table(folder / f"{split}.csv")]
         self.images = [rebuilt(pipe, Image.open(folder / row["image"])) for row in self.rows]
         self.describe = Describer()
         self.features = self.describe(self.images).features
@@ -50,6 +51,11 @@ class Emoji:
         mean = self.features[pool].mean(0)
         known, found = unit(self.features[pool] - mean), unit(self.describe(images).features - mean)
         return pool[np.argsort(-(found @ known.T), axis=1)]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def unit(features: np.ndarray) -> np.ndarray:
@@ -101,9 +107,8 @@ def prompts(pipe: FluxImagePipeline, emoji: Emoji, out: Path, seed: int, how: di
 def cat(pipe: FluxImagePipeline, emoji: Emoji, out: Path, lora: Path, seed: int, how: dict[str, Any]) -> dict[str, Any]:
     """Before and after: is the nearest neighbour one of the nine cats, which of the nine, and what became of others."""
     cats = emoji.where(split="cats")
-    table = Path(__file__).parents[1] / "data/dreambooth_cat_fluent/expressions.csv"
-    captions = {row["image"].removesuffix(".png"): row["prompt"]
-                for row in csv.DictReader(table.open(encoding="utf-8", newline=""))}
+    captions = {row["image"].removesuffix(".png"): row["prompt"] for row in
+                table(Path(__file__).parents[1] / "data/dreambooth_cat_fluent/expressions.csv")}
     expressions = [captions[emoji.rows[k]["image"].rpartition("_")[2].removesuffix(".png")] for k in cats]
     asked = [*CAT_PROMPTS, *expressions]
     pool = np.concatenate([emoji.where(vendor="fluent", split="base"), cats])
@@ -128,9 +133,78 @@ def cat(pipe: FluxImagePipeline, emoji: Emoji, out: Path, lora: Path, seed: int,
     return results
 
 
+class Edits:
+    """The held-out pairs of make_images.py, and how near an answer is to what was asked for."""
+
+    def __init__(self, folder: Path, pipe: FluxImagePipeline, emoji: Emoji):
+        self.rows, self.emoji = table(folder / "edits_held_out.csv"), emoji
+        self.references, self.targets = ([Image.open(folder / row[column]).convert("RGB") for row in self.rows]
+                                         for column in ("edit_image", "image"))
+        self.copies, self.wanted = ([rebuilt(pipe, image) for image in images]
+                                    for images in (self.references, self.targets))
+
+    def judge(self, answers: Sequence[Image.Image]) -> dict[str, dict[str, float]]:
+        """By the kind of edit: the distance to the result that was wanted, root mean square of 0 to 1; how often that
+        result is the nearest one; and how often what is nearest is of its style.
+
+        Style edits: nearest of all images of that style, by features. Skins: of the five skins and the yellow one, by
+        pixels.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for kind in dict.fromkeys(row["kind"] for row in self.rows):
+            own = [k for k, row in enumerate(self.rows) if row["kind"] == kind]
+            scores = {"pairs": len(own), "distance": np.mean([distance(answers[k], self.wanted[k]) for k in own]),
+                      "right": np.mean([self.is_right(k, answers[k]) for k in own])}
+            if kind != "skin":
+                nearest = self.emoji.nearest([answers[k] for k in own], np.arange(len(self.emoji.rows)))[:, 0]
+                scores["style right"] = np.mean([self.emoji.rows[j]["vendor"] == kind for j in nearest])
+            found[kind] = {name: round(float(value), 4) for name, value in scores.items()}
+        return found
+
+    def is_right(self, k: int, answer: Image.Image) -> bool:
+        row = self.rows[k]
+        if row["kind"] == "skin":
+            others = {other["image"]: self.wanted[j] for j, other in enumerate(self.rows)
+                      if other["edit_image"] == row["edit_image"]} | {row["edit_image"]: self.copies[k]}
+            return min(others, key=lambda name: distance(answer, others[name])) == row["image"]
+        first = self.emoji.nearest([answer], self.emoji.where(vendor=row["kind"]))[0, 0]
+        return self.emoji.rows[first]["image"] == row["image"]
+
+    def sheet(self, rows: dict[str, Sequence[Image.Image]], path: Path) -> None:
+        """Twelve pairs of every kind: what was given, the answers, and what was wanted."""
+        shown = []
+        for kind in dict.fromkeys(row["kind"] for row in self.rows):
+            own = [k for k, row in enumerate(self.rows) if row["kind"] == kind]
+            picked = own[:: max(1, len(own) // 12)][:12]
+            shown += [(f"{kind}: {name}", [images[k] for k in picked]) for name, images in rows.items()]
+        grid([images for _, images in shown], captions=[name for name, _ in shown]).save(path, optimize=True)
+
+
+def distance(one: Image.Image, other: Image.Image) -> float:
+    return float(np.sqrt(np.mean(np.square((np.asarray(one, np.float32) - np.asarray(other)) / 255))))
+
+
+def edit(pipe: FluxImagePipeline, emoji: Emoji, folder: Path, out: Path, weights: Path, seed: int,
+         how: dict[str, Any]) -> dict[str, Any]:
+    """Held-out pairs: the model as it was, and with the trained weights, beside the reference as it is."""
+    edits = Edits(folder, pipe, emoji)
+
+    def answers() -> list[Image.Image]:
+        return [pipe(prompt=row["prompt"], edit_image=image, seed=seed + k, **how)
+                for k, (row, image) in enumerate(zip(edits.rows, edits.references))]
+
+    before = answers()
+    pipe.load_weights(weights)
+    after = answers()
+    edits.sheet({"reference": edits.references, "before": before, "after": after, "wanted": edits.targets},
+                out / "edits.png")
+    return {"the reference itself": edits.judge(edits.copies), "before": edits.judge(before),
+            "after": edits.judge(after), "the result, by the VAE": edits.judge(edits.wanted)}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("prompts", "cat"))
+    parser.add_argument("what", choices=("prompts", "cat", "edit"))
     parser.add_argument("model")
     parser.add_argument("images", type=Path, help="the folder that make_images.py wrote")
     parser.add_argument("out", type=Path, help="a folder, for grids and numbers")
@@ -141,12 +215,15 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     runtime.configure("graph")
     pipe = FluxImagePipeline.from_pretrained(arguments.model)
-    if arguments.weights:
+    if arguments.weights and arguments.what != "edit":
         pipe.load_weights(arguments.weights)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    emoji, how = Emoji(arguments.images, pipe), {"cfg_scale": arguments.cfg_scale}
+    splits = ("train", "held_out", "cats") if arguments.what == "edit" else ("base", "base_held_out", "cats")
+    emoji, how = Emoji(arguments.images, pipe, splits), {"cfg_scale": arguments.cfg_scale}
     if arguments.what == "cat":
         found = cat(pipe, emoji, arguments.out, arguments.lora, arguments.seed, how)
+    elif arguments.what == "edit":
+        found = edit(pipe, emoji, arguments.images, arguments.out, arguments.weights, arguments.seed, how)
     else:
         found = prompts(pipe, emoji, arguments.out, arguments.seed, how)
     (arguments.out / "numbers.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -12,6 +12,9 @@ package ``emoji`` (BSD). What is written:
     held_out.csv      the same of images that are not: of 2 % of the names both vendors' images, of 5 % one vendor's
     base.csv, base_held_out.csv   those of faces, animals, food: what the base model is trained on; the VAE on all
     cats.csv          nine faces of a cat, which examples/data/dreambooth_cat_fluent teaches: never trained on here
+    edits.csv         image, edit_image, prompt, kind, name: pairs for editing, one vendor's image and the other's, or
+                      Noto's people and the same with another skin
+    edits_held_out.csv  the same of images that are not trained on, neither here nor in train.csv, and of the cats
 
 The split depends on the name alone, so it is the same everywhere.
 """
@@ -23,6 +26,7 @@ import hashlib
 import json
 import subprocess
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import emoji
@@ -35,6 +39,9 @@ CATEGORIES = ("Smileys & Emotion", "Animals & Nature", "Food & Drink", "Travel &
 CATS = ("1f638", "1f639", "1f63a", "1f63b", "1f63c", "1f63d", "1f63e", "1f63f", "1f640")
 OF_THE_BASE = CATEGORIES[:3]
 COLUMNS = ("image", "prompt", "vendor", "name", "category")
+EDIT_COLUMNS = ("image", "edit_image", "prompt", "kind", "name")
+EDITS = {"fluent": "make it a 3d render", "noto": "make it a flat emoji"}  # the vendor of the result
+SKINS = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
 
 
 def installed(folder: Path, package: str) -> Path:
@@ -73,6 +80,48 @@ def square(path: Path) -> Image.Image:
     return result
 
 
+def style_edits(rows: dict[str, list[dict[str, str]]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The table that a pair is for, and the pair: an emoji of one vendor that becomes the other's, in both directions.
+
+    A pair of which the model has seen only the result is in none.
+    """
+    seen = {row["image"] for row in rows["train"]}
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for row in (row for split in ("train", "held_out", "cats") for row in rows[split]):
+        vendor, _, code = row["image"].removeprefix("images/").partition("_")
+        found.setdefault(code, {})[vendor] = row
+    for both in found.values():
+        if len(both) == 2:
+            for vendor, prompt in EDITS.items():
+                image, other = both[vendor]["image"], both["noto" if vendor == "fluent" else "fluent"]["image"]
+                table = "edits_held_out" if image not in seen else "edits" if other in seen else ""
+                yield table, {"image": image, "edit_image": other, "prompt": prompt, "kind": vendor,
+                              "name": both[vendor]["name"]}
+
+
+def skin_edits(folder: Path, google: Path, entries: Iterable[dict]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The same of Noto's people: yellow skin becomes another."""
+    for entry in entries:
+        code, name = entry["unified"].lower(), name_of(entry)
+        tones = {tone: found["image"] for tone, found in entry.get("skin_variations", {}).items()
+                 if tone in SKINS and found["has_img_google"]}
+        for number, file in enumerate([entry["image"], *tones.values()] if tones else ()):
+            target = folder / f"images/noto_{file}"
+            if number or not target.exists():
+                square(google / "img/google/64" / file).save(target, optimize=True)
+        for tone, file in tones.items():
+            yield "edits" if split_of(name, "noto") == "train" else "edits_held_out", {
+                "image": f"images/noto_{file}", "edit_image": f"images/noto_{code}.png",
+                "prompt": f"make the skin {SKINS[tone]}", "kind": "skin", "name": name}
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[dict[str, str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(folder: Path, packages: Path) -> None:
     google, fluent = (installed(packages, PACKAGES[vendor]) for vendor in ("noto", "fluent"))
     entries = json.loads((google / "emoji.json").read_text(encoding="utf-8"))
@@ -95,11 +144,13 @@ def main(folder: Path, packages: Path) -> None:
                                 "category": entry["category"]})
     for split, name in (("train", "base"), ("held_out", "base_held_out")):
         rows[name] = [row for row in rows[split] if row["category"] in OF_THE_BASE]
+    edits = [*style_edits(rows), *skin_edits(folder, google, sorted(entries, key=lambda e: e["sort_order"]))]
+    for name in ("edits", "edits_held_out"):
+        found = [row for table, row in edits if table == name]
+        write_table(folder / f"{name}.csv", EDIT_COLUMNS, found)
+        print(f"{name}: {len(found)} pairs", dict(Counter(row["kind"] for row in found)))
     for split, found in rows.items():
-        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(found)
+        write_table(folder / f"{split}.csv", COLUMNS, found)
         print(f"{split}: {len(found)} images", dict(Counter(row["vendor"] for row in found)))
 
 

@@ -6,12 +6,13 @@ import sys
 
 from ms_diffsynth.config import load_config
 from ms_diffsynth.config.flags import add_flags, overrides_of, path_argument
-from ms_diffsynth.errors import ConfigError, listing, nearest
+from ms_diffsynth.errors import listing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The same as of ``train``."""
     parser.usage = "ms-diffsynth describe [CONFIG.yaml] [--setting value ...]"
+    parser.description += " It runs on any machine, and downloads nothing but config.json of models that are not known."
     parser.add_argument("config", nargs="?", type=path_argument, metavar="CONFIG.yaml")
     add_flags(parser)
 
@@ -20,22 +21,17 @@ def execute(args: argparse.Namespace) -> int:
     """Print the cut of the configured run."""
     config = load_config(args.config, overrides_of(args))
     from ms_diffsynth import runtime
-    from ms_diffsynth.run.build import build_task
-    from ms_diffsynth.run.pipeline import build_pipeline
+    from ms_diffsynth.run.plan import cut_of, planned_dtype
+    from ms_diffsynth.run.skeleton import skeleton
 
-    runtime.configure(config.run.mode, config.run.device)
-    pipe = build_pipeline(config)
-    schedule = pipe.training_schedule(config.objective.task.split(":")[0])
-    trainable = [n.strip() for n in (config.model.trainable_models or config.model.lora_base_model).split(",")
-                 if n.strip()]
-    program = pipe.training_program(build_task(config), schedule.sigmas)
-    known = [component.name for component in pipe.store.components if not component.is_tokenizer]
-    if odd := [name for name in trainable if name.split(".")[0] not in known]:
-        setting = "trainable_models" if config.model.trainable_models else "lora_base_model"
-        raise ConfigError(f"{setting}: '{odd[0]}' cannot be trained: expected some of {listing(known)}."
-                          f"{nearest(odd[0], known)}")
-    cut = program.cut(("loss",), trainable, (*pipe.always_fused, *config.model.fuse))
+    runtime.configure(config.run.mode, "CPU")
+    pipe, unknown = skeleton(config, planned_dtype(config))
+    cut, _ = cut_of(config, pipe)
     sys.stdout.write(cut.describe() + "\n")
     for stage in ("prepare", "step"):
         sys.stdout.write(f"{stage} loads: {', '.join(cut.models(stage)) or 'nothing'}\n")
+    if config.model.template_model_id_or_path and "template_model" not in pipe.models:
+        sys.stdout.write("the template is left out: its code is run only with --trust_template_code\n")
+    if unknown:
+        sys.stdout.write(f"not known before they are downloaded: {listing(unknown)}\n")
     return 0

@@ -37,6 +37,7 @@ from ms_diffsynth.config.flags import add_flags, overrides_of, path_argument
 from ms_diffsynth.config.loading import commented_yaml, load_config
 from ms_diffsynth.config.settings import TrainConfig
 from ms_diffsynth.data.buckets import Bucket, choose_buckets, describe_fit, nearest_bucket
+from ms_diffsynth.data.pairs import as_list
 from ms_diffsynth.data.paths import plain
 from ms_diffsynth.errors import ConfigError, OutputError, listing, nearest
 from ms_diffsynth.storage.files import write_file
@@ -84,7 +85,7 @@ def execute(args: argparse.Namespace) -> int:
     config = load_config(None, {name: _as_flag(value) for name, (value, _) in settings.items()})
     usual, line, warnings = _sizes(images, base, config)
     settings["dataset_base_path"] = config.data.dataset_base_path, f"{counted(len(images.files), 'image')}, {usual}"
-    tokens, memory = count_tokens(images.prompts, base), _memory(base, fit, given) if fit else ""
+    tokens, memory = count_tokens(images.prompts, base), _memory(base, images.job, fit, given) if fit else ""
     found = [*report(images, looks, base, tokens), ("trained at", line), *_plan(args, base, memory, images, config)]
     notes += [*warnings, *_notes(images, base, config, tokens)]
     text = commented_yaml(_head(args, base, memory, images, output), settings)
@@ -120,6 +121,10 @@ def _fit(base: Base, job: str, memory: int | None) -> Fit | None:
         if job in ("edit", "template"):
             raise ConfigError(f"base={base.title} has no {JOBS[job]}. Choose flux2-klein by --base.")
         return None
+    if job == "lora" and "edit" in base.fits and job not in base.fits:
+        raise ConfigError(f"base={base.title} learns to edit, and there are no reference images: expected metadata "
+                          "with a column edit_image, or --edit_folders (docs/how_to/editing.md). Write them, or choose "
+                          "another base.")
     if job not in base.fits:
         able = [name for name, other in BASES.items() if job in other.fits]
         raise ConfigError(f"base={base.title} has no preset for a {JOBS[job]}: expected one of {listing(able)}.")
@@ -235,13 +240,14 @@ def _head(args: argparse.Namespace, base: Base, memory: str, images: Images, out
                                                                      break_long_words=False))]
 
 
-def _memory(base: Base, fit: Fit, given: dict[str, str]) -> str:
+def _memory(base: Base, job: str, fit: Fit, given: dict[str, str]) -> str:
     """What the preset takes, and which of the given settings change that."""
     beside = "" if base.is_cached else f", and {base.encoders} for the text encoder"
     changed = [f"--{name}" for name in SHAPE_MEMORY if given.get(name, str(base.side)) != str(base.side)]
     but = f"; more or less with {', '.join(changed)}" if changed else ""
-    return (f"{fit.peak:.1f} GiB in a step at {base.side} x {base.side} pixels{beside}, measured on a stand-in for the "
-            f"NPU (docs/reference/memory.md){but}")
+    also = " with a reference as large" if job == "edit" else ""
+    return (f"{fit.peak:.1f} GiB in a step at {base.side} x {base.side} pixels{also}{beside}, measured on a stand-in "
+            f"for the NPU (docs/reference/memory.md){but}")
 
 
 def _trust(images: Images) -> str:
@@ -293,11 +299,16 @@ def _next(base: Base, images: Images, config: TrainConfig, output: Path) -> Iter
     if images.job == "template":
         yield "# then pack and use it: docs/how_to/templates.md"
         return
-    model = base.model_paths or f"{base.family} FOLDER_OF_{base.title}"
-    prompt = _sample_prompts(images)[0] or images.prompt
-    run = config.run
+    prompt, run = _sample_prompts(images)[0] or images.prompt, config.run
+    if not base.model_paths:
+        row = next((row for row in images.dataset.rows if images.job == "edit" and row.get("edit_image")), {})
+        given = [os.path.join(config.data.dataset_base_path, name) for name in as_list(row.get("edit_image") or [])]
+        edited = "".join(f" --edit_image {shlex.quote(name)}" for name in given)
+        prompt = images.with_trigger(row["prompt"]) if row else prompt
+        yield f"ms-diffsynth sample --run {shlex.quote(run.output_path)} --prompt {shlex.quote(prompt)}{edited}"
+        return
     name = f"epoch-{run.num_epochs - 1}" if run.max_train_steps is None else f"step-{run.max_train_steps}"
-    yield (f"ms-diffsynth sample {model} --lora {shlex.quote(f'{run.output_path}/{name}.safetensors')} "
+    yield (f"ms-diffsynth sample {base.model_paths} --lora {shlex.quote(f'{run.output_path}/{name}.safetensors')} "
            f"--prompt {shlex.quote(prompt)}")
 
 

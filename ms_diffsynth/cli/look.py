@@ -16,11 +16,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ms_diffsynth.config.bases import Base
+from ms_diffsynth.config.bases import BASES, Base
+from ms_diffsynth.config.settings import SETTINGS
+from ms_diffsynth.config.yaml_lines import Written
 from ms_diffsynth.data.clips import describe_clips
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.folders import folder_of, folder_problems, parse_folders
 from ms_diffsynth.data.images import Look, look_at
+from ms_diffsynth.data.pairs import as_list, rows_with_references, some
 from ms_diffsynth.data.paths import plain, resolve, shorten
 from ms_diffsynth.data.prompts import has_word
 from ms_diffsynth.errors import ConfigError, DataError, listing
@@ -86,6 +89,8 @@ def read_images(paths: Sequence[Path], base: Base, word: str | None, given: dict
     how: dict[str, Any] = {"image_column": given.get("image_column"), "caption_column": given.get("caption_column"),
                            "data_file_keys": given.get("data_file_keys", "image"), "required": ["image", "prompt"],
                            "allow_outside_base": given.get("allow_outside_base", "false").lower() == "true"}
+    if "edit_folders" in given:
+        how["edit_folders"] = SETTINGS["edit_folders"].parse(Written(text=given["edit_folders"], place="as a flag"))
     metadata = given.get("dataset_metadata_path")
     if folders and metadata:
         raise ConfigError(f"dataset_metadata_path={metadata} with several folders, each of which has captions or "
@@ -125,7 +130,8 @@ def read_images(paths: Sequence[Path], base: Base, word: str | None, given: dict
             place["data_file_keys"] = how["data_file_keys"], ""
         place["extra_inputs"] = extra, ""
     elif "edit_image" in dataset.table.columns:
-        logger.warning("the column edit_image is not used: of the bases only flux2-klein is trained to edit.")
+        logger.warning("edit_image is not used: the bases that are trained to edit are %s.",
+                       listing(name for name, other in BASES.items() if "edit" in other.fits))
     if dataset.uncaptioned:
         place["instance_prompt"] = prompt, f"of {counted(len(dataset.uncaptioned), 'image')} without a caption"
     if lacking := sum(not has_word(row["prompt"], word) for row in dataset.rows if word):
@@ -250,9 +256,21 @@ def report(images: Images, looks: list[Look] | None, base: Base | None = None,
     found.append(("duplicates", _duplicates(dataset, looks)))
     if any("prompt" in row for row in dataset.rows):
         found += _captions(images, base, tokens)
+    if images.job == "edit":
+        found += references(dataset)
     if images.classes is not None:
         found.append(("class images", f"{len(images.classes.rows)} in {images.classes.base_path}"))
     return found
+
+
+def references(dataset: UnifiedDataset) -> Report:
+    """How many rows have reference images, and three of them."""
+    given = {row: dataset.rows[row]["edit_image"] for row in rows_with_references(dataset)}
+    counts = sorted({len(as_list(names)) for names in given.values()})
+    found = [("references", f"{len(given)} of {len(dataset.rows)} rows have references" + (
+        f", {' or '.join(map(str, counts))} each; these for example" if given else ""))]
+    return [*found, *(("", f"{' + '.join(plain(name, 40) for name in as_list(given[row]))} -> "
+                       f"{plain(dataset.rows[row]['image'], 40)}") for row in some(list(given)))]
 
 
 def _what(images: Images) -> str:

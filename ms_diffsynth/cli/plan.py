@@ -5,18 +5,22 @@ It runs on any machine: a configuration for an Ascend is planned on a laptop.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ms_diffsynth.cli.look import Images, Report, counted, lines, noting, report, wrapped
+from ms_diffsynth.cli.look import Images, Report, counted, lines, noting, references, report, wrapped
 from ms_diffsynth.config import TrainConfig, load_config
 from ms_diffsynth.config.flags import add_flags, overrides_of, path_argument
 from ms_diffsynth.errors import ConfigError, DataError, DeviceError, HubError, listing
 from ms_diffsynth.hub.download import ModelConfig, parse_model_id_with_origin_paths, parse_path_or_model_id
+from ms_diffsynth.storage.files import write_file
 
 if TYPE_CHECKING:
     from ms_diffsynth.run.memory import Stage
@@ -25,16 +29,20 @@ if TYPE_CHECKING:
 BAR = 26  # characters
 LABEL = 12
 FEW = 0.005  # of a stage's peak: of what takes less only models are named
+MADE_BY = "ms-diffsynth plan"  # what a picture of pairs says, so that no other file is ever replaced
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The same as of ``train``, the device, and whether MindSpore's allocator is asked."""
     parser.usage = "ms-diffsynth plan [CONFIG.yaml] [--card GB] [--measure] [--offline] [--setting value ...]"
-    parser.description += " Nothing is downloaded, loaded or written. The exit code is 69 when the run will not fit."
+    parser.description += (" Nothing is downloaded or loaded, and nothing written but a picture of three pairs where a "
+                           "run trains on reference images. The exit code is 69 when the run will not fit.")
     parser.add_argument("config", nargs="?", type=path_argument, metavar="CONFIG.yaml")
     parser.add_argument("--card", type=float, default=64.0, metavar="GB", help="memory of the Ascend (default: 64)")
     parser.add_argument("--measure", action="store_true", help="also build the training step on a stand-in for an "
                         "Ascend: its memory by MindSpore's own allocator, its kernels and waits; takes minutes")
+    parser.add_argument("--pairs", type=path_argument, default=Path("pairs.png"), metavar="FILE", help="where three "
+                        "rows with reference images are shown (default: pairs.png)")
     parser.add_argument("--offline", action="store_true", help="do not ask the hub")
     add_flags(parser)
 
@@ -56,7 +64,8 @@ def execute(args: argparse.Namespace) -> int:
         except DataError as error:  # what does not depend on the data is said all the same
             problem = error
         plan = plan_run(config, sets, args.card)
-    found: Report = [("data", f"{type(problem).__name__}: {problem}")] if problem else list(_data(config, plan, sets))
+    found: Report = ([("data", f"{type(problem).__name__}: {problem}")] if problem else
+                     [*_data(config, plan, sets), *_pairs(sets, args.pairs)])
     found += _downloads(config, args.offline)
     found += _work(plan)
     sys.stdout.write("\n".join(wrapped(line, others="") .rstrip() for line in _head(args, config, plan)) + "\n\n")
@@ -111,6 +120,33 @@ def _data(config: TrainConfig, plan: RunPlan, sets: Any) -> Iterator[tuple[str, 
     times = {None: "for each shape of a batch, which only preparing tells", 1: "once"}
     yield "", ("the training step is compiled "
                + times.get(data.compilations, f"{data.compilations} times, once for each shape of a batch"))
+
+
+def _pairs(sets: Any, path: Path) -> Iterator[tuple[str, str]]:
+    """How many rows have references, and three of them as a picture: which is which, only a look can tell."""
+    from PIL import Image, PngImagePlugin
+
+    from ms_diffsynth.data.pairs import pairs_sheet
+
+    dataset = sets.instance
+    if "edit_image" not in getattr(dataset, "data_file_keys", ()) or not getattr(dataset, "rows", None):
+        return
+    yield from references(dataset)
+    sheet = pairs_sheet(dataset)
+    if sheet is None:
+        return
+    if os.path.lexists(path):
+        with suppress(OSError, SyntaxError, ValueError), Image.open(path) as there:
+            if there.info.get("Software") == MADE_BY:
+                path.unlink()
+    if os.path.lexists(path):
+        yield "", f"{path} exists already, and is kept: --pairs FILE shows these images elsewhere"
+        return
+    text, content = PngImagePlugin.PngInfo(), io.BytesIO()
+    text.add_text("Software", MADE_BY)
+    sheet.save(content, "PNG", pnginfo=text)
+    write_file(path, content.getvalue())
+    yield "", f"look at {path}: a model that learns pairs the wrong way round does nothing"
 
 
 def _downloads(config: TrainConfig, is_offline: bool) -> Iterator[tuple[str, str]]:
@@ -187,10 +223,12 @@ def _work(plan: RunPlan) -> Iterator[tuple[str, str]]:
 
 def _memory(plan: RunPlan) -> str:
     """A bar for each stage, and what is in it."""
-    from ms_diffsynth.run.memory import GIB
+    from ms_diffsynth.run.memory import GIB, RESERVED
 
-    text = (f"{'memory':{LABEL}}{plan.limit / GIB:.1f} GiB can be used, of the {plan.total / GIB:.1f} of the "
-            f"{'machine' if plan.device == 'CPU' else 'device'}\n")
+    left = plan.total - plan.limit
+    text = wrapped(f"{plan.limit / GIB:.1f} GiB can be used, of the {plan.total / GIB:.1f} of the " + (
+        "machine" if plan.device == "CPU" else "device" if left > RESERVED else
+        f"device: {left / GIB:.0f} are left to CANN and workspaces, an estimate"), f"{'memory':{LABEL}}", " " * LABEL)
     for stage in plan.stages:
         fits = "fits" if stage.peak <= plan.limit else "DOES NOT FIT"
         least = "at least " if stage.unknown or plan.not_known else ""
@@ -245,20 +283,22 @@ def _step(plan: RunPlan) -> Any:
     chosen = family(model.family)
     titles = [chosen.repositories.get(c.model_id) for c in _repositories(config)
               if pipe.given_as.get(f"{c.model_id}:{c.origin_file_pattern}") == pipe.network]
+    is_whole = model.trainable_models == pipe.network
     others = [f"{name}={value}" for name, value, usual in (
         ("device", plan.device, "Ascend"), ("mode", config.run.mode, "graph"), ("adapter", model.adapter, "lora"),
-        ("trainable_models", model.trainable_models, None), ("lora_base_model", model.lora_base_model, pipe.network),
+        ("trainable_models", model.trainable_models, pipe.network if is_whole else None),
+        ("lora_base_model", model.lora_base_model, model.lora_base_model if is_whole else pipe.network),
         ("lora_target_modules", model.lora_target_modules, ""),
         ("optimizer", config.optimizer.optimizer, "adamw")) if value != usual]
     if others or None in titles or len(titles) != 1:
         raise ConfigError(f"--measure: {listing(others) or 'this model'} is not measured: expected a LoRA on the usual "
-                          f"layers of {listing(chosen.repositories, 20) or 'a published model'}, for an Ascend. Leave "
-                          "out --measure.")
+                          f"layers, or the whole network, of {listing(chosen.repositories, 20) or 'a published model'},"
+                          " for an Ascend. Leave out --measure.")
     from ms_diffsynth.run.memory import in_8bit
 
     return Plan(family=model.family, model=titles[0], height=work.size[0], width=work.size[1], batch_size=work.images,
                 text_tokens=work.prompt, lora_rank=model.lora_rank, recompute=model.use_gradient_checkpointing,
-                is_8bit=pipe.network in in_8bit(config, pipe), dtype=config.run.dtype or "bfloat16",
+                is_8bit=pipe.network in in_8bit(config, pipe), is_whole=is_whole, dtype=config.run.dtype or "bfloat16",
                 task=config.objective.task.partition(":")[0], edit_tokens=work.further)
 
 

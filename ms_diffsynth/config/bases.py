@@ -118,6 +118,20 @@ BASES = {
               "dreambooth": {64: Fit(False, False, 32.75), 32: Fit(True, False, 10.70)},
               "edit": {64: Fit(False, False, 31.34), 32: Fit(True, False, 10.51)},
               "template": {64: Fit(False, False, 16.82), 32: Fit(True, False, 8.91)}}),
+    "flux1-kontext": Base(
+        title="FLUX.1-Kontext-dev", family="flux", is_gated=True, download="34 GB", tokenizer="t5", tokens=512,
+        encoders=9.3,
+        files={"black-forest-labs/FLUX.1-Kontext-dev": ("transformer/*.safetensors", "text_encoder/*.safetensors",
+                                                        "text_encoder_2/*.safetensors", "vae/*.safetensors")},
+        settings=_RATE,
+        fits={"edit": {64: Fit(True, False, 26.51), 32: Fit(True, False, 26.51)}}),
+    "qwen-image-edit": Base(
+        title="Qwen-Image-Edit-2511", family="qwen_image", download="58 GB", tokenizer="qwen2", tokens=1024, around=5,
+        encoders=14.5,
+        files={"Qwen/Qwen-Image-Edit-2511": ("transformer/*.safetensors", "text_encoder/*.safetensors",
+                                             "vae/*.safetensors")},
+        settings=_RATE,
+        fits={"edit": {64: Fit(True, False, 44.63)}}),
     "flux2-dev": Base(
         title="FLUX.2-dev", family="flux2", is_gated=True, download="113 GB", tokenizer=None, tokens=512,
         encoders=32.3,

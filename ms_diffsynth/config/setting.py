@@ -41,6 +41,8 @@ class Setting:
         if written.text in ("null", "~") and not written.is_quoted:
             if self.is_optional:
                 return None
+            if self.kind is tuple:
+                return ()
             raise Wrong(f"expected {_KINDS[self.kind]}, not null")
         if written.is_quoted and self.kind not in (str, tuple):
             raise Wrong(f"expected {_KINDS[self.kind]}, not text in quotes")

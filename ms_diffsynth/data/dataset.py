@@ -398,16 +398,22 @@ class UnifiedDataset:
         known before the image is loaded. Of a clip: frames, height and width.
         """
         key = key or self.medium
-        row = self.rows[self.row_of(index)]
-        cell = row.get(key)
-        if not isinstance(cell, str) or cell not in self._sizes or key not in self.data_file_keys:
-            return None
-        width, height = self._sizes[cell]
-        operator = self.special_operator_map.get(key, self.main_data_operator)
         if key == "video" and self.clips:
-            return ((row["clip"]["frames"], *operator.target_size(width, height)) if hasattr(operator, "target_size")
-                    else None)
-        return size_after(operator, cell, (height, width))
+            row, operator = self.rows[self.row_of(index)], self.special_operator_map.get(key, self.main_data_operator)
+            size = self._sizes.get(row.get(key)) if key in self.data_file_keys else None
+            is_known = size is not None and hasattr(operator, "target_size")
+            return (row["clip"]["frames"], *operator.target_size(*size)) if is_known else None
+        sizes = self.sizes_of(index, key)
+        return sizes[0] if sizes and len(sizes) == 1 else None
+
+    def sizes_of(self, index: int, key: str) -> list[tuple[int, int]] | None:
+        """The same of each image of a cell, which may name several, or none."""
+        names = _as_list(self.rows[self.row_of(index)].get(key))
+        if key not in self.data_file_keys or not all(name in self._sizes for name in names):
+            return None
+        operator = self.special_operator_map.get(key, self.main_data_operator)
+        sizes = [size_after(operator, name, self._sizes[name][::-1]) for name in names]
+        return None if None in sizes else sizes
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Width and height in pixels of the first image of item ``index``, upright, known from its header.

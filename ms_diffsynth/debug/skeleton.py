@@ -58,7 +58,8 @@ class Plan:
         text_tokens: of a prompt; None is the family's ``max_sequence_length``.
         recompute: ``use_gradient_checkpointing``.
         is_8bit: ``fp8_models`` names the network.
-        edit_tokens: of images to be edited, beside those of the image.
+        is_whole: all weights of the network are trained, no LoRA.
+        edit_tokens: of reference images, beside those of the image.
         template: folder of a template that is trained instead of a LoRA; its code is run.
         template_inputs: what its ``process_inputs`` takes.
         settings: of the network, other than as published: fewer blocks (``num_layers``), say.
@@ -75,6 +76,7 @@ class Plan:
     lora_rank: int = 16
     recompute: bool = True
     is_8bit: bool = False
+    is_whole: bool = False
     dtype: str = "bfloat16"
     mode: str = "graph"
     task: str = "sft"
@@ -163,10 +165,11 @@ class _Module(DiffusionTrainingModule):
         super().__init__()
         self.pipe = pipeline(plan)
         further = {"edit_image": plan.edit_tokens, "template_inputs": plan.template}
+        whole = "template_model" if plan.template else self.pipe.network if plan.is_whole else None
         self.load_training_template_model(self.pipe, plan.template, plan.recompute, trust_template_code=True)
         self.switch_pipe_to_training_mode(
-            self.pipe, lora_base_model=None if plan.template else self.pipe.network, lora_rank=plan.lora_rank,
-            trainable_models="template_model" if plan.template else None, task=f"{plan.task}:train",
+            self.pipe, lora_base_model=None if whole else self.pipe.network, lora_rank=plan.lora_rank,
+            trainable_models=whole, task=f"{plan.task}:train",
             extra_inputs=",".join(name for name, given in further.items() if given) or None,
             objective=None if self.pipe.objective_class else task(plan.task), use_gradient_checkpointing=plan.recompute,
             lora_uniform=lambda _, shape: np.zeros(shape, np.float32))
@@ -241,9 +244,10 @@ def measure(plan: Plan, memory: float = 128.0, folder: str | Path | None = None)
         return Report(**{**json.loads(found[-1].removeprefix(RESULT)), **counted})
 
 
-def measure_by_depth(plan: Plan, memory: float = 512.0) -> Report:
-    """The same, sooner: at two blocks of each kind, and at one more of each. Blocks of a kind are alike, so that each
-    further one adds the same to all of a report but ``compile_seconds`` and ``host_peak``: those are of the first.
+def measure_by_depth(plan: Plan, memory: float = 512.0, few: int = FEW) -> Report:
+    """The same, sooner: at ``few`` blocks of each kind, and at one more of each. Blocks of a kind are alike, so that
+    each further one adds the same to all of a report but ``compile_seconds`` and ``host_peak``: those are of the first.
+    With recompute a network of two has its peak at another place than a deep one, one of eight has not.
 
     Where they are not alike, as in SD3.5, the whole network is built. Raises: as `measure`.
     """
@@ -252,14 +256,14 @@ def measure_by_depth(plan: Plan, memory: float = 512.0) -> Report:
     depth = {name: n for name, n in config.items() if name in DEPTHS}
     if config.get("dual_attention_layers"):
         return measure(plan, memory)
-    few = {name: min(FEW, n) for name, n in depth.items()}
-    first = asdict(measure(replace(plan, settings=plan.settings | few), memory))
+    shallow = {name: min(few, n) for name, n in depth.items()}
+    first = asdict(measure(replace(plan, settings=plan.settings | shallow), memory))
     whole = dict(first)
     for name, n in depth.items():
-        if n > FEW:
-            more = asdict(measure(replace(plan, settings=plan.settings | few | {name: FEW + 1}), memory))
+        if n > few:
+            more = asdict(measure(replace(plan, settings=plan.settings | shallow | {name: few + 1}), memory))
             for key in whole:
-                whole[key] += (n - FEW) * (more[key] - first[key])
+                whole[key] += (n - few) * (more[key] - first[key])
     return Report(**whole | {key: first[key] for key in ("compile_seconds", "host_peak")})
 
 

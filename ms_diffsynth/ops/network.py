@@ -32,6 +32,7 @@ How values of a dtype attend, softmax(q k^T D^-1/2) v, is chosen when a block is
 |---|---|---|
 | attention(dtype) | f(q, k, v) | q [B, S, H, D], k and v [B, S', H, D] -> [B, S, H D] |
 | masked_attention(dtype) | f(q, k, v, mask) | the same, and a mask of `text_mask` |
+| attention_where(dtype) | f(q, k, v, looks) | q, k, v [B, H, S, D], looks float32 [1 or B, 1, S, S]: 1 -> as q |
 | text_mask | that mask, once for all blocks | keys: 1 to take part, else 0: [B, S'], S, H, dtype -> the device's own |
 
 On the CPU everything is float32: by native kernels (`ops.cpu.native.network`), or composed where there are none
@@ -63,5 +64,6 @@ layer_norm, group_norm_silu = device.layer_norm, device.group_norm_silu
 rms_norm_modulate, positions, rotate = device.rms_norm_modulate, device.positions, device.rotate
 norm_rotate, norm_rotate_joint = device.norm_rotate, device.norm_rotate_joint
 attention, masked_attention, text_mask = device.attention, device.masked_attention, device.text_mask
+attention_where = device.attention_where
 chunks, join, join_last, part, parts = device.chunks, device.join, device.join_last, device.part, device.parts
 shared, tanh = device.shared, P.Tanh()

@@ -107,7 +107,7 @@ def network_of(pipe: Pipeline, name: str) -> Network | None:
     if not component.class_name or not pipe.store.has_config(name):
         return None
     config = pipe.store.config(name)
-    key = type(pipe).__name__, component.class_name, json.dumps(config, sort_keys=True, default=str)
+    key = f"{type(pipe).__name__}.{name}", component.class_name, json.dumps(config, sort_keys=True, default=str)
     if key not in _networks:
         try:
             _networks[key] = Network(component, config)
@@ -126,7 +126,7 @@ class Work:
         size: height and width of the largest images, of videos with the frames in front.
         images: in a batch, class images included.
         prompt: tokens to which prompts are padded; None without prompts. text: tokens the network sees of them.
-        further: tokens of edit images.
+        further: tokens of reference images. reference: height and width of the largest of them.
         device: "Ascend" or "CPU". activations: of the family.
         samples: models that sample images load, which stay; see `run.plan.models_of_samples`.
         sample_size: height and width of the sample images, of videos with the frames in front.
@@ -137,6 +137,7 @@ class Work:
     prompt: int | None = None
     text: int | None = None
     further: int = 0
+    reference: tuple[int, int] = (0, 0)
     device: str
     activations: Activations | None = None
     samples: tuple[str, ...] = ()
@@ -216,7 +217,8 @@ def stages_of(config: TrainConfig, pipe: Pipeline, cut: Cut, work: Work) -> list
                 lost.append(name)
         return found, tuple(lost)
 
-    encoding = vae_bytes(pipe, work, work.size, "encode") if "moments" in cut.cache else 0
+    largest = max(work.size, work.reference, key=math.prod)
+    encoding = vae_bytes(pipe, work, largest, "encode") if "moments" in cut.cache else 0
     found: list[Stage] = []
     if is_split and stage != "train":
         models, lost = weights(prepare)

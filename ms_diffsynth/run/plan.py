@@ -23,8 +23,9 @@ from ms_diffsynth.config.yaml_lines import Written
 from ms_diffsynth.data.buckets import own_bucket
 from ms_diffsynth.data.loader import Loader
 from ms_diffsynth.errors import ConfigError, UserError
-from ms_diffsynth.pipeline import Family, Pipeline
+from ms_diffsynth.pipeline import Family, Pipeline, padded_to
 from ms_diffsynth.pipelines.shared.cuts import Cuts
+from ms_diffsynth.pipelines.shared.edit import size_within
 from ms_diffsynth.program import Cut
 from ms_diffsynth.registry import family
 from ms_diffsynth.run.build import DataSets, build_module, clips_of
@@ -51,6 +52,9 @@ from ms_diffsynth.training.two_stage import stage_of
 CARD = 64  # GB of an Ascend 910B, where nothing else is said
 MOST_TEXTS = 2000  # prompts whose tokens are counted: tokenizers take about a millisecond each
 SMALLER = (768, 512)  # sides in pixels of images that are tried where those of the run do not fit
+AROUND = 7  # tokens that a template puts around a picture
+
+References = tuple[tuple[int, int], ...]  # height and width of the reference images of a row, as they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,7 @@ class Data:
         lengths: tokens of prompts, where they are padded to one of several lengths.
         cuts: what prompts are cut to -> one that is. looked_at: prompts whose tokens were counted; 0 where their
             tokenizer is not here.
+        references: the reference images of a row -> how many rows have such; empty where none are trained on.
         batches: in an epoch.
     """
 
@@ -84,7 +89,7 @@ class Data:
     lengths: Sequence[int] = ()
     cuts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     looked_at: int = 0
-    further: int = 0
+    references: Mapping[References, int] = field(default_factory=dict)
     batches: int = 0
 
 
@@ -147,7 +152,7 @@ def plan_run(config: TrainConfig, sets: DataSets | None = None, card: float = CA
     if is_short:
         config = replace(config, model=replace(config.model, trust_template_code=False, trust_template_sha256=None))
     device = planned_device(config)
-    pipe, not_known = skeleton(config, _dtype(config, device))
+    pipe, not_known = skeleton(config, planned_dtype(config))
     cut, module = cut_of(config, pipe)
     data = None if sets is None else data_of(config, sets, module, cut, is_short)
     total, limit = memory_of(config, device, card)
@@ -168,8 +173,9 @@ def planned_device(config: TrainConfig) -> str:
     return config.run.device or ms.get_context("device_target")
 
 
-def _dtype(config: TrainConfig, device: str) -> ms.Type:
-    return ms.float32 if device == "CPU" else runtime.DTYPES[config.run.dtype or "bfloat16"]
+def planned_dtype(config: TrainConfig) -> ms.Type:
+    """What is computed in on that device."""
+    return ms.float32 if planned_device(config) == "CPU" else runtime.DTYPES[config.run.dtype or "bfloat16"]
 
 
 def memory_of(config: TrainConfig, device: str, card: float) -> tuple[int, int]:
@@ -209,23 +215,29 @@ def data_of(config: TrainConfig, sets: DataSets, module: DiffusionTrainingModule
         return _cached_data(config)
     rows = PreparedRows(images, module, cut)
     of_classes = PreparedRows(sets.classes, module, cut).bucket_of if sets.classes else None
-    prompts = list(dict.fromkeys(row["prompt"] for row in images.rows if isinstance(row.get("prompt"), str)))
-    lengths, cuts, looked_at = _tokens(module, cut, prompts) if rows.has_lengths or not is_short else ([], {}, 0)
+    edits = _references(pipe, images)
+    sees = edits if edits and pipe.picture_sides(edits[0] or ((64, 64),)) else [()] * len(images.rows)
+    texts = [(row.get("prompt"), seen) for row, seen in zip(images.rows, sees)]
+    prompts = [text for text in dict.fromkeys(texts) if isinstance(text[0], str)]
+    lengths, cuts, looked_at = (_tokens(module, cut, prompts) if rows.has_lengths or not is_short else ({}, {}, 0))
     sizes: Counter = Counter(images.size_of(row) for row in range(len(images.rows)))
     sizes.update(sets.classes.size_of(row) for row in range(len(sets.classes.rows) if sets.classes else 0))
-    compilations, batches, edits = None, -(-len(images) // batch), _edit_sizes(pipe, images)
+    bucket_of, batches, compilations = None, -(-len(images) // batch), None
     if not rows.has_lengths or looked_at == len(prompts):
         if rows.foresees_buckets:
-            loader = Loader(images, batch, bucket_of=rows.bucket_of, class_dataset=sets.classes,
-                            class_bucket_of=of_classes)
-            shapes, batches = {rows.bucket_of(row) for row in range(len(images.rows))}, len(loader)
-            compilations = len(shapes)
-        elif edits and None not in edits:
-            compilations = len({(images.size_of(row), size) for row, size in enumerate(edits)})
+            bucket_of = rows.bucket_of
+        elif edits:
+            padded = [padded_to(lengths[text], pipe) if rows.has_lengths else 0 for text in texts]
+            bucket_of = [(images.size_of(row), _tokens_of(pipe, seen), length)
+                         for row, (seen, length) in enumerate(zip(edits, padded))].__getitem__
+    if bucket_of is not None:
+        loader = Loader(images, batch, bucket_of=lambda item: bucket_of(images.row_of(item)),
+                        class_dataset=sets.classes, class_bucket_of=of_classes)
+        compilations, batches = len({bucket_of(row) for row in range(len(images.rows))}), len(loader)
     return Data(rows=len(images.rows), classes=len(sets.classes.rows) if sets.classes else 0,
                 held_out=len(sets.validation.rows) if sets.validation else 0, texts=len(prompts), sizes=sizes,
-                compilations=compilations, lengths=lengths, cuts=cuts, looked_at=looked_at, batches=batches,
-                further=max((pipe.image_tokens(pipe.latent_shape(*size)) for size in {*edits} - {None}), default=0))
+                compilations=compilations, lengths=list(lengths.values()), cuts=cuts, looked_at=looked_at,
+                batches=batches, references=Counter(edits))
 
 
 def _cached_data(config: TrainConfig) -> Data:
@@ -238,26 +250,48 @@ def _cached_data(config: TrainConfig) -> Data:
                 compilations=len(kinds), batches=-(-len(rows) // config.run.batch_size))
 
 
+Text = tuple[str, References]  # a prompt, and the references that the text encoder sees with it
+
+
 def _tokens(module: DiffusionTrainingModule, cut: Cut,
-            prompts: Sequence[str]) -> tuple[list[int], dict[str, list[str]], int]:
-    """Tokens of prompts that are padded, what is cut to what, and how many prompts were looked at: the longest."""
-    chosen = sorted(prompts, key=lambda prompt: -len(prompt.encode()))
-    chosen = chosen[:MOST_TEXTS // 2] + chosen[MOST_TEXTS // 2:][::max(1, 2 * len(prompts) // MOST_TEXTS)]
-    cuts, lengths = Cuts(), []
+            texts: Sequence[Text]) -> tuple[dict[Text, int], dict[str, list[str]], int]:
+    """Tokens of texts that are padded, what is cut to what, and how many texts were looked at: the longest."""
+    chosen = sorted(texts, key=lambda text: -len(text[0].encode()))
+    chosen = chosen[:MOST_TEXTS // 2] + chosen[MOST_TEXTS // 2:][::max(1, 2 * len(texts) // MOST_TEXTS)]
+    cuts, lengths, pipe = Cuts(), {}, module.pipe
+    with_pictures = [unit for unit in cut.prepare if "picture_sides" in unit.input_params]
     try:
-        for prompt in chosen:
+        for prompt, seen in chosen:
             with cuts.of(" ".join(prompt.split())[:60]):
-                if (length := module.padded_length(prompt, cut)) is not None:
-                    lengths.append(length)
+                if with_pictures:
+                    slots = pipe.run(with_pictures[:1], {"prompt": prompt, "picture_sides": pipe.picture_sides(seen)})
+                    length = max(slots[name].shape[1] for name in pipe.padded_slots if name in slots)
+                else:
+                    length = module.padded_length(prompt, cut)
+                if length is not None:
+                    lengths[prompt, seen] = length
     except UserError:  # its tokenizer is not here
-        return [], {}, 0
+        return {}, {}, 0
     return lengths, cuts.found, len(chosen)
 
 
-def _edit_sizes(pipe: Pipeline, images: Any) -> list[tuple[int, int] | None]:
-    """Of the edit image of each row; empty where none is trained on."""
-    is_used = "edit_image" in pipe.inputs and "edit_image" in images.data_file_keys
-    return [images.size_of(row, "edit_image") for row in range(len(images.rows))] if is_used else []
+def _references(pipe: Pipeline, images: Any) -> list[References]:
+    """Of each row; empty where none are trained on, or their sizes are not known before they are read."""
+    if "edit_image" not in pipe.inputs or "edit_image" not in images.data_file_keys:
+        return []
+    sizes = [images.sizes_of(row, "edit_image") for row in range(len(images.rows))]
+    return [] if None in sizes else [tuple(found) for found in sizes]
+
+
+def _tokens_of(pipe: Pipeline, references: References, most: int | None = None) -> int:
+    """Tokens of references, each of which is made smaller until it has at most so many pixels."""
+    sizes = [size_within(*size, most or pipe.edit_max_pixels, pipe.division_factor) for size in references]
+    return sum(pipe.image_tokens(pipe.latent_shape(*size)) for size in sizes)
+
+
+def _most_tokens(pipe: Pipeline, data: Data | None, most: int | None = None) -> int:
+    """The same of the row that has the most."""
+    return max((_tokens_of(pipe, seen, most) for seen in (data.references if data else ())), default=0)
 
 
 def _work(config: TrainConfig, pipe: Pipeline, data: Data | None, device: str) -> Work:
@@ -270,9 +304,10 @@ def _work(config: TrainConfig, pipe: Pipeline, data: Data | None, device: str) -
     usual = max(sizes, key=sizes.get, default=size) or size
     prompt = _prompt_tokens(pipe, data)
     return Work(size=size, images=run.batch_size * (2 if config.objective.with_prior_preservation else 1),
-                prompt=prompt, text=_text_tokens(pipe, chosen, size, prompt), further=data.further if data else 0,
-                device=device,
-                activations=chosen.activations, samples=models_of_samples(config, pipe),
+                prompt=prompt, text=_text_tokens(pipe, chosen, size, prompt), further=_most_tokens(pipe, data),
+                reference=max((pipe.reference_size(*size) for seen in (data.references if data else ()) for size in
+                               seen), key=math.prod, default=(0, 0)),
+                device=device, activations=chosen.activations, samples=models_of_samples(config, pipe),
                 sample_size=(*((run.sample_num_frames or n,) if (n := frames and frames[0]) else ()),
                              run.sample_height or config.data.height or usual[-2],
                              run.sample_width or config.data.width or usual[-1]))
@@ -283,7 +318,15 @@ def _prompt_tokens(pipe: Pipeline, data: Data | None) -> int | None:
     if data and data.lengths and pipe.padded_slots:
         longest = max(data.lengths)
         return min((n for n in pipe.prompt_lengths if n >= longest), default=longest)
-    return getattr(pipe, "max_sequence_length", None)
+    most = getattr(pipe, "max_sequence_length", None)
+    if data and data.references and (seen := max(_picture_tokens(pipe, seen) for seen in data.references)):
+        return padded_to(most + seen, pipe)
+    return most
+
+
+def _picture_tokens(pipe: Pipeline, references: References) -> int:
+    """Tokens that references take in the prompt."""
+    return sum(rows * columns + AROUND for rows, columns in pipe.picture_sides(references))
 
 
 def _text_tokens(pipe: Pipeline, chosen: Family, size: tuple[int, ...], prompt: int | None) -> int | None:
@@ -363,7 +406,8 @@ def _cache_bytes(config: TrainConfig, pipe: Pipeline, cut: Cut, data: Data) -> i
         latent = pipe.latent_shape(*size)
         shapes = {n: shape for n, shape in shapes_of(_configs(pipe), latent, tokens).items() if n in cut.cache}
         total += count * sum(4 * math.prod(shape) for name, shape in shapes.items() if name not in of_text)
-        total += count * 4 * data.further * latent[0]
+    total += sum(count * 4 * _tokens_of(pipe, seen) for seen, count in data.references.items()) * (
+        latent[0] * pipe.latent_patch**2 if data.references else 0)
     return total + data.texts * sum(4 * math.prod(shape) for name, shape in shapes.items() if name in of_text)
 
 
@@ -463,6 +507,9 @@ def _candidates(plan: RunPlan) -> Iterator[dict[str, str]]:
         steps = config.optimizer.gradient_accumulation_steps * run.batch_size // size
         yield {"batch_size": str(size), "gradient_accumulation_steps": str(steps)}
     for side in SMALLER:
+        if side * side < math.prod(plan.work.reference):
+            yield {"edit_max_pixels": str(side * side)}
+    for side in SMALLER:
         if side * side < math.prod(plan.work.size[-2:]):
             yield ({"height": str(side), "width": str(side)} if config.data.height else
                    {"max_pixels": str(side * side)})
@@ -483,8 +530,9 @@ def _peak(plan: RunPlan, settings: Mapping[str, str]) -> int | None:
     if {"height", "max_pixels"} & set(settings):
         most = config.data.max_pixels or config.data.height * config.data.width
         side = math.isqrt(most) // plan.pipe.division_factor * plan.pipe.division_factor
-        work = replace(work, size=(*work.size[:-2], side, side),
-                       further=round(work.further * side * side / math.prod(work.size[-2:])))
+        work = replace(work, size=(*work.size[:-2], side, side))
+    if "edit_max_pixels" in settings:
+        work = replace(work, further=_most_tokens(plan.pipe, plan.data, config.data.edit_max_pixels))
     work = replace(work, samples=models_of_samples(config, plan.pipe),
                    images=work.images * config.run.batch_size // plan.config.run.batch_size)
     return max(stage.peak for stage in stages_of(config, plan.pipe, cut, work))

@@ -29,8 +29,9 @@ def skeleton(config: TrainConfig, dtype: ms.Type) -> tuple[Pipeline, list[str]]:
         if not _add_files(pipe, model) and not _add_settings(pipe, model, chosen):
             unknown.append(str(model))
     pipe.use_sampling_config(pipe.store.sampling_config)
-    if config.data.max_sequence_length is not None and hasattr(pipe, "max_sequence_length"):
-        pipe.max_sequence_length = config.data.max_sequence_length
+    for name in ("max_sequence_length", "edit_max_pixels", "edit_template"):
+        if (value := getattr(config.data, name)) is not None and hasattr(pipe, name):
+            setattr(pipe, name, value)
     for name in chosen.tokenizers:
         if text := getattr(config.model, f"{name}_path"):
             _add_tokenizer(pipe, name, text, source_of(config))

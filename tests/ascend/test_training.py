@@ -116,6 +116,8 @@ CASES = [pytest.param(family, dtype, mode, id=f"{family}-{dtype}-{mode}")
 @pytest.mark.parametrize("family, dtype, mode", CASES)
 def test_losses_and_gradient_norms_are_the_cpus(folders, variables, family, dtype, mode):
     compare(folders(family), family, dtype, mode, variables)
+    whole = Log.read(log_of(folders(family), f"Ascend:{dtype}:{mode}"))  # what prepares, too
+    assert all("float16" not in kernel.dtypes() for kernel in whole.kernels())
     if mode == "graph":
         assert step_of(folders(family), f"Ascend:{dtype}:{mode}").counts("aclop")["StridedSlice"] == 0
     if family not in ("ddpm_unet", "toy"):  # attention of mindone's, and none

@@ -34,7 +34,7 @@ FAMILIES = {
     "flux": ROWS | {"max_sequence_length": 32},
     "flux_whole": ROWS | {"max_sequence_length": 32, "batch_size": 1, "learning_rate": 1e-7,
                           "lora_base_model": "null", "trainable_models": "dit", "remove_prefix_in_ckpt": "pipe.dit."},
-    "flux_edit": ROWS | {"max_sequence_length": 32, "batch_size": 1, "dataset_metadata_path": EDITS,
+    "flux_edit": ROWS | {"max_sequence_length": 32, "dataset_metadata_path": EDITS,
                          "extra_inputs": "edit_image", "edit_max_pixels": 128 * 128},
     "qwen_image_edit": ROWS | {"batch_size": 1, "dataset_metadata_path": EDITS, "extra_inputs": "edit_image",
                                "edit_max_pixels": 128 * 128},

@@ -97,6 +97,35 @@ def test_three_commands_and_no_edit_from_twelve_odd_images_to_a_lora(init, run, 
     assert code == 0 and Image.open(out.split()[0]).size == (64, 64)
 
 
+def test_three_commands_from_pairs_to_a_lora_that_edits(init, run, tmp_path, tiny_model):
+    """By folders; the model is a tiny one instead of the hub's."""
+    folder_of(tmp_path / "pairs")
+    folder_of(tmp_path / "pairs/before", caption="")
+    said = init("pairs", "--base", "flux1-kontext", "--edit_folders", "before")
+    assert "references 2 of 2 rows have references, 1 each; these for example before/0.png -> 0.png" in said
+    assert "training LoRA for editing of rank 16" in said
+    login, train, sample = (shlex.split(line, comments=True) for line in
+                            re.findall(r"(?:ms-diffsynth|hf) (.*?)(?= ms-diffsynth|$)", said.partition("Next: ")[2]))
+    assert login == ["auth", "login"] and train == ["train", "pairs-flux1-kontext.yaml"]
+    assert sample[:3] == ["sample", "--run", "runs/pairs-flux1-kontext"]
+    assert sample[-2:] == ["--edit_image", "pairs/before/0.png"]
+    here = ["--model_id_with_origin_paths", "null", "--model_paths", tiny_model("flux"), "--device", "CPU",
+            "--max_train_steps", 2, "--save_steps", 2, "--mode", "pynative", "--max_sequence_length", 8]
+    code, _, err = run(*train, *here)
+    assert code == 0 and "2 of 2 rows have references" in err, err
+    code, out, err = run(*sample, "--mode", "pynative", "--device", "CPU", "--num_inference_steps", 1)
+    assert code == 0 and Image.open(out.split()[0]).size == (64, 64), err
+
+
+def test_a_base_that_edits_needs_references_and_another_does_not_use_them(init, odd, tmp_path):
+    said = init("odd", "--base", "qwen-image-edit", code=64)
+    assert "Qwen-Image-Edit-2511 learns to edit, and there are no reference images: expected metadata with" in said
+    folder_of(tmp_path / "pairs", caption="")
+    rows_for(tmp_path / "pairs", "edit")
+    said = init("pairs", "--base", "flux1-dev")
+    assert "edit_image is not used: the bases that are trained to edit are flux2-klein, flux1-kontext, qwen-" in said
+
+
 @pytest.mark.slow
 def test_the_three_commands_as_they_are_typed(init, run, odd):
     commands = [shlex.split(line) for line in re.findall(r"ms-diffsynth (.*?)(?= ms-diffsynth|$)", init("odd"))]
@@ -239,7 +268,7 @@ def test_every_file_loads_and_fits_its_device_by_the_table_of_peaks(init, tmp_pa
     if memory is None:
         return
     kind = (", 8 bits" if config.model.fp8_models else "") + {
-        "edit": ", edit image", "template": ", template", "dreambooth": ", 2 images"}.get(job, "")
+        "edit": ", 1 reference", "template": ", template", "dreambooth": ", 2 images"}.get(job, "")
     recompute = "yes" if config.model.use_gradient_checkpointing else "no"
     row = re.search(rf"^\| {re.escape(base.title + kind)}[ *(][^|]*\| 1024 \| {recompute} \| [\d.]+ \| \**([\d.]+)",
                     (ROOT / "docs/reference/memory.md").read_text(), re.MULTILINE)
@@ -307,14 +336,15 @@ def test_what_the_bundled_model_says_is_what_the_table_says():
     assert (says["height"], says["width"], says["max_sequence_length"]) == (base.side, base.side, base.tokens)
 
 
-@pytest.mark.parametrize("name", ["flux1-dev", "sd3.5-medium", "qwen-image", "flux2-klein", "sdxl", "z-image"])
+@pytest.mark.parametrize("name", ["flux1-dev", "sd3.5-medium", "qwen-image", "flux2-klein", "sdxl", "z-image",
+                                  "flux1-kontext", "qwen-image-edit"])
 def test_tokens_are_counted_as_the_pipeline_reads_them(tiny_model, name):
     base = BASES[name]
     pipe = family(base.family).pipeline.from_pretrained(str(tiny_model(base.family)))
     for prompt in ("a photo of sks", "a cat, \u201cquoted\u201d", "猫", "<think> a", ""):
         counted = look.count_tokens([prompt], base)[prompt]
         if base.tokenizer == "t5":
-            tokenizer = pipe.tokenizer_2 if name == "flux1-dev" else pipe.tokenizer_3
+            tokenizer = pipe.tokenizer_2 if base.family == "flux" else pipe.tokenizer_3
             assert counted == len(tokenizer(prompt).input_ids)
         elif base.tokenizer == "clip":
             assert counted == len(pipe.tokenizer_1(prompt).input_ids)

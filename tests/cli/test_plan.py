@@ -45,7 +45,7 @@ def checkout(tmp_path, monkeypatch, tiny_model):
             folder.mkdir(parents=True)
             for number in range(16):
                 Image.new("RGB", (64, 64)).save(folder / f"{number}.png")
-            rows = "image,prompt\n" + "".join(f"{number}.png,a face\n" for number in range(16))
+            rows = "image,edit_image,prompt\n" + "".join(f"{number}.png,0.png,a face\n" for number in range(16))
             for metadata in (config.data.dataset_metadata_path, config.data.validation_metadata_path):
                 if metadata:
                     (tmp_path / metadata).write_text(rows)
@@ -84,7 +84,8 @@ def test_every_example_is_planned_without_device_network_or_a_file_written(path,
     before = snapshot(tmp_path)
     code, said, err = plan(name(path), "--offline")
     assert code == 0, said + err
-    assert snapshot(tmp_path) == before
+    pictures = {str(tmp_path / "pairs.png")} if config.data.extra_inputs == "edit_image" else set()
+    assert snapshot(tmp_path) == before | pictures
     assert max(map(len, said.splitlines())) <= 80, "wider than a terminal"
     assert re.search(r"(?m)^fits.*: [\d.]+ of [\d.]+ GiB$", said)
     is_counted = config.model.template_model_id_or_path is None  # its code is run only when that has been allowed
@@ -92,18 +93,27 @@ def test_every_example_is_planned_without_device_network_or_a_file_written(path,
                   *(["disk"] if is_counted else [])):
         assert re.search(f"(?m)^{label} ", said), f"{label} is not told"
     if config.run.device == "Ascend":
-        assert "57.6 GiB can be used" in said
+        assert "57.6 GiB can be used" in said and "2 are left to CANN and workspaces, an estimate" in " ".join(
+            said.split())
 
 
-@pytest.mark.parametrize("memory", (64, 32))
-@pytest.mark.parametrize("base", [base for base in BASES if BASES[base].fits])
-def test_every_preset_fits_its_card_and_is_as_large_as_was_measured(base, memory, plan, no_network, tmp_path, capsys):
-    job = "lora"
-    if memory not in BASES[base].fits[job]:
-        pytest.skip("the preset is not for this card")
-    data = ROOT / "examples/data/dreambooth_cat_fluent"
-    words = ["init", str(data), "--base", base, "--device-memory", str(memory), "--caption_column", "caption",
-             "--height", "1024", "--width", "1024", "--output", "run.yaml"]
+PRESETS = [(base, job, memory) for base, preset in BASES.items() for job in ("lora", "edit")
+           for memory in preset.fits.get(job, ())]
+
+
+@pytest.mark.parametrize("base, job, memory", PRESETS)
+def test_every_preset_fits_its_card_and_is_as_large_as_was_measured(base, job, memory, plan, no_network, tmp_path,
+                                                                    capsys):
+    data, words = ROOT / "examples/data/dreambooth_cat_fluent", ["--caption_column", "caption"]
+    if job == "edit":
+        data = tmp_path / "large"
+        for place in (data, data / "before"):
+            place.mkdir()
+            Image.new("RGB", (1024, 1024)).save(place / "a.png")
+        (data / "a.txt").write_text("word " * 1200)  # the longest prompt
+        words = ["--edit_folders", "before"]
+    words = ["init", str(data), "--base", base, "--device-memory", str(memory), *words, "--height", "1024", "--width",
+             "1024", "--output", "run.yaml"]
     assert main(words) == 0
     capsys.readouterr()
     code, said, _ = plan("run.yaml", "--offline", "--card", memory)
@@ -139,11 +149,15 @@ def test_a_peak_from_shapes_is_that_of_the_allocator(row):
                 "use_gradient_checkpointing": recompute == "yes", "device": "Ascend", "num_epochs": 1,
                 "cache_dir": "cache", "batch_size": 2 if "2 images" in how else 1}
     settings |= {"fp8_models": "dit"} if "8 bits" in how else {}
+    settings |= {"trainable_models": "dit", "lora_base_model": None} if "whole network" in how else {}
+    settings |= {"extra_inputs": "edit_image"} if "reference" in row[0] else {}
     settings |= {"extra_inputs": "template_inputs", "template_model_id_or_path": "t", "lora_base_model": None,
                  "trainable_models": "template_model"} if "template" in how else {}
     found = planning.plan_run(load_config(None, **settings))
-    if "edit image" in how:  # as large as the image
-        work = planning.replace(found.work, further=(int(side) // 16) ** 2)
+    if settings.get("extra_inputs") == "edit_image":  # references as large as the image
+        seen = ((int(side), int(side)),) * int(how[-1].split()[0])
+        data = planning.Data(rows=1, references={seen: 1}, batches=1)
+        work = planning._work(found.config, found.pipe, data, "Ascend")
         stages = planning.stages_of(found.config, found.pipe, found.cut, work)
     else:
         stages = found.stages
@@ -234,6 +248,82 @@ def test_what_is_wrong_with_the_data_is_told_and_the_rest_too(plan, images, tiny
     assert code == 65
     assert "data " in said and "has no caption file" in " ".join(said.split())
     assert re.search(r"(?m)^steps +7 of 1 image$", said) and "GiB, fits" in said
+
+
+# -- reference images ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Rows with one reference, with none, and with two; the last is larger than what a reference may have."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for number, (size, colour) in enumerate([((64, 64), "red"), ((64, 96), "green"), ((128, 64), "blue"),
+                                             ((512, 256), "black")]):
+        Image.new("RGB", size, colour).save(folder / f"{number}.png")
+    rows = [{"image": "0.png", "edit_image": "1.png"}, {"image": "0.png"}, {"image": "0.png", "edit_image": "1.png"},
+            {"image": "0.png", "edit_image": ["2.png", "3.png"]}]
+    (folder / "m.jsonl").write_text("".join(json.dumps(row | {"prompt": f"make it {k}"}) + "\n"
+                                            for k, row in enumerate(rows)))
+    return ("--dataset_base_path", folder, "--dataset_metadata_path", folder / "m.jsonl", "--extra_inputs",
+            "edit_image", "--edit_max_pixels", 64 * 64, "--num_epochs", 1, "--device", "CPU")
+
+
+def test_three_pairs_are_shown_as_an_image(plan, pairs, tiny_model):
+    words = ("--family", "flux", "--model_paths", tiny_model("flux"), *pairs)
+    code, said, err = plan(*words)
+    text = " ".join(said.split())
+    assert code == 0, err
+    assert "references 3 of 4 rows have references, 1 or 2 each; these for example 1.png -> 0.png" in text
+    assert "2.png + 3.png -> 0.png look at pairs.png" in text
+    with Image.open("pairs.png") as image:  # references on the left, the image to learn on the right
+        colours = [colour for _, colour in sorted(image.convert("RGB").getcolors(1 << 24), reverse=True)]
+        assert {(255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 0, 0)} <= set(colours[:5])
+        row = [image.getpixel((x, image.height // 6)) for x in range(image.width)]
+        assert row.index((0, 128, 0)) < row.index((255, 0, 0))
+    first = Path("pairs.png").read_bytes()
+    Path("pairs.png").write_bytes(first + b" ")
+    assert plan(*words)[0] == 0 and Path("pairs.png").read_bytes() == first, "its own picture is drawn again"
+    Path("pairs.png").write_bytes(b"mine")
+    code, said, _ = plan(*words)
+    assert code == 0 and "pairs.png exists already, and is kept" in said and Path("pairs.png").read_bytes() == b"mine"
+    assert plan(*words, "--pairs", "other.png")[0] == 0 and Path("other.png").read_bytes() == first
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+def test_references_are_counted_as_they_are_trained(plan, pairs, name, tmp_path):
+    """Their tokens, the prompts of text encoders that see them, and compilations: as the prepared rows have them."""
+    from ms_diffsynth.run.build import build_module
+    from ms_diffsynth.run.pipeline import build_pipeline
+    from ms_diffsynth.training.prepared import PreparedRows
+
+    variant = ["--variant", "edit-2511"] if name == "qwen_image" else []
+    assert main(["tiny", name, "model", *variant]) == 0
+    given = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    config = load_config(None, {key.removeprefix("--"): str(value) for key, value in given.items()} | {
+        "family": name, "model_paths": "model", "mode": "pynative"})
+    sets = build_datasets(config)
+    found = planning.plan_run(config, sets)
+    pipe = build_pipeline(config)
+    module = build_module(config, pipe)
+    rows = PreparedRows(sets.instance, module, module.training_cut())
+    shapes = [{slot: array.shape for slot, array in rows[row].slots.items()} for row in range(4)]
+    assert found.work.further == max(shape["edit_latents"][0] for shape in shapes) == 2 * 10
+    assert found.data.compilations == len({str(shape) for shape in shapes}) == 3
+    if name == "qwen_image":
+        assert found.work.text == max(shape["prompt_embeds"][0] for shape in shapes) == 512
+
+
+def test_smaller_references_are_a_remedy(plan, pairs, checkout):
+    flags = {"--edit_max_pixels": 4096 * 4096, "--device": "Ascend"}
+    words = [word for pair in zip(pairs[::2], pairs[1::2]) for word in (pair[0], flags.get(*pair))]
+    Image.new("RGB", (4096, 4096)).save(Path("pairs/3.png"))
+    words = ("examples/flux/kontext_910b.yaml", "--offline", *words, "--card", 32)
+    code, said, _ = plan(*words)
+    remedy, peak = re.search(r"(?m)^  (--edit_max_pixels \d+) +([\d.]+) GiB$", said).groups()
+    assert code == 69
+    code, said, _ = plan(*words, *remedy.split())
+    assert code == 0 and float(re.search(r"(?m)^fits: ([\d.]+)", said)[1]) <= float(peak) + 0.05
 
 
 # -- downloads -------------------------------------------------------------------------------------------------------

@@ -267,6 +267,9 @@ def test_flags():
     flags = parsed("--fuse", "encode_image, encode_prompt", "--sample_prompts", "a cat, sitting")
     config = load_config(None, NEEDED | flags)
     assert config.model.fuse == ("encode_image", "encode_prompt") and config.run.sample_prompts == ("a cat, sitting",)
+    for nothing in ("null", "[]"):
+        config = load_config(None, NEEDED | parsed("--sample_prompts", nothing, "--fuse", nothing))
+        assert config.run.sample_prompts == config.model.fuse == ()
     config = load_config(None, NEEDED | parsed("--sample_prompts", '["a, b", "c"]', "--lora_target_modules", ""))
     assert config.run.sample_prompts == ("a, b", "c") and config.model.lora_target_modules == ""
 

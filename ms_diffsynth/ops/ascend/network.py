@@ -138,6 +138,10 @@ def masked_attention(dtype):
     return _exact_masked if dtype == ms.float32 else _flash_masked
 
 
+def attention_where(dtype):
+    return _exact_where if dtype == ms.float32 else _flash_where
+
+
 def text_mask(keys, queries, heads, dtype):
     left_out, (batch, length) = 1 - keys, keys.shape
     if dtype == ms.float32:
@@ -160,6 +164,16 @@ def _exact(q, k, v):
 
 def _exact_masked(q, k, v, mask):
     return _weighted(_softmax(_scores(q, k) + mask), v)
+
+
+def _flash_where(q, k, v, looks):
+    left_out = ops.broadcast_to((1 - looks).astype(ms.uint8), (q.shape[0], 1, q.shape[2], k.shape[2]))
+    attention = FlashAttentionScore(head_num=q.shape[1], scale_value=q.shape[3] ** -0.5, input_layout="BNSD")
+    return attention(q, k, v, None, None, None, left_out)[3]
+
+
+def _exact_where(q, k, v, looks):
+    return _bmm(_softmax(_bmm_nt(q * q.shape[3] ** -0.5, k) + (1 - looks) * LEFT_OUT), v)
 
 
 def _scores(q, k):

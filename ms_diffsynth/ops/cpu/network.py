@@ -5,6 +5,7 @@ from mindspore import ops
 from mindspore.ops import operations as P
 
 from ms_diffsynth.ops.cpu import fast
+from ms_diffsynth.ops.cpu.attention import scaled_dot_product_attention
 from ms_diffsynth.ops.cpu.fast import (
     gate_add,
     gated_silu,
@@ -20,10 +21,10 @@ from ms_diffsynth.ops.cpu.fast import (
 )
 from ms_diffsynth.ops.split import Split
 
-__all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gated_silu", "geglu", "gelu_tanh", "group_norm_silu",
-           "join", "join_last", "layer_norm", "layer_norm_modulate", "linear", "linear_without_bias", "low_rank_each",
-           "masked_attention", "norm_rotate", "norm_rotate_joint", "part", "parts", "positions", "rms_norm",
-           "rms_norm_modulate", "rotate", "shared", "swiglu", "text_mask"]
+__all__ = ["add_low_rank", "attention", "attention_where", "chunks", "gate_add", "gated_silu", "geglu", "gelu_tanh",
+           "group_norm_silu", "join", "join_last", "layer_norm", "layer_norm_modulate", "linear", "linear_without_bias",
+           "low_rank_each", "masked_attention", "norm_rotate", "norm_rotate_joint", "part", "parts", "positions",
+           "rms_norm", "rms_norm_modulate", "rotate", "shared", "swiglu", "text_mask"]
 
 _matmul, _matmul_nt = P.MatMul(), P.MatMul(transpose_b=True)
 _bmm_nt = P.BatchMatMul(transpose_b=True)
@@ -72,6 +73,14 @@ def _attend(q, k, v):
 def _attend_masked(q, k, v, mask):
     out = fast.masked_attention(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), mask, q.shape[3] ** -0.5)
     return out.swapaxes(1, 2).reshape(q.shape[0], q.shape[1], -1)
+
+
+def attention_where(dtype):
+    return _attention_where
+
+
+def _attention_where(q, k, v, looks):
+    return scaled_dot_product_attention(q, k, v, looks > 0.5)
 
 
 def text_mask(keys, queries, heads, dtype):

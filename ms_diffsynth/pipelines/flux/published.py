@@ -21,9 +21,9 @@ _OTHERS = {"vae": FLUX_VAE, "text_encoder_1": CLIP_L, "text_encoder_2": T5_XXL}
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "FLUX.1-dev": {"dit": _DEV, **_OTHERS},
     "FLUX.1-schnell": {"dit": _DEV | {"guidance_embeds": False}, **_OTHERS},
+    "FLUX.1-Kontext-dev": {"dit": _DEV, **_OTHERS},  # dev's networks, with other weights
 }
-REPOSITORIES = {f"black-forest-labs/{name}": name for name in PUBLISHED} | {
-    "black-forest-labs/FLUX.1-Kontext-dev": "FLUX.1-dev"}  # the same networks, with other weights
+REPOSITORIES = {f"black-forest-labs/{name}": name for name in PUBLISHED}
 
 
 def prepared_shapes(configs: dict[str, dict[str, Any]], latent: tuple[int, int, int],

@@ -82,6 +82,20 @@ class EncodePictures(PipelineUnit):
             return edit.within(image, pipe.edit_max_pixels, pipe.division_factor)
         return image.resize(plus_size(*image.size), Image.Resampling.LANCZOS)
 
+    @staticmethod
+    def sides(pipe, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """``picture_sides`` of references of these (height, width)."""
+        from ms_diffsynth.pipelines.qwen_image.vision import MERGE, PATCH, fitting
+
+        side, found = MERGE * PATCH, []
+        for height, width in sizes:
+            if pipe.edit_style == "first":
+                down, across = fitting(*pipe.reference_size(height, width))
+            else:
+                down, across = fitting(*plus_size(width, height)[::-1])
+            found.append((down // side, across // side))
+        return found
+
 
 class TokenizeEditPrompt(PipelineUnit):
     """The prompt with its pictures in the template of editing, as token ids without the template's prefix, and where

@@ -129,12 +129,16 @@ class QwenImagePipeline(ImagePipeline):
         known = self.store.index.get("_class_name", "")
         if known.startswith("QwenImageEdit"):
             return "plus" if known == "QwenImageEditPlusPipeline" else "first"
-        is_first = any("Qwen-Image-Edit" in source.folder.parts for source in self.sources.values())
-        return "first" if is_first else "plus"
+        places = [part for source in self.sources.values() for part in source.folder.parts]
+        places += [name.partition(":")[0].rpartition("/")[2] for name in self.given_as]  # planned, and not here yet
+        return "first" if "Qwen-Image-Edit" in places else "plus"
 
     def edited_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """As `ImagePipeline.edited_size`; of several references the last, as diffusers does."""
         return super().edited_size(images[-1:])
+
+    def picture_sides(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return edit.EncodePictures.sides(self, sizes)
 
     def use_input(self, name: str) -> None:
         super().use_input(name)

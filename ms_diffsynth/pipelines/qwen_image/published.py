@@ -35,9 +35,10 @@ _QWEN25_VL_7B: dict[str, Any] = {
         "tokens_per_second": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu"}}
 
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
-    "Qwen-Image": {"dit": _DIT, "vae": _VAE, "text_encoder": _QWEN25_VL_7B}}
-# the same shapes; what -Edit-2511's config.json says beside them (zero_cond_t) adds no weights
-REPOSITORIES = {f"Qwen/{name}": "Qwen-Image" for name in (
+    "Qwen-Image": {"dit": _DIT, "vae": _VAE, "text_encoder": _QWEN25_VL_7B},
+    # the same shapes: zero_cond_t adds no weights
+    "Qwen-Image-Edit-2511": {"dit": _DIT | {"zero_cond_t": True}, "vae": _VAE, "text_encoder": _QWEN25_VL_7B}}
+REPOSITORIES = {f"Qwen/{name}": name if name in PUBLISHED else "Qwen-Image" for name in (
     "Qwen-Image", "Qwen-Image-2512", "Qwen-Image-Edit", "Qwen-Image-Edit-2509", "Qwen-Image-Edit-2511")}
 
 

@@ -41,6 +41,11 @@ def within(image: Image.Image, max_pixels: int, factor: int) -> Image.Image:
     return ImageCropAndResize(None, None, max_pixels, factor, factor)(image)
 
 
+def size_within(height: int, width: int, max_pixels: int, factor: int) -> tuple[int, int]:
+    """(height, width) of the image that `within` makes of one of this size. Raises: as `within`."""
+    return ImageCropAndResize(None, None, max_pixels, factor, factor).target_size(width, height)
+
+
 class LoadEditImage(PipelineUnit):
     """References as pixels, each of its own size, with at most ``pipe.edit_max_pixels``.
 

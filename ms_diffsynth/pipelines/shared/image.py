@@ -14,7 +14,6 @@ from PIL import Image
 
 from ms_diffsynth import runtime
 from ms_diffsynth.data.images import to_pil, to_rgb
-from ms_diffsynth.data.operators import ImageCropAndResize
 from ms_diffsynth.data.prompts import prompt_problem
 from ms_diffsynth.diffusion.guidance import classifier_free
 from ms_diffsynth.diffusion.samplers import SAMPLERS, Denoise
@@ -23,7 +22,7 @@ from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest, shortened
 from ms_diffsynth.nn.names import to_numpy
 from ms_diffsynth.pipeline import Pipeline, UnitSequence, pad_prompts
-from ms_diffsynth.pipelines.shared.edit import references
+from ms_diffsynth.pipelines.shared.edit import references, size_within
 from ms_diffsynth.pipelines.shared.scheduler import Scheduler
 from ms_diffsynth.pipelines.shared.tiles import Tiles
 from ms_diffsynth.program import Program, slot
@@ -169,8 +168,16 @@ class ImagePipeline(Pipeline):
 
     def edited_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """Height and width of the image that is made of references: those of the first, as the VAE sees it."""
-        resize = ImageCropAndResize(None, None, self.edit_max_pixels, self.division_factor, self.division_factor)
-        return resize.target_size(*images[0].size)
+        return self.reference_size(images[0].height, images[0].width)
+
+    def reference_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width at which the VAE sees a reference of these."""
+        return size_within(height, width, self.edit_max_pixels, self.division_factor)
+
+    def picture_sides(self, sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """(rows, columns) of the tokens that references of these (height, width) have in the prompt; empty where the
+        text encoder does not see them."""
+        return []
 
     def check_tiles(self, tiled: bool, tile_size: int | None, tile_stride: int | None) -> None:
         """Raises: ConfigError for tiles that cannot be, or of a family whose VAE takes none."""

@@ -15,15 +15,10 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.ops import install_cpu_kernels
-from ms_diffsynth.pipelines.shared.quiet import quiet_imports
+from ms_diffsynth.ops import install_cpu_kernels, network
 from ms_diffsynth.pipelines.shared.rotary import rotate_halves, text_table
 
 install_cpu_kernels()  # a network of mindone is adapted while it is imported
-
-with quiet_imports():
-    from mindone.diffusers.models import layers_compat
-
 
 @ops.constexpr
 def causal_mask(tokens: int) -> Tensor:
@@ -67,7 +62,7 @@ def attend(attn: nn.Cell, q: Tensor, k: Tensor, v: Tensor, table: Tensor, mask: 
     shape = (batch, k.shape[1], q.shape[1] // k.shape[1], tokens, q.shape[3])
     k = ops.broadcast_to(k.expand_dims(2), shape).reshape(q.shape)
     v = ops.broadcast_to(v.expand_dims(2), shape).reshape(q.shape)
-    out = layers_compat.scaled_dot_product_attention(q, k, v, mask > 0.5)
+    out = network.attention_where(dtype)(q, k, v, mask)
     return attn.o_proj(out.swapaxes(1, 2).reshape(batch, tokens, -1).astype(dtype))
 
 

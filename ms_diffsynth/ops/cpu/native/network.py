@@ -21,12 +21,12 @@ from ms_diffsynth.ops.cpu.native.kernels import (
     rotate,
     swiglu,
 )
-from ms_diffsynth.ops.cpu.network import chunks, join, join_last, low_rank_each, part, parts, shared
+from ms_diffsynth.ops.cpu.network import attention_where, chunks, join, join_last, low_rank_each, part, parts, shared
 
-__all__ = ["add_low_rank", "attention", "chunks", "gate_add", "gated_silu", "geglu", "gelu_tanh", "group_norm_silu",
-           "join", "join_last", "layer_norm", "layer_norm_modulate", "linear", "linear_without_bias", "low_rank_each",
-           "masked_attention", "norm_rotate", "norm_rotate_joint", "part", "parts", "positions", "rms_norm",
-           "rms_norm_modulate", "rotate", "shared", "swiglu", "text_mask"]
+__all__ = ["add_low_rank", "attention", "attention_where", "chunks", "gate_add", "gated_silu", "geglu", "gelu_tanh",
+           "group_norm_silu", "join", "join_last", "layer_norm", "layer_norm_modulate", "linear", "linear_without_bias",
+           "low_rank_each", "masked_attention", "norm_rotate", "norm_rotate_joint", "part", "parts", "positions",
+           "rms_norm", "rms_norm_modulate", "rotate", "shared", "swiglu", "text_mask"]
 
 
 def positions(table, batch, heads, dtype):
