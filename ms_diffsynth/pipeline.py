@@ -223,10 +223,13 @@ class Pipeline:
     components: tuple[Component, ...] = ()  # of the family; those of one pipeline are ``store.components``
     variants: tuple[tuple[Component, ...], ...] = ()  # what it may be made of instead, as the given files decide
     parts: tuple[Component, ...] = ()  # what the files of a component may hold besides
+    further: tuple[Component, ...] = ()  # what may be there or not: a ControlNet
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
     sampling = SamplingDefaults()
     division_factor = 16  # heights and widths are multiples of this many pixels
     absent_inputs: tuple[str, ...] = ()  # further inputs that a row of a data set may do without
+    aligned_inputs: tuple[str, ...] = ()  # further inputs that are images as the row's own, place by place
+    input_options: tuple[str, ...] = ()  # what sampling takes beside further inputs, and training does not
     objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `registry.TASKS`
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
     lora_prefixes: dict[str, str] = {}  # model name -> its prefix in a LoRA file, where there is no ``interchange``
@@ -248,7 +251,7 @@ class Pipeline:
         self.dtype = dtype or runtime.compute_dtype(None)
         cls = type(self)
         self.store = ModelStore(cls.components, self.dtype, cls.__name__, cls.variants, cls.parts, models,
-                                cls.interchange)
+                                cls.interchange, cls.further)
         self.device = runtime.current().device
         self.objective = Objective()
         self.sigmas: np.ndarray | None = None
@@ -321,7 +324,8 @@ class Pipeline:
         optional = {id(unit) for units in self.optional_units.values() for unit in units}
         own = [self._replaced.get(unit.name, unit) for unit in self.units]
         own = [at_the_start(unit) for unit in own if id(unit) not in optional]
-        units = with_further(own, [unit for name in extra for unit in self.optional_units[name]])
+        further = {unit.name: unit for name in extra for unit in self.optional_units[name]}
+        units = with_further(own, list(further.values()))
         written = {name for unit in units for name in unit.output_params}
         if "input_latents" in written and "start_latents" not in written:
             units.append(StartLatents())
@@ -344,6 +348,9 @@ class Pipeline:
             names = {unit.name for unit in further}
             self._replaced |= {unit.name: unit for unit in self.units if unit.name in names}
             self.units[:] = with_further(self.units, further)
+
+    def check_inputs(self) -> None:
+        """Raises: ConfigError where the inputs of a run do not fit each other, or the models."""
 
     @property
     def model_fn(self) -> Callable[..., Tensor]:
@@ -587,6 +594,11 @@ class Pipeline:
         self.forget_compiled()
         return {model: len(names) for model, names in found.items()}
 
+    @property
+    def saved_class(self) -> str:
+        """What diffusers calls a pipeline of these models."""
+        return self.store.index.get("_class_name") or self.diffusers_class
+
     def save_pretrained(self, folder: str | Path, changed: Sequence[str] = (), replace: bool = False,
                         max_shard_bytes: int = SHARD, is_linked: bool = False) -> None:
         """Write a folder that `from_pretrained` and diffusers load: every model, tokenizers and the scheduler.
@@ -601,7 +613,7 @@ class Pipeline:
         Raises: OutputError, also for a folder that is not empty without ``replace``; WeightError for a model without
             files, with an adapter, or stored in 8 bits.
         """
-        index = {"_class_name": self.store.index.get("_class_name") or self.diffusers_class,
+        index = {"_class_name": self.saved_class,
                  "_diffusers_version": "0.35.2"}
         with stage_folder(folder, replace=replace) as stage:
             for component in self.store.components:

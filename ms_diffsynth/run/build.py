@@ -118,7 +118,8 @@ def build_datasets(config: TrainConfig) -> DataSets:
         if isinstance(pictures, dict):  # the columns as stage one found them in the metadata
             columns = list(pictures)
         as_it_is = describe(_reference_operator(config, ""))
-        made = {key: as_it_is if key in _references(config) else describe(_image_operator(config, "", []))
+        unsized = [*_references(config), *_controls(config)]
+        made = {key: as_it_is if key in unsized else describe(_image_operator(config, "", []))
                 for key in columns}
         names = ["instance", *(["class"] if config.objective.with_prior_preservation else [])]
         held_out = [name for name in (cache.manifest or {}).get("rows", {}) if name == "validation"]
@@ -152,7 +153,7 @@ def _dataset(config: TrainConfig, name: str, repeat: int = 1) -> UnifiedDataset:
     base, metadata = (getattr(data, f"{name}_{what}_path") for what in ("base", "metadata"))
     prompt = "class_prompt" if name == "class" else "instance_prompt"
     keys = [key for key in map(str.strip, data.data_file_keys.split(",")) if key not in left_out]
-    keys += [column for column in optional if column not in keys]
+    keys += [column for column in (*optional, *_controls(config)) if column not in keys]
     how = {"repeat": repeat, "data_file_keys": keys, "optional": optional,
            "edit_folders": data.edit_folders if name == "dataset" else (), "captions": has_prompts,
            "prompt_setting": prompt, "instance_prompt": getattr(data, prompt) if has_prompts else None,
@@ -177,6 +178,25 @@ def _references(config: TrainConfig) -> list[str]:
     return [name for name in family(config.model.family).pipeline.absent_inputs if name in extra]
 
 
+def _controls(config: TrainConfig) -> list[str]:
+    """The further inputs of the run that are images as the row's own, place by place."""
+    extra = [name.strip() for name in (config.data.extra_inputs or "").split(",")]
+    return [name for name in family(config.model.family).pipeline.aligned_inputs if name in extra]
+
+
+def _check_proportions(images: UnifiedDataset, columns: list[str]) -> None:
+    """Raises: DataError naming the rows with a control image that is not of the image's proportions."""
+    for row in range(len(images.rows)) if columns else ():
+        width, height = images.image_size(row)
+        for name in columns:
+            for other in images.header_sizes(row, name):
+                if abs(other[0] * height / other[1] - width) > max(1.0, 0.01 * width):
+                    images.table.blame(row, f"{name} has {other[0]} x {other[1]} pixels and the image {width} x "
+                                            f"{height}: expected the same proportions, since it says what is where. "
+                                            "Make it of the same picture")
+    images.table.refuse_bad_rows()
+
+
 def _repeats_of_cache(config: TrainConfig, cache: Cache) -> int | list[int]:
     """How often an epoch shows each row of a cache. Raises: CacheError for one that is in none of dataset_folders."""
     data, folders = config.data, parse_folders(config.data.dataset_folders)
@@ -195,6 +215,9 @@ def _resize(config: TrainConfig, sets: DataSets) -> None:
     """Decide at what sizes images are trained, the same for all data sets, and say what that costs."""
     data, factor = config.data, family(config.model.family).pipeline.division_factor
     named = {what: images for what, images in zip(("images", "class images", "held-out images"), sets) if images}
+    controls = _controls(config)
+    for images in named.values():
+        _check_proportions(images, controls)
     sizes = {what: [images.image_size(row) for row in range(len(images.rows))] for what, images in named.items()}
     shapes = [*sizes["images"], *sizes.get("class images", ())]
     if data.height:
@@ -218,7 +241,8 @@ def _resize(config: TrainConfig, sets: DataSets) -> None:
             logger.warning("%s: %s.", what, warning)
         operator = _image_operator(config, images.base_path, buckets)
         images.use_buckets(() if data.height else buckets, operator)
-        images.special_operator_map |= dict.fromkeys(_references(config), _reference_operator(config, images.base_path))
+        images.special_operator_map |= dict.fromkeys((*_references(config), *controls),
+                                                     _reference_operator(config, images.base_path))
     held: Counter = Counter()
     repeat = sets.instance.repeat
     for row, size in enumerate(sizes["images"]):
@@ -256,6 +280,6 @@ def _image_operator(config: TrainConfig, base: str, buckets: list[Bucket]) -> Da
 
 
 def _reference_operator(config: TrainConfig, base: str) -> DataProcessingOperator:
-    """References are read as they are; the pipeline makes them smaller, each by itself."""
+    """References and control images are read as they are; the pipeline brings each to its size."""
     return UnifiedDataset.default_image_operator(base_path=base, resize=False,
                                                  allow_outside_base=config.data.allow_outside_base)

@@ -42,7 +42,14 @@ from ms_diffsynth.run.memory import (
     stages_of,
     trained_of,
 )
-from ms_diffsynth.run.pipeline import model_configs, most_pixels, source_of
+from ms_diffsynth.run.pipeline import (
+    NEW,
+    attach_controlnet,
+    controlnet_settings,
+    model_configs,
+    most_pixels,
+    source_of,
+)
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.training.module import DiffusionTrainingModule
 from ms_diffsynth.training.prepared import PreparedRows
@@ -195,6 +202,8 @@ def skeleton(config: TrainConfig, dtype: ms.Type) -> tuple[Pipeline, list[str]]:
                                source_of(config)):
         if not _add_files(pipe, model) and not _add_settings(pipe, model, chosen):
             unknown.append(str(model))
+    if config.model.controlnet and not _add_controlnet(pipe, config):
+        unknown.append(config.model.controlnet)
     pipe.use_sampling_config(pipe.store.sampling_config)
     if config.data.max_sequence_length is not None and hasattr(pipe, "max_sequence_length"):
         pipe.max_sequence_length = config.data.max_sequence_length
@@ -235,6 +244,21 @@ def _add_settings(pipe: Pipeline, model: ModelConfig, chosen: Family) -> bool:
         pipe.store.know({name: known})
         return True
     return False
+
+
+def _add_controlnet(pipe: Pipeline, config: TrainConfig) -> bool:
+    """Take its config.json, of a hub too. False where that cannot be had."""
+    name = config.model.controlnet
+    if name == NEW or os.path.exists(name):
+        attach_controlnet(pipe, config.model.family, **controlnet_settings(config), hub=source_of(config))
+        return True
+    model = parse_path_or_model_id(name, hub=source_of(config))
+    try:
+        file = replace(model, origin_file_pattern="config.json").resolve(runtime.model_base_path())
+        pipe.store.know({"controlnet": read_config(file[0].parent)})
+        return True
+    except (HubError, WeightError):
+        return False
 
 
 def _add_tokenizer(pipe: Pipeline, name: str, text: str, hub: str | None) -> None:

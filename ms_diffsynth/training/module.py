@@ -128,6 +128,7 @@ class DiffusionTrainingModule:
                     parameter.requires_grad = False
         for name in (n.strip() for n in (extra_inputs or "").split(",") if n.strip()):
             pipe.use_input(name)
+        pipe.check_inputs()
         pipe.forget_compiled()  # what was compiled before has no LoRA in it
         pipe.objective = pipe.objective_for(objective, kind)
         pipe.sigmas, pipe.sampled_sigmas = pipe.training_schedule(kind).sigmas, None

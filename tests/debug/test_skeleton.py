@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib import import_module
 from pathlib import Path
 
 import mindspore as ms
@@ -21,8 +22,11 @@ SMALL = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 1}
 @pytest.mark.parametrize("key", KNOWN)
 def test_names_and_shapes_are_those_of_the_published_checkpoints(key):
     name, model = key.split(":")
-    component = next(c for c in family(name).pipeline.components if c.name == "dit")
-    cell = build(component, family(name).published[model]["dit"], ms.bfloat16, is_allocated=False)
+    pipeline = family(name).pipeline
+    controlnets = import_module(f"ms_diffsynth.pipelines.{name}.published").__dict__.get("CONTROLNETS", {})
+    config = controlnets.get(model) or family(name).published[model]["dit"]
+    component = next(c for c in (*pipeline.components, *pipeline.further) if c.class_name == config["_class_name"])
+    cell = build(component, config, ms.bfloat16, is_allocated=False)
     parameters = torch_parameters(cell)
     assert all(p.has_init for p in parameters.values() if p.ndim > 1), "a matrix has memory"
     lines = sorted(f"{n} {list(shape)} {str(parameters[n].dtype).lower()}" for n, shape in torch_shapes(cell).items())

@@ -1,4 +1,4 @@
-"""Names and shapes of the published transformers, by diffusers on torch's meta device: writes published.json beside it.
+"""Names and shapes of published transformers and ControlNets, by diffusers on torch's meta device: published.json.
 
     TORCH_ENV/bin/python tests/golden/make_published.py      # torch 2.13, diffusers 0.42.1; no weights are downloaded
 
@@ -49,8 +49,10 @@ def main() -> None:
     result = {}
     for family in FAMILIES:
         file = HERE.parents[1] / "ms_diffsynth" / "pipelines" / family / "published.py"
-        for model, configs in runpy.run_path(str(file))["PUBLISHED"].items():
-            result[f"{family}:{model}"] = entry(configs["dit"], FLOAT32.get(family, ()))
+        known = runpy.run_path(str(file))
+        networks = {name: configs["dit"] for name, configs in known["PUBLISHED"].items()}
+        for model, config in (networks | known.get("CONTROLNETS", {})).items():
+            result[f"{family}:{model}"] = entry(config, FLOAT32.get(family, ()))
     (HERE / "published.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -32,6 +32,12 @@ _QWEN25_VL_7B: dict[str, Any] = {
 
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "Qwen-Image": {"dit": _DIT, "vae": _VAE, "text_encoder": _QWEN25_VL_7B}}
+# Source: InstantX/Qwen-Image-ControlNet-Union, ``config.json``
+CONTROLNETS: dict[str, dict[str, Any]] = {
+    "Qwen-Image-ControlNet-Union": {
+        "_class_name": "QwenImageControlNetModel", "num_layers": 5, "extra_condition_channels": 0,
+        **{name: _DIT[name] for name in ("patch_size", "in_channels", "out_channels", "attention_head_dim",
+                                         "num_attention_heads", "joint_attention_dim", "axes_dims_rope")}}}
 # the same shapes; what -Edit-2511's config.json says beside them (zero_cond_t) adds no weights
 REPOSITORIES = {f"Qwen/{name}": "Qwen-Image" for name in (
     "Qwen-Image", "Qwen-Image-2512", "Qwen-Image-Edit", "Qwen-Image-Edit-2509", "Qwen-Image-Edit-2511")}

@@ -77,12 +77,16 @@ class ImagePipeline(Pipeline):
             tiled: let the VAE encode and decode in tiles of ``tile_size`` latent pixels (None: 128), one every
                 ``tile_stride`` (None: half of it), to save memory; see `shared.tiles`.
             inputs: further inputs of the family; ``edit_image``: the image that is edited, or several references in
-                their order, whose size is then that of the result (`edited_size`); ``template_cache``; with
+                their order, whose size is then that of the result (`edited_size`); ``control_image``, one or several,
+                after which it is drawn, ``control_mask``, and how these are used: ``conditioning_scale``,
+                ``control_mode`` and ``control_range``, the part of the steps that reads them, from 0 to 1
+                (docs/how_to/controlnet.md); ``template_cache``; with
                 ``negative_`` in front, those of the branch of the negative prompt, instead of the same.
 
         Raises: ConfigError for an input the family does not have, an unknown sampler, or a value out of range.
         """
         known = [name for name in self.optional_units if name != "template_inputs"]  # TemplatePipeline takes those
+        known += self.input_options
         known += ["template_cache"] if "template_cache?" in self.denoise.input_params else []
         odd = [name for name in inputs if name.removeprefix("negative_") not in known]
         if odd:
@@ -97,6 +101,11 @@ class ImagePipeline(Pipeline):
         self.check_tiles(**tiling)
         own, default = self.sampling, (self.sampling.height, self.sampling.width)
         inputs = {name: value for name, value in inputs.items() if value is not None and value not in ([], ())}
+        self.check_sampled(inputs)
+        control_range = inputs.pop("control_range", (0.0, 1.0))
+        if "control_image" in inputs:
+            first = inputs["control_image"]
+            default = (first[0] if isinstance(first, (list, tuple)) else first).size[::-1]
         if "edit_image" in inputs:
             default = self.edited_size(references(inputs["edit_image"]))
         if input_image is not None:
@@ -116,6 +125,7 @@ class ImagePipeline(Pipeline):
         guidance = own.embedded_guidance if embedded_guidance is None else embedded_guidance
         inputs["guidance"] = Tensor(np.full(1, guidance, np.float32))
         positive = {name: value for name, value in inputs.items() if not name.startswith("negative_")} | tiling
+        positive |= {"height": size[0], "width": size[1]}
         branches = [{"prompt": prompt, **positive}]
         if cfg_scale != 1:  # a template is of one branch only, everything else of both
             negative = {n.removeprefix("negative_"): value for n, value in inputs.items() if n not in positive}
@@ -126,8 +136,12 @@ class ImagePipeline(Pipeline):
         if input_image is not None:
             input_image = scaled(to_rgb(input_image, "input_image"), *size)
         latents = self.start(input_image, noise, sigmas, tiling)
-        latents = self.integrate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler)
+        latents = self.integrate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler,
+                                 control_range)
         return self.decode(latents, **tiling)[0]
+
+    def check_sampled(self, inputs: Mapping[str, Any]) -> None:
+        """Raises: ConfigError where further inputs of sampling do not fit each other, or the models."""
 
     def edited_size(self, images: Sequence[Image.Image]) -> tuple[int, int]:
         """Height and width of the image that is made of references: those of the first, as the VAE sees it."""
@@ -282,18 +296,40 @@ class ImagePipeline(Pipeline):
 
     def integrate(self, positive: dict[str, Any], negative: dict[str, Any] | None, latents: np.ndarray | Tensor,
                   sigmas: np.ndarray, cfg_scale: float = 1.0, on_step: Callable[[int, int], None] | None = None,
-                  sampler: str = "euler") -> Tensor:
+                  sampler: str = "euler", control_range: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         """Latents at the last of ``sigmas``, float32 [B, ...].
 
         Args:
             positive, negative: conditions from `condition`; ``negative`` is used when ``cfg_scale`` is not 1.
             latents: at ``sigmas[0]`` (noise alone where it is 1), float32 [B, ...].
             sigmas: float32 [n + 1], decreasing, ends with 0.
+            control_range: the part of the steps in which control images are read.
+
+        Raises: ConfigError for a part that is none.
         """
-        denoise = self.denoiser(positive)
+        sigmas = np.asarray(sigmas, np.float32)
+        denoise = self._denoiser_within(positive, sigmas, control_range)
         if cfg_scale != 1 and negative is not None:
-            denoise = self.guidance_rule(denoise, self.denoiser(negative), cfg_scale)
+            denoise = self.guidance_rule(denoise, self._denoiser_within(negative, sigmas, control_range), cfg_scale)
         return SAMPLERS[sampler](denoise, Tensor(latents), sigmas, on_step)
+
+    def _denoiser_within(self, condition: dict[str, Any], sigmas: np.ndarray,
+                         control_range: tuple[float, float]) -> Callable[[Tensor, Tensor], Tensor]:
+        """`denoiser`; outside of a part of the steps with scales of 0 for control images, which is the same step."""
+        denoise, (first, last) = self.denoiser(condition), control_range
+        if not 0 <= first < last <= 1:
+            raise ConfigError(f"control_range={first, last}: expected two numbers of 0 to 1, the second larger.")
+        if "control_scales" not in condition or (first, last) == (0, 1):
+            return denoise
+        without = self.denoiser(condition | {"control_scales": ms.mint.zeros_like(condition["control_scales"])})
+        steps = len(sigmas) - 1
+
+        def at(latents: Tensor, sigma: Tensor) -> Tensor:
+            step = int(np.argmin(np.abs(sigmas[:-1] - sigma.asnumpy()[0])))
+            is_read = step / steps >= first and (step + 1) / steps <= last  # as diffusers counts
+            return (denoise if is_read else without)(latents, sigma)
+
+        return at
 
     def decode(self, latents: Tensor, tiled: bool = False, tile_size: int | None = None,
                tile_stride: int | None = None) -> list[Image.Image]:
