@@ -2,7 +2,7 @@
 
 Each of its blocks gives one sample, which is added to the image behind blocks of the transformer. What projects the
 samples, and what reads the condition, is zero in a new ControlNet: it changes nothing at first (Zhang et al. 2023,
-arXiv:2302.05543). The blocks are those of `transformer`, computed by the same cells.
+arXiv:2302.05543). The blocks are those of `transformer`, equal ones compiled once.
 
 Shape legend: B batch, L text tokens, N image tokens, C channels of a token, D width.
 """
@@ -29,8 +29,8 @@ class FluxControlNet(FluxNetwork, mindone.FluxControlNetModel):
 
     def construct(self, tokens, condition, mode, scale, timestep, guidance, pooled_projections, encoder_hidden_states,
                   img_ids):
-        """tokens [B, N, C], condition [B, N, C'], mode int32 [B, 1] (of a union of ControlNets, which one; None of
-        another), scale float32 [B, 1], timestep (sigma) and guidance float32 [B], pooled_projections [B, P],
+        """tokens [B, N, C], condition [B, N, C'], mode int32 [B, 1] (which of a union of ControlNets; another does
+        not read it), scale float32 [B, 1], timestep (sigma) and guidance float32 [B], pooled_projections [B, P],
         encoder_hidden_states [B, L, D'], img_ids float32 [N, 3] -> samples of the double blocks, those of the single
         ones: tuples of [B, N, D]."""
         image = self.x_embedder(tokens) + self.controlnet_x_embedder(condition)

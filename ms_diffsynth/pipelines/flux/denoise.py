@@ -55,14 +55,12 @@ class Denoise(control.ControlledDenoise):
         embeds, pooled = prompt_embeds.astype(self.dtype), pooled_prompt_embeds.astype(self.dtype)
         samples = single_samples = None
         if control_latents is not None and self.is_wide:
-            tokens = ops.cat((tokens, self.conditions(control_latents)[0].astype(tokens.dtype)), 2)
+            tokens = ops.cat((tokens.astype(self.dtype), control_latents.astype(self.dtype).squeeze(1)), 2)
         elif control_latents is not None:
-            conditions, scales = self.conditions(control_latents), self.scales(control_scales)
-            modes = self.modes(control_modes)
+            conditions, modes, scales = self.each(control_latents, control_modes, control_scales)
             for k in range(len(conditions)):
-                found, found_single = self.controlnet(
-                    tokens.astype(self.dtype), conditions[k].astype(self.dtype), modes[k], scales[k], sigma, guidance,
-                    pooled, embeds, ids)
+                found, found_single = self.controlnet(tokens.astype(self.dtype), conditions[k], modes[k], scales[k],
+                                                      sigma, guidance, pooled, embeds, ids)
                 samples, single_samples = control.added(samples, found), control.added(single_samples, found_single)
         if not self.is_guided:
             guidance = None

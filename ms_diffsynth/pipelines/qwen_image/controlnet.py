@@ -1,7 +1,7 @@
 """Qwen-Image's ControlNet: a copy of the transformer's first blocks that reads a condition beside the noisy latents.
 
 As `pipelines.flux.controlnet`: each block gives one sample, which is added to the image behind blocks of the
-transformer, and the blocks are those of `transformer`, computed by the same cells. Padded text is not attended to;
+transformer, and the blocks are those of `transformer`, equal ones compiled once. Padded text is not attended to;
 mindone 0.5.0 has no mask here.
 
 Shape legend: B batch, L text tokens, N image tokens, C channels of a token, D width.

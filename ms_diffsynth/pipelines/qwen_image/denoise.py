@@ -36,9 +36,9 @@ class Denoise(control.ControlledDenoise):
             cos, sin = image_table(prompt_embeds.shape[1], height // 2, width // 2, self.axes)
         tokens, embeds = pack(latents).astype(self.dtype), prompt_embeds.astype(self.dtype)
         if control_latents is not None:
-            conditions, scales = self.conditions(control_latents), self.scales(control_scales)
+            conditions, _, scales = self.each(control_latents, control_modes, control_scales)
             for k in range(len(conditions)):
-                samples = control.added(samples, self.controlnet(
-                    tokens, conditions[k].astype(self.dtype), scales[k], sigma, embeds, cos, sin, prompt_mask))
+                samples = control.added(samples, self.controlnet(tokens, conditions[k], scales[k], sigma, embeds, cos,
+                                                                 sin, prompt_mask))
         velocity = self.dit(tokens, sigma, embeds, cos, sin, prompt_mask, references, samples)
         return (unpack(velocity, height, width).astype(ms.float32),)

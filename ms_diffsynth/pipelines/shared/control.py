@@ -55,19 +55,12 @@ class ControlledDenoise(TensorUnit):
     def attach(self, pipe):
         super().attach(pipe)
         self.is_wide = pipe.control_channels > 0
-        self.has_modes = "controlnet" in pipe.model_names and bool(pipe.config("controlnet").get("num_mode"))
 
-    def conditions(self, control_latents):
-        """[B, K, N, C] -> K of [B, N, C]; for compiled code."""
-        return [x.reshape(x.shape[0], *x.shape[2:]) for x in mint.split(control_latents, 1, 1)]
-
-    def scales(self, control_scales):
-        """float32 [B, K] -> K of [B, 1]."""
-        return mint.split(control_scales, 1, 1)
-
-    def modes(self, control_modes):
-        """int32 [B, K] -> K of [B, 1]; None where the ControlNet is for one kind of control image."""
-        return mint.split(control_modes, 1, 1) if self.has_modes else [None] * control_modes.shape[1]
+    def each(self, control_latents, control_modes, control_scales):
+        """[B, K, N, C], int32 [B, K] and float32 [B, K] -> of each control image [B, N, C], [B, 1] and [B, 1]; for
+        compiled code."""
+        return (tuple([x.squeeze(1) for x in mint.split(control_latents.astype(self.dtype), 1, 1)]),
+                mint.split(control_modes, 1, 1), mint.split(control_scales, 1, 1))
 
 
 def added(samples, further):
