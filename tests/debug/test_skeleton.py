@@ -36,8 +36,11 @@ def test_names_and_shapes_are_those_of_the_published_checkpoints(key):
 
 
 def test_the_published_files_are_known_to_have_them():
-    unknown = [key for key, entry in KNOWN.items() if not entry["is_known"]]
-    assert unknown == ["flux:FLUX.1-schnell"]  # DiffSynth-Studio knows its file of another layout only
+    """DiffSynth-Studio knows FLUX.1-schnell, -Fill and -Canny by their publisher's files only, and not diffusers' own
+    ControlNets of Qwen-Image."""
+    unknown = [key.split(":")[1] for key, entry in KNOWN.items() if not entry["is_known"]]
+    assert unknown == ["FLUX.1-schnell", "FLUX.1-Fill-dev", "FLUX.1-Canny-dev", "FLUX.1-dev-Controlnet-Union-alpha",
+                       "Flux.1-dev-Controlnet-Upscaler", "Qwen-Image-ControlNet-Union"]
 
 
 def test_another_model_is_an_error_that_names_those_there_are():

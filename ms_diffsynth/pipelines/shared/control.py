@@ -289,8 +289,8 @@ class TakesControl:
             shapes |= {f"{projections}.{k}": (width, width) for k in range(own[setting])}
         for name, shape in shapes.items():
             zeros |= {f"{name}.weight": partial(_zeros, shape), f"{name}.bias": partial(_zeros, shape[:1])}
-        own |= {"_class_name": self.store.component("controlnet").class_name,
-                "extra_condition_channels": extra_channels}
+        own["_class_name"] = self.store.component("controlnet").class_name
+        own |= {"extra_condition_channels": extra_channels} if extra_channels else {}
         if "dit" not in self.sources:  # of a run that is planned
             self.store.know({"controlnet": own})
             return
