@@ -69,7 +69,8 @@ def build_controlnet(config: dict[str, Any]) -> FluxControlNet:
         raise WeightError(f"it says conditioning_embedding_channels={config['conditioning_embedding_channels']}, of a "
                           "ControlNet that reads pixels: expected null, of one that reads latents. Take another one.")
     extra = config.get("extra_condition_channels") or 0
-    given = arguments(mindone.FluxControlNetModel, {k: v for k, v in config.items() if k != "extra_condition_channels"})
+    given = arguments(mindone.FluxControlNetModel, {k: v for k, v in config.items()
+                                                    if k != "extra_condition_channels" and v is not None})
     check_axes(given)
     net = mindone.FluxControlNetModel(**given)
     if extra:

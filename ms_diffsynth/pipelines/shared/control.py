@@ -31,7 +31,7 @@ from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.pipelines.shared import vae_units
 from ms_diffsynth.units import PipelineUnit, TensorUnit
 
-INPUTS = ("control_image")
+INPUTS = ("control_image", "control_mask")
 OPTIONS = ("conditioning_scale", "control_mode")  # of sampling, beside these inputs
 SLOTS = ("control_latents?", "control_modes?", "control_scales?")
 MASK_CELL = 8  # sides of the square of a mask that becomes channels of FLUX.1-Fill, in pixels
