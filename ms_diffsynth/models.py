@@ -171,6 +171,7 @@ class Source:
         only: names of the tensors that are of the component, in files that hold others too; empty for all.
         left_out: as of the component, where the files may be without.
         marks: names of tensors that hold nothing, see `Component.marks`.
+        without: beginnings of names of tensors that are not of the component.
     """
 
     folder: Path
@@ -180,6 +181,7 @@ class Source:
     only: tuple[str, ...] = field(default=(), compare=False)
     left_out: Mapping[str, Callable[[Shapes], np.ndarray]] = field(default_factory=dict, compare=False)
     marks: tuple[str, ...] = field(default=(), compare=False)
+    without: tuple[str, ...] = field(default=(), compare=False)
 
     def read_config(self) -> dict[str, Any]:
         """config.json, or what stands in for it."""
@@ -193,6 +195,8 @@ class Source:
         found = in_our_names(checkpoint, self.names)
         if self.marks:
             found = found.with_entries({name: e for name, e in found.entries.items() if name not in self.marks})
+        if self.without:
+            found = found.with_entries({k: e for k, e in found.entries.items() if not k.startswith(self.without)})
         lost = {name: values(found.shapes) for name, values in self.left_out.items() if name not in found}
         return found.with_arrays(lost) if lost else found
 
@@ -446,6 +450,7 @@ class ModelStore:
     Args:
         components: what the family is made of.
         parts: components that the files of others may hold besides; see `Component.part_of`.
+        further: components that may be there or not, such as a ControlNet.
         variants: other sets of components it may be made of instead. The files that are given decide.
         owner: name of the pipeline, for messages.
         loaded: models and tokenizers that are there already.
@@ -466,9 +471,10 @@ class ModelStore:
 
     def __init__(self, components: Sequence[Component], dtype: ms.Type, owner: str,
                  variants: Sequence[Sequence[Component]] = (), parts: Sequence[Component] = (),
-                 loaded: dict[str, Any] | None = None, names: Table | None = None):
+                 loaded: dict[str, Any] | None = None, names: Table | None = None,
+                 further: Sequence[Component] = ()):
         self.components, self.variants = tuple(components), tuple(map(tuple, variants))
-        self.parts, self.index = tuple(parts), {}
+        self.parts, self.further, self.index = tuple(parts), tuple(further), {}
         self.dtype, self.owner, self.table = dtype, owner, names
         self.loaded = dict(loaded or {})
         self.sources: dict[str, Source] = {}
@@ -491,7 +497,7 @@ class ModelStore:
 
     def component(self, name: str) -> Component:
         """The component called ``name``."""
-        return next(c for c in (*self.components, *self.parts) if c.name == name)
+        return next(c for c in (*self.components, *self.parts, *self.further) if c.name == name)
 
     def has_config(self, name: str) -> bool:
         """Whether `config` has an answer."""
@@ -531,7 +537,7 @@ class ModelStore:
             self.components = tuple(c for c in self.components if not c.is_optional or (
                 c.folder in self.index and c.name not in self.absent))
             self.sampling_config = sampling_config(folder)
-            for component in self.components:
+            for component in (*self.components, *self.further):
                 if (folder / component.folder).is_dir():
                     self.sources[component.name] = Source(folder / component.folder)
             self._choose_variant()
@@ -556,7 +562,10 @@ class ModelStore:
                     self.scheduler_file = config.resolve(runtime.model_base_path())[0]
 
     def take_parts(self) -> None:
-        """Be made of the parts too that the files given so far hold."""
+        """Be made of the parts too that the files given so far hold, and of further components."""
+        for component in self.further:
+            if component.name in self.sources:
+                self.add_component(component)
         for part in self.parts:
             if part.part_of in self.sources:
                 source = self.sources[part.part_of]
@@ -564,7 +573,8 @@ class ModelStore:
                     self.add_component(part, source)
 
     def _all_components(self) -> list[Component]:
-        known = dict.fromkeys(c for components in (self.components, *self.variants) for c in components)
+        known = dict.fromkeys(c for components in (self.components, self.further, *self.variants)
+                              for c in components)
         return [component for component in known if not component.part_of]
 
     def _recognised(self, source: Source) -> dict[str, Source]:
@@ -627,6 +637,9 @@ class ModelStore:
         self.known_configs.update({name: dict(config) for name, config in configs.items()})
         self.known_configs.update({part.name: dict(configs[part.part_of]) for part in self.parts
                                    if part.part_of in configs})
+        for component in self.further:
+            if component.name in configs:
+                self.add_component(component)
         self._choose_variant()
 
     def _choose_variant(self) -> None:

@@ -229,10 +229,13 @@ class Pipeline:
     medium: str = "image"  # what it makes: "image" or "video"
     frame_rate: float = 0.0  # frames a second of its videos
     frame_factor: int = 1  # a video has one frame more than a multiple of this many
+    further: tuple[Component, ...] = ()  # what may be there or not: a ControlNet
     inputs: tuple[str, ...] = ("prompt", "input_image", "height", "width")
     sampling = SamplingDefaults()
     division_factor = 16  # heights and widths are multiples of this many pixels
     absent_inputs: tuple[str, ...] = ()  # further inputs that a row of a data set may do without
+    aligned_inputs: tuple[str, ...] = ()  # further inputs that are images as the row's own, place by place
+    input_options: tuple[str, ...] = ()  # what sampling takes beside further inputs, and training does not
     objective_class: type[Task] | None = None  # the only task it is trained for; None is any of `registry.TASKS`
     lora_target_modules: tuple[str, ...] = ()  # layers that get a LoRA when none are named
     encoder_lora_target_modules: Mapping[str, tuple[str, ...]] = {}  # the same of models where these are others
@@ -256,7 +259,7 @@ class Pipeline:
         self.dtype = dtype or runtime.compute_dtype(None)
         cls = type(self)
         self.store = ModelStore(cls.components, self.dtype, cls.__name__, cls.variants, cls.parts, models,
-                                cls.interchange)
+                                cls.interchange, cls.further)
         self.device = runtime.current().device
         self.objective = Objective()
         self.sigmas: np.ndarray | None = None
@@ -333,7 +336,8 @@ class Pipeline:
         optional = {id(unit) for units in self.optional_units.values() for unit in units}
         own = [self._replaced.get(unit.name, unit) for unit in self.units]
         own = [at_the_start(unit) for unit in own if id(unit) not in optional]
-        units = with_further(own, [unit for name in extra for unit in self.optional_units[name]])
+        further = {unit.name: unit for name in extra for unit in self.optional_units[name]}
+        units = with_further(own, list(further.values()))
         written = {name for unit in units for name in unit.output_params}
         if "input_latents" in written and "start_latents" not in written:
             units.append(StartLatents())
@@ -373,7 +377,10 @@ class Pipeline:
         return run_unit(self.denoise, self, slots)[self.denoise.output_params[0]]
 
     def prepare_training(self, trained: Sequence[str]) -> None:
-        """Called before training: ``trained`` are the names of the models that learn, or of parts of them."""
+        """Called before training: ``trained`` are the names of the models that learn, or of parts of them.
+
+        Raises: ConfigError where the inputs of the run do not fit each other, or the models.
+        """
 
     def recompute_as_asked(self, slots: Mapping[str, Any]) -> None:
         """Let the network's blocks be computed again in backward if ``use_gradient_checkpointing``, or with
@@ -608,6 +615,11 @@ class Pipeline:
         self.forget_compiled()
         return {model: len(names) for model, names in found.items()}
 
+    @property
+    def saved_class(self) -> str:
+        """What diffusers calls a pipeline of these models."""
+        return self.store.index.get("_class_name") or self.diffusers_class
+
     def save_pretrained(self, folder: str | Path, changed: Sequence[str] = (), replace: bool = False,
                         max_shard_bytes: int = SHARD, is_linked: bool = False) -> None:
         """Write a folder that `from_pretrained` and diffusers load: every model, tokenizers and the scheduler.
@@ -622,7 +634,7 @@ class Pipeline:
         Raises: OutputError, also for a folder that is not empty without ``replace``; WeightError for a model without
             files, with an adapter, or stored in 8 bits.
         """
-        index = {"_class_name": self.store.index.get("_class_name") or self.diffusers_class,
+        index = {"_class_name": self.saved_class,
                  "_diffusers_version": "0.35.2",
                  **{k: v for k, v in self.store.index.items() if k[0] != "_" and not isinstance(v, list)}}
         with stage_folder(folder, replace=replace) as stage:
@@ -631,7 +643,6 @@ class Pipeline:
                     index[component.folder] = self.store.save(component.name, Path(stage) / component.folder,
                                                               component.name in changed, max_shard_bytes,
                                                               is_linked=is_linked)
-            index |= {name: value for name, value in self.store.index.items() if isinstance(value, bool)}
             scheduler = self.scheduler_config() or self.published_scheduler_config()
             scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
             index["scheduler"] = ["diffusers", scheduler["_class_name"]]

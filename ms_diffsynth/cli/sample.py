@@ -40,7 +40,9 @@ RANGES = {name: SETTINGS[name].metadata["range"] for name in ("num_inference_ste
     "num_frames": "1 <= num_frames <= 100000",
     "seed": "0 <= seed <= 9223372036854775807", "count": "1 <= count <= 65536",
     "lora_scale": "-1000 <= lora_scale <= 1000", "cfg_scale": "0 <= cfg_scale <= 1000",
-    "embedded_guidance": "0 <= embedded_guidance <= 1000"}
+    "embedded_guidance": "0 <= embedded_guidance <= 1000", "conditioning_scale": "-1000 <= conditioning_scale <= 1000",
+    "control_mode": SETTINGS["control_mode"].metadata["range"]}
+CONTROL = ("control_image", "control_mask", "conditioning_scale", "control_range", "control_mode")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +83,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--edit_max_pixels", type=int, help="most pixels of such an image (default: 1048576)")
     parser.add_argument("--edit_template", help="how Qwen-Image-Edit is shown it: first, or plus as -2509 and -2511 "
                                                 "(default: as the model's files tell)")
+    parser.add_argument("--controlnet", metavar="FOLDER", help="a ControlNet, or owner/name: of one on a hub "
+                        "(default with --run: the run's)")
+    parser.add_argument("--control_image", action="append", default=[], type=path_argument, metavar="FILE",
+                        help="draw after this image, such as edges, or fill the hole in it; several times for several")
+    parser.add_argument("--control_mask", type=path_argument, metavar="FILE", help="where the hole is: white")
+    parser.add_argument("--conditioning_scale", type=float, help="how strong a ControlNet is (default: 1)")
+    parser.add_argument("--control_range", nargs=2, type=float, metavar=("BEGIN", "END"),
+                        help="the part of the steps in which control images are read (default: 0 1)")
+    parser.add_argument("--control_mode", type=int, help="which kind of control image it is, of a union of ControlNets "
+                                                         "(default: 0)")
     parser.add_argument("--denoising_strength", type=float,
                         help="how much of it is made anew: above 0, at most 1 = all (default: 1)")
     parser.add_argument("--tiled", action="store_true", help="the VAE works in tiles, to save memory")
@@ -123,7 +135,7 @@ def execute(args: argparse.Namespace) -> int:
         raise ConfigError(f"no prompt: images of the family {args.family} follow one. Give --prompt.")
     of_others = ("count",) if chosen.takes_prompts else (
         "prompt", "negative_prompt", "lora", "template", "cfg_scale", "embedded_guidance", "input_image", "edit_image",
-        "edit_max_pixels", "edit_template", "tiled", "fp8_models")
+        "edit_max_pixels", "edit_template", "tiled", "fp8_models", "controlnet", *CONTROL)
     of_others += ("num_frames", "fps") if cls.medium != "video" else ()
     unused = [name for name in of_others if getattr(args, name) not in (None, [], False)]
     if unused:
@@ -131,7 +143,8 @@ def execute(args: argparse.Namespace) -> int:
     cls.check_sampler(args.sampler)
     pipe = open_pipeline(args.family, device=args.device, max_sequence_length=args.max_sequence_length,
                          edit_max_pixels=args.edit_max_pixels, edit_template=args.edit_template,
-                         **(base or {"models": str(args.model)}))
+                         control_mode=args.control_mode, **({"models": str(args.model)} | (base or {}) | (
+                             {"controlnet": args.controlnet} if args.controlnet else {})))
     if args.embedded_guidance is not None and not pipe.takes_guidance:
         raise ConfigError(f"embedded_guidance={args.embedded_guidance}: this model is told none. Remove it, or use "
                           "--cfg_scale.")
@@ -227,6 +240,9 @@ def _parameters(args: argparse.Namespace, pipe: Any, call: dict[str, Any], image
         "Model": Path(args.model).name,
         "Denoising strength": args.denoising_strength,
         "Edit images": "; ".join(path.name for path in args.edit_image) or None,
+        "Control images": "; ".join(path.name for path in args.control_image) or None,
+        "ControlNet": args.controlnet and Path(args.controlnet).name, "Control mask": args.control_mask
+        and args.control_mask.name, "Conditioning scale": args.conditioning_scale,
         "LoRA": "; ".join(f"{path.name}:{factor:g}" for path, factor in args.lora) or None,
         "Weights": args.weights and args.weights.name, "8 bits": args.fp8_models,
         "Version": f"ms_diffsynth {__version__}"}
@@ -240,7 +256,7 @@ def _of_run(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises: ConfigError for a folder that is not of a run, or has nothing saved; WeightError.
     """
-    from ms_diffsynth.run.pipeline import model_configs, source_of
+    from ms_diffsynth.run.pipeline import controlnet_settings, model_configs, source_of
 
     file = args.run / "config.yaml"
     if not file.is_file():
@@ -269,6 +285,9 @@ def _of_run(args: argparse.Namespace) -> dict[str, Any]:
         args.lora = [*preset, (last, 1.0), *args.lora]
     if not args.prompt and not args.edit_image and len(config.run.sample_edit_images) == 1:
         args.edit_image = [Path(name.strip()) for name in config.run.sample_edit_images[0].split(";")]
+    if not args.prompt and not args.control_image and len(config.run.sample_control_images) == 1:
+        args.control_image = [Path(name.strip()) for name in config.run.sample_control_images[0].split(";")]
+        args.control_mask = args.control_mask or next(map(Path, config.run.sample_control_masks), None)
     args.fp8_models = args.fp8_models or model.fp8_models
     flags = {"guidance": "embedded_guidance"}  # what SAMPLE_OVERRIDES calls otherwise
     free = [name for name in SAMPLE_OVERRIDES if name != "seed" and getattr(args, flags.get(name, name)) is None]
@@ -288,7 +307,10 @@ def _of_run(args: argparse.Namespace) -> dict[str, Any]:
     if args.max_sequence_length is None:
         args.max_sequence_length = config.data.max_sequence_length
     hub = source_of(config)
+    if args.control_mode is None:
+        args.control_mode = config.data.control_mode
     return {"models": model_configs(model.model_paths, model.model_id_with_origin_paths, hub), "hub": hub,
+            **controlnet_settings(config),
             "tokenizers": {name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")}}
 
 
@@ -347,6 +369,10 @@ def _with_prompts(args: argparse.Namespace, pipe: Any, calls: list[dict[str, Any
         same["denoising_strength"] = 1.0 if args.denoising_strength is None else args.denoising_strength
     if args.edit_image:
         same["edit_image"] = [read_image(str(path)) for path in args.edit_image]
+    if args.control_image:
+        same["control_image"] = [read_image(str(path)) for path in args.control_image]
+        same["control_mask"] = args.control_mask and read_image(str(args.control_mask))
+        same |= {name: getattr(args, name) for name in ("conditioning_scale", "control_range")}
     names = [f"{side}template_inputs" for side in ("", "negative_")]
     given = {name: text for name in names if (text := getattr(args, name)) is not None}
     generate, inputs = pipe, {}
@@ -382,13 +408,16 @@ def _check(args: argparse.Namespace) -> None:
     problems += [f"{name} without --{other}: name what it is for, or remove it" for name, other in unused
                  if getattr(args, name) not in (None, False) and not getattr(args, other)]
     problems += [f"lora={path}: no such file" for path, _ in args.lora if not path.exists()]
-    problems += [f"edit_image={path}: no such file" for path in args.edit_image if not path.is_file()]
+    problems += [f"{name}={path}: no such file" for name in ("edit_image", "control_image")
+                 for path in getattr(args, name) if not path.is_file()]
+    problems += [f"{name} without control_image, which it is for: name the file" for name in CONTROL
+                 if getattr(args, name) not in (None, []) and not args.control_image]
     if args.edit_max_pixels is not None and not args.edit_image:
         problems.append("edit_max_pixels without edit_image, which it makes smaller: name the file")
     allowed = SETTINGS["edit_template"].metadata["choices"]
     if args.edit_template is not None and args.edit_template not in allowed:
         problems.append(f"edit_template={args.edit_template}: expected one of {', '.join(allowed)}")
-    problems += [f"{name}={path}: no such file" for name in ("weights", "input_image")
+    problems += [f"{name}={path}: no such file" for name in ("weights", "input_image", "control_mask")
                  if (path := getattr(args, name)) and not path.is_file()]
     if args.denoising_strength is not None and not args.input_image:
         problems.append("denoising_strength without input_image, of which it says how much is kept: name the file")

@@ -73,9 +73,21 @@ def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
     yield (prior and "edit_image" in extra,
            "with_prior_preservation=true with edit_image: class images have no references. Remove one of the two; rows "
            "without a reference may be in the same data set.")
-    images, prompts = len(c.run.sample_edit_images), len(c.run.sample_prompts)
-    yield (images > 1 and images != prompts,
-           f"sample_edit_images names {images}, sample_prompts {prompts}: expected one for all, or one for each.")
+    prompts = len(c.run.sample_prompts)
+    for name in ("sample_edit_images", "sample_control_images", "sample_control_masks"):
+        images = len(getattr(c.run, name))
+        yield (images > 1 and images != prompts,
+               f"{name} names {images}, sample_prompts {prompts}: expected one for all, or one for each.")
+    controls = [name for name in extra if name.startswith("control_")]
+    unread = [name for name, value in (("controlnet", c.model.controlnet), ("control_mode", c.data.control_mode))
+              if value is not None]
+    yield (bool(unread) and not controls,
+           f"{listing(unread)} would not be used: set extra_inputs=control_image.")
+    counts = [n for n in ("controlnet_layers", "controlnet_single_layers") if getattr(c.model, n) is not None]
+    yield (bool(counts) and c.model.controlnet != "new",
+           f"{listing(counts)} would not be used: they are of a new ControlNet. Set controlnet=new, or remove it.")
+    yield (prior and bool(controls),
+           "with_prior_preservation=true with control images, which class images have none of. Remove one of the two.")
     yield (c.model.template_model_id_or_path is not None and "template_inputs" not in extra,
            f"template_model_id_or_path={c.model.template_model_id_or_path} without its input: set "
            "extra_inputs=template_inputs.")

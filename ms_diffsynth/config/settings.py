@@ -68,6 +68,13 @@ class ModelSection:
     preset_lora_model: str | None = _setting(None, "model that gets it; null = the first lora_base_model")
     preset_lora_in_samples: bool = _setting(True, "sample images, also of sample --run, are made with it; false for an "
                                             "adapter that undoes a distillation while training", may_change=True)
+    controlnet: str | None = _setting(None, "ControlNet, by which the network sees control images: a folder, "
+                                      "owner/name: of one on a hub, or new = copies of the network's first blocks",
+                                      holds="path")
+    controlnet_layers: int | None = _setting(None, "blocks of a new ControlNet; null = 4 of FLUX.1's double blocks, 5 "
+                                             "of Qwen-Image's", "0 <= controlnet_layers <= 1000")
+    controlnet_single_layers: int | None = _setting(None, "single blocks of a new ControlNet of FLUX.1; null = 10",
+                                                    "0 <= controlnet_single_layers <= 1000")
     weights: str | None = _place("file of weights to start from that full training saved; null = those of the model")
     trainable_models: str | None = _setting(None, "models trained in full, with commas, such as dit or vae.decoder")
     remove_prefix_in_ckpt: str | None = _setting("pipe.dit.", "taken off the names of saved weights", may_change=True)
@@ -104,7 +111,8 @@ class DataSection:
     allow_outside_base: bool = _setting(False, "read files outside the data folder, to which links and paths lead: for "
                                         "metadata that you trust", may_change=True)
     extra_inputs: str | None = _setting(None, "further columns to train on, with commas: edit_image (reference images: "
-                                       "one, a list, or none), template_inputs")
+                                       "one, a list, or none), control_image (one, or a list), control_mask (white "
+                                       "where a hole is to be filled), template_inputs")
     edit_folders: tuple[str, ...] = _setting(
         (), "folders inside dataset_base_path with reference images, with commas: an image's first reference has its "
         "file name in the first folder, its second in the second", has_commas=True)
@@ -113,6 +121,8 @@ class DataSection:
     edit_template: str | None = _setting(
         None, "how the text encoder of Qwen-Image-Edit is shown references: first = as by the first model, plus = as "
         "by -2509 and -2511; null = as the model's files tell", choices=("first", "plus"))
+    control_mode: int | None = _setting(None, "which kind of control images a union of ControlNets is told; null = 0",
+                                        "0 <= control_mode <= 1000")
     instance_prompt: str | None = _setting(None, "prompt of every image that has none of its own, or an empty one",
                                            holds="prompt")
     trigger_word: str | None = _setting(None, "word that stands for what is learned: put in front of every prompt that "
@@ -285,6 +295,12 @@ class RunSection:
     sample_edit_images: tuple[str, ...] = _sample(
         (), "reference images of the sample images: a file for all prompts, or one for each, several of one joined by "
         "semicolons; empty = those of the first rows that have any", has_commas=True)
+    sample_control_images: tuple[str, ...] = _sample(
+        (), "control images of the sample images: a file for all prompts, or one for each, several of one joined by "
+        "semicolons; empty = those of the first rows", has_commas=True)
+    sample_control_masks: tuple[str, ...] = _sample(
+        (), "masks of the sample images, white where the hole is: one for all, or one for each; empty = those of the "
+        "first rows", has_commas=True)
     sample_seed: int = _sample(0, "seed of the sample images", "0 <= sample_seed < 4294967296")
     num_inference_steps: int = _sample(20, "sampling steps of the sample images", "1 <= num_inference_steps <= 1000")
     sampler: str | None = _sample(None, "of the sample images, one of the family's; null = its first")

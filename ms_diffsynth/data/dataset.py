@@ -430,6 +430,11 @@ class UnifiedDataset:
             f"; expected the column of the {self.medium}s. Set data_file_keys='{self.medium}'"
         )
 
+    def header_sizes(self, index: int, key: str) -> list[tuple[int, int]]:
+        """Width and height in pixels of the images of a column in item ``index``, upright, by their headers."""
+        row = self.rows[self.row_of(index)]
+        return [self._sizes[value] for value in _as_list(row.get(key)) if value in self._sizes]
+
     def use_buckets(self, buckets: Sequence[Bucket], operator: Callable[[Any], Any]) -> None:
         """Apply ``operator``, which brings images to these buckets, from now on.
 

@@ -92,8 +92,10 @@ class Case:
     def _as_latents(self, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Tokens [B, N, C], as DiffSynth-Studio records them, as latents [B, C, H, W]."""
         sides = (self.info.get("height", 0) // 16, self.info.get("width", 0) // 16)
-        return {name.removesuffix("_tokens"): array.swapaxes(1, 2).reshape(*array.shape[::2], *sides)
-                if name.endswith("_tokens") else array for name, array in tensors.items()}
+        latents = [name for name in tensors if name.endswith("_tokens") and name != "control_tokens"]
+        return {name: array for name, array in tensors.items() if name not in latents} | {
+            name.removesuffix("_tokens"): tensors[name].swapaxes(1, 2).reshape(*tensors[name].shape[::2], *sides)
+            for name in latents}
 
     def rows(self, name: str, array: np.ndarray) -> np.ndarray:
         """What the case records of a network's weight called ``name``, or its gradient; see tests/golden/thin.py."""
@@ -114,11 +116,13 @@ class Case:
                          prior_loss_weight=info["prior_loss_weight"] if info.get("with_prior_preservation") else None)
 
     def pipeline(self) -> Pipeline:
-        """The family's pipeline with the case's models, which takes references if the case has any."""
+        """The family's pipeline with the case's models, which takes references, or control images, if the case has
+        any."""
         pipe = family(self.info["family"]).pipeline(dtype=self.dtype)
-        for component in pipe.store.components:
+        for component in (*pipe.store.components, *pipe.store.further):
             if (self.folder / component.folder / "config.json").is_file():
                 pipe.sources[component.name] = Source(self.folder / component.folder)
+        pipe.store.take_parts()
         if self.references:
             pipe.use_input("edit_image")
         if self.has_first_frame:
@@ -129,6 +133,17 @@ class Case:
     def has_first_frame(self) -> bool:
         """Whether the network is given the first frame of each film."""
         return {"condition", "first_frame_latents"} & set(self.expected) != set()
+
+    @property
+    def control(self) -> dict[str, np.ndarray]:
+        """The slots of a control image: control_latents float32 [B, 1, N, C], control_modes int32 and control_scales
+        float32 [B, 1]; none where the case has no control image."""
+        if "control_tokens" not in self.inputs:
+            return {}
+        tokens = self.inputs["control_tokens"]
+        mode = self.inputs.get("control_mode", np.zeros((len(tokens), 1)))
+        return {"control_latents": tokens[:, None], "control_modes": mode.astype(np.int32),
+                "control_scales": np.full((len(tokens), 1), self.info.get("conditioning_scale", 1.0), np.float32)}
 
     @property
     def references(self) -> list[np.ndarray]:
@@ -154,6 +169,9 @@ class Case:
         slots: dict[str, Any] = {INPUTS.get(name, name): self.inputs[name] for name in sorted(names)}
         slots |= {INPUTS.get(name, name): array.astype(np.float32) for name, array in self.inputs.items()
                   if name in ("prompt_mask", "prompt_embeds_mask")}
+        slots |= self.control
+        if self.control:  # its latents are given
+            slots["input_latents"] = self.inputs["input_latents"]
         if self.references:
             slots["edit_pixels"] = list(map(Tensor, self.references))
         if self.has_first_frame:
@@ -211,11 +229,14 @@ def _check_case(folder: Path, info: dict[str, Any], mode: str, dtype: str) -> li
     if "template_kv_cache" in case.info:
         pipe.store.add_component(Component(name="template_model", folder="", build=None),
                                  model=RecordedKeys(case.inputs))
-    program = _program(case, pipe, objective, schedule.sigmas)
+    # the last bit of sigma is 1e-4 in the sinusoids of 1000 sigma, so the network is judged at the recorded ones
+    program = _program(case, pipe, objective, case.inputs.get("grid.sigmas", schedule.sigmas))
     quantities += _first_evaluation(case, pipe, program, mode)
     quantities += _options(case, pipe, objective)
     if case.references:
         quantities += _references(case, pipe, program)
+    if case.control:
+        quantities.append(_without_control(case, pipe))
     if "sample" in case.info:
         quantities += _sample(case, pipe, program)
     if "optimizer" in case.info:
@@ -251,15 +272,15 @@ def _tensors(case: Case, pipe: Pipeline, cut: Cut, k: int) -> list[Tensor]:
 
 
 def _first_evaluation(case: Case, pipe: Pipeline, program: Program, mode: str) -> list[Quantity]:
-    """Values and every gradient of the network with the base weights alone."""
-    predicted = pipe.denoise.output_params[0]
+    """Values and every gradient of what is trained, with the base weights alone."""
+    trained, predicted = case.info.get("trained", pipe.network), pipe.denoise.output_params[0]
     expected = {predicted if name in ("noise_pred", "velocity") else EXPECTED.get(name, name): name
                 for name in case.expected}  # slot -> its name in the case
     observed = [s for s in ("input_latents", "latents", *pipe.denoise.output_params) if s not in program.inputs]
     observed += [s for s in ("condition", "given_latents") if s in expected]
     fused = [unit.name for unit in program.units if unit.is_always_fused or unit.name in pipe.fusible]
-    cut = program.cut(("loss", "sample_losses", *observed), (pipe.network,), fused)
-    parameters = {name: p for model in (pipe.network, "template_model") if model in cut.models("step")
+    cut = program.cut(("loss", "sample_losses", *observed), (trained,), fused)
+    parameters = {name: p for model in (trained, "template_model") if model in cut.models("step")
                   for name, p in trainable_parameters(getattr(pipe, model)).items()}
     for parameter in parameters.values():
         parameter.requires_grad = True
@@ -329,6 +350,19 @@ def _references(case: Case, pipe: Pipeline, program: Program) -> list[Quantity]:
     velocity = pipe.denoiser(condition)(latents, Tensor(sigma.astype(np.float32)))
     return [*found, case.value("velocity without reference", to_numpy(velocity).astype(np.float32),
                                case.expected["velocity_without_reference"])]
+
+
+def _without_control(case: Case, pipe: Pipeline) -> Quantity:
+    """The velocity without the control image."""
+    given, latents = _slots(case, 0), Tensor(case.expected["noisy_latents"])
+    sigma = case.inputs["grid.sigmas"][case.given(0)["timestep_index"]]
+    condition = {name: given[name] for name in map(slot, pipe.denoise.input_params)
+                 if name in given and name not in case.control}
+    if pipe.takes_guidance:
+        condition["guidance"] = Tensor(np.full(latents.shape[0], case.objective.guidance_scale, np.float32))
+    velocity = pipe.denoiser(condition)(latents, Tensor(sigma.astype(np.float32)))
+    return case.value("velocity without control", to_numpy(velocity).astype(np.float32),
+                      case.expected["velocity_without_control"])
 
 
 def _sample(case: Case, pipe: Pipeline, program: Program) -> list[Quantity]:

@@ -39,12 +39,13 @@ from ms_diffsynth.program import Cut
 from ms_diffsynth.registry import family
 from ms_diffsynth.standin import Log, environment, mark
 from ms_diffsynth.training.module import DiffusionTrainingModule
-from ms_diffsynth.training.optim import AdamW
+from ms_diffsynth.training.optim import AdamW, ShardedAdamW, needs_float32
 from ms_diffsynth.training.program_step import ProgramTrainStep
 
 RESULT = "RESULT "
 DEPTHS = ("num_layers", "num_single_layers")  # settings of networks that say how many blocks there are
 FEW = 2
+WHOLE_NUMBERS = ("edit_places", "control_modes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Plan:
         is_8bit: ``fp8_models`` names the network.
         is_whole: all weights of the network are trained, no LoRA.
         edit_tokens: of reference images, beside those of the image.
+        controlnet: blocks of each kind of a new ControlNet that is trained instead of a LoRA; none for none.
         template: folder of a template that is trained instead of a LoRA; its code is run.
         template_inputs: what its ``process_inputs`` takes.
         settings: of the network, other than as published: fewer blocks (``num_layers``), say.
@@ -81,6 +83,7 @@ class Plan:
     mode: str = "graph"
     task: str = "sft"
     edit_tokens: int = 0
+    controlnet: tuple[int, ...] = ()
     template: str = ""
     template_inputs: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -157,6 +160,10 @@ def pipeline(plan: Plan) -> Pipeline:
     pipe.known_configs.update(configs)
     component = pipe.store.component(pipe.network)
     pipe.models[pipe.network] = build(component, configs[pipe.network], pipe.dtype, is_8bit=plan.is_8bit)
+    if plan.controlnet:
+        pipe.new_controlnet(plan.controlnet)
+        pipe.models["controlnet"] = build(pipe.store.component("controlnet"), pipe.known_configs["controlnet"],
+                                          pipe.dtype)
     return pipe
 
 
@@ -164,8 +171,9 @@ class _Module(DiffusionTrainingModule):
     def __init__(self, plan: Plan):
         super().__init__()
         self.pipe = pipeline(plan)
-        further = {"edit_image": plan.edit_tokens, "template_inputs": plan.template}
-        whole = "template_model" if plan.template else self.pipe.network if plan.is_whole else None
+        further = {"edit_image": plan.edit_tokens, "control_image": plan.controlnet, "template_inputs": plan.template}
+        whole = ("template_model" if plan.template else "controlnet" if plan.controlnet else
+                 self.pipe.network if plan.is_whole else None)
         self.load_training_template_model(self.pipe, plan.template, plan.recompute, trust_template_code=True)
         self.switch_pipe_to_training_mode(
             self.pipe, lora_base_model=None if whole else self.pipe.network, lora_rank=plan.lora_rank,
@@ -184,13 +192,16 @@ def inputs(plan: Plan, pipe: Pipeline, cut: Cut) -> list[Tensor]:
         axes = next(unit.axes for unit in pipe.optional_units["edit_image"] if "edit_places" in unit.output_params)
         shapes |= {"edit_latents": (plan.edit_tokens, latent[0] * pipe.latent_patch**2),
                    "edit_places": (plan.edit_tokens, axes)}
+    if plan.controlnet:
+        shapes |= {"control_latents": (1, pipe.image_tokens(latent), latent[0] * pipe.latent_patch**2),
+                   "control_modes": (1,), "control_scales": (1,)}
     if plan.template:
         units = pipe.optional_units["template_inputs"][:2]  # up to what is prepared
         processed = pipe.run(units, {"template_inputs": plan.template_inputs})
         shapes |= {name: value.shape[1:] for name, value in processed.items() if isinstance(value, Tensor)}
     draws = {name: pipe.objective.draw(name, (plan.batch_size, *latent), len(pipe.sigmas),
                                        lambda _, kind, shape: np.zeros(shape, np.float32)) for name in cut.draws}
-    slots = {name: np.zeros((plan.batch_size, *shapes[name]), np.int32 if name == "edit_places" else np.float32)
+    slots = {name: np.zeros((plan.batch_size, *shapes[name]), np.int32 if name in WHOLE_NUMBERS else np.float32)
              for name in cut.cache}
     return [runtime.to_device(value) for value in (*slots.values(), *draws.values())]
 
@@ -200,7 +211,8 @@ def train(plan: Plan) -> Report:
     module = _Module(plan)
     network = getattr(module.pipe, module.pipe.network)
     cut, trained = module.training_cut(), module.trainable_parameters()
-    step = ProgramTrainStep(module, cut, AdamW(trained), max_grad_norm=1.0)
+    optimizer = (ShardedAdamW if needs_float32(trained) else AdamW)(trained)
+    step = ProgramTrainStep(module, cut, optimizer, max_grad_norm=1.0)
     batch = inputs(plan, module.pipe, cut)
     began = time.process_time()
     for number in range(1, plan.steps + 1):

@@ -118,7 +118,8 @@ def use_recompute(model: nn.Cell, blocks: Sequence[str] | None = None, offload: 
 
     Args:
         blocks: names of cells; a CellList means each of its cells. None takes those that the model names in
-            ``repeated``, or every CellList that is in no other.
+            ``repeated``; of a network whose blocks are arranged (`nn.blocks`) their lists; or every CellList that is in
+            no other.
         offload: also keep the inputs of the blocks in the memory of the host. In mode ``"pynative"`` only.
 
     Returns: the number of blocks that recompute.
@@ -130,6 +131,8 @@ def use_recompute(model: nn.Cell, blocks: Sequence[str] | None = None, offload: 
     cells = dict(model.cells_and_names())
     lists = [name for name, cell in cells.items() if isinstance(cell, nn.CellList)]
     outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    if hasattr(model, "kinds"):  # of `nn.blocks.Arranged`; its other lists hold single layers
+        outer = [name for name in outer if name in {kind.list_name for kind in model.kinds().values()}]
     outer = getattr(model, "repeated", outer)
     wrong = [name for name in blocks or () if name not in cells]
     if wrong or not (outer if blocks is None else blocks):

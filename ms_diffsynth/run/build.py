@@ -122,7 +122,8 @@ def build_datasets(config: TrainConfig) -> DataSets:
         if isinstance(pictures, dict):  # the columns as stage one found them in the metadata
             columns = list(pictures)
         as_it_is = describe(_reference_operator(config, ""))
-        made = {key: as_it_is if key in _references(config) else describe(_operator(config, pipe, "", []))
+        unsized = [*_references(config), *_controls(config)]
+        made = {key: as_it_is if key in unsized else describe(_operator(config, pipe, "", []))
                 for key in columns}
         names = ["instance", *(["class"] if config.objective.with_prior_preservation else [])]
         held_out = [name for name in (cache.manifest or {}).get("rows", {}) if name == "validation"]
@@ -190,7 +191,7 @@ def _dataset(config: TrainConfig, pipe: Pipeline | type[Pipeline], name: str, re
     base, metadata = (getattr(data, f"{name}_{what}_path") for what in ("base", "metadata"))
     prompt = "class_prompt" if name == "class" else "instance_prompt"
     keys = [key for key in _file_keys(config, pipe) if key not in left_out]
-    keys += [column for column in optional if column not in keys]
+    keys += [column for column in (*optional, *_controls(config)) if column not in keys]
     how = {"repeat": repeat, "data_file_keys": keys, "optional": optional,
            "edit_folders": data.edit_folders if name == "dataset" else (), "captions": has_prompts,
            "prompt_setting": prompt, "instance_prompt": getattr(data, prompt) if has_prompts else None,
@@ -220,6 +221,25 @@ def _references(config: TrainConfig) -> list[str]:
     return [] if family(config.model.family).pipeline.medium == "video" else _of_rows(config)
 
 
+def _controls(config: TrainConfig) -> list[str]:
+    """The further inputs of the run that are images as the row's own, place by place."""
+    extra = [name.strip() for name in (config.data.extra_inputs or "").split(",")]
+    return [name for name in family(config.model.family).pipeline.aligned_inputs if name in extra]
+
+
+def _check_proportions(images: UnifiedDataset, columns: list[str]) -> None:
+    """Raises: DataError naming the rows with a control image that is not of the image's proportions."""
+    for row in range(len(images.rows)) if columns else ():
+        width, height = images.image_size(row)
+        for name in columns:
+            for other in images.header_sizes(row, name):
+                if abs(other[0] * height / other[1] - width) > max(1.0, 0.01 * width):
+                    images.table.blame(row, f"{name} has {other[0]} x {other[1]} pixels and the image {width} x "
+                                            f"{height}: expected the same proportions, since it says what is where. "
+                                            "Make it of the same picture")
+    images.table.refuse_bad_rows()
+
+
 def _repeats_of_cache(config: TrainConfig, cache: Cache) -> int | list[int]:
     """How often an epoch shows each row of a cache. Raises: CacheError for one that is in none of dataset_folders."""
     data, folders = config.data, parse_folders(config.data.dataset_folders)
@@ -238,6 +258,9 @@ def _resize(config: TrainConfig, pipe: Pipeline | type[Pipeline], sets: DataSets
     """Decide at what sizes images are trained, the same for all data sets, and say what that costs."""
     data, factor, things = config.data, pipe.division_factor, f"{pipe.medium}s"
     named = {what: images for what, images in zip((things, f"class {things}", f"held-out {things}"), sets) if images}
+    controls = _controls(config)
+    for images in named.values():
+        _check_proportions(images, controls)
     sizes = {what: [images.image_size(row) for row in range(len(images.rows))] for what, images in named.items()}
     shapes = [*sizes[things], *sizes.get(f"class {things}", ())]
     if data.height:
@@ -267,7 +290,8 @@ def _resize(config: TrainConfig, pipe: Pipeline | type[Pipeline], sets: DataSets
                 logger.warning("%s: %s.", what, warning)
         operator = _operator(config, pipe, images.base_path, buckets)
         images.use_buckets(() if data.height else buckets, operator)
-        images.special_operator_map |= dict.fromkeys(_references(config), _reference_operator(config, images.base_path))
+        images.special_operator_map |= dict.fromkeys((*_references(config), *controls),
+                                                     _reference_operator(config, images.base_path))
     held: Counter = Counter()
     repeat = sets.instance.repeat
     for row in range(len(sizes[things])):
@@ -309,6 +333,6 @@ def _operator(config: TrainConfig, pipe: Pipeline | type[Pipeline], base: str,
 
 
 def _reference_operator(config: TrainConfig, base: str) -> DataProcessingOperator:
-    """References are read as they are; the pipeline makes them smaller, each by itself."""
+    """References and control images are read as they are; the pipeline brings each to its size."""
     return UnifiedDataset.default_image_operator(base_path=base, resize=False,
                                                  allow_outside_base=config.data.allow_outside_base)

@@ -34,6 +34,7 @@ RESERVED = 2 * GIB  # of a device: CANN, MindSpore's pool and workspaces of kern
 PROCESS = 0.94 * GIB  # of a process that trains on the CPU: libraries, and a compiled step
 ON_CPU = 1.6  # times what an Ascend keeps: MindSpore's CPU back end frees nothing within a step
 FROZEN = 0.72, 0.55  # of what is kept, and is inside of a block, where the network itself learns nothing (a template)
+CONTROLNET = "controlnet"
 BYTES = {ms.float32: 4, ms.float16: 2, ms.bfloat16: 2}
 
 
@@ -66,8 +67,9 @@ class Network:
         self.sizes = {name: p.size for name, p in torch_parameters(self.cell).items()}
         self.linear = {name: tuple(layer.weight.shape) for name, layer in linear_modules(self.cell).items()}
         lists = {name: cell for name, cell in self.cell.cells_and_names() if isinstance(cell, nn.CellList)}
+        own = {kind.list_name for kind in self.cell.kinds().values()} if hasattr(self.cell, "kinds") else lists
         self.blocks = sum(len(cell) for name, cell in lists.items()
-                          if not any(name.startswith(f"{other}.") for other in lists))
+                          if name in own and not any(name.startswith(f"{other}.") for other in lists))
         heads, channels = config.get("num_attention_heads"), config.get("attention_head_dim")
         self.channels = heads * channels if heads and channels else config.get("dim", 0)
         if "block_out_channels" in config:  # of a UNet, in whose levels a token has less space and more channels
@@ -257,22 +259,29 @@ def _training(config: TrainConfig, pipe: Pipeline, cut: Cut, trained: Trained,
     network, numbers = network_of(pipe, pipe.network), work.activations
     if network is None or numbers is None or not network.channels or pipe.network not in cut.models("step"):
         return _some(parts), ("activations of the step",)
-    learns = pipe.network in {name.split(".")[0] for name in
-                              (config.model.trainable_models or config.model.lora_base_model).split(",")}
+    learns = pipe.network in _roots(config)
     kept, inside = (1.0, 1.0) if learns else FROZEN
+    control = network_of(pipe, CONTROLNET) if CONTROLNET in _roots(config) else None  # frozen, it keeps nothing
+    blocks = network.blocks + (control.blocks if control else 0)
     unit = tokens_of(pipe, work) * work.images * network.channels * wide
     if config.model.use_gradient_checkpointing and work.device != "CPU":  # the CPU frees nothing within a step
         stored = pipe.network in in_8bit(config, pipe)
-        inputs = 0 if config.model.use_gradient_checkpointing_offload else unit * network.blocks
+        inputs = 0 if config.model.use_gradient_checkpointing_offload else unit * blocks
         parts |= {"inputs of the blocks": inputs,
                   "inside of a block": round(unit * numbers.inside * inside)}
         if stored:
             parts["unpacked weights"] = 2 * wide * network.largest()
     else:
-        parts["kept for backward"] = round(unit * network.blocks * numbers.kept * kept
+        parts["kept for backward"] = round(unit * numbers.kept * (network.blocks * kept + blocks - network.blocks)
                                            * (ON_CPU if work.device == "CPU" else 1))
-    others = [name for name in cut.models("step") if name not in (pipe.network, "template_model")]
+    others = [name for name in cut.models("step") if name not in (pipe.network, CONTROLNET, "template_model")]
     return _some(parts), tuple(f"activations of {name}" for name in others)
+
+
+def _roots(config: TrainConfig) -> set[str]:
+    """Names of the models that learn, or have an adapter that does."""
+    names = (config.model.trainable_models or config.model.lora_base_model or "").split(",")
+    return {name.strip().split(".")[0] for name in names}
 
 
 def tokens_of(pipe: Pipeline, work: Work, size: tuple[int, ...] | None = None) -> int:

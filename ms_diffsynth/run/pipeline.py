@@ -1,7 +1,7 @@
 """A family's pipeline on given files: for a configured run, and for sampling, which imports nothing of training."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from ms_diffsynth.hub.download import SOURCES, ModelConfig, parse_model_id_with_
 from ms_diffsynth.models import sampling_config
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
+
+NEW = "new"  # a ControlNet that is made of the network
 
 
 def build_pipeline(config: TrainConfig) -> Pipeline:
@@ -31,7 +33,15 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
             tokenizers={name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")},
             device=config.run.device, dtype=config.run.dtype, max_sequence_length=config.data.max_sequence_length,
             edit_max_pixels=config.data.edit_max_pixels, edit_template=config.data.edit_template,
-            expert=model.expert, hub=source_of(config))
+            expert=model.expert, control_mode=config.data.control_mode, hub=source_of(config),
+            **controlnet_settings(config))
+
+
+def controlnet_settings(config: TrainConfig) -> dict[str, Any]:
+    """What a run says of its ControlNet, as arguments of `open_pipeline`."""
+    return {"controlnet": config.model.controlnet,
+            "controlnet_layers": (config.model.controlnet_layers, config.model.controlnet_single_layers),
+            "fills_holes": "control_mask" in (config.data.extra_inputs or "")}
 
 
 def source_of(config: TrainConfig) -> str | None:
@@ -42,8 +52,9 @@ def source_of(config: TrainConfig) -> str | None:
 def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None] | None = None,
                   device: str | None = None, dtype: str | None = None,
                   max_sequence_length: int | None = None, edit_max_pixels: int | None = None,
-                  edit_template: str | None = None, expert: str | None = None,
-                  hub: str | None = None) -> Pipeline:
+                  edit_template: str | None = None, expert: str | None = None, controlnet: str | None = None,
+                  controlnet_layers: Sequence[int | None] = (), fills_holes: bool = False,
+                  control_mode: int | None = None, hub: str | None = None) -> Pipeline:
     """The pipeline of the family called ``name``.
 
     Args:
@@ -53,6 +64,10 @@ def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None
         edit_max_pixels: most pixels of a reference image; None leaves the family's number.
         edit_template: how the text encoder is shown reference images; None goes by the model.
         expert: which noise levels the network is trained on; None goes by the model.
+        controlnet: a folder, ``owner/name:`` on a hub, or "new" for one of the network's first blocks.
+        controlnet_layers: of a new one, see `shared.control.TakesControl.new_controlnet`.
+        fills_holes: whether a new one reads a mask.
+        control_mode: which kind of control images a union of ControlNets is told.
         hub: of tokenizers whose names do not say it.
 
     Raises: ConfigError for a tokenizer the family does not have, or a length where prompts have a fixed one.
@@ -87,7 +102,37 @@ def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None
         if not hasattr(pipe, "expert"):
             raise ConfigError(f"expert={expert}: the family {name} has one network for all noise levels. Remove it.")
         pipe.expert = expert
+    if controlnet is not None:
+        attach_controlnet(pipe, name, controlnet, controlnet_layers, fills_holes, hub)
+    if control_mode is not None:
+        modes = pipe.config("controlnet").get("num_mode") if "controlnet" in pipe.model_names else None
+        if not modes or control_mode >= modes:
+            raise ConfigError(f"control_mode={control_mode}: expected a number below {modes}." if modes else
+                              f"control_mode={control_mode}: this model has no union of ControlNets. Remove it.")
+        pipe.control_mode = control_mode
     return pipe
+
+
+def attach_controlnet(pipe: Pipeline, name: str, controlnet: str, controlnet_layers: Sequence[int | None] = (),
+                      fills_holes: bool = False, hub: str | None = None) -> None:
+    """Give a pipeline of the family called ``name`` a ControlNet; the arguments are those of `open_pipeline`.
+
+    Raises: ConfigError for a family that has none, or a new one that cannot be; WeightError for another model.
+    """
+    if not any(component.name == "controlnet" for component in pipe.store.further):
+        raise ConfigError(f"controlnet={controlnet}: the family {name} has no ControlNet here. Remove it.")
+    with naming(f"controlnet={controlnet}"):
+        if controlnet != NEW:
+            pipe.store.add(parse_path_or_model_id(controlnet, hub=hub), pipe.network)
+            if "controlnet" not in pipe.model_names:
+                raise ConfigError("there is another model: expected the folder of a ControlNet.")
+            return
+        known = len(pipe.controlnet_lists)
+        if odd := [count for count in controlnet_layers[known:] if count is not None]:
+            raise ConfigError(f"controlnet_single_layers={odd[0]}: the ControlNet of the family {name} has blocks of "
+                              "one kind. Set controlnet_layers alone.")
+        mask_channels = pipe.latent_patch**2 if fills_holes else 0
+        pipe.new_controlnet(controlnet_layers[:known], mask_channels)
 
 
 def most_pixels(config: TrainConfig, pipe: Pipeline | None = None) -> int:

@@ -143,14 +143,56 @@ def sample_references(config: TrainConfig, pipe: Pipeline, dataset: Any = None) 
     return list(itertools.islice(itertools.cycle(found), count)) if found else []
 
 
+def sample_controls(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> list[dict[str, Any]]:
+    """The further inputs of each sample image that are control images and masks: as set, or those of the first rows of
+    ``dataset``, where the run trains on them. Empty for none.
+
+    Raises: ConfigError for a family that takes none; DataError for a file that is not an image.
+    """
+    run, count = config.run, len(config.run.sample_prompts)
+    given = {"control_image": ("sample_control_images", run.sample_control_images),
+             "control_mask": ("sample_control_masks", run.sample_control_masks)}
+    for setting, names in given.values():
+        if names and not pipe.aligned_inputs:
+            raise ConfigError(f"{setting}={','.join(names)}: the family {config.model.family} takes no control images. "
+                              "Remove it.")
+    trained = [name for name in pipe.aligned_inputs if name in pipe.inputs]
+    if not count or not (trained or any(names for _, names in given.values())):
+        return []
+    rows = dataset.rows if isinstance(dataset, UnifiedDataset) and stage_of(config.objective.task) != "train" else []
+    if trained and not rows and not any(names for _, names in given.values()):
+        logger.warning("no sample images are made: this stage reads no data set, and sample_control_images names none.")
+        return []
+    found: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, (setting, names) in given.items():
+        for k, inputs in enumerate(found):
+            if names:
+                with naming(setting):
+                    files = names[0 if len(names) == 1 else k].split(";")
+                    inputs[name] = [read_image(file.strip()) for file in files if file.strip()]
+            elif rows and (name in trained or (name == "control_image" and trained)):
+                column = name if name in trained else "image"  # the image itself has the hole
+                inputs[name] = dataset.cells(k % len(rows), [column])[column]
+            if name == "control_mask" and isinstance(inputs.get(name), list):
+                inputs[name] = inputs[name][0]
+    return found
+
+
+def shown(inputs: Mapping[str, Any]) -> list[Image.Image]:
+    """The images of such inputs in a row, to be shown beside the sample image."""
+    return [image for value in inputs.values() for image in (value if isinstance(value, list) else [value])]
+
+
 def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None,
-                  edited: Sequence[Sequence[Image.Image]] | None = None) -> tuple[Sampler | None, list[str]]:
+                  edited: Sequence[Sequence[Image.Image]] | None = None,
+                  controls: Sequence[Mapping[str, Any]] | None = None) -> tuple[Sampler | None, list[str]]:
     """``sampler()`` makes one image a prompt, always from the same seeds; and the prompts. None without prompts.
 
     Without sample_height and height it makes them at the size of most images of ``dataset``, in stage two of those of
     the cache, or square.
 
-    Each has the reference images ``edited``; None takes those of `sample_references`.
+    Each has the reference images ``edited`` and the control images ``controls``; None takes those of
+    `sample_references` and `sample_controls`.
 
     ``sampler(count)`` makes this many, with the prompts in turn. For a family without prompts, ``sampler()`` makes
     ``sample_count`` images.
@@ -176,6 +218,9 @@ def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None,
     planned = planned_samples(config, pipe, _usual_size(config, pipe, dataset))
     inputs = sample_template_inputs(config)
     edited = sample_references(config, pipe, dataset) if edited is None else edited
+    controls = sample_controls(config, pipe, dataset) if controls is None else controls
+    if not controls and set(pipe.aligned_inputs) & set(pipe.inputs):
+        return None, []
 
     def sampler(count: int = len(planned)) -> list[Image.Image | np.ndarray]:
         with contextlib.nullcontext() if config.model.preset_lora_in_samples else pipe.without_loras():
@@ -190,6 +235,7 @@ def build_sampler(config: TrainConfig, pipe: Pipeline, dataset: Any = None,
             seed = image["seed"] + k - k % len(planned)  # other images of the same prompts have other seeds
             further = {"template_cache": cache} if cache else {}
             further |= {"edit_image": list(edited[k % len(planned)])} if edited else {}
+            further |= controls[k % len(planned)] if controls else {}
             images.append(pipe(**{**image, "seed": seed}, **further))
         return images
 

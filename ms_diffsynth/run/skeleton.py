@@ -1,6 +1,7 @@
 """A pipeline of which no weights are loaded, with the settings of its models so far as they are known anywhere."""
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -13,7 +14,7 @@ from ms_diffsynth.hub.download import ModelConfig, parse_path_or_model_id
 from ms_diffsynth.models import Source, read_config
 from ms_diffsynth.pipeline import Family, Pipeline
 from ms_diffsynth.registry import family
-from ms_diffsynth.run.pipeline import model_configs, source_of
+from ms_diffsynth.run.pipeline import NEW, attach_controlnet, controlnet_settings, model_configs, source_of
 
 
 def skeleton(config: TrainConfig, dtype: ms.Type) -> tuple[Pipeline, list[str]]:
@@ -28,6 +29,8 @@ def skeleton(config: TrainConfig, dtype: ms.Type) -> tuple[Pipeline, list[str]]:
                                source_of(config)):
         if not _add_files(pipe, model) and not _add_settings(pipe, model, chosen):
             unknown.append(str(model))
+    if config.model.controlnet and not _add_controlnet(pipe, config):
+        unknown.append(config.model.controlnet)
     pipe.use_sampling_config(pipe.store.sampling_config)
     for name in ("max_sequence_length", "edit_max_pixels", "edit_template"):
         if (value := getattr(config.data, name)) is not None and hasattr(pipe, name):
@@ -69,6 +72,21 @@ def _add_settings(pipe: Pipeline, model: ModelConfig, chosen: Family) -> bool:
         pipe.store.know({name: known})
         return True
     return False
+
+
+def _add_controlnet(pipe: Pipeline, config: TrainConfig) -> bool:
+    """Take its config.json, of a hub too. False where that cannot be had."""
+    name = config.model.controlnet
+    if name == NEW or os.path.exists(name):
+        attach_controlnet(pipe, config.model.family, **controlnet_settings(config), hub=source_of(config))
+        return True
+    model = parse_path_or_model_id(name, hub=source_of(config))
+    try:
+        file = replace(model, origin_file_pattern="config.json").resolve(runtime.model_base_path())
+        pipe.store.know({"controlnet": read_config(file[0].parent)})
+        return True
+    except (HubError, WeightError):
+        return False
 
 
 def _add_tokenizer(pipe: Pipeline, name: str, text: str, hub: str | None) -> None:

@@ -19,7 +19,14 @@ from ms_diffsynth.run.checks import check_data, check_settings
 from ms_diffsynth.run.header import file_header
 from ms_diffsynth.run.pipeline import build_pipeline, most_pixels
 from ms_diffsynth.run.plan import plan_run, short_form
-from ms_diffsynth.run.samples import build_sampler, check_prompts, prompts_to_prepare, sample_references
+from ms_diffsynth.run.samples import (
+    build_sampler,
+    check_prompts,
+    prompts_to_prepare,
+    sample_controls,
+    sample_references,
+    shown,
+)
 from ms_diffsynth.training import same_run
 from ms_diffsynth.training.distributed import Accelerator
 from ms_diffsynth.training.hooks.checkpoints import Checkpoints
@@ -96,7 +103,9 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     if "edit_image" in pipe.inputs and sets.instance is not images:  # rows of a cache, whose images are still there
         hooks = [Pairs(images), *hooks]
     references = sample_references(config, pipe, images)
-    sampler, captions = build_sampler(config, pipe, images, references)
+    controls = sample_controls(config, pipe, images)
+    sampler, captions = build_sampler(config, pipe, images, references, controls)
+    references = references or list(map(shown, controls))
     return launch_training_task(accelerator, sets.instance, module, logger, class_dataset=sets.classes,
                                 validation_dataset=sets.validation, args=config, sampler=sampler,
                                 sample_captions=captions, sample_references=references, hooks=hooks)

@@ -154,7 +154,7 @@ class DiffusionTrainingModule:
                     parameter.requires_grad = False
         for name in (n.strip() for n in (extra_inputs or "").split(",") if n.strip()):
             pipe.use_input(name)
-        pipe.prepare_training((*names, *([lora_base_model] if lora_base_model else [])))
+        pipe.prepare_training((*names, *bases))
         pipe.forget_compiled()  # what was compiled before has no LoRA in it
         pipe.objective = pipe.objective_for(objective, kind)
         pipe.sigmas, pipe.sampled_sigmas = pipe.training_schedule(kind).sigmas, None

@@ -20,7 +20,11 @@ CAT = ROOT / "examples/data/dreambooth_cat_fluent"
 TILES = ROOT / "examples/data/photo_tiles64"
 SMILEYS = ROOT / "examples/data/smileys64"
 EDITS = ROOT / "examples/data/cat_edits.csv"
-VARIANTS = {"qwen_image_edit": "edit-2511"}  # what ms-diffsynth tiny writes for some of FAMILIES
+CONTROLS = {"dataset_base_path": ROOT / "examples/data", "height": 128, "width": 128, "batch_size": 1,
+            "dataset_metadata_path": ROOT / "examples/data/cat_controls.csv", "learning_rate": 2e-3,
+            "lora_base_model": "null", "trainable_models": "controlnet", "extra_inputs": "control_image"}
+# what ms-diffsynth tiny writes for some of FAMILIES
+VARIANTS = {"qwen_image_edit": "edit-2511", "qwen_image_controlnet": "controlnet", "flux_controlnet": "controlnet"}
 ROWS = {"dataset_base_path": CAT, "dataset_metadata_path": CAT / "metadata.csv", "height": 128, "width": 128,
         "batch_size": 3, "lora_rank": 16, "learning_rate": 2e-3}
 FAMILIES = {
@@ -38,6 +42,8 @@ FAMILIES = {
                          "extra_inputs": "edit_image", "edit_max_pixels": 128 * 128},
     "qwen_image_edit": ROWS | {"batch_size": 1, "dataset_metadata_path": EDITS, "extra_inputs": "edit_image",
                                "edit_max_pixels": 128 * 128},
+    "flux_controlnet": CONTROLS | {"max_sequence_length": 32},
+    "qwen_image_controlnet": CONTROLS,
     "sd3": ROWS | {"max_sequence_length": 32},
     "z_image": ROWS,
     "sdxl": ROWS | {"lora_base_model": "unet,text_encoder_1,text_encoder_2", "snr_gamma": 5.0, "noise_offset": 0.05},
@@ -50,7 +56,7 @@ FAMILIES = {
 
 def base_of(name: str) -> str:
     """The model family of one of FAMILIES."""
-    return name.removesuffix("_template").removesuffix("_whole").removesuffix("_edit")
+    return name.removesuffix("_template").removesuffix("_whole").removesuffix("_edit").removesuffix("_controlnet")
 
 
 def train(folder: Path, family: str, device: str, dtype: str, mode: str, recompute: str = "") -> int:

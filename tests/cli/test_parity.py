@@ -68,6 +68,16 @@ def test_the_autoencoders_of_films(run, case, mode):
 
 
 @pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case, tensors", [("flux_controlnet", 103), ("qwen_image_controlnet", 79)])
+def test_controlnets(run, case, tensors, mode):
+    """Velocity and loss of the network with a ControlNet, and the gradients of the ControlNet."""
+    code, out, _ = run("parity", GOLDEN / case, "--mode", mode)
+    assert code == 0 and "FAIL" not in out
+    assert all(f"ok   {name}" in out for name in ("noisy latents", "velocity ", "velocity without control", "loss",
+                                                  f"gradients ({tensors} tensors)"))
+
+
+@pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
 def test_a_text_encoder_that_sees_pictures(run, mode):
     code, out, _ = run("parity", GOLDEN / "qwen_vl_text", "--mode", mode)
     assert code == 0 and "FAIL" not in out

@@ -45,7 +45,9 @@ def checkout(tmp_path, monkeypatch, tiny_model):
             folder.mkdir(parents=True)
             for number in range(16):
                 Image.new("RGB", (64, 64)).save(folder / f"{number}.png")
-            rows = "image,edit_image,prompt\n" + "".join(f"{number}.png,0.png,a face\n" for number in range(16))
+            further = config.data.extra_inputs  # None, edit_image or control_image
+            rows = f"image,prompt{f',{further}' if further else ''}\n"
+            rows += "".join(f"{n}.png,a face{f',{n}.png' if further else ''}\n" for n in range(16))
             for metadata in (config.data.dataset_metadata_path, config.data.validation_metadata_path):
                 if metadata:
                     (tmp_path / metadata).write_text(rows)

@@ -31,7 +31,8 @@ def test_a_variant_has_what_editing_needs(run, tmp_path):
     pipe = family("qwen_image").pipeline.from_pretrained(str(tmp_path / "edit"))
     assert "vision_tower" in pipe.model_names and pipe.config("dit")["zero_cond_t"]
     code, _, err = run("tiny", "qwen_image", tmp_path / "none", "--variant", "edit-2510")
-    assert code == 64 and "variant=edit-2510: the family qwen_image has edit, edit-2509, edit-2511." in err
+    assert code == 64 and ("variant=edit-2510: the family qwen_image has edit, edit-2509, edit-2511, controlnet, "
+                           "inpaint.") in err
     code, _, err = run("tiny", "toy", tmp_path / "none", "--variant", "edit")
     assert code == 64 and "variant=edit: the family toy has none." in err
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib import import_module
 from pathlib import Path
 
 import mindspore as ms
@@ -21,9 +22,11 @@ SMALL = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 1}
 @pytest.mark.parametrize("key", KNOWN)
 def test_names_and_shapes_are_those_of_the_published_checkpoints(key):
     name, model = key.split(":")
-    network = family(name).pipeline(dtype=ms.float32).network
-    component = next(c for c in family(name).pipeline.components if c.name == network)
-    cell = build(component, family(name).published[model][network], ms.bfloat16, is_allocated=False)
+    pipeline = family(name).pipeline
+    controlnets = import_module(f"ms_diffsynth.pipelines.{name}.published").__dict__.get("CONTROLNETS", {})
+    config = controlnets.get(model) or family(name).published[model][pipeline.network]
+    component = next(c for c in (*pipeline.components, *pipeline.further) if c.class_name == config["_class_name"])
+    cell = build(component, config, ms.bfloat16, is_allocated=False)
     parameters = torch_parameters(cell)
     assert all(p.has_init for p in parameters.values() if p.ndim > 1), "a matrix has memory"
     lines = sorted(f"{n} {list(shape)} {str(parameters[n].dtype).lower()}" for n, shape in torch_shapes(cell).items())
@@ -33,9 +36,10 @@ def test_names_and_shapes_are_those_of_the_published_checkpoints(key):
 
 
 def test_the_published_files_are_known_to_have_them():
-    unknown = [key for key, entry in KNOWN.items() if not entry["is_known"]]
-    # it knows their files of other layouts only
-    assert [key for key in unknown if not key.startswith("wan:")] == ["flux:FLUX.1-schnell", "sdxl:SDXL-base"]
+    """DiffSynth-Studio knows some by their publisher's files only, and not diffusers' own ControlNets."""
+    unknown = [key.split(":")[1] for key, entry in KNOWN.items() if not entry["is_known"] and key[:4] != "wan:"]
+    assert unknown == ["FLUX.1-schnell", "FLUX.1-Fill-dev", "FLUX.1-Canny-dev", "FLUX.1-dev-Controlnet-Union-alpha",
+                       "Flux.1-dev-Controlnet-Upscaler", "Qwen-Image-ControlNet-Union", "SDXL-base"]
 
 
 def test_another_model_is_an_error_that_names_those_there_are():

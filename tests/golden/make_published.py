@@ -1,6 +1,6 @@
-"""Names and shapes of the published transformers, by diffusers on torch's meta device: writes published.json beside it.
+"""Names and shapes of published transformers and ControlNets, by diffusers on torch's meta device: published.json.
 
-    TORCH_ENV/bin/python tests/golden/make_published.py      # torch 2.13, diffusers 0.42.1; no weights are downloaded
+    TORCH_ENV/bin/python tests/golden/make_published.py .venv/bin/python  # torch 2.13, diffusers 0.42.1; no downloads
 
 The settings are those of ms_diffsynth/pipelines/*/published.py. ``digest`` is the SHA-256 of the lines "name shape
 dtype", sorted; the dtype is the one that a run in bfloat16 keeps, bfloat16 but for FLOAT32. ``diffsynth`` is the hash
@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -46,12 +47,21 @@ def entry(config: dict, float32: tuple[str, ...]) -> dict:
             "is_known": known in KNOWN}
 
 
+def networks(family: str) -> dict[str, dict]:
+    """The settings of its published transformers and ControlNets, read by the environment of this package."""
+    network = NETWORKS.get(family, "dit")
+    code = (f"import json; from ms_diffsynth.pipelines.{family} import published as p; "
+            f"found = {{n: c['{network}'] for n, c in p.PUBLISHED.items()}} | getattr(p, 'CONTROLNETS', {{}}); "
+            "print(json.dumps(found))")
+    done = subprocess.run([sys.argv[1], "-c", code], check=True, capture_output=True, text=True, cwd=HERE.parents[1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     result = {}
     for family in FAMILIES:
-        file = HERE.parents[1] / "ms_diffsynth" / "pipelines" / family / "published.py"
-        for model, configs in runpy.run_path(str(file))["PUBLISHED"].items():
-            result[f"{family}:{model}"] = entry(configs[NETWORKS.get(family, "dit")], FLOAT32.get(family, ()))
+        for model, config in networks(family).items():
+            result[f"{family}:{model}"] = entry(config, FLOAT32.get(family, ()))
     (HERE / "published.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

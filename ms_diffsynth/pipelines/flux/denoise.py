@@ -10,7 +10,7 @@ from mindspore import Tensor, ops
 
 from ms_diffsynth.diffusion.packing import pack, unpack
 from ms_diffsynth.ops import network
-from ms_diffsynth.units import TensorUnit
+from ms_diffsynth.pipelines.shared import control
 
 
 def places(height: int, width: int, first: int = 0) -> np.ndarray:
@@ -30,30 +30,40 @@ def image_ids(height: int, width: int) -> Tensor:
     return Tensor(places(height // 2, width // 2))
 
 
-class Denoise(TensorUnit):
+class Denoise(control.ControlledDenoise):
     """Velocity at noisy latents. ``guidance`` is used by guidance-distilled networks (FLUX.1-dev) only.
 
     Shapes: latents float [B, C, H, W], sigma float32 [B], prompt_embeds [B, L, D], pooled_prompt_embeds [B, P],
-    guidance float32 [B], edit_latents [B, M, 4C], edit_places int32 [B, M, 3] -> velocity float32 [B, C, H, W]. The
-    network computes in ``dtype``. The tokens of references (FLUX.1-Kontext) follow those of the image.
+    guidance float32 [B], edit_latents [B, M, 4C], edit_places int32 [B, M, 3], control_... of `shared.control` ->
+    velocity float32 [B, C, H, W]. The network computes in ``dtype``. The tokens of references (FLUX.1-Kontext) follow
+    those of the image.
     """
 
     input_params = ("latents", "sigma", "prompt_embeds", "pooled_prompt_embeds", "guidance?", "edit_latents?",
-                    "edit_places?")
+                    "edit_places?", *control.SLOTS)
     output_params = ("velocity",)
-    onload_model_names = ("dit",)
 
     def attach(self, pipe):
         super().attach(pipe)
         self.is_guided = bool(pipe.config("dit")["guidance_embeds"])
 
     def construct(self, latents, sigma, prompt_embeds, pooled_prompt_embeds, guidance=None, edit_latents=None,
-                  edit_places=None):
+                  edit_places=None, control_latents=None, control_modes=None, control_scales=None):
         height, width = latents.shape[2], latents.shape[3]
-        if not self.is_guided:
-            guidance = None
         tokens, ids = pack(latents), image_ids(height, width)
         image_tokens = tokens.shape[1]
+        embeds, pooled = prompt_embeds.astype(self.dtype), pooled_prompt_embeds.astype(self.dtype)
+        samples = single_samples = None
+        if control_latents is not None and self.is_wide:
+            tokens = ops.cat((tokens.astype(self.dtype), control_latents.astype(self.dtype).squeeze(1)), 2)
+        elif control_latents is not None:
+            conditions, modes, scales = self.each(control_latents, control_modes, control_scales)
+            for k in range(len(conditions)):
+                found, found_single = self.controlnet(tokens.astype(self.dtype), conditions[k], modes[k], scales[k],
+                                                      sigma, guidance, pooled, embeds, ids)
+                samples, single_samples = control.added(samples, found), control.added(single_samples, found_single)
+        if not self.is_guided:
+            guidance = None
         has_references = edit_latents is not None and edit_latents.shape[1] > 0
         if has_references:
             tokens = ops.cat((tokens, edit_latents.astype(tokens.dtype)), 1)
@@ -63,11 +73,13 @@ class Denoise(TensorUnit):
             hidden_states=tokens.astype(self.dtype),
             timestep=sigma,
             guidance=guidance,
-            pooled_projections=pooled_prompt_embeds.astype(self.dtype),
-            encoder_hidden_states=prompt_embeds.astype(self.dtype),
+            pooled_projections=pooled,
+            encoder_hidden_states=embeds,
             txt_ids=ops.zeros((prompt_embeds.shape[1], 3), ms.float32),
             img_ids=ids,
             return_dict=False,
+            controlnet_block_samples=samples,
+            controlnet_single_block_samples=single_samples,
         )[0]
         if has_references:
             velocity = network.part(velocity, image_tokens)[0]

@@ -13,6 +13,7 @@ from ms_diffsynth.pipelines.flux.denoise import Denoise
 from ms_diffsynth.pipelines.flux.published import PUBLISHED
 from ms_diffsynth.pipelines.shared import autoencoder_kl
 from ms_diffsynth.pipelines.shared.autoencoder_kl import AUTOENCODER_KL, Decode, EncodeImage
+from ms_diffsynth.pipelines.shared.control import TakesControl
 from ms_diffsynth.pipelines.shared.edit import LoadEditImage
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.t5 import weight_dtype
@@ -37,6 +38,12 @@ def _build_dit(config: dict[str, Any]):
     return build_transformer(config)
 
 
+def _build_controlnet(config: dict[str, Any]):
+    from ms_diffsynth.pipelines.flux.controlnet import build_controlnet  # imports mindone's networks
+
+    return build_controlnet(config)
+
+
 COMPONENTS = (
     Component(name="tokenizer_1", folder="tokenizer", build=build_clip_tokenizer, default_folder=CLIP_TOKENIZER,
               libraries=("transformers", "ftfy")),
@@ -57,6 +64,8 @@ COMPONENTS = (
                        "guidance_embeds": has("time_text_embed.guidance_embedder.linear_1.weight")}),
 )
 
+CONTROLNET = Component(name="controlnet", folder="controlnet", class_name="FluxControlNetModel",
+                       build=_build_controlnet)
 
 # The linear layers diffusers' FLUX.1 DreamBooth trainer adapts: attention and feed-forward of both block kinds.
 LORA_TARGET_MODULES = (
@@ -66,21 +75,26 @@ LORA_TARGET_MODULES = (
 )
 
 
-class FluxImagePipeline(ImagePipeline):
-    """Text to image with FLUX.1, editing with FLUX.1-Kontext, and the units their training reuses.
+class FluxImagePipeline(TakesControl, ImagePipeline):
+    """Text to image with FLUX.1, editing with FLUX.1-Kontext, control images by a ControlNet or FLUX.1-Fill, -Canny and
+    -Depth, and the units their training reuses.
 
     Attributes:
         max_sequence_length: T5 tokens a prompt is padded or cut to (512 for dev, 256 for schnell).
     """
 
-    components = COMPONENTS
+    components, further = COMPONENTS, (CONTROLNET,)
     lora_target_modules = LORA_TARGET_MODULES
     diffusers_class = "FluxPipeline"
     interchange = read_table(Path(__file__).with_name("interchange.yaml"))
     fusible = ("encode_image",)
     widths = {"latents": ("in_channels", -3, 4), "prompt_embeds": ("joint_attention_dim", -1, 1),
               "pooled_prompt_embeds": ("pooled_projection_dim", -1, 1)}
-    prepare_settings = ("max_sequence_length", "edit_max_pixels")
+    prepare_settings = ("max_sequence_length", "edit_max_pixels", "control_mode", "control_form")
+    controlnet_lists = {"num_layers": ("transformer_blocks", "controlnet_blocks", 4),
+                        "num_single_layers": ("single_transformer_blocks", "controlnet_single_blocks", 10)}
+    controlnet_settings = ("patch_size", "in_channels", "attention_head_dim", "num_attention_heads",
+                           "joint_attention_dim", "pooled_projection_dim", "guidance_embeds", "axes_dims_rope")
     max_sequence_length = 512
     sft_grid = diffsynth_flux(3.0).training
 
@@ -88,10 +102,10 @@ class FluxImagePipeline(ImagePipeline):
         return [units.TokenizePrompt(), units.EncodePrompt(), LoadPixels(), EncodeImage(self.dtype)]
 
     def build_optional_units(self) -> dict[str, list]:
-        return {"edit_image": [LoadEditImage(), units.EncodeEditImage()]}
+        return {"edit_image": [LoadEditImage(), units.EncodeEditImage()], **self.control_units(EncodeImage)}
 
     def build_denoise(self) -> Denoise:
-        return Denoise(self.dtype)
+        return Denoise(self.dtype, self.store)
 
     def build_decode(self) -> Decode:
         return Decode(self.dtype)
@@ -101,6 +115,16 @@ class FluxImagePipeline(ImagePipeline):
 
     def published_scheduler(self) -> FlowMatchSettings:
         return FLUX_DEV if self.takes_guidance else FLUX_SCHNELL
+
+    @property
+    def control_channels(self) -> int:
+        config = self.config("dit")
+        return config["in_channels"] - (config.get("out_channels") or config["in_channels"])
+
+    @property
+    def reads_mask(self) -> bool:
+        latents = self.config("dit").get("out_channels")
+        return super().reads_mask or self.control_channels > (latents or 0)
 
     @property
     def takes_guidance(self) -> bool:

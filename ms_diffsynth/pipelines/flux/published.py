@@ -17,13 +17,28 @@ _DEV: dict[str, Any] = {
     "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
     "pooled_projection_dim": 768, "guidance_embeds": True, "axes_dims_rope": [16, 56, 56]}
 
+# FLUX.1-Fill-dev: 16 channels of the picture without its hole and 64 of the mask beside the 16 that are noisy, for each
+# of the four latent pixels of a token; FLUX.1-Canny-dev and -Depth-dev: 16 of the control image
+FILL, CONTROL = {"in_channels": 384, "out_channels": 64}, {"in_channels": 128, "out_channels": 64}
+
 _OTHERS = {"vae": FLUX_VAE, "text_encoder_1": CLIP_L, "text_encoder_2": T5_XXL}
 PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "FLUX.1-dev": {"dit": _DEV, **_OTHERS},
     "FLUX.1-schnell": {"dit": _DEV | {"guidance_embeds": False}, **_OTHERS},
     "FLUX.1-Kontext-dev": {"dit": _DEV, **_OTHERS},  # dev's networks, with other weights
+    "FLUX.1-Fill-dev": {"dit": _DEV | FILL, **_OTHERS},
+    "FLUX.1-Canny-dev": {"dit": _DEV | CONTROL, **_OTHERS},
 }
-REPOSITORIES = {f"black-forest-labs/{name}": name for name in PUBLISHED}
+# Source: InstantX/FLUX.1-dev-Controlnet-Union-alpha and jasperai/Flux.1-dev-Controlnet-Upscaler, ``config.json``
+_CONTROLNET: dict[str, Any] = {"_class_name": "FluxControlNetModel", **{
+    name: _DEV[name] for name in ("patch_size", "in_channels", "attention_head_dim", "num_attention_heads",
+                                  "joint_attention_dim", "pooled_projection_dim", "guidance_embeds", "axes_dims_rope")}}
+CONTROLNETS: dict[str, dict[str, Any]] = {
+    "FLUX.1-dev-Controlnet-Union-alpha": _CONTROLNET | {"num_layers": 5, "num_single_layers": 10, "num_mode": 10},
+    "Flux.1-dev-Controlnet-Upscaler": _CONTROLNET | {"num_layers": 5, "num_single_layers": 0},
+}
+REPOSITORIES = {f"black-forest-labs/{name}": name for name in PUBLISHED} | {
+    "black-forest-labs/FLUX.1-Depth-dev": "FLUX.1-Canny-dev"}
 
 
 def prepared_shapes(configs: dict[str, dict[str, Any]], latent: tuple[int, int, int],

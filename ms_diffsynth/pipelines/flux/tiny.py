@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ms_diffsynth.diffusion.schedule import FLUX_DEV
-from ms_diffsynth.pipelines.flux.pipeline import COMPONENTS
+from ms_diffsynth.pipelines.flux.pipeline import COMPONENTS, CONTROLNET, FluxImagePipeline
+from ms_diffsynth.pipelines.flux.published import CONTROL, FILL
 from ms_diffsynth.pipelines.shared.tiny import write_model
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -36,3 +37,33 @@ def write_tiny(folder: Path, seed: int = 0) -> None:
     Raises: OutputError when the folder exists and is not empty.
     """
     write_model(folder, "FluxPipeline", COMPONENTS, CONFIGS, seed, FLUX_DEV.to_config())
+
+
+def write_tiny_controlnet(folder: Path, seed: int = 0) -> None:
+    """The same with a ControlNet that has learned something random. Raises: as `write_tiny`."""
+    _write(folder, seed, "FluxControlNetPipeline", CONFIGS | {"controlnet": _controlnet()})
+
+
+def write_tiny_union(folder: Path, seed: int = 0) -> None:
+    """The same with a union of four ControlNets. Raises: as `write_tiny`."""
+    _write(folder, seed, "FluxControlNetPipeline", CONFIGS | {"controlnet": _controlnet() | {"num_mode": 4}})
+
+
+def write_tiny_fill(folder: Path, seed: int = 0) -> None:
+    """A FLUX.1-Fill. Raises: as `write_tiny`."""
+    _write(folder, seed, "FluxFillPipeline", CONFIGS | {"dit": CONFIGS["dit"] | FILL})
+
+
+def write_tiny_canny(folder: Path, seed: int = 0) -> None:
+    """A FLUX.1-Canny or -Depth. Raises: as `write_tiny`."""
+    _write(folder, seed, "FluxControlPipeline", CONFIGS | {"dit": CONFIGS["dit"] | CONTROL})
+
+
+def _controlnet() -> dict[str, Any]:
+    dit = {name: CONFIGS["dit"][name] for name in FluxImagePipeline.controlnet_settings}
+    return {"_class_name": CONTROLNET.class_name, **dit, "num_layers": 1, "num_single_layers": 2}
+
+
+def _write(folder: Path, seed: int, class_name: str, configs: dict[str, Any]) -> None:
+    components = [c for c in (*COMPONENTS, CONTROLNET) if c.is_tokenizer or c.name in configs]
+    write_model(folder, class_name, components, configs, seed, FLUX_DEV.to_config())

@@ -19,6 +19,7 @@ from mindspore import Tensor, mint, nn, ops
 from ms_diffsynth.models import arguments
 from ms_diffsynth.nn.blocks import Arranged, Kind, by_head
 from ms_diffsynth.ops import network
+from ms_diffsynth.pipelines.shared import control
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.pipelines.shared.rotary import check_axes
 
@@ -128,41 +129,21 @@ class FluxSingleBlock(mindone.FluxSingleTransformerBlock):
     is_arranged = True
 
 
-class FluxTransformer(Arranged, mindone.FluxTransformer2DModel):
-    """Velocity of packed latents."""
+class FluxNetwork(Arranged):
+    """What FLUX.1's transformer and its ControlNet share: blocks, and what all blocks are given."""
 
-    def construct(self, hidden_states, encoder_hidden_states=None, pooled_projections=None, timestep=None,
-                  img_ids=None, txt_ids=None, guidance=None, return_dict=False):
-        """hidden_states [B, N, C], encoder_hidden_states [B, L, D'], pooled_projections [B, P], timestep (sigma) and
-        guidance float32 [B], img_ids [N, 3], or [B, N, 3] of references that differ, txt_ids [L, 3] -> a tuple of the
-        velocity [B, N, C]. The arguments are mindone's."""
-        image, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
+    def conditions(self, timestep, guidance, pooled_projections, ids, dtype):
+        """timestep (sigma) and guidance float32 [B] (None: told none), pooled_projections [B, P], ids float32
+        [1 or B, S, 3] -> SiLU of what modulates the tokens [B, D], cosines and sines of `network.positions`."""
         embedders = self.time_text_embed
-        temb = self.embed(embedders.timestep_embedder, timestep, image.dtype)
+        temb = self.embed(embedders.timestep_embedder, timestep, dtype)
         if guidance is not None:
-            temb = temb + self.embed(embedders.guidance_embedder, guidance, image.dtype)
+            temb = temb + self.embed(embedders.guidance_embedder, guidance, dtype)
         temb = temb + embedders.text_embedder(pooled_projections)
-        emb = mint.nn.functional.silu(temb)
-        axes = frequencies(self.pos_embed.axes_dim, self.pos_embed.theta)
-        if img_ids.ndim == 2:
-            img_ids = img_ids.expand_dims(0)
-        txt_ids = ops.broadcast_to(txt_ids.expand_dims(0), (img_ids.shape[0], txt_ids.shape[0], txt_ids.shape[1]))
-        angles = mint.matmul(mint.cat((txt_ids, img_ids), dim=1).astype(ms.float32), axes)
-        cos = network.positions(mint.cos(angles), image.shape[0], self.heads, image.dtype)
-        sin = network.positions(mint.sin(angles), image.shape[0], self.heads, image.dtype)
-        lora = self.lora(image) if self.has_lora else self.no_lora
-        cells, cell_of = self.double_cells, self.double_cell_of
-        weights, places = self.double_weights, self.double_lora
-        for i in range(len(cell_of)):
-            text, image = cells[cell_of[i]]((text, image, emb, cos, sin), weights[i], lora[places[i]])
-        x, text_tokens = network.join(text, image), text.shape[1]
-        cells, cell_of = self.single_cells, self.single_cell_of
-        weights, places = self.single_weights, self.single_lora
-        for i in range(len(cell_of)):
-            x = cells[cell_of[i]]((x, emb, cos, sin), weights[i], lora[places[i]])
-        image = network.part(x, text_tokens)[1]
-        scale, shift = network.chunks(self.norm_out.linear(emb), 2)
-        return (self.proj_out(network.layer_norm_modulate(image, scale, shift, EPS)),)
+        angles = mint.matmul(ids.astype(ms.float32), frequencies(self.pos_embed.axes_dim, self.pos_embed.theta))
+        batch = pooled_projections.shape[0]
+        return (mint.nn.functional.silu(temb), network.positions(mint.cos(angles), batch, self.heads, dtype),
+                network.positions(mint.sin(angles), batch, self.heads, dtype))
 
     def embed(self, embedder, number, dtype):
         """A number of [0, 1], or a guidance scale, as a vector [B, D]: sinusoids in float32 of a thousand times it."""
@@ -177,10 +158,46 @@ class FluxTransformer(Arranged, mindone.FluxTransformer2DModel):
         return kind(layers, self.heads, self.x_embedder.bias.dtype)
 
 
-def use_own_blocks(dit: nn.Cell) -> nn.Cell:
-    """Make ``dit``, a FluxTransformer2DModel, compute by the blocks of this module, and return it.
+class FluxTransformer(FluxNetwork, mindone.FluxTransformer2DModel):
+    """Velocity of packed latents."""
 
-    Its parameters and their names stay, and its call as far as FLUX.1 itself goes: no IP adapter, no ControlNet. Call
+    def construct(self, hidden_states, encoder_hidden_states=None, pooled_projections=None, timestep=None,
+                  img_ids=None, txt_ids=None, guidance=None, return_dict=False, controlnet_block_samples=None,
+                  controlnet_single_block_samples=None):
+        """hidden_states [B, N, C], encoder_hidden_states [B, L, D'], pooled_projections [B, P], timestep (sigma) and
+        guidance float32 [B], img_ids [N, 3], or [B, N, 3] of references that differ, txt_ids [L, 3], samples of
+        `controlnet.FluxControlNet` -> a tuple of the velocity [B, N, C]. The arguments are mindone's."""
+        image, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
+        if img_ids.ndim == 2:
+            img_ids = img_ids.expand_dims(0)
+        txt_ids = ops.broadcast_to(txt_ids.expand_dims(0), (img_ids.shape[0], txt_ids.shape[0], txt_ids.shape[1]))
+        emb, cos, sin = self.conditions(timestep, guidance, pooled_projections, mint.cat((txt_ids, img_ids), dim=1),
+                                        image.dtype)
+        lora = self.lora(image) if self.has_lora else self.no_lora
+        cells, cell_of = self.double_cells, self.double_cell_of
+        weights, places = self.double_weights, self.double_lora
+        for i in range(len(cell_of)):
+            text, image = cells[cell_of[i]]((text, image, emb, cos, sin), weights[i], lora[places[i]])
+            image = control.with_sample(image, controlnet_block_samples, i, len(cell_of))
+        x, text_tokens = network.join(text, image), text.shape[1]
+        cells, cell_of = self.single_cells, self.single_cell_of
+        weights, places = self.single_weights, self.single_lora
+        for i in range(len(cell_of)):
+            x = cells[cell_of[i]]((x, emb, cos, sin), weights[i], lora[places[i]])
+            if controlnet_single_block_samples is not None and len(controlnet_single_block_samples) > 0:
+                text, image = network.part(x, text_tokens)
+                image = control.with_sample(image, controlnet_single_block_samples, i, len(cell_of))
+                x = network.join(text, image)
+        image = network.part(x, text_tokens)[1]
+        scale, shift = network.chunks(self.norm_out.linear(emb), 2)
+        return (self.proj_out(network.layer_norm_modulate(image, scale, shift, EPS)),)
+
+
+def use_own_blocks(dit: nn.Cell, network_class: type[FluxNetwork] = FluxTransformer) -> nn.Cell:
+    """Make ``dit``, a FluxTransformer2DModel, compute by the blocks of this module, and return it. Of mindone's network
+    of another class ``network_class`` is the subclass that does.
+
+    Its parameters and their names stay, and its call as far as FLUX.1 itself goes: no IP adapter. Call
     it before the network is compiled; a second call does nothing.
 
     Raises: TypeError for an attention that is not FLUX.1's own: another processor, fused projections, dropout.
@@ -191,7 +208,7 @@ def use_own_blocks(dit: nn.Cell) -> nn.Cell:
             raise TypeError(f"{type(attn.processor).__name__}, fused_projections={attn.fused_projections}, dropout="
                             f"{attn.dropout}: expected a FluxAttnProcessor without either. Take the network as it is "
                             "loaded.")
-    dit.__class__, dit.heads = FluxTransformer, dit.config.num_attention_heads
+    dit.__class__, dit.heads = network_class, dit.config.num_attention_heads
     for block in dit.transformer_blocks:
         block.__class__ = FluxBlock
     for block in dit.single_transformer_blocks:

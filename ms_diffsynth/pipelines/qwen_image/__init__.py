@@ -9,16 +9,19 @@ from ms_diffsynth.pipelines.qwen_image.pipeline import QwenImagePipeline
 from ms_diffsynth.pipelines.qwen_image.published import PUBLISHED, REPOSITORIES, prepared_shapes
 from ms_diffsynth.pipelines.qwen_image.tiny import (
     write_tiny,
+    write_tiny_controlnet,
     write_tiny_edit,
     write_tiny_edit_2509,
     write_tiny_edit_2511,
+    write_tiny_inpaint,
 )
 
 LOADER = Loader(here="QwenImagePipeline", diffusers="QwenImagePipeline", mindone="QwenImagePipeline",
                 files=("transformer/*.safetensors", "text_encoder/*.safetensors", "vae/*.safetensors"),
                 transformer="QwenImageTransformer2DModel", tags=("qwen-image", "qwen-image-diffusers"))
 
-VARIANTS = {"edit": write_tiny_edit, "edit-2509": write_tiny_edit_2509, "edit-2511": write_tiny_edit_2511}
+VARIANTS = {"edit": write_tiny_edit, "edit-2509": write_tiny_edit_2509, "edit-2511": write_tiny_edit_2511,
+            "controlnet": write_tiny_controlnet, "inpaint": write_tiny_inpaint}
 LICENCES = dict.fromkeys(("Qwen/Qwen-Image", "Qwen/Qwen-Image-Edit", "Qwen/Qwen-Image-Edit-2509",
                           "Qwen/Qwen-Image-Edit-2511"), APACHE)
 

@@ -17,6 +17,7 @@ from ms_diffsynth.pipelines.qwen_image import edit, units
 from ms_diffsynth.pipelines.qwen_image.denoise import Denoise
 from ms_diffsynth.pipelines.qwen_image.published import PUBLISHED
 from ms_diffsynth.pipelines.shared.causal_vae import CausalVAE
+from ms_diffsynth.pipelines.shared.control import TakesControl
 from ms_diffsynth.pipelines.shared.edit import LoadEditImage
 from ms_diffsynth.pipelines.shared.image import ImagePipeline
 from ms_diffsynth.pipelines.shared.text import QWEN_TOKENIZER, build_qwen_tokenizer
@@ -34,6 +35,12 @@ def _build_dit(config: dict[str, Any]):
 
 def _build_vae(config: dict[str, Any]):
     return with_latents(CausalVAE, units.EncodeImage, units.Decode)(**arguments(CausalVAE, config, LATER_SETTINGS))
+
+
+def _build_controlnet(config: dict[str, Any]):
+    from ms_diffsynth.pipelines.qwen_image.controlnet import build_controlnet  # imports mindone's networks
+
+    return build_controlnet(config)
 
 
 def _build_text_encoder(config: dict[str, Any]):
@@ -73,6 +80,9 @@ COMPONENTS = (
 VISION_TOWER = Component(name="vision_tower", folder="text_encoder", class_name="Qwen2_5_VLForConditionalGeneration",
                          build=_build_vision_tower, ignored=("model.", "lm_head."), part_of="text_encoder")
 
+CONTROLNET = Component(name="controlnet", folder="controlnet", class_name="QwenImageControlNetModel",
+                       build=_build_controlnet)
+
 # What DiffSynth-Studio's Qwen-Image LoRA script adapts
 LORA_TARGET_MODULES = (
     "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out",
@@ -84,7 +94,7 @@ LORA_TARGET_MODULES = (
 SCHEDULER = FlowMatchSettings(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
 
 
-class QwenImagePipeline(ImagePipeline):
+class QwenImagePipeline(TakesControl, ImagePipeline):
     """Text to image with Qwen-Image, editing with Qwen-Image-Edit, and the units their training reuses.
 
     Attributes:
@@ -94,13 +104,17 @@ class QwenImagePipeline(ImagePipeline):
             by the model, see `edit_style`.
     """
 
-    components, parts = COMPONENTS, (VISION_TOWER,)
+    components, parts, further = COMPONENTS, (VISION_TOWER,), (CONTROLNET,)
     lora_target_modules = LORA_TARGET_MODULES
     diffusers_class = "QwenImagePipeline"
     interchange = read_table(Path(__file__).with_name("interchange.yaml"))
     fusible = ("encode_image",)
     widths = {"latents": ("in_channels", -3, 4), "prompt_embeds": ("joint_attention_dim", -1, 1)}
-    prepare_settings = ("max_sequence_length", "edit_max_pixels", "edit_style")
+    prepare_settings = ("max_sequence_length", "edit_max_pixels", "edit_style", "control_form")
+    inpaints = "Inpaint"
+    controlnet_lists = {"num_layers": ("transformer_blocks", "controlnet_blocks", 5)}
+    controlnet_settings = ("patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads",
+                           "joint_attention_dim", "axes_dims_rope")
     padded_slots = ("prompt_ids", "prompt_embeds", "prompt_mask", "prompt_places")
     prompt_lengths = (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)  # beyond 1024 only with pictures
     max_sequence_length = 1024
@@ -117,7 +131,8 @@ class QwenImagePipeline(ImagePipeline):
         return {"edit_image": [
             LoadEditImage(), edit.EncodeEditImage(), edit.EncodePictures(),
             edit.TokenizeEditPrompt().with_slots(name="tokenize_prompt"),
-            edit.EncodeEditPrompt().with_slots(name="encode_prompt")]}
+            edit.EncodeEditPrompt().with_slots(name="encode_prompt")],
+            **self.control_units(units.EncodeImage)}
 
     @property
     def edit_style(self) -> str:
@@ -161,7 +176,7 @@ class QwenImagePipeline(ImagePipeline):
     text_places = staticmethod(edit.text_places)
 
     def build_denoise(self) -> Denoise:
-        return Denoise(self.dtype)
+        return Denoise(self.dtype, self.store)
 
     def build_decode(self) -> units.Decode:
         return units.Decode(self.dtype)

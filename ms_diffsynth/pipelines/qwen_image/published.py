@@ -38,6 +38,12 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
     "Qwen-Image": {"dit": _DIT, "vae": _VAE, "text_encoder": _QWEN25_VL_7B},
     # the same shapes: zero_cond_t adds no weights
     "Qwen-Image-Edit-2511": {"dit": _DIT | {"zero_cond_t": True}, "vae": _VAE, "text_encoder": _QWEN25_VL_7B}}
+# Source: InstantX/Qwen-Image-ControlNet-Union, ``config.json``
+CONTROLNETS: dict[str, dict[str, Any]] = {
+    "Qwen-Image-ControlNet-Union": {
+        "_class_name": "QwenImageControlNetModel", "num_layers": 5, "extra_condition_channels": 0,
+        **{name: _DIT[name] for name in ("patch_size", "in_channels", "out_channels", "attention_head_dim",
+                                         "num_attention_heads", "joint_attention_dim", "axes_dims_rope")}}}
 REPOSITORIES = {f"Qwen/{name}": name if name in PUBLISHED else "Qwen-Image" for name in (
     "Qwen-Image", "Qwen-Image-2512", "Qwen-Image-Edit", "Qwen-Image-Edit-2509", "Qwen-Image-Edit-2511")}
 

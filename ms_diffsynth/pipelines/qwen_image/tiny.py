@@ -4,7 +4,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ms_diffsynth.pipelines.qwen_image.pipeline import COMPONENTS, SCHEDULER, VISION_TOWER
+from ms_diffsynth.pipelines.qwen_image.pipeline import (
+    COMPONENTS,
+    CONTROLNET,
+    SCHEDULER,
+    VISION_TOWER,
+    QwenImagePipeline,
+)
 from ms_diffsynth.pipelines.shared.tiny import write_model
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -58,6 +64,23 @@ def write_tiny_edit_2509(folder: Path, seed: int = 0) -> None:
 def write_tiny_edit_2511(folder: Path, seed: int = 0) -> None:
     """A Qwen-Image-Edit-2511. Raises: as `write_tiny`."""
     _write_edit(folder, seed, "QwenImageEditPlusPipeline", True)
+
+
+def write_tiny_controlnet(folder: Path, seed: int = 0) -> None:
+    """A Qwen-Image with a ControlNet that has learned something random. Raises: as `write_tiny`."""
+    _write_controlnet(folder, seed, 0)
+
+
+def write_tiny_inpaint(folder: Path, seed: int = 0) -> None:
+    """The same with a ControlNet for inpainting. Raises: as `write_tiny`."""
+    _write_controlnet(folder, seed, 4)
+
+
+def _write_controlnet(folder: Path, seed: int, extra_channels: int) -> None:
+    dit = {name: CONFIGS["dit"][name] for name in QwenImagePipeline.controlnet_settings}
+    own = {"_class_name": CONTROLNET.class_name, **dit, "num_layers": 1, "extra_condition_channels": extra_channels}
+    write_model(folder, f"QwenImageControlNet{'Inpaint' if extra_channels else ''}Pipeline", (*COMPONENTS, CONTROLNET),
+                CONFIGS | {"controlnet": own}, seed, SCHEDULER.to_config())
 
 
 def _write_edit(folder: Path, seed: int, class_name: str, zero_cond_t: bool) -> None:

@@ -23,6 +23,7 @@ from ms_diffsynth.models import arguments
 from ms_diffsynth.nn.blocks import Arranged, Kind, by_head
 from ms_diffsynth.ops import network
 from ms_diffsynth.pipelines.qwen_image.pipeline import LATER_SETTINGS
+from ms_diffsynth.pipelines.shared import control
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.pipelines.shared.rotary import check_axes
 
@@ -144,13 +145,49 @@ class QwenImageLastBlock(QwenImageBlock):
     """The weights of the last block. Nothing reads what becomes of its text after attention: it is not computed."""
 
 
-class QwenImageTransformer(Arranged, mindone.QwenImageTransformer2DModel):
+class QwenImageNetwork(Arranged):
+    """What Qwen-Image's transformer and its ControlNet share: blocks, and what all blocks are given."""
+
+    def places_and_mask(self, cos, sin, prompt_mask, batch, text_tokens, dtype):
+        """cos and sin of `rotary.image_table` or `rotary.edit_table`, prompt_mask float32 [B, L], or None for text
+        alone -> those of `network.positions`, and `network.text_mask`."""
+        cos, sin = (network.positions(table, batch, self.heads, dtype) for table in (cos, sin))
+        if prompt_mask is None:
+            prompt_mask = ops.ones((batch, text_tokens), ms.float32)
+        keys = ops.cat((prompt_mask, ops.ones((batch, cos.shape[1] - text_tokens), ms.float32)), 1)
+        return cos, sin, network.text_mask(keys, keys.shape[1], self.heads, dtype)
+
+    def embed(self, sigma, dtype):
+        """sigma float32 [B] -> what modulates the tokens [B, D]."""
+        sinusoids = self.time_text_embed.time_proj(sigma)
+        return mint.nn.functional.silu(self.time_text_embed.timestep_embedder(sinusoids.astype(dtype)))
+
+    def kinds(self):
+        return {"block": Kind("transformer_blocks", NAMES, partial(self._build, Block))}
+
+    def _build(self, kind, block, layers):
+        # a bias, because the weight may be stored in 8 bits
+        return kind(layers, self.heads, self.img_in.bias.dtype, isinstance(block, QwenImageLastBlock))
+
+    @classmethod
+    def of(cls, net: nn.Cell) -> nn.Cell:
+        """mindone's network, made to compute by the blocks of this module."""
+        del net.pos_embed  # complex tables of 4096 positions that nothing reads any more
+        net.__class__, net.heads = cls, net.config.num_attention_heads
+        for block in net.transformer_blocks:
+            block.__class__ = QwenImageBlock
+        net.transformer_blocks[-1].__class__ = QwenImageLastBlock
+        return net
+
+
+class QwenImageTransformer(QwenImageNetwork, mindone.QwenImageTransformer2DModel):
     """Velocity of packed latents."""
 
-    def construct(self, tokens, sigma, prompt_embeds, cos, sin, prompt_mask=None, references=None):
+    def construct(self, tokens, sigma, prompt_embeds, cos, sin, prompt_mask=None, references=None, samples=None):
         """tokens [B, N, 4C], sigma float32 [B], prompt_embeds [B, L, D'], cos and sin of `rotary.image_table` or
         `rotary.edit_table`, prompt_mask float32 [B, L] (1 for text, 0 for padding; None: all text), references
-        [B, M, 4C] (None: no reference) -> velocity [B, N, 4C].
+        [B, M, 4C] (None: no reference), samples of `controlnet.QwenImageControlNet`, without references -> velocity
+        [B, N, 4C].
 
         Padding is not attended to. Its own queries attend like any other; nothing reads what becomes of them.
         """
@@ -167,12 +204,7 @@ class QwenImageTransformer(Arranged, mindone.QwenImageTransformer2DModel):
             emb = mint.split(both, batch, 0)[0]
         else:
             emb = self.embed(sigma, image.dtype)
-        cos = network.positions(cos, batch, self.heads, image.dtype)
-        sin = network.positions(sin, batch, self.heads, image.dtype)
-        if prompt_mask is None:
-            prompt_mask = ops.ones((batch, text.shape[1]), ms.float32)
-        keys = ops.cat((prompt_mask, ops.ones((batch, cos.shape[1] - text.shape[1]), ms.float32)), 1)
-        mask = network.text_mask(keys, keys.shape[1], self.heads, image.dtype)
+        cos, sin, mask = self.places_and_mask(cos, sin, prompt_mask, batch, text.shape[1], image.dtype)
         lora = self.lora(image) if self.has_lora else self.no_lora
         if has_two_times:
             cells, cell_of = self.two_times_cells, self.two_times_cell_of
@@ -188,24 +220,17 @@ class QwenImageTransformer(Arranged, mindone.QwenImageTransformer2DModel):
             last = len(cell_of) - 1
             for i in range(last):
                 image, text = cells[cell_of[i]]((image, text, emb, cos, sin, mask), weights[i], lora[places[i]])
+                image = control.with_sample(image, samples, i, len(cell_of))
             image = cells[cell_of[last]]((image, text, emb, cos, sin, mask), weights[last], lora[places[last]])
+            image = control.with_sample(image, samples, last, len(cell_of))
             if references is not None:
                 image = network.part(image, image_tokens)[0]
         scale, shift = network.chunks(self.norm_out.linear(emb), 2)
         return self.proj_out(network.layer_norm_modulate(image, scale, shift, EPS))
 
-    def embed(self, sigma, dtype):
-        """sigma float32 [B] -> what modulates the tokens [B, D]."""
-        sinusoids = self.time_text_embed.time_proj(sigma)
-        return mint.nn.functional.silu(self.time_text_embed.timestep_embedder(sinusoids.astype(dtype)))
-
     def kinds(self):
-        return {"block": Kind("transformer_blocks", NAMES, partial(self._build, Block)),
+        return {**super().kinds(),
                 "two_times": Kind("transformer_blocks", NAMES, partial(self._build, TwoTimesBlock), twin_of="block")}
-
-    def _build(self, kind, block, layers):
-        # a bias, because the weight may be stored in 8 bits
-        return kind(layers, self.heads, self.img_in.bias.dtype, isinstance(block, QwenImageLastBlock))
 
 
 def build_transformer(config: dict) -> QwenImageTransformer:
@@ -218,10 +243,6 @@ def build_transformer(config: dict) -> QwenImageTransformer:
     given = arguments(mindone.QwenImageTransformer2DModel, config, LATER_SETTINGS)
     check_axes(given)
     dit = mindone.QwenImageTransformer2DModel(**given)
-    del dit.pos_embed  # complex tables of 4096 positions that nothing reads any more
     dit.register_to_config(zero_cond_t=is_timed)
-    dit.__class__, dit.heads, dit.zero_cond_t = QwenImageTransformer, dit.config.num_attention_heads, is_timed
-    for block in dit.transformer_blocks:
-        block.__class__ = QwenImageBlock
-    dit.transformer_blocks[-1].__class__ = QwenImageLastBlock
-    return dit
+    dit.zero_cond_t = is_timed
+    return QwenImageTransformer.of(dit)

@@ -17,10 +17,8 @@ from PIL import Image
 from ms_diffsynth.data.images import to_rgb
 from ms_diffsynth.data.operators import ImageCropAndResize
 from ms_diffsynth.diffusion.packing import pack
-from ms_diffsynth.diffusion.units import SampleLatents
 from ms_diffsynth.errors import DataError
 from ms_diffsynth.pipelines.shared import vae_units
-from ms_diffsynth.pipelines.shared.tiles import in_tiles
 from ms_diffsynth.units import PipelineUnit
 
 
@@ -91,16 +89,8 @@ class EncodeEditImage(PipelineUnit):
             channels = patch * patch * pipe.latent_shape(pipe.division_factor, pipe.division_factor)[0]
             return {"edit_latents": Tensor(np.zeros((1, 0, channels), np.float32)),
                     "edit_places": Tensor(np.zeros((1, 0, self.axes), np.int32))}
-        encode, mean = self.encode(pipe.dtype), SampleLatents("mean")
-        encode.attach(pipe)
-        mean.attach(pipe)
-        tiles, cells = encode.tiles(tiled, tile_size, tile_stride), encode.cells(pipe.config("vae"))
-
-        def encoded(pixels: Tensor) -> Tensor:
-            return encode(pixels)[0]
-
-        moments = [encoded(x) if tiles is None else in_tiles(encoded, x, tiles, *cells) for x in edit_pixels]
-        latents = [mean(x)[0] for x in moments]
+        mean = vae_units.mean_latents(self.encode, pipe, tiled, tile_size, tile_stride)
+        latents = [mean(x) for x in edit_pixels]
         places = self.places([(x.shape[2] // patch, x.shape[3] // patch) for x in latents])
         return {"edit_latents": ops.cat([self.tokens(x) for x in latents], 1),
                 "edit_places": Tensor(np.repeat(places[None], latents[0].shape[0], 0))}

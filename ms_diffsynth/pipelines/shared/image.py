@@ -84,13 +84,19 @@ class ImagePipeline(Pipeline):
             tiled: let the VAE encode and decode in tiles of ``tile_size`` latent pixels (None: 128), one every
                 ``tile_stride`` (None: half of it), to save memory; see `shared.tiles`.
             inputs: further inputs of the family; ``edit_image``: the image that is edited, or several references in
-                their order, whose size is then that of the result (`edited_size`); ``template_cache``; with
+                their order, whose size is then that of the result (`edited_size`); ``control_image``, one or several,
+                after which it is drawn, ``control_mask``, and how these are used: ``conditioning_scale``,
+                ``control_mode`` and ``control_range``, the part of the steps that reads them, from 0 to 1
+                (docs/how_to/controlnet.md); ``template_cache``; with
                 ``negative_`` in front, those of the branch of the negative prompt, instead of the same.
 
         Raises: ConfigError for an input the family does not have, an unknown sampler, or a value out of range.
         """
         default = self.usual_size
         inputs = those_given(inputs)
+        if "control_image" in inputs:
+            first = inputs["control_image"]
+            default = (first[0] if isinstance(first, (list, tuple)) else first).size[::-1]
         if "edit_image" in inputs:
             default = self.edited_size(references(inputs["edit_image"]))
         if input_image is not None:
@@ -117,7 +123,9 @@ class ImagePipeline(Pipeline):
 
         Raises: as `__call__`.
         """
-        self.check_inputs(inputs)
+        self.check_sampled(inputs)
+        inputs = dict(inputs)
+        within = {"control_range": inputs.pop("control_range")} if "control_range" in inputs else {}
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if text and (problem := prompt_problem(text)):
                 raise ConfigError(f"{name}={shortened(text)} {problem}.")
@@ -135,7 +143,6 @@ class ImagePipeline(Pipeline):
         guidance = own.embedded_guidance if embedded_guidance is None else embedded_guidance
         inputs = {**inputs, **self.size_inputs(size), "guidance": Tensor(np.full(1, guidance, np.float32))}
         positive = {name: value for name, value in inputs.items() if not name.startswith("negative_")} | tiling
-        positive |= {"height": size[0], "width": size[1]}
         branches = [{"prompt": prompt, **positive}]
         if cfg_scale != 1:  # a template is of one branch only, everything else of both
             negative = {n.removeprefix("negative_"): value for n, value in inputs.items() if n not in positive}
@@ -145,11 +152,13 @@ class ImagePipeline(Pipeline):
                             denoising_strength)
         latents = self.start(start, noise, sigmas, tiling)
         return self.integrate(*self.conditions(*branches), latents, sigmas, cfg_scale, on_step, sampler,
-                              lambda k: Draws(seed).normal(f"sampling step {k}", np.array([0]), shape))
+                              lambda k: Draws(seed).normal(f"sampling step {k}", np.array([0]), shape), **within)
 
-    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Raises: ConfigError for further inputs of a call that the family does not have."""
+    def check_sampled(self, inputs: Mapping[str, Any]) -> None:
+        """Raises: ConfigError for further inputs of a call that the family does not have, or that do not fit each other
+        or the models."""
         known = [name for name in self.optional_units if name != "template_inputs"]  # TemplatePipeline takes those
+        known += self.input_options
         known += ["template_cache"] if "template_cache?" in self.denoise.input_params else []
         odd = [name for name in inputs if name.removeprefix("negative_") not in known]
         if odd:
@@ -339,7 +348,8 @@ class ImagePipeline(Pipeline):
 
     def integrate(self, positive: dict[str, Any], negative: dict[str, Any] | None, latents: np.ndarray | Tensor,
                   sigmas: np.ndarray, cfg_scale: float = 1.0, on_step: Callable[[int, int], None] | None = None,
-                  sampler: str = "euler", noise: Callable[[int], np.ndarray] | None = None) -> Tensor:
+                  sampler: str = "euler", noise: Callable[[int], np.ndarray] | None = None,
+                  control_range: tuple[float, float] = (0.0, 1.0)) -> Tensor:
         """Latents at the last of ``sigmas``, float32 [B, ...].
 
         Args:
@@ -347,8 +357,17 @@ class ImagePipeline(Pipeline):
             latents: at ``sigmas[0]`` (noise alone where it is 1), float32 [B, ...].
             sigmas: float32 [n + 1], decreasing, ends with 0.
             noise: what sampling step k adds, for samplers that add some.
+            control_range: the part of the steps in which control images are read.
+
+        Raises: ConfigError for a part that is none.
         """
+        first, last = control_range
+        if not 0 <= first < last <= 1:
+            raise ConfigError(f"control_range={first, last}: expected two numbers of 0 to 1, the second larger.")
         denoise = self.guided(positive, negative, cfg_scale)
+        if "control_scales" in positive and (first, last) != (0, 1):
+            without = self.guided(_without_control(positive), negative and _without_control(negative), cfg_scale)
+            denoise = _within(control_range, np.asarray(sigmas, np.float32), denoise, without)
         return SAMPLERS[sampler](denoise, Tensor(latents), sigmas, on_step)
 
     def guided(self, positive: dict[str, Any], negative: dict[str, Any] | None, cfg_scale: float,
@@ -371,6 +390,22 @@ class ImagePipeline(Pipeline):
         slots = {"latents": latents, "tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
         pipe = self if self.prepared_prompts is None else _WithDecoder(self)
         return run_unit(self.build_decode(), pipe, slots)["pixels"].asnumpy()
+
+
+def _without_control(condition: dict[str, Any]) -> dict[str, Any]:
+    """The same step with a scale of 0 for control images."""
+    return condition | {"control_scales": ms.mint.zeros_like(condition["control_scales"])}
+
+
+def _within(part: tuple[float, float], sigmas: np.ndarray, denoise: Denoise, without: Denoise) -> Denoise:
+    """``denoise`` in this part of the steps, ``without`` outside of it, as diffusers counts."""
+    steps = len(sigmas) - 1
+
+    def at(latents: Tensor, sigma: Tensor) -> Tensor:
+        step = int(np.argmin(np.abs(sigmas[:-1] - sigma.asnumpy()[0])))
+        return (denoise if step / steps >= part[0] and (step + 1) / steps <= part[1] else without)(latents, sigma)
+
+    return at
 
 
 class _WithDecoder:

@@ -5,9 +5,10 @@ compute tiles one after the other (`shared.tiles`).
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from mindspore import nn
+from mindspore import Tensor, nn
 
 from ms_diffsynth.diffusion.units import SampleLatents
 from ms_diffsynth.errors import DataError
@@ -96,6 +97,21 @@ class Decode(_VaeUnit):
 
     def cells(self, config):
         return 1, self.patch * self.scale_factor(config)
+
+
+def mean_latents(encode_image: type[EncodeImage], pipe: Any, tiled: bool | None = None, tile_size: int | None = None,
+                 tile_stride: int | None = None) -> Callable[[Tensor], Tensor]:
+    """What makes latents of pixels, the posterior's mean as the network takes it, outside of a step: float32
+    [B, 3, H, W] in [-1, 1] -> float32 [B, C, h, w]; in tiles as `_VaeUnit`."""
+    encode, mean = encode_image(pipe.dtype), SampleLatents("mean")
+    encode.attach(pipe)
+    mean.attach(pipe)
+    tiles, cells = encode.tiles(tiled, tile_size, tile_stride), encode.cells(pipe.config("vae"))
+
+    def encoded(pixels: Tensor) -> Tensor:
+        return encode(pixels)[0]
+
+    return lambda x: mean(encoded(x) if tiles is None else in_tiles(encoded, x, tiles, *cells))[0]
 
 
 class LatentsOfVae:

@@ -345,9 +345,9 @@ class WanVideoPipeline(VideoPipeline):
 
     # -- sampling --------------------------------------------------------------------------------------------------
 
-    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """As `ImagePipeline.check_inputs`. Raises: ConfigError also for a model that needs an image and has none."""
-        super().check_inputs(inputs)
+    def check_sampled(self, inputs: Mapping[str, Any]) -> None:
+        """As `ImagePipeline.check_sampled`. Raises: ConfigError also for a model that needs an image and has none."""
+        super().check_sampled(inputs)
         if self.has_condition and "input_image" not in inputs:
             raise ConfigError("input_image is missing: this model makes videos of images. Give the first frame as "
                               "input_image.")
