@@ -77,4 +77,5 @@ def build_controlnet(config: dict[str, Any]) -> FluxControlNet:
         net.controlnet_x_embedder = mint.nn.Linear(net.config.in_channels + extra, net.inner_dim)
     net.register_to_config(extra_condition_channels=extra)
     net.is_guided = net.config.guidance_embeds
+    net.update_parameters_name("controlnet.")  # in compiled code the transformer's Parameters have the same names
     return use_own_blocks(net, FluxControlNet)

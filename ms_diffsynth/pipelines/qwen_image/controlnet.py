@@ -48,4 +48,6 @@ def build_controlnet(config: dict[str, Any]) -> QwenImageControlNet:
     """
     given = arguments(mindone.QwenImageControlNetModel, config)
     check_axes(given)
-    return QwenImageControlNet.of(mindone.QwenImageControlNetModel(**given))
+    net = mindone.QwenImageControlNetModel(**given)
+    net.update_parameters_name("controlnet.")  # in compiled code the transformer's Parameters have the same names
+    return QwenImageControlNet.of(net)
