@@ -22,7 +22,7 @@ SMALL = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 1}
 @pytest.mark.parametrize("key", KNOWN)
 def test_names_and_shapes_are_those_of_the_published_checkpoints(key):
     name, model = key.split(":")
-    pipeline = family(name).pipeline
+    pipeline = family(name).pipeline(dtype=ms.float32)
     controlnets = import_module(f"ms_diffsynth.pipelines.{name}.published").__dict__.get("CONTROLNETS", {})
     config = controlnets.get(model) or family(name).published[model][pipeline.network]
     component = next(c for c in (*pipeline.components, *pipeline.further) if c.class_name == config["_class_name"])
