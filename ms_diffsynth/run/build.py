@@ -180,7 +180,7 @@ def _dataset(config: TrainConfig, pipe: Pipeline | type[Pipeline], name: str, re
     """The images and prompts of the settings that begin with ``name``: dataset, class or validation."""
     folders = parse_folders(config.data.dataset_folders) if name == "dataset" else {}
     extra = [name.strip() for name in (config.data.extra_inputs or "").split(",") if name.strip()]
-    known = {*family(config.model.family).pipeline().optional_units, "template_inputs"}
+    known = {*(pipe() if isinstance(pipe, type) else pipe).optional_units, "template_inputs"}
     if odd := [name for name in extra if name not in known]:
         raise ConfigError(f"extra_inputs names {', '.join(map(repr, odd))}: expected some of "
                           f"{', '.join(sorted(known))}.{nearest(odd[0], known)}")
