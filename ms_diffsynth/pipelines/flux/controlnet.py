@@ -72,7 +72,8 @@ def build_controlnet(config: dict[str, Any]) -> FluxControlNet:
     given = arguments(mindone.FluxControlNetModel, {k: v for k, v in config.items()
                                                     if k != "extra_condition_channels" and v is not None})
     check_axes(given)
-    net = mindone.FluxControlNetModel(**given)
+    with quiet_imports():  # it warns of a class of its own
+        net = mindone.FluxControlNetModel(**given)
     if extra:
         net.controlnet_x_embedder = mint.nn.Linear(net.config.in_channels + extra, net.inner_dim)
     net.register_to_config(extra_condition_channels=extra)
