@@ -157,8 +157,8 @@ class Attention(nn.Cell):
 class MidBlock(nn.Cell):
     def __init__(self, channels: int):
         super().__init__()
-        self.resnets = nn.CellList([ResidualBlock(channels, channels) for _ in range(2)])
         self.attentions = nn.CellList([Attention(channels)])
+        self.resnets = nn.CellList([ResidualBlock(channels, channels) for _ in range(2)])
 
     def construct(self, x, past):
         x, kept = self.resnets[0](x, past)

@@ -24,6 +24,12 @@ inline void relax() {
 #endif
 }
 
+#if defined(__clang__)
+#define ONE_COPY __attribute__((noinline))
+#else
+#define ONE_COPY __attribute__((noinline, noclone))
+#endif
+
 class Pool {
   static constexpr int SPINS = 2000;  // some 50 us
 
@@ -42,14 +48,12 @@ class Pool {
   void run(int64_t tasks, F &&function) {
     if (tasks <= 0) return;
     if (tasks == 1 || helpers_ == 0 || !busy_.try_lock()) {  // also when two of MindSpore's threads come at once
-      for (int64_t i = 0; i < tasks; i++) function(i, 0);
+      for (int64_t i = 0; i < tasks; i++) call<typename std::remove_reference<F>::type>(&function, i, 0);
       return;
     }
     std::lock_guard<std::mutex> hold(busy_, std::adopt_lock);
     Job job;
-    job.call = [](void *f, int64_t task, int thread) {
-      (*static_cast<typename std::remove_reference<F>::type *>(f))(task, thread);
-    };
+    job.call = call<typename std::remove_reference<F>::type>;
     job.function = &function;
     job.tasks = tasks;
     job_.store(&job, std::memory_order_release);
@@ -65,6 +69,12 @@ class Pool {
   }
 
  private:
+  // One copy of the code of a task, for one thread and for several: two copies may add in another order.
+  template <typename F>
+  ONE_COPY static void call(void *function, int64_t task, int thread) {
+    (*static_cast<F *>(function))(task, thread);
+  }
+
   struct Job {
     void (*call)(void *, int64_t, int);
     void *function;
