@@ -54,6 +54,8 @@ def of(setting: Setting) -> dict[str, Any]:
     if setting.kind is tuple:
         found["type"] = ["array", "string"]  # one text, or several with commas
         found["items"] = {"type": "string"}
+        if setting.name == "num_frames":
+            found["type"], found["items"] = [*found["type"], "integer"], {"type": ["string", "integer"]}
         if setting.name == "sample_prompts":
             own = {name: of(SETTINGS[other]) for name, other in SAMPLE_OVERRIDES.items()}
             found["items"] = {"anyOf": [{"type": "string"}, {

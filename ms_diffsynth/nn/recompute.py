@@ -132,7 +132,8 @@ def use_recompute(model: nn.Cell, blocks: Sequence[str] | None = None, offload: 
     lists = [name for name, cell in cells.items() if isinstance(cell, nn.CellList)]
     outer = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     if hasattr(model, "kinds"):  # of `nn.blocks.Arranged`; its other lists hold single layers
-        outer = [name for name in outer if name in {kind.list_name for kind in model.kinds().values()}]
+        blocks_of = {id(block) for kind in model.kinds().values() for block in getattr(model, kind.list_name)}
+        outer = [name for name in outer if any(id(block) in blocks_of for block in cells[name])]
     outer = getattr(model, "repeated", outer)
     wrong = [name for name in blocks or () if name not in cells]
     if wrong or not (outer if blocks is None else blocks):

@@ -67,9 +67,10 @@ class Network:
         self.sizes = {name: p.size for name, p in torch_parameters(self.cell).items()}
         self.linear = {name: tuple(layer.weight.shape) for name, layer in linear_modules(self.cell).items()}
         lists = {name: cell for name, cell in self.cell.cells_and_names() if isinstance(cell, nn.CellList)}
-        own = {kind.list_name for kind in self.cell.kinds().values()} if hasattr(self.cell, "kinds") else lists
+        if hasattr(self.cell, "kinds") and not hasattr(self.cell, "repeated"):  # its other lists hold single layers
+            lists = {kind.list_name: getattr(self.cell, kind.list_name) for kind in self.cell.kinds().values()}
         self.blocks = sum(len(cell) for name, cell in lists.items()
-                          if name in own and not any(name.startswith(f"{other}.") for other in lists))
+                          if not any(name.startswith(f"{other}.") for other in lists))
         heads, channels = config.get("num_attention_heads"), config.get("attention_head_dim")
         self.channels = heads * channels if heads and channels else config.get("dim", 0)
         if "block_out_channels" in config:  # of a UNet, in whose levels a token has less space and more channels

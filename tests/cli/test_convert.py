@@ -33,14 +33,15 @@ def known(tiny_model, monkeypatch):
 def test_a_transformer_there_and_back(name, known, tmp_path, capsys):
     folder = known(name) / "transformer"
     assert convert(folder, tmp_path / "one.safetensors", "original") == 0
-    assert convert(tmp_path / "one.safetensors", tmp_path / "again", "diffusers", "--family", name) == 0
-    assert convert(tmp_path / "again", tmp_path / "two.safetensors", "original", "--family", name) == 0
+    assert convert(tmp_path / "one.safetensors", tmp_path / "again/transformer", "diffusers", "--family", name) == 0
+    assert convert(tmp_path / "again/transformer", tmp_path / "two.safetensors", "original", "--family", name) == 0
     assert capsys.readouterr().out.endswith("two.safetensors: dit\n")
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
-    before, after = load_state_dict(folder), load_state_dict(tmp_path / "again")
+    before, after = load_state_dict(folder), load_state_dict(tmp_path / "again/transformer")
     assert before.keys() == after.keys()
     assert all(np.array_equal(array, after[key]) for key, array in before.items())
-    assert json.loads((tmp_path / "again/config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    own = (folder / "config.json").read_text()
+    assert json.loads((tmp_path / "again/transformer/config.json").read_text()) == json.loads(own)
     names = set(load_state_dict(tmp_path / "one.safetensors"))
     beginning = {"flux": "double_blocks.0.img_attn.qkv", "flux2": "double_blocks.0.img_attn.qkv",
                  "qwen_image": "transformer_blocks.0.attn.to_q", "sd3": "model.diffusion_model.joint_blocks.0.x_block",

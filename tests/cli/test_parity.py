@@ -149,7 +149,7 @@ def test_a_wrong_number_fails(run, tmp_path):
 @pytest.mark.parametrize("text, expected", [
     (None, "is not a reference case: case.json is missing"),
     ('{"objective": "ddpm"}', "objective 'ddpm' cannot be run; expected one of flow_match_sft, flux_dreambooth, "
-     "ddpm_epsilon."),
+     "ddpm_epsilon, ddpm_v_prediction."),
     ("{", "case.json is not JSON"),
 ])
 def test_a_folder_that_is_no_case(run, tmp_path, text, expected):

@@ -91,7 +91,8 @@ def test_every_example_is_planned_without_device_network_or_a_file_written(path,
     assert max(map(len, said.splitlines())) <= 80, "wider than a terminal"
     assert re.search(r"(?m)^fits.*: [\d.]+ of [\d.]+ GiB$", said)
     is_counted = config.model.template_model_id_or_path is None  # its code is run only when that has been allowed
-    for label in ("images", "duplicates", "trained at", "download", "learns", "steps", "memory", "  train",
+    medium = family(config.model.family).pipeline.medium
+    for label in (f"{medium}s", "duplicates", "trained at", "download", "learns", "steps", "memory", "  train",
                   *(["disk"] if is_counted else [])):
         assert re.search(f"(?m)^{label} ", said), f"{label} is not told"
     if config.run.device == "Ascend":

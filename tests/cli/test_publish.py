@@ -208,9 +208,10 @@ BASE = "black-forest-labs/FLUX.2-klein-base-4B:transformer/*.safetensors"
 
 
 def card(trainable=("dit",), lora=None, prefix="pipe.dit.", **changes):
-    pipe = type("Flux2ImagePipeline", (), {"network": "dit", "inputs": ("prompt", "input_image"),
+    pipe = type("Flux2ImagePipeline", (), {"network": "dit", "medium": "image", "inputs": ("prompt", "input_image"),
                                           "given_as": {BASE: "dit", KLEIN: "text_encoder"}})()
-    model = SimpleNamespace(pipe=pipe, trainable=trainable, lora_base_model=lora, is_whole_pipeline=False)
+    model = SimpleNamespace(pipe=pipe, trainable=trainable, lora_base_models=(lora,) if lora else (),
+                            is_whole_pipeline=False)
     logger = SimpleNamespace(saved=[Path("out/epoch-0.safetensors"), Path("out/epoch-1.safetensors")], num_steps=7,
                              samples={}, settings={"learning_rate": 1e-4}, remove_prefix_in_ckpt=prefix)
     args = {"hub_model_id": "me/x", "hub": "huggingface", "family": "flux2", "sample_prompts": (), "seed": 1,

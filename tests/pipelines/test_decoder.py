@@ -36,7 +36,7 @@ def test_prepared_prompts_sample_as_the_prompts_do(name, tiny_model):
     call = {"prompt": "a cat", "negative_prompt": "a dog", "cfg_scale": 2.0, "seed": 0, "height": 64, "width": 48,
             "num_inference_steps": 1} | ({"num_frames": 5} if pipe.medium == "video" else {})
     expected = pipe(**call)
-    cut = pipe.sampling_program().cut(("velocity",))
+    cut = pipe.sampling_program().cut(pipe.denoise.output_params)
     units, _ = cut.split(["prompt"])
     names = [slot for unit in units for slot in unit.output_params if slot in cut.cache]
     pipes[1].prepared_prompts = {
@@ -44,4 +44,4 @@ def test_prepared_prompts_sample_as_the_prompts_do(name, tiny_model):
                  if slot in names}
         for prompt in ("a cat", "a dog")}
     assert np.array_equal(np.asarray(pipes[1](**call)), np.asarray(expected))
-    assert set(pipes[1].models) == {"dit", "vae.decoder"}
+    assert set(pipes[1].models) == {pipe.network, "vae.decoder"}

@@ -62,8 +62,10 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
         ("Wan2.1-FLF2V-14B", _dit(*_14B, 36, image=1280, positions=514), VAE_21),
         ("Wan2.2-I2V-A14B", _dit(*_14B, 36), VAE_21),
         ("Wan2.2-TI2V-5B", _dit(24, 30, 14336, 48, 48), VAE_22))}
-# an expert of Wan2.2-T2V-A14B has the settings of Wan2.1-T2V-14B
-PUBLISHED["Wan2.2-T2V-A14B"] = PUBLISHED["Wan2.1-T2V-14B"]
+# an expert of Wan2.2-T2V-A14B has the settings of Wan2.1-T2V-14B, and both experts have the same
+PUBLISHED["Wan2.2-T2V-A14B"] = dict(PUBLISHED["Wan2.1-T2V-14B"])
+for _name in ("Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B"):
+    PUBLISHED[_name]["dit2"] = PUBLISHED[_name]["dit"]
 REPOSITORIES = {
     f"Wan-AI/{repository}{end}": name for repository, name in (
         ("Wan2.1-T2V-1.3B", "Wan2.1-T2V-1.3B"), ("Wan2.1-T2V-14B", "Wan2.1-T2V-14B"),
