@@ -78,7 +78,7 @@ REPOSITORIES = {
 def prepared_shapes(configs: dict[str, dict[str, Any]], latent: tuple[int, int, int, int],
                     text_tokens: int) -> dict[str, tuple[int, ...]]:
     """The shapes of the prepared slots of a row, for latents [C, f, h, w]; text is 512 rows, however long."""
-    channels, dit = latent[0], configs["dit"]
+    channels, dit = latent[0], configs.get("dit") or configs["dit2"]  # the experts have the same settings
     shapes = {"moments": (2 * channels, *latent[1:]), "prompt_embeds": (512, dit["text_dim"])}
     if dit["in_channels"] != dit["out_channels"]:
         shapes["condition"] = (4 + channels, *latent[1:])
