@@ -80,6 +80,7 @@ ROW = {"image": PICTURE, "prompt": "a cat", "control_image": EDGES, "control_mas
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_images_follow_control_images_and_their_scales(opened, name):
     pipe = opened(name)

@@ -37,7 +37,10 @@ def pipeline(folder, name, **how):
     return family(name).pipeline.from_pretrained(folder if isinstance(folder, list) else str(folder), **how)
 
 
-@pytest.mark.parametrize("name", CHANGES)
+SLOW = {"sdxl": pytest.mark.slow}  # four compilations of a UNet
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in CHANGES])
 def test_images_depend_on_seed_prompt_and_guidance_and_their_size_is_rounded_up(tiny_model, name, caplog):
     pipe = pipeline(tiny_model(name), name)
     pipe.max_sequence_length = 32

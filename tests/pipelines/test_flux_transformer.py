@@ -92,7 +92,7 @@ def test_equals_mindone_with_an_adapter_on_a_frozen_base(flux, adapter, order, h
 
 
 @COMPILED
-@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_blocks_may_differ_and_recompute_changes_no_bit(flux, adapter, compiled):
     """An adapter on one of two blocks, on a base in 8 bits or beside one: two cells."""
     def found(is_own, recomputed=False):

@@ -98,6 +98,7 @@ def test_size_conditions_are_what_was_done_to_the_file(pipe, tmp_path, size, exi
     assert alone.tolist() == [[64, 32, 0, 0, 64, 32]]
 
 
+@pytest.mark.slow
 def test_the_prediction_depends_on_each_size(pipe):
     shape = pipe.latent_shape(32, 32)
     given = {"latents": Tensor(np.ones((1, *shape), np.float32)), "timestep_index": Tensor([7], ms.int32)}
@@ -146,7 +147,8 @@ def test_a_network_of_another_make_is_refused(tiny_sdxl, tmp_path, changes, says
         SDXLPipeline.from_pretrained(str(folder)).load_models_to_device(["unet"])
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
 def test_recompute_changes_no_bit(tiny_sdxl, compiled):
     def gradients(is_recomputed):
         unet = SDXLPipeline.from_pretrained(str(tiny_sdxl), mindspore_dtype=ms.float32).unet
