@@ -82,7 +82,7 @@ def test_a_lora_with_holes_to_fill(run, rows, name, variant, extra):
 def test_a_control_image_of_other_proportions_is_named(run, rows, tiny_model):
     noise_image(32, 48, 9).save(rows / "c1.png")
     code, _, err = run(*TRAIN, *NEW, "--model_paths", tiny_model("flux"), "--output_path", "one")
-    assert code == 65 and "control_image has 32 x 48 pixels and the image 32 x 32" in err, err
+    assert code == 65 and "control_image has 48 x 32 pixels and the image 32 x 32" in err, err
 
 
 MISTAKES = {

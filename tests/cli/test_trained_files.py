@@ -117,7 +117,7 @@ def test_a_run_of_a_network_without_prompts_is_sampled(train, tiny_model, tmp_pa
     file = train("ddpm_unet", "run", "--trainable_models", "unet", "--learning_rate", "0.01")
     words = ["--num_inference_steps", "2", "--seed", "3", *EAGER]
     base, found = str(tiny_model("ddpm_unet")), []
-    for k, source in enumerate((["--run", str(tmp_path / "run")], [str(tmp_path / "run/model")],
+    for k, source in enumerate((["--run", str(tmp_path / "run")], ["ddpm_unet", str(tmp_path / "run")],
                                 [base, "--weights", str(file)], [base])):
         assert main(["sample", *source, *words, "--output", str(tmp_path / str(k))]) == 0
         found.append(np.asarray(Image.open(tmp_path / str(k) / "000-seed3.png")))
