@@ -26,7 +26,8 @@ from ms_diffsynth.run.plan import AROUND
 
 MODELS = ("flux:FLUX.1-dev", "flux:FLUX.1-Kontext-dev", "flux2:FLUX.2-klein-4B", "flux2:FLUX.2-klein-9B",
           "qwen_image:Qwen-Image", "qwen_image:Qwen-Image-Edit-2511", "flux2:FLUX.2-dev", "sd3:SD3-medium",
-          "sd3:SD3.5-medium", "sd3:SD3.5-large", "sdxl:SDXL-base", "z_image:Z-Image")
+          "sd3:SD3.5-medium", "sd3:SD3.5-large", "sdxl:SDXL-base", "z_image:Z-Image", "wan:Wan2.1-T2V-1.3B",
+          "wan:Wan2.1-T2V-14B")
 GIB = 2**30
 
 
@@ -36,7 +37,8 @@ def row(plan: Plan, report: Report) -> str:
     model = plan.model + (", whole network" if plan.is_whole else "") + (", 8 bits" if plan.is_8bit else "")
     model += f", {count} reference{'s' if count > 1 else ''}" if count else ""
     model += (", template" if plan.template else "") + (", 2 images" if plan.batch_size == 2 else "")
-    return (f"| {model} | {plan.height} | {recompute} | {report.held / GIB:.2f} | {report.peak / GIB:.2f} "
+    side = f"{plan.num_frames} x {plan.height} x {plan.width}" if plan.num_frames else plan.height
+    return (f"| {model} | {side} | {recompute} | {report.held / GIB:.2f} | {report.peak / GIB:.2f} "
             f"| {report.kernels} | {report.casts} | {report.transposes} | {report.synchronisations} |")
 
 
@@ -48,10 +50,17 @@ def text_tokens(name: str, side: int, references: int) -> int | None:
     return padded_to(pipe.max_sequence_length + tokens, pipe) if pictures else None
 
 
+def size_of(text: str) -> tuple[int, int, int]:
+    """Frames, or 0 of images, height and width."""
+    sides = [int(part) for part in text.split("x")]
+    return tuple(sides) if len(sides) == 3 else (0, sides[0], sides[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, help="family:model")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024], help="sides of the images, pixels")
+    parser.add_argument("--sizes", nargs="+", type=size_of, default=[(0, 512, 512), (0, 1024, 1024)],
+                        help="sides of the images in pixels, such as 1024, or of films, such as 17x480x832")
     parser.add_argument("--recompute", nargs="+", choices=["yes", "no"], default=["yes", "no"])
     parser.add_argument("--bits", type=int, choices=[8, 16], default=16, help="of the stored weights")
     parser.add_argument("--batch_size", type=int, choices=[1, 2], default=1, help="2: DreamBooth with a class image")
@@ -72,10 +81,11 @@ def main() -> None:
     print("| model | pixels | recompute | held | peak | kernels | casts | transposes | waits |\n"
           "|---|---|---|---|---|---|---|---|---|")
     for name in arguments.only:
-        for size in arguments.sizes:
+        for frames, size, width in arguments.sizes:
             for recompute in arguments.recompute:
                 family_name, model = name.split(":")
-                plan = Plan(family=family_name, model=model, height=size, width=size, recompute=recompute == "yes",
+                plan = Plan(family=family_name, model=model, height=size, width=width, num_frames=frames,
+                            recompute=recompute == "yes",
                             is_8bit=arguments.bits == 8, batch_size=arguments.batch_size,
                             is_whole=arguments.whole, edit_tokens=arguments.references * (size // 16) ** 2,
                             text_tokens=text_tokens(family_name, size, arguments.references),

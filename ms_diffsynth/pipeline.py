@@ -80,6 +80,7 @@ class Activations:
     Attributes:
         kept: that a block of the network keeps for backward, for each token and channel.
         inside: that are held at one time inside of a block that is computed again in backward, likewise.
+        inner: further ones of these for each channel of the feed-forward, where models of a family differ in that.
         encode, decode: at the peak of the VAE, for each pixel of the image and channel of its first block.
     """
 
@@ -87,6 +88,7 @@ class Activations:
     inside: float
     encode: float
     decode: float
+    inner: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -502,7 +504,7 @@ class Pipeline:
                                   f"{listing(self.model_names)}.{nearest(name, self.model_names)}")
             getattr(self, name)
 
-    def load_lora(self, module: nn.Cell | None, path: str | Path | Sequence[str | Path],
+    def load_lora(self, module: nn.Cell | str | None, path: str | Path | Sequence[str | Path],
                   alpha: float | Sequence[float] = 1.0) -> int:
         """Add files of LoRAs, or of other adapters, to the weights; returns the number of layers.
 
@@ -510,12 +512,18 @@ class Pipeline:
         was added before stays; `clear_lora` takes all of it out.
 
         Args:
-            module: the model that it is for; None reads that in its names, which may be of several.
+            module: the model that it is for, or its name; None reads that in the file, which may be of several.
             path: a file, or several.
             alpha: factor on the file's own scale, or one for each file.
 
-        Raises: WeightError when a key of the file fits no layer; nothing of it is added then.
+        Raises: WeightError when a key of the file fits no layer; nothing of it is added then. ConfigError for a name
+        of no model.
         """
+        if isinstance(module, str):
+            if module not in (names := list(self.lora_table.models)):
+                raise ConfigError(f"{module}={path}: no model {module} that LoRAs are for. Expected one of "
+                                  f"{listing(names)}.{nearest(module, names)}")
+            module = getattr(self, module)
         paths = [path] if isinstance(path, (str, Path)) else list(path)
         alphas = list(alpha) if isinstance(alpha, Sequence) else [alpha] * len(paths)
         if len(alphas) != len(paths):
@@ -525,8 +533,8 @@ class Pipeline:
     def _load_lora(self, module: nn.Cell | None, path: Path, alpha: float) -> int:
         table, given = self.lora_table, {name: model for name, model in self.models.items() if model is module}
         if module is None:
-            given = {name: getattr(self, name) for name in models_in(path, table)}
-        elif given:
+            given = {name: getattr(self, name) for name in self.models_of_lora(path)}
+        if given:
             table = self.lora_table_of(next(iter(given)))
         if module is not None and not set(given) & set(table.models):  # a model that is not of this pipeline
             given, table = {"": module}, Table()
@@ -543,6 +551,10 @@ class Pipeline:
                 added.notes.append(note)
                 added.files.append((path, alpha))
         return sum(len(file.modules) for file in files.values())
+
+    def models_of_lora(self, path: Path) -> list[str]:
+        """The models that a file of adapters is for, where the caller does not say it."""
+        return models_in(path, self.lora_table)
 
     def clear_lora(self) -> None:
         """Give every weight that `load_lora` changed the value again that it had before, to the bit.

@@ -16,7 +16,7 @@ from PIL import Image
 from ms_diffsynth import __version__
 from ms_diffsynth.cli.template import add_trust_flags
 from ms_diffsynth.config import SAMPLE_OVERRIDES, load_config, prompts_of
-from ms_diffsynth.config.flags import path_and_factor, path_argument
+from ms_diffsynth.config.flags import model_path_and_factor, path_argument
 from ms_diffsynth.config.setting import out_of_range
 from ms_diffsynth.config.settings import SETTINGS
 from ms_diffsynth.data.prompts import prompt_problem
@@ -61,9 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", type=path_argument,
                         help="weights that full training saved, for the models they are of")
     parser.add_argument("--negative_prompt", help="what cfg_scale leads away from")
-    parser.add_argument("--lora", action="append", default=[], type=path_and_factor, metavar="FILE[:FACTOR]",
+    parser.add_argument("--lora", action="append", default=[], type=model_path_and_factor,
+                        metavar="[MODEL=]FILE[:FACTOR]",
                         help="file of a LoRA, or of another adapter, of any program, and its factor (1); may be "
-                             "given several times")
+                             "given several times; the model that it is for (dit2=FILE) where its names tell not")
     parser.add_argument("--lora_scale", type=float, help="a further factor on all of them (default: 1)")
     parser.add_argument("--template", action="append", default=[],
                         help="folder of a template, or owner/name: on a hub; several times for several")
@@ -151,9 +152,9 @@ def execute(args: argparse.Namespace) -> int:
     if args.weights:
         loaded = pipe.load_weights(args.weights)
         sys.stderr.write(f"{args.weights}: {', '.join(f'{n} tensors of {model}' for model, n in loaded.items())}\n")
-    for path, factor in args.lora:
+    for model, path, factor in args.lora:
         scale = factor * (1.0 if args.lora_scale is None else args.lora_scale)
-        fused = pipe.load_lora(None, path, scale)
+        fused = pipe.load_lora(model, path, scale)
         sys.stderr.write(f"{path}: fused into {fused} layers{'' if scale == 1 else f', {scale:g} times'}\n")
     if args.fp8_models:
         names = [pipe.given_as.get(name.strip(), name.strip()) for name in args.fp8_models.split(",")]
@@ -165,7 +166,8 @@ def execute(args: argparse.Namespace) -> int:
         images = partial(_with_prompts, args, pipe, calls, bar)
     else:
         images = partial(pipe, batch_size=args.count or 16, on_step=_on_step(bar, "sampling"), **calls[0])
-    given = [f"MODEL {args.model}", *(f"--lora {path}:{factor:g}" for path, factor in args.lora),
+    loras = (f"--lora {f'{model}=' if model else ''}{path}:{factor:g}" for model, path, factor in args.lora)
+    given = [f"MODEL {args.model}", *loras,
              *(f"--{name} {value}" for name in ("weights", "lora_scale", "cfg_scale", "embedded_guidance")
                if (value := getattr(args, name)) is not None)]
     memory = runtime.memory_for(height=args.height, width=args.width, count=args.count, model=args.model)
@@ -243,7 +245,7 @@ def _parameters(args: argparse.Namespace, pipe: Any, call: dict[str, Any], image
         "Control images": "; ".join(path.name for path in args.control_image) or None,
         "ControlNet": args.controlnet and Path(args.controlnet).name, "Control mask": args.control_mask
         and args.control_mask.name, "Conditioning scale": args.conditioning_scale,
-        "LoRA": "; ".join(f"{path.name}:{factor:g}" for path, factor in args.lora) or None,
+        "LoRA": "; ".join(f"{path.name}:{factor:g}" for _, path, factor in args.lora) or None,
         "Weights": args.weights and args.weights.name, "8 bits": args.fp8_models,
         "Version": f"ms_diffsynth {__version__}"}
     lines = [call["prompt"]] if args.prompt else []
@@ -281,8 +283,8 @@ def _of_run(args: argparse.Namespace) -> dict[str, Any]:
     else:
         args.weights = args.weights or (Path(model.weights) if model.weights else None)
         is_sampled = model.preset_lora_path and model.preset_lora_in_samples
-        preset = [(Path(model.preset_lora_path), 1.0)] if is_sampled else []
-        args.lora = [*preset, (last, 1.0), *args.lora]
+        preset = [(model.preset_lora_model, Path(model.preset_lora_path), 1.0)] if is_sampled else []
+        args.lora = [*preset, (None, last, 1.0), *args.lora]
     if not args.prompt and not args.edit_image and len(config.run.sample_edit_images) == 1:
         args.edit_image = [Path(name.strip()) for name in config.run.sample_edit_images[0].split(";")]
     if not args.prompt and not args.control_image and len(config.run.sample_control_images) == 1:
@@ -407,7 +409,7 @@ def _check(args: argparse.Namespace) -> None:
     unused = [("lora_scale", "lora")] + [(f"trust_template_{what}", "template") for what in ("code", "sha256")]
     problems += [f"{name} without --{other}: name what it is for, or remove it" for name, other in unused
                  if getattr(args, name) not in (None, False) and not getattr(args, other)]
-    problems += [f"lora={path}: no such file" for path, _ in args.lora if not path.exists()]
+    problems += [f"lora={path}: no such file" for _, path, _ in args.lora if not path.exists()]
     problems += [f"{name}={path}: no such file" for name in ("edit_image", "control_image")
                  for path in getattr(args, name) if not path.is_file()]
     problems += [f"{name} without control_image, which it is for: name the file" for name in CONTROL

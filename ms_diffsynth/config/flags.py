@@ -63,6 +63,14 @@ def path_argument(text: str) -> Path:
     return Path(text)
 
 
+def model_path_and_factor(text: str) -> tuple[str | None, Path, float]:
+    """The type of an argument ``[MODEL=]FILE[:FACTOR]``: the model that is named, if one is, and `path_and_factor`."""
+    model, equals, rest = text.partition("=")
+    if not equals or not model.isidentifier() or Path(text).exists():
+        return None, *path_and_factor(text)
+    return model, *path_and_factor(rest)
+
+
 def path_and_factor(text: str) -> tuple[Path, float]:
     """The type of an argument ``FILE[:FACTOR]``: the path, and the factor, which is 1 where there is none.
 

@@ -54,7 +54,7 @@ class Plan:
 
     Attributes:
         model: one of the family's published models, e.g. ``FLUX.1-dev``.
-        height, width: of the images, pixels.
+        height, width: of the images, pixels. num_frames: of videos; 0 for images.
         batch_size: images a step.
         text_tokens: of a prompt; None is the family's ``max_sequence_length``.
         recompute: ``use_gradient_checkpointing``.
@@ -73,6 +73,7 @@ class Plan:
     model: str
     height: int = 1024
     width: int = 1024
+    num_frames: int = 0
     batch_size: int = 1
     text_tokens: int | None = None
     lora_rank: int = 16
@@ -171,7 +172,8 @@ class _Module(DiffusionTrainingModule):
     def __init__(self, plan: Plan):
         super().__init__()
         self.pipe = pipeline(plan)
-        further = {"edit_image": plan.edit_tokens, "control_image": plan.controlnet, "template_inputs": plan.template}
+        further = {"edit_image": plan.edit_tokens, "control_image": plan.controlnet, "template_inputs": plan.template,
+                   "input_image": getattr(self.pipe, "has_condition", False)}
         whole = ("template_model" if plan.template else "controlnet" if plan.controlnet else
                  self.pipe.network if plan.is_whole else None)
         self.load_training_template_model(self.pipe, plan.template, plan.recompute, trust_template_code=True)
@@ -185,7 +187,7 @@ class _Module(DiffusionTrainingModule):
 
 def inputs(plan: Plan, pipe: Pipeline, cut: Cut) -> list[Tensor]:
     """Zeros for the prepared slots and the draws of a batch, in the order of the step."""
-    latent = pipe.latent_shape(plan.height, plan.width)
+    latent = pipe.latent_shape(*([plan.num_frames] if plan.num_frames else []), plan.height, plan.width)
     tokens = plan.text_tokens or getattr(pipe, "max_sequence_length", None)
     shapes = dict(family(plan.family).prepared_shapes(pipe.known_configs, latent, tokens))
     if plan.edit_tokens:

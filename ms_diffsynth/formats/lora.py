@@ -29,7 +29,7 @@ from ms_diffsynth.formats.weights import FLOATS, Checkpoint, native, save_state_
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_METADATA = "lora_adapter_metadata"
+ADAPTER_METADATA, TRAINED_MODELS = "lora_adapter_metadata", "ms_diffsynth.lora_base_model"
 PEFT_CONFIG, PEFT_WEIGHTS, PEFT_BEGINNING = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 ALPHA, BIAS, DIFF_BIAS = "alpha", "lora_B.bias", "diff_b"
 LARGEST_ALPHA = 1e6

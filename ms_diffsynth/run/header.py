@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ms_diffsynth.config import TrainConfig
 from ms_diffsynth.formats.interchange import Table
+from ms_diffsynth.formats.lora import TRAINED_MODELS
 from ms_diffsynth.hub.download import parse_model_id_with_origin_paths
 from ms_diffsynth.run.pipeline import most_pixels
 
@@ -32,6 +33,7 @@ def file_header(config: TrainConfig, table: Table, images: int) -> dict[str, str
     ids = [c.model_id for c in parse_model_id_with_origin_paths(model.model_id_with_origin_paths or "")
            ] if model.model_id_with_origin_paths else []
     known = {
+        TRAINED_MODELS: model.lora_base_model,
         "ms_diffsynth.base_model": ids[-1] if ids else None,
         "modelspec.sai_model_spec": "1.0.1", "modelspec.title": title, "modelspec.implementation": "diffusers",
         "modelspec.architecture": table.architecture and f"{table.architecture}/lora",

@@ -75,6 +75,11 @@ class Network:
         self.channels = heads * channels if heads and channels else config.get("dim", 0)
         if "block_out_channels" in config:  # of a UNet, in whose levels a token has less space and more channels
             self.channels = config["block_out_channels"][0]
+        self.inner = config.get("ffn_dim", 0) / self.channels if self.channels else 0.0  # channels of the feed-forward
+
+    def inside(self, numbers: Activations) -> float:
+        """Values for each token and channel inside of a block."""
+        return numbers.inside + numbers.inner * self.inner
 
     @property
     def count(self) -> int:
@@ -269,7 +274,7 @@ def _training(config: TrainConfig, pipe: Pipeline, cut: Cut, trained: Trained,
         stored = pipe.network in in_8bit(config, pipe)
         inputs = 0 if config.model.use_gradient_checkpointing_offload else unit * blocks
         parts |= {"inputs of the blocks": inputs,
-                  "inside of a block": round(unit * numbers.inside * inside)}
+                  "inside of a block": round(unit * network.inside(numbers) * inside)}
         if stored:
             parts["unpacked weights"] = 2 * wide * network.largest()
     else:
@@ -295,7 +300,7 @@ def forward_bytes(pipe: Pipeline, work: Work) -> int:
     network, numbers = network_of(pipe, pipe.network), work.activations
     if network is None or numbers is None:
         return 0
-    return round(tokens_of(pipe, work, work.sample_size) * network.channels * BYTES[pipe.dtype] * numbers.inside / 2)
+    return round(tokens_of(pipe, work, work.sample_size) * network.channels * BYTES[pipe.dtype] * network.inside(numbers) / 2)
 
 
 def vae_bytes(pipe: Pipeline, work: Work, size: tuple[int, ...], what: str) -> int:
@@ -304,9 +309,9 @@ def vae_bytes(pipe: Pipeline, work: Work, size: tuple[int, ...], what: str) -> i
     if numbers is None or "vae" not in pipe.store.names or not pipe.store.has_config("vae"):
         return 0
     config = pipe.store.config("vae")
-    width = config.get("base_dim") or (config.get("block_out_channels") or [0])[0]
+    widths = config.get("block_out_channels") or [config.get("base_dim", 0)]
     dtype = pipe.store.component("vae").weight_dtype("", pipe.dtype)
-    return round(math.prod(size) * width * BYTES[dtype] * getattr(numbers, what))
+    return round(pipe.coded(size, what) * widths[0] * BYTES[dtype] * getattr(numbers, what))
 
 
 def _some(parts: Mapping[str, int]) -> dict[str, int]:

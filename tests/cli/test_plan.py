@@ -142,15 +142,17 @@ def rows_of_the_table() -> list[list[str]]:
 @pytest.mark.parametrize("row", rows_of_the_table(), ids=lambda row: "-".join(row[:3]).replace(" ", "_"))
 def test_a_peak_from_shapes_is_that_of_the_allocator(row):
     model, side, recompute, held, peak = row[0].partition(" (")[0], row[1], row[2], float(row[3]), float(row[4])
+    size = (side, side) if side.isdecimal() else side.split(" x ")
     title, *how = (part.strip() for part in model.split(","))
-    name = next(f for f in ("flux", "flux2", "qwen_image", "sd3", "sdxl", "z_image") if title in family(f).published)
+    name = next(f for f in ("flux", "flux2", "qwen_image", "sd3", "sdxl", "wan", "z_image") if title in family(f).published)
     repository = next(r for r, known in family(name).repositories.items() if known == title)
     network, folder = ("unet", "unet") if name == "sdxl" else ("dit", "transformer")
     settings = {"family": name, "lora_base_model": network,
                 "model_id_with_origin_paths": f"{repository}:{folder}/*.safetensors,"
-                f"{repository}:vae/*.safetensors", "dataset_base_path": "images", "height": side, "width": side,
+                f"{repository}:vae/*.safetensors", "dataset_base_path": "images", "height": size[-2], "width": size[-1],
                 "use_gradient_checkpointing": recompute == "yes", "device": "Ascend", "num_epochs": 1,
                 "cache_dir": "cache", "batch_size": 2 if "2 images" in how else 1}
+    settings |= {"num_frames": size[0]} if len(size) == 3 else {}
     settings |= {"fp8_models": "dit"} if "8 bits" in how else {}
     settings |= {"trainable_models": "dit", "lora_base_model": None} if "whole network" in how else {}
     settings |= {"extra_inputs": "edit_image"} if "reference" in row[0] else {}

@@ -241,6 +241,10 @@ def test_several_loras_with_factors(run, tmp_path, toy_model):
     names = ("twice", "once", "gone", "none")
     twice, once, gone, none = (picture(f"{name}/000-seed0.png").astype(int) for name in names)
     assert np.abs(twice - once).max() <= 1 and np.abs(gone - none).max() <= 1 and (once != none).any()
+    assert run(*words, "named", "--lora", f"dit={path}:0.5", "--lora", f"dit={path}:-0.5")[0] == 0
+    np.testing.assert_array_equal(picture("named/000-seed0.png"), gone)
+    code, _, err = run(*words, "unknown", "--lora", f"dits={path}")
+    assert code == 64 and "Did you mean 'dit'?" in err
     code, _, err = run(*words, "odd", "--lora", f"{path}:5000")
     assert code == 64 and "expected a factor from -1000 to 1000" in err
 

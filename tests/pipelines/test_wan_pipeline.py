@@ -12,6 +12,7 @@ from PIL import Image
 
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, DataError, WeightError
+from ms_diffsynth.formats.lora import TRAINED_MODELS, save_lora
 from ms_diffsynth.formats.weights import load_state_dict
 from ms_diffsynth.pipelines.wan import FAMILY
 from ms_diffsynth.pipelines.wan.denoise import Denoise, DenoiseLittle, from_patches, to_patches
@@ -173,6 +174,29 @@ def test_experts_take_over_at_the_boundary_each_with_its_guidance(pipe_of, monke
                        cfg_scale)
     assert seen == [("dit", 1.0, 4.0), ("dit", 0.875, 4.0), ("dit2", 0.874, 3.0),
                     ("dit", 1.0, 2.0), ("dit", 0.875, 2.0), ("dit2", 0.874, 2.0)]
+
+
+def test_a_lora_goes_to_the_expert_that_its_header_or_the_caller_names(pipe_of, tmp_path):
+    """The files of both have the same names in every program."""
+    pipe, files = pipe_of("a14b"), {"told": {TRAINED_MODELS: "dit2"}, "untold": {}}
+    for name, header in files.items():
+        pairs = {"blocks.0.self_attn.q": (np.ones((2, 96), np.float32), np.ones((96, 2), np.float32))}
+        save_lora(tmp_path / name, pairs, 1, "diffusion_model", header)
+    before = {name: getattr(pipe, name).blocks[0].attn1.to_q.weight.asnumpy().copy() for name in ("dit", "dit2")}
+
+    def changed():
+        found = [name for name, weight in before.items()
+                 if (getattr(pipe, name).blocks[0].attn1.to_q.weight.asnumpy() != weight).any()]
+        pipe.clear_lora()
+        return found
+
+    assert pipe.load_lora(None, tmp_path / "told") == 1 and changed() == ["dit2"]
+    with pytest.raises(ConfigError, match="both experts have the same names"):
+        pipe.load_lora(None, tmp_path / "untold")
+    for name in before:
+        assert pipe.load_lora(name, tmp_path / "untold") == 1 and changed() == [name]
+    assert pipe.load_lora(pipe.dit2, tmp_path / "untold") == 1 and changed() == ["dit2"]
+    assert pipe_of("t2v").load_lora(None, tmp_path / "told") == 1  # which has one network
 
 
 @pytest.mark.parametrize("name, trained, expert, expected", [

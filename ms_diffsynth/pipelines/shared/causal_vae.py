@@ -48,6 +48,16 @@ def by_film(x, batch):
     return x.reshape(batch, x.shape[0] // batch, *x.shape[1:])
 
 
+def alone(x):
+    """A copy of a slice, which as a view would keep all of what it was cut from in memory until the next piece."""
+    return mint.index_select(x, 1, mint.arange(x.shape[1]))
+
+
+def at_once(height: int, width: int) -> int:
+    """Frames of latents in a piece of a film with sides in pixels."""
+    return max(1, PIECE_PIXELS // (TIMES * height * width))
+
+
 class _Weights(nn.Cell):
     """A weight of a convolution, and its bias."""
 
@@ -92,7 +102,7 @@ class CausalConv(_Weights):
             return out, () if past is None else (ops.cat((ops.zeros_like(x), x), 1),)
         before = past[self.place] if is_begun else ops.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
         x, count = ops.cat((before, x), 1), x.shape[1]
-        return self.windows(x, count), () if past is None else (x[:, count:],)
+        return self.windows(x, count), () if past is None else (alone(x[:, count:]),)
 
     def windows(self, x, count):
         """The convolution at ``count`` places of time, which see three frames each: x [B, count + 2, C, H, W]."""
@@ -181,7 +191,7 @@ class Downsample(nn.Cell):
         x = getattr(self.resample, "1")(mint.nn.functional.pad(x, (0, 1, 0, 1)))
         if self.time_conv is None:
             return x, ()
-        kept = () if past is None else (x[:, -1:],)
+        kept = () if past is None else (alone(x[:, -1:]),)
         if past is not None and len(past) > 0:
             return self.halve(ops.cat((past[self.place], x), 1)), kept
         return x if x.shape[1] == 1 else ops.cat((x[:, :1], self.halve(x)), 1), kept
@@ -221,7 +231,7 @@ class Upsample(nn.Cell):
     def double(self, x, before):
         """[B, T, C, ...] -> [B, 2 T, C, ...], and the last two frames of the input."""
         x, (batch, count, channels, *sides) = ops.cat((before, x), 1), x.shape
-        return self.time_conv.windows(x, count).reshape(batch, 2 * count, channels, *sides), (x[:, count:],)
+        return self.time_conv.windows(x, count).reshape(batch, 2 * count, channels, *sides), (alone(x[:, count:]),)
 
 
 class AverageDown(nn.Cell):
@@ -429,16 +439,16 @@ class CausalVAE(nn.Cell):
     def encode(self, x: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """Mean and log-variance of a film. Shapes: x [B, 3, 4 n + 1, H, W] -> [B, 2 C, n + 1, h, w]."""
         x = self.to_patches(x.swapaxes(1, 2))
-        at_once = self.at_once(x.shape[3] * self.patch, x.shape[4] * self.patch)
+        count = at_once(x.shape[3] * self.patch, x.shape[4] * self.patch)
         latents = x.shape[1] // TIMES + 1
-        if latents <= at_once:
+        if latents <= count:
             found = self.encoder(x, None)[0]
         else:
-            end = 1 + TIMES * (at_once - 1)
+            end = 1 + TIMES * (count - 1)
             piece, kept = self.encoder(x[:, :end], ())
             pieces = (piece,)
-            for begin in range(end, x.shape[1], TIMES * at_once):
-                piece, kept = self.encoder(x[:, begin:begin + TIMES * at_once], kept)
+            for begin in range(end, x.shape[1], TIMES * count):
+                piece, kept = self.encoder(x[:, begin:begin + TIMES * count], kept)
                 pieces += (piece,)
             found = ops.cat(pieces, 1)
         return (self.quant_conv(found, None)[0].swapaxes(1, 2),)
@@ -446,21 +456,17 @@ class CausalVAE(nn.Cell):
     def decode(self, z: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """A film of latents. Shapes: z [B, C, n + 1, h, w] -> [B, 3, 4 n + 1, H, W] in [-1, 1]."""
         x = self.post_quant_conv(z.swapaxes(1, 2), None)[0]
-        at_once = self.at_once(x.shape[3] * self.factor, x.shape[4] * self.factor)
-        if x.shape[1] <= at_once:
+        count = at_once(x.shape[3] * self.factor, x.shape[4] * self.factor)
+        if x.shape[1] <= count:
             found = self.decoder(x, None)[0]
         else:
-            piece, kept = self.decoder(x[:, :at_once], ())
+            piece, kept = self.decoder(x[:, :count], ())
             pieces = (piece,)
-            for begin in range(at_once, x.shape[1], at_once):
-                piece, kept = self.decoder(x[:, begin:begin + at_once], kept)
+            for begin in range(count, x.shape[1], count):
+                piece, kept = self.decoder(x[:, begin:begin + count], kept)
                 pieces += (piece,)
             found = ops.cat(pieces, 1)
         return (clamp(self.from_patches(found).swapaxes(1, 2), -1.0, 1.0),)
-
-    def at_once(self, height: int, width: int) -> int:
-        """Frames of latents in a piece of a film with sides in pixels."""
-        return max(1, PIECE_PIXELS // (TIMES * height * width))
 
     def to_patches(self, x):
         """[B, T, 3, H, W] -> [B, T, 3 p p, H / p, W / p]: in a patch the column before the row."""

@@ -260,6 +260,10 @@ class ImagePipeline(Pipeline):
         *frames, height, width = latent_shape[1:]
         return math.prod(frames) * (height // self.latent_patch) * (width // self.latent_patch)
 
+    def coded(self, size: tuple[int, ...], what: str) -> float:
+        """Pixels that the VAE holds at the peak of coding a size; ``what`` is "encode" or "decode"."""
+        return math.prod(size)
+
     def build_decode(self) -> TensorUnit:
         """The unit from ``latents`` to ``pixels``."""
         raise TypeError(f"{type(self).__name__} has no build_decode: implement it.")

@@ -1,6 +1,7 @@
 """Wan 2.1 and 2.2: UMT5 as text encoder, an autoencoder of films, and one transformer or two for parts of the noise."""
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from ms_diffsynth.diffusion.tasks import Task
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, listing, naming
 from ms_diffsynth.formats.interchange import Table, read_table
+from ms_diffsynth.formats.lora import TRAINED_MODELS, metadata_of
 from ms_diffsynth.models import SIZE, Component, arguments, blocks, columns, has, rows
 from ms_diffsynth.pipeline import SamplingDefaults
 from ms_diffsynth.pipelines.shared import causal_vae, t5
@@ -28,6 +30,8 @@ from ms_diffsynth.pipelines.wan.denoise import Denoise, DenoiseLittle
 from ms_diffsynth.pipelines.wan.published import IMAGE_ENCODER, PUBLISHED, UMT5_XXL, VAE_21, VAE_22
 from ms_diffsynth.units import TensorUnit
 
+# what a frame of a piece, and what is kept of the piece before, take of the VAE, by what an image takes
+CODED = {"encode": (1.8, 4.6), "decode": (1.25, 11.7)}
 NETWORKS, EXPERTS = ("dit", "dit2"), ("high_noise", "low_noise")
 # the least sigma of the expert for much noise. Source: Wan 2.2, wan_t2v_A14B.py and wan_i2v_A14B.py
 T2V_BOUNDARY, I2V_BOUNDARY = 0.875, 0.9
@@ -227,6 +231,20 @@ class WanVideoPipeline(VideoPipeline):
     def frame_rate(self) -> float:
         return 24.0 if self.completes else 16.0
 
+    def coded(self, size: tuple[int, ...], what: str) -> float:
+        """As `ImagePipeline.coded`. A film is coded in pieces, beside what they have kept of the pieces before: by
+        MindSpore's allocator (``python benchmarks/vae_peaks.py``), in pixels of an image."""
+        *frames, height, width = size
+        config = self.config("vae")
+        pixels = height * width / (config.get("patch_size") or 1) ** 2
+        if what == "decode":
+            pixels *= (config.get("decoder_base_dim") or config["base_dim"]) / config["base_dim"]
+        if frames in ([], [1]):
+            return pixels
+        piece = causal_vae.TIMES * causal_vae.at_once(height, width)
+        each, kept = CODED[what]
+        return pixels * (each * min(*frames, piece) + (kept if frames[0] > piece else 0))
+
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         return causal_vae.latent_shape(self.config("vae"), (num_frames, height, width))
 
@@ -336,6 +354,21 @@ class WanVideoPipeline(VideoPipeline):
     def lora_table_of(self, name: str) -> Table:
         table = super().lora_table
         return self._for_little(table) if name == "dit2" else table
+
+    def models_of_lora(self, path: Path) -> list[str]:
+        """As `Pipeline.models_of_lora`. Both experts' files have the names of ``dit``: the header says which it is.
+
+        Raises: ConfigError where there are two experts and the header, of another program, says nothing.
+        """
+        found = super().models_of_lora(path)
+        if found[0] != "dit" or not (self._knows("dit") and self._knows("dit2")):
+            return found
+        trained = re.split(r"[,.]", metadata_of(path).get(TRAINED_MODELS, ""))
+        if not (told := [name for name in NETWORKS if name in trained]):
+            raise ConfigError(f"{path}: the files of both experts have the same names, and this one does not say which "
+                              f"it is for. Say it: --lora dit={path} for the expert for much noise, --lora dit2={path} "
+                              "for little noise; in Python pipe.load_lora(pipe.dit2, path).")
+        return [told[0], *found[1:]]
 
     @staticmethod
     def _for_little(table: Table) -> Table:
