@@ -38,6 +38,13 @@ def pipeline(model: Path):
     return cls(**given, **made)
 
 
+class EulerOfWan(diffusers.FlowMatchEulerDiscreteScheduler):
+    """The steps that are taken here, on the levels of the UniPC that diffusers takes."""
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        super().set_timesteps(sigmas=torch.linspace(1, 1e-3, num_inference_steps + 1)[:-1].tolist(), device=device)
+
+
 def network_of(names) -> str:
     return "unet" if "unet" in names else "transformer"
 
@@ -66,7 +73,9 @@ def image(name: str, pipe, given: dict[str, torch.Tensor]) -> torch.Tensor:
         how["prompt_embeds"] = [given["prompt_embeds"][0, :int(given["prompt_mask"].sum())]]
     how["guidance_scale"] = {"flux": 3.5, "z_image": 0.0}.get(name, 1.0)
     how["latents"] = packed(noise) if name in ("flux", "qwen_image") else noise
-    how |= {"num_frames": FRAMES} if name == "wan" else {}
+    if name == "wan":
+        how |= {"num_frames": FRAMES}
+        pipe.scheduler = EulerOfWan(shift=pipe.scheduler.config.flow_shift)
     made = pipe(height=64, width=64, num_inference_steps=STEPS, output_type="np", **how)[0][0]
     return (torch.as_tensor(made) * 255).round().to(torch.uint8)
 
