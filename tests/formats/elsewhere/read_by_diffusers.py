@@ -32,6 +32,8 @@ def pipeline(model: Path):
     index = json.loads((model / "model_index.json").read_text())
     made = {name: getattr(diffusers, index[name][1]).from_pretrained(model / name)
             for name in (network_of(index), "vae", "scheduler")}
+    if index["_class_name"] == "WanPipeline":
+        made["scheduler"] = EulerOfWan(shift=made["scheduler"].config.flow_shift)
     cls = getattr(diffusers, index["_class_name"])
     given = dict.fromkeys(n for n in inspect.signature(cls.__init__).parameters
                           if n.startswith(("text_enc", "tokenizer", "processor")))
@@ -73,9 +75,7 @@ def image(name: str, pipe, given: dict[str, torch.Tensor]) -> torch.Tensor:
         how["prompt_embeds"] = [given["prompt_embeds"][0, :int(given["prompt_mask"].sum())]]
     how["guidance_scale"] = {"flux": 3.5, "z_image": 0.0}.get(name, 1.0)
     how["latents"] = packed(noise) if name in ("flux", "qwen_image") else noise
-    if name == "wan":
-        how |= {"num_frames": FRAMES}
-        pipe.scheduler = EulerOfWan(shift=pipe.scheduler.config.flow_shift)
+    how |= {"num_frames": FRAMES} if name == "wan" else {}
     made = pipe(height=64, width=64, num_inference_steps=STEPS, output_type="np", **how)[0][0]
     return (torch.as_tensor(made) * 255).round().to(torch.uint8)
 
