@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -460,7 +460,7 @@ class ModelStore:
         components: what this pipeline is made of.
         sources: name -> where its files are.
         given_as: ``"owner/name:pattern"`` -> the name of the model that these files turned out to be.
-        index: model_index.json of a whole model that was given.
+        index: model_index.json of a whole model that was given. whole: its folder.
         known_configs: config.json of models whose files are not here: the cache of prepared rows brings them.
         weight_changes: name -> what was done to its weights after loading.
         trained: name -> weights of a training that it gets after it is loaded.
@@ -475,6 +475,7 @@ class ModelStore:
                  further: Sequence[Component] = ()):
         self.components, self.variants = tuple(components), tuple(map(tuple, variants))
         self.parts, self.further, self.index = tuple(parts), tuple(further), {}
+        self.whole: Path | None = None
         self.dtype, self.owner, self.table = dtype, owner, names
         self.loaded = dict(loaded or {})
         self.sources: dict[str, Source] = {}
@@ -532,7 +533,7 @@ class ModelStore:
             with contextlib.suppress(HubError):  # the publisher's single files have none
                 replace(config, origin_file_pattern=beside).resolve(runtime.model_base_path())
         if os.path.lexists(folder / "model_index.json") and paths[0].is_dir():
-            self.index = self._read(folder, "model_index.json")
+            self.index, self.whole = self._read(folder, "model_index.json"), folder
             self.absent = {c.name for c in self.components if self.index.get(c.folder) == [None, None]}
             self.components = tuple(c for c in self.components if not c.is_optional or (
                 c.folder in self.index and c.name not in self.absent))
@@ -780,6 +781,25 @@ class ModelStore:
                 tensors = self.source(name).checkpoint().with_arrays(tensors)
         save_sharded(folder, tensors, stem, max_shard_bytes, config, replace)
         return entry
+
+    def save_unread(self, folder: Path, written: Collection[str]) -> dict[str, list[str | None]]:
+        """Copy what a whole model has besides, which diffusers asks for: as Qwen-Image-Edit's ``processor``.
+
+        Args:
+            folder: that of the whole model that is written. written: what is there, as in model_index.json.
+
+        Returns: its entries of model_index.json.
+        """
+        found = {}
+        for name, entry in self.index.items():
+            if not isinstance(entry, list) or name in written or name == "scheduler" or not name.isidentifier():
+                continue
+            if self.whole is not None and (self.whole / name).is_dir():
+                shutil.copytree(self.whole / name, folder / name)
+                found[name] = entry
+            elif entry == [None, None]:
+                found[name] = entry
+        return found
 
     def restore(self, name: str, tensors: Iterable[str]) -> None:
         """Give tensors of a model the values again that they have in its files and those of a training, in place.

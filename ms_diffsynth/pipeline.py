@@ -655,6 +655,7 @@ class Pipeline:
                     index[component.folder] = self.store.save(component.name, Path(stage) / component.folder,
                                                               component.name in changed, max_shard_bytes,
                                                               is_linked=is_linked)
+            index |= self.store.save_unread(Path(stage), index)
             scheduler = self.scheduler_config() or self.published_scheduler_config()
             scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
             index["scheduler"] = ["diffusers", scheduler["_class_name"]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ms_diffsynth.errors import WeightError
+from ms_diffsynth.errors import ConfigError, WeightError, listing, nearest
 
 DIFFUSERS, ORIGINAL = "diffusers", "original"
 LAYOUTS = {  # what a file can be written as -> in words
@@ -27,6 +27,7 @@ LAYOUTS = {  # what a file can be written as -> in words
 # what the names of a network begin with, whoever wrote them; a name may also begin with nothing
 DOTTED = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "")
 FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")  # dots are underscores behind these
+FACTS = ("rows", "each", "swap", "weight", "bias", "ratio", "convolution")  # what a row of a table says besides names
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +97,8 @@ class Model:
         tensors: diffusers' names of tensors that are in no layer -> the publisher's; patterns with N too.
         transposed: those of them that the publisher has transposed.
         column: that of the publisher's names in its files of models.
+        versions: other columns of them -> a tensor, in diffusers' names, that models with names of that column alone
+            have; what that column does not name is as in ``column``.
         alone, whole: what its names begin with in the publisher's file of this model, and in one of a whole pipeline;
             None where there are no such files.
     """
@@ -106,6 +109,7 @@ class Model:
     tensors: Mapping[str, str] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
     column: str = ORIGINAL
+    versions: Mapping[str, str] = field(default_factory=dict)
     alone: str = ""
     whole: str | None = None
 
@@ -130,6 +134,10 @@ class Model:
             if numbers := _numbers(pattern, name, False):
                 return fill(other, numbers)
         return None
+
+    def columns_of(self, tensors: Collection[str]) -> tuple[str, ...]:
+        """The columns of the publisher's names for a model with these tensors, the first that has a name counts."""
+        return (*(column for column, told_by in self.versions.items() if told_by in tensors), self.column)
 
     def place(self, module: str, column: str) -> tuple[str, Row | None, tuple[str, ...]] | None:
         """Where a module is in a column: the name there, its row, and all modules of the row; None for nowhere."""
@@ -193,44 +201,97 @@ class Table:
 
 @lru_cache
 def read_table(file: Path) -> Table:
-    """The table in a file ``interchange.yaml``."""
+    """The table in a file ``interchange.yaml``.
+
+    Raises: ConfigError for a row that says nothing about names, which it names with its file.
+    """
     data = yaml.safe_load(file.read_text(encoding="utf-8"))
     models = {}
     for name, model in data["models"].items():
-        layers = model.get("layers", ())
+        column, versions = model.get("column", ORIGINAL), model.get("versions", {})
+        columns = {DIFFUSERS, column, *versions, *data["layouts"].values(), *data.get("only_read", ())}
+        rows = _rows_of(file, f"models.{name}.layers", model.get("layers", ()), columns)
         if "shared" in model:  # what several families have
-            layers = [*layers, *yaml.safe_load((file.parent / model["shared"]).read_text(encoding="utf-8"))]
-        models[name] = Model(dict(model["begins"]), tuple(model.get("also", ())),
-                             tuple(row for item in layers for row in _rows(item)), model.get("tensors", {}),
-                             tuple(model.get("transposed", ())), model.get("column", ORIGINAL),
-                             model.get("alone", ""), model.get("whole"))
+            shared = file.parent / model["shared"]
+            rows += _rows_of(shared.resolve(), "it", yaml.safe_load(shared.read_text(encoding="utf-8")), columns)
+        models[name] = Model(dict(model["begins"]), tuple(model.get("also", ())), tuple(rows), model.get("tensors", {}),
+                             tuple(model.get("transposed", ())), column, versions, model.get("alone", ""),
+                             model.get("whole"))
     return Table(models, data["title"], data["default"], data["layouts"], tuple(data.get("with_alpha", ("kohya",))),
                  data["architecture"], data["base_version"], data.get("kohya_module", ""))
 
 
-def _rows(item: str | dict[str, Any]) -> Iterator[Row]:
+def _rows_of(file: Path, place: str, layers: Any, columns: Collection[str]) -> list[Row]:
+    """Raises: ConfigError, which says where."""
+    if not isinstance(layers, (list, tuple)):
+        raise ConfigError(f"{file}: {place} is {layers!r}: expected a list of rows.")
+    rows: list[Row] = []
+    for k, item in enumerate(layers, 1):
+        try:
+            rows += _rows(item, columns)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: row {k} of {place}, {item!r}: {error}") from None
+    return rows
+
+
+def _rows(item: Any, columns: Collection[str]) -> Iterator[Row]:
+    """The rows of one item of a table. Raises: ConfigError."""
     if isinstance(item, str):  # the same everywhere
-        yield from (Row((name,), {}, (1,), is_same=True) for name in expand(item))
+        yield from (Row((name,), {}, (1,), is_same=True) for name in _names(item))
         return
+    if not isinstance(item, dict):
+        raise ConfigError("expected a name, or names by column.")
     if "within" in item:  # the same layers in several places: diffusers' name of each, and that of all others
+        if not isinstance(item["within"], dict) or not isinstance(item.get("layers"), list):
+            raise ConfigError("expected within, diffusers' name of each place: that of all others, and layers, a list.")
         for here, there in item["within"].items():
             for layer in item["layers"]:
                 names = layer if isinstance(layer, dict) else {"each": True, DIFFUSERS: layer, ORIGINAL: layer}
                 yield from _rows({key: f"{here if key.startswith(DIFFUSERS) else there}.{name}"
-                                  if isinstance(name, str) else name for key, name in names.items()})
+                                  if isinstance(name, str) else name for key, name in names.items()}, columns)
         return
-    members = tuple(expand(item["diffusers"]))
+    if unknown := item.keys() - {*columns, *FACTS}:
+        word = min(unknown)
+        raise ConfigError(f"'{word}' is no column of this table: expected one of {listing(sorted(columns))}, or of "
+                          f"{listing(FACTS)}.{nearest(word, [*columns, *FACTS])}")
+    if len(item.keys() & columns) < 2 or DIFFUSERS not in item:
+        raise ConfigError(f"expected a name in the column {DIFFUSERS}, and one in another.")
+    if item.get("swap", False) not in (True, False, "two squares"):
+        raise ConfigError(f"swap is {item['swap']!r}: expected true, or 'two squares'.")
+    members = _names(item[DIFFUSERS])
     facts = {"is_swapped": bool(item.get("swap")), "is_of_two": item.get("swap") == "two squares",
              "weight": item.get("weight", "weight"), "bias": item.get("bias", "bias"),
              "ratio": item.get("ratio"), "is_convolution": item.get("convolution", False)}
-    names = {k: v for k, v in item.items() if k not in ("diffusers", "rows", "each", "swap", "weight", "bias",
-                                                        "ratio", "convolution")}
+    others = {column: _names(text) for column, text in item.items() if column not in (DIFFUSERS, *FACTS)}
+    expected = len(members) if item.get("each") else 1
+    shares = tuple(item.get("rows", (1,) * len(members)))
+    for column, names in others.items():
+        if len(names) != expected:
+            raise ConfigError(f"{column} has {len(names)} names: expected {expected}, "
+                              f"{'one for each' if item.get('each') else 'one for all'} of diffusers' {len(members)}.")
+    if len(shares) != len(members):
+        raise ConfigError(f"rows has {len(shares)} numbers: expected one for each of diffusers' {len(members)} names.")
+    if odd := {n for n in (*members, *itertools.chain(*others.values())) if _count(n) != _count(members[0])}:
+        raise ConfigError(f"{listing(sorted(odd))}: expected {_count(members[0])} N, as in {members[0]}.")
     if item.get("each"):  # one row a member
-        columns = {column: list(expand(pattern)) for column, pattern in names.items()}
         for k, member in enumerate(members):
-            yield Row((member,), {column: own[k] for column, own in columns.items()}, (1,), **facts)
+            yield Row((member,), {column: names[k] for column, names in others.items()}, (1,), **facts)
         return
-    yield Row(members, names, tuple(item.get("rows", (1,) * len(members))), **facts)
+    yield Row(tuple(members), {column: names[0] for column, names in others.items()}, shares, **facts)
+
+
+def _names(template: Any) -> list[str]:
+    """The names that a template stands for. Raises: ConfigError for one that is none."""
+    is_text = isinstance(template, str) and re.fullmatch(r"(?:[\w.-]|\{[\w.-]+(?:,[\w.-]+)*\})+", template)
+    names = list(expand(template)) if is_text else []
+    if not names or not all(re.fullmatch(r"[\w-]+(?:\.[\w-]+)*", name) for name in names):
+        raise ConfigError(f"{template!r} is no template: expected words with dots between them, N for a number, and "
+                          "{a,b} for one of several, such as blocks.N.attn.{to_q,to_k}.")
+    return names
+
+
+def _count(name: str) -> int:
+    return name.split(".").count("N")
 
 
 def expand(text: str) -> Iterable[str]:

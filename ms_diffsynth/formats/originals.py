@@ -52,12 +52,13 @@ def in_original_names(checkpoint: Checkpoint, model: Model) -> Checkpoint:
     Raises: WeightError for tensors that have no name there, and for a layer of theirs of which a part is missing.
     """
     entries, found, problems = checkpoint.entries, {}, []
-    has_own = any(model.column in row.names for row in model.rows)  # otherwise names are the same everywhere
+    columns = model.columns_of(entries)
+    has_own = any(row.names.keys() & columns for row in model.rows)  # otherwise names are the same everywhere
     done: set[str] = set()
     for name, entry in entries.items():
         stem, _, part = name.rpartition(".")
         alone = model.tensor(name, is_ours=True)
-        place = (alone, None, ()) if alone else model.place(stem, model.column)
+        place = (alone, None, ()) if alone else next(filter(None, (model.place(stem, c) for c in columns)), None)
         if name in done:
             continue
         if place is None and has_own:

@@ -30,8 +30,12 @@ def path_of(name):
 def read(path, family, with_layers=True):
     table = interchange(family)
     models = models_in(path, table)
-    layers = {model: list(LAYERS[family]) if model == "dit" and with_layers else None for model in models}
+    layers = {model: list(LAYERS[family]) if model == table.network and with_layers else None for model in models}
     return load_adapters(path, layers, READ, table)
+
+
+def network(family):
+    return interchange(family).network
 
 
 def weight(module, family):
@@ -60,7 +64,7 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize("name", READABLE)
 def test_it_does_what_its_program_does(name, with_layers):
     family = name.partition("/")[0]
-    file = read(path_of(name), family, with_layers)["dit"]
+    file = read(path_of(name), family, with_layers)[network(family)]
     assert set(file.modules) == set(CASES[name]["changes"])
     assert_equal(effect(file, family), CASES[name]["changes"])
 
@@ -79,11 +83,18 @@ def test_what_cannot_be_read_says_why_and_what_it_was_taken_for(name):
     ("flux/kohya_with_encoders", {"dit": 17, "text_encoder_1": 3, "text_encoder_2": 1}),
     ("flux/comfy_with_encoders", {"dit": 17, "text_encoder_1": 3, "text_encoder_2": 1}),
     ("flux/diffusers_with_encoder", {"dit": 11, "text_encoder_1": 3}), ("flux/real_encoder", {"text_encoder_1": 2}),
+    ("sdxl/kohya", {"text_encoder_1": 3, "text_encoder_2": 3}),
+    ("sdxl/real_three", {"text_encoder_1": 4, "text_encoder_2": 4}),
+    ("sdxl/real_kohya_format", {"text_encoder_1": 4, "text_encoder_2": 4}),
 ])
 def test_text_encoders_get_theirs(name, models):
-    found = read(path_of(name), "flux")
-    assert {model: len(file.modules) for model, file in found.items() if model != "dit"} == {
-        model: count for model, count in models.items() if model != "dit"}
+    family = name.partition("/")[0]
+    found = read(path_of(name), family)
+    assert {model: len(file.modules) for model, file in found.items() if model != network(family)} == {
+        model: count for model, count in models.items() if model != network(family)}
+    if name == "sdxl/real_three":  # its own alphas 3 and 5 and r 1
+        assert {model: set(file.scales.values()) for model, file in found.items()} == {
+            "unet": {4.0}, "text_encoder_1": {3.0}, "text_encoder_2": {5.0}}
     if name == "flux/real_encoder":  # its own alpha 9 and r 1
         assert set(found["text_encoder_1"].scales.values()) == {9.0} and set(found["dit"].scales.values()) == {4.0}
 
@@ -107,13 +118,13 @@ def test_written_in_a_layout_and_read_again_it_does_the_same(tmp_path, name, lay
         save_adapters(path, files, table, layout)
     except WeightError as error:
         assert "layout" in str(error)
-        assert (kinds - {"LoRA"} or "encoder" in name or "norm_out" in name or "original" in name or family == "sd3"
-                or "fused" in name or "bias" in name or name in ("flux/fal_kontext", "flux/real_encoder"))
+        assert (kinds - {"LoRA"} or "encoder" in name or "norm_out" in name or "original" in name or "fused" in name
+                or family in ("sd3", "sdxl") or "bias" in name or name in ("flux/fal_kontext", "flux/real_encoder"))
         return
     again = read(path, family)
     for model, file in files.items():
-        assert_equal(effect(again[model], family) if model == "dit" else {}, effect(file, family)
-                     if model == "dit" else {})
+        if model == table.network:
+            assert_equal(effect(again[model], family), effect(file, family))
         assert file.biases.keys() <= again[model].biases.keys()
         for module, bias in again[model].biases.items():
             np.testing.assert_array_equal(bias, file.biases.get(module, np.zeros_like(bias)))
@@ -125,7 +136,9 @@ def test_written_in_a_layout_and_read_again_it_does_the_same(tmp_path, name, lay
                                           ("qwen_image/musubi", "kohya"), ("qwen_image/aitoolkit", "comfy"),
                                           ("flux/diffsynth_own", "diffsynth"), ("flux/lokr_fused", "comfy"),
                                           ("z_image/aitoolkit", "comfy"), ("z_image/musubi", "kohya"),
-                                          ("z_image/diffsynth", "diffsynth"), ("flux2/diffsynth", "diffsynth")])
+                                          ("z_image/diffsynth", "diffsynth"), ("flux2/diffsynth", "diffsynth"),
+                                          ("sdxl/kohya", "kohya"), ("sdxl/comfy", "comfy"), ("wan/comfy", "comfy"),
+                                          ("wan/diffsynth", "diffsynth"), ("wan/musubi", "kohya")])
 def test_split_and_joined_again_a_file_has_the_same_tensors(tmp_path, name, layout):
     family, path = name.partition("/")[0], tmp_path / "f.safetensors"
     save_adapters(path, read(path_of(name), family), interchange(family), layout)
@@ -224,8 +237,9 @@ def test_what_a_layout_has_no_names_for_is_told_and_nothing_is_written(tmp_path)
 def test_the_family_is_recognised_by_its_names():
     fitting = {name: [family for family, table in interchange_tables().items() if not unmatched(path_of(name), table)]
                for name in ("flux/kohya_fused", "flux2/kohya", "flux2/diffusers", "qwen_image/musubi", "sd3/kohya",
-                            "z_image/musubi")}
-    assert fitting == {"flux/kohya_fused": ["flux"], "flux2/kohya": ["flux2"], "flux2/diffusers": ["flux2"],
+                            "sdxl/kohya", "wan/comfy", "wan/musubi", "z_image/musubi")}
+    assert fitting == {"sdxl/kohya": ["sdxl"], "wan/comfy": ["wan"], "wan/musubi": ["wan"],
+                       "flux/kohya_fused": ["flux"], "flux2/kohya": ["flux2"], "flux2/diffusers": ["flux2"],
                        "qwen_image/musubi": ["qwen_image"], "sd3/kohya": ["sd3"], "z_image/musubi": ["z_image"]}
 
 

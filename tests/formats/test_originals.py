@@ -29,7 +29,7 @@ def digest(array):
 @pytest.mark.parametrize("name, family, model", [("flux", "flux", "dit"), ("flux2", "flux2", "dit"),
                                                  ("vae", "flux", "vae"), ("vae", "sd3", "vae"), ("sd3", "sd3", "dit"),
                                                  ("z_image", "z_image", "dit"), ("film_vae", "qwen_image", "vae"),
-                                                 ("film_vae", "wan", "vae"),
+                                                 ("film_vae", "wan", "vae"), ("film22_vae", "wan", "vae"),
                                                  ("qwen_text", "qwen_image", "text_encoder")])
 def test_the_tensors_are_those_that_diffusers_makes(name, family, model):
     checkpoint = in_our_names(open_checkpoint(ORIGINALS / f"{name}.safetensors"), interchange(family).models[model])
@@ -77,7 +77,8 @@ def test_what_makes_no_sense_is_refused(tmp_path, tensors, text):
 
 @pytest.mark.parametrize("name, family, model", [("flux", "flux", "dit"), ("flux2", "flux2", "dit"),
                                                  ("vae", "flux", "vae"), ("sd3", "sd3", "dit"),
-                                                 ("film_vae", "qwen_image", "vae")])
+                                                 ("film_vae", "qwen_image", "vae"),
+                                                 ("film22_vae", "wan", "vae")])
 def test_there_and_back_every_tensor_has_its_bits(tmp_path, name, family, model):
     table = interchange(family)
     file = ORIGINALS / f"{name}.safetensors"

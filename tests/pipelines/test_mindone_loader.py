@@ -1,6 +1,8 @@
 """LoRA files as this package saves them, read by mindone's own loader: every layer, with its scale."""
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from device import DEVICE
@@ -12,7 +14,8 @@ from ms_diffsynth.formats.weights import open_checkpoint
 from ms_diffsynth.pipelines.shared.quiet import quiet_imports
 from ms_diffsynth.registry import family, interchange
 
-LOADERS = {"flux": "Flux", "flux2": "Flux2", "qwen_image": "QwenImage", "sd3": "SD3"}
+LOADERS = {"flux": "Flux", "flux2": "Flux2", "qwen_image": "QwenImage", "sd3": "SD3", "sdxl": "StableDiffusionXL",
+           "wan": "Wan"}
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -23,23 +26,26 @@ def test_mindone_reads_every_layer(name, tiny_model, tmp_path):
         from mindone.diffusers import loaders
         from mindone.peft.tuners.lora.layer import LoraLayer
 
-    folder = tiny_model(name) / "transformer"
-    targets, random = family(name).pipeline.lora_target_modules, np.random.default_rng(0)
+    cls, table = family(name).pipeline, interchange(name)
+    kind = "unet" if name == "sdxl" else "transformer"
+    folder = tiny_model(name) / kind
+    random = np.random.default_rng(0)
     shapes = {n.removesuffix(".weight"): s for n, s in open_checkpoint(folder).shapes.items() if n.endswith(".weight")}
     modules = {m: {A: random.standard_normal((4, s[1])).astype(np.float32),
                    B: random.standard_normal((s[0], 4)).astype(np.float32)}
-               for m, s in shapes.items() if any(m == t or m.endswith(f".{t}") for t in targets)}
-    table = interchange(name)
+               for m, s in shapes.items() if any(m == t or m.endswith(f".{t}") for t in cls.lora_target_modules)}
     file = AdapterFile(modules, dict.fromkeys(modules, 0.5), dict.fromkeys(modules, LORA))
-    save_adapters(tmp_path / "l.safetensors", {"dit": file}, table, table.default)
+    save_adapters(tmp_path / "l.safetensors", {table.network: file}, table, table.default)
 
     mixin = getattr(loaders.lora_pipeline, f"{LOADERS[name]}LoraLoaderMixin")
-    transformer = getattr(diffusers, family(name).loader(None).transformer).from_pretrained(folder)
-    state, *_, metadata = mixin.lora_state_dict(str(tmp_path), weight_name="l.safetensors",
-                                               return_lora_metadata=True)
-    alphas = {"network_alphas": None} if name == "flux" else {}
-    mixin.load_lora_into_transformer(state, transformer=transformer, metadata=metadata, **alphas)
-    found = {n: cell for n, cell in transformer.cells_and_names() if isinstance(cell, LoraLayer)}
+    class_name = json.loads((folder / "config.json").read_text())["_class_name"]
+    network = getattr(diffusers, class_name).from_pretrained(folder)
+    told = {"unet_config": network.config} if kind == "unet" else {}  # what mindone's pipeline tells
+    state, *alphas, metadata = mixin.lora_state_dict(str(tmp_path), weight_name="l.safetensors",
+                                                     return_lora_metadata=True, **told)
+    how = {"network_alphas": alphas[0] if alphas else None} if name in ("flux", "sdxl") else {}
+    getattr(mixin, f"load_lora_into_{kind}")(state, **{kind: network}, metadata=metadata, **how)
+    found = {n: cell for n, cell in network.cells_and_names() if isinstance(cell, LoraLayer)}
     assert found.keys() == modules.keys()
     for module, cell in found.items():
         own = next(iter(cell.lora_A))

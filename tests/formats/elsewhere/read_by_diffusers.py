@@ -23,19 +23,36 @@ import transformers
 from diffusers.loaders import lora_conversion_utils as converters
 from safetensors.torch import load_file
 
-STEPS = 4
+STEPS, FRAMES = 4, 5
+DEFAULTS = {"qwen_image": "comfy", "z_image": "comfy", "wan": "comfy", "sdxl": "kohya"}  # the layout that is saved
 
 
 def pipeline(model: Path):
     """Of a folder, without text encoders. Raises: AttributeError for a class that this diffusers does not have."""
     index = json.loads((model / "model_index.json").read_text())
-    cls, transformer, vae = (getattr(diffusers, n) for n in (index["_class_name"], index["transformer"][1],
-                                                             index["vae"][1]))
+    made = {name: getattr(diffusers, index[name][1]).from_pretrained(model / name)
+            for name in (network_of(index), "vae", "scheduler")}
+    if index["_class_name"] == "WanPipeline":
+        made["scheduler"] = EulerOfWan(shift=made["scheduler"].config.flow_shift)
+    cls = getattr(diffusers, index["_class_name"])
     given = dict.fromkeys(n for n in inspect.signature(cls.__init__).parameters
                           if n.startswith(("text_enc", "tokenizer", "processor")))
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(model / "scheduler")
-    return cls(transformer=transformer.from_pretrained(model / "transformer").eval(),
-               vae=vae.from_pretrained(model / "vae").eval(), scheduler=scheduler, **given)
+    return cls(**given, **made)
+
+
+class EulerOfWan(diffusers.FlowMatchEulerDiscreteScheduler):
+    """The steps that are taken here, on the levels of the UniPC that diffusers takes."""
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        super().set_timesteps(sigmas=torch.linspace(1, 1e-3, num_inference_steps + 1)[:-1].tolist(), device=device)
+
+
+def network_of(names) -> str:
+    return "unet" if "unet" in names else "transformer"
+
+
+def network(pipe) -> torch.nn.Module:
+    return getattr(pipe, network_of(pipe.components))
 
 
 def packed(noise: torch.Tensor) -> torch.Tensor:
@@ -47,7 +64,7 @@ def packed(noise: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def image(name: str, pipe, given: dict[str, torch.Tensor]) -> torch.Tensor:
     noise, how = given["noise"], {"prompt_embeds": given["prompt_embeds"]}
-    if name in ("flux", "sd3"):
+    if name in ("flux", "sd3", "sdxl"):
         how["pooled_prompt_embeds"] = given["pooled_prompt_embeds"]
     if name == "qwen_image":
         mask = given["prompt_mask"]  # prompts are padded with zeros
@@ -58,7 +75,8 @@ def image(name: str, pipe, given: dict[str, torch.Tensor]) -> torch.Tensor:
         how["prompt_embeds"] = [given["prompt_embeds"][0, :int(given["prompt_mask"].sum())]]
     how["guidance_scale"] = {"flux": 3.5, "z_image": 0.0}.get(name, 1.0)
     how["latents"] = packed(noise) if name in ("flux", "qwen_image") else noise
-    made = pipe(height=64, width=64, num_inference_steps=STEPS, output_type="np", **how).images[0]
+    how |= {"num_frames": FRAMES} if name == "wan" else {}
+    made = pipe(height=64, width=64, num_inference_steps=STEPS, output_type="np", **how)[0][0]
     return (torch.as_tensor(made) * 255).round().to(torch.uint8)
 
 
@@ -72,7 +90,7 @@ def changes(pipe, file: Path, before: dict[str, torch.Tensor], expected: dict[st
         pipe.unload_lora_weights()
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
-    after, worst, found = pipe.transformer.state_dict(), 0.0, 0
+    after, worst, found = network(pipe).state_dict(), 0.0, 0
     for key, array in before.items():
         change, wanted = after[key].double() - array.double(), expected.get(key.removesuffix(".weight"))
         found += bool(change.abs().max() > 0)
@@ -89,7 +107,7 @@ def read(name: str, out: Path) -> None:
         print(f"{name:20} {error}", flush=True)
         return
     base.set_progress_bar_config(disable=True)
-    before = {k: v.clone() for k, v in base.transformer.state_dict().items()}
+    before = {k: v.clone() for k, v in network(base).state_dict().items()}
     made = {}
     if has_images:
         given, images = (load_file(out / f"{kind}.safetensors") for kind in ("given", "images"))
@@ -97,7 +115,7 @@ def read(name: str, out: Path) -> None:
     for file in sorted(out.glob("lora-*.safetensors")):
         pipe = copy.deepcopy(base)
         print(f"{name:20} {file.stem:16} {changes(pipe, file, before, expected)}", flush=True)
-        if has_images and file.stem == f"lora-{'comfy' if name in ('qwen_image', 'z_image') else 'diffusers'}":
+        if has_images and file.stem == f"lora-{DEFAULTS.get(name, 'diffusers')}":
             made["with"] = image(name, pipe, given)
     if has_images:
         told = [f"{which} {int((made[which].int() - images[which].int()).abs().max())}" for which in made]
@@ -106,13 +124,14 @@ def read(name: str, out: Path) -> None:
               flush=True)
     # Qwen-Image's tiny text encoder has no vision tower, for which transformers would make one of the real size
     without = {"text_encoder": None} if name.startswith("qwen_image") else {}
+    without |= {"processor": None} if name.startswith("qwen_image_edit") else {}  # nor does it come with one
     try:
         whole = diffusers.DiffusionPipeline.from_pretrained(out / "run/model", **without)
     except Exception as error:
         print(f"{name:20} run/model: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
         return
-    is_same = all(torch.equal(array, before[key]) for key, array in whole.transformer.state_dict().items())
-    print(f"{name:20} run/model is a {type(whole).__name__}; its transformer is the same: {is_same}", flush=True)
+    is_same = all(torch.equal(array, before[key]) for key, array in network(whole).state_dict().items())
+    print(f"{name:20} run/model is a {type(whole).__name__}; its network is the same: {is_same}", flush=True)
 
 
 def use_tiny_widths() -> None:

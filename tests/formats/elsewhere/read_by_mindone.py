@@ -23,21 +23,25 @@ with quiet_imports():
     from mindone.peft.tuners.lora.layer import LoraLayer
 
 MIXINS = {"FluxTransformer2DModel": "Flux", "Flux2Transformer2DModel": "Flux2", "SD3Transformer2DModel": "SD3",
-          "QwenImageTransformer2DModel": "QwenImage"}
+          "QwenImageTransformer2DModel": "QwenImage", "UNet2DConditionModel": "StableDiffusionXL",
+          "WanTransformer3DModel": "Wan"}
 
 
 def changes(folder: Path, file: Path, class_name: str, expected: dict[str, np.ndarray]) -> str:
     """What loading a file changes."""
     mixin = getattr(loaders.lora_pipeline, f"{MIXINS[class_name]}LoraLoaderMixin")
-    transformer = getattr(diffusers, class_name).from_pretrained(folder)
+    network = getattr(diffusers, class_name).from_pretrained(folder)
+    kind = "unet" if class_name.startswith("UNet") else "transformer"
     try:
+        told = {"unet_config": network.config} if kind == "unet" else {}  # what the pipeline tells
         state, *alphas, metadata = mixin.lora_state_dict(str(file.parent), weight_name=file.name,
-                                                         return_lora_metadata=True)
-        how = {"network_alphas": alphas[0] if alphas else None} if MIXINS[class_name] == "Flux" else {}
-        mixin.load_lora_into_transformer(state, transformer=transformer, metadata=metadata, **how)
+                                                         return_lora_metadata=True, **told)
+        how = {"network_alphas": alphas[0] if alphas else None} if MIXINS[class_name] in ("Flux", "StableDiffusionXL") \
+            else {}
+        getattr(mixin, f"load_lora_into_{kind}")(state, **{kind: network}, metadata=metadata, **how)
     except Exception as error:
         return f"{type(error).__name__} {str(error)[:90]}"
-    found = {name: cell for name, cell in transformer.cells_and_names() if isinstance(cell, LoraLayer)}
+    found = {name: cell for name, cell in network.cells_and_names() if isinstance(cell, LoraLayer)}
     if not found:
         return "none"
     worst = 0.0
@@ -55,9 +59,9 @@ if __name__ == "__main__":
     runtime.configure("pynative", "CPU")
     out = Path(sys.argv[1])
     for model in sys.argv[2:] or sorted(path.name for path in out.iterdir()):
-        class_name = json.loads((out / model / "model/transformer/config.json").read_text())["_class_name"]
+        folder = next(path for path in (out / model / "model/transformer", out / model / "model/unet") if path.is_dir())
+        class_name = json.loads((folder / "config.json").read_text())["_class_name"]
         expected = load_state_dict(out / model / "expected.safetensors")
         for file in sorted((out / model).glob("lora-*.safetensors")):
-            told = "no network" if class_name not in MIXINS else changes(out / model / "model/transformer", file,
-                                                                         class_name, expected)
+            told = changes(folder, file, class_name, expected) if class_name in MIXINS else "no network"
             print(f"{model:20} {file.stem:16} {told}", flush=True)

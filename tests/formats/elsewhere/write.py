@@ -4,9 +4,9 @@ read_by_mindone.py.
     python tests/formats/elsewhere/write.py OUT [MODEL ...]
 
 Of each model of MODELS in OUT/<model>: model/, lora-<layout>.safetensors, expected.safetensors (module -> change of its
-weight), given.safetensors (noise, and what is prepared of the prompt), images.safetensors (uint8 [64, 64, 3]), and
-run/model/, what a run of the whole network leaves. Of edit models there are no images: the networks are those of the
-models without "edit" and "kontext" in their names, and read by other pipelines.
+weight), given.safetensors (noise, and what is prepared of the prompt), images.safetensors (uint8 [64, 64, 3], of Wan
+[frames, 64, 64, 3]), and run/model/, what a run of the whole network leaves. Of edit models there are no images: the
+networks are those of the models without "edit" and "kontext" in their names, and read by other pipelines.
 """
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from ms_diffsynth.formats.adapters import LORA, A, B
 from ms_diffsynth.formats.lora import AdapterFile, save_adapters
 from ms_diffsynth.formats.weights import save_state_dict
 from ms_diffsynth.nn.adapters.layer import linear_modules
+from ms_diffsynth.pipelines.shared.video import VideoPipeline
 from ms_diffsynth.registry import family, interchange
 
 MODELS = {  # -> family and variant of its tiny model
     "flux": ("flux", ""), "flux2": ("flux2", ""), "qwen_image": ("qwen_image", ""), "sd3": ("sd3", ""),
-    "z_image": ("z_image", ""), "flux_kontext": ("flux", ""), "qwen_image_edit": ("qwen_image", "edit"),
+    "sdxl": ("sdxl", ""), "wan": ("wan", ""), "z_image": ("z_image", ""), "flux_kontext": ("flux", ""),
+    "qwen_image_edit": ("qwen_image", "edit"),
     "qwen_image_edit_2511": ("qwen_image", "edit-2511")}
-SIDE, STEPS, SEED, PROMPT = 64, 4, 7, "a red cat by the sea"
+SIDE, FRAMES, STEPS, SEED, PROMPT = 64, 5, 4, 7, "a red cat by the sea"
 
 
 def write(model: str, out: Path) -> None:
@@ -42,7 +44,7 @@ def write(model: str, out: Path) -> None:
         (out / "model/model_index.json").write_text(json.dumps(index | {"_class_name": "FluxKontextPipeline"}))
     cls, table, random = family(name).pipeline, interchange(name), np.random.default_rng(1)
     pipe = cls.from_pretrained(str(out / "model"))
-    modules = {m: cell.weight.shape for m, cell in linear_modules(pipe.dit).items()
+    modules = {m: cell.weight.shape for m, cell in linear_modules(getattr(pipe, pipe.network)).items()
                if m.endswith(cls.lora_target_modules)}
     parts = {m: {A: random.standard_normal((4, shape[1]), np.float32) / 4,
                  B: random.standard_normal((shape[0], 4), np.float32) / 4} for m, shape in modules.items()}
@@ -55,7 +57,7 @@ def write(model: str, out: Path) -> None:
         told = f", the LoRA changes a pixel by up to {write_images(pipe, table, out)} of 255"
     module = DiffusionTrainingModule()
     module.pipe = cls.from_pretrained(str(out / "model"))
-    module.switch_pipe_to_training_mode(module.pipe, trainable_models="dit")
+    module.switch_pipe_to_training_mode(module.pipe, trainable_models=pipe.network)
     module.save_models(out / "run")
     print(f"{model}: {len(modules)} layers{told}", flush=True)
 
@@ -63,13 +65,15 @@ def write(model: str, out: Path) -> None:
 def write_images(pipe, table, out: Path) -> int:
     """An image with and one without the LoRA, and what they are made of. Returns: the largest difference."""
     how = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS, "cfg_scale": 1.0, "seed": SEED}
+    film = (FRAMES,) if isinstance(pipe, VideoPipeline) else ()
+    how |= {"num_frames": FRAMES} if film else {}
     told = {"guidance": Tensor(np.full(1, pipe.sampling.embedded_guidance, np.float32))} if pipe.takes_guidance else {}
     slots = {k: v.asnumpy() for k, v in pipe.condition(PROMPT, **told).items() if k.startswith(("prompt", "pooled"))}
-    noise = Draws(SEED).normal("latents", np.array([0]), pipe.latent_shape(SIDE, SIDE))
+    noise = Draws(SEED).normal("latents", np.array([0]), pipe.latent_shape(*film, SIDE, SIDE))
     save_state_dict(out / "given.safetensors", {"noise": noise, **slots})
-    images = {"without": np.asarray(pipe(PROMPT, **how))}
+    images = {"without": np.stack(pipe(PROMPT, **how)) if film else np.asarray(pipe(PROMPT, **how))}
     pipe.load_lora(None, out / f"lora-{table.default}.safetensors")
-    images["with"] = np.asarray(pipe(PROMPT, **how))
+    images["with"] = np.stack(pipe(PROMPT, **how)) if film else np.asarray(pipe(PROMPT, **how))
     save_state_dict(out / "images.safetensors", images)
     return int(np.abs(images["with"].astype(int) - images["without"]).max())
 

@@ -18,9 +18,19 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_non_diffusers_lora_to_diffusers,
+    _convert_non_diffusers_wan_lora_to_diffusers,
+    _maybe_map_sgm_blocks_to_diffusers,
+)
 from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import convert_all_state_dict_to_peft, convert_state_dict_to_kohya
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -44,6 +54,15 @@ MODELS = {
     "qwen_image": QwenImageTransformer2DModel(in_channels=4, out_channels=4, axes_dims_rope=(2, 2, 4), **WIDTHS),
     "sd3": SD3Transformer2DModel(sample_size=4, in_channels=4, caption_projection_dim=16, pooled_projection_dim=8,
                                  pos_embed_max_size=4, **WIDTHS),
+    "sdxl": UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16, 16), norm_num_groups=4,
+        layers_per_block=2, transformer_layers_per_block=(1, 1, 2), attention_head_dim=(1, 2, 2),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), use_linear_projection=True,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=12,
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=32),
+    "wan": WanTransformer3DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4,
+                                 text_dim=12, freq_dim=8, ffn_dim=24, num_layers=1, added_kv_proj_dim=16, image_dim=12,
+                                 cross_attn_norm=True),
     "z_image": ZImageTransformer2DModel(in_channels=4, dim=16, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
                                         cap_feat_dim=12, axes_dims=[2, 2, 4], axes_lens=[8, 8, 8]),
 }
@@ -263,11 +282,10 @@ def write_real():
                 p.data += 0.1 * torch.randn_like(p)
         modules, extra = {"transformer": model}, {}
         if name == "encoder":
-            clip = CLIPTextModel(CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                                num_attention_heads=2, vocab_size=8))
-            clip.add_adapter(LoraConfig(r=1, lora_alpha=9, target_modules=["q_proj", "k_proj"]))
-            modules["text_encoder"] = clip
-            extra["text_encoder_lora_layers"] = get_peft_model_state_dict(clip)
+            encoder = clip()
+            encoder.add_adapter(LoraConfig(r=1, lora_alpha=9, target_modules=["q_proj", "k_proj"]))
+            modules["text_encoder"] = encoder
+            extra["text_encoder_lora_layers"] = get_peft_model_state_dict(encoder)
         (OUT / "flux").mkdir(exist_ok=True)
         FluxPipeline.save_lora_weights(OUT / "flux", transformer_lora_layers=get_peft_model_state_dict(model),
                                        weight_name=f"real_{name}.safetensors", **extra,
@@ -328,10 +346,115 @@ def write_z_image():
         {m: 0.5 * c for m, c in expected.items()})
 
 
+def clip():
+    return CLIPTextModel(CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                        num_attention_heads=2, vocab_size=8))
+
+
+def adapted(model, family, r, alpha, targets):
+    """A model with a LoRA that peft made of random numbers, and what it does to each weight."""
+    for name, shape in SHAPES[family].items() if family else ():
+        model.get_submodule(name).weight.data.copy_(weight(shape))
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    return model, {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
+
+
+SGM = {"input_blocks.4.1": "down_blocks.1.attentions.0", "input_blocks.8.1": "down_blocks.2.attentions.1",
+       "middle_block.1": "mid_block.attentions.0", "output_blocks.0.1": "up_blocks.0.attentions.0",
+       "output_blocks.5.1": "up_blocks.1.attentions.2"}  # of kohya's UNet, which is Stability AI's
+
+
+def write_sdxl():
+    """By diffusers' own code, in its names and in those that its training scripts write for kohya's; by the names of
+    kohya's sd-scripts, of ComfyUI, and of diffusers before peft."""
+    family, encoder = "sdxl", ["q_proj", "k_proj", "v_proj", "out_proj"]
+    models, found = {}, {}
+    for name, own, r, alpha, targets in (("unet", MODELS[family], R, 8, ["to_q", "to_k", "to_v", "to_out.0"]),
+                                         ("text_encoder", clip(), 1, 3, encoder),
+                                         ("text_encoder_2", clip(), 1, 5, encoder)):
+        models[name], found[name] = adapted(own, family if name == "unet" else None, r, alpha, targets)
+    (OUT / family).mkdir(exist_ok=True)
+    states = {name: get_peft_model_state_dict(model) for name, model in models.items()}
+    StableDiffusionXLPipeline.save_lora_weights(
+        OUT / family, weight_name="real_three.safetensors", unet_lora_layers=states["unet"],
+        text_encoder_lora_layers=states["text_encoder"], text_encoder_2_lora_layers=states["text_encoder_2"],
+        **_collate_lora_metadata(models))
+    keep(family, "real_three", found["unet"])
+    state = convert_all_state_dict_to_peft({f"{model}.{key}": array for model, own in states.items()
+                                            for key, array in own.items()})
+    put(family, "real_kohya_format", convert_state_dict_to_kohya(state), {m: c / 4 for m, c in found["unet"].items()})
+
+    layers = ["proj_in", "proj_out", *(f"transformer_blocks.0.{m}" for m in (
+        "attn1.to_q", "attn1.to_out.0", "attn2.to_k", "attn2.to_v", "ff.net.0.proj", "ff.net.2"))]
+    pairs = {f"{block}.{m}": pair(SHAPES[family][f"{ours}.{m}"]) for block, ours in SGM.items() for m in layers}
+    expected = {f"{SGM[block]}.{m}": 0.5 * pairs[f"{block}.{m}"][1].double() @ pairs[f"{block}.{m}"][0].double()
+                for block in SGM for m in layers}
+    tensors = named(pairs, "lora_unet_", alpha=1, **KOHYA)
+    for begin in ("lora_te1_", "lora_te2_"):
+        tensors |= named({f"text_model.encoder.layers.0.{m}": pair((8, 8)) for m in (
+            "self_attn.q_proj", "self_attn.out_proj", "mlp.fc1")}, begin, alpha=1, **KOHYA)
+    read = _maybe_map_sgm_blocks_to_diffusers(dict(tensors), MODELS[family].config)
+    read = {key.replace(".lora.", ".").removeprefix("unet."): array
+            for key, array in _convert_non_diffusers_lora_to_diffusers(read)[0].items() if key.startswith("unet.")}
+    assert {key.rsplit(".", 2)[0].replace("processor.", "").replace("_lora", "") for key in read} == {
+        m.replace("to_out.0", "to_out") for m in expected}
+    put(family, "kohya", tensors, expected, {"ss_network_module": "networks.lora", "ss_base_model_version":
+                                             "sdxl_base_v1-0"})
+    put(family, "comfy", named(pairs, "diffusion_model."), {m: 2 * c for m, c in expected.items()})
+    old = {f"{SGM[block]}.{m.replace('attn1.to_q', 'attn1.processor.to_q_lora')}": pairs[f"{block}.{m}"]
+           for block in SGM for m in layers if m.endswith("attn1.to_q")}
+    put(family, "before_peft", named(old, "unet.", "down.weight", "up.weight"), {
+        m: 2 * c for m, c in expected.items() if m.endswith("attn1.to_q")})
+    convolution = {"lora_unet_input_blocks_1_0_in_layers_2.lora_down.weight": random(R, 8, 3, 3),
+                   "lora_unet_input_blocks_1_0_in_layers_2.lora_up.weight": random(8, R, 1, 1),
+                   "lora_unet_input_blocks_1_0_in_layers_2.alpha": torch.tensor(1.0)}
+    put(family, "kohya_convolutions", {**tensors, **convolution}, None,
+        refused="lora_unet_input_blocks_1_0_in_layers_2 is not a module of the model (it is "
+                "down_blocks.0.resnets.0.conv1)")
+
+
+WAN = {**{f"self_attn.{k}": f"attn1.{m}" for k, m in zip("qkvo", ("to_q", "to_k", "to_v", "to_out.0"))},
+       **{f"cross_attn.{k}": f"attn2.{m}" for k, m in zip("qkvo", ("to_q", "to_k", "to_v", "to_out.0"))},
+       "cross_attn.k_img": "attn2.add_k_proj", "cross_attn.v_img": "attn2.add_v_proj",
+       "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2"}
+
+
+def write_wan():
+    """By diffusers' own code; by the publisher's names behind the beginnings of ComfyUI and others, of DiffSynth-Studio
+    and of musubi-tuner."""
+    family = "wan"
+    model, found = adapted(MODELS[family], family, R, 8, ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj",
+                                                          "ffn.net.2"])
+    (OUT / family).mkdir(exist_ok=True)
+    WanPipeline.save_lora_weights(OUT / family, weight_name="real_plain.safetensors",
+                                  transformer_lora_layers=get_peft_model_state_dict(model),
+                                  **_collate_lora_metadata({"transformer": model}))
+    keep(family, "real_plain", found)
+    pairs = {f"blocks.0.{k}": pair(SHAPES[family][f"blocks.0.{m}"]) for k, m in WAN.items()}
+    expected = {f"blocks.0.{m}": pairs[f"blocks.0.{k}"][1].double() @ pairs[f"blocks.0.{k}"][0].double()
+                for k, m in WAN.items()}
+    halved = {m: 0.5 * c for m, c in expected.items()}
+    comfy = named(pairs, "diffusion_model.")
+    assert {key.removeprefix("transformer.").rsplit(".", 2)[0] for key in _convert_non_diffusers_wan_lora_to_diffusers(
+        dict(comfy))} == expected.keys()
+    put(family, "comfy", comfy, expected)
+    put(family, "comfy_down_up", named(pairs, "diffusion_model.", "lora_down.weight", "lora_up.weight", 1), halved)
+    put(family, "diffsynth", named(pairs, "", "lora_A.default.weight", "lora_B.default.weight"), expected)
+    put(family, "musubi", named(pairs, "lora_unet_", alpha=1, **KOHYA), halved,
+        {"ss_network_module": "networks.lora_wan"})
+
+
 if __name__ == "__main__":
     write_flux()
     write_real()
     write_others()
     write_z_image()
+    write_sdxl()
+    write_wan()
     (OUT / "cases.json").write_text(json.dumps({"layers": SHAPES, "cases": CASES}, sort_keys=True) + "\n")
     print(len(CASES), "cases")

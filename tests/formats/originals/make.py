@@ -110,27 +110,57 @@ def autoencoder():
 
 
 def film_autoencoder():
-    """Wan's and Qwen-Image's: all blocks that they have, with 1 or 2 channels."""
-    def block(name, is_wider=False):
-        found = {f"{name}.residual.0.gamma": gamma(2), **film_convolution(f"{name}.residual.2"),
-                 f"{name}.residual.3.gamma": gamma(2), **film_convolution(f"{name}.residual.6")}
-        return found | (film_convolution(f"{name}.shortcut", 1) if is_wider else {})
-
-    tensors = {**film_convolution("conv1", 1), **film_convolution("conv2", 1)}
-    for half in ("encoder", "decoder"):
-        tensors |= {**film_convolution(f"{half}.conv1"), **block(f"{half}.middle.0"), **block(f"{half}.middle.2"),
-                    f"{half}.middle.1.norm.gamma": gamma(2, 2), **convolution(f"{half}.middle.1.to_qkv", 6, 2, 1),
-                    **convolution(f"{half}.middle.1.proj", 2, 2, 1), f"{half}.head.0.gamma": gamma(2),
-                    **film_convolution(f"{half}.head.2")}
+    """Wan 2.1's and Qwen-Image's: all blocks that they have, with 1 or 2 channels."""
+    tensors = film_ends()
     for k in range(11):  # levels of two blocks, and what makes smaller
         name = f"encoder.downsamples.{k}"
-        tensors |= convolution(f"{name}.resample.1", 2, 2) if k % 3 == 2 else block(name, k in (3, 6))
+        tensors |= convolution(f"{name}.resample.1", 2, 2) if k % 3 == 2 else film_block(name, k in (3, 6))
         tensors |= film_convolution(f"{name}.time_conv", 1) if k in (5, 8) else {}
     for k in range(15):  # levels of three blocks, and what enlarges
         name = f"decoder.upsamples.{k}"
-        tensors |= convolution(f"{name}.resample.1", 1, 2) if k % 4 == 3 else block(name, k == 4)
+        tensors |= convolution(f"{name}.resample.1", 1, 2) if k % 4 == 3 else film_block(name, k == 4)
         tensors |= film_convolution(f"{name}.time_conv", 1) if k in (3, 7) else {}
     return tensors
+
+
+def film_ends():
+    tensors = {**film_convolution("conv1", 1), **film_convolution("conv2", 1)}
+    for half in ("encoder", "decoder"):
+        tensors |= {**film_convolution(f"{half}.conv1"), **film_block(f"{half}.middle.0"),
+                    **film_block(f"{half}.middle.2"), f"{half}.middle.1.norm.gamma": gamma(2, 2),
+                    **convolution(f"{half}.middle.1.to_qkv", 6, 2, 1), **convolution(f"{half}.middle.1.proj", 2, 2, 1),
+                    f"{half}.head.0.gamma": gamma(2), **film_convolution(f"{half}.head.2")}
+    return tensors
+
+
+def film_block(name, is_wider=False):
+    found = {f"{name}.residual.0.gamma": gamma(2), **film_convolution(f"{name}.residual.2"),
+             f"{name}.residual.3.gamma": gamma(2), **film_convolution(f"{name}.residual.6")}
+    return found | (film_convolution(f"{name}.shortcut", 1) if is_wider else {})
+
+
+def residual_film_autoencoder():
+    """Wan 2.2's, of TI2V-5B, and its tensors by diffusers' names.
+
+    In both programs' modules the tensors of a level are in one order; the others have the names of Wan 2.1's.
+    """
+    tensors, levels = film_ends(), {}
+    for half, part, count, wider, of_time in (("encoder", "downsamples", 2, (1, 2), (1, 2)),
+                                              ("decoder", "upsamples", 3, (2, 3), (0, 1))):
+        for level in range(4):
+            name = f"{half}.{part}.{level}.{part}"
+            for k in range(count):
+                levels |= film_block(f"{name}.{k}", not k and level in wider)
+            levels |= convolution(f"{name}.{count}.resample.1", 2, 2) if level < 3 else {}
+            levels |= film_convolution(f"{name}.{count}.time_conv", 1) if level in of_time else {}
+    with torch.device("meta"):
+        network = AutoencoderKLWan(base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12,
+                                   out_channels=12, patch_size=2, scale_factor_spatial=16).state_dict()
+    theirs = [n for n in network if n.startswith(("encoder.down_blocks", "decoder.up_blocks"))]
+    assert len(theirs) == len(levels) and all(a.endswith(b.rpartition(".")[2]) for a, b in zip(theirs, levels))
+    converted = diffusers.convert_wan_vae_to_diffusers(dict(tensors)) | dict(zip(theirs, levels.values()))
+    assert converted.keys() == network.keys()
+    return tensors | levels, converted
 
 
 def film_convolution(name, side=3):
@@ -217,5 +247,6 @@ if __name__ == "__main__":
         for network in (AutoencoderKLQwenImage(), AutoencoderKLWan()):
             assert converted.keys() == network.state_dict().keys()
     put("film_vae", film, converted)
+    put("film22_vae", *residual_film_autoencoder())
     put("qwen_text", *vision_language_model())
     (OUT / "digests.json").write_text(json.dumps(DIGESTS, indent=0, sort_keys=True) + "\n")
