@@ -300,7 +300,8 @@ def forward_bytes(pipe: Pipeline, work: Work) -> int:
     network, numbers = network_of(pipe, pipe.network), work.activations
     if network is None or numbers is None:
         return 0
-    return round(tokens_of(pipe, work, work.sample_size) * network.channels * BYTES[pipe.dtype] * network.inside(numbers) / 2)
+    each = network.channels * BYTES[pipe.dtype] * network.inside(numbers)
+    return round(tokens_of(pipe, work, work.sample_size) * each / 2)
 
 
 def vae_bytes(pipe: Pipeline, work: Work, size: tuple[int, ...], what: str) -> int:

@@ -14,7 +14,7 @@ from PIL import Image
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.config import load_config
 from ms_diffsynth.config.bases import BASES
-from ms_diffsynth.registry import family
+from ms_diffsynth.registry import FAMILIES, family
 from ms_diffsynth.run import plan as planning
 from ms_diffsynth.run.build import build_datasets
 from ms_diffsynth.run.memory import GIB
@@ -144,7 +144,7 @@ def test_a_peak_from_shapes_is_that_of_the_allocator(row):
     model, side, recompute, held, peak = row[0].partition(" (")[0], row[1], row[2], float(row[3]), float(row[4])
     size = (side, side) if side.isdecimal() else side.split(" x ")
     title, *how = (part.strip() for part in model.split(","))
-    name = next(f for f in ("flux", "flux2", "qwen_image", "sd3", "sdxl", "wan", "z_image") if title in family(f).published)
+    name = next(f for f in FAMILIES if title in family(f).published)
     repository = next(r for r, known in family(name).repositories.items() if known == title)
     network, folder = ("unet", "unet") if name == "sdxl" else ("dit", "transformer")
     settings = {"family": name, "lora_base_model": network,
