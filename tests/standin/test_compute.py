@@ -280,6 +280,15 @@ def test_triangles_and_indices():
     out = empty(3, 2)
     call("Index", x, (np.empty(0, np.int64), index), out)
     np.testing.assert_array_equal(out, x[:, [2, 0]])
+    rows, columns = np.array([0, 2, 0], np.int64), np.array([1, 0, 1], np.int64)
+    added, put = x.copy(), x.copy()
+    call("IndexPutImpl", added, (rows, columns), np.array([1, 2, 4], np.float32), 1, 0)
+    expected = x.copy()
+    expected[0, 1] += 5  # a place that is named twice
+    expected[2, 0] += 2
+    np.testing.assert_array_equal(added, expected)
+    call("IndexPutImpl", put, (np.empty(0, np.int64), columns[:2]), np.full((3, 2), 7, np.float32), 0, 0)
+    assert (put[:, :2] == 7).all() and (put[:, 2:] == x[:, 2:]).all()
     out = empty(3, 1)
     call("Gather", x, 1, np.array([[2], [0], [1]], np.int64), out)
     assert out[:, 0].tolist() == [x[0, 2], x[1, 0], x[2, 1]]
@@ -592,6 +601,8 @@ def test_older_operators():
             ("BiasAdd", (x, y[0]), x + y[0], {}),
             ("GatherV2", (x, np.array([2, 0], np.int32), axes), x[:, [2, 0]], {}),
             ("GatherNd", (x, np.array([[2, 0], [1, 3]], np.int64)), np.array([x[2, 0], x[1, 3]]), {}),
+            ("UnsortedSegmentSum", (x, np.array([1, -1, 1], np.int32), np.array(2, np.int64)),
+             np.array([0 * x[0], x[0] + x[2]]), {}),
             ("Pack", (x, y), np.stack([x, y], 1), {"axis": 1}),
             ("Fill", (np.array([2, 3], np.int64), np.array(1.5, np.float32)), np.full((2, 3), 1.5), {}),
             ("StridedSlice", (x, np.array([0, 3], np.int64), np.array([2, 0], np.int64), np.array([1, -2], np.int64)),

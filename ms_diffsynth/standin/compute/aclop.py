@@ -49,6 +49,15 @@ def gather(attributes: dict[str, Any], x: Array, index: Array, axis: Array) -> A
     return np.take(x, index, axis.item())
 
 
+@aclop("UnsortedSegmentSum")
+def unsorted_segment_sum(attributes: dict[str, Any], x: Array, segments: Array, count: Array) -> Array:
+    """The rows of each segment, added up; those of a negative segment are left out."""
+    rows = x.reshape(segments.size, *x.shape[segments.ndim:])
+    result, segments = np.zeros((count.item(), *rows.shape[1:]), x.dtype), segments.reshape(-1)
+    np.add.at(result, segments[segments >= 0], rows[segments >= 0])
+    return result
+
+
 @aclop("GatherNd")
 def gather_nd(attributes: dict[str, Any], x: Array, index: Array) -> Array:
     """The last axis of ``index`` counts along the first axes of ``x``."""
