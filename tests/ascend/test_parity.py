@@ -72,6 +72,5 @@ CALLS = [pytest.param(folder, mode, dtype, id=f"{folder.name}-{mode}-{dtype}") f
 @pytest.mark.parametrize("folder, mode, dtype", CALLS)
 def test_whole_cases(on_standin, tmp_path, folder, mode, dtype):
     errors = parity(on_standin(), tmp_path, [folder], mode, dtype)[folder.name]
-    value = next(errors[name] for name in ("velocity", "noise pred", "prompt embeds", "latents", "hidden states of text")
-                 if name in errors)
+    value = next(errors[name] for name in ("velocity", "noise pred", "prompt embeds", "latents") if name in errors)
     assert value > (1e-3 if dtype == "bfloat16" and not folder.name.endswith("vae") else 0)  # or it was float32

@@ -27,7 +27,9 @@ TOLERANCE = {"float32": {"loss": 1e-5, "grad_norm": 1e-4}, "bfloat16": {"loss": 
 # The tiny sd3's pooled text, 40 numbers, is 0.8 % off after CLIP's layers in bfloat16, as FLUX.1's is. It changes all
 # tokens of all blocks alike, so nothing of it is averaged: alone it takes 0.13 % of the loss, with everything else at
 # most 0.23 % (ten batches; the moments and the text tokens 0.02 % and 0.01 %, the transformer 0.08 %; 2026-11-29).
-WIDER = {("sd3", "bfloat16"): {"loss": 4e-3}}
+# A ControlNet is trained whole, at 2e-3: each update moves all of its weights, which bfloat16 rounds. The first loss of
+# the tiny FLUX.1's is 0.19 % off, the third 0.46 % (2026-11-30).
+WIDER = {("sd3", "bfloat16"): {"loss": 4e-3}, ("flux_controlnet", "bfloat16"): {"loss": 1e-2}}
 
 
 @pytest.fixture(scope="module")

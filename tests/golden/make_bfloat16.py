@@ -1,6 +1,6 @@
 """What PyTorch itself is off by in bfloat16, written into the case.json of cases whose networks are deep.
 
-    TORCH_ENV/bin/python tests/golden/make_bfloat16.py tests/golden/sdxl tests/golden/z_image   # torch 2.13, diffusers 0.39
+    TORCH_ENV/bin/python tests/golden/make_bfloat16.py tests/golden/sdxl tests/golden/z_image   # diffusers 0.39
 
 The first evaluation is repeated with the network in bfloat16. ``bfloat16.value`` and ``bfloat16.gradient`` are the
 differences of the prediction and of all gradients from the float32 that is recorded, in the Euclidean norm.

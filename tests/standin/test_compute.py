@@ -598,7 +598,9 @@ def test_older_operators():
             ("MulNoNan", (infinite, zero), zero, {}), ("RsqrtGrad", (x, y), -y * x ** 3 / 2, {}),
             ("ReduceSum", (x, axes), np.sum(x, 1), {"keep_dims": False}),
             ("ReduceMean", (x, axes), np.sum(x, 1)[:, None] / 4, {"keep_dims": True}),
-            ("BiasAdd", (x, y[0]), x + y[0], {}),
+            ("BiasAdd", (x, y[0]), x + y[0], {}), ("BiasAddGrad", (x,), np.ones(len(x)) @ x, {"data_format": "NCHW"}),
+            ("BiasAddGrad", (x.reshape(3, 2, 2),), np.einsum("nch->c", x.reshape(3, 2, 2)),
+             {"data_format": "NCHW"}),
             ("GatherV2", (x, np.array([2, 0], np.int32), axes), x[:, [2, 0]], {}),
             ("GatherNd", (x, np.array([[2, 0], [1, 3]], np.int64)), np.array([x[2, 0], x[1, 3]]), {}),
             ("UnsortedSegmentSum", (x, np.array([1, -1, 1], np.int32), np.array(2, np.int64)),
@@ -642,6 +644,15 @@ def test_older_layer_norm():
     expected = (wide - wide.mean(1, keepdims=True)) / np.sqrt(wide.var(1, keepdims=True) + 1e-5) * w + b
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(variance[:, 0], wide.var(1), rtol=1e-5)
+
+    def normal_of(x, w, b):
+        return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * w + b
+
+    g, gradients = normal(3, 8, seed=3), [empty(3, 8), empty(8), empty(8)]
+    older("LayerNormGrad", (g, x, variance, mean, w), gradients)
+    assert_gradient(lambda v: normal_of(v, w, b), x, gradients[0], g)
+    assert_gradient(lambda v: normal_of(x, v, b), w, gradients[1], g)
+    assert_gradient(lambda v: normal_of(x, w, v), b, gradients[2], g)
 
 
 def test_adam_as_in_its_paper():

@@ -42,6 +42,12 @@ def bias_add(attributes: dict[str, Any], x: Array, bias: Array) -> Array:
     return x + bias
 
 
+@aclop("BiasAddGrad")
+def bias_add_gradient(attributes: dict[str, Any], gradient: Array) -> Array:
+    channels = 1 if attributes.get("data_format", "NHWC") == "NCHW" and gradient.ndim > 2 else gradient.ndim - 1
+    return gradient.sum(tuple(axis for axis in range(gradient.ndim) if axis != channels))
+
+
 @aclop("GatherV2")
 def gather(attributes: dict[str, Any], x: Array, index: Array, axis: Array) -> Array:
     if attributes.get("batch_dims"):
@@ -115,3 +121,15 @@ def layer_norm(attributes: dict[str, Any], x: Array, weight: Array, bias: Array)
     mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
     normal = (x - mean) / np.sqrt(variance + np.float32(attributes.get("epsilon", 1e-7)))
     return normal * weight + bias, mean, variance
+
+
+@aclop("LayerNormGrad")
+def layer_norm_gradient(attributes: dict[str, Any], gradient: Array, x: Array, variance: Array, mean: Array,
+                        weight: Array) -> tuple[Array, Array, Array]:
+    """Gradients of x, weight and bias; the operator is not told the epsilon of the norm."""
+    axes, outer = tuple(range(-weight.ndim, 0)), tuple(range(x.ndim - weight.ndim))
+    scale = 1 / np.sqrt(np.maximum(variance, np.float32(1e-12)))
+    normal, to_normal = (x - mean) * scale, gradient * weight
+    to_x = scale * (to_normal - to_normal.mean(axes, keepdims=True)
+                    - normal * (to_normal * normal).mean(axes, keepdims=True))
+    return to_x, (gradient * normal).sum(outer), gradient.sum(outer)
