@@ -603,6 +603,8 @@ def test_older_operators():
              {"data_format": "NCHW"}),
             ("GatherV2", (x, np.array([2, 0], np.int32), axes), x[:, [2, 0]], {}),
             ("GatherNd", (x, np.array([[2, 0], [1, 3]], np.int64)), np.array([x[2, 0], x[1, 3]]), {}),
+            ("ScatterNd", (np.array([[2], [0], [2]], np.int64), x, np.array([3, 4], np.int64)),
+             np.array([x[1], 0 * x[0], x[0] + x[2]]), {}),
             ("UnsortedSegmentSum", (x, np.array([1, -1, 1], np.int32), np.array(2, np.int64)),
              np.array([0 * x[0], x[0] + x[2]]), {}),
             ("Pack", (x, y), np.stack([x, y], 1), {"axis": 1}),

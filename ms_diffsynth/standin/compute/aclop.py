@@ -55,6 +55,14 @@ def gather(attributes: dict[str, Any], x: Array, index: Array, axis: Array) -> A
     return np.take(x, index, axis.item())
 
 
+@aclop("ScatterNd")
+def scatter_nd(attributes: dict[str, Any], index: Array, values: Array, shape: Array) -> Array:
+    """Zeros, and ``values`` added at the places whose first coordinates are the rows of ``index``."""
+    result = np.zeros(shape.tolist(), values.dtype)
+    np.add.at(result, tuple(np.moveaxis(index, -1, 0)), values)
+    return result
+
+
 @aclop("UnsortedSegmentSum")
 def unsorted_segment_sum(attributes: dict[str, Any], x: Array, segments: Array, count: Array) -> Array:
     """The rows of each segment, added up; those of a negative segment are left out."""
