@@ -29,7 +29,8 @@ TOLERANCE = {"float32": {"loss": 1e-5, "grad_norm": 1e-4}, "bfloat16": {"loss": 
 # most 0.23 % (ten batches; the moments and the text tokens 0.02 % and 0.01 %, the transformer 0.08 %; 2026-11-29).
 # A ControlNet is trained whole, at 2e-3: each update moves all of its weights, which bfloat16 rounds. The first loss of
 # the tiny FLUX.1's is 0.19 % off, the third 0.46 % (2026-11-30).
-WIDER = {("sd3", "bfloat16"): {"loss": 4e-3}, ("flux_controlnet", "bfloat16"): {"loss": 1e-2}}
+WIDER = {("sd3", "bfloat16"): {"loss": 4e-3}, ("flux_controlnet", "bfloat16"): {"loss": 1e-2},
+         ("sdxl", "bfloat16"): {"grad_norm": 2e-2}}  # its UNet is deep: PyTorch's own gradients are 4.5e-2 off
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_a_lora_step_in_bfloat16_is_the_cpus_and_counts_its_kernels(folders, var
 
 
 # kernels of a step of others (2026-11-30)
-LAUNCHED = {"wan": 374, "wan_ti2v": 382, "flux_controlnet": 962}
+LAUNCHED = {"wan": 374, "wan_ti2v": 382, "flux_controlnet": 962, "sdxl": 3991}
 
 CASES = [pytest.param(family, dtype, mode, id=f"{family}-{dtype}-{mode}")
          for family in FAMILIES
@@ -123,7 +124,7 @@ def test_losses_and_gradient_norms_are_the_cpus(folders, variables, family, dtyp
     compare(folders(family), family, dtype, mode, variables)
     whole = Log.read(log_of(folders(family), f"Ascend:{dtype}:{mode}"))  # what prepares, too
     assert all("float16" not in kernel.dtypes() for kernel in whole.kernels())
-    if mode == "graph":
+    if mode == "graph" and family != "sdxl":  # whose text encoders are trained too, and are mindone's
         assert step_of(folders(family), f"Ascend:{dtype}:{mode}").counts("aclop")["StridedSlice"] == 0
     if (dtype, mode) == ("bfloat16", "graph") and family in LAUNCHED:
         step = step_of(folders(family), f"Ascend:{dtype}:{mode}", STEPS)  # both shapes of the films are compiled by now
