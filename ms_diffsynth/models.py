@@ -236,8 +236,7 @@ def load_component(component: Component, source: Source, dtype: ms.Type, without
 
 
 class LayerNorm(nn.LayerNorm):
-    """MindSpore's, by `network.layer_norm`: the gradient of its own is an operator that is not told epsilon on an Ascend.
-    """
+    """MindSpore's, by `network.layer_norm`: the gradient of its own is not told epsilon on an Ascend."""
 
     def construct(self, x):
         return network.layer_norm(x, self.gamma, self.beta, self.epsilon)
