@@ -39,6 +39,8 @@ from ms_diffsynth.hub.download import ModelConfig
 from ms_diffsynth.nn.adapters.layer import adapted_layers
 from ms_diffsynth.nn.names import assign, state_dict, torch_parameters, torch_shapes
 from ms_diffsynth.nn.quant import store_8bit
+from ms_diffsynth.ops import network
+from ms_diffsynth.ops.sinusoid import Sinusoids
 from ms_diffsynth.storage.files import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -217,9 +219,7 @@ def load_component(component: Component, source: Source, dtype: ms.Type, without
     _check_reads(config, source.folder / "config.json", component.reads)
     checkpoint = source.checkpoint()
     cell = _build(component, config, source.folder / "config.json", checkpoint.shapes)
-    for _, part in cell.cells_and_names():
-        if hasattr(part, "set_flash_attention_force_cast_dtype"):  # mindone's, which casts float32 to float16 on Ascend
-            part.set_flash_attention_force_cast_dtype(None)
+    make_exact(cell)
     for part in without:
         if isinstance(getattr(cell, part, None), nn.Cell):
             delattr(cell, part)
@@ -233,6 +233,26 @@ def load_component(component: Component, source: Source, dtype: ms.Type, without
     for parameter in cell.get_parameters():
         parameter.requires_grad = False
     return cell.set_train(False)
+
+
+class LayerNorm(nn.LayerNorm):
+    """MindSpore's, by `network.layer_norm`: the gradient of its own is not told epsilon on an Ascend."""
+
+    def construct(self, x):
+        return network.layer_norm(x, self.gamma, self.beta, self.epsilon)
+
+
+def make_exact(cell: nn.Cell) -> None:
+    """Let what a network has of mindone compute in float32 on an Ascend: attention, which is cast to float16 there, the
+    frequencies of sinusoids, which are the device's exp, and the gradient of norms."""
+    for _, part in list(cell.cells_and_names()):
+        if hasattr(part, "set_flash_attention_force_cast_dtype"):
+            part.set_flash_attention_force_cast_dtype(None)
+        if type(part) is nn.LayerNorm and part.begin_norm_axis == -1:
+            part.__class__ = LayerNorm
+        for name, inner in part.name_cells().items():
+            if type(inner).__name__ == "Timesteps":
+                setattr(part, name, Sinusoids(inner))
 
 
 def finite(name: str, array: np.ndarray, checkpoint: Checkpoint) -> np.ndarray:

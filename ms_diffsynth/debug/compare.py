@@ -10,22 +10,31 @@ from ms_diffsynth.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerances:
-    """The largest relative error allowed, by what is compared: losses, values of the network, gradients, and what five
-    updates make of the weights."""
+    """The largest relative error allowed, by what is compared: the loss of given weights, values of the network,
+    gradients, what five updates make of the weights, and the losses in between."""
 
     loss: float
     value: float
     gradient: float
     trained: float
+    losses: float
+
+    def at_least(self, value: float, gradient: float) -> Tolerances:
+        """Wider where a case's reference is itself off by this much in bfloat16: half as much again, because another
+        order of roundings is another error of that size. What follows from gradients is as far off as they are."""
+        value, gradient = 1.5 * value, 1.5 * gradient
+        return replace(self, value=max(self.value, value), gradient=max(self.gradient, gradient),
+                       trained=max(self.trained, gradient))
 
 
 # Float32: other orders of sums, and 1e-4 where sums cancel. Bfloat16: one rounding is up to 2 ** -8 = 0.4 % of a
 # number, and about forty are between the weights and a value of a tiny network or VAE. They are compared with the
 # reference's float32 as vectors in the Euclidean norm, where errors of random sign add up as the root of their number:
 # sqrt(40) * 2 ** -8 = 2.5 % of a value, twice that of a gradient, which goes the way back as well (found: 1.8 % and
-# 1.4 %, 2026-11-29). Of a mean over thousands of elements, such as a loss, one rounding is left.
-TOLERANCES = {"float32": Tolerances(loss=1e-5, value=1e-5, gradient=1e-4, trained=1e-4),
-              "bfloat16": Tolerances(loss=4e-3, value=2.5e-2, gradient=5e-2, trained=5e-2)}
+# 1.4 %, 2026-11-29). Of a mean over thousands of elements, such as a loss, one rounding is left; the losses of five
+# updates see weights that are off by some percent (found: 5.4e-3, of FLUX.1-Kontext, 2026-11-30).
+TOLERANCES = {"float32": Tolerances(loss=1e-5, value=1e-5, gradient=1e-4, trained=1e-4, losses=1e-4),
+              "bfloat16": Tolerances(loss=4e-3, value=2.5e-2, gradient=5e-2, trained=5e-2, losses=1e-2)}
 
 # On another device than the reference's exp and tanh are other polynomials: 6e-5 of a gradient, which Adam makes 3e-4
 # of the weights where a gradient is near its eps (`together`).

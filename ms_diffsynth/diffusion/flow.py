@@ -22,6 +22,10 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor, ops
 
+from ms_diffsynth.ops.split import Split
+
+_split_frames = Split(2)
+
 
 def interpolate(input_latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """The point at ``sigma`` on the straight path from data to noise, (1 - s) x + s n.
@@ -45,5 +49,13 @@ def with_given(latents: Tensor, given_latents: Tensor) -> Tensor:
 
     Shapes: latents float [B, C, F, h, w], given_latents float [B, C, k, h, w] -> float32 [B, C, F, h, w].
     """
-    rest = latents[:, :, given_latents.shape[2]:]
+    rest = behind(latents, given_latents.shape[2])
     return ops.cat((given_latents.astype(ms.float32), rest.astype(ms.float32)), 2)
+
+
+def behind(films: Tensor, count: int) -> Tensor:
+    """Films without their first frames: [B, C, F, h, w] -> [B, C, F - count, h, w].
+
+    A slice, or its gradient, would be a kernel of the old path on an Ascend.
+    """
+    return _split_frames(films, (count, films.shape[2] - count))[1]

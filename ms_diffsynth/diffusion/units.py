@@ -215,7 +215,7 @@ class FlowMatchLoss(TensorUnit):
         if given_latents is None:
             return velocity, target
         count = given_latents.shape[2]
-        return velocity[:, :, count:], target[:, :, count:]
+        return flow.behind(velocity, count), flow.behind(target, count)
 
 
 def flow_match_units(objective: Objective, sigmas: np.ndarray, denoise: TensorUnit) -> list[TensorUnit]:

@@ -1,15 +1,15 @@
 """The sinusoidal embedding of timestep and guidance, its frequencies computed on the host.
 
-mindone's networks use it on the CPU, whose exp is good to 5e-6 relative only: multiplied by timesteps of up to 3500
-that shifts the sine's argument by 0.02 and costs 4e-3 in the worst gradient of a tiny FLUX network (MindSpore 2.10,
-2026-11-21). Our own networks use it on every device. NumPy has no such error.
+A device's exp may be good to 5e-6 relative only, as the CPU's is: multiplied by timesteps of up to 3500 that shifts the
+sine's argument by 0.02 and costs 4e-3 in the worst gradient of a tiny FLUX network (MindSpore 2.10, 2026-11-21). NumPy
+has no such error. Our own networks call it, and a network of mindone is given it where its weights are loaded.
 """
 from __future__ import annotations
 
 import math
 
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 from mindspore.common import dtype as mstype
 from mindspore.ops.primitive import constexpr
 
@@ -36,7 +36,7 @@ def frequencies(half, downscale_freq_shift, max_period):
 
 def get_timestep_embedding(timesteps, embedding_dim, flip_sin_to_cos=False, downscale_freq_shift=1, scale=1,
                            max_period=10000):
-    """sin and cos of timesteps times geometric frequencies; mindone's `Timesteps` cell calls this.
+    """sin and cos of timesteps times geometric frequencies.
 
     Shapes: timesteps [B], result [B, embedding_dim] float32.
     Source: get_timestep_embedding of diffusers 0.39.
@@ -49,3 +49,18 @@ def get_timestep_embedding(timesteps, embedding_dim, flip_sin_to_cos=False, down
     if embedding_dim % 2 == 1:
         out = ops.pad(out, (0, 1))
     return out
+
+
+class Sinusoids(nn.Cell):
+    """`get_timestep_embedding` with the settings of a cell `Timesteps` of mindone, in the place of it.
+
+    Shapes: as `get_timestep_embedding`.
+    """
+
+    def __init__(self, timesteps: nn.Cell):
+        super().__init__()
+        self.settings = (timesteps.num_channels, timesteps.flip_sin_to_cos, timesteps.downscale_freq_shift,
+                         timesteps.scale)
+
+    def construct(self, timesteps):
+        return get_timestep_embedding(timesteps, *self.settings)

@@ -27,7 +27,10 @@ TOLERANCE = {"float32": {"loss": 1e-5, "grad_norm": 1e-4}, "bfloat16": {"loss": 
 # The tiny sd3's pooled text, 40 numbers, is 0.8 % off after CLIP's layers in bfloat16, as FLUX.1's is. It changes all
 # tokens of all blocks alike, so nothing of it is averaged: alone it takes 0.13 % of the loss, with everything else at
 # most 0.23 % (ten batches; the moments and the text tokens 0.02 % and 0.01 %, the transformer 0.08 %; 2026-11-29).
-WIDER = {("sd3", "bfloat16"): {"loss": 4e-3}}
+# A ControlNet is trained whole, at 2e-3: each update moves all of its weights, which bfloat16 rounds. The first loss of
+# the tiny FLUX.1's is 0.19 % off, the third 0.46 % (2026-11-30).
+WIDER = {("sd3", "bfloat16"): {"loss": 4e-3}, ("flux_controlnet", "bfloat16"): {"loss": 1e-2},
+         ("sdxl", "bfloat16"): {"grad_norm": 2e-2}}  # its UNet is deep: PyTorch's own gradients are 4.5e-2 off
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +81,11 @@ def compare(folder: Path, family: str, dtype: str, mode: str, variables: dict[st
         assert error > (2e-6 if dtype == "bfloat16" else 0), f"{name}: equal to the last digit, was it the CPU?"
 
 
-def step_of(folder: Path, run: str) -> Log:
-    """What the second step of a run asked of the device."""
+def step_of(folder: Path, run: str, number: int = 2) -> Log:
+    """What one step of a run asked of the device."""
     log = Log.read(log_of(folder, run))
     assert not log.errors()
-    return log.between("the training step 2 begins", "the training step 2 ends")
+    return log.between(f"the training step {number} begins", f"the training step {number} ends")
 
 
 # blocks with attention, norms of queries and keys, of the tiny models; kernels of a step (2026-11-29)
@@ -106,6 +109,9 @@ def test_a_lora_step_in_bfloat16_is_the_cpus_and_counts_its_kernels(folders, var
     assert len(step.kernels()) <= 1.05 * kernels
 
 
+# kernels of a step of others (2026-11-30)
+LAUNCHED = {"wan": 374, "wan_ti2v": 382, "flux_controlnet": 962, "sdxl": 3991}
+
 CASES = [pytest.param(family, dtype, mode, id=f"{family}-{dtype}-{mode}")
          for family in FAMILIES
          for dtype in ("float32", "bfloat16") for mode in ("graph", "pynative")
@@ -118,8 +124,13 @@ def test_losses_and_gradient_norms_are_the_cpus(folders, variables, family, dtyp
     compare(folders(family), family, dtype, mode, variables)
     whole = Log.read(log_of(folders(family), f"Ascend:{dtype}:{mode}"))  # what prepares, too
     assert all("float16" not in kernel.dtypes() for kernel in whole.kernels())
-    if mode == "graph":
+    if mode == "graph" and family != "sdxl":  # whose text encoders are trained too, and are mindone's
         assert step_of(folders(family), f"Ascend:{dtype}:{mode}").counts("aclop")["StridedSlice"] == 0
+    if (dtype, mode) == ("bfloat16", "graph") and family in LAUNCHED:
+        step = step_of(folders(family), f"Ascend:{dtype}:{mode}", STEPS)  # both shapes of the films are compiled by now
+        assert step.synchronisations() == 1, "but for that of the mark"
+        assert set(step.copies()) <= {"device to device"}
+        assert len(step.kernels()) <= 1.05 * LAUNCHED[family]
     if family not in ("ddpm_unet", "toy"):  # attention of mindone's, and none
         counts = step_of(folders(family), f"Ascend:{dtype}:{mode}").counts()
         assert (counts["aclnnFlashAttentionScore"] > 0) == (dtype == "bfloat16")

@@ -5,6 +5,7 @@ and "training step N ends". Started by `test_training.py`; the model must be in 
 """
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -24,7 +25,12 @@ CONTROLS = {"dataset_base_path": ROOT / "examples/data", "height": 128, "width":
             "dataset_metadata_path": ROOT / "examples/data/cat_controls.csv", "learning_rate": 2e-3,
             "lora_base_model": "null", "trainable_models": "controlnet", "extra_inputs": "control_image"}
 # what ms-diffsynth tiny writes for some of FAMILIES
-VARIANTS = {"qwen_image_edit": "edit-2511", "qwen_image_controlnet": "controlnet", "flux_controlnet": "controlnet"}
+VARIANTS = {"qwen_image_edit": "edit-2511", "qwen_image_controlnet": "controlnet", "flux_controlnet": "controlnet",
+            "wan_i2v": "i2v", "wan_ti2v": "ti2v"}
+FILMS = {"dataset_base_path": ROOT / "examples/data", "dataset_metadata_path": Path(__file__).parent / "films.jsonl",
+         "height": 64, "width": 64, "batch_size": 1, "lora_rank": 16, "learning_rate": 2e-3}
+FIRST_FRAME = {"num_frames": 5, "extra_inputs": "input_image", "dataset_metadata_path": Path(__file__).parent /
+               "film.jsonl"}
 ROWS = {"dataset_base_path": CAT, "dataset_metadata_path": CAT / "metadata.csv", "height": 128, "width": 128,
         "batch_size": 3, "lora_rank": 16, "learning_rate": 2e-3}
 FAMILIES = {
@@ -47,6 +53,9 @@ FAMILIES = {
     "sd3": ROWS | {"max_sequence_length": 32},
     "z_image": ROWS,
     "sdxl": ROWS | {"lora_base_model": "unet,text_encoder_1,text_encoder_2", "snr_gamma": 5.0, "noise_offset": 0.05},
+    "wan": FILMS | {"num_frames": "1,5"},
+    "wan_i2v": FILMS | FIRST_FRAME,
+    "wan_ti2v": FILMS | FIRST_FRAME,
     "toy": ROWS | {"height": 64, "width": 64},
     "ddpm_unet": {"dataset_base_path": SMILEYS, "dataset_metadata_path": SMILEYS / "metadata.csv", "height": 32,
                   "width": 32, "batch_size": 4, "learning_rate": 1e-3, "trainable_models": "unet",
@@ -56,7 +65,7 @@ FAMILIES = {
 
 def base_of(name: str) -> str:
     """The model family of one of FAMILIES."""
-    return name.removesuffix("_template").removesuffix("_whole").removesuffix("_edit").removesuffix("_controlnet")
+    return re.sub("_(template|whole|edit|controlnet|i2v|ti2v)$", "", name)
 
 
 def train(folder: Path, family: str, device: str, dtype: str, mode: str, recompute: str = "") -> int:

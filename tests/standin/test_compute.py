@@ -280,6 +280,15 @@ def test_triangles_and_indices():
     out = empty(3, 2)
     call("Index", x, (np.empty(0, np.int64), index), out)
     np.testing.assert_array_equal(out, x[:, [2, 0]])
+    rows, columns = np.array([0, 2, 0], np.int64), np.array([1, 0, 1], np.int64)
+    added, put = x.copy(), x.copy()
+    call("IndexPutImpl", added, (rows, columns), np.array([1, 2, 4], np.float32), 1, 0)
+    expected = x.copy()
+    expected[0, 1] += 5  # a place that is named twice
+    expected[2, 0] += 2
+    np.testing.assert_array_equal(added, expected)
+    call("IndexPutImpl", put, (np.empty(0, np.int64), columns[:2]), np.full((3, 2), 7, np.float32), 0, 0)
+    assert (put[:, :2] == 7).all() and (put[:, 2:] == x[:, 2:]).all()
     out = empty(3, 1)
     call("Gather", x, 1, np.array([[2], [0], [1]], np.int64), out)
     assert out[:, 0].tolist() == [x[0, 2], x[1, 0], x[2, 1]]
@@ -589,9 +598,15 @@ def test_older_operators():
             ("MulNoNan", (infinite, zero), zero, {}), ("RsqrtGrad", (x, y), -y * x ** 3 / 2, {}),
             ("ReduceSum", (x, axes), np.sum(x, 1), {"keep_dims": False}),
             ("ReduceMean", (x, axes), np.sum(x, 1)[:, None] / 4, {"keep_dims": True}),
-            ("BiasAdd", (x, y[0]), x + y[0], {}),
+            ("BiasAdd", (x, y[0]), x + y[0], {}), ("BiasAddGrad", (x,), np.ones(len(x)) @ x, {"data_format": "NCHW"}),
+            ("BiasAddGrad", (x.reshape(3, 2, 2),), np.einsum("nch->c", x.reshape(3, 2, 2)),
+             {"data_format": "NCHW"}),
             ("GatherV2", (x, np.array([2, 0], np.int32), axes), x[:, [2, 0]], {}),
             ("GatherNd", (x, np.array([[2, 0], [1, 3]], np.int64)), np.array([x[2, 0], x[1, 3]]), {}),
+            ("ScatterNd", (np.array([[2], [0], [2]], np.int64), x, np.array([3, 4], np.int64)),
+             np.array([x[1], 0 * x[0], x[0] + x[2]]), {}),
+            ("UnsortedSegmentSum", (x, np.array([1, -1, 1], np.int32), np.array(2, np.int64)),
+             np.array([0 * x[0], x[0] + x[2]]), {}),
             ("Pack", (x, y), np.stack([x, y], 1), {"axis": 1}),
             ("Fill", (np.array([2, 3], np.int64), np.array(1.5, np.float32)), np.full((2, 3), 1.5), {}),
             ("StridedSlice", (x, np.array([0, 3], np.int64), np.array([2, 0], np.int64), np.array([1, -2], np.int64)),
@@ -631,6 +646,15 @@ def test_older_layer_norm():
     expected = (wide - wide.mean(1, keepdims=True)) / np.sqrt(wide.var(1, keepdims=True) + 1e-5) * w + b
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(variance[:, 0], wide.var(1), rtol=1e-5)
+
+    def normal_of(x, w, b):
+        return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * w + b
+
+    g, gradients = normal(3, 8, seed=3), [empty(3, 8), empty(8), empty(8)]
+    older("LayerNormGrad", (g, x, variance, mean, w), gradients)
+    assert_gradient(lambda v: normal_of(v, w, b), x, gradients[0], g)
+    assert_gradient(lambda v: normal_of(x, v, b), w, gradients[1], g)
+    assert_gradient(lambda v: normal_of(x, w, v), b, gradients[2], g)
 
 
 def test_adam_as_in_its_paper():

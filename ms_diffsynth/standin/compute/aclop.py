@@ -42,11 +42,34 @@ def bias_add(attributes: dict[str, Any], x: Array, bias: Array) -> Array:
     return x + bias
 
 
+@aclop("BiasAddGrad")
+def bias_add_gradient(attributes: dict[str, Any], gradient: Array) -> Array:
+    channels = 1 if attributes.get("data_format", "NHWC") == "NCHW" and gradient.ndim > 2 else gradient.ndim - 1
+    return gradient.sum(tuple(axis for axis in range(gradient.ndim) if axis != channels))
+
+
 @aclop("GatherV2")
 def gather(attributes: dict[str, Any], x: Array, index: Array, axis: Array) -> Array:
     if attributes.get("batch_dims"):
         raise NotImplementedError("with batch_dims it is not computed by the stand-in: write it in compute/aclop.py")
     return np.take(x, index, axis.item())
+
+
+@aclop("ScatterNd")
+def scatter_nd(attributes: dict[str, Any], index: Array, values: Array, shape: Array) -> Array:
+    """Zeros, and ``values`` added at the places whose first coordinates are the rows of ``index``."""
+    result = np.zeros(shape.tolist(), values.dtype)
+    np.add.at(result, tuple(np.moveaxis(index, -1, 0)), values)
+    return result
+
+
+@aclop("UnsortedSegmentSum")
+def unsorted_segment_sum(attributes: dict[str, Any], x: Array, segments: Array, count: Array) -> Array:
+    """The rows of each segment, added up; those of a negative segment are left out."""
+    rows = x.reshape(segments.size, *x.shape[segments.ndim:])
+    result, segments = np.zeros((count.item(), *rows.shape[1:]), x.dtype), segments.reshape(-1)
+    np.add.at(result, segments[segments >= 0], rows[segments >= 0])
+    return result
 
 
 @aclop("GatherNd")
@@ -106,3 +129,15 @@ def layer_norm(attributes: dict[str, Any], x: Array, weight: Array, bias: Array)
     mean, variance = x.mean(axes, keepdims=True), x.var(axes, keepdims=True)
     normal = (x - mean) / np.sqrt(variance + np.float32(attributes.get("epsilon", 1e-7)))
     return normal * weight + bias, mean, variance
+
+
+@aclop("LayerNormGrad")
+def layer_norm_gradient(attributes: dict[str, Any], gradient: Array, x: Array, variance: Array, mean: Array,
+                        weight: Array) -> tuple[Array, Array, Array]:
+    """Gradients of x, weight and bias; the operator is not told the epsilon of the norm."""
+    axes, outer = tuple(range(-weight.ndim, 0)), tuple(range(x.ndim - weight.ndim))
+    scale = 1 / np.sqrt(np.maximum(variance, np.float32(1e-12)))
+    normal, to_normal = (x - mean) * scale, gradient * weight
+    to_x = scale * (to_normal - to_normal.mean(axes, keepdims=True)
+                    - normal * (to_normal * normal).mean(axes, keepdims=True))
+    return to_x, (gradient * normal).sum(outer), gradient.sum(outer)

@@ -50,7 +50,22 @@ def split_with_sizes(x: Array, sizes: Sequence[int], axis: int) -> list[Array]:
 @aclnn("Index", "r T -> t")
 def index(x: Array, indices: Sequence[Array | None]) -> Array:
     """Advanced indexing; an axis that is not indexed has no tensor, or an empty one."""
-    return x[tuple(slice(None) if i is None or i.shape == (0,) else i for i in indices)]
+    return x[_places(indices)]
+
+
+@aclnn("IndexPutImpl", "&t T t b b")
+def index_put(x: Array, indices: Sequence[Array | None], values: Array, accumulate: bool, unsafe: bool) -> Array:
+    """x with ``values`` at what `index` reads, or added to it, as often as a place is named."""
+    result, places = x.copy(), _places(indices)
+    if accumulate:
+        np.add.at(result, places, values)
+    else:
+        result[places] = values
+    return result
+
+
+def _places(indices: Sequence[Array | None]) -> tuple[Array | slice, ...]:
+    return tuple(slice(None) if i is None or i.shape == (0,) else i for i in indices)
 
 
 @aclnn("Arange", "s s s -> t")
