@@ -27,7 +27,6 @@ def test_right_rows_are_read(tmp_path):
     assert rows[2].names == {"original": "b.N.qk"} and rows[2].shares == (1, 2)
 
 
-@pytest.mark.fault
 @pytest.mark.parametrize("row, text", [
     ("blocks.N.attn.{to_q,to_k", "is no template: expected words with dots"), ("blocks..N", "is no template"),
     ("to_q, to_k", "is no template"), ("", "is no template"), ("blocks.*.to_q", "is no template"),
@@ -50,13 +49,11 @@ def test_what_is_no_row_is_refused_with_its_place(tmp_path, row, text):
         table(tmp_path, [*RIGHT, row])
 
 
-@pytest.mark.fault
 def test_layers_that_are_one_text_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"models\.dit\.layers is 'to_q': expected a list of rows"):
         table(tmp_path, "to_q")
 
 
-@pytest.mark.fault
 def test_a_row_that_several_families_share_is_named_with_its_own_file(tmp_path):
     (tmp_path / "shared.yaml").write_text(yaml.safe_dump([*RIGHT, "a b"]))
     with pytest.raises(ConfigError, match=r"shared\.yaml: row 3 of it, 'a b': "):
