@@ -55,6 +55,16 @@ SDXL = {  # Stable Diffusion XL with 42M instead of 2.6B
     "addition_embed_type": "text_time", "addition_time_embed_dim": 64, "use_linear_projection": True,
     "projection_class_embeddings_input_dim": 256 + 6 * 64,
 }
+Z_IMAGE = {  # Z-Image with 27M instead of 6.2B
+    "in_channels": 16, "dim": 384, "n_layers": 8, "n_refiner_layers": 1, "n_heads": 6, "n_kv_heads": 6,
+    "norm_eps": 1e-5, "qk_norm": True, "cap_feat_dim": 512, "rope_theta": 256.0, "t_scale": 1000.0,
+    "axes_dims": (16, 24, 24), "axes_lens": (512, 64, 64), "all_patch_size": (2,), "all_f_patch_size": (1,),
+}
+WAN = {  # Wan 2.1 T2V with 24M instead of 1.4B
+    "patch_size": (1, 2, 2), "num_attention_heads": 6, "attention_head_dim": 64, "in_channels": 16, "out_channels": 16,
+    "text_dim": 512, "freq_dim": 256, "ffn_dim": 1536, "num_layers": 8, "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "rope_max_seq_len": 1024,
+}
 UNET = {  # of examples/unconditional, twice as wide: 1.1M parameters
     "sample_size": 32, "layers_per_block": 1, "block_out_channels": (32, 64, 64), "norm_num_groups": 8,
     "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
@@ -73,6 +83,8 @@ WORKLOADS = {
     "flux2_lora": Workload("flux2", FLUX2, "lora", (*JOINT, "to_qkv_mlp_proj")),
     "sd3": Workload("sd3", SD3, "all"),
     "sdxl_lora": Workload("sdxl", SDXL, "lora", JOINT[:4]),
+    "z_image_lora": Workload("z_image", Z_IMAGE, "lora", JOINT[:4]),
+    "wan_lora": Workload("wan", WAN, "lora", JOINT[:4]),
     "ddpm": Workload("ddpm", UNET, "all"),
     "vae_encode": Workload("vae", VAE, ""),
     "sampling": Workload("flux", FLUX, "", repeats=20),
@@ -120,6 +132,12 @@ def inputs(network: str) -> dict[str, np.ndarray]:
         return {"sample": normal(BATCH, 4, 2 * SIDE, 2 * SIDE), "timestep": np.array([500, 300]),
                 "encoder_hidden_states": text, "text_embeds": normal(BATCH, 256), "time_ids": sizes,
                 "target": normal(BATCH, 4, 2 * SIDE, 2 * SIDE)}
+    if network == "z_image":
+        return {"x": normal(BATCH, 16, 2 * SIDE, 2 * SIDE), "t": sigma, "cap_feats": text,
+                "target": normal(BATCH, 16, 2 * SIDE, 2 * SIDE)}
+    if network == "wan":  # a film of 5 frames, 2 of latents
+        return {"hidden_states": normal(BATCH, 16, 2, 2 * SIDE, 2 * SIDE), "timestep": sigma,
+                "encoder_hidden_states": text, "target": normal(BATCH, 16, 2, 2 * SIDE, 2 * SIDE)}
     if network == "qwen_image":
         return {"hidden_states": normal(BATCH, tokens, 64), "timestep": sigma, "encoder_hidden_states": text,
                 "target": normal(BATCH, tokens, 64)}

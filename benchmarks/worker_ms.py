@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("GLOG_v", "3")
 # the main thread makes the step itself; else it hands it to another and spins until it is done, which takes one core
@@ -39,12 +40,26 @@ def build_network(name: str, config: dict) -> nn.Cell:
         from ms_diffsynth.models import arguments
         from ms_diffsynth.pipelines.sdxl.unet import FIXED, SDXLUNet
         return SDXLUNet(**arguments(SDXLUNet, config, FIXED))
+    elif name in ("z_image", "wan"):
+        from ms_diffsynth.pipelines.wan.transformer import WanTransformer
+        from ms_diffsynth.pipelines.z_image.transformer import ZImageTransformer
+        return {"z_image": ZImageTransformer, "wan": WanTransformer}[name](**config)
     elif name == "sd3":
         from ms_diffsynth.pipelines.sd3.transformer import SD3Transformer
         return SD3Transformer(**config)
     else:
         from ms_diffsynth.pipelines.flux.transformer import build_transformer as build
     return build(config)
+
+
+def denoise(name: str, model: nn.Cell, config: dict) -> nn.Cell:
+    """The family's unit around a network."""
+    from ms_diffsynth.pipelines.wan.denoise import Denoise as OfWan
+    from ms_diffsynth.pipelines.z_image.denoise import Denoise as OfZImage
+
+    unit = {"z_image": OfZImage, "wan": OfWan}[name](ms.float32)
+    unit.attach(SimpleNamespace(dit=model, config=lambda _: config))
+    return unit
 
 
 class Predict(nn.Cell):
@@ -56,6 +71,8 @@ class Predict(nn.Cell):
         if name == "qwen_image":
             from ms_diffsynth.pipelines.qwen_image.rotary import image_table
             self.positions = image_table(TEXT, SIDE, SIDE, tuple(config["axes_dims_rope"]))
+        if name in ("z_image", "wan"):
+            self.model = denoise(name, model, config)
         if name == "flux2":
             from ms_diffsynth.pipelines.flux2.rotary import image_table
             self.positions = image_table(TEXT, SIDE, SIDE, tuple(config["axes_dims_rope"]), config["rope_theta"])
@@ -67,6 +84,8 @@ class Predict(nn.Cell):
             return self.model.encode(*inputs, return_dict=False)[0]
         if self.name in ("sd3", "sdxl"):
             return self.model(*inputs)
+        if self.name in ("z_image", "wan"):
+            return self.model(*inputs)[0]
         if self.name == "qwen_image":
             x, sigma, text = inputs
             return self.model(x, sigma, text, *self.positions)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 CLASSES = {"flux": "FluxTransformer2DModel", "flux2": "Flux2Transformer2DModel", "sd3": "SD3Transformer2DModel",
            "qwen_image": "QwenImageTransformer2DModel", "ddpm": "UNet2DModel", "sdxl": "UNet2DConditionModel",
-           "vae": "AutoencoderKL"}
+           "z_image": "ZImageTransformer2DModel", "wan": "WanTransformer3DModel", "vae": "AutoencoderKL"}
 
 
 def network(workload: common.Workload, weights: Path) -> torch.nn.Module:
@@ -31,6 +31,11 @@ def network(workload: common.Workload, weights: Path) -> torch.nn.Module:
 def predict(name: str, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     if name == "vae":
         return model.encode(**batch, return_dict=False)[0].parameters
+    if name == "z_image":
+        answers = model(list(batch["x"].unsqueeze(2)), 1 - batch["t"], list(batch["cap_feats"]), return_dict=False)[0]
+        return -torch.stack(answers).squeeze(2)
+    if name == "wan":
+        batch = batch | {"timestep": 1000 * batch["timestep"]}
     if name == "sdxl":
         added = {key: batch[key] for key in ("text_embeds", "time_ids")}
         batch = {key: batch[key] for key in batch if key not in added} | {"added_cond_kwargs": added}
