@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from collections import Counter
 
 from device import DEVICE
 from processes import run_python
@@ -26,6 +27,17 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
         signal.signal(number, handler)
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The mark ``few(n)``: of the cases of a test, those after the first n are slow."""
+    counts = Counter()
+    for item in items:
+        if mark := item.get_closest_marker("few"):
+            counts[item.path, item.originalname] += 1
+            if counts[item.path, item.originalname] > mark.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

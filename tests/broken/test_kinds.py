@@ -510,6 +510,7 @@ def test_what_the_terminal_has_no_letter_for_is_escaped(world, python):
 
 
 @pytest.mark.parametrize("redirect, code", [(">&-", 0), ("> /dev/full", 74), ("2>&-", 0), ("< /dev/null >&- 2>&-", 0)])
+@pytest.mark.few(2)
 def test_an_output_that_is_closed_or_full(world, python, redirect, code):
     import subprocess
     import sys

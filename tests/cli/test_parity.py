@@ -30,6 +30,7 @@ def test_the_reference_cases_pass_eagerly(run, case):
 
 @pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", EDITING)
+@pytest.mark.few(1)
 def test_references_of_edit_models(run, case, mode):
     code, out, _ = run("parity", GOLDEN / case, "--mode", mode)
     assert code == 0 and "FAIL" not in out
@@ -192,6 +193,7 @@ TEXT_LINES = {
 
 
 @pytest.mark.parametrize("name", TEXT_LINES)
+@pytest.mark.few(2)
 def test_texts_files_and_schedules_give_what_the_references_give(run, tmp_path, name):
     code, out, _ = run("parity", end_to_end(tmp_path, name, samples=[], training=[]), "--mode", "pynative")
     assert code == 0 and "FAIL" not in out
@@ -203,6 +205,7 @@ def test_texts_files_and_schedules_give_what_the_references_give(run, tmp_path, 
     ("ddpm_unet", ("pixels of 5 files", "image ddim eta, 24x40", "image ddpm trailing, 24x24", "ddpm: first loss",
                    "ddpm: gradients (144 tensors)", "ddpm: losses of 5 updates", "ddpm: weights after 5")),
 ])
+@pytest.mark.few(1)
 def test_a_small_case_from_end_to_end(run, name, lines):
     code, out, _ = run("parity", GOLDEN / f"{name}_end_to_end", "--mode", "pynative")
     assert code == 0 and "FAIL" not in out and all(f"ok   {line}" in out for line in lines)
@@ -261,6 +264,7 @@ def test_a_small_case_from_end_to_end_compiled(run, name):
     ("ddpm_unet", "ddpm.grad_norms", 0.01, "ddpm: grad norms of 5 updates"),
     ("ddpm_unet", "ddpm.trained.conv_in.weight", 1.0, "ddpm: weights after 5 (144 tensors)"),
 ])
+@pytest.mark.few(3)
 def test_a_wrong_number_from_end_to_end_fails(run, tmp_path, name, key, value, line):
     needs_training = key.startswith("ddpm.")
     folder = end_to_end(tmp_path, name, **({"samples": []} if needs_training else {"training": []}))

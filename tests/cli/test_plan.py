@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import socket
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from ms_diffsynth.run.build import build_datasets
 from ms_diffsynth.run.memory import GIB
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "examples").rglob("*.yaml"))
+FOLDERS = [sorted(folder.glob("*.yaml")) for folder in sorted((ROOT / "examples").rglob("*")) if folder.is_dir()]
+FILES = [file for files in zip_longest(*FOLDERS) for file in files if file]  # the first of each folder, the second, ...
 QWEN = "examples/qwen_image/lora_910b.yaml"
 
 
@@ -79,6 +81,7 @@ def snapshot(folder: Path) -> set[str]:
     return {str(path) for path in folder.rglob("*")}
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_every_example_is_planned_without_device_network_or_a_file_written(path, checkout, plan, no_network, tmp_path):
     config = load_config(path)
@@ -105,6 +108,7 @@ PRESETS = [(base, job, memory) for base, preset in BASES.items() for job in ("lo
 
 
 @pytest.mark.parametrize("base, job, memory", PRESETS)
+@pytest.mark.few(4)
 def test_every_preset_fits_its_card_and_is_as_large_as_was_measured(base, job, memory, plan, no_network, tmp_path,
                                                                     capsys):
     data, words = ROOT / "examples/data/dreambooth_cat_fluent", ["--caption_column", "caption"]
@@ -185,6 +189,7 @@ NOT_FITTING = {
 
 
 @pytest.mark.parametrize("words", NOT_FITTING.values(), ids=NOT_FITTING)
+@pytest.mark.few(3)
 def test_every_remedy_makes_it_fit(words, plan, checkout):
     code, said, _ = plan(QWEN, "--offline", *words)
     assert code == 69 and "DOES NOT FIT" in said

@@ -41,7 +41,8 @@ def test_a_model_of_a_hub_without_what_sampling_does_not_read(run, tiny_model, m
         monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE",
                             f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        words = ("--prompt", "a", "--max_sequence_length", 16, *SMALL[:-2], "--num_inference_steps", 1)
+        words = ("--prompt", "a", "--max_sequence_length", 16, *SMALL[:-2], "--num_inference_steps", 1,
+                 "--mode", "pynative")
         assert run("sample", "me/own", *words, "--output", "hub")[0] == 0
         assert set(hub.downloads()) == {name for name in files if name != "README.md"}
         assert run("sample", "flux", folder, *words, "--output", "folder")[0] == 0

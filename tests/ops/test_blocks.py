@@ -90,8 +90,9 @@ def methods(block):
     return by_us, by_mindone
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["graph", "pynative"])
+@pytest.mark.few(12)  # every case in graph mode
 @pytest.mark.parametrize("case", [*CASES, *WITHOUT])
+@pytest.mark.parametrize("compiled", [True, False], ids=["graph", "pynative"])
 def test_a_block_is_what_mindone_computes(case, compiled):
     make, changed, inputs = {**CASES, **WITHOUT}[case]
     block = built(make, changed)

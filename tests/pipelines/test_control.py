@@ -116,6 +116,7 @@ def test_a_union_is_told_which_kind_of_image_it_sees(opened):
 
 
 @pytest.mark.parametrize("kind", ["fill", "inpaint"])
+@pytest.mark.few(1)
 def test_what_is_under_the_hole_is_not_seen(opened, kind):
     pipe = opened(kind)
     pixels = np.asarray(PICTURE).copy()
@@ -193,6 +194,7 @@ def test_the_mask_of_a_controlnet_is_a_seventeenth_channel(opened):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.few(1)
 def test_a_new_controlnet_is_the_network_s_first_blocks_and_changes_nothing(opened, name):
     pipe = opened(f"plain {name}")
     pipe.new_controlnet()
@@ -225,6 +227,7 @@ def test_fewer_blocks_and_too_many(opened):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.few(1)
 def test_recompute_changes_no_bit(opened, name):
     found, again = (losses_of(module_of(opened(name), trainable_models="controlnet", use_gradient_checkpointing=on),
                               ROW) for on in (False, True))
@@ -234,6 +237,7 @@ def test_recompute_changes_no_bit(opened, name):
 @pytest.mark.parametrize("kind, extra", [("flux", "control_image"), ("union", "control_image"),
                                          ("fill", "control_mask"), ("canny", "control_image"),
                                          ("qwen_image", "control_image"), ("inpaint", "control_image,control_mask")])
+@pytest.mark.few(2)
 def test_a_lora_learns_under_control(opened, kind, extra):
     pipe = opened(kind)
     module = module_of(pipe, extra, lora_base_model="dit", lora_rank=2)

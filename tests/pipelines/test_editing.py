@@ -81,6 +81,7 @@ def loss_of(module, row, mode="pynative"):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.few(1)
 def test_images_follow_references_their_number_and_their_order(tiny_model, tiny_edit, name):
     pipe = opened(tiny_model, tiny_edit, name)
     given = ({}, {"edit_image": ONE}, {"edit_image": THREE}, {"edit_image": [*THREE[1:], THREE[0]]})
@@ -92,6 +93,7 @@ def test_images_follow_references_their_number_and_their_order(tiny_model, tiny_
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.few(1)
 def test_a_row_without_reference_is_text_to_image(tiny_model, tiny_edit, name):
     """The same loss as of a module that knows nothing of references, to the last bit."""
     row = rows_of(None)[0]
@@ -104,6 +106,7 @@ def test_a_row_without_reference_is_text_to_image(tiny_model, tiny_edit, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.few(1)
 def test_the_whole_network_learns_and_recompute_changes_no_bit(tiny_model, tiny_edit, name):
     found = loss_of(module_of(opened(tiny_model, tiny_edit, name), trainable_models="dit"), rows_of(THREE)[0])
     again = loss_of(module_of(opened(tiny_model, tiny_edit, name), trainable_models="dit",

@@ -41,6 +41,7 @@ SLOW = {"sdxl": pytest.mark.slow}  # four compilations of a UNet
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in CHANGES])
+@pytest.mark.few(3)
 def test_images_depend_on_seed_prompt_and_guidance_and_their_size_is_rounded_up(tiny_model, name, caplog):
     pipe = pipeline(tiny_model(name), name)
     pipe.max_sequence_length = 32

@@ -76,6 +76,7 @@ def test_equals_mindone(flux, head_dim, guided, compiled):
     ("lora", "adapter first", 16, False), ("scaled lora", "adapter last", 16, False),
     ("lora", "adapter last", 32, True), ("dora", "adapter last", 16, False),
     ("dora", "adapter last", 16, True)])
+@pytest.mark.few(3)
 def test_equals_mindone_with_an_adapter_on_a_frozen_base(flux, adapter, order, head_dim, compiled):
     dit, inject = network(head_dim, single=2), ADAPTERS[adapter]
     expected = result(dit, inject(dit, TARGETS))
@@ -93,6 +94,7 @@ def test_equals_mindone_with_an_adapter_on_a_frozen_base(flux, adapter, order, h
 
 @COMPILED
 @pytest.mark.parametrize("adapter", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
+@pytest.mark.few(1)
 def test_blocks_may_differ_and_recompute_changes_no_bit(flux, adapter, compiled):
     """An adapter on one of two blocks, on a base in 8 bits or beside one: two cells."""
     def found(is_own, recomputed=False):

@@ -145,6 +145,7 @@ def test_a_lora_is_on_the_layers_of_diffusers_script_and_named_as_there(tiny_sd3
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.few(1)
 def test_a_published_network_has_the_names_and_shapes_of_mindones(model):
     config = PUBLISHED[model]["dit"] | {"pos_embed_max_size": 4}  # mindone computes the table when it is built
     with quiet_imports():

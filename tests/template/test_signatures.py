@@ -51,8 +51,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["pynative", "graph"])
+@pytest.mark.few(8)  # every kind in one mode
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
 def test_it_is_trained_and_sampled(kind, mode, template, head, toy, row, tmp_path):
     runtime.configure(mode, DEVICE)
     before, arguments, value = KINDS[kind]

@@ -306,6 +306,7 @@ OF_ITS_OWN = [kind for kind in FOREIGN if kind not in ("AdamWeightDecay", "Momen
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.few(10)
 def test_a_foreign_optimizer_is_guarded_and_else_as_it_was(reference, kind, mode):
     start = reference["start.0"], reference["start.1"]
     plain, inner = FOREIGN[kind](weights(*start)), FOREIGN[kind](weights(*start))

@@ -107,6 +107,7 @@ def contents(optimizer) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.few(4)
 def test_follows_torch_for_sixty_clipped_steps_of_a_learning_rate_that_warms_up(reference, case, mode):
     kind, rate, settings = CASES[case]
     optimizer = kind(weights(reference), rate, **settings)
@@ -143,6 +144,7 @@ def test_modes_agree(reference, kind):
 @pytest.mark.fault
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.few(6)
 def test_gradients_that_are_not_finite_change_nothing(reference, kind, mode):
     optimizer, other = (KINDS[kind](weights(reference)) for _ in range(2))
     run, rerun = runner(optimizer, mode), runner(other, mode)
@@ -163,6 +165,7 @@ def test_gradients_that_are_not_finite_change_nothing(reference, kind, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.few(6)
 def test_state_goes_into_another_that_is_compiled_and_goes_on_to_the_same_bits(reference, kind, mode):
     first = KINDS[kind](weights(reference))
     run = runner(first, mode)
@@ -305,6 +308,7 @@ def test_a_step_takes_anything_that_fulfils_the_contract():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.few(4)
 def test_every_optimizer_of_the_registry_trains(name, mode):
     options = TrainingOptions(optimizer=name, learning_rate=1.0 if name == "prodigy" else 5e-2)
     found, step = losses(lambda p: build_optimizer(options, p), mode, 30, gradient_accumulation_steps=2)
@@ -329,6 +333,7 @@ def test_mindsporess_optimizers_obey_their_list_of_learning_rates(kind, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.few(1)
 def test_prodigy_in_parts_is_prodigy(stage, mode, monkeypatch):
     monkeypatch.setattr(zero.plan_buckets, "__defaults__", (6,))  # a bucket for each weight
     build = partial(Prodigy, weight_decay=0.1, d0=1e-2)
@@ -418,6 +423,7 @@ def test_a_small_learning_rate_for_prodigy_is_said(caplog):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["prodigy", "adafactor", "came"])
+@pytest.mark.few(2)
 def test_a_run_that_goes_on_has_the_same_bits(folder, tmp_path, name, mode):
     how = {"mode": mode, "batch_size": 2, "optimizer": name, "learning_rate": 1.0 if name == "prodigy" else 1e-2,
            "num_epochs": None, "use_ema": True}
