@@ -49,6 +49,7 @@ def test_another_model_is_an_error_that_names_those_there_are():
         published(Plan(family="toy", model="x"))
 
 
+@pytest.mark.slow
 def test_a_recomputed_step_reads_its_weights_where_they_lie(on_standin, tmp_path):
     report = measure(Plan(family="flux", model="FLUX.1-dev", height=64, width=64, settings=SMALL), folder=tmp_path)
     step = Log.read(tmp_path / "log.jsonl").between("step 2 begins", "step 2 ends")

@@ -95,6 +95,7 @@ def test_images_follow_control_images_and_their_scales(opened, name):
     assert sampled(pipe, control_image=large, height=None, width=None).shape == (64, 64, 3)
 
 
+@pytest.mark.slow
 def test_control_images_are_read_in_a_part_of_the_steps(opened):
     pipe = opened("flux")
     plain, edges = sampled(pipe), sampled(pipe, control_image=EDGES)
@@ -106,6 +107,7 @@ def test_control_images_are_read_in_a_part_of_the_steps(opened):
         sampled(pipe, control_image=EDGES, control_range=(0.5, 0.5))
 
 
+@pytest.mark.slow
 def test_a_union_is_told_which_kind_of_image_it_sees(opened):
     pipe = opened("union")
     first, third = (sampled(pipe, control_image=EDGES, control_mode=mode) for mode in (0, 2))
