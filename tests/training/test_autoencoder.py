@@ -123,6 +123,7 @@ def train(family, model, images, output, *more):
                  "--output_path", str(output), *more])
 
 
+@pytest.mark.slow
 def test_it_learns_alike_in_both_modes_and_saves_what_diffusers_loads(tiny_model, images, tmp_path):
     model = tiny_model("flux") / "vae"  # nothing else is needed
     assert train("flux", model, images, tmp_path / "graph", "--max_train_steps", "12", "--save_steps", "12") == 0

@@ -43,6 +43,7 @@ def train(module, path, mode="graph", data=None, **options):
 
 
 @pytest.mark.parametrize("how", [{}, {"objective": Objective(posterior="sample")}, {"trainable_models": "dit"}])
+@pytest.mark.few(2)
 def test_it_is_compiled_and_trains_the_same_numbers(how, folder, tmp_path, capsys):
     wanted = train(Module(folder, **how), tmp_path / "plain", batch_size=2)
     own = Documented(folder, **how)
@@ -97,7 +98,7 @@ def test_an_error_of_a_row_is_that_error(folder, tmp_path):
         train(Picky(folder), tmp_path / "own")
 
 
-@pytest.mark.parametrize("mode", ["graph", "pynative"])
+@pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_among_its_inputs_is_obeyed(mode, tiny_model, tmp_path):
     class Flux(Documented):
         def __init__(self, folder):
