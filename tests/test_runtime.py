@@ -111,6 +111,7 @@ print(Times(float(sys.argv[1]))(ms.Tensor(np.ones(1, np.float32)))[0])
 """
 
 
+@pytest.mark.slow
 def test_why_it_is_refused(tmp_path):
     """Once this fails, a MindSpore compares constants too: see decision 68."""
     script = tmp_path / "times.py"

@@ -255,6 +255,7 @@ def rows_for(folder, job):
 
 
 @pytest.mark.parametrize("name, job, memory", CASES)
+@pytest.mark.few(10)
 def test_every_file_loads_and_fits_its_device_by_the_table_of_peaks(init, tmp_path, name, job, memory):
     folder = folder_of(tmp_path / "cats", caption="" if job in ("edit", "template") else "a thing", size=(1024, 1024))
     words = rows_for(folder, job) + (["--device-memory", memory] if memory else [])

@@ -193,7 +193,7 @@ TEXT_LINES = {
 
 
 @pytest.mark.parametrize("name", TEXT_LINES)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_texts_files_and_schedules_give_what_the_references_give(run, tmp_path, name):
     code, out, _ = run("parity", end_to_end(tmp_path, name, samples=[], training=[]), "--mode", "pynative")
     assert code == 0 and "FAIL" not in out
@@ -239,6 +239,7 @@ def test_images_and_training_of_denoising_diffusion(run, mode):
 
 
 @pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_images_made_from_an_image_are_those_of_the_reference(run, mode):
     code, out, _ = run("parity", GOLDEN / "flux_from_image_end_to_end", "--mode", mode)
     assert code == 0 and "FAIL" not in out

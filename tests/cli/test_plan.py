@@ -81,7 +81,7 @@ def snapshot(folder: Path) -> set[str]:
     return {str(path) for path in folder.rglob("*")}
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_every_example_is_planned_without_device_network_or_a_file_written(path, checkout, plan, no_network, tmp_path):
     config = load_config(path)
@@ -108,7 +108,7 @@ PRESETS = [(base, job, memory) for base, preset in BASES.items() for job in ("lo
 
 
 @pytest.mark.parametrize("base, job, memory", PRESETS)
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_every_preset_fits_its_card_and_is_as_large_as_was_measured(base, job, memory, plan, no_network, tmp_path,
                                                                     capsys):
     data, words = ROOT / "examples/data/dreambooth_cat_fluent", ["--caption_column", "caption"]

@@ -106,6 +106,7 @@ def test_kill_9_at_a_random_step(run, config, start, whole):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.few(1)
 def test_a_signal(run, config, start, whole, number, code):
     process = start()
     wait_until(has_steps(8), process)

@@ -52,6 +52,7 @@ def sampled(name, folder, output, *flags):
 
 
 @pytest.mark.parametrize("name", ["flux", pytest.param("flux2", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_lora_of_a_text_encoder_is_used_where_it_was_saved(name, train, tiny_model, tmp_path):
     model = "text_encoder_1" if name == "flux" else "text_encoder"
     how = ["--lora_base_model", model, "--lora_target_modules", "q_proj,k_proj,v_proj", "--learning_rate", "0.05"]
@@ -112,6 +113,7 @@ def test_a_run_of_a_whole_network_leaves_a_pipeline(name, train, tiny_model, tmp
     assert (of_run == of_model).all() and (of_run == weights).all()
 
 
+@pytest.mark.slow
 def test_a_run_of_a_network_without_prompts_is_sampled(train, tiny_model, tmp_path):
     """By its own command, by the pipeline that it left, and by its weights."""
     file = train("ddpm_unet", "run", "--trainable_models", "unet", "--learning_rate", "0.01")
@@ -156,6 +158,7 @@ def test_what_is_not_trained_is_written_once(how, tiny_model, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name, models", [("flux", "dit"), ("flux", "dit,text_encoder_1"), ("toy", "text_encoder")])
+@pytest.mark.few(1)
 def test_a_full_fine_tune_is_trained_further(name, models, train, tiny_model, tmp_path):
     file = train(name, "first", "--trainable_models", models, "--learning_rate", "0.01")
     saved = load_state_dict(file)

@@ -119,6 +119,7 @@ def test_a_union_is_told_which_kind_of_image_it_sees(opened):
 
 @pytest.mark.parametrize("kind", ["fill", "inpaint"])
 @pytest.mark.few(1)
+@pytest.mark.slow
 def test_what_is_under_the_hole_is_not_seen(opened, kind):
     pipe = opened(kind)
     pixels = np.asarray(PICTURE).copy()
@@ -239,7 +240,7 @@ def test_recompute_changes_no_bit(opened, name):
 @pytest.mark.parametrize("kind, extra", [("flux", "control_image"), ("union", "control_image"),
                                          ("fill", "control_mask"), ("canny", "control_image"),
                                          ("qwen_image", "control_image"), ("inpaint", "control_image,control_mask")])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_lora_learns_under_control(opened, kind, extra):
     pipe = opened(kind)
     module = module_of(pipe, extra, lora_base_model="dit", lora_rank=2)

@@ -57,6 +57,7 @@ def module_of(model, name):
 
 
 @pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.few(1)
 def test_a_template_learns_and_what_is_frozen_stays(name, tiny_flux2, metadata):
     module = module_of(tiny_flux2, name)
     cut, template = module.training_cut(), module.pipe.template_model
@@ -109,6 +110,7 @@ def test_base_gives_latents_a_mean_of_0_and_a_variance_of_1_and_inserts_what_was
     assert capsys.readouterr().out.count("\n") == 2
 
 
+@pytest.mark.slow
 def test_effect_measures_a_run(tiny_flux2, metadata, tmp_path):
     """Both losses under the same draws: rows that are told the same have the same."""
     effect = script("effect")

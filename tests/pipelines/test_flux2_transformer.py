@@ -145,6 +145,7 @@ def test_equals_mindones_layers(flux2, told):
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["alone", "template"])
+@pytest.mark.few(1)
 def test_compiled_equals_mindones_layers_with_lora(flux2, told):
     plain, dit = network(flux2), network(flux2)
     plain.__class__ = flux2.mindone.Flux2Transformer2DModel  # its LoRA stays in the layers
@@ -154,6 +155,7 @@ def test_compiled_equals_mindones_layers_with_lora(flux2, told):
 
 @COMPILED
 @pytest.mark.parametrize("told", [False, True], ids=["alone", "template"])
+@pytest.mark.few(1)
 def test_blocks_may_differ_and_recompute_changes_no_bit(flux2, told, compiled):
     """A LoRA on some blocks, the base of another in 8 bits."""
     def result(recomputed):
@@ -181,6 +183,7 @@ def test_recompute_changes_no_bit_when_all_is_trained(flux2, compiled):
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.few(1)
 def test_every_operation_of_a_block_is_computed_twice(flux2, recomputed, tmp_path):
     dit = network(flux2)
     weights = with_lora(dit, TARGETS)

@@ -76,7 +76,7 @@ def test_equals_mindone(flux, head_dim, guided, compiled):
     ("lora", "adapter first", 16, False), ("scaled lora", "adapter last", 16, False),
     ("lora", "adapter last", 32, True), ("dora", "adapter last", 16, False),
     ("dora", "adapter last", 16, True)])
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_equals_mindone_with_an_adapter_on_a_frozen_base(flux, adapter, order, head_dim, compiled):
     dit, inject = network(head_dim, single=2), ADAPTERS[adapter]
     expected = result(dit, inject(dit, TARGETS))

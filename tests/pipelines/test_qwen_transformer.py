@@ -131,6 +131,7 @@ def test_compiled_equals_mindones_layers_with_lora(qwen):
 
 
 @COMPILED
+@pytest.mark.few(1)
 def test_blocks_may_differ_and_recompute_changes_no_bit(qwen, compiled):
     """A LoRA on one of two blocks, the base of the other in 8 bits: two cells."""
     def result(recomputed):
@@ -158,6 +159,7 @@ def test_recompute_changes_no_bit_when_all_is_trained(qwen, compiled):
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.few(1)
 def test_every_operation_of_a_block_is_computed_twice(qwen, recomputed, tmp_path):
     dit = network(qwen)
     weights = with_lora(dit, TARGETS)

@@ -21,7 +21,8 @@ MODULES = {"z_image": "layers.0.attention.to_q", "wan": "blocks.0.attn1.to_q",
            "sdxl": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"}
 
 
-@pytest.fixture(params=["flux", "flux2", "qwen_image", "sd3", "sdxl", "wan", "z_image"])
+@pytest.fixture(params=["flux", "flux2", "qwen_image", "sd3", pytest.param("sdxl", marks=pytest.mark.slow), "wan",
+                        "z_image"])
 def pipe(request, tiny_model):
     runtime.configure("pynative", DEVICE)
     return family(request.param).pipeline.from_pretrained(str(tiny_model(request.param)))

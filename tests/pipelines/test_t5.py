@@ -83,6 +83,7 @@ def test_the_encoder_uses_them(tiny_flux):
     assert changed[:8].all() and changed[32:].all()
 
 
+@pytest.mark.slow
 def test_the_compiled_encoder_is_the_eager_one(tiny_flux, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     encoder = load_component(COMPONENTS[3], Source(tiny_flux / "text_encoder_2"), ms.float32)

@@ -28,6 +28,7 @@ def runs(standin, tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
+@pytest.mark.few(1)
 def test_float32_equals_the_cpu(runs, mode):
     cpu, ascend, _, _ = runs
     for name in ("loss", *"qkvo"):
@@ -128,6 +129,7 @@ def test_more_memory_than_the_device_has_is_an_error_and_less_is_not_touched(sta
     assert "memory" in too_large.stderr.lower()
 
 
+@pytest.mark.slow
 def test_one_rank_joins_itself_and_reduces(standin, tmp_path):
     script = tmp_path / "script.py"
     script.write_text("from mindspore import communication\n" + SCRIPT + "communication.init()\n"

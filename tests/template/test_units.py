@@ -172,6 +172,7 @@ def rows_of(row, count=3):
 
 
 @pytest.mark.parametrize("what, mode", [("template_model", "graph"), ("template_model.mlp", "pynative")])
+@pytest.mark.few(1)
 def test_both_stages_give_the_bits_of_one(toy, template, row, tmp_path, what, mode):
     folder, data = template(), rows_of(row)
     logs = [train(tmp_path / "one", Module(toy(), folder, what), data, mode, batch_size=2)]

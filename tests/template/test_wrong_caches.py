@@ -92,6 +92,7 @@ def test_a_cache_that_cannot_enter_is_an_error_that_says_why(mode, kind, message
         CompiledStep(Wrong(kind).construct, "the step", mode)(Tensor(np.ones((2, 5, 3, 4), np.float32)))
 
 
+@pytest.mark.slow
 def test_what_fails_to_compile_fails_in_a_process_of_its_own():
     child = run_python("-m", "pytest", "-q", "-m", "alone", "-p", "no:cacheprovider", __file__)
     assert child.returncode == 0 and "." * 15 in child.stdout, child.stdout

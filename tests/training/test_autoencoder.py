@@ -144,6 +144,7 @@ def test_it_learns_alike_in_both_modes_and_saves_what_diffusers_loads(tiny_model
         assert np.array_equal(array, saved[name]) and np.array_equal(array, average[name])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_gives_the_bits_of_one_that_was_not(tiny_model, images, tmp_path):
     model, without = tiny_model("toy"), ("--perceptual_weight", "0", "--save_steps", "6")
     assert train("toy", model, images, tmp_path / "whole", "--max_train_steps", "12", *without) == 0

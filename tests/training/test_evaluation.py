@@ -85,6 +85,7 @@ def test_it_goes_on_with_the_run(folder, real, tmp_path):
     assert [row for row in found if row["step"] != "3"] == expected
 
 
+@pytest.mark.slow
 def test_a_signal_gives_up_the_pictures_and_saves_first(folder, real, tmp_path):
     run = Run(folder, real, tmp_path / "cut")
     made = run.sampler

@@ -80,6 +80,7 @@ def train_on(step, group):
 @pytest.mark.parametrize("mode", ["pynative", "graph"])
 @pytest.mark.parametrize("accumulation", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scaler", SCALERS)
+@pytest.mark.few(3)
 def test_84_bad_batches_change_no_bit(scaler, accumulation, mode):
     step, rng = build(scaler, accumulation, mode), np.random.default_rng(1)
     losses = []

@@ -423,7 +423,7 @@ def test_a_small_learning_rate_for_prodigy_is_said(caplog):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["prodigy", "adafactor", "came"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_run_that_goes_on_has_the_same_bits(folder, tmp_path, name, mode):
     how = {"mode": mode, "batch_size": 2, "optimizer": name, "learning_rate": 1.0 if name == "prodigy" else 1e-2,
            "num_epochs": None, "use_ema": True}

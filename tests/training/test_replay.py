@@ -75,6 +75,7 @@ def poison(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.few(1)
 def test_a_finite_step_is_equal_to_the_bit(folder, tmp_path, mode, capfd):
     options = {"batch_size": 2, "use_ema": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "num_epochs": 4,
                "checkpoint_steps": 3, "keep_checkpoints": 9, "save_steps": 2, "loss_scale": 1024.0, "mode": mode}

@@ -71,6 +71,7 @@ def trained(kind, dtype, mode, accumulation=1, steps=8):
 
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
 @pytest.mark.parametrize(("stage", "accumulation"), [(1, 1), (2, 3)])
+@pytest.mark.few(2)
 def test_float32_weights_are_updated_as_adamw_does(mode, stage, accumulation):
     losses, expected, adamw = trained(AdamW, ms.float32, mode, accumulation)
     found, own, optimizer = trained(lambda p, **o: ShardedAdamW(p, stage, **o), ms.float32, mode, accumulation)
@@ -116,6 +117,7 @@ def test_float16_weights_are_float32_ones_rounded(mode):
 
 
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
+@pytest.mark.few(1)
 def test_a_step_trains_float16_weights(mode):
     losses, own, _ = trained(ShardedAdamW, ms.float16, mode, 2, steps=20)
     expected, _, _ = trained(AdamW, ms.float32, mode, 2, steps=20)
