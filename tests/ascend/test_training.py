@@ -93,6 +93,7 @@ COUNTED = [("qwen_image", 2, 8, 500), ("flux2", 4, 12, 567)]
 
 
 @pytest.mark.parametrize("family, attentions, norms, kernels", COUNTED)
+@pytest.mark.few(1)
 def test_a_lora_step_in_bfloat16_is_the_cpus_and_counts_its_kernels(folders, variables, family, attentions, norms,
                                                                     kernels):
     folder = folders(family)
