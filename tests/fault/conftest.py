@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ms_diffsynth.cli.main import main
 
@@ -38,9 +39,14 @@ def not_for_ever():
 
 
 @pytest.fixture(scope="session")
-def warm():
-    """What a process imports once is not counted."""
-    assert main(["train", "--family", "toy", "--num_epochs", "1", "--dataset_base_path", "nowhere"]) == 65
+def warm(tmp_path_factory):
+    """What a process imports once, for the command and for reading an image, is not counted."""
+    folder = tmp_path_factory.mktemp("warm")
+    Image.new("RGB", (32, 32)).save(folder / "whole.png")
+    (folder / "metadata.csv").write_text("image,prompt\nwhole.png,a\nabsent.png,b\n")
+    assert main(["train", "--family", "toy", "--num_epochs", "1", "--height", "16", "--width", "16",
+                 "--dataset_base_path", str(folder), "--dataset_metadata_path", str(folder / "metadata.csv"),
+                 "--model_paths", "absent"]) == 65
 
 
 @pytest.fixture

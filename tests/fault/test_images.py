@@ -148,7 +148,7 @@ def test_refused_by_row_before_any_model_is_read(train, folder, name, monkeypatc
     code, err, seconds = train(folder)
     assert code == 65 and f"DataError: 1 of 2 rows of {folder}/metadata.csv cannot be used" in err, err
     assert f"row 2 (line 3): image='{name}': " in err and all(word in err for word in words), err
-    assert seconds < 4 and (not decoded or name in DECODED)  # the first of a process imports the family
+    assert seconds < 1 and (not decoded or name in DECODED)
     for read in (image_size, read_image):
         refused(lambda read=read: read(str(folder / name)), str(folder / name))
 

@@ -183,7 +183,7 @@ def test_refused_by_row_before_any_model_is_read(train, folder, what):
     code, err, seconds = train(folder, name)
     assert code == 65 and "DataError: " in err and f"{folder}/{name}" in err, err
     assert all(word in err for word in words), (words, err)
-    assert seconds < 4 and sound(err)
+    assert seconds < 1 and sound(err)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: ascii(path[:30]))
@@ -192,7 +192,7 @@ def test_a_path_that_leads_elsewhere_is_refused_by_row(train, folder, path):
     code, err, seconds = train(folder, "m.json")
     assert code == 65 and "1 of 2 rows" in err and f"row 2: image={path!r}"[:100] in err, err
     assert all(word in err for word in PATHS[path]), err
-    assert seconds < 4 and sound(err) and "secret" not in err.replace("secret.txt", "") and "root:" not in err
+    assert seconds < 1 and sound(err) and "secret" not in err.replace("secret.txt", "") and "root:" not in err
 
 
 def test_all_paths_at_once(train, folder):
@@ -264,7 +264,7 @@ def test_captions_beside_pictures(train, folder):
     os.mkfifo(folder / "0.txt")
     (folder / "sub/2.txt").write_text(MEGABYTE)
     code, err, seconds = train(folder, None)
-    assert code == 65 and "4 of 4 rows" in err and seconds < 4 and sound(err), err
+    assert code == 65 and "4 of 4 rows" in err and seconds < 1 and sound(err), err
     for words in ("row 1 (0.png): ", "0.txt is a named pipe", "row 2 (1.png): 1.txt leaves the data folder",
                   "row 3 (inside.png): ", "inside.txt line 1 is not UTF-8", "row 4 (sub/2.png): prompt='a cat",
                   "has 1019999 characters"):
