@@ -36,8 +36,8 @@ class Tolerances:
 TOLERANCES = {"float32": Tolerances(loss=1e-5, value=1e-5, gradient=1e-4, trained=1e-4, losses=1e-4),
               "bfloat16": Tolerances(loss=4e-3, value=2.5e-2, gradient=5e-2, trained=5e-2, losses=1e-2)}
 
-# A device has an exp and a tanh of its own, and Adam multiplies what is off in a gradient near its eps (`together`): 6e-5
-# of a gradient became 3e-4 of the weights. On the stand-in at most 4.2e-5 of them is off (sdxl, 2026-11-30).
+# A device has an exp and a tanh of its own, and Adam multiplies what is off in a gradient near its eps (`together`):
+# 6e-5 of a gradient became 3e-4 of the weights. On the stand-in at most 4.2e-5 of them is off (sdxl, 2026-11-30).
 ON_ASCEND = {"float32": replace(TOLERANCES["float32"], trained=1e-3), "bfloat16": TOLERANCES["bfloat16"]}
 
 
