@@ -130,6 +130,7 @@ inline void check(int status, const char *what) {
 #define DNN(call) check(call, #call)
 template <typename F>
 int guarded(F &&kernel) {
+  const Flushing flushing;
   try {
     kernel();
     return 0;

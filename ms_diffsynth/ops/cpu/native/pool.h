@@ -24,6 +24,30 @@ inline void relax() {
 #endif
 }
 
+// While it lives, numbers too small to be normal are zero for this thread, as on MindSpore's own threads: they are slow,
+// and where threads differ in this, a result depends on which of them computed it.
+class Flushing {
+ public:
+#if defined(__x86_64__)
+  Flushing() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before_ | 0x8040); }
+  ~Flushing() { __builtin_ia32_ldmxcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  Flushing() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" : : "r"(before_ | 1 << 24));
+  }
+  ~Flushing() { asm volatile("msr fpcr, %0" : : "r"(before_)); }
+
+ private:
+  uint64_t before_;
+#else
+  Flushing() {}
+#endif
+};
+
 #if defined(__clang__)
 #define ONE_COPY __attribute__((noinline))
 #else
@@ -100,6 +124,7 @@ class Pool {
     sigset_t all;  // signals are for the threads of Python
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, nullptr);
+    const Flushing flushing;
     uint64_t seen = 0;
     for (;;) {
       int spins = 0;
