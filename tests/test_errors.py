@@ -101,6 +101,7 @@ def test_every_code_has_a_section():
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.few(4)
 def test_the_examples_are_real(world, name, capsys):
     code, body = KINDS[name]
     command, *shown = example(body)

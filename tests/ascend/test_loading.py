@@ -23,6 +23,7 @@ def copied(part: Log) -> Counter[int]:
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.few(1)
 def test_each_weight_is_copied_once_in_its_final_dtype(on_standin, tmp_path, stored):
     variables = on_standin(tmp_path / "log.jsonl")
     family("toy").write_tiny(tmp_path / "model", 0)

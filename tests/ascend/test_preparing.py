@@ -15,8 +15,8 @@ KEPT = {"flux": 49408 * 32 * 4}
 SCRIPT = Path(__file__).parent / "preparing.py"
 
 
-@pytest.mark.parametrize("name", ["flux", pytest.param("flux2", marks=pytest.mark.slow),
-                                  pytest.param("qwen_image", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image"])
 def test_rows_are_prepared_by_compiled_units_of_the_same_values(on_standin, tmp_path, name):
     variables = on_standin(tmp_path / "log.jsonl")
     family(name).write_tiny(tmp_path / "model", 0)

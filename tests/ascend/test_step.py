@@ -14,56 +14,52 @@ SCRIPT = Path(__file__).parent / "trainings.py"
 BLOCKS = 6  # of the tiny model, 2 double and 4 single
 
 
-@pytest.fixture(scope="module")
-def logs(on_standin, tmp_path_factory):
-    """Step 2 of a run as it is, and of one that recomputes."""
-    folder = tmp_path_factory.mktemp("flux")
+def step_two(run, on_standin, folder):
+    """What a run launches in its second step."""
     variables = on_standin(folder / "log.jsonl")
     assert main(["tiny", "flux", str(folder / "model")]) == 0
-    runs = ["Ascend:bfloat16:graph", "Ascend:bfloat16:graph:recompute"]
-    found = []
-    for run in runs:
-        (folder / "log.jsonl").unlink(missing_ok=True)
-        done = subprocess.run([sys.executable, SCRIPT, folder, "flux", run], cwd=folder, env=variables, text=True,
-                              capture_output=True, timeout=1800, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
-        log = Log.read(folder / "log.jsonl")
-        assert not log.errors()
-        found.append(log.between("the training step 2 begins", "the training step 2 ends"))
-    return found
+    done = subprocess.run([sys.executable, SCRIPT, folder, "flux", run], cwd=folder, env=variables, text=True,
+                          capture_output=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    log = Log.read(folder / "log.jsonl")
+    assert not log.errors()
+    log = log.between("the training step 2 begins", "the training step 2 ends")
+    # nothing waits: the run itself does once, before the mark at the end, and reads its results later, at once
+    assert log.synchronisations() == 1
+    assert log.copies()["host to device"] == log.copies()["device to host"] == 0
+    assert log.counts("aclop") == {"Assign": 1}  # of the LoRA, new at the end
+    return log
 
 
-def test_the_step_waits_for_nothing(logs):
-    """The test itself waits once, before the mark at the end. Results are read later, at once."""
-    for log in logs:
-        assert log.synchronisations() == 1
-        assert log.copies()["host to device"] == log.copies()["device to host"] == 0
+@pytest.fixture(scope="module")
+def plain(on_standin, tmp_path_factory):
+    return step_two("Ascend:bfloat16:graph", on_standin, tmp_path_factory.mktemp("flux"))
 
 
-def test_kernels_are_few_and_of_the_new_path(logs):
-    plain, recomputed = logs
-    assert plain.counts("aclop") == recomputed.counts("aclop") == {"Assign": 1}  # of the LoRA, new at the end
+def test_kernels_are_few_and_of_the_new_path(plain):
     assert plain.casts() < 20 and plain.transposes() < 5  # 154 and 131 with a Parameter a matrix and mindone's blocks
     assert len(plain.kernels()) < 800  # 755 (2026-11-29), 2000 before
 
 
-def test_the_optimizer_is_a_handful(logs):
+def test_the_optimizer_is_a_handful(plain):
     """All LoRA matrices are one Parameter: what follows the last gradient does not depend on their number."""
-    kernels = [kernel.name for kernel in logs[0].kernels()]
+    kernels = [kernel.name for kernel in plain.kernels()]
     last_product = max(k for k, name in enumerate(kernels) if name in ("aclnnMm", "aclnnMatmul", "aclnnAddmm"))
     assert len(kernels) - last_product < 50 and kernels.count("aclnnIsFinite") == 2
 
 
-def test_fused_kernels_are_used(logs):
-    counts = logs[0].counts()
+def test_fused_kernels_are_used(plain):
+    counts = plain.counts()
     for name in ("aclnnFlashAttentionScore", "aclnnFlashAttentionScoreGrad"):
         assert counts[name] == BLOCKS
     assert counts["aclnnRotaryPositionEmbedding"] == counts["aclnnRotaryPositionEmbeddingGrad"] == 2 * BLOCKS
     assert counts["aclnnRmsNorm"] == counts["aclnnRmsNormGrad"] > 0
 
 
-def test_recompute_computes_every_block_again(logs):
-    plain, recomputed = (log.counts() for log in logs)
+@pytest.mark.slow
+def test_recompute_computes_every_block_again(plain, on_standin, tmp_path):
+    recomputed = step_two("Ascend:bfloat16:graph:recompute", on_standin, tmp_path).counts()
+    plain = plain.counts()
     norms_outside = 1
     assert recomputed["aclnnFlashAttentionScore"] == 2 * plain["aclnnFlashAttentionScore"]
     assert recomputed["aclnnRotaryPositionEmbedding"] == 2 * plain["aclnnRotaryPositionEmbedding"]

@@ -1,7 +1,7 @@
 """A family trained on the stand-in for an Ascend: the losses and gradient norms are the CPU's.
 
 What runs is the graph that an Ascend would run: MindSpore's mint functions and flash attention, none of our CPU
-functions. Two families in bfloat16 and mode graph are fast; the others are slow (``pytest -m slow tests/ascend``).
+functions. All are slow (``pytest -m slow tests/ascend``); test_step.py has the step of FLUX.1.
 """
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def step_of(folder: Path, run: str, number: int = 2) -> Log:
 COUNTED = [("qwen_image", 2, 8, 500), ("flux2", 4, 12, 567)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, attentions, norms, kernels", COUNTED)
-@pytest.mark.few(1)
 def test_a_lora_step_in_bfloat16_is_the_cpus_and_counts_its_kernels(folders, variables, family, attentions, norms,
                                                                     kernels):
     folder = folders(family)

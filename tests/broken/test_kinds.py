@@ -195,6 +195,7 @@ def test_a_prompt_that_a_script_gives(tiny_model, name):
 
 @pytest.mark.parametrize("name, before, behind", [
     ("qwen_image", (), (151645, 198, 151644, 77091, 198)), ("flux2", (151644, 872), (151668, 271))])
+@pytest.mark.few(1)
 def test_line_breaks_at_an_end_of_a_prompt(tiny_model, name, before, behind):
     """The tokenizer makes one token of them and of the template's, which is no other model's tokenizer."""
     pipe = family(name).pipeline.from_pretrained(str(tiny_model(name)))
@@ -403,6 +404,7 @@ def test_a_rank_larger_than_the_layers(world, run):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"num_processes": "x"}', '{"num_processes": 0}',
                                   '{"batch_size": 10000000000}'])
+@pytest.mark.few(3)
 def test_replay_of_a_run_whose_settings_are_damaged(world, run, text):
     assert run("train", "toy.yaml")[0] == 0
     Path("out/training_args.json").write_text(text)
@@ -411,6 +413,7 @@ def test_replay_of_a_run_whose_settings_are_damaged(world, run, text):
 
 
 @pytest.mark.parametrize("damage", [b"0.5\xf0", b"x", b"", b"0.5,1"])
+@pytest.mark.few(2)
 def test_a_row_of_the_losses_that_is_damaged_is_left_out(world, run, damage):
     words = ("train", "toy.yaml", "--save_steps", 1, "--resume", "auto", "--max_train_steps")
     assert run(*words, 2)[0] == 0
@@ -441,6 +444,7 @@ def test_a_pipe_in_place_of_the_lock(world, run):
 
 @pytest.mark.parametrize("state", [{}, {"identity": {}}, {"epoch": "x"}, {"position": -5}, {"saved": [1]},
                                    {"step": 2**60}])
+@pytest.mark.few(2)
 def test_a_checkpoint_that_a_script_saved(world, run, state):
     from ms_diffsynth.storage.checkpoint import save_checkpoint
 
@@ -510,7 +514,7 @@ def test_what_the_terminal_has_no_letter_for_is_escaped(world, python):
 
 
 @pytest.mark.parametrize("redirect, code", [(">&-", 0), ("> /dev/full", 74), ("2>&-", 0), ("< /dev/null >&- 2>&-", 0)])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_an_output_that_is_closed_or_full(world, python, redirect, code):
     import subprocess
     import sys

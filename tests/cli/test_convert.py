@@ -76,6 +76,7 @@ def test_comfyuis_mark_of_an_edit_model_is_a_setting_in_the_folder(known, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "qwen_image", "sdxl"])
+@pytest.mark.few(2)
 def test_a_whole_pipeline_there_and_back(name, known, tmp_path):
     folder = known(name)
     assert convert(folder, tmp_path / "one.safetensors", "original") == 0

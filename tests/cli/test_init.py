@@ -339,7 +339,7 @@ def test_what_the_bundled_model_says_is_what_the_table_says():
 
 @pytest.mark.parametrize("name", ["flux1-dev", "sd3.5-medium", "qwen-image", "flux2-klein", "sdxl", "z-image",
                                   "flux1-kontext", "qwen-image-edit"])
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_tokens_are_counted_as_the_pipeline_reads_them(tiny_model, name):
     base = BASES[name]
     pipe = family(base.family).pipeline.from_pretrained(str(tiny_model(base.family)))

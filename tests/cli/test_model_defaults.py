@@ -54,6 +54,7 @@ def test_a_model_of_a_class_that_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.few(3)
 def test_a_tiny_model_tells_its_family(tmp_path, name):
     family(name).write_tiny(tmp_path / "m", 0)
     assert family_of(tmp_path / "m") == name and name in MODEL_CLASSES.values()
@@ -79,6 +80,7 @@ def test_python_and_training_take_what_the_model_says(tmp_path):
     ({"width": 0}, "says width=0: expected a whole number from 1"),
     ({"cfg_scale": "2"}, 'says cfg_scale="2": expected a number above 0'),
 ])
+@pytest.mark.few(1)
 def test_a_file_that_says_what_cannot_be(tmp_path, settings, expected):
     family("flux").write_tiny(tmp_path / "m", 0)
     with pytest.raises(WeightError, match=expected):

@@ -70,6 +70,7 @@ def test_the_autoencoders_of_films(run, case, mode):
 
 @pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case, tensors", [("flux_controlnet", 103), ("qwen_image_controlnet", 79)])
+@pytest.mark.few(1)
 def test_controlnets(run, case, tensors, mode):
     """Velocity and loss of the network with a ControlNet, and the gradients of the ControlNet."""
     code, out, _ = run("parity", GOLDEN / case, "--mode", mode)
@@ -265,7 +266,7 @@ def test_a_small_case_from_end_to_end_compiled(run, name):
     ("ddpm_unet", "ddpm.grad_norms", 0.01, "ddpm: grad norms of 5 updates"),
     ("ddpm_unet", "ddpm.trained.conv_in.weight", 1.0, "ddpm: weights after 5 (144 tensors)"),
 ])
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_a_wrong_number_from_end_to_end_fails(run, tmp_path, name, key, value, line):
     needs_training = key.startswith("ddpm.")
     folder = end_to_end(tmp_path, name, **({"samples": []} if needs_training else {"training": []}))

@@ -81,7 +81,7 @@ def snapshot(folder: Path) -> set[str]:
     return {str(path) for path in folder.rglob("*")}
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_every_example_is_planned_without_device_network_or_a_file_written(path, checkout, plan, no_network, tmp_path):
     config = load_config(path)
@@ -108,7 +108,7 @@ PRESETS = [(base, job, memory) for base, preset in BASES.items() for job in ("lo
 
 
 @pytest.mark.parametrize("base, job, memory", PRESETS)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_every_preset_fits_its_card_and_is_as_large_as_was_measured(base, job, memory, plan, no_network, tmp_path,
                                                                     capsys):
     data, words = ROOT / "examples/data/dreambooth_cat_fluent", ["--caption_column", "caption"]
@@ -189,7 +189,7 @@ NOT_FITTING = {
 
 
 @pytest.mark.parametrize("words", NOT_FITTING.values(), ids=NOT_FITTING)
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_every_remedy_makes_it_fit(words, plan, checkout):
     code, said, _ = plan(QWEN, "--offline", *words)
     assert code == 69 and "DOES NOT FIT" in said
@@ -301,6 +301,7 @@ def test_three_pairs_are_shown_as_an_image(plan, pairs, tiny_model):
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen_image"])
+@pytest.mark.few(1)
 def test_references_are_counted_as_they_are_trained(plan, pairs, name, tmp_path):
     """Their tokens, the prompts of text encoders that see them, and compilations: as the prepared rows have them."""
     from ms_diffsynth.run.build import build_module

@@ -76,6 +76,7 @@ def test_what_was_trained_can_be_downloaded(run, config, hub, monkeypatch, tmp_p
 
 @pytest.mark.fault
 @pytest.mark.parametrize("fault", [{"status": 503}, {"status": 401}, {"is_cut": True}], ids=str)
+@pytest.mark.few(1)
 def test_a_hub_that_fails_costs_nothing(run, config, hub, fault):
     hub.fail("POST", times=999, **fault)
     code, _, err = run("train", config, *QUICK)

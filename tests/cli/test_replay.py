@@ -26,6 +26,7 @@ def tree():
 
 
 @pytest.mark.parametrize("mode", ["pynative", "graph"])
+@pytest.mark.few(1)
 def test_a_step_that_was_not_finite(run, config, bad_noise, mode):
     assert run("train", config, *FLAGS, "--mode", mode)[0] == 0
     event, = (e for e in map(json.loads, Path("out/events.jsonl").read_text().splitlines()) if e["event"] == "skipped")

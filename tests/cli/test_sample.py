@@ -201,6 +201,7 @@ def test_a_family_that_starts_from_noise_alone(run, tmp_path):
 
 
 @pytest.mark.parametrize("how", [["--lora_rank", 2], ["--trainable_models", "dit"]])
+@pytest.mark.few(1)
 def test_a_run_is_sampled_with_what_it_saved_last(run, config, toy_model, how):
     assert run("train", config, "--max_train_steps", 4, "--save_steps", 2, "--mode", "pynative", "--learning_rate",
                "0.1", *how)[0] == 0

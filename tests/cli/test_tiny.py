@@ -7,6 +7,7 @@ from ms_diffsynth.registry import FAMILIES, family
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.few(3)
 def test_it_writes_a_model_that_loads_and_keeps_one_that_is_there(run, tmp_path, name):
     folder = tmp_path / "models" / name
     code, out, err = run("tiny", name, folder)

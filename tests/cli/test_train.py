@@ -118,6 +118,7 @@ def test_broken_weights_are_told_before_anything_is_written(run, config, tmp_pat
 
 
 @pytest.mark.parametrize("command", [["train", "toy.yaml"], ["sample", "toy", "m", "--prompt", "a"]])
+@pytest.mark.few(1)
 def test_a_device_that_is_not_there(config, python, command):
     """In a process of its own: the device target can be set once."""
     done = python("-m", "ms_diffsynth.cli.main", *command, "--device", "Ascend")

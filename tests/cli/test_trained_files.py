@@ -157,8 +157,8 @@ def test_what_is_not_trained_is_written_once(how, tiny_model, tmp_path, monkeypa
     family("flux").pipeline.from_pretrained(str(out)).load_models_to_device(["vae", "text_encoder_1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, models", [("flux", "dit"), ("flux", "dit,text_encoder_1"), ("toy", "text_encoder")])
-@pytest.mark.few(1)
 def test_a_full_fine_tune_is_trained_further(name, models, train, tiny_model, tmp_path):
     file = train(name, "first", "--trainable_models", models, "--learning_rate", "0.01")
     saved = load_state_dict(file)

@@ -28,6 +28,7 @@ def places(tiny_model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mode, dtype, said", [("graph", "torch_dtype", "in graph mode, by the module's own forward"),
                                                ("pynative", "mindspore_dtype", "eagerly, by the module's own forward")])
+@pytest.mark.few(1)
 def test_the_script_trains_by_either_name_of_the_dtype(mode, dtype, said, capsys):
     """As it stands, but for nine steps of 32 x 32 pixels instead of 450 of 512 x 512, and its mode."""
     text = SCRIPT.read_text()

@@ -169,6 +169,7 @@ def data(tmp_path):
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.few(1)
 def test_template_data_processor(kind, data, template, tiny_model):
     """metadata.json is a list, as in the document; what process_inputs gets is the number."""
     inputs = {"scale": [{"scale": 0.2}, {"scale": 0.6}],

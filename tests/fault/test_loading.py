@@ -189,6 +189,7 @@ def without_moments(groups):
     (without_moments, CheckpointError, "has no moments: it has "),
 ], ids=["NaN in weights", "NaN in moments", "NaN in the average", "moments of others", "moments of another shape",
         "a weight less", "no moments"])
+@pytest.mark.few(3)
 def test_a_sound_checkpoint_with_a_state_that_cannot_be_trained_on(folder, tmp_path, change, error, expected):
     run = tmp_path / "run"
     train(run, Module(folder), rows(2), use_ema=True)

@@ -64,6 +64,7 @@ def count(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("at", [0, 3, 9, 20, -4, -3])
+@pytest.mark.few(2)
 def test_killed_in_the_first_save_ever(folder, whole, tmp_path, faulty, count, at):
     """There is nothing to go on from until the rename, four calls before the end; ``auto`` starts, a path does not."""
     faulty(1, FaultyCalls(at % count, "kill"))
@@ -84,6 +85,7 @@ def test_killed_in_the_first_save_ever(folder, whole, tmp_path, faulty, count, a
 @pytest.mark.parametrize("fault, text", [
     (errno.ENOSPC, r"ENOSPC .*; \d+ bytes needed, \d+ bytes free\. Free some space"),
     (errno.EIO, "EIO .* Check the disk"), (errno.EDQUOT, "EDQUOT .* quota"), (errno.EROFS, "EROFS .* mounted for wri")])
+@pytest.mark.few(2)
 def test_a_save_that_fails_ends_the_run_at_its_step(folder, whole, tmp_path, faulty, fault, text):
     """Saves are not made in the background, so no step is trained that nobody can save."""
     made = faulty(2, FaultyCalls(12, fault))

@@ -189,6 +189,7 @@ def test_the_header_is_what_peft_makes_its_settings_of(tmp_path):
 
 
 @pytest.mark.parametrize("family", list(interchange_tables()))
+@pytest.mark.few(3)
 def test_a_table_knows_each_layer_once_and_both_ways(family):
     table = interchange(family)
     model = table.models[table.network]

@@ -151,6 +151,7 @@ def test_a_row_of_zeros_stays_zero():
 
 @BOTH
 @pytest.mark.parametrize("order", ["stored first", "DoRA first"])
+@pytest.mark.few(2)
 def test_on_a_base_in_8_bits(case, order, compiled):
     """As on the weights that the 8 bits stand for."""
     model = plain(case)

@@ -110,6 +110,7 @@ def with_lora(model):
 
 @COMPILED
 @pytest.mark.parametrize("order", ["stored first", "LoRA first"])
+@pytest.mark.few(2)
 def test_a_lora_trains_on_it_in_float32(order, compiled):
     expected_model = rounded(frozen())
     expected = value_and_gradients(expected_model, with_lora(expected_model), compiled)

@@ -90,7 +90,7 @@ def methods(block):
     return by_us, by_mindone
 
 
-@pytest.mark.few(6)  # in graph mode; the others are slow
+@pytest.mark.few(2)  # in graph mode; the others are slow
 @pytest.mark.parametrize("case", [*CASES, *WITHOUT])
 @pytest.mark.parametrize("compiled", [True, False], ids=["graph", "pynative"])
 def test_a_block_is_what_mindone_computes(case, compiled):

@@ -23,7 +23,7 @@ def case(request, golden):
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_film_in_pieces_is_the_film(case, mode, monkeypatch):
     """Nine frames, whose latents are computed one at a time, and two at a time."""
     vae, inputs, expected = case

@@ -247,6 +247,7 @@ def test_split_equals_single_stage(tiny_model, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.few(3)
 def test_the_cache_gives_what_prepare_gave(tiny_model, name, tmp_path):
     modules = []
     for stage in ("data_process", "train"):

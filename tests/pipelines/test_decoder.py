@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("eager")
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.few(3)
 def test_it_decodes_as_the_whole_does(name, tiny_model):
     pipe = family(name).pipeline.from_pretrained(str(tiny_model(name)))
     size = (5, 64, 48) if pipe.medium == "video" else (64, 48)
@@ -31,6 +32,7 @@ def test_it_decodes_as_the_whole_does(name, tiny_model):
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "sdxl" else n for n in NAMES])
+@pytest.mark.few(3)
 def test_prepared_prompts_sample_as_the_prompts_do(name, tiny_model):
     pipe, *_ = pipes = [family(name).pipeline.from_pretrained(str(tiny_model(name))) for _ in range(2)]
     call = {"prompt": "a cat", "negative_prompt": "a dog", "cfg_scale": 2.0, "seed": 0, "height": 64, "width": 48,

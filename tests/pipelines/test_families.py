@@ -41,7 +41,7 @@ SLOW = {"sdxl": pytest.mark.slow}  # four compilations of a UNet
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in CHANGES])
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_images_depend_on_seed_prompt_and_guidance_and_their_size_is_rounded_up(tiny_model, name, caplog):
     pipe = pipeline(tiny_model(name), name)
     pipe.max_sequence_length = 32
@@ -70,6 +70,7 @@ DOCUMENTED = {
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
+@pytest.mark.few(1)
 def test_the_documents_way_to_load(tiny_model, name, tmp_path, monkeypatch):
     parts, tokenizer = DOCUMENTED[name]
     for repository in {repository for repository, _ in parts}:
@@ -88,6 +89,7 @@ def test_the_documents_way_to_load(tiny_model, name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, words, remedy", [("flux2", ("assistant", "user"), r"FLUX\.2-klein"),
                                                  ("qwen_image", ("system", "user"), "Qwen-Image"),
                                                  ("z_image", ("assistant", "user"), "Z-Image")])
+@pytest.mark.few(1)
 def test_another_models_tokenizer_is_refused(tiny_model, name, words, remedy, tmp_path):
     copy = shutil.copytree(tiny_model(name) / "tokenizer", tmp_path / "tokenizer")
     vocabulary = json.loads((copy / "vocab.json").read_text(encoding="utf-8"))

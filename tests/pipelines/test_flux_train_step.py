@@ -72,6 +72,7 @@ def both_steps(pipe, scheme, has_prior, mode):
 
 @pytest.mark.parametrize("has_prior", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.few(4)
 def test_equal_values_and_gradients_eagerly(pipe, scheme, has_prior):
     (by_hand, a), (fused, b) = both_steps(pipe, scheme, has_prior, "pynative")
     ours, grads = by_hand.value_and_grad(tuple(a))

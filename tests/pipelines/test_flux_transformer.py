@@ -63,6 +63,7 @@ def result(dit, weights, compiled=False, guided=True):
 
 
 @pytest.mark.parametrize("head_dim, guided, compiled", [(16, True, False), (32, False, False), (16, True, True)])
+@pytest.mark.few(1)
 def test_equals_mindone(flux, head_dim, guided, compiled):
     dit = network(head_dim, guided)
     names = [p.name for p in dit.get_parameters()]

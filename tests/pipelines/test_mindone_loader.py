@@ -19,6 +19,7 @@ LOADERS = {"flux": "Flux", "flux2": "Flux2", "qwen_image": "QwenImage", "sd3": "
 
 
 @pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.few(2)
 def test_mindone_reads_every_layer(name, tiny_model, tmp_path):
     runtime.configure("pynative", DEVICE)
     with quiet_imports():

@@ -102,6 +102,7 @@ def composed(dit, mask=MASK):
 
 
 @pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.few(1)
 def test_equals_mindones_layers(qwen, masked):
     dit, mask = network(qwen), MASK if masked else None
     weights = dit.trainable_params()
@@ -158,8 +159,8 @@ def test_recompute_changes_no_bit_when_all_is_trained(qwen, compiled):
     assert_equal_bit_for_bit(result(True), result(False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.few(1)
 def test_every_operation_of_a_block_is_computed_twice(qwen, recomputed, tmp_path):
     dit = network(qwen)
     weights = with_lora(dit, TARGETS)

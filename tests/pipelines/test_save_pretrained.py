@@ -28,6 +28,7 @@ def pipe(request, tiny_model):
     return family(request.param).pipeline.from_pretrained(str(tiny_model(request.param)))
 
 
+@pytest.mark.few(2)
 def test_every_model_is_written_and_what_was_added_is_in_it(pipe, tmp_path):
     name = family_of(next(iter(pipe.sources.values())).folder.parent)
     module, network = MODULES.get(name, "transformer_blocks.0.attn.to_q"), pipe.network

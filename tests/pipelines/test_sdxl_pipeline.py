@@ -139,6 +139,7 @@ def test_the_vae_is_float32_whatever_the_rest_is(tiny_sdxl):
     ({"up_block_types": ["UpBlock2D"] * 3}, "expected blocks of"),
     ({"down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3}, "attention at the last level"),
 ])
+@pytest.mark.few(2)
 def test_a_network_of_another_make_is_refused(tiny_sdxl, tmp_path, changes, says):
     folder = shutil.copytree(tiny_sdxl / "unet", tmp_path / "unet")
     file = folder / "config.json"

@@ -61,6 +61,7 @@ def assert_same_models(pipe, expected, models):
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "qwen_image", "sd3", "wan", "z_image"])
+@pytest.mark.few(2)
 def test_single_files_are_the_models_of_the_folders(name, single, tiny_model, caplog):
     caplog.set_level("INFO")
     files, cls = single(name), family(name).pipeline
@@ -72,6 +73,7 @@ def test_single_files_are_the_models_of_the_folders(name, single, tiny_model, ca
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "qwen_image"])
+@pytest.mark.few(1)
 def test_a_whole_pipeline_in_one_file_is_that_of_the_folders(name, known, tiny_model, tmp_path, caplog):
     checkpoints = {model: open_checkpoint(folder) for model, folder in known(name).items()}
     if name == "sd3":

@@ -135,7 +135,7 @@ def test_given_frames_are_those_of_the_film_in_training_and_cropped_images_in_sa
 
 
 @pytest.mark.parametrize("name", ["t2v", "i2v", "a14b", "ti2v"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_films_are_sampled(pipe_of, name):
     pipe = pipe_of(name)
     given = {"input_image": RED} if pipe.optional_units else {}

@@ -51,7 +51,7 @@ KINDS = {
 }
 
 
-@pytest.mark.few(8)  # every kind in one mode
+@pytest.mark.few(3)  # every kind in one mode
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["pynative", "graph"])
 def test_it_is_trained_and_sampled(kind, mode, template, head, toy, row, tmp_path):

@@ -75,6 +75,7 @@ def test_saved_resumed_and_fused_it_computes_the_same(folder, name, tmp_path):
     np.testing.assert_allclose(velocity(fresh.dit), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.few(1)
 def test_it_trains_and_a_killed_run_goes_on_to_the_bit(folder, name, tmp_path):
     modules = [module_of(folder, name) for _ in range(3)]
     before = modules[0].adapter.tensors(modules[0].pipe.dit)

@@ -32,6 +32,7 @@ def compiled(function):
 
 @pytest.mark.parametrize("crop_size, random_flip", [(None, True), (16, False), (16, True), (32, True)])
 @pytest.mark.parametrize("mode", [lambda function: function, compiled], ids=["pynative", "compiled"])
+@pytest.mark.few(4)
 def test_a_view_is_a_square_at_its_place_mirrored_or_not(crop_size, random_flip, mode):
     unit, random = RandomView(crop_size, random_flip, is_sampled=True), np.random.default_rng(0)
 

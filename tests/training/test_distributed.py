@@ -204,6 +204,7 @@ def test_ranks_that_would_not_train_the_same_are_refused(folder, data, tmp_path)
     assert all(cause in one for one in said)
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_rank_that_cannot_write_its_part_ends_all_and_leaves_nothing(folder, data, tmp_path):
     said = ends([1, 1], folder, data, tmp_path, "full disk")

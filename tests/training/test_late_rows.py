@@ -47,6 +47,7 @@ def row_due(folder, tmp_path, place):
 
 @pytest.mark.parametrize("accumulation, place, steps", [(1, 3, 3), (2, 3, 1), (1, 0, None)],
                          ids=["between steps", "within a step", "the first"])
+@pytest.mark.few(1)
 def test_an_image_that_only_decoding_shows_to_be_damaged(folder, tmp_path, accumulation, place, steps):
     """It is named, and what is trained until then is kept, also when it is due in the middle of a step."""
     name, data = row_due(folder, tmp_path, place), toy_run.files(tmp_path / "data", 6)

@@ -107,7 +107,7 @@ def contents(optimizer) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_follows_torch_for_sixty_clipped_steps_of_a_learning_rate_that_warms_up(reference, case, mode):
     kind, rate, settings = CASES[case]
     optimizer = kind(weights(reference), rate, **settings)
@@ -129,6 +129,7 @@ def test_follows_torch_for_sixty_clipped_steps_of_a_learning_rate_that_warms_up(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.few(2)
 def test_modes_agree(reference, kind):
     found = []
     for mode in MODES:
@@ -144,7 +145,7 @@ def test_modes_agree(reference, kind):
 @pytest.mark.fault
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 def test_gradients_that_are_not_finite_change_nothing(reference, kind, mode):
     optimizer, other = (KINDS[kind](weights(reference)) for _ in range(2))
     run, rerun = runner(optimizer, mode), runner(other, mode)
@@ -165,7 +166,7 @@ def test_gradients_that_are_not_finite_change_nothing(reference, kind, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 def test_state_goes_into_another_that_is_compiled_and_goes_on_to_the_same_bits(reference, kind, mode):
     first = KINDS[kind](weights(reference))
     run = runner(first, mode)
@@ -308,7 +309,7 @@ def test_a_step_takes_anything_that_fulfils_the_contract():
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_every_optimizer_of_the_registry_trains(name, mode):
     options = TrainingOptions(optimizer=name, learning_rate=1.0 if name == "prodigy" else 5e-2)
     found, step = losses(lambda p: build_optimizer(options, p), mode, 30, gradient_accumulation_steps=2)
@@ -319,6 +320,7 @@ def test_every_optimizer_of_the_registry_trains(name, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["AdamWeightDecay", "Momentum", "SGD"])
+@pytest.mark.few(2)
 def test_mindsporess_optimizers_obey_their_list_of_learning_rates(kind, mode):
     def build(parameters):
         rates = [0.05, 0.05, 0.0, 0.0, 0.05]
@@ -355,6 +357,7 @@ def test_what_needs_whole_weights_is_not_divided(reference, build):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.few(1)
 def test_float32_values_of_shorter_weights_add_up_for_adafactor(mode):
     """Float16 stands for bfloat16. Updates a thousand times smaller than the last digit of a weight."""
     options = TrainingOptions(optimizer="adafactor", learning_rate=1e-6)

@@ -43,7 +43,7 @@ def train(module, path, mode="graph", data=None, **options):
 
 
 @pytest.mark.parametrize("how", [{}, {"objective": Objective(posterior="sample")}, {"trainable_models": "dit"}])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_it_is_compiled_and_trains_the_same_numbers(how, folder, tmp_path, capsys):
     wanted = train(Module(folder, **how), tmp_path / "plain", batch_size=2)
     own = Documented(folder, **how)
@@ -66,6 +66,7 @@ class Read(Documented):
 
 
 @pytest.mark.parametrize("kind", [Doubled, Read])
+@pytest.mark.few(1)
 def test_a_loss_that_is_changed_is_differentiated_as_it_stands(kind, folder, tmp_path, capsys):
     found = train(kind(folder), tmp_path / "own")
     said = capsys.readouterr().err

@@ -183,6 +183,7 @@ def prepared_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [8 << 30, 0])
+@pytest.mark.few(1)
 def test_rows_are_prepared_when_they_are_needed_and_once(folder, tmp_path, monkeypatch, prepared_rows, limit):
     """With room and without: the same weights, bit for bit, as from rows that were all prepared first."""
     def run(name, **more):
@@ -218,7 +219,7 @@ def test_batches_of_several_need_no_row_before_its_time(folder, tmp_path, prepar
 @pytest.mark.parametrize("name, network", [
     ("toy", "text_encoder"), ("flux", "text_encoder_2"), ("sd3", "text_encoder_1"), ("flux2", "text_encoder"),
     ("qwen_image", "text_encoder"), ("z_image", "text_encoder"), ("sdxl", "text_encoder_2")])
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_equal_prompts_are_encoded_once(tiny_model, tmp_path, name, network):
     """Whatever the family: one prompt of all rows, and one of the class images, are two runs of the text encoder."""
     pipe = family(name).pipeline.from_pretrained(str(tiny_model(name)))

@@ -94,6 +94,7 @@ def test_a_finite_step_is_equal_to_the_bit(folder, tmp_path, mode, capfd):
 
 
 @pytest.mark.parametrize("kind", ["no checkpoint yet", "damaged", "own forward", "class images"])
+@pytest.mark.few(2)
 def test_other_kinds_of_runs_and_of_beginnings(folder, tmp_path, kind, caplog):
     path, make, step = tmp_path / "run", lambda: Module(folder), 5
     options = {"batch_size": 2, "checkpoint_steps": 2, "keep_checkpoints": 9}
@@ -137,6 +138,7 @@ def test_a_number_that_is_not_the_recorded_one(folder, tmp_path):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.few(1)
 def test_bad_noise_of_one_sample_is_found(folder, tmp_path, poison, mode):
     poison(9, np.nan)
     path, options = tmp_path / "run", {"batch_size": 2, "checkpoint_steps": 2, "keep_checkpoints": 9, "mode": mode}

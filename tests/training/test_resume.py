@@ -77,6 +77,7 @@ def dynamic_scale_and_a_bad_step(monkeypatch):
 @pytest.mark.parametrize("name, mode, steps", [
     *((name, "pynative", 12) for name in SCENARIOS), ("skipped step", "graph", 12),
     *(pytest.param(name, mode, 50, marks=pytest.mark.slow) for name in SCENARIOS for mode in ("pynative", "graph"))])
+@pytest.mark.few(3)
 def test_a_run_that_was_cut_gives_the_bits_of_one_that_was_not(folder, tmp_path, crash, request, name, mode, steps):
     options, batches, resumed_at = SCENARIOS[name]
     options = {**COMMON, **options, "max_train_steps": steps}
@@ -137,6 +138,7 @@ def test_a_run_cut_again_and_again(folder, tmp_path, crash):
 
 
 @pytest.mark.parametrize("kind", ["whole weights", "class images", "buckets", "own forward", "split"])
+@pytest.mark.few(2)
 def test_other_kinds_of_runs(folder, tmp_path, crash, kind):
     objective = Objective(weighting_scheme="none", prior_loss_weight=1.0, posterior="sample")
     make, data, options = lambda: Module(folder), rows(5), {"batch_size": 2}

@@ -106,6 +106,7 @@ def test_what_may_change_is_a_setting_or_an_option():
 @pytest.mark.parametrize("change, expected", [
     ("caption", ["data.digest"]), ("picture", ["data.digest"]), ("row", ["data.rows", "data.digest"]),
     ("fewer", ["data.rows", "data.digest"]), ("size", ["data.pictures"]), ("weights", ["weights.dit"]), ("place", [])])
+@pytest.mark.few(3)
 def test_changed_data_and_weights(folder, tmp_path, change, expected):
     dataset, model, counts = files(tmp_path / "data"), folder, {"row": 4, "fewer": 2}
     train(tmp_path / "run", Module(folder), dataset)

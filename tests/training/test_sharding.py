@@ -86,6 +86,7 @@ def test_float32_weights_are_updated_as_adamw_does(mode, stage, accumulation):
 
 
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
+@pytest.mark.few(1)
 def test_float16_weights_are_float32_ones_rounded(mode):
     """Updates a thousand times smaller than the last digit of a weight add up."""
     runtime.configure(mode, DEVICE)

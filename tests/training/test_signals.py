@@ -136,6 +136,7 @@ def test_a_process_that_hangs_is_ended_after_the_grace_period_with_its_stacks(wh
 
 @pytest.mark.parametrize("first, second, code", [("SIGTERM", "SIGTERM", 143), ("SIGTERM", "SIGINT", 130),
                                                  ("SIGINT", "SIGINT", 130)])
+@pytest.mark.few(1)
 def test_a_second_signal_ends_at_once(first, second, code):
     process = child("wait", 60)
     for _ in range(3):  # from the system and from a launcher, say: one wish

@@ -58,7 +58,7 @@ def train(path, module, dataset, mode="pynative", **options):
     {"trainable_models": "vae.encoder,dit.layer_1"},
 ], ids=["lora", "whole", "text encoder", "vae encoder"])
 @pytest.mark.parametrize("mode", ["pynative", "graph"])
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 def test_both_stages_give_the_bits_of_one(folder, tmp_path, how, mode):
     train(tmp_path / "one", Module(folder, **how), pictures(tmp_path / "data", repeat=2), mode, batch_size=2)
     first = Module(folder, "sft:data_process", **how)
