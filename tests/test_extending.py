@@ -256,7 +256,6 @@ def results(copy):
 
 
 @pytest.mark.parametrize("section", CASES)
-@pytest.mark.few(3)
 def test_an_addition_of_the_page_works(results, section):
     assert not results[section], results[section]
 

@@ -143,6 +143,7 @@ def rows_of_the_table() -> list[list[str]]:
     return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("row", rows_of_the_table(), ids=lambda row: "-".join(row[:3]).replace(" ", "_"))
 def test_a_peak_from_shapes_is_that_of_the_allocator(row):
     model, side, recompute, held, peak = row[0].partition(" (")[0], row[1], row[2], float(row[3]), float(row[4])

@@ -44,6 +44,7 @@ OVERRIDES = ("--sample_prompts", '["a red square", {"prompt": "a blue square", "
              "--sample_negative_prompt", "a circle")
 
 
+@pytest.mark.slow
 def test_sample_images_of_a_split_run_are_those_of_one_stage_and_need_no_encoder(run, config, monkeypatch):
     loads, load = [], models.load_component
 

@@ -70,6 +70,7 @@ def test_a_lora_of_a_text_encoder_is_used_where_it_was_saved(name, train, tiny_m
         pipe.load_lora(pipe.dit, file)
 
 
+@pytest.mark.slow
 def test_a_file_of_several_models_goes_into_each(train, tiny_model, tmp_path):
     one = load_state_dict(train("flux", "dit", "--lora_rank", "2"))
     two = load_state_dict(train("flux", "text", "--lora_base_model", "text_encoder_1", "--lora_rank", "2",
@@ -86,6 +87,7 @@ def test_a_file_of_several_models_goes_into_each(train, tiny_model, tmp_path):
         pipe.load_lora(None, tmp_path / "odd.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", *(pytest.param(name, marks=pytest.mark.slow)
                                            for name in ("flux2", "qwen_image", "sd3", "z_image"))])
 def test_a_run_of_a_whole_network_leaves_a_pipeline(name, train, tiny_model, tmp_path, capsys):

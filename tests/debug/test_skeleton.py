@@ -24,7 +24,7 @@ def one_of_each_family_first() -> list[str]:
     return sorted(KNOWN, key=lambda key: of_family[key].index(key))
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("key", one_of_each_family_first())
 def test_names_and_shapes_are_those_of_the_published_checkpoints(key):
     name, model = key.split(":")

@@ -100,8 +100,8 @@ def with_drawn_weights(network: nn.Cell) -> nn.Cell:
     return network
 
 
-# the networks of `prepare` run eagerly in training; compiling them is tested with the slow tests
-@pytest.mark.parametrize("kind", [Flux, *(pytest.param(k, marks=pytest.mark.slow) for k in (Vae, Clip, T5))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Flux, Vae, Clip, T5])
 def test_compiled_equals_pynative_in_value_and_gradient(kind):
     network = with_drawn_weights(kind())
     network.set_train(True)

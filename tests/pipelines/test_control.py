@@ -196,8 +196,8 @@ def test_the_mask_of_a_controlnet_is_a_seventeenth_channel(opened):
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.few(1)
 def test_a_new_controlnet_is_the_network_s_first_blocks_and_changes_nothing(opened, name):
     pipe = opened(f"plain {name}")
     pipe.new_controlnet()

@@ -31,8 +31,8 @@ def test_it_decodes_as_the_whole_does(name, tiny_model):
     assert not pipe.models
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "sdxl" else n for n in NAMES])
-@pytest.mark.few(3)
 def test_prepared_prompts_sample_as_the_prompts_do(name, tiny_model):
     pipe, *_ = pipes = [family(name).pipeline.from_pretrained(str(tiny_model(name))) for _ in range(2)]
     call = {"prompt": "a cat", "negative_prompt": "a dog", "cfg_scale": 2.0, "seed": 0, "height": 64, "width": 48,

@@ -105,8 +105,8 @@ def test_a_row_without_reference_is_text_to_image(tiny_model, tiny_edit, name):
     assert loss_of(module_of(opened(tiny_model, tiny_edit, name)), rows_of(ONE)[0])[0] != found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.few(1)
 def test_the_whole_network_learns_and_recompute_changes_no_bit(tiny_model, tiny_edit, name):
     found = loss_of(module_of(opened(tiny_model, tiny_edit, name), trainable_models="dit"), rows_of(THREE)[0])
     again = loss_of(module_of(opened(tiny_model, tiny_edit, name), trainable_models="dit",

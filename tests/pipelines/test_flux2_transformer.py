@@ -144,8 +144,8 @@ def test_equals_mindones_layers(flux2, told):
     assert_same(value_and_gradients(dit, own(dit, told), inputs(told), weights, False), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [False, True], ids=["alone", "template"])
-@pytest.mark.few(1)
 def test_compiled_equals_mindones_layers_with_lora(flux2, told):
     plain, dit = network(flux2), network(flux2)
     plain.__class__ = flux2.mindone.Flux2Transformer2DModel  # its LoRA stays in the layers
@@ -182,8 +182,8 @@ def test_recompute_changes_no_bit_when_all_is_trained(flux2, compiled):
     assert_equal_bit_for_bit(result(True), result(False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.few(1)
 def test_every_operation_of_a_block_is_computed_twice(flux2, recomputed, tmp_path):
     dit = network(flux2)
     weights = with_lora(dit, TARGETS)

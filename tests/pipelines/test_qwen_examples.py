@@ -37,6 +37,7 @@ def places(tiny_qwen, tmp_path, monkeypatch):
     runtime.configure("graph", DEVICE)
 
 
+@pytest.mark.slow
 def test_the_simple_script_trains():
     """As it stands, but for nine steps of 32 x 32 pixels instead of 450 of 512 x 512."""
     text = SIMPLE.read_text().replace("512", "32").replace("repeat=50", "repeat=1")

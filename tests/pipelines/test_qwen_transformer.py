@@ -124,6 +124,7 @@ def test_an_array_laid_out_as_the_loras_parameter_is_taken_apart_by_the_names_in
     assert all(np.array_equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_compiled_equals_mindones_layers_with_lora(qwen):
     plain, dit = network(qwen), network(qwen)
     plain.__class__ = qwen.mindone.QwenImageTransformer2DModel  # its LoRA stays in the layers

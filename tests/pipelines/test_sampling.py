@@ -36,8 +36,7 @@ sys.exit(f"sampling imports {found}" if found else 0)
 """
 
 
-@pytest.mark.parametrize("name", ["flux", "toy"])
-@pytest.mark.few(1)
+@pytest.mark.parametrize("name", ["toy", pytest.param("flux", marks=pytest.mark.slow)])
 def test_no_family_imports_training_to_sample(name, tiny_model, tmp_path):
     done = run_python("-c", SAMPLE, name, tiny_model(name), timeout=600)
     assert done.returncode == 0, done.stderr

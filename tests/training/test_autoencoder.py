@@ -61,6 +61,7 @@ def pipe(tmp_path_factory, configured):
     return FluxImagePipeline.from_pretrained(str(folder))
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_equal_float64(pipe):
     """All weights' gradients, along random directions, against differences of the loss in NumPy."""
     module = DiffusionTrainingModule()

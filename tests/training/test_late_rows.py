@@ -80,6 +80,7 @@ def test_an_entry_of_a_cache_with_a_wrong_bit(folder, tmp_path):
     assert latest(tmp_path / "run/checkpoints").step == 3
 
 
+@pytest.mark.slow
 def test_rows_of_one_rank_end_all_ranks_and_are_saved(folder, tmp_path):
     """Two ranks, of which the second one cannot prepare a row of its third batch: both say why, two steps are saved."""
     toy_run.files(tmp_path / "data", ranks.ROWS)

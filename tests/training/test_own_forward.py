@@ -99,6 +99,7 @@ def test_an_error_of_a_row_is_that_error(folder, tmp_path):
         train(Picky(folder), tmp_path / "own")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pynative", pytest.param("graph", marks=pytest.mark.slow)])
 def test_gradient_checkpointing_among_its_inputs_is_obeyed(mode, tiny_model, tmp_path):
     class Flux(Documented):

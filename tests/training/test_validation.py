@@ -79,16 +79,16 @@ def test_each_number_is_the_loss_at_its_noise_level(folder, tmp_path):
     np.testing.assert_allclose(list(row.values())[2:], losses.mean(axis=0), rtol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
-@pytest.mark.few(1)
 def test_it_does_not_depend_on_the_batch_size(folder, tmp_path, mode):
     one, two = (validate(tmp_path / str(size), Module(folder), mode, batch_size=size, max_train_steps=1)[0]
                 for size in (1, 3))
     assert one == two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
-@pytest.mark.few(1)
 def test_two_stages_give_the_numbers_of_one(folder, tmp_path, mode):
     data, held_out = files(tmp_path / "data", 4), files(tmp_path / "held_out", HELD_OUT, 40)
     options = {"validation_dataset": held_out, "validation_steps": 2, "num_epochs": 1}
