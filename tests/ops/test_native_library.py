@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -236,6 +237,24 @@ def test_every_processor_computes_the_same(results):
         for got, expected in zip(outputs, expectations):
             error = np.abs(got - expected).max() / np.abs(expected).max()
             assert error < 5e-6, f"{name}: an error of {error:.1e}"  # sums of float32 in another order; also of NaN
+
+
+@pytest.mark.parametrize("tuning", ["native", "znver1", "icelake-server"])
+def test_gcc_makes_vectors_of_every_loop(tuning, tmp_path):
+    """What a loop costs decides that, by the processor it is tuned for; of clang `-Werror=pass-failed` says it."""
+    said = subprocess.run([*build._compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+    if "Free Software Foundation" not in said:
+        pytest.skip("NOT TESTED, of which loops GCC makes vectors: the compiler is another")
+    if tuning != "native" and platform.machine() != "x86_64":
+        pytest.skip("NOT TESTED, loops for processors of another make")
+    report = tmp_path / "vectors"
+    compiled(tmp_path, [*build._compiler(), f"-mtune={tuning}", f"-fopt-info-vec-optimized={report}"], build.MARCH)
+    vectors = {(Path(file).name, int(line)) for file, line in re.findall(r"(?m)^(.+?):(\d+):", report.read_text())}
+    sources = [path for path in build.HERE.iterdir() if path.suffix in (".cc", ".inc")]
+    loops = [(path.name, number) for path in sources for number, line in enumerate(path.read_text().splitlines(), 1)
+             if re.search(r"SIMD(_\w+\(.*\))? for", line)]
+    scalar = [f"{name}:{line}" for name, line in loops if not any((name, line + k) in vectors for k in range(4))]
+    assert len(loops) > 40 and not scalar  # a loop is reported where its body begins
 
 
 def test_every_kernel_is_called_here():

@@ -36,6 +36,7 @@ SWITCH = "MS_DIFFSYNTH_NATIVE"
 MARCH = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
 # -ffast-math is not among them: NaN and infinity must stay what they are, the guard of the optimizer looks for them
 FLAGS = ("-O3", MARCH, "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-shared",
+         "-fno-trapping-math",  # nobody reads floating-point exceptions, for which GCC makes branches
          # no loop begins with single elements until its addresses are aligned: sums would depend on where an array lies
          "--param=vect-max-peeling-for-alignment=0",
          "-Wl,-z,nodelete")  # MindSpore unloads it at exit, where the threads of its pool still spin or sleep
