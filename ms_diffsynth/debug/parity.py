@@ -231,8 +231,7 @@ def _check_case(folder: Path, info: dict[str, Any], mode: str, dtype: str) -> li
     if "template_kv_cache" in case.info:
         pipe.store.add_component(Component(name="template_model", folder="", build=None),
                                  model=RecordedKeys(case.inputs))
-    # of ControlNets at the recorded sigmas: the last bit of one is 1e-4 in the sinusoids of 1000 sigma
-    program = _program(case, pipe, objective, case.inputs["grid.sigmas"] if case.control else schedule.sigmas)
+    program = _program(case, pipe, objective, schedule.sigmas)
     quantities += _first_evaluation(case, pipe, program, mode)
     quantities += _options(case, pipe, objective)
     if case.references:

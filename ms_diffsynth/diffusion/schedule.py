@@ -1,8 +1,8 @@
 """Sigmas as lists: the grid that training draws from, and the steps that sampling walks. NumPy only.
 
 A `Grid` spaces n sigmas evenly and warps them; a `Schedule` is one grid for training and one for sampling. Everything
-is float32. Training grids equal the reference cases' to the last bit; sampling sigmas equal diffusers' to 1.2e-7, one
-unit in the last place (diffusers 0.39, compared for FLUX.1 at 1, 4, 28 and 50 steps).
+is float32. Training grids equal the reference cases' to the last bit, and sampling sigmas those of diffusers 0.42: a
+sinusoid of 1000 sigma, and what a network makes of it, is off by 1e-5 where a sigma is off by its last bit.
 """
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ def to_one_nth(n: int) -> np.ndarray:
     return linspace(1.0, 1.0 / n, n)
 
 
+def to_one_nth_by_numpy(n: int) -> np.ndarray:
+    """The same, computed in float64 and rounded: that of diffusers' pipelines, in the last bit another."""
+    return np.linspace(1.0, 1.0 / n, n).astype(_f32)
+
+
 def one_to_zero(n: int) -> np.ndarray:
     """n even steps from 1 down towards 0, which is not reached: DiffSynth-Studio's for Qwen-Image and Z-Image."""
     return linspace(1.0, 0.0, n + 1)[:-1]
@@ -77,6 +82,20 @@ class ExponentialShift:
     def __call__(self, sigmas: np.ndarray, seq_len: int | None = None) -> np.ndarray:
         growth = _f32(np.exp(self.mu))
         return growth / (growth + (_f32(1) / sigmas - _f32(1)))
+
+
+@dataclass(frozen=True)
+class TorchExponentialShift(ExponentialShift):
+    """The same in torch's arithmetic, which differs in the last bit at 268 of 1000 sigmas.
+
+    There a number over a tensor is the tensor's reciprocal times the number.
+
+    Source: DiffSynth-Studio 2.1.12, FlowMatchScheduler, set_timesteps_flux2 and set_timesteps_qwen_image.
+    """
+
+    def __call__(self, sigmas: np.ndarray, seq_len: int | None = None) -> np.ndarray:
+        growth = _f32(np.exp(self.mu))
+        return growth * (_f32(1) / (growth + (_f32(1) / sigmas - _f32(1))))
 
 
 @dataclass(frozen=True)
@@ -131,7 +150,7 @@ class DynamicShift:
 
 @dataclass(frozen=True)
 class TerminalStretch:
-    """Stretch 1 - s linearly so that the last sigma becomes ``terminal``.
+    """Stretch 1 - s linearly so that the last sigma becomes ``terminal``: as NumPy 2 computes it, all in float32.
 
     Source: diffusers 0.39, FlowMatchEulerDiscreteScheduler.stretch_shift_to_terminal.
     """
@@ -147,7 +166,7 @@ class TerminalStretch:
 
 @dataclass(frozen=True)
 class Grid:
-    """Evenly spaced sigmas, then warped. ``spacing(n)`` and every warp work in float32."""
+    """Evenly spaced sigmas, then warped, in float32, or in float64 where ``spacing(n)`` gives that."""
 
     spacing: Callable[[int], np.ndarray]
     warps: tuple[Warp, ...] = ()
@@ -162,7 +181,7 @@ class Grid:
         sigmas = self.spacing(n)
         for warp in self.warps:
             sigmas = warp(sigmas, seq_len)
-        return sigmas
+        return sigmas.astype(_f32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,12 +299,14 @@ class FlowMatchSettings:
         with naming("scheduler_config.json"):
             return cls(**obeyed(cls, config, ("FlowMatchEulerDiscreteScheduler",), fixed))
 
-    def schedule(self, mu: Callable[[int, int], float] | None = None) -> Schedule:
+    def schedule(self, mu: Callable[[int, int], float] | None = None,
+                 spacing: Callable[[int], np.ndarray] = to_one_nth_by_numpy) -> Schedule:
         """The grid training draws from, and the steps of sampling. Dynamic shifting leaves training unshifted.
 
         Args:
             mu: the model's own rule for dynamic shifting, from (image tokens, sampling steps); None is `LinearMu`
                 through ``base_shift`` and ``max_shift``.
+            spacing: of sampling.
         """
         if self.use_dynamic_shifting:
             mu = mu or LinearMu(base_seq_len=self.base_image_seq_len, max_seq_len=self.max_image_seq_len,
@@ -295,7 +316,7 @@ class FlowMatchSettings:
             training = warps = (Shift(self.shift),)
         if self.shift_terminal:
             warps = (*warps, TerminalStretch(self.shift_terminal))
-        return Schedule(training=Grid(to_one_nth, training), inference=Grid(to_one_nth, warps))
+        return Schedule(training=Grid(to_one_nth, training), inference=Grid(spacing, warps))
 
     @property
     def training_shift(self) -> float:

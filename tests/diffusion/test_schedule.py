@@ -8,12 +8,18 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ms_diffsynth.debug.parity import OBJECTIVES, Case, read_case
 from ms_diffsynth.diffusion import schedule as sch
 from ms_diffsynth.errors import ConfigError
+from ms_diffsynth.formats.weights import load_state_dict
+from ms_diffsynth.registry import family as family_called
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 PLACES = [0, 1, 2, 100, 333, 499, 500, 501, 750, 997, 998, 999]
 GRIDS = {
@@ -37,6 +43,28 @@ def test_training_grids_equal_the_reference_cases_to_the_last_bit(name):
     assert sigmas.min() > 0  # a weight of s^-2 is finite everywhere
     with pytest.raises(ValueError, match="read-only"):
         sigmas[0] = 0
+
+
+@pytest.mark.parametrize("case", [path.parent.name for path in sorted(GOLDEN.glob("*/inputs.safetensors"))
+                                  if "grid.sigmas" in load_state_dict(path)])
+def test_training_grids_of_all_families_equal_the_recorded_ones_to_the_last_bit(case):
+    folder = GOLDEN / case
+    recorded = Case(folder, read_case(folder))
+    grid = recorded.pipeline().training_schedule(OBJECTIVES[recorded.info["objective"]]).sigmas
+    assert grid.tobytes() == recorded.inputs["grid.sigmas"].tobytes()
+
+
+@pytest.mark.parametrize("family, shift, steps, side, digest", [
+    ("flux", None, 28, 256, "1693c1659e2a0748"), ("flux", None, 28, 1024, "d5a6e66ebed60700"),
+    ("flux", 1.0, 50, 1024, "2be27cb2a9080f5b"), ("sd3", 3.0, 28, 1024, "2428afa0bf4b189d"),
+    ("z_image", 6.0, 50, 1024, "58f70f9b2a0c066c")])
+def test_sampling_sigmas_equal_those_of_diffusers_to_the_last_bit(family, shift, steps, side, digest):
+    """The hashes are of what FlowMatchEulerDiscreteScheduler 0.42.1 was given by its pipelines."""
+    pipe = family_called(family).pipeline()
+    if shift is not None:
+        pipe._scheduler_settings = sch.FlowMatchSettings(shift=shift)
+    found = pipe.sampling_sigmas(steps, (16, side // 8, side // 8))
+    assert hashlib.blake2b(found.tobytes(), digest_size=8).hexdigest() == digest
 
 
 def test_diffsynth_four_steps():
@@ -95,7 +123,7 @@ def test_a_scheduler_config_is_obeyed(name):
 
 def test_a_mu_of_the_model_takes_the_place_of_the_file_s():
     schedule = sch.FLUX_DEV.schedule(lambda tokens, steps: tokens / 1000 + steps)
-    wanted = sch.ExponentialShift(4.256)(sch.to_one_nth(4))
+    wanted = sch.ExponentialShift(4.256)(sch.to_one_nth_by_numpy(4))
     assert np.array_equal(schedule.sampling(4, 256)[:-1], wanted)
 
 

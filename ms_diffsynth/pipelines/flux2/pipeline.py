@@ -8,7 +8,7 @@ from typing import Any
 from mindspore import Tensor
 from PIL import Image
 
-from ms_diffsynth.diffusion.schedule import FLUX_DEV, ExponentialShift, FlowMatchSettings, Grid, to_one_nth
+from ms_diffsynth.diffusion.schedule import FLUX_DEV, FlowMatchSettings, Grid, TorchExponentialShift, to_one_nth
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.formats.interchange import read_table
 from ms_diffsynth.models import (
@@ -169,7 +169,7 @@ class Flux2ImagePipeline(ImagePipeline):
     fusible = ("encode_image",)
     prepare_settings = ("max_sequence_length", "edit_max_pixels")
     max_sequence_length = 512
-    sft_grid = Grid(to_one_nth, (ExponentialShift(0.8),))  # DiffSynth-Studio 2.1.12, FlowMatchScheduler("FLUX.2")
+    sft_grid = Grid(to_one_nth, (TorchExponentialShift(0.8),))  # DiffSynth-Studio 2.1.12, FlowMatchScheduler("FLUX.2")
     dynamic_mu = staticmethod(empirical_mu)
     latent_patch = 1
     sampling = SamplingDefaults(embedded_guidance=4.0)

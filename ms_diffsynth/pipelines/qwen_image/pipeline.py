@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from ms_diffsynth.diffusion.guidance import classifier_free_with_norms
-from ms_diffsynth.diffusion.schedule import ExponentialShift, FlowMatchSettings, Grid, TerminalStretch, one_to_zero
+from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, TerminalStretch, TorchExponentialShift, one_to_zero
 from ms_diffsynth.errors import WeightError
 from ms_diffsynth.formats.interchange import read_table
 from ms_diffsynth.models import LIST, NUMBERS, SIZE, SIZES, Component, arguments, blocks, columns, rows
@@ -121,7 +121,7 @@ class QwenImagePipeline(TakesControl, ImagePipeline):
     edit_template: str | None = None
     sampling = SamplingDefaults(cfg_scale=4.0)
     # Source: DiffSynth-Studio 2.1.12, FlowMatchScheduler(template="Qwen-Image")
-    sft_grid = Grid(one_to_zero, (ExponentialShift(0.8), TerminalStretch(0.02)))
+    sft_grid = Grid(one_to_zero, (TorchExponentialShift(0.8), TerminalStretch(0.02)))
     guidance_rule = staticmethod(classifier_free_with_norms)
 
     def build_units(self) -> list:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, diffsynth_flux, linspace, sampling_sigmas
+from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, diffsynth_flux, sampling_sigmas
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.formats.interchange import read_table
 from ms_diffsynth.models import SIZE, Component, Shapes, arguments, blocks, columns, read_config, rows
@@ -160,5 +160,6 @@ class SD3ImagePipeline(ImagePipeline):
         Source: diffusers 0.39, StableDiffusion3Pipeline.__call__, which gives its scheduler no sigmas.
         """
         schedule = self.scheduler_settings.schedule(self.dynamic_mu)
-        grid = Grid(partial(linspace, 1.0, schedule.sigmas[-1]), schedule.inference.warps)
+        steps = partial(np.linspace, 1000.0, 1000.0 * float(schedule.sigmas[-1]))  # in float64, as diffusers'
+        grid = Grid(lambda n: steps(n) / 1000, schedule.inference.warps)
         return sampling_sigmas(num_inference_steps, grid, self.image_tokens(latent_shape))

@@ -17,7 +17,14 @@ from ms_diffsynth.data.images import to_pil, to_rgb
 from ms_diffsynth.data.prompts import prompt_problem
 from ms_diffsynth.diffusion.guidance import classifier_free
 from ms_diffsynth.diffusion.samplers import SAMPLERS, Denoise
-from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule, check_strength, last_steps
+from ms_diffsynth.diffusion.schedule import (
+    FlowMatchSettings,
+    Grid,
+    Schedule,
+    check_strength,
+    last_steps,
+    to_one_nth_by_numpy,
+)
 from ms_diffsynth.draws import Draws
 from ms_diffsynth.errors import ConfigError, ProgramError, listing, nearest, shortened
 from ms_diffsynth.nn.names import to_numpy
@@ -37,6 +44,7 @@ class ImagePipeline(Pipeline):
 
     Attributes:
         sft_grid: the sigmas that supervised training draws from.
+        sampling_spacing: n even sigmas from 1 to 1/n, as the model's pipeline in diffusers gives them to its scheduler.
         dynamic_mu: from (image tokens, sampling steps) to the mu of dynamic shifting; None follows the scheduler.
         start_input: the slot of what sampling may start from.
         options: names of the arguments of a call, but for the prompts.
@@ -52,6 +60,7 @@ class ImagePipeline(Pipeline):
                "input_image", "denoising_strength", "tiled", "tile_size", "tile_stride")
     edit_max_pixels = 1024 * 1024
     sft_grid: Grid
+    sampling_spacing = staticmethod(to_one_nth_by_numpy)
     dynamic_mu: Callable[[int, int], float] | None = None
     latent_patch = 2
     zeroed_slots: tuple[str, ...] = ()
@@ -228,8 +237,8 @@ class ImagePipeline(Pipeline):
 
     def sampling_sigmas(self, num_inference_steps: int, latent_shape: tuple[int, ...]) -> np.ndarray:
         """Noise levels to integrate over: float32 [num_inference_steps + 1], decreasing, ends with 0."""
-        tokens = self.image_tokens(latent_shape)
-        return self.scheduler_settings.schedule(self.dynamic_mu).sampling(num_inference_steps, tokens)
+        schedule = self.scheduler_settings.schedule(self.dynamic_mu, self.sampling_spacing)
+        return schedule.sampling(num_inference_steps, self.image_tokens(latent_shape))
 
     @property
     def scheduler(self) -> Scheduler:

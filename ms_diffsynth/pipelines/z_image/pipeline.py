@@ -8,7 +8,7 @@ from typing import Any
 
 import mindspore as ms
 
-from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Shift, one_to_zero
+from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Shift, one_to_zero, to_one_nth
 from ms_diffsynth.formats.interchange import read_table
 from ms_diffsynth.models import SCALE, SIZES, Component, arguments, blocks, columns
 from ms_diffsynth.pipeline import SamplingDefaults
@@ -85,6 +85,7 @@ class ZImagePipeline(ImagePipeline):
     sampling = SamplingDefaults(cfg_scale=5.0, num_inference_steps=50)  # diffusers' guidance_scale 4 is 5 here
     turbo_sampling = SamplingDefaults(cfg_scale=1.0, num_inference_steps=8)
     sft_grid = Grid(one_to_zero, (Shift(3.0),))  # DiffSynth-Studio 2.1.12, FlowMatchScheduler("Z-Image"): of both
+    sampling_spacing = staticmethod(to_one_nth)  # by torch: diffusers 0.42, get_default_z_image_sigmas
 
     def build_units(self) -> list:
         return [units.TokenizePrompt(), units.EncodePrompt(), LoadPixels(), EncodeImage(self.dtype)]
