@@ -67,6 +67,12 @@ def test_sampling_sigmas_equal_those_of_diffusers_to_the_last_bit(family, shift,
     assert hashlib.blake2b(found.tobytes(), digest_size=8).hexdigest() == digest
 
 
+def test_levels_of_wan_equal_those_of_diffusers_to_the_last_bit():
+    """The hash is of what UniPCMultistepScheduler 0.42.1 has with flow_shift 5, but for the first, its 1 - 1e-6."""
+    found = family_called("wan").pipeline().sampling_sigmas(50, (16, 5, 8, 8))
+    assert hashlib.blake2b(found[1:].tobytes(), digest_size=8).hexdigest() == "2be1c9cd4f528030" and found[0] == 1
+
+
 def test_diffsynth_four_steps():
     """DiffSynth-Studio 2.1.12, FlowMatchScheduler("FLUX.1").set_timesteps(4)."""
     np.testing.assert_allclose(sch.diffsynth_flux().sampling(4), [1, 0.857692, 0.602151, 0.00892857, 0], atol=5e-7)

@@ -13,7 +13,7 @@ from mindspore import Tensor
 
 from ms_diffsynth.diffusion.flow import with_given
 from ms_diffsynth.diffusion.samplers import Denoise as Denoiser
-from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule, Shift, linspace, obeyed, to_one_nth
+from ms_diffsynth.diffusion.schedule import FlowMatchSettings, Grid, Schedule, Shift, obeyed, to_one_nth
 from ms_diffsynth.diffusion.tasks import Task
 from ms_diffsynth.diffusion.units import Objective
 from ms_diffsynth.errors import ConfigError, listing, naming
@@ -134,8 +134,11 @@ COMPLETING = Defaults(shift=5.0, sampling=SamplingDefaults(cfg_scale=5.0, num_in
 
 
 def to_one_thousandth(n: int) -> np.ndarray:
-    """1, ..., towards 1/1000, which is not reached. Source: diffusers 0.39, UniPCMultistepScheduler, flow sigmas."""
-    return linspace(1.0, 1e-3, n + 1)[:-1]
+    """1, ..., towards 1/1000, which is not reached, in float64 until it is shifted.
+
+    Source: diffusers 0.39, UniPCMultistepScheduler, flow sigmas; it starts at 1 - 1e-6, of which it takes a logarithm.
+    """
+    return np.linspace(1.0, 1e-3, n + 1)[:-1]
 
 
 @dataclass(frozen=True)
