@@ -86,15 +86,14 @@ def relative_error(found: np.ndarray, expected: np.ndarray, scale: float | None 
 
 
 def worst(name: str, pairs: dict[str, tuple[np.ndarray, np.ndarray]], tolerance: float) -> Quantity:
-    """The worst of many tensors, each relative to its own largest element.
+    """The worst of many tensors, each relative to its own largest element, or to a thousandth of the largest of all.
 
-    A tensor a million times smaller than the largest is a sum that cancels to zero, such as the gradient for a bias of
-    keys under a softmax: what is left of it is rounding, and measured against the largest.
+    What is smaller is a sum that cancels, such as the gradient for a bias of keys under a softmax: its error is that of
+    what was summed. PyTorch's own float32 is 8e-4 off its float64 there, in a tensor of 6e-5 of the largest (Wan).
     """
     sizes = {key: np.abs(expected).max(initial=0.0) for key, (_, expected) in pairs.items()}
-    largest = max(sizes.values())
-    errors = {key: relative_error(*pair, largest if sizes[key] < 1e-6 * largest else None)
-              for key, pair in pairs.items()}
+    least = 1e-3 * max(sizes.values())
+    errors = {key: relative_error(*pair, max(sizes[key], least)) for key, pair in pairs.items()}
     key = max(errors, key=errors.get)
     return Quantity(f"{name} ({len(errors)} tensors)", errors[key], tolerance, key)
 

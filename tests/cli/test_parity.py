@@ -293,12 +293,13 @@ def test_a_case_that_does_not_fit_the_code(run, tmp_path, kept, expected):
 # -- how errors are counted ------------------------------------------------------------------------------------------
 
 
-def test_a_sum_that_cancels_is_measured_against_the_largest():
-    def error(noise, found=1.0):
-        pairs = {"weight": (np.array([found]), np.array([1.0])), "bias": (np.array([noise]), np.array([1e-11]))}
+def test_a_sum_that_cancels_is_measured_against_a_thousandth_of_the_largest():
+    def error(found, expected, weight=1.0):
+        pairs = {"weight": (np.array([weight]), np.array([1.0])), "bias": (np.array([found]), np.array([expected]))}
         return worst("gradients", pairs, 1e-4).error
 
-    assert error(5e-11) < 1e-10 and error(1e-3) > 9e-4 and error(0.0, found=1.01) == pytest.approx(0.01)
+    assert error(5e-11, 1e-11) < 1e-7 and error(1e-11, 1e-11, weight=1.01) == pytest.approx(0.01)
+    assert error(1.1e-5, 1e-5) == pytest.approx(1e-3) and error(1.1e-2, 1e-2) == pytest.approx(0.1)
 
 
 def test_how_errors_are_counted():
