@@ -71,6 +71,7 @@ class Trainer:
         self.stop, self.at_exit, self.failure = StopRequest(), contextlib.ExitStack(), None
         self.draws = Draws(options.seed)
         self.progress = Progress(accelerator.is_main_process)
+        self._shape = ""  # of the images of the last batch, for messages; none before the first step
         module.pipe.announce = self._announce
         self.own_forward = self._own_forward(dataset)
         self.is_eager = module.has_own_forward and self.own_forward is None
@@ -79,7 +80,6 @@ class Trainer:
         self.no_caption = self._no_caption()
         needs_buckets = options.batch_size * accelerator.num_processes > 1 or class_dataset is not None
         self.planned = None if module.has_own_forward else self.get_ready(self.row_sets, needs_buckets)
-        self._shape = ""  # of the images of the last batch, for messages
         self.loader = Loader(self.dataset, options.batch_size, seed=options.seed, class_dataset=self.class_dataset,
                              bucket_of=getattr(self.dataset, "bucket_of", None) if needs_buckets else None,
                              class_bucket_of=getattr(self.class_dataset, "bucket_of", None),
@@ -203,8 +203,8 @@ class Trainer:
 
     def _announce(self, name: str, shapes: str) -> Callable[[float], None]:
         beat(self.logger.num_steps + 1, "compile")
-        for compiled in self.step.compiled_steps.values():
-            if compiled.name == name and self.planned != 1 and self._shape:
+        for compiled in self.step.compiled_steps.values() if self._shape else ():  # rows are prepared before
+            if compiled.name == name and self.planned != 1:
                 which = "" if self.planned is None else f" {compiled.compilations + 1} of {self.planned}"
                 name = f"{name}{which} ({self._shape})"
                 break

@@ -41,6 +41,16 @@ def test_what_is_written_is_read_back(cache):
             assert slots[name].dtype == array.dtype and np.array_equal(slots[name], array + k)
 
 
+def test_a_slot_without_elements_is_read_back(tmp_path):
+    cache = Cache(tmp_path / "cache")
+    cache.begin(FINGERPRINT, {}, ROWS)
+    slots = SLOTS | {"edit_latents": np.zeros((1, 0, 64), np.float32), "length": np.array(3, np.int32)}
+    cache.write(ROWS["instance"][0].key, slots, (16, 8))
+    found, _ = Cache(cache.folder).read(ROWS["instance"][0].key)
+    assert {name: (array.shape, array.dtype) for name, array in found.items()} == {
+        name: (array.shape, array.dtype) for name, array in slots.items()}
+
+
 def test_the_same_content_gives_the_same_bytes(cache, tmp_path):
     other = Cache(tmp_path / "other")
     other.begin(FINGERPRINT, {"vae": {"channels": 4}}, ROWS)

@@ -112,6 +112,16 @@ def test_a_compilation_is_told_with_its_size_where_there_are_several(folder, tmp
     assert all(f"({size}) in " in shown for size in ("16 x 16", "24 x 16"))
 
 
+def test_what_is_compiled_to_prepare_rows_is_told_before_there_is_a_step(folder, tmp_path, capfd):
+    class Compiling(Module):
+        def prepare(self, data, cut):
+            self.pipe.announce("the text encoder", "1x7")(1.5)
+            return super().prepare(data, cut)
+
+    train(tmp_path / "run", Compiling(folder), rows(2), mode="pynative", max_train_steps=1, batch_size=2)
+    assert "compiled the text encoder in 1.5 s" in capfd.readouterr().err
+
+
 def test_intervals_count_steps_and_part_of_an_epoch_is_no_epoch(folder, tmp_path):
     train(tmp_path / "a", Module(folder), rows(3), num_epochs=None, max_train_steps=5, save_steps=2)
     assert checkpoints(tmp_path / "a") == ["step-2.safetensors", "step-4.safetensors", "step-5.safetensors"]
