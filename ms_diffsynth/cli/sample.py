@@ -33,6 +33,8 @@ from ms_diffsynth.registry import FAMILIES, family, family_of
 if TYPE_CHECKING:
     import numpy as np
 
+    from ms_diffsynth.config import TrainConfig
+
 ON_A_HUB = re.compile(r"(?:hf:|ms:)?[\w][\w.-]*/[\w][\w.-]*(?:@[\w./-]+)?")
 INDEX_FILE = "model_index.json"
 RANGES = {name: SETTINGS[name].metadata["range"] for name in ("num_inference_steps", "height", "width", "fps",
@@ -121,6 +123,7 @@ def execute(args: argparse.Namespace) -> int:
         raise ConfigError(f"--run {args.run} with {listing(args.model)}: expected a run or a model. Remove one.")
     if not args.run and not args.model:
         raise ConfigError("no model: expected MODEL, a folder, or --run FOLDER, a run.")
+    args.own = []  # what each image has of its own
     base = _of_run(args) if args.run and not (args.run / "model_index.json").is_file() else None
     _check(args)
     if base is None:
@@ -192,7 +195,8 @@ def _calls(args: argparse.Namespace) -> list[dict[str, Any]]:
         return [same | {"seed": args.seed}]
     same |= {"negative_prompt": args.negative_prompt, "cfg_scale": args.cfg_scale,
              "embedded_guidance": args.embedded_guidance}
-    own = getattr(args, "own", None) or [{}] * len(args.prompt)
+    same |= {name: files for name in ("edit_image", "control_image", "control_mask") if (files := getattr(args, name))}
+    own = args.own or [{}] * len(args.prompt)
     return [same | {"prompt": prompt, "seed": args.seed + k} | own[k] for k, prompt in enumerate(args.prompt)]
 
 
@@ -241,10 +245,11 @@ def _parameters(args: argparse.Namespace, pipe: Any, call: dict[str, Any], image
         "Frames": len(image) if is_video else None, "FPS": f"{args.fps or pipe.frame_rate:g}" if is_video else None,
         "Model": Path(args.model).name,
         "Denoising strength": args.denoising_strength,
-        "Edit images": "; ".join(path.name for path in args.edit_image) or None,
-        "Control images": "; ".join(path.name for path in args.control_image) or None,
-        "ControlNet": args.controlnet and Path(args.controlnet).name, "Control mask": args.control_mask
-        and args.control_mask.name, "Conditioning scale": args.conditioning_scale,
+        "Edit images": "; ".join(path.name for path in call.get("edit_image", ())) or None,
+        "Control images": "; ".join(path.name for path in call.get("control_image", ())) or None,
+        "ControlNet": args.controlnet and Path(args.controlnet).name,
+        "Control mask": call["control_mask"].name if call.get("control_mask") else None,
+        "Conditioning scale": args.conditioning_scale,
         "LoRA": "; ".join(f"{path.name}:{factor:g}" for _, path, factor in args.lora) or None,
         "Weights": args.weights and args.weights.name, "8 bits": args.fp8_models,
         "Version": f"ms_diffsynth {__version__}"}
@@ -285,35 +290,49 @@ def _of_run(args: argparse.Namespace) -> dict[str, Any]:
         is_sampled = model.preset_lora_path and model.preset_lora_in_samples
         preset = [(model.preset_lora_model, Path(model.preset_lora_path), 1.0)] if is_sampled else []
         args.lora = [*preset, (None, last, 1.0), *args.lora]
-    if not args.prompt and not args.edit_image and len(config.run.sample_edit_images) == 1:
-        args.edit_image = [Path(name.strip()) for name in config.run.sample_edit_images[0].split(";")]
-    if not args.prompt and not args.control_image and len(config.run.sample_control_images) == 1:
-        args.control_image = [Path(name.strip()) for name in config.run.sample_control_images[0].split(";")]
-        args.control_mask = args.control_mask or next(map(Path, config.run.sample_control_masks), None)
     args.fp8_models = args.fp8_models or model.fp8_models
     flags = {"guidance": "embedded_guidance"}  # what SAMPLE_OVERRIDES calls otherwise
     free = [name for name in SAMPLE_OVERRIDES if name != "seed" and getattr(args, flags.get(name, name)) is None]
     for name in free:  # as the sample images of the run are made; their number of steps is for a quick look
         if name != "num_inference_steps":
             setattr(args, flags.get(name, name), getattr(config.run, SAMPLE_OVERRIDES[name]) or None)
+    for side in ("height", "width"):
+        setattr(args, side, getattr(args, side) or getattr(config.data, side))
     if not args.prompt and config.run.sample_prompts:
         args.prompt = prompts_of(config.run.sample_prompts)
-        args.own = [{flags.get(name, name): value for name, value in entry.items() if name in free}
-                    if isinstance(entry, dict) else {} for entry in config.run.sample_prompts]
+        files = _files_of_run(args, config)
+        args.own = [{flags.get(name, name): value for name, value in entry.items() if name in free} | files[k]
+                    if isinstance(entry, dict) else files[k] for k, entry in enumerate(config.run.sample_prompts)]
+    shown = {name for given in (vars(args), *args.own) for name in ("edit_image", "control_image") if given.get(name)}
+    trained = [name.strip() for name in (config.data.extra_inputs or "").split(",")]
+    for name in (name for name in ("edit_image", "control_image") if name in trained and name not in shown):
+        sys.stderr.write(f"{args.run} was trained with {name}, and none is given: images are made without. Give "
+                         f"--{name}.\n")
     args.family, args.model = model.family, args.run
     args.num_frames = args.num_frames or max(map(int, config.data.num_frames), default=None)
     args.fps = args.fps or config.data.fps
-    if args.edit_max_pixels is None:
+    if args.edit_max_pixels is None and "edit_image" in shown:
         args.edit_max_pixels = config.data.edit_max_pixels
     args.edit_template = args.edit_template or config.data.edit_template
     if args.max_sequence_length is None:
         args.max_sequence_length = config.data.max_sequence_length
     hub = source_of(config)
-    if args.control_mode is None:
+    if args.control_mode is None and "control_image" in shown:
         args.control_mode = config.data.control_mode
     return {"models": model_configs(model.model_paths, model.model_id_with_origin_paths, hub), "hub": hub,
             **controlnet_settings(config),
             "tokenizers": {name: getattr(model, name) for name in SETTINGS if name.startswith("tokenizer")}}
+
+
+def _files_of_run(args: argparse.Namespace, config: TrainConfig) -> list[dict[str, Any]]:
+    """Of each prompt of a run the references, control images and masks that its sample images have and no flag says."""
+    run, found = config.run, [{} for _ in config.run.sample_prompts]
+    for name, given in (("edit_image", run.sample_edit_images), ("control_image", run.sample_control_images),
+                        ("control_mask", run.sample_control_masks)):
+        for k, files in enumerate(found if given and not getattr(args, name) else ()):
+            paths = [Path(path.strip()) for path in given[0 if len(given) == 1 else k].split(";") if path.strip()]
+            files[name] = paths[0] if name == "control_mask" else paths
+    return found
 
 
 def _family_and_model(given: list[Path]) -> tuple[str, Path]:
@@ -369,11 +388,7 @@ def _with_prompts(args: argparse.Namespace, pipe: Any, calls: list[dict[str, Any
     if args.input_image:
         same["input_image"] = read_image(str(args.input_image))
         same["denoising_strength"] = 1.0 if args.denoising_strength is None else args.denoising_strength
-    if args.edit_image:
-        same["edit_image"] = [read_image(str(path)) for path in args.edit_image]
-    if args.control_image:
-        same["control_image"] = [read_image(str(path)) for path in args.control_image]
-        same["control_mask"] = args.control_mask and read_image(str(args.control_mask))
+    if any("control_image" in call for call in calls):
         same |= {name: getattr(args, name) for name in ("conditioning_scale", "control_range")}
     names = [f"{side}template_inputs" for side in ("", "negative_")]
     given = {name: text for name in names if (text := getattr(args, name)) is not None}
@@ -396,7 +411,10 @@ def _with_prompts(args: argparse.Namespace, pipe: Any, calls: list[dict[str, Any
     elif given:
         raise ConfigError(f"{next(iter(given))} without --template: name the template it is for.")
     for number, call in enumerate(calls, 1):
-        yield generate(**call, on_step=_on_step(bar, f"image {number} of {len(calls)}"), **same, **inputs)
+        given = {name: [read_image(str(path)) for path in call[name]] for name in ("edit_image", "control_image")
+                 if name in call}
+        given |= {"control_mask": read_image(str(call["control_mask"]))} if "control_mask" in call else {}
+        yield generate(**call | given, on_step=_on_step(bar, f"image {number} of {len(calls)}"), **same, **inputs)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -412,9 +430,10 @@ def _check(args: argparse.Namespace) -> None:
     problems += [f"lora={path}: no such file" for _, path, _ in args.lora if not path.exists()]
     problems += [f"{name}={path}: no such file" for name in ("edit_image", "control_image")
                  for path in getattr(args, name) if not path.is_file()]
-    problems += [f"{name} without control_image, which it is for: name the file" for name in CONTROL
-                 if getattr(args, name) not in (None, []) and not args.control_image]
-    if args.edit_max_pixels is not None and not args.edit_image:
+    given = {name for own in (vars(args), *args.own) for name in ("edit_image", "control_image") if own.get(name)}
+    problems += [f"{name} without control_image, which it is for: name the file" for name in (*CONTROL, "controlnet")
+                 if getattr(args, name) not in (None, []) and "control_image" not in given]
+    if args.edit_max_pixels is not None and "edit_image" not in given:
         problems.append("edit_max_pixels without edit_image, which it makes smaller: name the file")
     allowed = SETTINGS["edit_template"].metadata["choices"]
     if args.edit_template is not None and args.edit_template not in allowed:

@@ -1,6 +1,7 @@
 """Editing from the command line: rows with and without references trained, split, resumed and sampled."""
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 from pathlib import Path
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 from arrays import noise_image
 from PIL import Image
+
+from ms_diffsynth.cli import sample
+from ms_diffsynth.formats.weights import save_state_dict
 
 TRAIN = ("train", "--family", "flux", "--dataset_base_path", "pairs", "--dataset_metadata_path", "pairs/m.jsonl",
          "--extra_inputs", "edit_image", "--edit_max_pixels", 1024, "--max_sequence_length", 8, "--lora_rank", 2,
@@ -47,8 +51,54 @@ def test_one_stage_and_two_with_samples_beside_their_references(run, pairs, tiny
     code, out, err = run("sample", "--run", "one", "--edit_image", "pairs/r0.png", "--edit_image", "pairs/1.png",
                          "--num_inference_steps", 1, "--mode", "pynative", "--device", "CPU", "--output", "s")
     assert code == 0 and len(out.splitlines()) == 2, err
-    with Image.open(out.splitlines()[0]) as image:  # the first reference within the run's edit_max_pixels
-        assert image.size == (16, 32) and "Edit images: r0.png; 1.png" in image.info["parameters"]
+    with Image.open(out.splitlines()[0]) as image:  # of the run's size
+        assert image.size == (32, 32) and "Edit images: r0.png; 1.png" in image.info["parameters"]
+    code, out, err = run("sample", "--run", "one", "--num_inference_steps", 1, "--mode", "pynative", "--device", "CPU",
+                         "--output", "s")
+    assert code == 0 and len(out.splitlines()) == 2, err
+    assert "one was trained with edit_image, and none is given: images are made without. Give --edit_image." in err
+
+
+def of_run(*words):
+    """What ``sample --run out`` is about to make: the arguments of each image, and all others."""
+    parser = argparse.ArgumentParser()
+    sample.add_arguments(parser)
+    args = parser.parse_args(["--run", "out", *words])
+    args.own = []
+    sample._of_run(args)
+    sample._check(args)
+    return sample._calls(args), args
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    """The folder of a run of four images of references and control images."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png", "c.png", "m.png"):
+        noise_image(32, 32).save(tmp_path / name)
+    save_state_dict(tmp_path / "out/step-2.safetensors", {"x": np.zeros(1, np.float32)}, {"step": "2"})
+    (tmp_path / "out/config.yaml").write_text("""
+model: {family: flux, model_paths: m, lora_base_model: dit}
+data: {dataset_base_path: ., extra_inputs: "edit_image", edit_max_pixels: 1024, height: 32, width: 48}
+run: {max_train_steps: 2, sample_prompts: [one, two], output_path: out, sample_edit_images: ["a.png;b.png", c.png],
+      sample_control_images: [c.png], sample_control_masks: [m.png]}
+""")
+
+
+def test_a_run_is_sampled_with_its_size_and_each_prompt_with_its_files(out):
+    (one, two), args = of_run()
+    assert one["edit_image"] == [Path("a.png"), Path("b.png")] and two["edit_image"] == [Path("c.png")]
+    assert one["control_image"] == two["control_image"] == [Path("c.png")] and two["control_mask"] == Path("m.png")
+    assert (one["height"], one["width"], args.edit_max_pixels) == (32, 48, 1024)
+
+
+def test_settings_of_a_run_for_files_that_are_not_given_are_left_out(out, capsys):
+    (call,), args = of_run("--prompt", "three", "--height", "64")
+    assert not {"edit_image", "control_image", "control_mask"} & set(call) and call["height"] == 64
+    assert args.edit_max_pixels is None
+    assert "out was trained with edit_image, and none is given" in capsys.readouterr().err
+    (call,), args = of_run("--prompt", "three", "--edit_image", "b.png")
+    assert call["edit_image"] == [Path("b.png")] and args.edit_max_pixels == 1024
 
 
 MISTAKES = {
@@ -78,6 +128,7 @@ def test_settings_that_cannot_be_meant(run, config, name):
     (("--edit_image", "absent.png"), "edit_image=absent.png: no such file"),
     (("--edit_max_pixels", 1024), "edit_max_pixels without edit_image"),
     (("--edit_template", "second"), "edit_template=second: expected one of first, plus"),
+    (("--controlnet", "canny"), "controlnet without control_image, which it is for: name the file"),
 ])
 def test_flags_of_sample_that_cannot_be_meant(run, words, says, toy_model):
     code, _, err = run("sample", "toy", toy_model, "--prompt", "a", *words)
