@@ -23,6 +23,14 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 IMAGE_COLUMNS = ("image", "file_name")  # DiffSynth-Studio; Hugging Face's imagefolder
 VIDEO_COLUMNS = ("video", "file_name")
 CAPTION_COLUMNS = ("prompt", "text", "caption")  # the same; and captioning tools
+FURTHER_INPUTS = {  # column that a row may have besides its image and prompt -> the models that take it
+    "edit_image": "FLUX.1-Kontext, FLUX.2 and Qwen-Image-Edit",
+    "control_image": "FLUX.1 and Qwen-Image",
+    "control_mask": "FLUX.1 and Qwen-Image",
+    "input_image": "Wan models for image to video and Wan2.2-TI2V",
+    "end_image": "Wan models for image to video",
+    "template_inputs": "FLUX.2 with a template",
+}
 FOUND = ("metadata.csv", "metadata.jsonl")  # read without being named, as imagefolder does
 DEEPEST = 100  # levels of brackets in a row
 
