@@ -23,6 +23,7 @@ from PIL import Image
 from ms_diffsynth import runtime
 from ms_diffsynth.compile import Announce, CompiledStep, log_only
 from ms_diffsynth.data.images import to_pixels
+from ms_diffsynth.data.metadata import models_that_take
 from ms_diffsynth.diffusion.schedule import Schedule
 from ms_diffsynth.diffusion.tasks import Task, task
 from ms_diffsynth.diffusion.units import Objective, SampleLatents, StartLatents
@@ -356,7 +357,7 @@ class Pipeline:
             hint = " Set template_model_id_or_path." if name == "template_inputs" else ""
             raise ConfigError(f"extra_inputs names '{name}': {type(self).__name__} has "
                               f"{listing(self.optional_units) or 'no further inputs'}."
-                              f"{hint or nearest(name, self.optional_units)}")
+                              f"{hint or models_that_take([name]) or nearest(name, self.optional_units)}")
         if name not in self.inputs:
             self.inputs, further = (*self.inputs, name), self.optional_units[name]
             names = {unit.name for unit in further}

@@ -35,6 +35,11 @@ FOUND = ("metadata.csv", "metadata.jsonl")  # read without being named, as image
 DEEPEST = 100  # levels of brackets in a row
 
 
+def models_that_take(names: Iterable[str]) -> str:
+    """`` Models that take end_image: ...`` for those of the names that are inputs of some model."""
+    return "".join(f" Models that take {n}: {FURTHER_INPUTS[n]}." for n in names if n in FURTHER_INPUTS)
+
+
 @dataclass
 class Table:
     """Rows as they were read. An unreadable row is None and has a problem; ``places`` says where each row stands.
