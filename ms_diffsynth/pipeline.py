@@ -40,6 +40,7 @@ from ms_diffsynth.nn.adapters.layer import bare_layers, linear_modules
 from ms_diffsynth.nn.adapters.linear import fuse
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.program import Cut, Program, slot
+from ms_diffsynth.registry import interchange_tables
 from ms_diffsynth.storage.files import sha256_of, stage_folder
 from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
 
@@ -540,7 +541,7 @@ class Pipeline:
         if module is not None and not set(given) & set(table.models):  # a model that is not of this pipeline
             given, table = {"": module}, Table()
         files = load_adapters(path, {name: list(linear_modules(model)) for name, model in given.items()},
-                              (*formats(), LOKR, LOHA, FULL), table)
+                              (*formats(), LOKR, LOHA, FULL), table, interchange_tables)
         for name, file in files.items():
             fuse(file, given[name], alpha)
             if name:
@@ -584,7 +585,7 @@ class Pipeline:
                 model = self.models[name]
                 for path, alpha in added.files:
                     file = load_adapters(path, {name: list(bare_layers(model))}, (*formats(), LOKR, LOHA, FULL),
-                                         self.lora_table_of(name))[name]
+                                         self.lora_table_of(name), interchange_tables)[name]
                     fuse(file, model, alpha)
 
     @property
