@@ -81,7 +81,8 @@ class Table:
         for i in bad[:10]:
             found = self.problems[i]
             tail = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-            lines.append(f"  {self.places[i]}: {'; '.join(found[:3])}{tail}")
+            text = "; ".join(found[:3]) + tail
+            lines.append(f"  {self.places[i]}: {text}{'' if text.endswith(('.', '?', '!')) else '.'}")
         more = [f"  and {len(bad) - 10} more"] if len(bad) > 10 else []
         raise DataError("\n".join([
             f"{len(bad)} of {len(self.rows)} rows of {self.source} cannot be used; every row must be sound:",

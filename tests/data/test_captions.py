@@ -255,7 +255,7 @@ def test_a_file_that_is_there_by_a_similar_name(folder, there, named, says):
     Image.new("RGB", (32, 32)).save(folder / there)
     with pytest.raises(DataError, match=rf"does not exist.*{says}"):
         UnifiedDataset(str(folder), jsonl(folder, {"image": named, "prompt": "a"}), **TRAIN)
-    with pytest.raises(DataError, match=r"does not exist.*correct its name\n"):
+    with pytest.raises(DataError, match=r"does not exist.*correct its name\.\n"):
         UnifiedDataset(str(folder), jsonl(folder, {"image": f"x{named}", "prompt": "a"}), **TRAIN)
 
 

@@ -193,8 +193,8 @@ def test_a_lora_of_no_known_family_is_told_in_few_words(tmp_path, header):
                      families=interchange_tables)
     assert str(caught.value) == (
         f"{path}: none of its 9 layers is a module of the model. It has mid_block.0, mid_block.1, mid_block.2 and 6 "
-        "more (9 in all); the model has mid_block.0.proj, mid_block.1.proj, mid_block.2.proj and 6 more (9 in all). Nothing "
-        "was loaded. Give a LoRA made for this model.")
+        "more (9 in all); the model has mid_block.0.proj, mid_block.1.proj, mid_block.2.proj and 6 more (9 in all). "
+        "Nothing was loaded. Give a LoRA made for this model.")
 
 
 def test_a_file_without_lora(tmp_path):
