@@ -23,6 +23,7 @@ from PIL import Image
 from ms_diffsynth import runtime
 from ms_diffsynth.compile import Announce, CompiledStep, log_only
 from ms_diffsynth.data.images import to_pixels
+from ms_diffsynth.data.metadata import models_that_take
 from ms_diffsynth.diffusion.schedule import Schedule
 from ms_diffsynth.diffusion.tasks import Task, task
 from ms_diffsynth.diffusion.units import Objective, SampleLatents, StartLatents
@@ -39,6 +40,7 @@ from ms_diffsynth.nn.adapters.layer import bare_layers, linear_modules
 from ms_diffsynth.nn.adapters.linear import fuse
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.program import Cut, Program, slot
+from ms_diffsynth.registry import interchange_tables
 from ms_diffsynth.storage.files import sha256_of, stage_folder
 from ms_diffsynth.units import PipelineUnit, TensorUnit, run_unit, run_units
 
@@ -356,7 +358,7 @@ class Pipeline:
             hint = " Set template_model_id_or_path." if name == "template_inputs" else ""
             raise ConfigError(f"extra_inputs names '{name}': {type(self).__name__} has "
                               f"{listing(self.optional_units) or 'no further inputs'}."
-                              f"{hint or nearest(name, self.optional_units)}")
+                              f"{hint or models_that_take([name]) or nearest(name, self.optional_units)}")
         if name not in self.inputs:
             self.inputs, further = (*self.inputs, name), self.optional_units[name]
             names = {unit.name for unit in further}
@@ -539,7 +541,7 @@ class Pipeline:
         if module is not None and not set(given) & set(table.models):  # a model that is not of this pipeline
             given, table = {"": module}, Table()
         files = load_adapters(path, {name: list(linear_modules(model)) for name, model in given.items()},
-                              (*formats(), LOKR, LOHA, FULL), table)
+                              (*formats(), LOKR, LOHA, FULL), table, interchange_tables)
         for name, file in files.items():
             fuse(file, given[name], alpha)
             if name:
@@ -583,7 +585,7 @@ class Pipeline:
                 model = self.models[name]
                 for path, alpha in added.files:
                     file = load_adapters(path, {name: list(bare_layers(model))}, (*formats(), LOKR, LOHA, FULL),
-                                         self.lora_table_of(name))[name]
+                                         self.lora_table_of(name), interchange_tables)[name]
                     fuse(file, model, alpha)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 
 from ms_diffsynth.config import SETTINGS
+from ms_diffsynth.data.metadata import FURTHER_INPUTS
 from ms_diffsynth.errors import ConfigError
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import FAMILIES, family
@@ -31,3 +32,16 @@ def test_a_familys_facts(name):
     assert found.tokenizers == tuple(c.name for c in found.pipeline.components if c.name.startswith("tokenizer"))
     assert {f"{tokenizer}_path" for tokenizer in found.tokenizers} <= set(SETTINGS)
     assert found.sampling.cfg_scale >= 1 and found.sampling.embedded_guidance > 0
+
+
+def test_the_table_of_further_inputs_names_those_of_the_families():
+    """Wan's depend on its weights; `absent_inputs` has them all. Each other family's title stands with its own."""
+    pipes = {name: family(name).pipeline() for name in FAMILIES}
+    found = {name: {*pipe.optional_units, *(pipe.absent_inputs if pipe.medium == "video" else ())}
+             for name, pipe in pipes.items()}
+    assert set().union(*found.values(), {"template_inputs"}) == set(FURTHER_INPUTS)
+    titles = {"flux": "FLUX.1", "flux2": "FLUX.2", "qwen_image": "Qwen-Image", "wan": "Wan"}
+    for column, told in FURTHER_INPUTS.items():
+        if column != "template_inputs":
+            assert {title for title in titles.values() if title in told} == {
+                titles[name] for name, names in found.items() if column in names}, column

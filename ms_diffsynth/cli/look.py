@@ -357,6 +357,8 @@ def lines(report: Report) -> str:
 
 
 def wrapped(text: str, first: str = "", others: str = "      ") -> str:
+    """The text in lines of the terminal's width; what is a line of its own in it stays one."""
     width = min(max(shutil.get_terminal_size().columns, 60), 110)
-    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=others, break_long_words=False,
-                         break_on_hyphens=False) + "\n"
+    begins = [first, *[others] * text.count("\n")]
+    return "".join(textwrap.fill(line, width, initial_indent=begin, subsequent_indent=others, break_long_words=False,
+                                 break_on_hyphens=False) + "\n" for begin, line in zip(begins, text.split("\n")))

@@ -11,7 +11,15 @@ from ms_diffsynth.config.flags import path_and_factor, path_argument
 from ms_diffsynth.errors import ConfigError, OutputError, WeightError, listing, nearest
 from ms_diffsynth.formats.adapters import MAGNITUDE, READ
 from ms_diffsynth.formats.interchange import LAYOUTS, Table
-from ms_diffsynth.formats.lora import AdapterFile, load_adapters, metadata_of, models_in, save_adapters, unmatched
+from ms_diffsynth.formats.lora import (
+    AdapterFile,
+    families_of,
+    load_adapters,
+    metadata_of,
+    models_in,
+    save_adapters,
+    unmatched,
+)
 from ms_diffsynth.formats.low_rank import extracted, merge_into, merged, norm_of, resized
 from ms_diffsynth.formats.weights import open_checkpoint
 from ms_diffsynth.registry import FAMILIES, interchange, interchange_tables
@@ -172,20 +180,15 @@ def _family(path: Path, given: str | None) -> tuple[str, Table]:
     """The family that a file is of: as said, or that which knows all of its names. Raises: ConfigError, WeightError."""
     if given:
         return given, _table(given)
-    lost = {name: unmatched(path, table) for name, table in interchange_tables().items()}
-    fitting = [name for name, names in lost.items() if not names]
-    if not fitting:
-        best = min(lost, key=lambda name: len(lost[name]))
-        load_adapters(path, dict.fromkeys(models_in(path, _table(best))), READ, _table(best))  # says what is wrong
-    header = metadata_of(path)
-    told = header.get("ms_diffsynth.family") or next(
-        (name for name in fitting if header.get("ss_base_model_version", "").startswith(_table(name).base_version)
-         or header.get("modelspec.architecture", "").startswith(_table(name).architecture)), None)
-    if len(fitting) > 1 and told not in fitting:
-        raise ConfigError(f"{path}: its names are those of {' and of '.join(fitting)}: say which, as in --family "
-                          f"{fitting[0]}.")
-    name = told if told in fitting else fitting[0]
-    return name, _table(name)
+    tables = interchange_tables()
+    found = families_of(path, tables)
+    if not found:
+        best = min(tables.values(), key=lambda table: len(unmatched(path, table)))
+        load_adapters(path, dict.fromkeys(models_in(path, best)), READ, best)  # says what is wrong
+    if len(found) > 1:
+        raise ConfigError(f"{path}: its names are those of {' and of '.join(found)}: say which, as in --family "
+                          f"{found[0]}.")
+    return found[0], tables[found[0]]
 
 
 def _read(path: Path, family: str | None, table: Table | None = None) -> tuple[Table, dict[str, AdapterFile]]:

@@ -76,6 +76,8 @@ def execute(args: argparse.Namespace) -> int:
         sys.stdout.write(_measured(plan) + "\n")
     sys.stdout.writelines(wrapped(f"note: {note}") for note in [*_said(notes), *_notes(plan)])
     sys.stdout.write(_verdict(args, plan))
+    if problem:
+        sys.stdout.write("NOT READY: the data have the problems above. Correct them, then plan again.\n")
     return problem.exit_code if problem else 0 if plan.fits else DeviceError.exit_code
 
 

@@ -7,6 +7,7 @@ from dataclasses import MISSING
 
 from ms_diffsynth.config.settings import SETTINGS, TrainConfig
 from ms_diffsynth.data.folders import folder_problems
+from ms_diffsynth.data.metadata import FURTHER_INPUTS
 from ms_diffsynth.errors import listing, nearest
 from ms_diffsynth.registry import OPTIMIZERS, TRACKERS
 
@@ -55,6 +56,14 @@ def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
     yield (c.model.trainable_models is not None and c.model.adapter != SETTINGS["adapter"].default,
            f"adapter={c.model.adapter} with trainable_models, which trains no adapter: remove one.")
     extra = [n.strip() for n in (c.data.extra_inputs or "").split(",") if n.strip()]
+    unread = [name for name, value in (("controlnet", c.model.controlnet), ("control_mode", c.data.control_mode))
+              if value is not None]
+    needed = {"edit_image": c.data.edit_folders or c.data.edit_max_pixels, "control_image": unread,
+              "template_inputs": c.model.template_model_id_or_path}
+    absent = [name for name, settings in needed.items() if settings and name not in extra]
+    for name in extra:
+        meant = "" if name in FURTHER_INPUTS else nearest(name, absent)
+        yield bool(meant), f"extra_inputs names '{name}': expected some of {listing(FURTHER_INPUTS)}.{meant}"
     yield (bool(c.data.edit_folders) and "edit_image" not in extra,
            f"edit_folders={','.join(c.data.edit_folders)} would not be used: set extra_inputs=edit_image.")
     others = [name for name in ("dataset_metadata_path", "dataset_folders") if getattr(c.data, name)]
@@ -79,8 +88,6 @@ def rules(c: TrainConfig) -> Iterator[tuple[bool, str]]:
         yield (images > 1 and images != prompts,
                f"{name} names {images}, sample_prompts {prompts}: expected one for all, or one for each.")
     controls = [name for name in extra if name.startswith("control_")]
-    unread = [name for name, value in (("controlnet", c.model.controlnet), ("control_mode", c.data.control_mode))
-              if value is not None]
     yield (bool(unread) and not controls,
            f"{listing(unread)} would not be used: set extra_inputs=control_image.")
     counts = [n for n in ("controlnet_layers", "controlnet_single_layers") if getattr(c.model, n) is not None]

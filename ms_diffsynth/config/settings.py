@@ -112,7 +112,8 @@ class DataSection:
                                         "metadata that you trust", may_change=True)
     extra_inputs: str | None = _setting(None, "further columns to train on, with commas: edit_image (reference images: "
                                        "one, a list, or none), control_image (one, or a list), control_mask (white "
-                                       "where a hole is to be filled), template_inputs")
+                                       "where a hole is to be filled), input_image and end_image (first and last frame "
+                                       "of a video), template_inputs")
     edit_folders: tuple[str, ...] = _setting(
         (), "folders inside dataset_base_path with reference images, with commas: an image's first reference has its "
         "file name in the first folder, its second in the second", has_commas=True)

@@ -16,7 +16,7 @@ from .clips import Clip, Clips, LoadClip
 from .folders import Epoch
 from .images import SUFFIXES, image_size, read_image
 from .loader import permutation
-from .metadata import CAPTION_COLUMNS, Table, column_of, read_folder, read_metadata, stem_of
+from .metadata import CAPTION_COLUMNS, FURTHER_INPUTS, Table, column_of, read_folder, read_metadata, stem_of
 from .operators import (
     DataProcessingOperator,
     ImageCropAndResize,
@@ -175,7 +175,7 @@ class UnifiedDataset:
         for setting, name in (("video_column", video_column), ("image_column", image_column)):
             if name and columns and name not in columns and source != self.base_path:
                 raise DataError(f"{source} has no column {plain(name)}, which {setting} names; it has "
-                                f"{listing(map(plain, columns))}.{nearest(name, columns)} Correct {setting}")
+                                f"{listing(map(plain, columns))}.{_similar(name, columns, setting)} Correct {setting}")
         video = video_column or column_of("video", columns, source)
         image = image_column or ("image" if "image" in columns else None)
         named = list(dict.fromkeys(name for name in (video, image) if name in columns))
@@ -245,7 +245,7 @@ class UnifiedDataset:
         for setting, name in (("image_column", image_column), ("caption_column", caption_column)):
             if name and columns and name not in columns:
                 raise DataError(f"{source} has no column {plain(name)}, which {setting} names; it has "
-                                f"{listing(map(plain, columns))}.{nearest(name, columns)} Correct {setting}")
+                                f"{listing(map(plain, columns))}.{_similar(name, columns, setting)} Correct {setting}")
         kind = self.medium
         if kind in (*keys, *self.required):
             others = [key for key in keys if key in columns and key not in self.required and kind not in keys]
@@ -520,7 +520,7 @@ class UnifiedDataset:
         if missing and is_read and not (missing == ["prompt"] and os.path.isdir(table.source)):
             raise DataError(f"{table.source} has no column {listing(missing)}; it has "
                             f"{listing(map(plain, columns)) or 'none'}."
-                            f"{nearest(missing[0], columns)} {self._how_to_name(missing)}")
+                            f"{_similar(missing[0], columns)} {self._how_to_name(missing)}")
         faults: dict[tuple[str, bool], str] = {}
         for index, row in enumerate(table.rows):
             if row is not None:
@@ -549,7 +549,8 @@ class UnifiedDataset:
         """What to do about columns that are not there."""
         row = next(filter(None, self.table.rows), {})
         suffixes, kind = (*SUFFIXES, *(VIDEO_SUFFIXES if self.clips else ())), self.medium
-        files = [name for name, value in row.items() if str(value).lower().endswith(suffixes)]
+        files = [name for name, value in row.items() if name not in FURTHER_INPUTS
+                 and str(value).lower().endswith(suffixes)]
         ways = []
         if kind in missing:
             ways.append(f"Name the column of the {kind}s by {kind}_column"
@@ -582,9 +583,18 @@ class UnifiedDataset:
                 header = key not in self.special_operator_map or str(value).lower().endswith(SUFFIXES)
                 if (cause := str(value), header) not in faults:
                     faults[cause, header] = self._file_problem(value, header)
-                if faults[cause, header]:
+                if faults[cause, header] and key != self.medium and self._is_several(value):
+                    problems.append(f"{shown}={shorten(value, 200)} is no file, and a cell of a CSV names one: several "
+                                    f'need JSON lines. Write the metadata as .jsonl, with "{shown}": ["r0.png", '
+                                    '"r1.png"] in a row')
+                elif faults[cause, header]:
                     problems.append(f"{shown}={shorten(value, 200)}: {faults[cause, header]}")
         return problems
+
+    def _is_several(self, value: object) -> bool:
+        """Whether a cell of a CSV is meant as a list, which it cannot be."""
+        is_csv = self.table.source.lower().endswith(".csv")
+        return is_csv and isinstance(value, str) and (";" in value or value.lstrip().startswith("["))
 
     def _file_problem(self, value: object, header: bool, whole: bool = False) -> str:
         try:
@@ -661,6 +671,13 @@ def _digest_of(path: str, size: int, changed: int) -> str:
 def _names(keys: str | Sequence[str]) -> tuple[str, ...]:
     keys = keys.split(",") if isinstance(keys, str) else keys
     return tuple(key.strip() for key in keys if key.strip())
+
+
+def _similar(name: str, columns: Sequence[str], setting: str = "") -> str:
+    """`nearest` of the columns that can be meant: none that is an input of its own, where another input is missing."""
+    is_input = setting in ("image_column", "video_column") or name in ("image", "video", "prompt", *FURTHER_INPUTS)
+    others = {*FURTHER_INPUTS, "prompt"} if is_input else FURTHER_INPUTS if setting else {}
+    return nearest(name, [column for column in columns if column not in others])
 
 
 def _as_list(value: object) -> list:

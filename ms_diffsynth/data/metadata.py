@@ -23,8 +23,21 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 IMAGE_COLUMNS = ("image", "file_name")  # DiffSynth-Studio; Hugging Face's imagefolder
 VIDEO_COLUMNS = ("video", "file_name")
 CAPTION_COLUMNS = ("prompt", "text", "caption")  # the same; and captioning tools
+FURTHER_INPUTS = {  # column that a row may have besides its image and prompt -> the models that take it
+    "edit_image": "FLUX.1-Kontext, FLUX.2 and Qwen-Image-Edit",
+    "control_image": "FLUX.1 and Qwen-Image",
+    "control_mask": "FLUX.1 and Qwen-Image",
+    "input_image": "Wan models for image to video and Wan2.2-TI2V",
+    "end_image": "Wan models for image to video",
+    "template_inputs": "FLUX.2 with a template",
+}
 FOUND = ("metadata.csv", "metadata.jsonl")  # read without being named, as imagefolder does
 DEEPEST = 100  # levels of brackets in a row
+
+
+def models_that_take(names: Iterable[str]) -> str:
+    """`` Models that take end_image: ...`` for those of the names that are inputs of some model."""
+    return "".join(f" Models that take {n}: {FURTHER_INPUTS[n]}." for n in names if n in FURTHER_INPUTS)
 
 
 @dataclass
@@ -68,7 +81,8 @@ class Table:
         for i in bad[:10]:
             found = self.problems[i]
             tail = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-            lines.append(f"  {self.places[i]}: {'; '.join(found[:3])}{tail}")
+            text = "; ".join(found[:3]) + tail
+            lines.append(f"  {self.places[i]}: {text}{'' if text.endswith(('.', '?', '!')) else '.'}")
         more = [f"  and {len(bad) - 10} more"] if len(bad) > 10 else []
         raise DataError("\n".join([
             f"{len(bad)} of {len(self.rows)} rows of {self.source} cannot be used; every row must be sound:",

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -374,20 +374,33 @@ def unmatched(path: str | os.PathLike[str], table: Table) -> list[str]:
     return reader.problems
 
 
+def families_of(path: str | os.PathLike[str], tables: Mapping[str, Table]) -> list[str]:
+    """The families, of those with ``tables``, that a file of adapters can be of: those that know all of its names, or
+    the one of them that its header says; where none does, the one of its header."""
+    header = metadata_of(path)
+    kohya, modelspec = header.get("ss_base_model_version", ""), header.get("modelspec.architecture", "")
+    told = [name for name, table in tables.items() if name == header.get("ms_diffsynth.family")] or [
+        name for name, table in tables.items() if kohya.startswith(table.base_version)
+        or modelspec.startswith(table.architecture)]
+    fitting = [name for name, table in tables.items() if not unmatched(path, table)]
+    return [name for name in told if name in fitting][:1] or fitting or told[:1]
+
+
 def load_adapter(path: str | os.PathLike[str], modules: Iterable[str] | None = None,
                  formats: Sequence[Format] = (LORA,), table: Table | None = None,
-                 model: str | None = None) -> AdapterFile:
+                 model: str | None = None, families: Callable[[], Mapping[str, Table]] = dict) -> AdapterFile:
     """Read the file of an adapter for one model; what it holds for others is passed over.
 
     Args: as `load_adapters`; ``model`` is the one of ``table``, by default its network.
     """
     table = table or Table()
     model = table.network if model is None else model
-    return load_adapters(path, {model: modules}, formats, table)[model]
+    return load_adapters(path, {model: modules}, formats, table, families)[model]
 
 
 def load_adapters(path: str | os.PathLike[str], models: Mapping[str, Iterable[str] | None],
-                  formats: Sequence[Format], table: Table) -> dict[str, AdapterFile]:
+                  formats: Sequence[Format], table: Table,
+                  families: Callable[[], Mapping[str, Table]] = dict) -> dict[str, AdapterFile]:
     """Read the file of adapters, or peft's folder of one.
 
     Accepts the names of ``table`` with any of the beginnings that programs give them; ``lora_A`` / ``lora_B``,
@@ -397,12 +410,13 @@ def load_adapters(path: str | os.PathLike[str], models: Mapping[str, Iterable[st
         models: model of ``table`` -> the names of its linear layers; every tensor of the file must belong to one of
             them. None: names are taken as ``table`` knows them.
         formats: the kinds that are accepted, in the order in which they are tried.
+        families: gives the tables of all families, by name: asked which one a file is of that does not fit at all.
 
     Raises: WeightError listing everything that is not understood, unmatched or incomplete.
     """
     checkpoint, config = _open(path)
     reader = _Reader(path, checkpoint, config, {m: None if known is None else list(known)
-                                                for m, known in models.items()}, formats, table)
+                                                for m, known in models.items()}, formats, table, families)
     return reader.read()
 
 
@@ -420,10 +434,12 @@ class _Reader:
     """Reads one file; gathers what is wrong with it."""
 
     def __init__(self, path: Any, checkpoint: Checkpoint, config: dict[str, Any] | None,
-                 models: Mapping[str, list[str] | None], formats: Sequence[Format], table: Table):
+                 models: Mapping[str, list[str] | None], formats: Sequence[Format], table: Table,
+                 families: Callable[[], Mapping[str, Table]] = dict):
         self.path, self.checkpoint, self.config = path, checkpoint, config
-        self.models, self.formats, self.table = models, formats, table
+        self.models, self.formats, self.table, self.families = models, formats, table, families
         self.problems: list[str] = []
+        self.strangers: dict[str, str] = {}  # problem -> the layer whose name means nothing here
         self.layouts: Counter[str] = Counter()
         self.flat: dict[str, dict[str, list[str]]] = {}  # model -> what underscored names can mean
         for model, known in models.items():
@@ -432,6 +448,8 @@ class _Reader:
 
     def read(self) -> dict[str, AdapterFile]:
         keys = self.keys()
+        if not keys and self.problems:
+            self._refuse_other_models()
         unmatched = len(self.problems)
         parts = {part for _, names in keys.values() for part in names} - {ALPHA, BIAS, DIFF_BIAS}
         common = next((f for f in self.formats if f.gathered is None and parts and parts <= f.parts.keys()), None)
@@ -533,7 +551,25 @@ class _Reader:
             near = "" if meant else nearest(rest, known)
             what = f" (it is {listing(m for f in meant for m in f.modules)})" if meant and meant[0].row else ""
             self.problems.append(f"{stem} is not a module of the model{what}{near and f'.{near[:-1]}'}")
+            if not meant:
+                self.strangers[self.problems[-1]] = stem
         return None
+
+    def _refuse_other_models(self) -> None:
+        """No layer of the file is one of the model. Raises: WeightError that says of which family it is; or, where no
+        name means anything here, what both have."""
+        todo = "Nothing was loaded. Give a LoRA made for this model."
+        tables = self.families()
+        found = families_of(self.path, tables)
+        own = next((name for name, table in tables.items() if table.title == self.table.title), None)
+        if found and own not in found:
+            theirs = " or of ".join(f"{tables[name].title} ({name})" for name in found)
+            ours = f"{self.table.title} ({own})" if own else "of another family"
+            raise WeightError(f"{self.path} is a LoRA of {theirs}; this model is {ours}. {todo}")
+        if self.strangers.keys() == set(self.problems):
+            known = [module for modules in self.models.values() for module in modules or ()]
+            raise WeightError(f"{self.path}: none of its {len(self.strangers)} layers is a module of the model. It has "
+                              f"{listing(self.strangers.values(), 3)}; the model has {listing(known, 3)}. {todo}")
 
     def _other_side(self, keys: Iterable[tuple[str, tuple[str, ...]]]) -> str:
         """What of the model is not in the file, where it is known."""

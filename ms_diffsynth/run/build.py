@@ -19,6 +19,7 @@ from ms_diffsynth.data.buckets import Bucket, choose_buckets, describe_fit, own_
 from ms_diffsynth.data.clips import Clips, describe_clips
 from ms_diffsynth.data.dataset import UnifiedDataset
 from ms_diffsynth.data.folders import folder_of, parse_folders
+from ms_diffsynth.data.metadata import models_that_take
 from ms_diffsynth.data.operators import DataProcessingOperator, describe
 from ms_diffsynth.diffusion.tasks import Task, task_class
 from ms_diffsynth.draws import Draws
@@ -182,8 +183,8 @@ def _dataset(config: TrainConfig, pipe: Pipeline | type[Pipeline], name: str, re
     extra = [name.strip() for name in (config.data.extra_inputs or "").split(",") if name.strip()]
     known = {*(pipe() if isinstance(pipe, type) else pipe).optional_units, "template_inputs"}
     if odd := [name for name in extra if name not in known]:
-        raise ConfigError(f"extra_inputs names {', '.join(map(repr, odd))}: expected some of "
-                          f"{', '.join(sorted(known))}.{nearest(odd[0], known)}")
+        raise ConfigError(f"extra_inputs names {', '.join(map(repr, odd))}: this model takes no such input; expected "
+                          f"some of {', '.join(sorted(known))}.{models_that_take(odd) or nearest(odd[0], known)}")
     optional = [] if name == "class" else _references(config)
     left_out = set(_of_rows(config)) - set(optional)  # class images have none
     extra = [column for column in extra if column not in left_out]

@@ -24,6 +24,7 @@ from ms_diffsynth.nn.quant import store_models_8bit
 from ms_diffsynth.nn.recompute import use_recompute
 from ms_diffsynth.pipeline import SHARD, Pipeline
 from ms_diffsynth.program import Cut
+from ms_diffsynth.registry import interchange_tables
 from ms_diffsynth.storage.cache import Entry, digest_of
 from ms_diffsynth.template.units import attach_template
 from ms_diffsynth.training.losses import FlowMatchSFTLoss
@@ -221,7 +222,7 @@ class DiffusionTrainingModule:
         model = getattr(pipe, name)
         cells = adapted_layers(model)
         with naming(f"lora_checkpoint={path}"):
-            file = load_adapter(path, list(cells), formats(), pipe.lora_table, name)
+            file = load_adapter(path, list(cells), formats(), pipe.lora_table, name, interchange_tables)
             if file.format is None:
                 raise ConfigError(f"lora_checkpoint={path} holds a {file.name}: expected one kind of adapter.")
             if (found := adapter_of(file.format).name) != self.adapter.name:

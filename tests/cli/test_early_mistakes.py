@@ -54,7 +54,9 @@ MISTAKES = {
     "samples without a prompt": (("--sample_steps", 2), 64, "sample_steps=2 without sample_prompts"),
     "real images that are not there": (("--sample_prompts", "a", "--evaluation_steps", 2, "--evaluation_reference",
                                         "absent"), 65, "absent"),
-    "a further input without its column": (("--extra_inputs", "edit_image"), 64, "extra_inputs names 'edit_image'"),
+    "a further input of other models": (("--extra_inputs", "edit_image"), 64, "extra_inputs names 'edit_image': this "
+                                        "model takes no such input; expected some of template_inputs. Models that take "
+                                        "edit_image: FLUX.1-Kontext, FLUX.2 and Qwen-Image-Edit.\n"),
     "held-out images that are not there": (("--validation_steps", 2, "--validation_base_path", "absent"), 65, "absent"),
     "a checkpoint that is not there": (("--resume", "absent"), 78, "there is no such folder"),
     "no token": (("--push_to_hub", "true", "--hub_model_id", "me/it"), 69, "there is no token"),

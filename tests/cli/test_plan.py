@@ -259,6 +259,10 @@ def test_what_is_wrong_with_the_data_is_told_and_the_rest_too(plan, images, tiny
     assert code == 65
     assert "data " in said and "has no caption file" in " ".join(said.split())
     assert re.search(r"(?m)^steps +7 of 1 image$", said) and "GiB, fits" in said
+    assert re.search(r"(?m)^ +row 3 \(2\.png\): the image 2\.png has no caption", said)
+    assert re.search(r"(?m)^ +Correct or remove these rows, then start again\.$", said)
+    assert re.search(r"caption\.\s+row 4 \(3\.png\): ", said)
+    assert said.splitlines()[-1] == "NOT READY: the data have the problems above. Correct them, then plan again."
 
 
 # -- reference images ------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_bad_flags(run, toy_model, tmp_path, words, code, expected):
 
 
 @pytest.mark.parametrize("modules, expected", [
-    ({"layer_3": (16, 16)}, "layer_3 is not a module of the model. Did you mean"),
+    ({"layer_3": (16, 16)}, "none of its 1 layers is a module of the model. It has layer_3; the mo"),
     ({"layer_1": (16, 20)}, "1 of 1 LoRA modules do not fit ToyTransformer: layer_1"),
 ])
 def test_a_lora_that_does_not_fit(run, tmp_path, toy_model, modules, expected):

@@ -133,8 +133,8 @@ def test_bad_template_flags_of_sample(run, model, words, expected):
 @pytest.mark.parametrize("change, expected", [
     ({"extra_inputs": "null"}, "without its input: set extra_inputs=template_inputs."),
     ({"template_model_id_or_path": "null"}, "extra_inputs names template_inputs without a template"),
-    ({"extra_inputs": "template_inputs,edit_images"}, "extra_inputs names 'edit_images': expected some of "
-     "edit_image, template_inputs. Did you mean 'edit_image'?"),
+    ({"extra_inputs": "template_inputs,edit_images"}, "extra_inputs names 'edit_images': this model takes "
+     "no such input; expected some of edit_image, template_inputs. Did you mean 'edit_image'?"),
     ({"sample_template_inputs": "[1]", "sample_prompts": "a"}, "sample_template_inputs=[1]: expected a JSON object"),
 ])
 def test_settings_that_cannot_be_meant(run, model, data, change, expected):

@@ -199,6 +199,11 @@ def without(flags, name):
     ({"height": "64", "width": "64", "buckets": "3"}, "buckets=3 with a fixed height and width"),
     (without(PRIOR, "class_base_path"), "with_prior_preservation=true without class_base_path"),
     (PRIOR | {"task": "sft"}, "with_prior_preservation=true with task=sft"),
+    ({"edit_max_pixels": "4096", "extra_inputs": "edit_images"}, "2 settings are wrong:\n  extra_inputs names "
+     "'edit_images': expected some of edit_image, control_image, control_mask, input_image, end_image, "
+     "template_inputs. Did you mean 'edit_image'?\n  edit_max_pixels=4096 would not be used"),
+    ({"edit_folders": "a", "extra_inputs": "control_image"}, "edit_folders=a would not be used"),
+    ({"control_mode": "1", "extra_inputs": "contol_image"}, "2 settings are wrong:\n  extra_inputs names 'contol_"),
     (without(PRIOR, "with_prior_preservation"), "class_base_path, class_prompt would not be used"),
     ({"lr_warmup_steps": "11", "max_train_steps": "10"}, "lr_warmup_steps=11 exceeds max_train_steps=10"),
 ])

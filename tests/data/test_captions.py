@@ -154,6 +154,14 @@ def test_a_given_name_wins_over_the_usual_one(folder):
      "prompt.* Correct data_file_keys"),
     ({"photo": "0.png", "edit_image": "1.png", "prompt": "a"}, {"data_file_keys": "image,edit_image"},
      "no column image; .*image_column=photo"),
+    ({"edit_image": "1.png", "photo": "0.png", "prompt": "a"}, {"data_file_keys": "image,edit_image"},
+     "it has edit_image, photo, prompt. Name .*for example image_column=photo$"),
+    ({"file": "0.png", "edit_image": "1.png", "prompt": "a"}, {"image_column": "images"},
+     "it has file, edit_image, prompt. Correct image_column"),
+    ({"image": "0.png", "edit_image": "1.png", "prompt": "a"}, {"data_file_keys": "image,edit_imgae"},
+     "no column edit_imgae; .* Did you mean 'edit_image'?"),
+    ({"image": "0.png", "edit_image": "1.png", "prompt": "a"}, {"data_file_keys": "image,control_image"},
+     "no column control_image; it has image, edit_image, prompt. Correct data_file_keys"),
 ])
 def test_names_that_are_not_there(folder, row, options, says):
     with pytest.raises(DataError, match=says):
@@ -247,7 +255,7 @@ def test_a_file_that_is_there_by_a_similar_name(folder, there, named, says):
     Image.new("RGB", (32, 32)).save(folder / there)
     with pytest.raises(DataError, match=rf"does not exist.*{says}"):
         UnifiedDataset(str(folder), jsonl(folder, {"image": named, "prompt": "a"}), **TRAIN)
-    with pytest.raises(DataError, match=r"does not exist.*correct its name\n"):
+    with pytest.raises(DataError, match=r"does not exist.*correct its name\.\n"):
         UnifiedDataset(str(folder), jsonl(folder, {"image": f"x{named}", "prompt": "a"}), **TRAIN)
 
 

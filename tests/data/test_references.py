@@ -52,6 +52,15 @@ def test_an_empty_cell_of_csv_is_no_reference(tmp_path):
     assert edits(UnifiedDataset(str(tmp_path), str(tmp_path / "m.csv"), **READ)) == ["1.png", None]
 
 
+@pytest.mark.parametrize("cell", ["0.png;1.png", '"[""0.png"", ""1.png""]"'])
+def test_several_references_in_a_cell_of_csv(tmp_path, cell):
+    images(tmp_path, "0.png", "1.png", "a;b.png")
+    (tmp_path / "m.csv").write_text(f"image,edit_image,prompt\n0.png,{cell},a\n1.png,a;b.png,b\n")
+    with pytest.raises(DataError, match=r'several need JSON lines.*"edit_image": \["r0.png", "r1.png"\]') as error:
+        UnifiedDataset(str(tmp_path), str(tmp_path / "m.csv"), **READ)
+    assert "1 of 2 rows" in str(error.value) and "does not exist" not in str(error.value)
+
+
 @pytest.mark.parametrize("cell, says", [("absent.png", "does not exist"), (["0.png", None], "is empty"),
                                         ([["0.png"]], "edit_image"), (0, "edit_image=0")])
 def test_a_reference_that_is_none(tmp_path, cell, says):

@@ -199,7 +199,7 @@ def test_all_paths_at_once(train, folder):
     (folder / "m.json").write_text(f"[{row(image=[*filter(None, PATHS)])}, {row(image='2.png')}]")
     code, err, _ = train(folder, "m.json")
     assert code == 65 and "2 of 2 rows" in err and "row 2: image='2.png'" in err and sound(err)
-    assert err.count("leaves the data folder") == 3 and f"; and {len(PATHS) - 4} more\n" in err
+    assert err.count("leaves the data folder") == 3 and f"; and {len(PATHS) - 4} more.\n" in err
 
 
 # ---- what is taken as it stands

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -9,10 +10,10 @@ import pytest
 from safetensors import safe_open
 
 from ms_diffsynth.errors import WeightError
-from ms_diffsynth.formats.adapters import DORA, LORA
+from ms_diffsynth.formats.adapters import DORA, LORA, READ
 from ms_diffsynth.formats.lora import AdapterFile, load_adapter, load_lora, save_adapter, save_adapters, save_lora
 from ms_diffsynth.formats.weights import load_state_dict, save_state_dict
-from ms_diffsynth.registry import interchange
+from ms_diffsynth.registry import interchange, interchange_tables
 
 MODULES = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0", "proj_out"]
 
@@ -157,9 +158,43 @@ def test_whatever_is_left_over_is_an_error(tmp_path, change, text):
 @pytest.mark.fault
 def test_all_left_overs_are_listed_at_once(tmp_path):
     entries = {f"x{k}.lora_A.weight": np.ones((2, 2), np.float32) for k in range(12)}
-    with pytest.raises(WeightError, match=r"24 entries cannot be used|12 entries cannot be used") as caught:
+    entries |= dict(zip((A, B), pairs()["proj_out"]))
+    with pytest.raises(WeightError, match=r"12 entries cannot be used") as caught:
         load_lora(write(tmp_path / "f.safetensors", entries), MODULES)
     assert "x0 is not a module" in str(caught.value) and "and 2 more (12 in all)" in str(caught.value)
+
+
+FOREIGN = Path(__file__).parent / "foreign"
+
+
+@pytest.mark.parametrize("file, header, other", [
+    ("flux/kohya_fused", {}, "FLUX.1 (flux)"), ("flux/diffusers_nometa", {}, "FLUX.1 (flux)"),
+    ("wan/comfy", {}, "Wan (wan)"), ("", {"ms_diffsynth.family": "z_image"}, "Z-Image (z_image)"),
+    ("", {"ss_base_model_version": "flux2_dev"}, "FLUX.2 (flux2)"),
+])
+def test_a_lora_of_another_family_is_named_so(tmp_path, file, header, other):
+    path = FOREIGN / f"{file}.safetensors" if file else tmp_path / "f.safetensors"
+    if not file:
+        save_state_dict(path, {"a.lora_A.weight": np.ones((2, 2), np.float32)}, header)
+    names = ["mid_block.attentions.0.proj_in", "mid_block.attentions.0.proj_out"]
+    with pytest.raises(WeightError) as caught:
+        load_adapter(path, names, READ, interchange("sdxl"), families=interchange_tables)
+    assert str(caught.value) == (f"{path} is a LoRA of {other}; this model is Stable Diffusion XL (sdxl). Nothing was "
+                                 "loaded. Give a LoRA made for this model.")
+
+
+@pytest.mark.parametrize("header", [{}, {"ms_diffsynth.family": "sdxl"}])
+def test_a_lora_of_no_known_family_is_told_in_few_words(tmp_path, header):
+    path = tmp_path / "f.safetensors"
+    save_state_dict(path, {f"mid_block.{k}.lora_{s}.weight": np.ones((2, 2), np.float32) for k in range(9)
+                           for s in "AB"}, header)
+    with pytest.raises(WeightError) as caught:
+        load_adapter(path, [f"mid_block.{k}.proj" for k in range(9)], READ, interchange("sdxl"),
+                     families=interchange_tables)
+    assert str(caught.value) == (
+        f"{path}: none of its 9 layers is a module of the model. It has mid_block.0, mid_block.1, mid_block.2 and 6 "
+        "more (9 in all); the model has mid_block.0.proj, mid_block.1.proj, mid_block.2.proj and 6 more (9 in all). "
+        "Nothing was loaded. Give a LoRA made for this model.")
 
 
 def test_a_file_without_lora(tmp_path):
