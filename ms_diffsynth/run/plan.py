@@ -29,6 +29,7 @@ from ms_diffsynth.pipelines.shared.edit import size_within
 from ms_diffsynth.program import Cut
 from ms_diffsynth.registry import family
 from ms_diffsynth.run.build import DataSets, build_module, clips_of
+from ms_diffsynth.run.checks import check_films
 from ms_diffsynth.run.memory import (
     GIB,
     RESERVED,
@@ -154,6 +155,8 @@ def plan_run(config: TrainConfig, sets: DataSets | None = None, card: float = CA
     device = planned_device(config)
     pipe, not_known = skeleton(config, planned_dtype(config))
     cut, module = cut_of(config, pipe)
+    if sets is not None and pipe.medium == "video" and stage_of(config.objective.task) != "train":
+        check_films(pipe, sets, pipe.inputs)
     data = None if sets is None else data_of(config, sets, module, cut, is_short)
     total, limit = memory_of(config, device, card)
     trained, work = trained_of(config, pipe), _work(config, pipe, data, device)
