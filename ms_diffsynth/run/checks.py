@@ -21,7 +21,7 @@ from ms_diffsynth.hub.download import parse_path_or_model_id
 from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
 from ms_diffsynth.run.build import DataSets, build_task, pipeline_of_data
-from ms_diffsynth.run.samples import sample_template_inputs
+from ms_diffsynth.run.samples import check_sample_files, sample_template_inputs
 from ms_diffsynth.storage.files import check_writable
 from ms_diffsynth.training import same_run
 from ms_diffsynth.training.distributed import Accelerator
@@ -66,6 +66,7 @@ def check_settings(accelerator: Accelerator, config: TrainConfig) -> None:
     same_run.check_family(Path(run.output_path), run.resume, pipeline.__name__, run.accept_changes)
     pipeline.check_sampler(run.sampler)
     sample_template_inputs(config)
+    check_sample_files(config)
     for name in ("sample_steps", "evaluation_steps"):
         if pipeline.medium == "video" and name == "evaluation_steps" and run.evaluation_steps is not None:
             raise ConfigError(f"evaluation_steps={run.evaluation_steps}: the family {model.family} makes videos, which "

@@ -43,6 +43,7 @@ from ms_diffsynth.run.memory import (
     trained_of,
 )
 from ms_diffsynth.run.pipeline import most_pixels
+from ms_diffsynth.run.samples import check_sample_files
 from ms_diffsynth.run.skeleton import skeleton
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.training.module import DiffusionTrainingModule
@@ -148,10 +149,13 @@ def plan_run(config: TrainConfig, sets: DataSets | None = None, card: float = CA
         card: GB of the Ascend it is for.
         is_short: leave out what `short_form` does not tell: how prompts are cut, and a template, whose code would run.
 
-    Raises: ConfigError for models or layers that are not there, DataError, WeightError for a damaged config.json.
+    Raises: ConfigError for models, layers or sample files that are not there, DataError, WeightError for a damaged
+    config.json.
     """
     if is_short:
         config = replace(config, model=replace(config.model, trust_template_code=False, trust_template_sha256=None))
+    if stage_of(config.objective.task) != "data_process":  # which makes no sample images
+        check_sample_files(config)
     device = planned_device(config)
     pipe, not_known = skeleton(config, planned_dtype(config))
     cut, module = cut_of(config, pipe)

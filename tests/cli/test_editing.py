@@ -3,12 +3,18 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 from arrays import noise_image
 from PIL import Image
+
+from ms_diffsynth.config import load_config
+from ms_diffsynth.run.build import build_datasets
+from ms_diffsynth.run.pipeline import build_pipeline
+from ms_diffsynth.run.samples import sample_references
 
 TRAIN = ("train", "--family", "flux", "--dataset_base_path", "pairs", "--dataset_metadata_path", "pairs/m.jsonl",
          "--extra_inputs", "edit_image", "--edit_max_pixels", 1024, "--max_sequence_length", 8, "--lora_rank", 2,
@@ -49,6 +55,17 @@ def test_one_stage_and_two_with_samples_beside_their_references(run, pairs, tiny
     assert code == 0 and len(out.splitlines()) == 2, err
     with Image.open(out.splitlines()[0]) as image:  # the first reference within the run's edit_max_pixels
         assert image.size == (16, 32) and "Edit images: r0.png; 1.png" in image.info["parameters"]
+
+
+def test_the_rows_whose_references_samples_have_are_named(pairs, tiny_model, caplog):
+    caplog.set_level(logging.INFO)
+    config = load_config(None, family="flux", model_paths=str(tiny_model("flux")), dataset_base_path="pairs",
+                         dataset_metadata_path="pairs/m.jsonl", extra_inputs="edit_image", sample_prompts=["a", "b"],
+                         lora_base_model="dit", num_epochs=1)
+    pipe = build_pipeline(config)
+    pipe.use_input("edit_image")
+    assert [len(images) for images in sample_references(config, pipe, build_datasets(config).instance)] == [1, 2]
+    assert "have the references of the rows 0.png, 2.png; others are named by" in caplog.text
 
 
 MISTAKES = {
