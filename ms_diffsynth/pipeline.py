@@ -10,7 +10,7 @@ import copy
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -385,6 +385,10 @@ class Pipeline:
 
         Raises: ConfigError where the inputs of the run do not fit each other, or the models.
         """
+
+    def film_problem(self, frames: int, inputs: Collection[str]) -> str:
+        """Why a film of so many frames cannot be trained on with these inputs, without a full stop; usually nothing."""
+        return ""
 
     def recompute_as_asked(self, slots: Mapping[str, Any]) -> None:
         """Let the network's blocks be computed again in backward if ``use_gradient_checkpointing``, or with

@@ -87,7 +87,7 @@ def execute(args: argparse.Namespace) -> int:
     settings["dataset_base_path"] = config.data.dataset_base_path, f"{counted(len(images.files), 'image')}, {usual}"
     tokens, memory = count_tokens(images.prompts, base), _memory(base, images.job, fit, given) if fit else ""
     found = [*report(images, looks, base, tokens), ("trained at", line), *_plan(args, base, memory, images, config)]
-    notes += [*warnings, *_notes(images, base, config, tokens)]
+    notes = [*dict.fromkeys(notes), *warnings, *_notes(images, base, config, tokens)]  # folders are read twice
     text = commented_yaml(_head(args, base, memory, images, output), settings)
     write_file(output, text.encode())
     said = [lines(found), "".join(wrapped(f"note: {note}") for note in notes),

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from PIL import ImageFont
 
+INSTALL = ("Install a font: for Chinese, Japanese and Korean pip install 'ms_diffsynth[fonts]', or the system's "
+           "package fonts-noto-cjk.")
+
 _FOLDERS = ("~/.fonts", "~/.local/share/fonts", "/usr/local/share/fonts", "/usr/share/fonts", "/usr/share/X11/fonts",
             "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts")
 _PACKAGE = "cvttf_NotoSansCJK_Regular"  # of the extra [fonts]: a folder with Noto Sans CJK

@@ -343,7 +343,7 @@ def grid(
 
     Args:
         rows: rows of images; or one list of images, which is broken into rows of ``columns``.
-        captions: one for each row, above it.
+        captions: one for each row, above it. One that has letters of no font of this system is "row 2".
         columns: only for one list of images; as many as there are by default.
         titles: one for each column (such as the prompts), below the last row, in at most three lines. One that has
             letters of no font of this system (`fonts.font_for`) is its number instead: "prompt 2".
@@ -377,8 +377,9 @@ def grid(
     for i, row in enumerate(rows):
         top = margin + i * step + band
         if captions:
-            caption = _wrapped(captions[i], sheet.width - 2 * margin, font, lines=1)
-            draw.text((margin, top - gap), caption, (60, 60, 60), font, anchor="ls")
+            own = font_for(captions[i], text)
+            caption = _wrapped(captions[i] if own else f"row {i + 1}", sheet.width - 2 * margin, own or font, lines=1)
+            draw.text((margin, top - gap), caption, (60, 60, 60), own or font, anchor="ls")
         for j, image in enumerate(row):
             left = margin + j * (cell_width + gap)
             sheet.paste(image.convert("RGB"), (

@@ -5,6 +5,7 @@ needs more than one of settings, data, the output folder and the checkpoint to r
 """
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from ms_diffsynth.errors import ConfigError, DataError, UserError, naming
 from ms_diffsynth.evaluate import Evaluator
 from ms_diffsynth.formats.weights import read_header
 from ms_diffsynth.hub.download import parse_path_or_model_id
+from ms_diffsynth.pipeline import Pipeline
 from ms_diffsynth.registry import family
-from ms_diffsynth.run.build import DataSets, build_task
-from ms_diffsynth.run.samples import sample_template_inputs
+from ms_diffsynth.run.build import DataSets, build_task, pipeline_of_data
+from ms_diffsynth.run.samples import check_sample_files, sample_template_inputs
 from ms_diffsynth.storage.files import check_writable
 from ms_diffsynth.training import same_run
 from ms_diffsynth.training.distributed import Accelerator
@@ -64,6 +66,7 @@ def check_settings(accelerator: Accelerator, config: TrainConfig) -> None:
     same_run.check_family(Path(run.output_path), run.resume, pipeline.__name__, run.accept_changes)
     pipeline.check_sampler(run.sampler)
     sample_template_inputs(config)
+    check_sample_files(config)
     for name in ("sample_steps", "evaluation_steps"):
         if pipeline.medium == "video" and name == "evaluation_steps" and run.evaluation_steps is not None:
             raise ConfigError(f"evaluation_steps={run.evaluation_steps}: the family {model.family} makes videos, which "
@@ -110,10 +113,15 @@ def check_data(accelerator: Accelerator, config: TrainConfig, sets: DataSets) ->
             if isinstance(row[medium], list):
                 data.table.blame(index, f"{medium}={row[medium]!r} is a list; expected the name of one file. Give each "
                                         "image a row of its own")
+            if "control_mask" in extra and isinstance(row.get("control_mask"), list):
+                data.table.blame(index, f"control_mask is a list of {len(row['control_mask'])}; expected the name of "
+                                        "one mask, which is for all control images. Name one")
             for name in task.inputs:
                 if row.get(name) is None:
                     data.table.blame(index, f"no {name}, which task={config.objective.task} reads. Add it")
         data.table.refuse_bad_rows()
+    if medium == "video":
+        check_films(pipeline_of_data(config), sets, extra)
     run, optimizer, ranks = config.run, config.optimizer, accelerator.num_processes
     if stage_of(config.objective.task) == "data_process":
         return
@@ -130,3 +138,16 @@ def check_data(accelerator: Accelerator, config: TrainConfig, sets: DataSets) ->
     LearningRate(schedule=optimizer.lr_scheduler, base=optimizer.learning_rate, warmup_steps=optimizer.lr_warmup_steps,
                  total_steps=steps_in(len(loader), run.batch_size * ranks, optimizer.gradient_accumulation_steps,
                                       run.num_epochs, run.max_train_steps, checkpoint))
+
+
+def check_films(pipe: Pipeline, sets: DataSets, inputs: Collection[str]) -> None:
+    """Raises: ConfigError for a number of frames that cannot be trained on with these inputs; DataError naming the
+    films of such a one."""
+    for data in (found for found in sets if found is not None and found.clips is not None):
+        longest = max(data.clips.lengths)
+        if problem := pipe.film_problem(longest, inputs):
+            raise ConfigError(f"num_frames={longest}: {problem}.")
+        for index, row in enumerate(data.rows):
+            if problem := pipe.film_problem(row["clip"]["frames"], inputs):
+                data.table.blame(index, f"{row['video']}: {problem}")
+        data.table.refuse_bad_rows()

@@ -83,6 +83,24 @@ def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None
                 configs[f"{tokenizer}_config"] = parse_path_or_model_id(text, hub=hub)
     pipe = chosen.pipeline.from_pretrained(models, **configs, device=device,
                                            mindspore_dtype=runtime.compute_dtype(dtype))
+    use_settings(pipe, name, max_sequence_length=max_sequence_length, edit_max_pixels=edit_max_pixels,
+                 edit_template=edit_template, expert=expert)
+    if controlnet is not None:
+        attach_controlnet(pipe, name, controlnet, controlnet_layers, fills_holes, hub)
+    if control_mode is not None:
+        modes = pipe.config("controlnet").get("num_mode") if "controlnet" in pipe.model_names else None
+        if not modes or control_mode >= modes:
+            raise ConfigError(f"control_mode={control_mode}: expected a number below {modes}." if modes else
+                              f"control_mode={control_mode}: this model has no union of ControlNets. Remove it.")
+        pipe.control_mode = control_mode
+    return pipe
+
+
+def use_settings(pipe: Pipeline, name: str, *, max_sequence_length: int | None = None,
+                 edit_max_pixels: int | None = None, edit_template: str | None = None,
+                 expert: str | None = None) -> None:
+    """Set what `open_pipeline` is told of a pipeline of the family called ``name``. Raises: ConfigError where the
+    family has no such thing."""
     if max_sequence_length is not None:
         if not hasattr(pipe, "max_sequence_length"):
             raise ConfigError(f"max_sequence_length={max_sequence_length}: prompts of the family {name} have one fixed "
@@ -102,15 +120,6 @@ def open_pipeline(name: str, models: Any, *, tokenizers: Mapping[str, str | None
         if not hasattr(pipe, "expert"):
             raise ConfigError(f"expert={expert}: the family {name} has one network for all noise levels. Remove it.")
         pipe.expert = expert
-    if controlnet is not None:
-        attach_controlnet(pipe, name, controlnet, controlnet_layers, fills_holes, hub)
-    if control_mode is not None:
-        modes = pipe.config("controlnet").get("num_mode") if "controlnet" in pipe.model_names else None
-        if not modes or control_mode >= modes:
-            raise ConfigError(f"control_mode={control_mode}: expected a number below {modes}." if modes else
-                              f"control_mode={control_mode}: this model has no union of ControlNets. Remove it.")
-        pipe.control_mode = control_mode
-    return pipe
 
 
 def attach_controlnet(pipe: Pipeline, name: str, controlnet: str, controlnet_layers: Sequence[int | None] = (),

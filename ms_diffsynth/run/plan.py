@@ -29,6 +29,7 @@ from ms_diffsynth.pipelines.shared.edit import size_within
 from ms_diffsynth.program import Cut
 from ms_diffsynth.registry import family
 from ms_diffsynth.run.build import DataSets, build_module, clips_of
+from ms_diffsynth.run.checks import check_films
 from ms_diffsynth.run.memory import (
     GIB,
     RESERVED,
@@ -42,6 +43,7 @@ from ms_diffsynth.run.memory import (
     trained_of,
 )
 from ms_diffsynth.run.pipeline import most_pixels
+from ms_diffsynth.run.samples import check_sample_files
 from ms_diffsynth.run.skeleton import skeleton
 from ms_diffsynth.storage.cache import Cache
 from ms_diffsynth.training.module import DiffusionTrainingModule
@@ -147,13 +149,18 @@ def plan_run(config: TrainConfig, sets: DataSets | None = None, card: float = CA
         card: GB of the Ascend it is for.
         is_short: leave out what `short_form` does not tell: how prompts are cut, and a template, whose code would run.
 
-    Raises: ConfigError for models or layers that are not there, DataError, WeightError for a damaged config.json.
+    Raises: ConfigError for models, layers or sample files that are not there, DataError, WeightError for a damaged
+    config.json.
     """
     if is_short:
         config = replace(config, model=replace(config.model, trust_template_code=False, trust_template_sha256=None))
+    if stage_of(config.objective.task) != "data_process":  # which makes no sample images
+        check_sample_files(config)
     device = planned_device(config)
     pipe, not_known = skeleton(config, planned_dtype(config))
     cut, module = cut_of(config, pipe)
+    if sets is not None and pipe.medium == "video" and stage_of(config.objective.task) != "train":
+        check_films(pipe, sets, pipe.inputs)
     data = None if sets is None else data_of(config, sets, module, cut, is_short)
     total, limit = memory_of(config, device, card)
     trained, work = trained_of(config, pipe), _work(config, pipe, data, device)

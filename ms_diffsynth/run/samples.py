@@ -17,8 +17,8 @@ from PIL import Image
 from ms_diffsynth.config import SAMPLE_OVERRIDES, TrainConfig, prompts_of
 from ms_diffsynth.data.buckets import nearest_bucket, own_bucket
 from ms_diffsynth.data.dataset import UnifiedDataset
-from ms_diffsynth.data.images import read_image
-from ms_diffsynth.errors import CacheError, ConfigError, WeightError, listing, naming, shortened
+from ms_diffsynth.data.images import image_size, read_image
+from ms_diffsynth.errors import CacheError, ConfigError, DataError, WeightError, listing, naming, shortened
 from ms_diffsynth.formats.json_text import NotJSON, parse_json
 from ms_diffsynth.launch.worker import still
 from ms_diffsynth.pipeline import Pipeline
@@ -112,6 +112,25 @@ def check_prompts(config: TrainConfig, pipe: Pipeline, folder: str) -> None:
             f"{shlex.quote(prompts)}; or remove them, by --sample_prompts '[]'.")
 
 
+def check_sample_files(config: TrainConfig) -> None:
+    """Refuse reference images, control images and masks of sample images that are no images. Raises: ConfigError."""
+    wrong = []
+    for setting in ("sample_edit_images", "sample_control_images", "sample_control_masks"):
+        for file in dict.fromkeys(file for names in getattr(config.run, setting) for file in _files(names)):
+            try:
+                image_size(file)
+            except DataError as error:
+                wrong.append(f"{setting}: {error}.")
+    if wrong:
+        head = "" if len(wrong) == 1 else f"{len(wrong)} files of sample images cannot be used:\n  "
+        raise ConfigError(head + "\n  ".join(wrong[:10]))
+
+
+def _files(names: str) -> list[str]:
+    """Those of one sample image, which semicolons join."""
+    return [name.strip() for name in names.split(";") if name.strip()]
+
+
 def sample_references(config: TrainConfig, pipe: Pipeline, dataset: Any = None) -> list[list[Image.Image]]:
     """The reference images of each sample image: as set, or those of the first rows of ``dataset`` that have any, where
     the run trains on references. Empty for none.
@@ -126,8 +145,7 @@ def sample_references(config: TrainConfig, pipe: Pipeline, dataset: Any = None) 
         return []
     if run.sample_edit_images:
         with naming("sample_edit_images"):
-            each = [[read_image(name.strip()) for name in names.split(";") if name.strip()]
-                    for names in run.sample_edit_images]
+            each = [[read_image(name) for name in _files(names)] for names in run.sample_edit_images]
         return each * count if len(each) == 1 else each
     if "edit_image" not in pipe.inputs:
         return []
@@ -137,8 +155,9 @@ def sample_references(config: TrainConfig, pipe: Pipeline, dataset: Any = None) 
         return []
     rows = [row for row, cells in enumerate(dataset.rows) if cells.get("edit_image")][:count]
     if rows:
-        logger.info("sample images have the references of %s; others are named by sample_edit_images.",
-                    listing((dataset.label(row) for row in rows), 3))
+        names = [dataset.rows[row].get(dataset.medium) or f"row {row + 1}" for row in rows]
+        logger.info("sample images have the references of the rows %s; others are named by sample_edit_images.",
+                    listing(names, 3))
     found = [references(dataset.cells(row, ["edit_image"])["edit_image"]) for row in rows]
     return list(itertools.islice(itertools.cycle(found), count)) if found else []
 
@@ -168,8 +187,7 @@ def sample_controls(config: TrainConfig, pipe: Pipeline, dataset: Any = None) ->
         for k, inputs in enumerate(found):
             if names:
                 with naming(setting):
-                    files = names[0 if len(names) == 1 else k].split(";")
-                    inputs[name] = [read_image(file.strip()) for file in files if file.strip()]
+                    inputs[name] = [read_image(file) for file in _files(names[0 if len(names) == 1 else k])]
             elif rows and (name in trained or (name == "control_image" and trained)):
                 column = name if name in trained else "image"  # the image itself has the hole
                 inputs[name] = dataset.cells(k % len(rows), [column])[column]

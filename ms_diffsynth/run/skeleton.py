@@ -14,7 +14,14 @@ from ms_diffsynth.hub.download import ModelConfig, parse_path_or_model_id
 from ms_diffsynth.models import Source, read_config
 from ms_diffsynth.pipeline import Family, Pipeline
 from ms_diffsynth.registry import family
-from ms_diffsynth.run.pipeline import NEW, attach_controlnet, controlnet_settings, model_configs, source_of
+from ms_diffsynth.run.pipeline import (
+    NEW,
+    attach_controlnet,
+    controlnet_settings,
+    model_configs,
+    source_of,
+    use_settings,
+)
 
 
 def skeleton(config: TrainConfig, dtype: ms.Type) -> tuple[Pipeline, list[str]]:
@@ -32,9 +39,9 @@ def skeleton(config: TrainConfig, dtype: ms.Type) -> tuple[Pipeline, list[str]]:
     if config.model.controlnet and not _add_controlnet(pipe, config):
         unknown.append(config.model.controlnet)
     pipe.use_sampling_config(pipe.store.sampling_config)
-    for name in ("max_sequence_length", "edit_max_pixels", "edit_template"):
-        if (value := getattr(config.data, name)) is not None and hasattr(pipe, name):
-            setattr(pipe, name, value)
+    use_settings(pipe, config.model.family, max_sequence_length=config.data.max_sequence_length,
+                 edit_max_pixels=config.data.edit_max_pixels, edit_template=config.data.edit_template,
+                 expert=config.model.expert)
     for name in chosen.tokenizers:
         if text := getattr(config.model, f"{name}_path"):
             _add_tokenizer(pipe, name, text, source_of(config))

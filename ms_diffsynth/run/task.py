@@ -105,7 +105,8 @@ def _train(config: TrainConfig, hooks: Sequence[Hook]) -> ModelLogger:
     references = sample_references(config, pipe, images)
     controls = sample_controls(config, pipe, images)
     sampler, captions = build_sampler(config, pipe, images, references, controls)
-    references = references or list(map(shown, controls))
+    if controls and not references:
+        references, logger.reference_title = list(map(shown, controls)), "control image"
     return launch_training_task(accelerator, sets.instance, module, logger, class_dataset=sets.classes,
                                 validation_dataset=sets.validation, args=config, sampler=sampler,
                                 sample_captions=captions, sample_references=references, hooks=hooks)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ms_diffsynth.data.fonts import font_for
+from ms_diffsynth.data.fonts import INSTALL, font_for
 from ms_diffsynth.data.images import grid, png_bytes, side_by_side
 from ms_diffsynth.data.plots import loss_curve
 from ms_diffsynth.data.previews import CELL, has_mp4, mp4_bytes, smaller, video_grid, webp_bytes
@@ -52,6 +52,7 @@ class ModelLogger:
             before/after grid needs.
         frame_rate: frames a second of videos.
         references: of each sample image the reference images it is made of, which are shown above it; empty for none.
+        reference_title: what these are, beside their row.
         checkpoint: folder of the newest checkpoint; None before the first.
         ema: the moving average of what is trained; the loop sets it.
         after_save: called when a checkpoint is in place; `training.hooks.publish` sets it.
@@ -72,6 +73,7 @@ class ModelLogger:
         self.samples: dict[int, list[Sample]] = {}
         self.frame_rate = 16.0
         self.references: list[list[Image.Image]] = []
+        self.reference_title = "reference"
         self.saved: list[Path] = []
         self.saved_at = -1
         self.keep_saved: int | None = None
@@ -247,8 +249,8 @@ class ModelLogger:
         self._write_prompts(captions)
         above = self._references(images)
         rows = [images] if above else [images[k : k + columns] for k in range(0, len(images), columns)]
-        path = self._write_sheet(f"samples/step-{step}", [*above, *rows], ["reference", f"step {step}"] if above else
-                                 None, _titles(captions))
+        names = [self.reference_title, f"step {step}"] if above else None
+        path = self._write_sheet(f"samples/step-{step}", [*above, *rows], names, _titles(captions))
         self.event("samples", file=path.relative_to(self.output_path).as_posix())
         for listener in self.listeners:
             listener.images(images, _titles(captions) or (), step)
@@ -286,8 +288,7 @@ class ModelLogger:
         if odd and not (path.is_file() and path.read_bytes() == text):
             write_file(path, text)
             logger.warning("no font of this system has the letters of prompt %s: its number is under the images, its "
-                           "text is in %s. Install a font: for Chinese, Japanese and Korean pip install "
-                           "'ms_diffsynth[fonts]', or the system's package fonts-noto-cjk.", listing(odd), path)
+                           "text is in %s. %s", listing(odd), path, INSTALL)
 
     def first_and_last(self) -> dict[str, np.ndarray]:
         """The first and the last samples, which `write_comparison` needs, by ``STEP.NUMBER``."""
@@ -312,7 +313,7 @@ class ModelLogger:
         first, last = min(self.samples), max(self.samples)
         above = self._references(self.samples[last])
         rows = [*above, self.samples[first], self.samples[last]]
-        names = [*(["reference"] if above else []), f"before (step {first})", f"after (step {last})"]
+        names = [*([self.reference_title] if above else []), f"before (step {first})", f"after (step {last})"]
         return self._write_sheet("samples/before_after", rows, names, _titles(captions))
 
     def write_image(self, name: str, image: Image.Image) -> Path:

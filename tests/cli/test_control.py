@@ -85,6 +85,15 @@ def test_a_control_image_of_other_proportions_is_named(run, rows, tiny_model):
     assert code == 65 and "control_image has 48 x 32 pixels and the image 32 x 32" in err, err
 
 
+def test_two_masks_of_a_row_are_named(run, rows):
+    assert run("tiny", "flux", "model", "--variant", "fill")[0] == 0
+    row = {"image": "0.png", "prompt": "a cat", "control_mask": ["c1.png", "c2.png"]}
+    (rows / "m.jsonl").write_text(json.dumps(row) + "\n")
+    code, _, err = run(*TRAIN, "--family", "flux", "--model_paths", "model", "--extra_inputs", "control_mask",
+                       "--lora_rank", 2, "--output_path", "one")
+    assert code == 65 and "control_mask is a list of 2; expected the name of one mask" in err, err
+
+
 MISTAKES = {
     "a controlnet without input": (("--controlnet", "new"), "controlnet would not be used: set extra_inputs=control_"),
     "layers of a known one": (("--controlnet", "net", "--controlnet_layers", 2, "--extra_inputs", "control_image"),

@@ -47,6 +47,10 @@ MISTAKES = {
     "a cache below a file": (("--cache_dir", "toy.yaml/cache"), 74, "toy.yaml/cache cannot be written"),
     "a LoRA that is not there": (("--lora_checkpoint", "absent.safetensors"), 66, "absent.safetensors does not exist"),
     "a sampler of another family": (("--sampler", "ddim"), 64, "sampler='ddim': expected one of"),
+    "references of samples that are not there": (("--sample_edit_images", "absent.png"), 64, "sample_edit_images: "
+                                                 "absent.png does not exist. Put the file there, or correct its name."),
+    "one of two control images": (("--sample_control_images", "toy.yaml;absent.png"), 64,
+                                  "2 files of sample images cannot be used:\n  sample_control_images: toy.yaml is not"),
     "template inputs that are no JSON": (("--template_model_id_or_path", ".", "--extra_inputs", "template_inputs",
                                           "--sample_template_inputs", "scale=1"), 64, "expected a JSON object"),
     "a template that is not there": (("--template_model_id_or_path", "absent", "--extra_inputs", "template_inputs"), 64,

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,11 @@ from arrays import noise_image
 from PIL import Image
 
 from ms_diffsynth.cli import sample
+from ms_diffsynth.config import load_config
 from ms_diffsynth.formats.weights import save_state_dict
+from ms_diffsynth.run.build import build_datasets
+from ms_diffsynth.run.pipeline import build_pipeline
+from ms_diffsynth.run.samples import sample_references
 
 TRAIN = ("train", "--family", "flux", "--dataset_base_path", "pairs", "--dataset_metadata_path", "pairs/m.jsonl",
          "--extra_inputs", "edit_image", "--edit_max_pixels", 1024, "--max_sequence_length", 8, "--lora_rank", 2,
@@ -99,6 +104,17 @@ def test_settings_of_a_run_for_files_that_are_not_given_are_left_out(out, capsys
     assert "out was trained with edit_image, and none is given" in capsys.readouterr().err
     (call,), args = of_run("--prompt", "three", "--edit_image", "b.png")
     assert call["edit_image"] == [Path("b.png")] and args.edit_max_pixels == 1024
+
+
+def test_the_rows_whose_references_samples_have_are_named(pairs, tiny_model, caplog):
+    caplog.set_level(logging.INFO)
+    config = load_config(None, family="flux", model_paths=str(tiny_model("flux")), dataset_base_path="pairs",
+                         dataset_metadata_path="pairs/m.jsonl", extra_inputs="edit_image", sample_prompts=["a", "b"],
+                         lora_base_model="dit", num_epochs=1)
+    pipe = build_pipeline(config)
+    pipe.use_input("edit_image")
+    assert [len(images) for images in sample_references(config, pipe, build_datasets(config).instance)] == [1, 2]
+    assert "have the references of the rows 0.png, 2.png; others are named by" in caplog.text
 
 
 MISTAKES = {

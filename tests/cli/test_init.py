@@ -126,6 +126,14 @@ def test_a_base_that_edits_needs_references_and_another_does_not_use_them(init, 
     assert "edit_image is not used: the bases that are trained to edit are flux2-klein, flux1-kontext, qwen-" in said
 
 
+def test_a_note_is_said_once_and_the_folders_of_the_page_are_read(init, tmp_path):
+    words = re.search(r"ms-diffsynth init (.*)", (ROOT / "docs/how_to/editing.md").read_text())[1].split()
+    folder_of(tmp_path / "pairs/after")
+    for name, count in (("before", 3), ("style", 2)):
+        folder_of(tmp_path / "pairs" / name, count, caption="")
+    assert init(*words).count("references without an image of that name, and not used: 'before/2.png'.") == 1
+
+
 @pytest.mark.slow
 def test_the_three_commands_as_they_are_typed(init, run, odd):
     commands = [shlex.split(line) for line in re.findall(r"ms-diffsynth (.*?)(?= ms-diffsynth|$)", init("odd"))]

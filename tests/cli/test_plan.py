@@ -15,6 +15,7 @@ from PIL import Image
 from ms_diffsynth.cli.main import main
 from ms_diffsynth.config import load_config
 from ms_diffsynth.config.bases import BASES
+from ms_diffsynth.data import UnifiedDataset, fonts, pairs as pairs_module
 from ms_diffsynth.registry import FAMILIES, family
 from ms_diffsynth.run import plan as planning
 from ms_diffsynth.run.build import build_datasets
@@ -303,6 +304,42 @@ def test_three_pairs_are_shown_as_an_image(plan, pairs, tiny_model):
     code, said, _ = plan(*words)
     assert code == 0 and "pairs.png exists already, and is kept" in said and Path("pairs.png").read_bytes() == b"mine"
     assert plan(*words, "--pairs", "other.png")[0] == 0 and Path("other.png").read_bytes() == first
+
+
+def test_prompts_that_no_font_can_write_are_the_names_of_their_images(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(fonts, "_FOLDERS", ())
+    monkeypatch.setattr(fonts, "_PACKAGE", "no_such_package")
+    captions, shown = ["a cat", "\u4e00\u53ea\u732b", "a \U0001f98b"], []
+    for name in ("0.png", "1.png", "\u732b.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    rows = [{"image": name, "edit_image": "0.png", "prompt": caption}
+            for name, caption in zip(("0.png", "1.png", "\u732b.png"), captions)]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = UnifiedDataset.default_image_operator(base_path=str(tmp_path), resize=False)
+    dataset = UnifiedDataset(str(tmp_path), str(tmp_path / "m.jsonl"), data_file_keys="image,edit_image",
+                             main_data_operator=read)
+    monkeypatch.setattr(pairs_module, "grid", lambda rows, captions: shown.extend(captions))
+    pairs_module.pairs_sheet(dataset)
+    assert [text.partition(": ")[2] for text in shown] == ["a cat", "1.png", "row 3"]
+    assert "no font of this system has the letters of the prompts of 1.png, \u732b.png:" in caplog.text
+
+
+@pytest.mark.parametrize("words, says", [
+    (("--sample_edit_images", "absent.png"), "sample_edit_images: absent.png does not exist. Put the file there, or"),
+    (("--sample_control_masks", "absent.png"), "sample_control_masks: absent.png does not exist."),
+    (("--expert", "high_noise"), "expert=high_noise: the family flux has one network for all noise levels"),
+    (("--edit_template", "first"), "edit_template=first: the text encoder of the family flux sees no images")])
+def test_settings_that_training_refuses_are_refused(plan, pairs, tiny_model, words, says):
+    code, _, err = plan("--family", "flux", "--model_paths", tiny_model("flux"), *pairs, *words)
+    assert code == 64 and says in err, err
+
+
+def test_the_other_expert_is_refused(plan, checkout):
+    base = ROOT / "examples/wan"
+    file = next(file for file in sorted(base.glob("*.yaml")) if "transformer_2" in file.read_text())
+    checkout(load_config(file))
+    code, _, err = plan(file, "--offline", "--lora_base_model", "dit2", "--expert", "high_noise")
+    assert code == 64 and "dit2 is to be trained, which is the expert low_noise" in err, err
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen_image"])

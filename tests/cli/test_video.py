@@ -139,6 +139,19 @@ def test_a_length_that_is_missing_is_told(train):
     assert "expected 9 or more. Add a length that it has, num_frames=5,9" in err
 
 
+@pytest.mark.parametrize("command, more", [("plan", ()), ("train", ("--output_path", "out"))])
+@pytest.mark.parametrize("frames, says", [
+    ("5", "still.png: one frame, and input_image gives the first frame"),
+    ("1", "num_frames=1: one frame, and input_image gives the first frame")])
+def test_a_film_that_is_its_given_frame_alone_is_found_at_the_start(run, films, tmp_path, command, more, frames, says):
+    assert run("tiny", "wan", "wan", "--variant", "i2v")[0] == 0
+    code, _, err = run(command, "--family", "wan", "--model_paths", "wan", "--dataset_base_path", films, "--height", 32,
+                       "--width", 32, "--num_frames", frames, "--extra_inputs", "input_image", "--lora_base_model",
+                       "dit", "--max_train_steps", 1, "--device", "CPU", *more)
+    assert code != 0 and says in err and "out of extra_inputs" not in err, err
+    assert not (tmp_path / "out").exists()
+
+
 @needs_av
 def test_plan_counts_films_frames_and_sizes(run, video_model, films, tmp_path):
     shutil.copytree(films, tmp_path / "set")

@@ -33,6 +33,8 @@ def test_a_title_without_a_font_is_its_number():
     images = [Image.new("RGB", (64, 64))] * 3
     sheet = grid(images, titles=["a cat", CHINESE, "a dog"])
     assert np.array_equal(np.asarray(sheet), np.asarray(grid(images, titles=["a cat", "prompt 2", "a dog"])))
+    sheet, same = (grid([images, images], captions=["before", text]) for text in (CHINESE, "row 2"))
+    assert np.array_equal(np.asarray(sheet), np.asarray(same))
 
 
 def test_the_font_of_the_extra_is_found_without_one_of_the_system(tmp_path, monkeypatch):

@@ -169,6 +169,8 @@ def test_a_mask_is_the_image_s_size_and_has_nothing_between(opened):
     np.testing.assert_array_equal(found["control_pixels"][0].asnumpy(), pipe.preprocess_image(PICTURE).asnumpy())
     with pytest.raises(DataError, match="expected an image or a list of images"):
         LoadControl().process(pipe, "edges.png", None, PICTURE, None, None)
+    with pytest.raises(DataError, match="control_mask is a list of 2: expected one mask"):
+        LoadControl().process(pipe, PICTURE, [PICTURE, PICTURE], PICTURE, None, None)
 
 
 def test_the_tokens_of_fill_are_latents_and_every_pixel_of_the_mask(opened):

@@ -128,8 +128,11 @@ def test_given_frames_are_those_of_the_film_in_training_and_cropped_images_in_sa
     both = load.process(pipe, RED, RED, None, 5, 32, 64)
     assert both["first_pixels"].shape == (1, 3, 2, 32, 64)
     np.testing.assert_array_equal(both["given_pixels"].asnumpy()[:, :, 0], both["given_pixels"].asnumpy()[:, :, -1])
-    with pytest.raises(DataError, match="a film of one frame"):
+    pipe.use_input("input_image")
+    with pytest.raises(DataError, match="one frame, and input_image gives the first frame"):
         load.process(pipe, None, None, film(1), 1, 32, 64)
+    with pytest.raises(ConfigError, match=r"num_frames=1: .* Raise num_frames\.$"):
+        load.process(pipe, RED, None, None, 1, 32, 64)
     with pytest.raises(ConfigError, match="given the first frame alone"):
         pipe_of("ti2v").optional_units["input_image"][0].process(pipe_of("ti2v"), RED, RED, None, 5, 32, 64)
 
@@ -226,6 +229,13 @@ def test_what_cannot_be_trained_is_said(pipe_of):
     pipe.expert = "low_noise"
     with pytest.raises(ConfigError, match="Train dit2, or remove expert"):
         module.switch_pipe_to_training_mode(pipe, lora_base_model="dit")
+
+
+def test_a_film_must_have_more_than_the_frame_that_is_given(pipe_of):
+    needs, may = pipe_of("i2v"), pipe_of("ti2v")
+    assert needs.film_problem(5, ["input_image"]) == may.film_problem(1, ["prompt"]) == ""
+    assert needs.film_problem(1, ["input_image"]).endswith("Train on longer films alone")
+    assert may.film_problem(1, ["input_image"]).endswith("or take input_image out of extra_inputs")
 
 
 def test_a_model_of_images_needs_one(pipe_of):

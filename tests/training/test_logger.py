@@ -160,6 +160,17 @@ def test_sample_videos_are_a_sheet_that_moves_and_whole_files(tmp_path):
     assert Image.open(logger.log_samples(5, videos, ["a cat", "a dog"])).size[1] > sheet.size[1]  # with a row above
 
 
+def test_what_is_above_the_samples_has_its_title(tmp_path, monkeypatch):
+    logger, images, shown = ModelLogger(tmp_path), [Image.new("RGB", (32, 32))], []
+    logger.references, logger.reference_title = [images], "control image"
+    monkeypatch.setattr(logger, "_write_sheet", lambda name, rows, captions, titles: shown.append(captions) or tmp_path)
+    for step in (0, 2):
+        logger.log_samples(step, images, ["a cat"])
+    logger.write_comparison(["a cat"])
+    assert shown == [["control image", "step 0"], ["control image", "step 2"],
+                     ["control image", "before (step 0)", "after (step 2)"]]
+
+
 def test_prompts_that_no_font_can_write_are_in_a_file(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fonts, "_FOLDERS", ())
     monkeypatch.setattr(fonts, "_PACKAGE", "no_such_package")

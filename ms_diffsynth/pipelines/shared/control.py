@@ -105,7 +105,10 @@ class LoadControl(PipelineUnit):
             raise DataError(f"control_image={given!r:.80}: expected an image or a list of images. In a data set name "
                             "the column in extra_inputs, so that it is read.")
         if control_mask is not None and not isinstance(control_mask, Image.Image):
-            raise DataError(f"control_mask={control_mask!r:.80}: expected an image, white where the hole is.")
+            given = (f"a list of {len(control_mask)}" if isinstance(control_mask, (list, tuple)) else
+                     f"{control_mask!r:.80}")
+            raise DataError(f"control_mask is {given}: expected one mask, an image that is white where the hole is. "
+                            "Give one for all control images.")
         pipe.check_control(len(images), control_mask is not None)
         modes = pipe.control_mode if control_mode is None else control_mode
         return {

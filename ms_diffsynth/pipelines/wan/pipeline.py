@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -333,6 +333,14 @@ class WanVideoPipeline(VideoPipeline):
         if self.has_condition and "input_image" not in self.inputs:
             raise ConfigError("this model makes videos of images: its network takes the first frame in channels of its "
                               "own. Set extra_inputs to input_image; it is the first frame of each video.")
+
+    def film_problem(self, frames: int, inputs: Collection[str]) -> str:
+        """As `Pipeline.film_problem`: a first frame that is given must not be all of the film."""
+        if frames > 1 or "input_image" not in inputs:
+            return ""
+        other = "" if self.has_condition else ", or take input_image out of extra_inputs"
+        return ("one frame, and input_image gives the first frame, which leaves nothing to learn; expected 5 frames or "
+                f"more. Train on longer films alone{other}")
 
     @staticmethod
     def _expert_of(network: str) -> str:

@@ -111,10 +111,12 @@ class LoadGiven(PipelineUnit):
     output_params = ("given_pixels", "first_pixels")
 
     def process(self, pipe, input_image, end_image, video, num_frames, height, width):
+        if num_frames == 1 and video is not None:
+            raise DataError(f"{pipe.film_problem(num_frames, pipe.inputs)}.")
         if num_frames == 1:
-            raise DataError("a film of one frame whose first frame is given leaves nothing to learn or to make: "
-                            "expected 5 frames or more. Leave images out of the data set, or input_image out of "
-                            "extra_inputs.")
+            other = "" if pipe.has_condition else ", or leave input_image out"
+            raise ConfigError("num_frames=1: a film of one frame whose first frame is given leaves nothing to make. "
+                              f"Expected 5 or more. Raise num_frames{other}.")
         first = _pixels_of(input_image, video, 0, height, width, "input_image")
         has_end = "end_image" in pipe.inputs if video is not None else end_image is not None
         given = [first] + ([_pixels_of(end_image, video, -1, height, width, "end_image")] if has_end else [])
