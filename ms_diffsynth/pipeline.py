@@ -34,7 +34,7 @@ from ms_diffsynth.formats.lora import load_adapters, models_in
 from ms_diffsynth.formats.weights import asked_dtype, open_checkpoint
 from ms_diffsynth.hub.card import Licence, Loader
 from ms_diffsynth.hub.download import ModelConfig
-from ms_diffsynth.models import SCHEDULER_FILE, Component, ModelStore, Source, Trained
+from ms_diffsynth.models import SAMPLING_FILE, SCHEDULER_FILE, Component, ModelStore, Source, Trained
 from ms_diffsynth.nn.adapters import formats
 from ms_diffsynth.nn.adapters.layer import bare_layers, linear_modules
 from ms_diffsynth.nn.adapters.linear import fuse
@@ -665,7 +665,9 @@ class Pipeline:
             scheduler = self.scheduler_config() or self.published_scheduler_config()
             scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **scheduler}
             index["scheduler"] = ["diffusers", scheduler["_class_name"]]
-            for name, content in (("model_index.json", index), (f"scheduler/{SCHEDULER_FILE}", scheduler)):
+            written = {"model_index.json": index, f"scheduler/{SCHEDULER_FILE}": scheduler}
+            written |= {SAMPLING_FILE: self.store.sampling_config} if self.store.sampling_config else {}
+            for name, content in written.items():
                 stage.write(name, (json.dumps(content, indent=2) + "\n").encode())
 
     def config(self, name: str) -> dict[str, Any]:

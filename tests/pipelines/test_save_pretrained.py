@@ -79,18 +79,20 @@ def test_weights_of_a_training_are_saved_and_an_adapter_is_not(tiny_model, tmp_p
     assert not (tmp_path / "other").exists()
 
 
-def test_what_diffusers_alone_needs_stays_with_the_model(tiny_model, tmp_path):
+def test_what_diffusers_alone_needs_and_how_it_is_sampled_stay_with_the_model(tiny_model, tmp_path):
     """Qwen-Image-Edit has a processor, without which diffusers does not load it."""
     runtime.configure("pynative", DEVICE)
     base = tmp_path / "base"
     shutil.copytree(tiny_model("qwen_image"), base)
     (base / "processor").mkdir()
     (base / "processor/preprocessor_config.json").write_text("{}")
+    (base / "sampling_config.json").write_text('{"height": 64, "width": 48}')
     index = json.loads((base / "model_index.json").read_text())
     index |= {"processor": ["transformers", "Qwen2VLProcessor"], "image_encoder": [None, None],
               "lost": ["transformers", "A"], "../base": ["transformers", "A"]}
     (base / "model_index.json").write_text(json.dumps(index))
     family("qwen_image").pipeline.from_pretrained(str(base)).save_pretrained(tmp_path / "whole")
     assert (tmp_path / "whole/processor/preprocessor_config.json").read_text() == "{}"
+    assert json.loads((tmp_path / "whole/sampling_config.json").read_text()) == {"height": 64, "width": 48}
     saved = json.loads((tmp_path / "whole/model_index.json").read_text())
     assert saved == {key: value for key, value in index.items() if key not in ("lost", "../base")}
