@@ -26,7 +26,7 @@ from ms_diffsynth.errors import ConfigError, UserError
 from ms_diffsynth.pipeline import Family, Pipeline, padded_to
 from ms_diffsynth.pipelines.shared.cuts import Cuts
 from ms_diffsynth.pipelines.shared.edit import size_within
-from ms_diffsynth.program import Cut
+from ms_diffsynth.program import Cut, slot
 from ms_diffsynth.registry import family
 from ms_diffsynth.run.build import DataSets, build_module, clips_of
 from ms_diffsynth.run.checks import check_films
@@ -351,15 +351,25 @@ def _configs(pipe: Pipeline) -> dict[str, dict[str, Any]]:
 def models_of_samples(config: TrainConfig, pipe: Pipeline) -> tuple[str, ...]:
     """The models that sample images load, before the first step, and which stay; empty without sample images.
 
-    In split training stage one has encoded their prompts, so no text encoder is among them.
+    In split training stage one has encoded their prompts, so no text encoder is among them, but for references that are
+    encoded with the prompt. References and control images are encoded when the samples are made.
     """
     prompts = config.run.sample_prompts if "prompt" in pipe.inputs else config.run.sample_count
     stage = stage_of(config.objective.task)
     if not prompts or stage == "data_process" or (stage and "prompt" not in pipe.inputs):
         return ()
-    cut = pipe.sampling_program().cut(pipe.denoise.output_params)
+    run, is_cached = config.run, bool(stage or config.data.cache_dir)
+    given = {"edit_image": run.sample_edit_images, "control_image": run.sample_control_images,
+             "control_mask": run.sample_control_masks}
+    shown = [name for name in getattr(pipe, "optional_units", {}) if given.get(name)
+             or (name in given and name in pipe.inputs and stage != "train")]  # of the first rows
+    cut = pipe.sampling_program(shown).cut(pipe.denoise.output_params)
     decode = pipe.build_decode().onload_model_names if hasattr(pipe, "build_decode") else ()
-    encoders = () if stage or config.data.cache_dir else cut.models("prepare")
+    further = [unit for name in shown for unit in pipe.optional_units[name]]
+    if is_cached and not any("prompt" in map(slot, unit.input_params) for unit in further):
+        encoders = [model for unit in further for model in unit.onload_model_names if model in cut.models("prepare")]
+    else:
+        encoders = cut.models("prepare")
     return tuple(dict.fromkeys((*encoders, *cut.models("step"), *decode)))
 
 

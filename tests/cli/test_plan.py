@@ -216,6 +216,15 @@ def test_sample_images_of_split_training_load_no_encoder(plan, checkout):
     assert "text_encoder 13.2 GiB" in re.split(r"(?m)^  samples ", said)[1]
 
 
+@pytest.mark.parametrize("example, encoders", [
+    ("examples/qwen_image/edit_2511_910b.yaml", ("text_encoder", "vae", "vision_tower")),
+    ("examples/flux/kontext_910b.yaml", ("vae",))])
+def test_references_of_sample_images_are_encoded_in_stage_two(plan, checkout, example, encoders):
+    _, said, _ = plan(example, "--offline", "--sample_prompts", "a cat", "--cache_dir", "cache")
+    train = re.split(r"(?m)^  samples ", re.split(r"(?m)^  train ", said)[1])[0]
+    assert all(name in train for name in encoders) and ("text_encoder" in train) == ("text_encoder" in encoders)
+
+
 def test_most_of_a_device_may_be_set(plan, checkout):
     code, said, _ = plan(QWEN, "--offline", "--device_memory", 20)
     assert code == 69 and "20.0 GiB can be used" in said
